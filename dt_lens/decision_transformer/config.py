@@ -1,0 +1,98 @@
+"""What has to be known to run a decision transformer: everything that the code bases do differently."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from dt_lens.errors import DtLensError, nearest
+
+__all__ = ["Activation", "HookedDecisionTransformerConfig", "Normalization", "Position"]
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+Normalization = Literal["pre", "post", "none"]
+Position = Literal["none", "constant", "learned"]
+
+
+@dataclass(frozen=True)
+class HookedDecisionTransformerConfig:
+    """The shape and the options of a decision transformer.
+
+    Sizes are counts of features, ``n_ctx`` counts environment steps (a step is three tokens: return-to-go, state,
+    action) and ``max_ep_len`` counts rows of the timestep table.
+
+    Raises ``DtLensError`` for sizes or options that make no model.
+
+    >>> HookedDecisionTransformerConfig(state_dim=11, act_dim=3, n_heads=2).d_head
+    64
+    """
+
+    state_dim: int
+    act_dim: int
+    d_model: int = 128
+    n_layers: int = 3
+    n_heads: int = 1
+    d_mlp: int = 512
+    n_ctx: int = 20
+    max_ep_len: int = 1000
+    act_fn: Activation = "relu"
+    normalization: Normalization = "pre"  # where a block's LayerNorms stand: before the sublayer, after the sum, nowhere
+    final_ln: bool = True  # a LayerNorm after the last block
+    embed_ln: bool = True  # a LayerNorm over the interleaved tokens
+    eps: float = 1e-5
+    action_tanh: bool = True
+    discrete_actions: bool = False  # predictions are logits; actions may be given as integer ids
+    # "constant": row 0 of the table is added to every token, which is what position ids of zero do.
+    position: Position = "none"
+    n_position: int = 1  # rows of the position table; tokens, not steps
+    attn_scale_by_head: bool = True  # scores divided by sqrt(d_head)
+    attn_scale_by_layer: bool = False  # and by (layer + 1)
+    # Dropout acts in training mode only: on the tokens, the attention pattern, and what each sublayer adds.
+    embed_dropout: float = 0.1
+    attn_dropout: float = 0.1
+    resid_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("state_dim", "act_dim", "d_model", "n_layers", "n_heads", "d_mlp", "n_ctx", "max_ep_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise DtLensError(f"The configuration's {name} is {value!r}; it must be a positive whole number.")
+        if self.d_model % self.n_heads:
+            raise DtLensError(
+                f"d_model {self.d_model} does not split into n_heads {self.n_heads} equal heads; give an n_heads that divides it."
+            )
+        for name, allowed in (("act_fn", Activation), ("normalization", Normalization), ("position", Position)):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                raise DtLensError(
+                    f"The configuration's {name} is {value!r}; it must be one of {', '.join(get_args(allowed))}."
+                    + nearest(str(value), get_args(allowed))
+                )
+
+    @property
+    def d_head(self) -> int:
+        """Features of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a full context: three for each step."""
+        return 3 * self.n_ctx
+
+    def attn_scale(self, layer: int) -> float:
+        """What attention scores of ``layer`` are multiplied by."""
+        scale = self.d_head**-0.5 if self.attn_scale_by_head else 1.0
+        return scale / (layer + 1) if self.attn_scale_by_layer else scale
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HookedDecisionTransformerConfig:
+        """The inverse of ``to_dict``; an unknown field is a ``DtLensError`` that names it."""
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise DtLensError(f"Unknown configuration field {name!r}." + nearest(name, known))
+        return cls(**values)

@@ -1,0 +1,371 @@
+"""A decision transformer with TransformerLens's hook points, one file to read from top to bottom.
+
+Chen et al., "Decision Transformer: Reinforcement Learning via Sequence Modeling" (2021). A step of an episode is three
+tokens, (return-to-go, state, action); a causal transformer reads them in order, and the action is predicted from the
+state's token. Weights have TransformerLens's names and orientation: ``y = x @ W + b`` always, heads first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.errors import DtLensError, nearest
+
+__all__ = ["DecisionTransformerOutput", "HookedDecisionTransformer"]
+
+
+@dataclass(frozen=True)
+class DecisionTransformerOutput:
+    """What a forward pass returns; the names are Hugging Face's."""
+
+    state_preds: Float[Tensor, "batch step state_dim"]  # the next state, read off the action's token
+    action_preds: Float[Tensor, "batch step act_dim"]  # this step's action, read off the state's token
+    return_preds: Float[Tensor, "batch step 1"]  # the next return-to-go, read off the action's token
+    last_hidden_state: Float[Tensor, "batch token d_model"]
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """The MLP's nonlinearity by its name in the configuration."""
+    match name:
+        case "relu":
+            return F.relu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "silu":
+            return F.silu(x)
+        case "tanh":
+            return torch.tanh(x)
+    raise DtLensError(f"Unknown activation {name!r}.")
+
+
+def _parameter(*shape: int, std: float = 0.02) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * std if std else torch.zeros(*shape))
+
+
+class Linear(nn.Module):
+    """``y = x @ W + b`` with ``W [d_in, d_out]``."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.W = _parameter(d_in, d_out)
+        self.b = _parameter(d_out, std=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.W.T, self.b)
+
+
+class Table(nn.Module):
+    """Rows ``W [n, d_model]`` picked by an integer."""
+
+    def __init__(self, n: int, d_model: int) -> None:
+        super().__init__()
+        self.W = _parameter(n, d_model)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.W)
+
+
+class ActionEmbed(Linear):
+    """Continuous or one-hot actions ``[..., act_dim]``, or integer action ids ``[...]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.is_floating_point() else F.embedding(x, self.W) + self.b
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean) / hook_scale * w + b``, with the normalised vector before ``w`` and ``b`` at ``hook_normalized``."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(d_model))
+        self.b = nn.Parameter(torch.zeros(d_model))
+        self.eps = eps
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()):
+            return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+        x = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.hook_normalized(x / scale) * self.w + self.b
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention; scores and pattern are computed explicitly only when somebody hooks them."""
+
+    def __init__(self, cfg: HookedDecisionTransformerConfig, layer: int) -> None:
+        super().__init__()
+        shape = (cfg.n_heads, cfg.d_model, cfg.d_head)
+        self.W_Q, self.W_K, self.W_V = _parameter(*shape), _parameter(*shape), _parameter(*shape)
+        self.b_Q, self.b_K, self.b_V = (_parameter(cfg.n_heads, cfg.d_head, std=0) for _ in range(3))
+        # GPT-2's initialisation: what writes to the stream starts smaller, by the number of writers.
+        self.W_O = _parameter(cfg.n_heads, cfg.d_head, cfg.d_model, std=0.02 / (2 * cfg.n_layers) ** 0.5)
+        self.b_O = _parameter(cfg.d_model, std=0)
+        self.scale = cfg.attn_scale(layer)
+        self.dropout = cfg.attn_dropout
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+
+    def _project(self, x: Tensor, W: Tensor, b: Tensor) -> Float[Tensor, "batch token n_heads d_head"]:
+        flat = F.linear(x, rearrange(W, "head d_model d_head -> (head d_head) d_model"), rearrange(b, "h e -> (h e)"))
+        return rearrange(flat, "batch token (head d_head) -> batch token head d_head", head=W.shape[0])
+
+    def forward(
+        self, x: Float[Tensor, "batch token d_model"], allowed: Bool[Tensor, "batch #head query key"] | None
+    ) -> Float[Tensor, "batch token d_model"]:
+        q = self.hook_q(self._project(x, self.W_Q, self.b_Q))
+        k = self.hook_k(self._project(x, self.W_K, self.b_K))
+        v = self.hook_v(self._project(x, self.W_V, self.b_V))
+        dropout = self.dropout if self.training else 0.0
+        if self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks():
+            scores = einsum(q, k, "batch query head e, batch key head e -> batch head query key") * self.scale
+            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
+            scores = scores.masked_fill(~(causal if allowed is None else allowed), float("-inf"))
+            pattern = self.hook_pattern(F.softmax(self.hook_attn_scores(scores), dim=-1))
+            pattern = F.dropout(pattern, dropout)
+            z = einsum(pattern, v, "batch head query key, batch key head e -> batch query head e")
+        else:
+            q, k, v = (rearrange(a, "batch token head e -> batch head token e") for a in (q, k, v))
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=allowed, is_causal=allowed is None, dropout_p=dropout, scale=self.scale
+            )
+            z = rearrange(z, "batch head token e -> batch token head e")
+        z = self.hook_z(z)
+        if self.hook_result.has_hooks():
+            result = einsum(z, self.W_O, "batch token head e, head e d_model -> batch token head d_model")
+            return self.hook_result(result).sum(-2) + self.b_O
+        return F.linear(
+            rearrange(z, "batch token head e -> batch token (head e)"),
+            rearrange(self.W_O, "head e d_model -> d_model (head e)"),
+            self.b_O,
+        )
+
+
+class MLP(nn.Module):
+    """``act(x @ W_in + b_in) @ W_out + b_out``."""
+
+    def __init__(self, cfg: HookedDecisionTransformerConfig) -> None:
+        super().__init__()
+        self.W_in = _parameter(cfg.d_model, cfg.d_mlp)
+        self.b_in = _parameter(cfg.d_mlp, std=0)
+        self.W_out = _parameter(cfg.d_mlp, cfg.d_model, std=0.02 / (2 * cfg.n_layers) ** 0.5)
+        self.b_out = _parameter(cfg.d_model, std=0)
+        self.act_fn = cfg.act_fn
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+        pre = self.hook_pre(F.linear(x, self.W_in.T, self.b_in))
+        post = self.hook_post(activation(self.act_fn, pre))
+        return F.linear(post, self.W_out.T, self.b_out)
+
+
+class Block(nn.Module):
+    """Attention and MLP around the residual stream, with LayerNorms before each, after each sum, or nowhere."""
+
+    def __init__(self, cfg: HookedDecisionTransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.normalization = cfg.normalization
+        self.dropout = cfg.resid_dropout
+        self.ln1, self.ln2 = (
+            nn.Identity() if cfg.normalization == "none" else LayerNorm(cfg.d_model, cfg.eps) for _ in range(2)
+        )
+        self.attn = Attention(cfg, layer)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+
+    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+        x = self.hook_resid_pre(x)
+        if self.normalization == "post":
+            x = self.hook_resid_mid(self.ln1(x + self._attend(x, allowed)))
+            return self.hook_resid_post(self.ln2(x + self._think(x)))
+        x = self.hook_resid_mid(x + self._attend(self.ln1(x), allowed))
+        return self.hook_resid_post(x + self._think(self.ln2(x)))
+
+    def _attend(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+        return self.hook_attn_out(F.dropout(self.attn(x, allowed), self.dropout, self.training))
+
+    def _think(self, x: Tensor) -> Tensor:
+        return self.hook_mlp_out(F.dropout(self.mlp(x), self.dropout, self.training))
+
+
+class HookedDecisionTransformer(HookedRootModule):
+    """A decision transformer whose every activation can be read and replaced.
+
+    ``model(states=, actions=, returns_to_go=, timesteps=, attention_mask=)`` takes Hugging Face's keywords;
+    ``run_with_cache`` and ``run_with_hooks`` are TransformerLens's, and so are the names: ``hook_embed_state``,
+    ``hook_embed``, ``blocks.{l}.hook_resid_pre``, ``blocks.{l}.attn.hook_pattern``, ``blocks.{l}.mlp.hook_post``, ...
+
+    Args:
+        cfg: the shape and the options.
+        state_encoder: any module that maps a batch of states to ``[batch, step, d_model]``; a linear map when omitted.
+
+    Attributes:
+        facts: what a rollout needs and the weights do not say: environment, normalisation, target returns, labels.
+        original: the user's own model when this one shares its storage, so that an edit here is seen there.
+    """
+
+    cfg: HookedDecisionTransformerConfig
+
+    def __init__(self, cfg: HookedDecisionTransformerConfig, state_encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        d = cfg.d_model
+        self.embed = nn.ModuleDict(
+            {
+                "return_to_go": Linear(1, d),
+                "state": state_encoder or Linear(cfg.state_dim, d),
+                "action": ActionEmbed(cfg.act_dim, d),
+                "timestep": Table(cfg.max_ep_len, d),
+            }
+        )
+        if cfg.position != "none":
+            self.embed["position"] = Table(cfg.n_position, d)
+        self.embed_ln = LayerNorm(d, cfg.eps) if cfg.embed_ln else nn.Identity()
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.ln_final = LayerNorm(d, cfg.eps) if cfg.final_ln else nn.Identity()
+        self.predict = nn.ModuleDict(
+            {
+                "return_to_go": Linear(d, 1),
+                "state": Linear(d, cfg.state_dim),
+                "action": Linear(d, cfg.act_dim),
+            }
+        )
+        self.hook_embed_return_to_go, self.hook_embed_state, self.hook_embed_action = (HookPoint() for _ in range(3))
+        self.hook_embed_timestep, self.hook_embed, self.hook_pos_embed = (HookPoint() for _ in range(3))
+        self.hook_final = HookPoint()
+        self.hook_action_pre = HookPoint()  # before the tanh
+        self.facts = RunFacts(context=cfg.n_ctx)
+        self.original: nn.Module | None = None
+        self.setup()
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Every weight by its canonical name, as live tensors: writing into one edits the model."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Take ``weights`` as this model's own, sharing their storage; every name and shape must fit.
+
+        A weight may be any strided view, so a transposed or fused matrix of another model stays one memory with it.
+
+        Raises:
+            DtLensError: naming the first weight that is missing, unknown, or of another shape.
+        """
+        mine = dict(self.named_parameters())
+        for name in weights:
+            if name not in mine:
+                raise DtLensError(f"The model has no weight {name!r}." + nearest(name, mine))
+        for name, parameter in mine.items():
+            if name not in weights:
+                raise DtLensError(f"The weight {name!r} is missing.")
+            if weights[name].shape != parameter.shape:
+                raise DtLensError(
+                    f"The weight {name!r} has shape {list(weights[name].shape)}; the configuration wants {list(parameter.shape)}."
+                )
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))
+
+    def forward(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        returns_to_go: Float[Tensor, "batch step 1"],
+        timesteps: Int[Tensor, "batch step"],
+        attention_mask: Tensor | None = None,
+        rewards: Tensor | None = None,
+    ) -> DecisionTransformerOutput:
+        """Predict actions, next states and next returns for every step of a batch of episode windows.
+
+        Args:
+            states: ``[batch, step, state_dim]``, or whatever the state encoder takes.
+            actions: ``[batch, step, act_dim]``, or integer ids ``[batch, step]``.
+            returns_to_go: ``[batch, step, 1]``, in the units the model was trained in (divided by its return scale).
+            timesteps: ``[batch, step]``, the step of the episode, from 0.
+            attention_mask: ``[batch, step]``, nonzero for real steps and 0 for padding; all real when omitted.
+            rewards: accepted for Hugging Face's signature and not used, as there.
+
+        Raises:
+            DtLensError: for a tensor whose size does not fit the model, or a timestep beyond its table.
+        """
+        self._check(states, actions, returns_to_go, timesteps, attention_mask)
+        tokens = self._tokens(states, actions, returns_to_go, timesteps)
+        allowed = None if attention_mask is None else self._allowed(attention_mask)
+        x = F.dropout(self._add_position(self.embed_ln(tokens)), self.cfg.embed_dropout, self.training)
+        for block in self.blocks:
+            x = block(x, allowed)
+        x = self.hook_final(self.ln_final(x))
+        per_kind = rearrange(x, "batch (step kind) d_model -> kind batch step d_model", kind=3)
+        action = self.hook_action_pre(self.predict["action"](per_kind[1]))
+        return DecisionTransformerOutput(
+            state_preds=self.predict["state"](per_kind[2]),
+            action_preds=torch.tanh(action) if self.cfg.action_tanh else action,
+            return_preds=self.predict["return_to_go"](per_kind[2]),
+            last_hidden_state=x,
+        )
+
+    def _tokens(
+        self, states: Tensor, actions: Tensor, returns_to_go: Tensor, timesteps: Tensor
+    ) -> Float[Tensor, "batch token d_model"]:
+        time = self.hook_embed_timestep(self.embed["timestep"](timesteps))
+        kinds = (
+            self.hook_embed_return_to_go(self.embed["return_to_go"](returns_to_go)) + time,
+            self.hook_embed_state(self.embed["state"](states)) + time,
+            self.hook_embed_action(self.embed["action"](actions)) + time,
+        )
+        return self.hook_embed(rearrange(list(kinds), "kind batch step d_model -> batch (step kind) d_model"))
+
+    def _add_position(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+        if self.cfg.position == "none":
+            return x
+        n = 1 if self.cfg.position == "constant" else x.shape[1]
+        if n > self.cfg.n_position:
+            raise DtLensError(f"{n} tokens do not fit this model's {self.cfg.n_position} positions; give fewer steps.")
+        return x + self.hook_pos_embed(self.embed["position"].W[:n])
+
+    def _allowed(self, attention_mask: Tensor) -> Bool[Tensor, "batch 1 token token"]:
+        real = repeat(attention_mask != 0, "batch step -> batch 1 1 (step kind)", kind=3)
+        n = real.shape[-1]
+        causal = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
+        # A padding token may look at itself: a row with nothing to look at would be NaN and would spread.
+        itself = torch.eye(n, dtype=torch.bool, device=real.device)
+        return (real & causal) | itself
+
+    def _check(
+        self, states: Tensor, actions: Tensor, returns_to_go: Tensor, timesteps: Tensor, mask: Tensor | None
+    ) -> None:
+        cfg = self.cfg
+        batch_step = tuple(timesteps.shape)
+        if isinstance(self.embed["state"], Linear) and tuple(states.shape) != (*batch_step, cfg.state_dim):
+            raise DtLensError(
+                f"states has shape {tuple(states.shape)}; this model wants [batch, step, {cfg.state_dim}] with timesteps {list(batch_step)}."
+            )
+        wanted = (*batch_step, cfg.act_dim) if actions.is_floating_point() else batch_step
+        if tuple(actions.shape) != wanted:
+            raise DtLensError(f"actions has shape {tuple(actions.shape)}; this model wants {list(wanted)}.")
+        if tuple(returns_to_go.shape) != (*batch_step, 1):
+            raise DtLensError(f"returns_to_go has shape {tuple(returns_to_go.shape)}; this model wants {[*batch_step, 1]}.")
+        if mask is not None and tuple(mask.shape) != batch_step:
+            raise DtLensError(f"attention_mask has shape {tuple(mask.shape)}; this model wants {list(batch_step)}.")
+        if timesteps.numel() and not torch.compiler.is_compiling():
+            low, high = (int(t) for t in timesteps.aminmax())
+            if low < 0 or high >= cfg.max_ep_len:
+                raise DtLensError(
+                    f"timesteps run from {low} to {high}; this model's timestep table has rows 0 to {cfg.max_ep_len - 1}."
+                )

@@ -1,0 +1,28 @@
+"""The one error class of the public surface."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["DtLensError", "nearest"]
+
+
+class DtLensError(Exception):
+    """Bad input, said in one sentence: what was wrong, what was expected, what to do.
+
+    Everything that goes wrong because of what the user passed in is one of these; the command line prints the
+    sentence and exits with status 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string.
+
+    >>> nearest("blocks.0.mlp.Win", ["blocks.0.mlp.W_in", "blocks.0.mlp.W_out"])
+    " Did you mean 'blocks.0.mlp.W_in'?"
+    >>> nearest("zzz", ["blocks.0.mlp.W_in"])
+    ''
+    """
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" Did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,1 @@
+"""Minari data in, decision-transformer checkpoint out."""

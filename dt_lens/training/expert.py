@@ -1,0 +1,279 @@
+"""Augmented random search: an expert, and every policy on the way to it, from the simulator alone.
+
+Mania, Guy and Recht, "Simple random search provides a competitive approach to reinforcement learning" (2018),
+version V2-t: a linear policy on running-normalised observations, antithetic perturbations, only the best directions
+used for the step. Its iterates span the returns from random to expert, which is what return conditioning learns from.
+
+A second objective, the *pace*, continues from the expert towards episodes that last the whole time limit and earn a
+given forward return: without it almost no episode lies between "fell early" and "ran to the end", and a decision
+transformer learns to ignore its target.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from dt_lens.errors import DtLensError
+
+__all__ = ["Episode", "LinearPolicy", "SearchSettings", "Searcher", "rollout"]
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LinearPolicy:
+    """``action = weight @ ((observation - mean) / std)``, clipped to the action box by the caller."""
+
+    weight: Float  # [n_action, n_observation]
+    mean: Float  # [n_observation]
+    std: Float  # [n_observation]
+
+    def act(self, observation: Float) -> Float:
+        """The action for one observation ``[n_observation]``: ``[n_action]``."""
+        return self.weight @ ((observation - self.mean) / self.std)
+
+
+class Episode(NamedTuple):
+    """One episode: observations ``[T + 1, n]``, actions ``[T, m]``, rewards ``[T]`` and how it ended."""
+
+    observations: Float
+    actions: Float
+    rewards: Float
+    forward: float  # sum of the environment's own "reward_forward"
+    survive: float  # sum of its "reward_survive"
+    terminated: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.rewards)
+
+
+def rollout(
+    env: gym.Env[Any, Any], policy: LinearPolicy, seed: int, noise: float = 0.0
+) -> Episode:
+    """One episode under ``policy`` with Gaussian action noise of standard deviation ``noise``; a function of the seed alone."""
+    space = env.action_space
+    assert isinstance(space, gym.spaces.Box)
+    rng = np.random.default_rng([seed, 1])
+    observation, _ = env.reset(seed=seed)
+    observations, actions, rewards = [observation], [], []
+    forward = survive = 0.0
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = policy.act(observation)
+        if noise:
+            action = action + noise * rng.standard_normal(action.shape)
+        action = np.clip(action, space.low, space.high).astype(space.dtype)
+        observation, reward, terminated, truncated, info = env.step(action)
+        observations.append(observation)
+        actions.append(action)
+        rewards.append(float(reward))
+        forward += float(info.get("reward_forward", 0.0))
+        survive += float(info.get("reward_survive", 0.0))
+    return Episode(
+        np.asarray(observations), np.asarray(actions), np.asarray(rewards), forward, survive, terminated
+    )
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What an augmented random search is told; the defaults are the paper's for Hopper, version V2-t."""
+
+    environment: str = "Hopper-v5"
+    directions: int = 16
+    best: int = 8
+    step: float = 0.02
+    noise: float = 0.03
+    seed: int = 0
+    pace: float | None = None  # wanted forward reward per step, or None: all the return there is
+
+    def score(self, episode: Episode, limit: int) -> float:
+        """What the search maximises for one episode.
+
+        Without a pace the return less the survival bonus, which otherwise pays for standing still. With one, the number
+        of steps survived less the distance between the forward return and ``pace * limit``.
+        """
+        if self.pace is None:
+            return float(episode.rewards.sum()) - episode.survive
+        return episode.length - abs(episode.forward - self.pace * limit)
+
+
+_worker_env: dict[str, gym.Env[Any, Any]] = {}
+
+
+def environment(name: str) -> gym.Env[Any, Any]:
+    """The process's one instance of an environment, without Gymnasium's per-step checker."""
+    if name not in _worker_env:
+        try:
+            made = gym.make(name, disable_env_checker=True)
+        except gym.error.Error as error:
+            raise DtLensError(f"Gymnasium cannot make the environment {name!r}: {error}.") from error
+        if not isinstance(made.action_space, gym.spaces.Box) or not isinstance(
+            made.observation_space, gym.spaces.Box
+        ):
+            raise DtLensError(f"{name!r} does not have flat continuous observations and actions, which recording needs.")
+        _worker_env[name] = made
+    return _worker_env[name]
+
+
+def time_limit(name: str) -> int:
+    """The step at which Gymnasium cuts an episode of ``name``."""
+    spec = environment(name).spec
+    if spec is None or spec.max_episode_steps is None:
+        raise DtLensError(f"{name!r} has no time limit (max_episode_steps), which recording needs.")
+    return spec.max_episode_steps
+
+
+class _Probe(NamedTuple):
+    plus: float
+    minus: float
+    count: int
+    total: Float
+    square: Float
+    steps: int
+
+
+def _perturbation(settings: SearchSettings, iteration: int, k: int, shape: tuple[int, ...]) -> Float:
+    return np.random.default_rng([settings.seed, 2, iteration, k]).standard_normal(shape)
+
+
+def _probe(job: tuple[SearchSettings, LinearPolicy, int, int]) -> _Probe:
+    """Both antithetic episodes of one perturbation, a pure function of its arguments."""
+    settings, policy, iteration, k = job
+    env, limit = environment(settings.environment), time_limit(settings.environment)
+    delta = settings.noise * _perturbation(settings, iteration, k, policy.weight.shape)
+    seed = int(np.random.default_rng([settings.seed, 3, iteration, k]).integers(2**31))
+    pair = [rollout(env, replace(policy, weight=policy.weight + sign * delta), seed) for sign in (1, -1)]
+    seen = np.concatenate([episode.observations for episode in pair])
+    plus, minus = (settings.score(episode, limit) for episode in pair)
+    return _Probe(plus, minus, len(seen), seen.sum(0), (seen**2).sum(0), sum(e.length for e in pair))
+
+
+class Searcher:
+    """An augmented random search that can be stopped after any iteration and continued from its file.
+
+    The sequence of policies depends on the settings alone, not on the number of worker processes.
+    """
+
+    def __init__(self, settings: SearchSettings, start: LinearPolicy | None = None) -> None:
+        env = environment(settings.environment)
+        assert isinstance(env.action_space, gym.spaces.Box) and isinstance(env.observation_space, gym.spaces.Box)
+        n_action, n_observation = env.action_space.shape[0], env.observation_space.shape[0]
+        self.settings = settings
+        self.iteration = 0
+        self.steps = 0
+        self._count = 0.0
+        self._sum = np.zeros(n_observation)
+        self._square = np.zeros(n_observation)
+        # With a starting policy its normalisation is frozen: the weights mean nothing under another one.
+        self._frozen = start is not None
+        self.policy = start or LinearPolicy(
+            np.zeros((n_action, n_observation)), np.zeros(n_observation), np.ones(n_observation)
+        )
+        self.snapshots: list[LinearPolicy] = [self.policy]
+
+    def run(
+        self,
+        steps: int,
+        workers: int = 1,
+        file: Path | None = None,
+        report: Callable[[int, float], None] | None = None,
+    ) -> None:
+        """Search until ``steps`` environment steps are used, saving to ``file`` every ten iterations and at the end.
+
+        ``report`` is called after each iteration with the steps used so far and the mean score of its probes.
+        """
+        with _pool(workers) as run_all:
+            try:
+                while self.steps < steps:
+                    score = self._iterate(run_all)
+                    if report:
+                        report(self.steps, score)
+                    if file and self.iteration % 10 == 0:
+                        self.save(file)
+            finally:
+                if file:
+                    self.save(file)
+
+    def _iterate(self, run_all: Callable[[list[Any]], list[_Probe]]) -> float:
+        settings = self.settings
+        probes = run_all([(settings, self.policy, self.iteration, k) for k in range(settings.directions)])
+        ranked = sorted(range(len(probes)), key=lambda k: -max(probes[k].plus, probes[k].minus))[: settings.best]
+        used = np.array([(probes[k].plus, probes[k].minus) for k in ranked])
+        step = sum(
+            (probes[k].plus - probes[k].minus) * _perturbation(settings, self.iteration, k, self.policy.weight.shape)
+            for k in ranked
+        )
+        weight = self.policy.weight + settings.step / (len(ranked) * (used.std() + 1e-8)) * step
+        for probe in probes:
+            self._count += probe.count
+            self._sum += probe.total
+            self._square += probe.square
+        if self._frozen:
+            self.policy = replace(self.policy, weight=weight)
+        else:
+            mean = self._sum / self._count
+            std = np.sqrt(np.maximum(self._square / self._count - mean**2, 1e-8))
+            self.policy = LinearPolicy(weight, mean, std)
+        self.steps += sum(probe.steps for probe in probes)
+        self.iteration += 1
+        self.snapshots.append(self.policy)
+        return float(np.mean([(p.plus + p.minus) / 2 for p in probes]))
+
+    def save(self, file: Path) -> None:
+        """Write the whole state of the search, so that ``load`` continues exactly here."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial.npz")
+        np.savez_compressed(
+            partial,
+            counters=np.array([self.iteration, self.steps]),
+            count=self._count,
+            sum=self._sum,
+            square=self._square,
+            weights=np.array([p.weight for p in self.snapshots]),
+            means=np.array([p.mean for p in self.snapshots]),
+            stds=np.array([p.std for p in self.snapshots]),
+        )
+        partial.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Continue from what ``save`` wrote."""
+        with np.load(file) as kept:
+            self.iteration, self.steps = (int(n) for n in kept["counters"])
+            self._count, self._sum, self._square = float(kept["count"]), kept["sum"], kept["square"]
+            self.snapshots = [
+                LinearPolicy(*parts) for parts in zip(kept["weights"], kept["means"], kept["stds"], strict=True)
+            ]
+        self.policy = self.snapshots[-1]
+
+
+class _pool:
+    """``map`` over worker processes in order, or in this process when there is one worker."""
+
+    def __init__(self, workers: int) -> None:
+        self._pool = mp.get_context("spawn").Pool(workers) if workers > 1 else None
+
+    def __enter__(self) -> Callable[[list[Any]], list[_Probe]]:
+        pool = self._pool
+        if pool is None:
+            return lambda jobs: [_probe(job) for job in jobs]
+        return lambda jobs: pool.map(_probe, jobs, chunksize=1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool.join()
+
+
+def evenly(snapshots: list[LinearPolicy], count: int) -> Iterator[LinearPolicy]:
+    """``count`` policies spread evenly over a search, first and last included."""
+    for index in np.unique(np.linspace(0, len(snapshots) - 1, count).round().astype(int)):
+        yield snapshots[index]
