@@ -39,7 +39,8 @@ class HookedDecisionTransformerConfig:
     normalization: Normalization = "pre"  # where a block's LayerNorms stand: before the sublayer, after the sum, nowhere
     final_ln: bool = True  # a LayerNorm after the last block
     embed_ln: bool = True  # a LayerNorm over the interleaved tokens
-    eps: float = 1e-5
+    eps: float = 1e-5  # of the blocks' LayerNorms and the final one
+    embed_ln_eps: float = 1e-5
     action_tanh: bool = True
     discrete_actions: bool = False  # predictions are logits; actions may be given as integer ids
     # "constant": row 0 of the table is added to every token, which is what position ids of zero do.

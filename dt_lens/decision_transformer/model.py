@@ -7,9 +7,10 @@ state's token. Weights have TransformerLens's names and orientation: ``y = x @ W
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ from transformer_lens.hook_points import HookPoint
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError, nearest
+from dt_lens.matrices import Structure
+
+if TYPE_CHECKING:
+    from dt_lens.embeddings import EmbeddingRegistry
+    from dt_lens.lens import Reference
 
 __all__ = ["DecisionTransformerOutput", "HookedDecisionTransformer"]
 
@@ -219,6 +225,7 @@ class HookedDecisionTransformer(HookedRootModule):
     Attributes:
         facts: what a rollout needs and the weights do not say: environment, normalisation, target returns, labels.
         original: the user's own model when this one shares its storage, so that an edit here is seen there.
+        reference: the original's activations under canonical names, which ``certify`` holds the weights against.
     """
 
     cfg: HookedDecisionTransformerConfig
@@ -237,7 +244,7 @@ class HookedDecisionTransformer(HookedRootModule):
         )
         if cfg.position != "none":
             self.embed["position"] = Table(cfg.n_position, d)
-        self.embed_ln = LayerNorm(d, cfg.eps) if cfg.embed_ln else nn.Identity()
+        self.embed_ln = LayerNorm(d, cfg.embed_ln_eps) if cfg.embed_ln else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = LayerNorm(d, cfg.eps) if cfg.final_ln else nn.Identity()
         self.predict = nn.ModuleDict(
@@ -253,12 +260,61 @@ class HookedDecisionTransformer(HookedRootModule):
         self.hook_action_pre = HookPoint()  # before the tanh
         self.facts = RunFacts(context=cfg.n_ctx)
         self.original: nn.Module | None = None
+        self.reference: Reference | None = None
+        self.identity = uuid.uuid4().hex
+        self._embeddings: EmbeddingRegistry | None = None
         self.setup()
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Every weight by its canonical name, as live tensors: writing into one edits the model."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @property
+    def structure(self) -> Structure:
+        """Blocks, heads, and which LayerNorm stands before which matrix."""
+        cfg = self.cfg
+        pre = cfg.normalization == "pre"
+        return Structure(
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            d_model=cfg.d_model,
+            attn_scale=tuple(cfg.attn_scale(layer) for layer in range(cfg.n_layers)),
+            attn_norm=tuple(f"blocks.{layer}.ln1" if pre else None for layer in range(cfg.n_layers)),
+            mlp_norm=tuple(f"blocks.{layer}.ln2" if pre else None for layer in range(cfg.n_layers)),
+        )
+
+    @property
+    def embeddings(self) -> EmbeddingRegistry:
+        """The model's labelled directions: ``state_in``, ``action_in``, ..., ``action_out``; yours to extend."""
+        if self._embeddings is None:
+            from dt_lens.decision_transformer.embeddings import embeddings_of
+
+            self._embeddings = embeddings_of(self)
+        return self._embeddings
+
+    def probe(self, seed: int = 0) -> dict[str, Any]:
+        """A random batch for a check of the weights: two windows, one with padding, standard normal inputs."""
+        cfg, weight = self.cfg, self.embed["return_to_go"].W
+        generator = torch.Generator().manual_seed(seed)
+        steps = min(cfg.n_ctx, cfg.max_ep_len, cfg.n_position // 3 if cfg.position == "learned" else cfg.n_ctx, 8)
+        steps = max(steps, 1)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
+
+        actions = normal(2, steps, cfg.act_dim)
+        if cfg.discrete_actions:
+            actions = F.one_hot(actions.argmax(-1), cfg.act_dim).to(weight.dtype)
+        mask = torch.ones(2, steps, dtype=torch.long, device=weight.device)
+        mask[1, : steps // 3] = 0
+        return {
+            "states": normal(2, steps, cfg.state_dim),
+            "actions": actions,
+            "returns_to_go": normal(2, steps, 1),
+            "timesteps": torch.arange(steps, device=weight.device).expand(2, steps),
+            "attention_mask": mask,
+        }
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Take ``weights`` as this model's own, sharing their storage; every name and shape must fit.

@@ -1,0 +1,52 @@
+"""The residual-stream directions that a decision transformer brings along."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.labels import environment_labels
+
+if TYPE_CHECKING:
+    from dt_lens.decision_transformer.model import HookedDecisionTransformer
+
+__all__ = ["embeddings_of"]
+
+
+def embeddings_of(model: HookedDecisionTransformer) -> EmbeddingRegistry:
+    """``state_in``, ``action_in``, ``reward_in``, ``timestep_in``, ``action_out``, ``state_out``, ``reward_out``, as live views."""
+    weights = model.weights
+    registry = EmbeddingRegistry(model.cfg.d_model, model.identity)
+    state_labels, action_labels = coordinate_labels(model.facts)
+    # The environment's labels are used where they fit: a checkpoint may have been trained on another version of it.
+    state_labels = state_labels if len(state_labels) == model.cfg.state_dim else ()
+    action_labels = action_labels if len(action_labels) == model.cfg.act_dim else ()
+    embed_ln, ln_final = weights.get("embed_ln.w"), weights.get("ln_final.w")
+    labels = {"state": state_labels, "action": action_labels, "return_to_go": ("return-to-go",)}
+    for name, kind in (("state", "state"), ("action", "action"), ("return_to_go", "reward")):
+        if f"embed.{name}.W" in weights:
+            registry[f"{kind}_in"] = Embedding(
+                weights[f"embed.{name}.W"], labels[name], kind=kind, side="in", layernorm=embed_ln
+            )
+    rows = weights["embed.timestep.W"]
+    registry["timestep_in"] = Embedding(rows, [f"t={t}" for t in range(len(rows))], kind="timestep", side="in", layernorm=embed_ln)
+    for name, kind in (("action", "action"), ("state", "state"), ("return_to_go", "reward")):
+        registry[f"{kind}_out"] = Embedding(
+            weights[f"predict.{name}.W"].T,
+            labels[name],
+            kind=kind,
+            side="out",
+            trained=name in model.facts.trained_heads or kind in model.facts.trained_heads,
+            layernorm=ln_final,
+        )
+    return registry
+
+
+def coordinate_labels(facts: RunFacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Labels of state and action coordinates: the facts' own, else the environment's, else none."""
+    state, action = facts.state_labels, facts.action_labels
+    if facts.environment and (state is None or action is None):
+        found = environment_labels(facts.environment, tuple(sorted(facts.environment_kwargs.items())))
+        state, action = state or found[0], action or found[1]
+    return state or (), action or ()

@@ -1,0 +1,228 @@
+"""Hugging Face's layout of a decision transformer, as views of the canonical weights and back.
+
+Every rule is a strided view (transpose, slice, split of an axis), so that one memory serves both models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from einops import rearrange
+from torch import Tensor, cat
+
+from dt_lens.decision_transformer.config import Activation, HookedDecisionTransformerConfig
+from dt_lens.errors import DtLensError, nearest
+
+__all__ = ["canonical_from_hf", "config_from_hf", "config_to_hf", "hf_from_canonical"]
+
+# Hugging Face's activation names to ours; "gelu_new" and its kin are one formula.
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+class _Plain(NamedTuple):
+    """One tensor of each layout; ``transposed`` for ``nn.Linear``'s (out, in)."""
+
+    key: str
+    name: str
+    transposed: bool = False
+
+
+def _plain_rules(cfg: HookedDecisionTransformerConfig) -> Iterator[_Plain]:
+    for hf, ours in (("return", "return_to_go"), ("state", "state"), ("action", "action")):
+        yield _Plain(f"embed_{hf}.weight", f"embed.{ours}.W", transposed=True)
+        yield _Plain(f"embed_{hf}.bias", f"embed.{ours}.b")
+        # predict_action is a Sequential of the linear map and its tanh.
+        head = "predict_action.0" if hf == "action" else f"predict_{hf}"
+        yield _Plain(f"{head}.weight", f"predict.{ours}.W", transposed=True)
+        yield _Plain(f"{head}.bias", f"predict.{ours}.b")
+    yield _Plain("embed_timestep.weight", "embed.timestep.W")
+    yield _Plain("encoder.wpe.weight", "embed.position.W")
+    for hf, ours in (("embed_ln", "embed_ln"), ("encoder.ln_f", "ln_final")):
+        yield _Plain(f"{hf}.weight", f"{ours}.w")
+        yield _Plain(f"{hf}.bias", f"{ours}.b")
+    for layer in range(cfg.n_layers):
+        h, b = f"encoder.h.{layer}", f"blocks.{layer}"
+        for norm in ("1", "2"):
+            yield _Plain(f"{h}.ln_{norm}.weight", f"{b}.ln{norm}.w")
+            yield _Plain(f"{h}.ln_{norm}.bias", f"{b}.ln{norm}.b")
+        yield _Plain(f"{h}.attn.c_proj.bias", f"{b}.attn.b_O")
+        yield _Plain(f"{h}.mlp.c_fc.weight", f"{b}.mlp.W_in")
+        yield _Plain(f"{h}.mlp.c_fc.bias", f"{b}.mlp.b_in")
+        yield _Plain(f"{h}.mlp.c_proj.weight", f"{b}.mlp.W_out")
+        yield _Plain(f"{h}.mlp.c_proj.bias", f"{b}.mlp.b_out")
+
+
+def canonical_from_hf(tensors: Mapping[str, Tensor], cfg: HookedDecisionTransformerConfig) -> dict[str, Tensor]:
+    """Canonical weights as views of Hugging Face's tensors.
+
+    Raises:
+        DtLensError: naming a key that is missing, unknown, or of a shape that does not fit ``cfg``.
+    """
+    # Conv1D stores (in, out); c_attn holds query, key and value side by side, each with its heads in order.
+    left = dict(tensors)
+    weights: dict[str, Tensor] = {}
+
+    def take(key: str, *shape: int) -> Tensor:
+        if key not in left:
+            raise DtLensError(f"The checkpoint has no tensor {key!r}, which a decision transformer of this shape needs.")
+        tensor = left.pop(key)
+        if tuple(tensor.shape) != shape:
+            raise DtLensError(f"The tensor {key!r} has shape {list(tensor.shape)}; {list(shape)} was expected.")
+        return tensor
+
+    shapes = _shapes(cfg)
+    for rule in _plain_rules(cfg):
+        shape = shapes[rule.name]
+        tensor = take(rule.key, *(reversed(shape) if rule.transposed else shape))
+        weights[rule.name] = tensor.T if rule.transposed else tensor
+    d = cfg.d_model
+    for layer in range(cfg.n_layers):
+        h, b = f"encoder.h.{layer}.attn", f"blocks.{layer}.attn"
+        fused = rearrange(
+            take(f"{h}.c_attn.weight", d, 3 * d), "d (which head e) -> which head d e", which=3, head=cfg.n_heads
+        )
+        bias = rearrange(take(f"{h}.c_attn.bias", 3 * d), "(which head e) -> which head e", which=3, head=cfg.n_heads)
+        for which, letter in enumerate("QKV"):
+            weights[f"{b}.W_{letter}"], weights[f"{b}.b_{letter}"] = fused[which], bias[which]
+        weights[f"{b}.W_O"] = rearrange(take(f"{h}.c_proj.weight", d, d), "(head e) d -> head e d", head=cfg.n_heads)
+    if left:
+        key = min(left)
+        raise DtLensError(
+            f"The checkpoint has a tensor {key!r} that a decision transformer of this shape has no place for."
+            + nearest(key, set(tensors) - set(left))
+        )
+    return weights
+
+
+def hf_from_canonical(weights: Mapping[str, Tensor], cfg: HookedDecisionTransformerConfig) -> dict[str, Tensor]:
+    """Hugging Face's tensors from canonical weights, contiguous copies; parts that Hugging Face has and ``cfg`` has not are neutral."""
+    d = cfg.d_model
+    kind = weights["blocks.0.mlp.W_in"]
+    tensors = {"encoder.wte.weight": kind.new_zeros(1, d)}
+    for rule in _plain_rules(cfg):
+        if rule.name in weights:
+            tensor = weights[rule.name]
+        elif rule.name == "embed.position.W":
+            tensor = kind.new_zeros(1, d)
+        else:
+            raise DtLensError(f"Hugging Face's decision transformer needs the weight {rule.name!r}, which this model lacks.")
+        tensors[rule.key] = tensor.T if rule.transposed else tensor
+    for layer in range(cfg.n_layers):
+        h, b = f"encoder.h.{layer}.attn", f"blocks.{layer}.attn"
+        tensors[f"{h}.c_attn.weight"] = cat(
+            [rearrange(weights[f"{b}.W_{q}"], "head d e -> d (head e)") for q in "QKV"], dim=1
+        )
+        tensors[f"{h}.c_attn.bias"] = cat([rearrange(weights[f"{b}.b_{q}"], "head e -> (head e)") for q in "QKV"])
+        tensors[f"{h}.c_proj.weight"] = rearrange(weights[f"{b}.W_O"], "head e d -> (head e) d")
+    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+
+
+def _shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, ...]]:
+    d = cfg.d_model
+    shapes: dict[str, tuple[int, ...]] = {"embed.timestep.W": (cfg.max_ep_len, d), "embed.position.W": (cfg.n_position, d)}
+    for name, size in (("return_to_go", 1), ("state", cfg.state_dim), ("action", cfg.act_dim)):
+        shapes |= {f"embed.{name}.W": (size, d), f"embed.{name}.b": (d,)}
+        shapes |= {f"predict.{name}.W": (d, size), f"predict.{name}.b": (size,)}
+    norms = ["embed_ln", "ln_final"]
+    for layer in range(cfg.n_layers):
+        b = f"blocks.{layer}"
+        norms += [f"{b}.ln1", f"{b}.ln2"]
+        shapes |= {f"{b}.attn.b_O": (d,), f"{b}.mlp.b_out": (d,), f"{b}.mlp.b_in": (cfg.d_mlp,)}
+        shapes |= {f"{b}.mlp.W_in": (d, cfg.d_mlp), f"{b}.mlp.W_out": (cfg.d_mlp, d)}
+    for norm in norms:
+        shapes |= {f"{norm}.w": (d,), f"{norm}.b": (d,)}
+    return shapes
+
+
+def config_from_hf(config: Mapping[str, Any], context: int = 20, discrete_actions: bool = False) -> HookedDecisionTransformerConfig:
+    """Our configuration from the values of Hugging Face's ``DecisionTransformerConfig``.
+
+    Raises:
+        DtLensError: for a missing size, or an option that this model does not represent.
+    """
+
+    def get(*names: str, default: Any = None) -> Any:
+        for name in names:
+            if config.get(name) is not None:
+                return config[name]
+        if default is None:
+            raise DtLensError(f"config.json has no {names[0]!r}, which a decision transformer needs.")
+        return default
+
+    act_fn = get("activation_function", default="relu")
+    if act_fn not in ACTIVATIONS:
+        raise DtLensError(
+            f"The configuration's activation_function is {act_fn!r}; dt-lens knows {', '.join(ACTIVATIONS)}."
+            + nearest(str(act_fn), ACTIVATIONS)
+        )
+    if config.get("add_cross_attention"):
+        raise DtLensError("The configuration has add_cross_attention=True; dt-lens has no cross-attention, so it would be lost.")
+    d_model = get("hidden_size", "n_embd", default=128)
+    return HookedDecisionTransformerConfig(
+        state_dim=get("state_dim", default=17),
+        act_dim=get("act_dim", default=4),
+        d_model=d_model,
+        n_layers=get("n_layer", "num_hidden_layers", default=3),
+        n_heads=get("n_head", "num_attention_heads", default=1),
+        d_mlp=get("n_inner", default=4 * d_model),
+        n_ctx=context,
+        max_ep_len=get("max_ep_len", default=4096),
+        act_fn=ACTIVATIONS[act_fn],
+        eps=get("layer_norm_epsilon", default=1e-5),
+        action_tanh=bool(config.get("action_tanh", True)),
+        discrete_actions=discrete_actions,
+        position="constant",
+        n_position=get("n_positions", "max_position_embeddings", default=1024),
+        attn_scale_by_head=bool(config.get("scale_attn_weights", True)),
+        attn_scale_by_layer=bool(config.get("scale_attn_by_inverse_layer_idx", False)),
+        embed_dropout=config.get("embd_pdrop", 0.1),
+        attn_dropout=config.get("attn_pdrop", 0.1),
+        resid_dropout=config.get("resid_pdrop", 0.1),
+    )
+
+
+def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
+    """The values of ``config.json`` with which Hugging Face's class computes what ``cfg`` computes.
+
+    Raises:
+        DtLensError: naming an option that Hugging Face's class cannot represent.
+    """
+    for name, wanted in (("normalization", "pre"), ("embed_ln", True), ("final_ln", True)):
+        if getattr(cfg, name) != wanted:
+            raise DtLensError(
+                f"Hugging Face's decision transformer has no {name}={getattr(cfg, name)!r}; only {wanted!r} can be saved in its format."
+            )
+    if cfg.position == "learned":
+        raise DtLensError("Hugging Face's decision transformer has no learned positions (position='learned'), so it cannot be saved so.")
+    names = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
+    return {
+        "architectures": ["DecisionTransformerModel"],
+        "model_type": "decision_transformer",
+        "state_dim": cfg.state_dim,
+        "act_dim": cfg.act_dim,
+        "hidden_size": cfg.d_model,
+        "max_ep_len": cfg.max_ep_len,
+        "action_tanh": cfg.action_tanh,
+        "vocab_size": 1,
+        "n_positions": cfg.n_position if cfg.position == "constant" else 1,
+        "n_layer": cfg.n_layers,
+        "n_head": cfg.n_heads,
+        "n_inner": cfg.d_mlp,
+        "activation_function": names[cfg.act_fn],
+        "layer_norm_epsilon": cfg.eps,
+        "scale_attn_weights": cfg.attn_scale_by_head,
+        "scale_attn_by_inverse_layer_idx": cfg.attn_scale_by_layer,
+        "embd_pdrop": cfg.embed_dropout,
+        "attn_pdrop": cfg.attn_dropout,
+        "resid_pdrop": cfg.resid_dropout,
+    }

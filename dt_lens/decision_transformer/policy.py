@@ -1,0 +1,349 @@
+"""The decision transformer as an actor: the same function as the hooked model, with nothing that acting does not need.
+
+An agent that acts wants one number per step, the action read off the last state's token. So the current action's token,
+which no earlier token may see, is left out; the last block works out its queries, its MLP and its output for one token
+only; and what a token looks like before it meets the others (its embedding, and the first block's queries, keys and
+values) is worked out once, when it enters the window, and slides with it. Nothing here needs more than torch, so that a
+worker process starts quickly.
+
+The test that holds this file to the textbook one is ``tests/decision_transformer/test_policy.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.errors import DtLensError
+
+__all__ = ["ActingModel", "SlidingPolicy", "last_action"]
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A LayerNorm, or nothing where the configuration has none."""
+
+    w: Tensor | None
+    b: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.w is None else F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """``y = x @ W + b``, kept the way ``torch.nn.functional.linear`` reads it: ``weight`` is ``W`` transposed."""
+
+    weight: Tensor  # [d_out, d_in]
+    bias: Tensor  # [d_out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _Block:
+    ln1: _Norm
+    ln2: _Norm
+    qkv: _Linear  # the three projections side by side, heads in order within each: [3 * d_model, d_model]
+    out: _Linear
+    mlp_in: _Linear
+    mlp_out: _Linear
+    scale: float
+
+
+class ActingModel:
+    """The weights of a decision transformer, arranged for acting.
+
+    The arrangement is a copy: an edit of the weights after this is not seen.
+
+    Args:
+        weights: by canonical name, as ``HookedDecisionTransformer.weights`` gives them, on any device, in any one
+            floating-point type. Heads that do not act (``predict.state``, ``predict.return_to_go``) may be missing.
+        cfg: the shape and the options.
+
+    Raises:
+        DtLensError: naming the first weight that is missing, such as those of a state encoder that is not linear.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], cfg: HookedDecisionTransformerConfig) -> None:
+        self.cfg = cfg
+
+        def get(name: str) -> Tensor:
+            if name not in weights:
+                raise DtLensError(f"The weight {name!r} is missing; acting without the full model needs it.")
+            return weights[name].detach()
+
+        def linear(name: str) -> _Linear:
+            return _Linear(get(f"{name}.W").T.contiguous(), get(f"{name}.b").clone())
+
+        def norm(name: str, present: bool) -> _Norm:
+            if not present:
+                return _Norm(None, None, cfg.eps)
+            return _Norm(get(f"{name}.w").clone(), get(f"{name}.b").clone(), cfg.eps)
+
+        def block(l: int) -> _Block:
+            attn, normed = f"blocks.{l}.attn", cfg.normalization != "none"
+            # [head, d_model, d_head] -> [head * d_head, d_model]: a head's rows stay together, heads in order.
+            rows = [get(f"{attn}.W_{kind}").transpose(1, 2).flatten(0, 1) for kind in "QKV"]
+            biases = [get(f"{attn}.b_{kind}").flatten() for kind in "QKV"]
+            return _Block(
+                ln1=norm(f"blocks.{l}.ln1", normed),
+                ln2=norm(f"blocks.{l}.ln2", normed),
+                qkv=_Linear(torch.cat(rows), torch.cat(biases)),
+                out=_Linear(get(f"{attn}.W_O").flatten(0, 1).T.contiguous(), get(f"{attn}.b_O").clone()),
+                mlp_in=_Linear(get(f"blocks.{l}.mlp.W_in").T.contiguous(), get(f"blocks.{l}.mlp.b_in").clone()),
+                mlp_out=_Linear(get(f"blocks.{l}.mlp.W_out").T.contiguous(), get(f"blocks.{l}.mlp.b_out").clone()),
+                scale=cfg.attn_scale(l),
+            )
+
+        self.embed_return_to_go = linear("embed.return_to_go")
+        self.embed_state = linear("embed.state")
+        self.embed_action = linear("embed.action")
+        self.timestep_table = get("embed.timestep.W").clone()
+        self.position_table = get("embed.position.W").clone() if cfg.position != "none" else None
+        self.embed_ln = norm("embed_ln", cfg.embed_ln)
+        self.blocks = [block(l) for l in range(cfg.n_layers)]
+        self.ln_final = norm("ln_final", cfg.final_ln)
+        self.predict_action = linear("predict.action")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.predict_action.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.predict_action.weight.device
+
+    def embed(
+        self,
+        returns_to_go: Float[Tensor, "*batch 1"],
+        states: Float[Tensor, "*batch state_dim"],
+        actions: Float[Tensor, "*batch act_dim"],
+        timesteps: Int[Tensor, "*batch"],
+        action_timesteps: Int[Tensor, "*batch"] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens (return-to-go, state, action), each ``[*batch, d_model]``, as the first block meets them.
+
+        Position embeddings that differ from token to token are not in it: they belong to the window, not to the token.
+        """
+        time = F.embedding(timesteps, self.timestep_table)
+        action_time = time if action_timesteps is None else F.embedding(action_timesteps, self.timestep_table)
+        tokens = torch.stack(
+            (
+                self.embed_return_to_go(returns_to_go) + time,
+                self.embed_state(states) + time,
+                self.embed_action(actions) + action_time,
+            )
+        )
+        tokens = self.embed_ln(tokens)
+        if self.position_table is not None and self.cfg.position == "constant":
+            tokens = tokens + self.position_table[0]
+        returns, states, actions = tokens.unbind()
+        return returns, states, actions
+
+    def first_qkv(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token three_d_model"]:
+        """The first block's queries, keys and values, side by side."""
+        block = self.blocks[0]
+        return block.qkv(block.ln1(x) if self.cfg.normalization == "pre" else x)
+
+    def place(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+        """``x`` with learned positions added, where the model has them.
+
+        Raises:
+            DtLensError: for a window longer than the position table.
+        """
+        if self.cfg.position != "learned" or self.position_table is None:
+            return x
+        if x.shape[1] > self.cfg.n_position:
+            raise DtLensError(
+                f"A window of {x.shape[1]} tokens does not fit this model's {self.cfg.n_position} positions; "
+                "give a shorter context."
+            )
+        return x + self.position_table[: x.shape[1]]
+
+    def act(
+        self,
+        x: Float[Tensor, "batch token d_model"],
+        qkv: Float[Tensor, "batch token three_d_model"],
+        mask: Float[Tensor, "batch 1 token token"],
+    ) -> Float[Tensor, "batch act_dim"]:
+        """The action at the last token of ``x``, which must be a state's.
+
+        Args:
+            x: the tokens of a window, the last action's left out.
+            qkv: ``first_qkv(x)``.
+            mask: added to attention scores: 0 where a token (row) may look at another (column), ``-inf`` elsewhere.
+        """
+        cfg, last = self.cfg, self.cfg.n_layers - 1
+        d = cfg.d_model
+        for l, block in enumerate(self.blocks):
+            if l == last:
+                q, k, v, x, mask = *self._last_qkv(block, x, qkv if l == 0 else None), x[:, -1:], mask[:, :, -1:]
+            else:
+                if l > 0:
+                    qkv = block.qkv(block.ln1(x) if cfg.normalization == "pre" else x)
+                q, k, v = qkv.split(d, dim=-1)
+            z = F.scaled_dot_product_attention(
+                self._heads(q), self._heads(k), self._heads(v), attn_mask=mask, scale=block.scale
+            )
+            x = x + block.out(z.transpose(1, 2).flatten(2))
+            if cfg.normalization == "post":
+                x = block.ln1(x)
+                x = block.ln2(x + self._mlp(block, x))
+            else:
+                x = x + self._mlp(block, block.ln2(x))
+        action = self.predict_action(self.ln_final(x[:, -1]))
+        return torch.tanh(action) if cfg.action_tanh else action
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.cfg.n_heads, self.cfg.d_head)).transpose(1, 2)
+
+    def _last_qkv(self, block: _Block, x: Tensor, qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        d = self.cfg.d_model
+        if qkv is not None:
+            q, k, v = qkv.split(d, dim=-1)
+            return q[:, -1:], k, v
+        h = block.ln1(x) if self.cfg.normalization == "pre" else x
+        q = F.linear(h[:, -1:], block.qkv.weight[:d], block.qkv.bias[:d])
+        k, v = F.linear(h, block.qkv.weight[d:], block.qkv.bias[d:]).split(d, dim=-1)
+        return q, k, v
+
+    def _mlp(self, block: _Block, x: Tensor) -> Tensor:
+        h = block.mlp_in(x)
+        match self.cfg.act_fn:
+            case "relu":
+                h = F.relu_(h)
+            case "gelu":
+                h = F.gelu(h)
+            case "gelu_tanh":
+                h = F.gelu(h, approximate="tanh")
+            case "silu":
+                h = F.silu(h, inplace=True)
+            case "tanh":
+                h = torch.tanh_(h)
+        return block.mlp_out(h)
+
+
+def _may_look(real: Tensor, dtype: torch.dtype) -> Float[Tensor, "batch 1 token token"]:
+    """The additive mask for tokens ``real [batch, token]``: causal, padding unseen, and padding looking at itself.
+
+    A row with nothing to look at would be NaN and would spread.
+    """
+    n = real.shape[-1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
+    allowed = (real[:, None, None, :] & causal) | torch.eye(n, dtype=torch.bool, device=real.device)
+    return torch.zeros(allowed.shape, dtype=dtype, device=real.device).masked_fill_(~allowed, float("-inf"))
+
+
+def last_action(
+    weights: Mapping[str, Tensor],
+    cfg: HookedDecisionTransformerConfig,
+    states: Float[Tensor, "batch step state_dim"],
+    actions: Float[Tensor, "batch step act_dim"],
+    returns_to_go: Float[Tensor, "batch step 1"],
+    timesteps: Int[Tensor, "batch step"],
+    attention_mask: Tensor | None = None,
+) -> Float[Tensor, "batch act_dim"]:
+    """The last step's action for a batch of windows: ``model(...).action_preds[:, -1]``, without the model.
+
+    The last entry of ``actions`` is not read. Inputs are in the model's own units, as for
+    ``HookedDecisionTransformer.forward``; ``attention_mask [batch, step]`` is 0 for padding.
+
+    Raises:
+        DtLensError: for a missing weight, or a window longer than the position table.
+    """
+    model = ActingModel(weights, cfg)
+    tokens = torch.stack(model.embed(returns_to_go, states, actions, timesteps), dim=2).flatten(1, 2)
+    x = model.place(tokens[:, :-1])
+    real = torch.ones_like(timesteps) if attention_mask is None else attention_mask
+    mask = _may_look((real != 0).repeat_interleave(3, dim=1)[:, :-1], x.dtype)
+    return model.act(x, model.first_qkv(x), mask)
+
+
+class SlidingPolicy:
+    """A batch of episodes acted in step by step, each row with its own window of the last ``context`` steps.
+
+    Every call works on full windows of ``context`` steps, padded on the left and masked, whatever the rows' ages: the
+    arithmetic of a row does not depend on how old its neighbours are.
+
+    Args:
+        model: the weights.
+        context: steps looked back.
+        width: rows.
+    """
+
+    def __init__(self, model: ActingModel, context: int, width: int) -> None:
+        self.model, self.context, self.width = model, context, width
+        cfg, n = model.cfg, 3 * context
+        kwargs = {"dtype": model.dtype, "device": model.device}
+        # Tokens enter by threes: the action just taken, the return-to-go, the state. The window to act on is all but
+        # the oldest of them. With learned positions a token's queries, keys and values change as it slides.
+        self._slides_qkv = cfg.position != "learned"
+        features = cfg.d_model * (4 if self._slides_qkv else 1)
+        self._tokens = torch.zeros(width, n, features, **kwargs)  # type: ignore[call-overload]
+        self._spare = torch.zeros_like(self._tokens)
+        self._age = [0] * width
+        self._mask = self._empty_mask(width)
+        if cfg.position == "learned":
+            model.place(self._tokens[:, 1:, : cfg.d_model])  # says now, not in a worker's first step, that it fits
+
+    def _empty_mask(self, width: int) -> Tensor:
+        real = torch.zeros(width, 3 * self.context - 1, dtype=torch.bool, device=self.model.device)
+        return _may_look(real, self.model.dtype)
+
+    def restart(self, row: int) -> None:
+        """A new episode begins in ``row``; its window is empty."""
+        self._age[row] = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Narrow the batch to ``rows``, in that order."""
+        index = torch.tensor(rows, device=self.model.device)
+        self._tokens, self._mask = self._tokens[index], self._mask[index]
+        self._spare = torch.zeros_like(self._tokens)
+        self._age = [self._age[row] for row in rows]
+        self.width = len(rows)
+
+    def act(
+        self,
+        states: Float[Tensor, "width state_dim"],
+        returns_to_go: Float[Tensor, "width 1"],
+        timesteps: Int[Tensor, "width"],
+        previous_actions: Float[Tensor, "width act_dim"],
+    ) -> Float[Tensor, "width act_dim"]:
+        """The rows' actions. ``previous_actions`` are those taken one step earlier, of no account in a new episode."""
+        model, d = self.model, self.model.cfg.d_model
+        with torch.inference_mode():
+            parts = model.embed(
+                returns_to_go, states, previous_actions, timesteps, action_timesteps=(timesteps - 1).clamp_(min=0)
+            )
+            new = torch.stack((parts[2], parts[0], parts[1]), dim=1)
+            if self._slides_qkv:
+                new = torch.cat((new, model.first_qkv(new)), dim=-1)
+            torch.cat((self._tokens[:, 3:], new), dim=1, out=self._spare)
+            self._tokens, self._spare = self._spare, self._tokens
+            for row, age in enumerate(self._age):
+                if age < self.context:
+                    self._age[row] = age + 1
+                    self._open(row, 3 * (age + 1) - 1)
+            window = self._tokens[:, 1:]
+            x = window[..., :d]
+            if self._slides_qkv:
+                return model.act(x, window[..., d:], self._mask)
+            x = model.place(x)
+            return model.act(x, model.first_qkv(x), self._mask)
+
+    def _open(self, row: int, n: int) -> None:
+        """Let the last ``n`` tokens of ``row`` be seen."""
+        real = torch.zeros(1, self._mask.shape[-1], dtype=torch.bool, device=self._mask.device)
+        real[:, -n:] = True
+        self._mask[row] = _may_look(real, self._mask.dtype)[0]

@@ -1,0 +1,158 @@
+"""Named sets of labelled directions in the residual stream, and the registry that keeps models apart."""
+
+from __future__ import annotations
+
+import fnmatch
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dt_lens.errors import DtLensError, nearest
+
+__all__ = ["Embedding", "EmbeddingRegistry"]
+
+StreamSide = Literal["in", "out"]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """``n`` labelled directions in the residual stream.
+
+    Attributes:
+        directions: ``[n, d_model]``, raw: what the embedding or head itself holds; live where it is a view of a weight.
+        labels: one for each direction.
+        kind: what the directions stand for: ``"state"``, ``"action"``, ``"reward"`` (the return-to-go), ``"timestep"``, ``"token"``, ...
+        side: ``"in"`` for what is put into the stream, ``"out"`` for what is read out of it.
+        trained: whether the weights had a loss; an untrained head is a built-in null.
+        layernorm: the scale ``[d_model]`` of the LayerNorm between these directions and the stream, if any.
+        owner: the identity of the model they belong to; ``None`` for the user's own until they are registered.
+
+    Raises:
+        DtLensError: for directions that are no matrix or not finite, or labels that do not fit.
+
+    >>> Embedding(torch.eye(3), ["x", "y", "z"]).kind
+    'user'
+    """
+
+    directions: Float[Tensor, "n d_model"]
+    labels: Sequence[str] = ()
+    kind: str = "user"
+    side: StreamSide = "in"
+    trained: bool = True
+    layernorm: Float[Tensor, " d_model"] | None = None
+    owner: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.directions.ndim != 2:
+            raise DtLensError(f"Directions have shape {list(self.directions.shape)}; expected [n, d_model].")
+        if not bool(torch.isfinite(self.directions).all()):
+            raise DtLensError("Directions hold NaN or infinite values; every entry must be finite.")
+        n = len(self.directions)
+        labels = [str(label) for label in self.labels] or [f"{self.kind} {i}" for i in range(n)]
+        if len(labels) != n:
+            raise DtLensError(f"There are {len(labels)} labels for {n} directions; give one label for each.")
+        object.__setattr__(self, "labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    @property
+    def effective(self) -> Float[Tensor, "n d_model"]:
+        """The directions as the stream has them, up to length: through the LayerNorm that stands between.
+
+        A change ``e`` of a token before a LayerNorm of scale ``w`` moves the stream by ``diag(w) C e``, with ``C`` the centring;
+        a head ``e`` behind one reads the stream along ``C diag(w) e``. The LayerNorm's division, and the part of its derivative
+        along the token itself, depend on the token and are left out, as in every folding.
+        """
+        if self.layernorm is None:
+            return self.directions
+        e, w = self.directions.double(), self.layernorm.double()
+        if self.side == "in":
+            return w * (e - e.mean(-1, keepdim=True))
+        return w * e - (w * e).mean(-1, keepdim=True)
+
+    def index(self, label: str) -> int:
+        """The row of a label."""
+        if label not in self.labels:
+            raise DtLensError(f"{self.name or 'The embedding'} has no label {label!r}." + nearest(label, self.labels))
+        return list(self.labels).index(label)
+
+
+@dataclass
+class EmbeddingRegistry(Mapping[str, Embedding]):
+    """A model's embeddings by name, extensible in one line.
+
+    ``registry["mine"] = Embedding(vectors, labels)`` adds a set; ``registry.relabel("state_in", [...])`` swaps labels. What belongs
+    to another model, or has another dimension, is refused: directions of different models never meet by accident.
+    """
+
+    d_model: int
+    owner: str
+    _sets: dict[str, Embedding] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Embedding:
+        if name not in self._sets:
+            raise DtLensError(f"There is no embedding {name!r}; there are {', '.join(self._sets)}." + nearest(name, self._sets))
+        return self._sets[name]
+
+    def __setitem__(self, name: str, embedding: Embedding) -> None:
+        if not isinstance(embedding, Embedding):
+            raise DtLensError(f"An embedding is wanted for {name!r}, not a {type(embedding).__name__}; write Embedding(directions, labels).")
+        if embedding.directions.shape[1] != self.d_model:
+            raise DtLensError(
+                f"The embedding {name!r} has directions of size {embedding.directions.shape[1]}; this model's stream has {self.d_model}."
+            )
+        if embedding.owner not in (None, self.owner):
+            raise DtLensError(
+                f"The embedding {name!r} belongs to another model; to compare across models on purpose, register a copy with owner=None."
+            )
+        self._sets[name] = replace(embedding, owner=self.owner, name=name)
+
+    def __delitem__(self, name: str) -> None:
+        del self._sets[self[name].name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sets)
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sets
+
+    def relabel(self, name: str, labels: Sequence[str]) -> None:
+        """Give the set ``name`` other labels, one for each direction."""
+        self._sets[name] = replace(self[name], labels=list(labels))
+
+    def select(self, patterns: Sequence[str] | str | None = None) -> list[Embedding]:
+        """The sets whose names match any shell-style pattern; all of them for ``None``."""
+        if patterns is None:
+            return list(self._sets.values())
+        chosen: dict[str, Embedding] = {}
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matched = fnmatch.filter(self._sets, pattern)
+            chosen |= {name: self._sets[name] for name in matched or [self[pattern].name]}
+        return list(chosen.values())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {"name": n, "kind": e.kind, "side": e.side, "directions": len(e), "trained": "yes" if e.trained else "no (a built-in null)",
+             "labels": ", ".join(list(e.labels)[:4]) + (", ..." if len(e) > 4 else "")}
+            for n, e in self._sets.items()
+        ]  # fmt: skip
+
+    def __repr__(self) -> str:
+        lines = [f"{r['name']:<14}{r['kind']:<10}{r['side']:<5}{r['directions']:>6}  trained: {r['trained']:<21} {r['labels']}" for r in self._rows()]
+        return "\n".join([f"EmbeddingRegistry of {len(self)} sets in {self.d_model} dimensions", *lines])
+
+    def _repr_html_(self) -> str:
+        rows = self._rows()
+        head = "".join(f"<th>{key}</th>" for key in (rows[0] if rows else {}))
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

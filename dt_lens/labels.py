@@ -1,0 +1,105 @@
+"""Names for the coordinates of states and actions, from the environment itself."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+__all__ = ["environment_labels"]
+
+Labels = tuple[str, ...]
+
+
+@lru_cache
+def environment_labels(environment: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> tuple[Labels | None, Labels | None]:
+    """The labels of an environment's observations and actions; ``None`` for what it does not name.
+
+    MuJoCo environments name joints and actuators; Gymnasium's Atari environments name action meanings, MiniGrid and others have an
+    ``actions`` enumeration. An environment that cannot be made here names nothing.
+    """
+    import gymnasium as gym
+
+    try:
+        env = gym.make(environment, disable_env_checker=True, **dict(kwargs))
+    except Exception:
+        # Labels are an ornament: whatever keeps the environment from being made is told by the rollout that needs it.
+        return None, None
+    try:
+        return _mujoco_observations(env) or _box_observations(env), _actions(env)
+    finally:
+        env.close()
+
+
+def _mujoco_observations(env: Any) -> Labels | None:
+    bare = env.unwrapped
+    model = getattr(bare, "model", None)
+    structure = getattr(bare, "observation_structure", None)
+    if model is None or structure is None or not hasattr(model, "joint"):
+        return None
+    positions, velocities = _joint_coordinates(model)
+    skipped = int(structure.get("skipped_qpos", 0))
+    labels: list[str] = []
+    for part, size in structure.items():
+        if part == "skipped_qpos":
+            continue
+        if part == "qpos":
+            named = [f"{joint} position" for joint in positions[skipped:]]
+        elif part == "qvel":
+            named = [f"{joint} velocity" for joint in velocities]
+        else:
+            named = [f"{part} {i}" for i in range(int(size))]
+        if len(named) != int(size):
+            return None
+        labels += named
+    return tuple(labels) if len(labels) == env.observation_space.shape[0] else None
+
+
+def _joint_coordinates(model: Any) -> tuple[list[str], list[str]]:
+    """The names of the entries of qpos and qvel; free and ball joints have several."""
+    parts = {0: (("x", "y", "z", "qw", "qx", "qy", "qz"), ("x", "y", "z", "rx", "ry", "rz")), 1: (("qw", "qx", "qy", "qz"), ("rx", "ry", "rz"))}
+    positions, velocities = [], []
+    for i in range(model.njnt):
+        name = model.joint(i).name or f"joint{i}"
+        qpos, qvel = parts.get(int(model.jnt_type[i]), (("",), ("",)))
+        positions += [f"{name} {axis}".strip() for axis in qpos]
+        velocities += [f"{name} {axis}".strip() for axis in qvel]
+    return positions, velocities
+
+
+def _box_observations(env: Any) -> Labels | None:
+    classic = {
+        "CartPole": ("cart position", "cart velocity", "pole angle", "pole angular velocity"),
+        "Pendulum": ("cos(angle)", "sin(angle)", "angular velocity"),
+        "MountainCar": ("position", "velocity"),
+    }
+    shape = env.observation_space.shape
+    for name, labels in classic.items():
+        if env.spec is not None and env.spec.id.startswith(name) and shape == (len(labels),):
+            return labels
+    return None
+
+
+def _actions(env: Any) -> Labels | None:
+    import gymnasium as gym
+
+    bare = env.unwrapped
+    space = env.action_space
+    if isinstance(space, gym.spaces.Discrete):
+        names: list[str] = []
+        if hasattr(bare, "get_action_meanings"):
+            names = [str(name).lower() for name in bare.get_action_meanings()]
+        elif hasattr(bare, "actions") and hasattr(bare.actions, "__members__"):
+            names = list(bare.actions.__members__)
+        elif env.spec is not None and env.spec.id.startswith("CartPole"):
+            names = ["push left", "push right"]
+        return tuple(names[: int(space.n)]) if len(names) >= int(space.n) else None
+    model = getattr(bare, "model", None)
+    if model is not None and hasattr(model, "actuator") and space.shape == (model.nu,):
+        return tuple(_actuator(model, i) for i in range(model.nu))
+    return None
+
+
+def _actuator(model: Any, i: int) -> str:
+    # Gymnasium's models name no actuators; the joint that one drives says what it is.
+    named = model.actuator(i).name
+    return named or f"{model.joint(int(model.actuator_trnid[i, 0])).name} torque"

@@ -1,0 +1,133 @@
+"""What every wrapped model offers, and the two ways to one: ``load`` a checkpoint, ``wrap`` a live model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.files import read_checkpoint
+from dt_lens.plugins import Adapter, choose
+
+if TYPE_CHECKING:
+    from dt_lens.embeddings import EmbeddingRegistry
+    from dt_lens.matrices import Structure
+
+__all__ = ["Lens", "Reference", "load", "wrap"]
+
+
+class Reference(Protocol):
+    """The original model's own activations, so that ``certify`` proves the adapter and not merely the copy."""
+
+    def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """One forward pass of the original model: its activations under canonical hook names, heads split."""
+        ...
+
+
+@runtime_checkable
+class Lens(Protocol):
+    """A wrapped model. Everything in dt-lens after ``load`` or ``wrap`` uses these and nothing else of it."""
+
+    cfg: Any
+    original: nn.Module | None
+    reference: Reference | None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Live weights by canonical name, ``y = x @ W + b``; writing into one edits the model."""
+        ...
+
+    @property
+    def structure(self) -> Structure:
+        """Blocks, heads, and which LayerNorm stands before which matrix."""
+        ...
+
+    @property
+    def embeddings(self) -> EmbeddingRegistry:
+        """Named sets of labelled directions in the residual stream."""
+        ...
+
+    def probe(self, seed: int = 0) -> dict[str, Any]:
+        """A small random batch that exercises every part of the model."""
+        ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's ``run_with_cache``."""
+        ...
+
+
+def load(source: str | Path, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
+    """A model from a bundled name, a local file or folder, or a Hugging Face hub id.
+
+    Args:
+        source: ``"hopper"``, ``"runs/walker"``, ``"model.pt"``, ``"edbeeching/decision-transformer-gym-hopper-expert"``.
+        adapter: insist on one by name, ``"module:Class"``, class or object; found by the checkpoint's content when omitted.
+        check: certify the result (a forward pass or two); leave it on.
+        given: what the file does not tell, such as ``n_heads=1``, ``environment="Hopper-v5"``, ``context=20``.
+
+    Returns:
+        the wrapped model, in evaluation mode; for a decision transformer a ``HookedDecisionTransformer``.
+
+    Raises:
+        DtLensError: when there is no such model, the file is damaged, no adapter knows it, or ``certify`` refuses it.
+    """
+    checkpoint = read_checkpoint(_locate(source))
+    chosen = choose(checkpoint, adapter, sorted(checkpoint.tensors))
+    return _certified(chosen.load(checkpoint, **given), check)
+
+
+def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
+    """The lens on a live torch model, sharing its storage: an edit made through it is seen by the model itself.
+
+    The arguments are ``load``'s. A model that is moved, cast or loaded anew after wrapping gets other storage: wrap it again
+    (an edit notices and says so).
+    """
+    if not isinstance(model, nn.Module):
+        raise DtLensError(f"wrap takes a torch model, not a {type(model).__name__}; use dt_lens.load for a file, folder or name.")
+    if isinstance(model, Lens):
+        return model
+    chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
+    return _certified(chosen.wrap(model, **given), check)
+
+
+def _certified(lens: Lens, check: bool) -> Lens:
+    if check:
+        from dt_lens.certify import certify
+
+        certify(lens)
+    return lens
+
+
+def _locate(source: str | Path) -> Path:
+    from dt_lens.zoo import bundled
+
+    name = str(source)
+    if Path(source).exists():
+        return Path(source)
+    models = bundled()
+    if name in models:
+        return models[name]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).suffix and not Path(name).parent.is_dir():
+        return _download(name)
+    raise DtLensError(
+        f"There is no model {name!r}: it is no local file or folder and none of the bundled models ({', '.join(models)})."
+        + nearest(name, models)
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]))
+    except RepositoryNotFoundError as error:
+        raise DtLensError(f"There is no local path and no model {hub_id!r} on the Hugging Face hub.") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DtLensError(
+            f"There is no local path {hub_id!r}, and the Hugging Face hub could not be reached for a model of that id; check the name and the connection."
+        ) from error

@@ -1,0 +1,257 @@
+"""The catalogue: every matrix with a name, its two sides, its factors, and the LayerNorm in front of it.
+
+A matrix ``M [d_left, d_right]`` acts as ``y = x @ M``. Some are weights; ``OV.h = W_V[h] W_O[h]`` and
+``QK.h = W_Q[h] W_K[h]^T`` are circuits, products of two thin factors (Elhage et al., "A Mathematical Framework for
+Transformer Circuits", 2021).
+
+Folding: what a reading matrix sees is ``(x - mean) / std * w + b``, so up to the scale it acts on the stream as
+``(I - 11^T/d) diag(w) W``. The folded matrix is that product.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from dt_lens.errors import DtLensError, nearest
+
+if TYPE_CHECKING:
+    from dt_lens.lens import Lens
+
+__all__ = ["Factor", "Matrix", "SideName", "Structure", "catalogue", "find_matrix", "select_matrices"]
+
+SideName = Literal["read", "write", "neuron", "head", "query", "key"]
+RESIDUAL: tuple[SideName, ...] = ("read", "write", "query", "key")  # the sides that face the residual stream
+
+
+class Structure(NamedTuple):
+    """What the catalogue needs to know of a model.
+
+    ``attn_norm[l]`` and ``mlp_norm[l]`` are the prefixes (``"blocks.0.ln1"``) of the LayerNorm that layer ``l``'s attention and
+    MLP read through, or ``None`` where they read the stream itself (no LayerNorm, or post-LayerNorm blocks).
+    """
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    attn_scale: tuple[float, ...]  # what scores are multiplied by, per layer
+    attn_norm: tuple[str | None, ...]
+    mlp_norm: tuple[str | None, ...]
+
+
+class Factor(NamedTuple):
+    """One two-dimensional factor of a matrix: a weight, or one head's slice of it, possibly transposed.
+
+    ``pattern`` is the einops pattern from the weight (or its slice) to the factor.
+    """
+
+    weight: str
+    pattern: str
+    head: int | None = None
+
+    def view(self, weights: Mapping[str, Tensor]) -> Float[Tensor, "left right"]:
+        """The factor in the weight's own dtype; a view where the pattern allows."""
+        weight = weights[self.weight]
+        return rearrange(weight if self.head is None else weight[self.head], self.pattern)
+
+    def scatter(self, change: Float[Tensor, "left right"], weights: Mapping[str, Tensor]) -> Tensor:
+        """``change`` of the factor as a change of the whole weight, zero outside this head; in ``change``'s dtype."""
+        weight = weights[self.weight]
+        heads = {"h": weight.shape[0]} if weight.ndim == 3 and self.head is None else {}
+        back = rearrange(change, _inverse(self.pattern), **heads)
+        if self.head is None:
+            return back
+        whole = change.new_zeros(weight.shape)
+        whole[self.head] = back
+        return whole
+
+
+def _inverse(pattern: str) -> str:
+    before, after = pattern.split(" -> ")
+    return f"{after} -> {before}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One catalogued matrix: ``name`` and where it stands, its sides, and how to compute it."""
+
+    name: str
+    kind: str  # W_in, W_out, W_Q, W_K, W_V, W_O, OV, QK
+    layer: int
+    head: int | None
+    left: SideName
+    right: SideName
+    factors: tuple[Factor, ...]
+    left_norm: str | None = None
+    right_norm: str | None = None
+
+    @property
+    def residual_sides(self) -> tuple[SideName, ...]:
+        """The sides that face the residual stream, left first."""
+        return tuple(side for side in (self.left, self.right) if side in RESIDUAL)
+
+    @property
+    def foldable(self) -> bool:
+        """Whether a LayerNorm stands before this matrix."""
+        return self.left_norm is not None or self.right_norm is not None
+
+    def side(self, side: str | None) -> Literal["left", "right"]:
+        """Which of ``left`` and ``right`` a side's name means; ``None`` is the only side on the residual stream.
+
+        Raises:
+            DtLensError: for a side this matrix has not, or ``None`` where two would do.
+        """
+        if side is None:
+            if len(self.residual_sides) != 1:
+                raise DtLensError(f"{self.name} has two sides on the residual stream; say side={self.left!r} or side={self.right!r}.")
+            side = self.residual_sides[0]
+        if side == self.left:
+            return "left"
+        if side == self.right:
+            return "right"
+        raise DtLensError(f"{self.name} has no side {side!r}; it has {self.left!r} and {self.right!r}.")
+
+    def raw(self, lens: Lens) -> list[Float[Tensor, "left right"]]:
+        """The factors in float64, whose product in order is the matrix."""
+        weights = lens.weights
+        return [factor.view(weights).double() for factor in self.factors]
+
+    def folded(self, lens: Lens) -> list[Float[Tensor, "left right"]]:
+        """The factors with the LayerNorm folded in: centred and scaled on every side that reads through one."""
+        factors = self.raw(lens)
+        if self.left_norm is not None:
+            factors[0] = fold(factors[0], lens.weights[f"{self.left_norm}.w"])
+        if self.right_norm is not None:
+            factors[-1] = fold(factors[-1].T, lens.weights[f"{self.right_norm}.w"]).T
+        return factors
+
+    def dense(self, lens: Lens, fold_layernorm: bool = True) -> Float[Tensor, "left right"]:
+        """The matrix itself, in float64."""
+        factors = self.folded(lens) if fold_layernorm else self.raw(lens)
+        return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+
+
+def fold(matrix: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model out"]:
+    """``(I - 11^T/d) diag(w) matrix``: what a reading matrix does to the residual stream behind a LayerNorm of scale ``w``.
+
+    The mean runs over the stream, which is the matrix's input, not over its outputs.
+    """
+    scaled = w.to(matrix)[:, None] * matrix
+    return scaled - scaled.mean(0, keepdim=True)
+
+
+def unfold(change: Float[Tensor, "d_model out"], w: Tensor, norm: str) -> Float[Tensor, "d_model out"]:
+    """A change of the folded matrix carried back to the raw weight: ``diag(1/w) change``.
+
+    Raises:
+        DtLensError: when a scale in ``w`` is zero: the raw weight's row is then multiplied by nothing.
+    """
+    if bool((w == 0).any()):
+        where = int((w == 0).nonzero()[0])
+        raise DtLensError(
+            f"The LayerNorm {norm} has scale 0 at coordinate {where}, so an edit of the folded matrix cannot be carried back to "
+            "the raw weight; use fold_layernorm=False."
+        )
+    return change / w.to(change)[:, None]
+
+
+# kind: (left side, right side, einops pattern that puts all heads side by side)
+ATTENTION: dict[str, tuple[SideName, SideName, str]] = {
+    "W_Q": ("read", "head", "h d e -> d (h e)"),
+    "W_K": ("read", "head", "h d e -> d (h e)"),
+    "W_V": ("read", "head", "h d e -> d (h e)"),
+    "W_O": ("head", "write", "h e d -> (h e) d"),
+}
+
+
+def catalogue(lens: Lens, per_head: bool = False) -> dict[str, Matrix]:
+    """Every matrix of a model by name, in the order of the forward pass.
+
+    ``blocks.{l}.attn.W_Q`` and its kin hold all heads side by side, ``[d_model, n_heads * d_head]``; with ``per_head`` each
+    head's own is listed too, as ``blocks.{l}.attn.W_Q.{h}``.
+    """
+    structure, weights = lens.structure, lens.weights
+    found: dict[str, Matrix] = {}
+
+    def add(matrix: Matrix) -> None:
+        if all(factor.weight in weights for factor in matrix.factors):
+            found[matrix.name] = matrix
+
+    for layer in range(structure.n_layers):
+        attn, mlp = f"blocks.{layer}.attn", f"blocks.{layer}.mlp"
+        norm = structure.attn_norm[layer]
+        for kind, (left, right, merged) in ATTENTION.items():
+            before = norm if left == "read" else None
+            add(Matrix(f"{attn}.{kind}", kind, layer, None, left, right, (Factor(f"{attn}.{kind}", merged),), before))
+            for head in range(structure.n_heads) if per_head else ():
+                factor = Factor(f"{attn}.{kind}", "a b -> a b", head)
+                add(Matrix(f"{attn}.{kind}.{head}", kind, layer, head, left, right, (factor,), before))
+        for head in range(structure.n_heads):
+            q, k, v, o = (Factor(f"{attn}.W_{letter}", "a b -> a b", head) for letter in "QKVO")
+            k = k._replace(pattern="d e -> e d")
+            add(Matrix(f"{attn}.OV.{head}", "OV", layer, head, "read", "write", (v, o), norm))
+            add(Matrix(f"{attn}.QK.{head}", "QK", layer, head, "query", "key", (q, k), norm, norm))
+        norm = structure.mlp_norm[layer]
+        for kind in ("W_in", "W_gate"):
+            add(Matrix(f"{mlp}.{kind}", kind, layer, None, "read", "neuron", (Factor(f"{mlp}.{kind}", "a b -> a b"),), norm))
+        add(Matrix(f"{mlp}.W_out", "W_out", layer, None, "neuron", "write", (Factor(f"{mlp}.W_out", "a b -> a b"),)))
+    return found
+
+
+def find_matrix(lens: Lens, name: str, head: int | None = None) -> Matrix:
+    """The catalogued matrix called ``name``, or that head's own when ``head`` is given.
+
+    Raises:
+        DtLensError: for a name that is not in the catalogue, with the nearest that is.
+    """
+    known = catalogue(lens, per_head=True)
+    wanted = name if head is None else f"{name}.{head}"
+    if wanted in known:
+        return known[wanted]
+    if head is not None and name in known:
+        raise DtLensError(f"{name} has no head {head}; the model's heads are 0 to {lens.structure.n_heads - 1}.")
+    raise DtLensError(f"The model has no matrix {wanted!r}." + (nearest(wanted, known) or f" It has {', '.join(list(known)[:3])}, ..."))
+
+
+def select_matrices(lens: Lens, patterns: Sequence[str] | str | None = None) -> list[Matrix]:
+    """The catalogued matrices that match any of the shell-style ``patterns`` (all when ``None``), in forward order.
+
+    Raises:
+        DtLensError: for a pattern that matches nothing, with the nearest name.
+    """
+    listed = catalogue(lens)
+    if patterns is None:
+        return list(listed.values())
+    everything = catalogue(lens, per_head=True)
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # A star means the listed ones; heads of W_Q and its kin are named in full.
+        matched = fnmatch.filter(listed, pattern) or fnmatch.filter(everything, pattern)
+        if not matched:
+            raise DtLensError(f"No matrix of the model matches {pattern!r}." + nearest(pattern, everything))
+        chosen.update(matched)
+    return [matrix for name, matrix in everything.items() if name in chosen]
+
+
+def perturbation(matrix: Matrix, lens: Lens) -> float:
+    """The spectral norm by which rounding the weights to their dtype may move the matrix.
+
+    Rounding errors are independent and at most half a unit in the last place of each entry, so their matrix has spectral norm near
+    ``(sqrt(m) + sqrt(n)) * rms`` (Vershynin, "High-Dimensional Probability", theorem 4.4.5); a factor's error passes through the other.
+    """
+    weights = lens.weights
+    views = [factor.view(weights) for factor in matrix.factors]
+    sizes = [float(torch.linalg.matrix_norm(view.double(), 2)) for view in views] if len(views) > 1 else [1.0]
+    total = 0.0
+    for i, view in enumerate(views):
+        rms = float(view.double().pow(2).mean().sqrt())
+        error = torch.finfo(view.dtype).eps / 2 * rms * sum(n**0.5 for n in view.shape)
+        total += error * (sizes[1 - i] if len(views) > 1 else 1.0)
+    return total
