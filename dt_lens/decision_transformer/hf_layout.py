@@ -225,4 +225,7 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
         "embd_pdrop": cfg.embed_dropout,
         "attn_pdrop": cfg.attn_dropout,
         "resid_pdrop": cfg.resid_dropout,
+        # There are no tokens; the class's defaults lie outside its vocabulary of one and make it warn.
+        "bos_token_id": None,
+        "eos_token_id": None,
     }

@@ -22,7 +22,7 @@ from torch import Tensor
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.errors import DtLensError
 
-__all__ = ["ActingModel", "SlidingPolicy", "last_action"]
+__all__ = ["ActingModel", "SlidingPolicy", "acting_shapes", "full_mask", "last_action"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,29 @@ class _Block:
     mlp_in: _Linear
     mlp_out: _Linear
     scale: float
+
+
+def acting_shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the weights that acting takes."""
+    d, heads, e = cfg.d_model, cfg.n_heads, cfg.d_head
+    shapes: dict[str, tuple[int, ...]] = {"embed.timestep.W": (cfg.max_ep_len, d)}
+    for kind, size in (("return_to_go", 1), ("state", cfg.state_dim), ("action", cfg.act_dim)):
+        shapes |= {f"embed.{kind}.W": (size, d), f"embed.{kind}.b": (d,)}
+    if cfg.position != "none":
+        shapes["embed.position.W"] = (cfg.n_position, d)
+    norms = ["embed_ln"] * cfg.embed_ln + ["ln_final"] * cfg.final_ln
+    for l in range(cfg.n_layers):
+        attn, mlp = f"blocks.{l}.attn", f"blocks.{l}.mlp"
+        for kind in "QKV":
+            shapes |= {f"{attn}.W_{kind}": (heads, d, e), f"{attn}.b_{kind}": (heads, e)}
+        shapes |= {f"{attn}.W_O": (heads, e, d), f"{attn}.b_O": (d,)}
+        shapes |= {f"{mlp}.W_in": (d, cfg.d_mlp), f"{mlp}.b_in": (cfg.d_mlp,)}
+        shapes |= {f"{mlp}.W_out": (cfg.d_mlp, d), f"{mlp}.b_out": (d,)}
+        if cfg.normalization != "none":
+            norms += [f"blocks.{l}.ln1", f"blocks.{l}.ln2"]
+    for name in norms:
+        shapes |= {f"{name}.w": (d,), f"{name}.b": (d,)}
+    return shapes | {"predict.action.W": (d, cfg.act_dim), "predict.action.b": (cfg.act_dim,)}
 
 
 class ActingModel:
@@ -113,6 +136,17 @@ class ActingModel:
         self.blocks = [block(l) for l in range(cfg.n_layers)]
         self.ln_final = norm("ln_final", cfg.final_ln)
         self.predict_action = linear("predict.action")
+
+    @classmethod
+    def random(
+        cls, cfg: HookedDecisionTransformerConfig, dtype: torch.dtype, generator: torch.Generator
+    ) -> ActingModel:
+        """A model of this shape with random weights of ordinary size, on the CPU."""
+
+        def draw(*shape: int) -> Tensor:
+            return (torch.randn(shape, generator=generator) * shape[-2] ** -0.5 if len(shape) > 1 else torch.ones(shape)).to(dtype)
+
+        return cls({name: draw(*shape) for name, shape in acting_shapes(cfg).items()}, cfg)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,6 +279,11 @@ def _may_look(real: Tensor, dtype: torch.dtype) -> Float[Tensor, "batch 1 token 
     return torch.zeros(allowed.shape, dtype=dtype, device=real.device).masked_fill_(~allowed, float("-inf"))
 
 
+def full_mask(width: int, n: int, dtype: torch.dtype) -> Float[Tensor, "width 1 n n"]:
+    """The additive mask of windows of ``n`` real tokens."""
+    return _may_look(torch.ones(width, n, dtype=torch.bool), dtype)
+
+
 def last_action(
     weights: Mapping[str, Tensor],
     cfg: HookedDecisionTransformerConfig,
@@ -323,6 +362,10 @@ class SlidingPolicy:
         """The rows' actions. ``previous_actions`` are those taken one step earlier, of no account in a new episode."""
         model, d = self.model, self.model.cfg.d_model
         with torch.inference_mode():
+            states, returns_to_go, previous_actions = (
+                a.to(model.device, model.dtype) for a in (states, returns_to_go, previous_actions)
+            )
+            timesteps = timesteps.to(model.device)
             parts = model.embed(
                 returns_to_go, states, previous_actions, timesteps, action_timesteps=(timesteps - 1).clamp_(min=0)
             )
