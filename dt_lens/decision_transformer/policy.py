@@ -144,7 +144,9 @@ class ActingModel:
         """A model of this shape with random weights of ordinary size, on the CPU."""
 
         def draw(*shape: int) -> Tensor:
-            return (torch.randn(shape, generator=generator) * shape[-2] ** -0.5 if len(shape) > 1 else torch.ones(shape)).to(dtype)
+            return (
+                torch.randn(shape, generator=generator) * shape[-2] ** -0.5 if len(shape) > 1 else torch.ones(shape)
+            ).to(dtype)
 
         return cls({name: draw(*shape) for name, shape in acting_shapes(cfg).items()}, cfg)
 

@@ -1,0 +1,1 @@
+"""What an agent does: tasks, rollouts, and the statistics of outcomes."""

@@ -1,0 +1,188 @@
+"""A Gymnasium environment as a task for a decision transformer: made by id, checked against the model, scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from numpy.typing import NDArray
+
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.errors import DtLensError, nearest
+
+__all__ = ["ScoreReference", "Task", "make_task", "score_reference"]
+
+Env = gym.Env[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An environment by specification, so that any process can make it, with what acting in it takes.
+
+    Observations that are not flat vectors are flattened as ``gymnasium.spaces.flatten`` does (a discrete one becomes
+    one-hot).
+    """
+
+    environment: str
+    kwargs: Mapping[str, Any]
+    spec: EnvSpec  # travels instead of the id: a worker has not imported what registered it
+    state_dim: int
+    act_dim: int
+    discrete: bool
+    time_limit: int  # steps after which an episode is cut
+
+    def make(self, **kwargs: Any) -> Env:
+        """A new environment with the dynamics and the seeding of ``gym.make(id)``; ``kwargs`` such as ``render_mode``.
+
+        The checker that ``gym.make`` wraps around it (it warns about environments under development) is left out.
+        """
+        return _make(self.spec, {**self.kwargs, **kwargs})
+
+    def state(self, env: Env, observation: Any) -> NDArray[np.float64]:
+        """An observation as the model's flat state vector ``[state_dim]``, not yet normalised."""
+        space = env.observation_space
+        if isinstance(space, spaces.Box) and len(space.shape) == 1:
+            return np.asarray(observation, dtype=np.float64)
+        return np.asarray(spaces.flatten(space, observation), dtype=np.float64)
+
+    def action(self, env: Env, prediction: NDArray[np.float32]) -> tuple[Any, NDArray[np.float32]]:
+        """What to do for a predicted action ``[act_dim]``: the action for ``env.step``, and what the model is fed back.
+
+        Continuous predictions are clipped to the action box and not rescaled; of discrete ones, which are logits, the
+        largest is taken, and fed back one-hot.
+        """
+        space = env.action_space
+        if isinstance(space, spaces.Discrete):
+            best = int(prediction.argmax())
+            taken = np.zeros_like(prediction)
+            taken[best] = 1.0
+            return int(space.start) + best, taken
+        assert isinstance(space, spaces.Box)
+        action = np.clip(prediction.astype(space.dtype), space.low, space.high)
+        return action, action.astype(np.float32)
+
+
+def make_task(
+    environment: str,
+    kwargs: Mapping[str, Any],
+    cfg: HookedDecisionTransformerConfig,
+    max_steps: int | None = None,
+) -> Task:
+    """The task ``environment``, made once to check that the model ``cfg`` describes fits it.
+
+    An episode is cut at the environment's own time limit or after ``max_steps``, whichever comes first; an environment
+    without a limit is cut at the end of the model's timestep table.
+
+    Raises:
+        DtLensError: for an id that nobody registered, an environment that cannot be made, or a state or action space
+            that the model does not fit.
+    """
+    spec = _find(environment)
+    env = _make(spec, kwargs)
+    try:
+        state_dim = _state_size(environment, env.observation_space)
+        act_dim, discrete = _action_size(environment, env.action_space)
+    finally:
+        env.close()
+    if state_dim != cfg.state_dim:
+        raise DtLensError(
+            f"{environment} gives states of {state_dim} numbers and this model reads {cfg.state_dim}; "
+            "evaluate it in the environment it was trained in."
+        )
+    if discrete != cfg.discrete_actions:
+        kind, other = ("discrete", "continuous") if discrete else ("continuous", "discrete")
+        raise DtLensError(f"{environment} takes {kind} actions and this model predicts {other} ones.")
+    if act_dim != cfg.act_dim:
+        what = "kinds of action" if discrete else "numbers per action"
+        raise DtLensError(f"{environment} takes {act_dim} {what} and this model predicts {cfg.act_dim}.")
+    limit = min(spec.max_episode_steps or cfg.max_ep_len, max_steps or 10**9)
+    return Task(environment, dict(kwargs), spec, state_dim, act_dim, discrete, limit)
+
+
+def _find(environment: str) -> EnvSpec:
+    module, _, name = environment.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise DtLensError(
+                f"The module {module!r} of the environment {environment!r} cannot be imported: {error}."
+            ) from error
+    spec = gym.envs.registry.get(name)
+    if spec is None:
+        raise DtLensError(
+            f"There is no Gymnasium environment {environment!r}; a package that registers it must be imported first, "
+            f"or named as in 'package:{name}'." + nearest(name, gym.envs.registry)
+        )
+    return spec
+
+
+def _make(spec: EnvSpec, kwargs: Mapping[str, Any]) -> Env:
+    try:
+        return gym.make(spec, disable_env_checker=True, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DtLensError(f"The environment {spec.id!r} cannot be made: {first}.") from error
+
+
+def _state_size(environment: str, space: spaces.Space[Any]) -> int:
+    try:
+        return int(spaces.flatdim(space))
+    except (NotImplementedError, ValueError) as error:
+        raise DtLensError(f"{environment}'s observations ({space}) cannot be flattened into a state vector.") from error
+
+
+def _action_size(environment: str, space: spaces.Space[Any]) -> tuple[int, bool]:
+    if isinstance(space, spaces.Discrete):
+        return int(space.n), True
+    if isinstance(space, spaces.Box) and len(space.shape) == 1:
+        return int(space.shape[0]), False
+    raise DtLensError(
+        f"{environment}'s actions are {space}; only flat continuous (Box) and Discrete ones can be predicted."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreReference:
+    """The returns that a D4RL-normalised score calls 0 (a random policy's) and 100 (an expert's).
+
+    Fu et al., "D4RL: Datasets for Deep Data-Driven Reinforcement Learning" (2020). They were measured on the versions
+    of 2020 (Hopper-v2 and its like); on later versions the score is a convention, not a share of what is possible.
+    """
+
+    name: str
+    random: float
+    expert: float
+
+    def score(self, returns: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``100 * (return - random) / (expert - random)``, elementwise."""
+        return 100.0 * (np.asarray(returns, dtype=np.float64) - self.random) / (self.expert - self.random)
+
+
+_REFERENCES = {
+    "Hopper": ScoreReference("hopper", -20.272305, 3234.3),
+    "HalfCheetah": ScoreReference("halfcheetah", -280.178953, 12135.0),
+    "Walker2d": ScoreReference("walker2d", 1.629008, 4592.3),
+    "Ant": ScoreReference("ant", -325.6, 3879.7),
+    "AdroitHandPen": ScoreReference("pen", 96.262799, 3076.8331017826877),
+    "AdroitHandHammer": ScoreReference("hammer", -274.856578, 12794.134825156867),
+    "AdroitHandDoor": ScoreReference("door", -56.512833, 2880.5693087298737),
+    "AdroitHandRelocate": ScoreReference("relocate", -6.425911, 4233.877797728884),
+}
+
+
+def score_reference(environment: str) -> ScoreReference | None:
+    """The D4RL reference returns of a Gymnasium id, ``None`` where D4RL defines none.
+
+    >>> score_reference("Hopper-v5").expert
+    3234.3
+    >>> score_reference("CartPole-v1") is None
+    True
+    """
+    return _REFERENCES.get(environment.rpartition(":")[2].rpartition("-v")[0])

@@ -1,0 +1,254 @@
+"""``evaluate``: run a decision transformer in an environment, hundreds of paired episodes at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dt_lens.errors import DtLensError
+
+if TYPE_CHECKING:
+    from dt_lens.behaviour.environment import Task
+    from dt_lens.behaviour.outcomes import Evaluation, FailureRule
+    from dt_lens.behaviour.rollouts import Conditions, Outcome
+    from dt_lens.decision_transformer.model import HookedDecisionTransformer
+
+__all__ = ["evaluate", "model_id"]
+
+Progress = Callable[[float, int], None]
+
+
+def evaluate(
+    model: HookedDecisionTransformer,
+    environment: str | None = None,
+    *,
+    episodes: int = 100,
+    seed: int = 0,
+    target_return: float | None = None,
+    environment_kwargs: Mapping[str, Any] | None = None,
+    max_steps: int | None = None,
+    failure: FailureRule | None = None,
+    workers: int | None = None,
+    lanes: int | None = None,
+    progress: bool | Progress = False,
+) -> Evaluation:
+    """Run ``episodes`` episodes of ``model`` as it is now (edits included) and return how each one went.
+
+    Episode ``i`` starts from ``env.reset(seed=seed + i)``. What happens in it depends on the model, the environment,
+    the target return and that seed alone, to the last bit: not on ``episodes``, ``workers``, ``lanes`` (on a CPU) or
+    the order. So two evaluations with the same seeds are paired, and ``edited.compare(baseline)`` compares them.
+
+    A model on the CPU runs in worker processes. A model with hooks, with a state encoder of its own, or on another
+    device runs in this process, one torch thread on the CPU; what its hooks do is part of the behaviour. Dropout is off.
+
+    Args:
+        model: a ``HookedDecisionTransformer``: what ``dt_lens.load`` and ``dt_lens.wrap`` return for one.
+        environment: a Gymnasium id, ``"module:Id"`` to import a package that registers it; the model's own by default.
+        episodes: how many.
+        seed: of the first episode, not negative.
+        target_return: what the agent is asked for, in the environment's units; the model's first one by default.
+        environment_kwargs: for ``gymnasium.make``; by default those of the model's facts, with the model's environment.
+        max_steps: cut episodes after this many steps, where the environment's time limit does not do so earlier.
+        failure: what counts as failing; see ``Evaluation``.
+        workers: processes; as many as there are processor cores to use by default; 1 runs in this process.
+        lanes: episodes side by side in a process, at least 8; chosen by the number of episodes by default.
+        progress: ``True`` for a progress bar on standard error, or a function of (episodes done, episodes), which
+            counts running episodes by their share of the time limit.
+
+    Raises:
+        DtLensError: when the environment or the target return is neither given nor among the model's facts, when they
+            do not fit the model, when the model predicts an action that is not finite, or when a worker dies.
+    """
+    from dt_lens.behaviour.environment import make_task
+    from dt_lens.behaviour.outcomes import Evaluation
+
+    _check_model(model)
+    for name, value, least in (
+        ("episodes", episodes, 1),
+        ("seed", seed, 0),
+        ("max_steps", max_steps, 1),
+        ("workers", workers, 1),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
+            raise DtLensError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+    facts = model.facts
+    if environment is None:
+        environment = facts.environment
+        if environment is None:
+            raise DtLensError(
+                "The model does not say which environment it was trained in; give evaluate an environment, such as 'Hopper-v5'."
+            )
+    if environment_kwargs is None:
+        environment_kwargs = facts.environment_kwargs if environment == facts.environment else {}
+    if target_return is None:
+        if not facts.target_returns:
+            raise DtLensError(
+                "The model does not say which return to ask for; give evaluate a target_return, in the environment's own units."
+            )
+        target_return = facts.target_returns[0]
+    if not math.isfinite(target_return):
+        raise DtLensError(f"target_return is {target_return!r}; it must be a finite number.")
+    task = make_task(environment, environment_kwargs, model.cfg, max_steps)
+    seeds = range(int(seed), int(seed) + int(episodes))
+    with _reporting(progress, len(seeds)) as report:
+        outcomes = _run(model, task, _conditions(model, float(target_return)), seeds, workers, lanes, report)
+    return Evaluation.from_outcomes(
+        outcomes,
+        environment=environment,
+        environment_kwargs=dict(environment_kwargs),
+        target_return=float(target_return),
+        time_limit=task.time_limit,
+        model_id=model_id(model),
+        edits=tuple(edit.to_dict() for edit in getattr(model, "active_edits", ())),
+        failure=failure,
+    )
+
+
+def model_id(model: HookedDecisionTransformer) -> str:
+    """Sixteen hexadecimal digits that change when any weight, the configuration or the run facts change.
+
+    The first 64 bits of a SHA-256; labels and notes among the facts count like the rest.
+    """
+    import torch
+
+    digest = hashlib.sha256(
+        json.dumps([model.cfg.to_dict(), asdict(model.facts)], sort_keys=True, default=str).encode()
+    )
+    for name, weight in sorted(model.weights.items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_model(model: Any) -> None:
+    from dt_lens.decision_transformer.model import HookedDecisionTransformer
+
+    if not isinstance(model, HookedDecisionTransformer):
+        raise DtLensError(
+            f"evaluate takes a decision transformer from dt_lens.load or dt_lens.wrap, not a {type(model).__name__}; "
+            "wrap it first: dt_lens.wrap(model)."
+        )
+
+
+def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:
+    from dt_lens.behaviour.rollouts import Conditions
+
+    facts, size = model.facts, model.cfg.state_dim
+    mean = np.zeros(size) if facts.state_mean is None else np.asarray(facts.state_mean, dtype=np.float64)
+    std = np.ones(size) if facts.state_std is None else np.asarray(facts.state_std, dtype=np.float64)
+    if len(mean) != size:
+        raise DtLensError(f"The run facts normalise states of {len(mean)} numbers and this model reads {size}.")
+    return Conditions(target_return, facts.return_scale, mean, std, model.cfg.max_ep_len - 1)
+
+
+def _run(
+    model: HookedDecisionTransformer,
+    task: Task,
+    conditions: Conditions,
+    seeds: range,
+    workers: int | None,
+    lanes: int | None,
+    report: Callable[[int, float], None] | None,
+) -> list[Outcome]:
+    from safetensors.torch import save
+
+    from dt_lens.behaviour import workers as pool
+    from dt_lens.behaviour.lanes import CUDA_LANES, LEAST_LANES, plan_lanes
+    from dt_lens.behaviour.rollouts import run_episodes
+    from dt_lens.decision_transformer.policy import ActingModel, SlidingPolicy, acting_shapes
+
+    if lanes is not None and lanes < LEAST_LANES:
+        raise DtLensError(
+            f"lanes is {lanes!r}; it must be at least {LEAST_LANES}, since narrower batches round differently."
+        )
+    context, weights = model.facts.context, model.weights
+    device = next(iter(weights.values())).device
+    plain = _is_plain(model)
+    if not plain or device.type != "cpu":
+        width = lanes or (LEAST_LANES if device.type == "cpu" else CUDA_LANES)
+        policy: Any
+        if plain:
+            policy = SlidingPolicy(ActingModel(weights, model.cfg), context, width)
+        else:
+            policy = _full(model, context, width)
+        with pool.one_thread(), _evaluation_mode(model):
+            return run_episodes(policy, task, conditions, iter(seeds), report=report)
+    if workers is None:
+        workers = _cores()
+    workers = min(workers, math.ceil(len(seeds) / LEAST_LANES))
+    used = {name: weights[name].contiguous() for name in acting_shapes(model.cfg)}
+    job = pool.Job(
+        save(used),
+        model.cfg.to_dict(),
+        context,
+        task,
+        conditions,
+        seeds,
+        lanes or plan_lanes(math.ceil(len(seeds) / workers)),
+    )
+    if workers == 1:
+        return pool.run_job(job, iter(seeds), report)
+    return pool.run_in_workers(job, workers, report)
+
+
+def _full(model: HookedDecisionTransformer, context: int, width: int) -> Any:
+    from dt_lens.behaviour.windows import WindowPolicy
+
+    cfg = model.cfg
+    return WindowPolicy(model, context, width, (cfg.state_dim, cfg.act_dim), next(iter(model.weights.values())))
+
+
+def _is_plain(model: HookedDecisionTransformer) -> bool:
+    """Whether the weights alone say what the model does: no hooks anywhere, no state encoder of the user's own."""
+    from dt_lens.decision_transformer.model import Linear
+
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return not hooked and type(model.embed["state"]) is Linear
+
+
+@contextmanager
+def _evaluation_mode(model: HookedDecisionTransformer) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _cores() -> int:
+    """Processor cores that this process may use, container limits included."""
+    from loky import cpu_count
+
+    return max(
+        1, int(cpu_count()) if os.environ.get("LOKY_MAX_CPU_COUNT") is None else int(os.environ["LOKY_MAX_CPU_COUNT"])
+    )
+
+
+@contextmanager
+def _reporting(progress: bool | Progress, episodes: int) -> Iterator[Callable[[int, float], None] | None]:
+    if progress is False:
+        yield None
+        return
+    if callable(progress):
+        yield lambda finished, running: progress(min(finished + running, float(episodes)), episodes)
+        progress(float(episodes), episodes)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("episodes", total=episodes)
+        yield lambda finished, running: bar.update(row, completed=round(finished + running, 2))
+        bar.update(row, completed=episodes)
