@@ -1,0 +1,331 @@
+"""Figures of behaviour: survival, effects beside their controls, damage against cosine. Pure functions of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import plotly.graph_objects as go
+
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.report.style import BASELINE, CONTROL, EDIT, PALETTE, columns_of, empty, finish, kind_of, plain
+
+__all__ = ["damage_against_cosine", "effects", "survival"]
+
+Curve: TypeAlias = Sequence[npt.ArrayLike]  # times, survival, and where known the interval's low and high ends
+
+
+def survival(
+    curves: Mapping[str, Curve],
+    *,
+    baseline: str | None = None,
+    controls: Mapping[str, str] | None = None,
+    horizon: float | None = None,
+    title: str = "How long the agent lasts",
+) -> go.Figure:
+    """Kaplan-Meier curves as steps (Kaplan and Meier 1958): the unedited agent, edits, and their controls.
+
+    Args:
+        curves: for each name ``(times, survival)`` or ``(times, survival, low, high)``, each ``[n]``: times in
+            environment steps, rising; the probability of being alive after them, falling, in [0, 1].
+        baseline: the name of the unedited agent's curve, drawn thick and grey.
+        controls: for each edit's name the name of its control, drawn dotted in the edit's colour.
+        horizon: the time limit; every curve is drawn up to it.
+        title: the figure's title.
+
+    Intervals are drawn as bands where given, but not the controls' and, with more than four edits, only the
+    baseline's, lest they hide the curves.
+
+    Raises:
+        DtLensError: for a curve whose parts do not fit, or a baseline or control without a curve.
+    """
+    controls = dict(controls or {})
+    for name in ([baseline] if baseline is not None else []) + list(controls) + list(controls.values()):
+        if name not in curves:
+            raise DtLensError(f"There is no survival curve called {name!r}." + nearest(name, curves))
+    if not curves:
+        return empty(title, "There are no curves.")
+    steps = {name: _steps(name, curve, horizon) for name, curve in curves.items()}
+    edits = [name for name in curves if name != baseline and name not in controls.values()]
+    order = ([baseline] if baseline is not None else []) + [
+        n for e in edits for n in (e, controls.get(e)) if n is not None
+    ]
+    bands = [name for name in order if name == baseline or (name in edits and len(edits) <= 4)]
+    figure = go.Figure()
+    for name in order:
+        times, alive, low, high = steps[name]
+        owner = next((e for e, c in controls.items() if c == name), name)
+        colour = BASELINE if name == baseline else PALETTE[edits.index(owner) % len(PALETTE)]
+        group = f"{owner}"
+        if name in bands and low is not None and high is not None:
+            figure.add_scatter(
+                x=np.concatenate([times, times[::-1]]),
+                y=np.concatenate([low, high[::-1]]),
+                mode="lines",
+                line={"width": 0},
+                fill="toself",
+                fillcolor=_faint(colour),
+                hoverinfo="skip",
+                showlegend=False,
+                legendgroup=group,
+            )
+        dash = (
+            "dot" if owner != name else ("dash" if edits.count(name) and edits.index(name) >= len(PALETTE) else "solid")
+        )
+        figure.add_scatter(
+            x=times,
+            y=alive,
+            mode="lines",
+            name=plain(name),
+            legendgroup=group,
+            line={"color": colour, "width": 4 if name == baseline else 2.2 if owner == name else 1.8, "dash": dash},
+            text=[plain(name)] * len(times),
+            hovertemplate="%{text}<br>step %{x}: %{y:.1%} alive<extra></extra>",
+        )
+    end = horizon if horizon is not None else max(float(times[-1]) for times, *_ in steps.values())
+    figure.update_xaxes(title_text="environment step", range=[0, end * 1.01])
+    figure.update_yaxes(title_text="episodes still alive", range=[-0.02, 1.04], tickformat=".0%")
+    figure.update_layout(legend={"tracegroupgap": 4, "groupclick": "togglegroup"})
+    kinds = " · ".join(["solid: edits", "dotted: their controls"] if controls else ["Kaplan-Meier estimate"])
+    return finish(
+        figure,
+        title,
+        ("thick grey: unedited · " if baseline is not None else "") + kinds,
+        height=max(440, 140 + 21 * len(order)),
+    )
+
+
+def effects(
+    verdicts: pd.DataFrame, *, alpha: float = 0.05, title: str = "What each edit does, beside its control"
+) -> go.Figure:
+    """Each edit's effect on the return beside that of its energy-matched control, with intervals.
+
+    Args:
+        verdicts: a row per edit with ``matrix sv difference difference_low difference_high control_difference
+            control_difference_low control_difference_high``: paired differences of the mean return from the unedited
+            agent and the ends of their intervals. ``role``, ``side``, ``embedding``, ``label``, ``cosine``, ``q`` and
+            ``verdict`` are shown where present.
+        alpha: edits with ``q`` below it have a filled mark, others an open one.
+        title: the figure's title.
+
+    Raises:
+        DtLensError: for a missing column.
+    """
+    ends = ["difference", "difference_low", "difference_high"]
+    columns_of(verdicts, ["matrix", "sv", *ends, *("control_" + e for e in ends)], "The effect plot")
+    if verdicts.empty:
+        return empty(title, "No edit was measured.")
+    rows = verdicts.to_dict("records")
+    if "role" in verdicts:
+        rows = [row for role in dict.fromkeys(verdicts["role"]) for row in rows if row["role"] == role]
+    real = [bool(row["q"] < alpha) for row in rows] if "q" in verdicts else [True] * len(rows)
+    figure = go.Figure()
+    for prefix, name, colour, shift, symbol in (
+        ("", "edit", EDIT, -0.17, "circle"),
+        ("control_", "control of the same energy", CONTROL, 0.17, "diamond"),
+    ):
+        middle = np.array([row[prefix + "difference"] for row in rows], dtype=np.float64)
+        low = np.array([row[prefix + "difference_low"] for row in rows], dtype=np.float64)
+        high = np.array([row[prefix + "difference_high"] for row in rows], dtype=np.float64)
+        filled = real if not prefix else [True] * len(rows)
+        figure.add_scatter(
+            x=middle,
+            y=np.arange(len(rows)) + shift,
+            mode="markers",
+            name=name,
+            marker={
+                "color": [colour if f else "rgba(0,0,0,0)" for f in filled],
+                "size": 11 if not prefix else 9,
+                "symbol": symbol,
+                "line": {"color": colour, "width": 1.8},
+            },
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": np.maximum(high - middle, 0),
+                "arrayminus": np.maximum(middle - low, 0),
+                "color": colour,
+                "thickness": 2,
+                "width": 4,
+            },
+            customdata=[_told(row, prefix) for row in rows],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    figure.add_vline(x=0, line={"width": 1.5, "color": BASELINE})
+    figure.update_yaxes(
+        tickmode="array",
+        tickvals=list(range(len(rows))),
+        ticktext=[_named(row) for row in rows],
+        range=[len(rows) - 0.5, -0.5],
+        showgrid=False,
+        zeroline=False,
+    )
+    figure.update_xaxes(title_text="change of mean return (paired)", zeroline=False)
+    for border in range(1, len(rows)):
+        turn = "role" in verdicts and rows[border]["role"] != rows[border - 1]["role"]
+        figure.add_hline(
+            y=border - 0.5, line={"width": 1.5 if turn else 0.5, "color": BASELINE}, opacity=0.9 if turn else 0.35
+        )
+    figure.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"})
+    about = "against the unedited agent on the same seeds · bars: confidence intervals" + (
+        f" · filled circles: worse than the control, q < {alpha:g}" if "q" in verdicts else ""
+    )
+    return finish(figure, title, about, height=46 * len(rows) + 170, labels_above=True)
+
+
+def damage_against_cosine(
+    verdicts: pd.DataFrame,
+    *,
+    beyond_control: bool = True,
+    spearman: tuple[float, float, float] | None = None,
+    title: str = "Does cosine predict damage?",
+) -> go.Figure:
+    """Each edit's damage against the absolute cosine of the edited direction's best match.
+
+    Args:
+        verdicts: a row per edit with ``matrix sv cosine`` and either ``damage_beyond_control`` (positive where the edit
+            hurts more than its control; ``beyond_low``, ``beyond_high`` are drawn where present) or ``difference``.
+        beyond_control: draw ``damage_beyond_control``; otherwise the damage is the loss of return, ``-difference``.
+        spearman: the rank correlation and the ends of its interval for the title; computed, without an interval, where
+            not given.
+        title: the beginning of the figure's title.
+
+    Raises:
+        DtLensError: for a missing column.
+    """
+    value = "damage_beyond_control" if beyond_control else "difference"
+    columns_of(verdicts, ["matrix", "sv", "cosine", value], "Damage against cosine")
+    if verdicts.empty:
+        return empty(title, "No edit was measured.")
+    cosine = verdicts["cosine"].abs().to_numpy(dtype=np.float64)
+    damage = verdicts[value].to_numpy(dtype=np.float64) * (1 if beyond_control else -1)
+    ends = ("beyond_low", "beyond_high") if beyond_control else ("difference_high", "difference_low")
+    bars = all(end in verdicts for end in ends)
+    low, high = (
+        (verdicts[e].to_numpy(dtype=np.float64) * (1 if beyond_control else -1) for e in ends)
+        if bars
+        else (damage, damage)
+    )
+    kinds = [kind_of(str(m))[0] for m in verdicts["matrix"]]
+    roles = [str(r) for r in verdicts["role"]] if "role" in verdicts else [""] * len(verdicts)
+    figure = go.Figure()
+    figure.add_hline(y=0, line={"width": 1.5, "color": BASELINE})
+    told = [_told(row, "") for row in verdicts.to_dict("records")]
+    for number, kind in enumerate(dict.fromkeys(kinds)):
+        at = np.array([k == kind for k in kinds])
+        colour = PALETTE[number % len(PALETTE)]
+        figure.add_scatter(
+            x=cosine[at],
+            y=damage[at],
+            mode="markers",
+            name=plain(kind),
+            marker={
+                "color": [colour if r != "weak" else "rgba(0,0,0,0)" for r, a in zip(roles, at, strict=True) if a],
+                "size": 11,
+                "line": {"color": colour, "width": 1.8},
+            },
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": np.maximum(high - damage, 0)[at],
+                "arrayminus": np.maximum(damage - low, 0)[at],
+                "color": colour,
+                "thickness": 1.5,
+                "width": 3,
+                "visible": bars,
+            },
+            customdata=[t for t, a in zip(told, at, strict=True) if a],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="|cosine| of the direction's best match", rangemode="tozero")
+    figure.update_yaxes(
+        title_text="return lost beyond the control" if beyond_control else "return lost against the unedited agent",
+        zeroline=False,
+    )
+    figure.update_layout(legend_title_text="matrix", showlegend=True)
+    about = "one point an edit" + (" · bars: confidence intervals" if bars else "")
+    about += " · filled: strong matches, open: weak ones" if "weak" in roles else ""
+    return finish(figure, f"{title} {_correlation(cosine, damage, spearman)}", about, height=480)
+
+
+def _steps(name: str, curve: Curve, horizon: float | None) -> tuple[npt.NDArray[np.float64], ...]:
+    """The corners of a step curve from (0, 1) to the horizon: times, survival, and low and high or ``None``."""
+    parts = [np.asarray(part, dtype=np.float64) for part in curve if part is not None]
+    if len(parts) not in (2, 4) or any(part.ndim != 1 or part.shape != parts[0].shape for part in parts):
+        raise DtLensError(
+            f"The survival curve {name!r} must be (times, survival) or (times, survival, low, high) of one length."
+        )
+    times = parts[0]
+    if (np.diff(times) < 0).any() or (times < 0).any():
+        raise DtLensError(f"The times of the survival curve {name!r} must rise from 0 on.")
+    end = (
+        max([float(times[-1])] if len(times) else [0.0], default=0.0)
+        if horizon is None
+        else max(horizon, *times[-1:], 0.0)
+    )
+    corners = np.concatenate([[0.0], np.repeat(times, 2), [end]])
+    out: list[Any] = [corners]
+    for part in parts[1:]:
+        before = np.concatenate([[1.0], part[:-1]]) if len(part) else part
+        out.append(np.concatenate([[1.0], np.stack([before, part], 1).ravel(), part[-1:] if len(part) else [1.0]]))
+    return (*out, None, None)[:4]
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.18)"
+
+
+def _named(row: Mapping[Any, Any]) -> str:
+    """An edit in two lines for an axis: where, and what the direction matched."""
+    side = f" {plain(row['side'])}" if row.get("side") and str(row["matrix"]).rsplit(".", 2)[-2:-1] == ["QK"] else ""
+    first = f"<b>{plain(row['matrix'])}</b>{side} · sv {row['sv']}"
+    parts = [str(row["role"])] if row.get("role") else []
+    if "label" in row and "cosine" in row:
+        parts.append(f"{row.get('embedding', '')} {row['label']} {_signed(row['cosine'])}".strip())
+    return first + (f"<br><i>{plain(_shortened(': '.join(parts)))}</i>" if parts else "")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _shortened(text: str, most: int = 44) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _told(row: Mapping[Any, Any], prefix: str) -> str:
+    """All that is known about an edit (or, with a prefix, its control) for the hover."""
+    lines = [f"<b>{plain(row['matrix'])}</b>, sv {row['sv']}" + (f", {plain(row['side'])}" if row.get("side") else "")]
+    lines[0] = ("control of " if prefix else "") + lines[0]
+    if "label" in row and "cosine" in row:
+        lines.append(f"{plain(row.get('embedding', ''))}: {plain(row['label'])}, cosine {row['cosine']:+.3f}")
+    for name, unit in (("difference", "change of return"), ("damage_beyond_control", "lost beyond control")):
+        key = prefix + name
+        if key in row:
+            low, high = ("beyond_low", "beyond_high") if name != "difference" else (key + "_low", key + "_high")
+            between = f" [{row[low]:,.0f}, {row[high]:,.0f}]" if low in row and high in row else ""
+            lines.append(f"{unit} {row[key]:,.0f}{between}")
+    if prefix + "failure_rate" in row:
+        lines.append(f"failure rate {row[prefix + 'failure_rate']:.0%}")
+    if not prefix:
+        lines += [f"q {row['q']:.3g}"] if "q" in row else []
+        lines += [plain(row["verdict"])] if row.get("verdict") else []
+    return "<br>".join(lines)
+
+
+def _correlation(
+    cosine: npt.NDArray[np.float64], damage: npt.NDArray[np.float64], given: tuple[float, float, float] | None
+) -> str:
+    """Spearman's rank correlation as the title says it."""
+    if given is not None:
+        return f"Spearman ρ = {_signed(given[0])} [{_signed(given[1])}, {_signed(given[2])}]"
+    both = np.isfinite(cosine) & np.isfinite(damage)
+    if both.sum() < 3 or np.ptp(cosine[both]) == 0 or np.ptp(damage[both]) == 0:
+        return "Too few different edits for a correlation"
+    from scipy.stats import spearmanr
+
+    return f"Spearman ρ = {_signed(float(spearmanr(cosine[both], damage[both]).statistic))} ({int(both.sum())} edits)"

@@ -1,0 +1,131 @@
+"""Tables as HTML: numbers people can read, exact values one hover away, every column sortable."""
+
+from __future__ import annotations
+
+import html
+import math
+import numbers
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dt_lens.errors import DtLensError, nearest
+
+__all__ = ["number_format", "table_html"]
+
+Format = Callable[[Any], str]
+_NAMES = frozenset({"matrix", "embedding", "label", "environment"})  # set in the typeface of code
+
+
+def number_format(name: str, values: pd.Series[Any]) -> Format:
+    """How the numbers of a column are written, from its name and its size.
+
+    p and q values have three decimals (or ``< 0.001``), rates are per cents, cosines have their sign, counts have
+    thousands separated, and other numbers as many decimals as their largest leaves sensible.
+
+    >>> write = number_format("return", pd.Series([2896.4, -5.0]))
+    >>> write(2896.4), write(-5.0), write(float("nan"))
+    ('2,896', '−5', '–')
+    >>> number_format("q", pd.Series([0.2]))(2e-5), number_format("failure_rate", pd.Series([0.2]))(0.215)
+    ('< 0.001', '22 %')
+    """
+    if re.fullmatch(r"(.*_)?[pq](_value)?", name):
+        return lambda v: _or_dash(v, lambda x: "< 0.001" if x < 0.001 else f"{x:.3f}")
+    if re.search(r"rate$|fraction$|share$", name):
+        return lambda v: _or_dash(v, lambda x: f"{100 * x:.0f} %")
+    if re.search(r"cosine$", name):
+        return lambda v: _or_dash(v, lambda x: f"{x:+.2f}")
+    finite = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    if len(finite) and (finite == np.round(finite)).all():
+        return lambda v: _or_dash(v, lambda x: f"{x:,.0f}")
+    largest = float(np.abs(finite).max(initial=0.0))
+    decimals = 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 1 else 3
+    return lambda v: _or_dash(v, lambda x: f"{x:,.{decimals}f}")
+
+
+def table_html(
+    frame: pd.DataFrame,
+    *,
+    headings: Mapping[str, str] | None = None,
+    formats: Mapping[str, str | Format] | None = None,
+    intervals: Mapping[str, tuple[str, str]] | None = None,
+) -> str:
+    """``frame`` as an HTML table; the index is not shown.
+
+    Args:
+        frame: the rows.
+        headings: other headings for some columns; by default underscores become spaces.
+        formats: for some columns a format specification (``".3f"``) or a function of one value.
+        intervals: for a column the two columns that hold its interval's ends, shown with it in one cell. Columns
+            ``x``, ``x_low`` and ``x_high`` are joined without being named.
+
+    Raises:
+        DtLensError: for a column that the table does not have.
+    """
+    columns = [str(column) for column in frame.columns]
+    frame = frame.set_axis(columns, axis=1)
+    joined = {c: (f"{c}_low", f"{c}_high") for c in columns if f"{c}_low" in columns and f"{c}_high" in columns}
+    joined.update(intervals or {})
+    for column in [*(headings or {}), *(formats or {}), *joined, *(end for ends in joined.values() for end in ends)]:
+        if column not in columns:
+            raise DtLensError(f"The table has no column {column!r}." + nearest(column, columns))
+    swallowed = {end for ends in joined.values() for end in ends}
+    shown = [column for column in columns if column not in swallowed]
+    numeric = {c: pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c]) for c in shown}
+    writers = {c: _writer(c, frame[c], numeric[c], (formats or {}).get(c)) for c in shown}
+    head = "".join(
+        f'<th scope="col"{" class=number" if numeric[c] else ""}><button type="button">'
+        f"{html.escape((headings or {}).get(c, c.replace('_', ' ')))}</button></th>"
+        for c in shown
+    )
+    body = []
+    for row in frame.to_dict("records"):
+        cells = []
+        for column in shown:
+            value = row[column]
+            text = html.escape(writers[column](value))
+            if column in joined:
+                low, high = (writers[column](row[end]) for end in joined[column])
+                text += f' <span class="interval">[{html.escape(low)}, {html.escape(high)}]</span>'
+            kind = "number" if numeric[column] else "name" if column in _NAMES else "words" if len(text) > 24 else ""
+            exact = (
+                f' title="{html.escape(repr(float(value)))}"' if numeric[column] and isinstance(value, float) else ""
+            )
+            cells.append(
+                f'<td{f" class={kind}" if kind else ""} data-value="{html.escape(_key(value))}"{exact}>{text}</td>'
+            )
+        body.append("<tr>" + "".join(cells) + "</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+
+
+def _writer(name: str, values: pd.Series[Any], numeric: bool, given: str | Format | None) -> Format:
+    if callable(given):
+        return given
+    if given is not None:
+        return lambda v: _or_dash(v, lambda x: format(x, given))
+    return number_format(name, values) if numeric else _words
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    return "–" if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def _or_dash(value: Any, write: Format) -> str:
+    """``write(value)`` with a real minus sign; a dash for what is missing."""
+    if value is None or value is pd.NA or (isinstance(value, numbers.Real) and math.isnan(value)):
+        return "–"
+    text = write(value)
+    return "−" + text[1:] if text.startswith("-") else text
+
+
+def _key(value: Any) -> str:
+    """What the page sorts by."""
+    if isinstance(value, numbers.Real):
+        return "" if math.isnan(value) else repr(float(value))
+    return _words(value)
