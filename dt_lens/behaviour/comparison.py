@@ -37,8 +37,8 @@ class Comparison:
         effect_size: Cohen's d_z, the mean paired difference over the differences' standard deviation.
         p_value: two-sided sign-flip permutation test of the paired differences.
         failure_*: share of failed episodes, with Wilson intervals; McNemar's exact test of the pairs.
-        survival_*: log-rank test of the two survival curves; positive where ``edited`` ends earlier. It does not use the
-            pairing, which makes it cautious.
+        survival_*: log-rank test of the two survival curves; positive where ``edited`` ends earlier. It does not
+            use the pairing, which makes it cautious.
     """
 
     edited: Evaluation
@@ -129,6 +129,14 @@ class Comparison:
     def _rows(self) -> list[tuple[str, str]]:
         a, b = self.edited, self.baseline
         level = f"{100 * self.confidence:g} %"
+        failed = [
+            f"{100 * rate:.1f} % {span(interval, percent=True)}"
+            for rate, interval in (
+                (self.failure_edited, self.failure_edited_interval),
+                (self.failure_baseline, self.failure_baseline_interval),
+            )
+        ]
+        lengths = f"{a.lengths.mean():.1f} against {b.lengths.mean():.1f} steps"
         return [
             ("mean return", f"{a.mean:.1f} against {b.mean:.1f}"),
             (
@@ -138,21 +146,14 @@ class Comparison:
             ("interquartile mean", f"{self.iqm_edited:.1f} against {self.iqm_baseline:.1f}"),
             ("  of the differences", f"{self.iqm_difference:+.1f}  {level} {span(self.iqm_difference_interval)}"),
             ("effect size (Cohen's d_z)", f"{self.effect_size:+.2f}"),
-            (
-                f"failed ({a.failure_rule})",
-                f"{100 * self.failure_edited:.1f} % {span(self.failure_edited_interval, percent=True)} against "
-                f"{100 * self.failure_baseline:.1f} % {span(self.failure_baseline_interval, percent=True)}  "
-                f"p = {p_text(self.failure_p_value)}",
-            ),
-            (
-                "survival (log-rank)",
-                f"mean length {a.lengths.mean():.1f} against {b.lengths.mean():.1f} steps  p = {p_text(self.survival_p_value)}",
-            ),
+            (f"failed ({a.failure_rule})", f"{failed[0]} against {failed[1]}  p = {p_text(self.failure_p_value)}"),
+            ("survival (log-rank)", f"mean length {lengths}  p = {p_text(self.survival_p_value)}"),
         ]
 
     def _title(self) -> str:
         a = self.edited
-        return f"{a.environment}, target return {a.target_return:g}: {len(a)} paired episodes, seeds {a.seeds[0]} to {a.seeds[-1]}"
+        seeds = f"seeds {a.seeds[0]} to {a.seeds[-1]}"
+        return f"{a.environment}, target return {a.target_return:g}: {len(a)} paired episodes, {seeds}"
 
     def __str__(self) -> str:
         return text_table(self._title(), self._rows())
@@ -188,7 +189,8 @@ def _check_pairs(edited: Evaluation, baseline: Evaluation) -> None:
     ):
         if one != other:
             raise DtLensError(
-                f"The two evaluations differ in their {what} ({one} and {other}); evaluate both with the same to compare them."
+                f"The two evaluations differ in their {what} ({one} and {other}); "
+                "evaluate both with the same to compare them."
             )
     if not np.array_equal(edited.seeds, baseline.seeds):
         raise DtLensError(

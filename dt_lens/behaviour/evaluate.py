@@ -47,7 +47,7 @@ def evaluate(
     the order. So two evaluations with the same seeds are paired, and ``edited.compare(baseline)`` compares them.
 
     A model on the CPU runs in worker processes. A model with hooks, with a state encoder of its own, or on another
-    device runs in this process, one torch thread on the CPU; what its hooks do is part of the behaviour. Dropout is off.
+    device runs in this process, on one torch thread; what its hooks do is part of the behaviour. Dropout is off.
 
     Args:
         model: a ``HookedDecisionTransformer``: what ``dt_lens.load`` and ``dt_lens.wrap`` return for one.
@@ -84,14 +84,16 @@ def evaluate(
         environment = facts.environment
         if environment is None:
             raise DtLensError(
-                "The model does not say which environment it was trained in; give evaluate an environment, such as 'Hopper-v5'."
+                "The model does not say which environment it was trained in; "
+                "give evaluate an environment, such as 'Hopper-v5'."
             )
     if environment_kwargs is None:
         environment_kwargs = facts.environment_kwargs if environment == facts.environment else {}
     if target_return is None:
         if not facts.target_returns:
             raise DtLensError(
-                "The model does not say which return to ask for; give evaluate a target_return, in the environment's own units."
+                "The model does not say which return to ask for; "
+                "give evaluate a target_return, in the environment's own units."
             )
         target_return = facts.target_returns[0]
     if not math.isfinite(target_return):

@@ -42,8 +42,8 @@ class Evaluation:
         truncated: ``[n]``, the time limit cut it.
         failure: what counts as failing: ``"terminated"`` (falling: the environment ended the episode before the time
             limit), ``"truncated"`` (a goal not reached in time), a number (a return below it), or a function of
-            ``to_frame()`` that gives a truth value per row. The default is ``"terminated"``, and ``"truncated"`` for the
-            environments known to end in success, such as MountainCar and MiniGrid.
+            ``to_frame()`` that gives a truth value per row. The default is ``"terminated"``, and ``"truncated"`` for
+            the environments known to end in success, such as MountainCar and MiniGrid.
         model_id: hash of the weights and facts that ran, edits included.
         edits: records of the edits that were active.
     """
@@ -156,9 +156,9 @@ class Evaluation:
     def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
         """The numbers of the evaluation, as plain values.
 
-        ``mean``, ``mean_interval``, ``iqm``, ``iqm_interval`` (bootstrap), ``std`` (of returns, n - 1), ``min``, ``max``,
-        ``mean_length``, ``failures``, ``failure_rate``, ``failure_interval`` (Wilson), ``failure_rule``, and, where D4RL
-        defines a score, ``score`` (its mean) and ``score_interval``.
+        ``mean``, ``mean_interval``, ``iqm``, ``iqm_interval`` (bootstrap), ``std`` (of returns, n - 1), ``min``,
+        ``max``, ``mean_length``, ``failures``, ``failure_rate``, ``failure_interval`` (Wilson), ``failure_rule``, and,
+        where D4RL defines a score, ``score`` (its mean) and ``score_interval``.
 
         Args:
             confidence: of the intervals.
@@ -249,7 +249,8 @@ def _check_rule(failure: FailureRule) -> None:
     number = isinstance(failure, int | float | np.number) and not isinstance(failure, bool)
     if not (callable(failure) or number or failure in ("terminated", "truncated")):
         raise DtLensError(
-            f"failure is {failure!r}; it must be 'terminated', 'truncated', a return to fall below, or a function of the frame."
+            f"failure is {failure!r}; it must be 'terminated', 'truncated', a return to fall below, "
+            "or a function of the frame."
         )
 
 

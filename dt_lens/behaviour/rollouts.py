@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt_lens.behaviour.environment import Env, Task
+from dt_lens.behaviour.environment import Task
 from dt_lens.errors import DtLensError
 
 __all__ = ["Conditions", "Outcome", "Policy", "run_episodes"]
@@ -66,12 +66,12 @@ class _Lane:
         observation, _ = self.env.reset(seed=seed)
         return self.task.state(self.env, observation)
 
-    def step(self, action: Any) -> tuple[NDArray[np.float64], float, bool, bool]:
+    def step(self, action: Any) -> tuple[NDArray[np.float64], bool, bool]:
         observation, reward, terminated, truncated, _ = self.env.step(action)
         self.length += 1
         self.total += float(reward)
         truncated = bool(truncated) or self.length >= self.task.time_limit
-        return self.task.state(self.env, observation), float(reward), bool(terminated), truncated
+        return self.task.state(self.env, observation), bool(terminated), truncated
 
     def outcome(self, terminated: bool, truncated: bool) -> Outcome:
         return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated)
@@ -150,7 +150,7 @@ def run_episodes(
             idle: list[int] = []
             for row, lane in enumerate(lanes):
                 action, taken = task.action(lane.env, _finite(predictions[row], lane))
-                state, reward, terminated, truncated = lane.step(action)
+                state, terminated, truncated = lane.step(action)
                 if not (terminated or truncated):
                     _set_state(inputs, row, state, conditions)
                     left = (conditions.target_return - lane.total) / conditions.return_scale

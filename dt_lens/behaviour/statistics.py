@@ -82,7 +82,7 @@ def bootstrap_interval(
                 statistic,
                 n_resamples=resamples,
                 confidence_level=confidence,
-                method=method,  # type: ignore[arg-type]
+                method=method,
                 vectorized=True,
                 rng=np.random.default_rng(seed),
             ).confidence_interval
@@ -214,7 +214,7 @@ def kaplan_meier(times: ArrayLike, ended: ArrayLike, confidence: float = 0.95) -
     ends = np.bincount(inverse, weights=event, minlength=len(points))
     leaves = np.bincount(inverse, minlength=len(points))
     at_risk = len(t) - np.concatenate(([0], np.cumsum(leaves)[:-1])).astype(np.int64)
-    survival = np.cumprod(1 - ends / np.maximum(at_risk, 1))
+    survival: Float = np.cumprod(1 - ends / np.maximum(at_risk, 1)).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = np.cumsum(ends / (at_risk * (at_risk - ends)))  # Greenwood's, over survival squared
         spread = stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(variance) / np.abs(np.log(survival))

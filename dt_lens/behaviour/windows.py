@@ -27,12 +27,11 @@ class WindowPolicy:
     ) -> None:
         self.model, self.context, self.width = model, context, width
         state_dim, act_dim = sizes
-        new = {"dtype": like.dtype, "device": like.device}
-        self._states = torch.zeros(width, context, state_dim, **new)
-        self._actions = torch.zeros(width, context, act_dim, **new)
-        self._returns = torch.zeros(width, context, 1, **new)
-        self._timesteps = torch.zeros(width, context, dtype=torch.long, device=like.device)
-        self._mask = torch.zeros(width, context, dtype=torch.long, device=like.device)
+        self._states = like.new_zeros(width, context, state_dim)
+        self._actions = like.new_zeros(width, context, act_dim)
+        self._returns = like.new_zeros(width, context, 1)
+        self._timesteps = like.new_zeros(width, context, dtype=torch.long)
+        self._mask = like.new_zeros(width, context, dtype=torch.long)
 
     def _buffers(self) -> tuple[Tensor, ...]:
         return self._states, self._actions, self._returns, self._timesteps, self._mask

@@ -1,8 +1,8 @@
 """Episodes in worker processes: each owns its environments, one torch thread and a copy of the weights.
 
-Nothing here imports the hooked model, so a worker starts in the time that torch and Gymnasium take. The pool is loky's
-reusable one: it needs no ``if __name__ == "__main__"`` in the user's script, works from Jupyter and from standard input,
-and stays warm between evaluations.
+Nothing here imports the hooked model, so a worker starts in the time that torch and Gymnasium take. The pool is
+loky's reusable one: it needs no ``if __name__ == "__main__"`` in the user's script, works from Jupyter and from
+standard input, and stays warm between evaluations.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -114,14 +115,15 @@ class ActingModel:
 
         def block(l: int) -> _Block:
             attn, normed = f"blocks.{l}.attn", cfg.normalization != "none"
-            # [head, d_model, d_head] -> [head * d_head, d_model]: a head's rows stay together, heads in order.
-            rows = [get(f"{attn}.W_{kind}").transpose(1, 2).flatten(0, 1) for kind in "QKV"]
-            biases = [get(f"{attn}.b_{kind}").flatten() for kind in "QKV"]
+            rows = [rearrange(get(f"{attn}.W_{kind}"), "head d e -> (head e) d") for kind in "QKV"]
+            biases = [rearrange(get(f"{attn}.b_{kind}"), "head e -> (head e)") for kind in "QKV"]
             return _Block(
                 ln1=norm(f"blocks.{l}.ln1", normed),
                 ln2=norm(f"blocks.{l}.ln2", normed),
                 qkv=_Linear(torch.cat(rows), torch.cat(biases)),
-                out=_Linear(get(f"{attn}.W_O").flatten(0, 1).T.contiguous(), get(f"{attn}.b_O").clone()),
+                out=_Linear(
+                    rearrange(get(f"{attn}.W_O"), "head e d -> d (head e)").contiguous(), get(f"{attn}.b_O").clone()
+                ),
                 mlp_in=_Linear(get(f"blocks.{l}.mlp.W_in").T.contiguous(), get(f"blocks.{l}.mlp.b_in").clone()),
                 mlp_out=_Linear(get(f"blocks.{l}.mlp.W_out").T.contiguous(), get(f"blocks.{l}.mlp.b_out").clone()),
                 scale=cfg.attn_scale(l),
@@ -221,18 +223,17 @@ class ActingModel:
             mask: added to attention scores: 0 where a token (row) may look at another (column), ``-inf`` elsewhere.
         """
         cfg, last = self.cfg, self.cfg.n_layers - 1
-        d = cfg.d_model
         for l, block in enumerate(self.blocks):
             if l == last:
                 q, k, v, x, mask = *self._last_qkv(block, x, qkv if l == 0 else None), x[:, -1:], mask[:, :, -1:]
             else:
                 if l > 0:
                     qkv = block.qkv(block.ln1(x) if cfg.normalization == "pre" else x)
-                q, k, v = qkv.split(d, dim=-1)
+                q, k, v = qkv.chunk(3, dim=-1)
             z = F.scaled_dot_product_attention(
                 self._heads(q), self._heads(k), self._heads(v), attn_mask=mask, scale=block.scale
             )
-            x = x + block.out(z.transpose(1, 2).flatten(2))
+            x = x + block.out(rearrange(z, "batch head token e -> batch token (head e)"))
             if cfg.normalization == "post":
                 x = block.ln1(x)
                 x = block.ln2(x + self._mlp(block, x))
@@ -242,16 +243,16 @@ class ActingModel:
         return torch.tanh(action) if cfg.action_tanh else action
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.cfg.n_heads, self.cfg.d_head)).transpose(1, 2)
+        return rearrange(x, "batch token (head e) -> batch head token e", head=self.cfg.n_heads)
 
     def _last_qkv(self, block: _Block, x: Tensor, qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         d = self.cfg.d_model
         if qkv is not None:
-            q, k, v = qkv.split(d, dim=-1)
+            q, k, v = qkv.chunk(3, dim=-1)
             return q[:, -1:], k, v
         h = block.ln1(x) if self.cfg.normalization == "pre" else x
         q = F.linear(h[:, -1:], block.qkv.weight[:d], block.qkv.bias[:d])
-        k, v = F.linear(h, block.qkv.weight[d:], block.qkv.bias[d:]).split(d, dim=-1)
+        k, v = F.linear(h, block.qkv.weight[d:], block.qkv.bias[d:]).chunk(2, dim=-1)
         return q, k, v
 
     def _mlp(self, block: _Block, x: Tensor) -> Tensor:
@@ -304,10 +305,12 @@ def last_action(
         DtLensError: for a missing weight, or a window longer than the position table.
     """
     model = ActingModel(weights, cfg)
-    tokens = torch.stack(model.embed(returns_to_go, states, actions, timesteps), dim=2).flatten(1, 2)
+    tokens = rearrange(
+        list(model.embed(returns_to_go, states, actions, timesteps)), "kind batch step d -> batch (step kind) d"
+    )
     x = model.place(tokens[:, :-1])
     real = torch.ones_like(timesteps) if attention_mask is None else attention_mask
-    mask = _may_look((real != 0).repeat_interleave(3, dim=1)[:, :-1], x.dtype)
+    mask = _may_look(repeat(real != 0, "batch step -> batch (step kind)", kind=3)[:, :-1], x.dtype)
     return model.act(x, model.first_qkv(x), mask)
 
 
@@ -326,12 +329,11 @@ class SlidingPolicy:
     def __init__(self, model: ActingModel, context: int, width: int) -> None:
         self.model, self.context, self.width = model, context, width
         cfg, n = model.cfg, 3 * context
-        kwargs = {"dtype": model.dtype, "device": model.device}
         # Tokens enter by threes: the action just taken, the return-to-go, the state. The window to act on is all but
         # the oldest of them. With learned positions a token's queries, keys and values change as it slides.
         self._slides_qkv = cfg.position != "learned"
         features = cfg.d_model * (4 if self._slides_qkv else 1)
-        self._tokens = torch.zeros(width, n, features, **kwargs)  # type: ignore[call-overload]
+        self._tokens = torch.zeros(width, n, features, dtype=model.dtype, device=model.device)
         self._spare = torch.zeros_like(self._tokens)
         self._age = [0] * width
         self._mask = self._empty_mask(width)
@@ -358,7 +360,7 @@ class SlidingPolicy:
         self,
         states: Float[Tensor, "width state_dim"],
         returns_to_go: Float[Tensor, "width 1"],
-        timesteps: Int[Tensor, "width"],
+        timesteps: Int[Tensor, " width"],
         previous_actions: Float[Tensor, "width act_dim"],
     ) -> Float[Tensor, "width act_dim"]:
         """The rows' actions. ``previous_actions`` are those taken one step earlier, of no account in a new episode."""
