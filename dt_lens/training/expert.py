@@ -11,11 +11,15 @@ transformer learns to ignore its target.
 
 from __future__ import annotations
 
+import json
 import multiprocessing as mp
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import signal
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -23,8 +27,10 @@ from numpy.typing import NDArray
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["Episode", "LinearPolicy", "SearchSettings", "Searcher", "rollout"]
+__all__ = ["Episode", "LinearPolicy", "SearchSettings", "Searcher", "environment", "evenly", "in_order", "rollout"]
 
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 Float = NDArray[np.float64]
 
 
@@ -56,10 +62,8 @@ class Episode(NamedTuple):
         return len(self.rewards)
 
 
-def rollout(
-    env: gym.Env[Any, Any], policy: LinearPolicy, seed: int, noise: float = 0.0
-) -> Episode:
-    """One episode under ``policy`` with Gaussian action noise of standard deviation ``noise``; a function of the seed alone."""
+def rollout(env: gym.Env[Any, Any], policy: LinearPolicy, seed: int, noise: float = 0.0) -> Episode:
+    """One episode under ``policy`` with Gaussian action noise of standard deviation ``noise``; ``seed`` decides all."""
     space = env.action_space
     assert isinstance(space, gym.spaces.Box)
     rng = np.random.default_rng([seed, 1])
@@ -78,9 +82,7 @@ def rollout(
         rewards.append(float(reward))
         forward += float(info.get("reward_forward", 0.0))
         survive += float(info.get("reward_survive", 0.0))
-    return Episode(
-        np.asarray(observations), np.asarray(actions), np.asarray(rewards), forward, survive, terminated
-    )
+    return Episode(np.asarray(observations), np.asarray(actions), np.asarray(rewards), forward, survive, terminated)
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,10 @@ def environment(name: str) -> gym.Env[Any, Any]:
             made = gym.make(name, disable_env_checker=True)
         except gym.error.Error as error:
             raise DtLensError(f"Gymnasium cannot make the environment {name!r}: {error}.") from error
-        if not isinstance(made.action_space, gym.spaces.Box) or not isinstance(
-            made.observation_space, gym.spaces.Box
-        ):
-            raise DtLensError(f"{name!r} does not have flat continuous observations and actions, which recording needs.")
+        if not isinstance(made.action_space, gym.spaces.Box) or not isinstance(made.observation_space, gym.spaces.Box):
+            raise DtLensError(
+                f"{name!r} does not have flat continuous observations and actions, which recording needs."
+            )
         _worker_env[name] = made
     return _worker_env[name]
 
@@ -135,7 +137,7 @@ def time_limit(name: str) -> int:
 class _Probe(NamedTuple):
     plus: float
     minus: float
-    count: int
+    seen: int
     total: Float
     square: Float
     steps: int
@@ -145,7 +147,10 @@ def _perturbation(settings: SearchSettings, iteration: int, k: int, shape: tuple
     return np.random.default_rng([settings.seed, 2, iteration, k]).standard_normal(shape)
 
 
-def _probe(job: tuple[SearchSettings, LinearPolicy, int, int]) -> _Probe:
+_ProbeJob = tuple[SearchSettings, LinearPolicy, int, int]
+
+
+def _probe(job: _ProbeJob) -> _Probe:
     """Both antithetic episodes of one perturbation, a pure function of its arguments."""
     settings, policy, iteration, k = job
     env, limit = environment(settings.environment), time_limit(settings.environment)
@@ -155,6 +160,16 @@ def _probe(job: tuple[SearchSettings, LinearPolicy, int, int]) -> _Probe:
     seen = np.concatenate([episode.observations for episode in pair])
     plus, minus = (settings.score(episode, limit) for episode in pair)
     return _Probe(plus, minus, len(seen), seen.sum(0), (seen**2).sum(0), sum(e.length for e in pair))
+
+
+class _State(NamedTuple):
+    """All of a search but its snapshots; replaced whole, so that an interruption never leaves half an iteration."""
+
+    iteration: int
+    steps: int
+    seen: float  # observations in the running normalisation, their sum and their sum of squares
+    total: Float
+    square: Float
 
 
 class Searcher:
@@ -168,17 +183,31 @@ class Searcher:
         assert isinstance(env.action_space, gym.spaces.Box) and isinstance(env.observation_space, gym.spaces.Box)
         n_action, n_observation = env.action_space.shape[0], env.observation_space.shape[0]
         self.settings = settings
-        self.iteration = 0
-        self.steps = 0
-        self._count = 0.0
-        self._sum = np.zeros(n_observation)
-        self._square = np.zeros(n_observation)
         # With a starting policy its normalisation is frozen: the weights mean nothing under another one.
         self._frozen = start is not None
-        self.policy = start or LinearPolicy(
-            np.zeros((n_action, n_observation)), np.zeros(n_observation), np.ones(n_observation)
-        )
-        self.snapshots: list[LinearPolicy] = [self.policy]
+        self._state = _State(0, 0, 0.0, np.zeros(n_observation), np.zeros(n_observation))
+        still = LinearPolicy(np.zeros((n_action, n_observation)), np.zeros(n_observation), np.ones(n_observation))
+        self._snapshots: list[LinearPolicy] = [start or still]
+
+    @property
+    def iteration(self) -> int:
+        """Iterations done."""
+        return self._state.iteration
+
+    @property
+    def steps(self) -> int:
+        """Environment steps used."""
+        return self._state.steps
+
+    @property
+    def snapshots(self) -> list[LinearPolicy]:
+        """The starting policy and the policy after each iteration."""
+        return self._snapshots[: self.iteration + 1]
+
+    @property
+    def policy(self) -> LinearPolicy:
+        """The newest policy."""
+        return self._snapshots[self.iteration]
 
     def run(
         self,
@@ -191,7 +220,9 @@ class Searcher:
 
         ``report`` is called after each iteration with the steps used so far and the mean score of its probes.
         """
-        with _pool(workers) as run_all:
+        if self.steps >= steps:
+            return
+        with in_order(_probe, workers) as run_all:
             try:
                 while self.steps < steps:
                     score = self._iterate(run_all)
@@ -203,74 +234,84 @@ class Searcher:
                 if file:
                     self.save(file)
 
-    def _iterate(self, run_all: Callable[[list[Any]], list[_Probe]]) -> float:
-        settings = self.settings
-        probes = run_all([(settings, self.policy, self.iteration, k) for k in range(settings.directions)])
+    def _iterate(self, run_all: Callable[[list[_ProbeJob]], Iterable[_Probe]]) -> float:
+        settings, policy, state = self.settings, self.policy, self._state
+        probes = list(run_all([(settings, policy, state.iteration, k) for k in range(settings.directions)]))
         ranked = sorted(range(len(probes)), key=lambda k: -max(probes[k].plus, probes[k].minus))[: settings.best]
         used = np.array([(probes[k].plus, probes[k].minus) for k in ranked])
         step = sum(
-            (probes[k].plus - probes[k].minus) * _perturbation(settings, self.iteration, k, self.policy.weight.shape)
+            (probes[k].plus - probes[k].minus) * _perturbation(settings, state.iteration, k, policy.weight.shape)
             for k in ranked
         )
-        weight = self.policy.weight + settings.step / (len(ranked) * (used.std() + 1e-8)) * step
+        weight = policy.weight + settings.step / (len(ranked) * (used.std() + 1e-8)) * step
+        count, total, square = state.seen, state.total, state.square
         for probe in probes:
-            self._count += probe.count
-            self._sum += probe.total
-            self._square += probe.square
+            count, total, square = count + probe.seen, total + probe.total, square + probe.square
         if self._frozen:
-            self.policy = replace(self.policy, weight=weight)
+            new = replace(policy, weight=weight)
         else:
-            mean = self._sum / self._count
-            std = np.sqrt(np.maximum(self._square / self._count - mean**2, 1e-8))
-            self.policy = LinearPolicy(weight, mean, std)
-        self.steps += sum(probe.steps for probe in probes)
-        self.iteration += 1
-        self.snapshots.append(self.policy)
+            mean = total / count
+            new = LinearPolicy(weight, mean, np.sqrt(np.maximum(square / count - mean**2, 1e-8)))
+        self._snapshots[state.iteration + 1 :] = [new]
+        self._state = _State(
+            state.iteration + 1, state.steps + sum(probe.steps for probe in probes), count, total, square
+        )
         return float(np.mean([(p.plus + p.minus) / 2 for p in probes]))
 
     def save(self, file: Path) -> None:
         """Write the whole state of the search, so that ``load`` continues exactly here."""
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial.npz")
+        state, snapshots = self._state, self.snapshots
         np.savez_compressed(
             partial,
-            counters=np.array([self.iteration, self.steps]),
-            count=self._count,
-            sum=self._sum,
-            square=self._square,
-            weights=np.array([p.weight for p in self.snapshots]),
-            means=np.array([p.mean for p in self.snapshots]),
-            stds=np.array([p.std for p in self.snapshots]),
+            settings=np.array(json.dumps(asdict(self.settings))),
+            counters=np.array([state.iteration, state.steps]),
+            count=state.seen,
+            sum=state.total,
+            square=state.square,
+            weights=np.array([p.weight for p in snapshots]),
+            means=np.array([p.mean for p in snapshots]),
+            stds=np.array([p.std for p in snapshots]),
         )
         partial.replace(file)
 
     def load(self, file: Path) -> None:
-        """Continue from what ``save`` wrote."""
-        with np.load(file) as kept:
-            self.iteration, self.steps = (int(n) for n in kept["counters"])
-            self._count, self._sum, self._square = float(kept["count"]), kept["sum"], kept["square"]
-            self.snapshots = [
-                LinearPolicy(*parts) for parts in zip(kept["weights"], kept["means"], kept["stds"], strict=True)
-            ]
-        self.policy = self.snapshots[-1]
+        """Continue from what ``save`` wrote.
+
+        Raises:
+            DtLensError: when the file is no saved search, or one with other settings.
+        """
+        try:
+            with np.load(file) as kept:
+                settings = json.loads(str(kept["settings"]))
+                iteration, steps = (int(n) for n in kept["counters"])
+                state = _State(iteration, steps, float(kept["count"]), kept["sum"], kept["square"])
+                parts = zip(kept["weights"], kept["means"], kept["stds"], strict=True)
+                snapshots = [LinearPolicy(*three) for three in parts]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DtLensError(f"{file} is not a saved search ({error}); delete it to start again.") from error
+        if settings != asdict(self.settings):
+            other = [name for name, value in asdict(self.settings).items() if settings.get(name) != value]
+            raise DtLensError(
+                f"{file} was written by a search with another {', '.join(other)}; delete it or use another folder."
+            )
+        self._state, self._snapshots = state, snapshots
 
 
-class _pool:
-    """``map`` over worker processes in order, or in this process when there is one worker."""
-
-    def __init__(self, workers: int) -> None:
-        self._pool = mp.get_context("spawn").Pool(workers) if workers > 1 else None
-
-    def __enter__(self) -> Callable[[list[Any]], list[_Probe]]:
-        pool = self._pool
-        if pool is None:
-            return lambda jobs: [_probe(job) for job in jobs]
-        return lambda jobs: pool.map(_probe, jobs, chunksize=1)
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.terminate()
-            self._pool.join()
+@contextmanager
+def in_order(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[list[Job]], Iterable[Result]]]:
+    """``map`` over worker processes, results in the order of the jobs, or in this process when there is one worker."""
+    if workers <= 1:
+        yield lambda jobs: map(work, jobs)
+        return
+    # An interrupt reaches the whole process group; the parent alone decides what it means.
+    pool = mp.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield lambda jobs: pool.imap(work, jobs, chunksize=1)
+    finally:
+        pool.terminate()
+        pool.join()
 
 
 def evenly(snapshots: list[LinearPolicy], count: int) -> Iterator[LinearPolicy]:

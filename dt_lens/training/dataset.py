@@ -1,0 +1,205 @@
+"""Minari episodes as flat arrays, and the windows a decision transformer is trained on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from dt_lens.errors import DtLensError
+
+__all__ = ["Trajectories", "Windows", "read"]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """A data set's episodes end to end: ``N`` steps of ``E`` episodes, in the environment's own units."""
+
+    states: Float32[np.ndarray, "N state_dim"]
+    actions: Float32[np.ndarray, "N act_dim"]  # one-hot where actions are discrete
+    rewards: Float32[np.ndarray, " N"]
+    lengths: Int64[np.ndarray, " E"]
+    discrete: bool
+    bounded: bool  # every action lies in [-1, 1], where a tanh can reach it
+    dataset_id: str = ""
+    environment: str | None = None
+    environment_kwargs: dict[str, Any] | None = None
+    time_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.lengths) or self.lengths.min() < 1:
+            raise DtLensError(
+                f"The data set {self.dataset_id!r} has no episodes, or empty ones; nothing can be learned."
+            )
+        for name in ("states", "actions", "rewards"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise DtLensError(f"The data set {self.dataset_id!r} has {name} that are not finite.")
+
+    @property
+    def starts(self) -> Int64[np.ndarray, " E"]:
+        """The first step of each episode."""
+        starts: np.ndarray[Any, Any] = np.cumsum(self.lengths) - self.lengths
+        return starts
+
+    @property
+    def returns(self) -> Float32[np.ndarray, " E"]:
+        """The undiscounted return of each episode."""
+        returns: np.ndarray[Any, Any] = self.returns_to_go[self.starts]
+        return returns
+
+    @property
+    def returns_to_go(self) -> Float32[np.ndarray, " N"]:
+        """The rewards from each step to the end of its episode, this step's own included."""
+        backwards = np.cumsum(self.rewards[::-1].astype(np.float64))[::-1]  # to the end of the whole data set
+        ends = self.starts + self.lengths
+        after = np.append(backwards, 0.0)[ends]
+        returns: np.ndarray[Any, Any] = (backwards - np.repeat(after, self.lengths)).astype(np.float32)
+        return returns
+
+    @property
+    def state_mean(self) -> Float32[np.ndarray, " state_dim"]:
+        """Over all steps."""
+        mean: np.ndarray[Any, Any] = self.states.mean(0, dtype=np.float64).astype(np.float32)
+        return mean
+
+    @property
+    def state_std(self) -> Float32[np.ndarray, " state_dim"]:
+        """Over all steps; 1 for an entry that never changes, which a division would otherwise blow up."""
+        std = self.states.std(0, dtype=np.float64)
+        return np.where(std > 1e-6, std, 1.0).astype(np.float32)
+
+    @property
+    def return_scale(self) -> float:
+        """The power of ten that brings the largest return below 10: 1,000 for Hopper, as the original code has it."""
+        largest = float(np.abs(self.returns).max())
+        return 10.0 ** math.floor(math.log10(largest)) if largest > 0 else 1.0
+
+
+def read(dataset_id: str) -> Trajectories:
+    """Read a Minari data set, downloading it when it is not there.
+
+    Observations may be a Box of any shape, a Discrete, or a Dict or Tuple of these, flattened as
+    ``gymnasium.spaces.flatten`` does it; actions a Box or a Discrete.
+
+    Raises:
+        DtLensError: for an id that is neither local nor downloadable, or spaces that are neither of these.
+    """
+    import minari
+
+    try:
+        dataset = minari.load_dataset(dataset_id, download=True)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise DtLensError(
+            f"The Minari data set {dataset_id!r} is not here and cannot be downloaded ({reason}); "
+            "`minari list local` and `minari list remote` show what there is."
+        ) from error
+    action_space = dataset.action_space
+    if isinstance(action_space, gym.spaces.Discrete):
+        discrete, bounded = True, False
+    elif isinstance(action_space, gym.spaces.Box):
+        discrete, bounded = False, bool(np.all(action_space.low >= -1) and np.all(action_space.high <= 1))
+    else:
+        raise DtLensError(f"The actions of {dataset_id!r} are {action_space}; only Box and Discrete can be learned.")
+    states, actions, rewards = [], [], []
+    for episode in dataset.iterate_episodes():
+        length = len(episode.rewards)
+        states.append(_flat(episode.observations, dataset.observation_space, dataset_id)[:length])
+        actions.append(_actions(episode.actions, action_space))
+        rewards.append(np.asarray(episode.rewards, dtype=np.float32))
+    if not states:
+        raise DtLensError(f"The data set {dataset_id!r} has no episodes.")
+    spec = dataset.env_spec
+    return Trajectories(
+        np.concatenate(states),
+        np.concatenate(actions),
+        np.concatenate(rewards),
+        np.array([len(r) for r in rewards]),
+        discrete,
+        bounded,
+        dataset_id,
+        spec.id if spec else None,
+        dict(spec.kwargs) if spec else None,
+        spec.max_episode_steps if spec else None,
+    )
+
+
+def _flat(observations: Any, space: gym.Space[Any], dataset_id: str) -> Float32[np.ndarray, "step state_dim"]:
+    if isinstance(space, gym.spaces.Box):
+        return np.asarray(observations, dtype=np.float32).reshape(len(observations), -1)
+    if isinstance(space, gym.spaces.Discrete):
+        return _one_hot(observations, space)
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([_flat(observations[key], part, dataset_id) for key, part in space.items()], axis=1)
+    if isinstance(space, gym.spaces.Tuple):
+        parts = zip(observations, space.spaces, strict=True)
+        return np.concatenate([_flat(o, part, dataset_id) for o, part in parts], axis=1)
+    raise DtLensError(f"The observations of {dataset_id!r} contain {space}; only Box and Discrete can be learned from.")
+
+
+def _one_hot(values: Any, space: gym.spaces.Discrete) -> Float32[np.ndarray, "step n"]:
+    rows: np.ndarray[Any, Any] = np.eye(int(space.n), dtype=np.float32)
+    chosen: np.ndarray[Any, Any] = rows[np.asarray(values).reshape(-1) - int(space.start)]
+    return chosen
+
+
+def _actions(actions: Any, space: gym.spaces.Box | gym.spaces.Discrete) -> Float32[np.ndarray, "step act_dim"]:
+    if isinstance(space, gym.spaces.Discrete):
+        return _one_hot(actions, space)
+    return np.asarray(actions, dtype=np.float32).reshape(len(actions), -1)
+
+
+class Windows:
+    """Batches of windows of ``context`` steps, with Hugging Face's keywords.
+
+    As in the original code (Chen et al. 2021): an episode is drawn in proportion to its length, the window starts at
+    any of its steps, and where the episode ends before the window does it is padded on the left, with an attention
+    mask of 0. States are normalised and returns-to-go divided by the scale; padding is zeros.
+    """
+
+    def __init__(self, data: Trajectories, context: int, device: str | torch.device = "cpu") -> None:
+        self.context = context
+        self.device = torch.device(device)
+
+        def put(array: np.ndarray[Any, Any]) -> Tensor:
+            return torch.as_tensor(array, device=self.device)
+
+        self._states = put((data.states - data.state_mean) / data.state_std)
+        self._actions = put(data.actions)
+        self._returns = put(data.returns_to_go / np.float32(data.return_scale)).unsqueeze(-1)
+        # For each step of the data set, its episode's first step and the step after its last.
+        self._first = put(np.repeat(data.starts, data.lengths))
+        self._end = put(np.repeat(data.starts + data.lengths, data.lengths))
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def sample(self, batch_size: int) -> dict[str, Tensor]:
+        """``batch_size`` windows, drawn with torch's global generator of the CPU."""
+        # A uniform step of the whole data set: an episode in proportion to its length, and a step of it.
+        return self.at(torch.randint(len(self), (batch_size,)))
+
+    def at(self, starts: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
+        """The windows that start at these steps of the data set."""
+        starts = starts.to(self.device)
+        first, end = self._first[starts], self._end[starts]
+        padding = (starts + self.context - end).clamp(min=0)
+        step = (starts - padding).unsqueeze(1) + torch.arange(self.context, device=self.device)
+        mask = step >= starts.unsqueeze(1)
+        step = torch.where(mask, step, starts.unsqueeze(1))
+        real = mask.unsqueeze(-1)
+        return {
+            "states": self._states[step] * real,
+            "actions": self._actions[step] * real,
+            "returns_to_go": self._returns[step] * real,
+            "timesteps": (step - first.unsqueeze(1)) * mask,
+            "attention_mask": mask,
+        }

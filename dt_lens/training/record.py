@@ -1,0 +1,299 @@
+"""A data set with every return in it, made from the simulator alone and stored with Minari.
+
+A decision transformer obeys its target only where the target told the training episodes apart. So this records the
+whole climb of a search from a random policy to an expert, then episodes of the expert slowed down to several paces,
+with several levels of exploration noise (so that past actions alone do not give the policy away), and keeps equally
+many episodes of every return.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from dt_lens.errors import DtLensError
+from dt_lens.training.expert import (
+    Episode,
+    LinearPolicy,
+    Searcher,
+    SearchSettings,
+    environment,
+    evenly,
+    in_order,
+    rollout,
+    time_limit,
+)
+
+__all__ = ["balanced", "record"]
+
+Report = Callable[[str, int, int, str], None]
+"""Called with the name of the phase, how much of it is done, how much there is, and a few words on how it goes."""
+
+CHUNK = 50  # candidate episodes in one file of the resumable state
+
+
+def record(
+    environment_id: str = "Hopper-v5",
+    dataset_id: str = "hopper/climb-v0",
+    *,
+    seed: int = 0,
+    steps: int = 2_500_000,
+    paces: Sequence[float] = (0.75, 0.55, 0.35, 0.15),
+    pace_steps: int = 400_000,
+    candidates: int = 3_000,
+    episodes: int = 1_500,
+    noises: Sequence[float] = (0.0, 0.1, 0.2),
+    bins: int = 33,
+    workers: int | None = None,
+    folder: str | Path | None = None,
+    report: Report | None = None,
+) -> str:
+    """Record a data set from random to expert and store it with Minari; the defaults are the bundled Hopper's.
+
+    First augmented random search climbs to an expert. Then each pace continues from the search before it, towards
+    episodes that last the whole time limit at that fraction of the expert's forward reward per step. Then policies
+    spread evenly over all of these searches are rolled out, and ``balanced`` keeps some of their episodes.
+
+    Everything is saved in ``folder`` as it goes: after an interruption the same call continues where it was and ends
+    with the same data set. The result depends on neither ``workers`` nor interruptions.
+
+    Args:
+        environment_id: any Gymnasium id with a flat Box observation, a Box action and a time limit.
+        dataset_id: the Minari id to store it under, ``name-v0`` or ``namespace/name-v0``.
+        seed: of everything: searches, episodes, noise.
+        steps: environment steps of the search for the expert.
+        paces: decreasing fractions of the expert's forward reward per step; empty for an environment whose ``info``
+            has no ``"reward_forward"``.
+        pace_steps: environment steps of the search for each pace.
+        candidates: episodes to roll out.
+        episodes: how many of them to keep at most.
+        noises: standard deviations of the Gaussian noise on the actions, in turn.
+        bins: return bins of equal width to balance over.
+        workers: processes; as many as there are cores when omitted.
+        folder: where the state is kept; ``runs/record/<dataset id>`` when omitted.
+        report: called often, with the phase, what is done of it, what there is, and a few words.
+
+    Returns:
+        The data set's id; ``minari.load_dataset`` reads it.
+
+    Raises:
+        DtLensError: for an id that Gymnasium or Minari cannot use, a data set that exists already, paces for an
+            environment without forward reward, or a state folder from other settings.
+    """
+    report = report or (lambda *_: None)
+    workers = workers or os.cpu_count() or 1
+    where = Path(folder) if folder is not None else Path("runs", "record", dataset_id.replace("/", "-"))
+    _check(dataset_id, steps=steps, pace_steps=pace_steps, candidates=candidates, episodes=episodes, bins=bins)
+    if not noises or min(noises) < 0:
+        raise DtLensError(f"noises is {tuple(noises)!r}; give at least one standard deviation, none negative.")
+    environment(environment_id), time_limit(environment_id)
+
+    settings = SearchSettings(environment=environment_id, seed=seed)
+    expert = Searcher(settings)
+    _search(expert, where / "expert.npz", "expert", steps, workers, report)
+    searches = [expert]
+    speed = _speed(environment_id, expert.policy) if paces else 0.0
+    for pace in paces:
+        slower = Searcher(replace(settings, pace=pace * speed), start=searches[-1].policy)
+        _search(slower, where / f"pace-{pace:g}.npz", f"pace {pace:g}", pace_steps, workers, report)
+        searches.append(slower)
+
+    jobs = _jobs(environment_id, [search.snapshots for search in searches], candidates, tuple(noises), seed)
+    recipe = {
+        "environment": environment_id,
+        "seed": seed,
+        "steps": steps,
+        "paces": list(paces),
+        "pace_steps": pace_steps,
+        "candidates": candidates,
+        "episodes": episodes,
+        "noises": list(noises),
+        "bins": bins,
+    }
+    rolled = _roll_all(jobs, where, recipe, workers, report)
+    returns = np.array([episode.rewards.sum() for episode in rolled])
+    lengths = np.array([episode.length for episode in rolled])
+    kept = [rolled[i] for i in balanced(returns, lengths, episodes, bins)]
+    report("store", 0, 1, f"{len(kept)} episodes, {sum(e.length for e in kept)} steps")
+    _store(kept, dataset_id, environment_id, recipe)
+    for chunk in where.glob("episodes-*.npz"):
+        chunk.unlink()
+    report("store", 1, 1, dataset_id)
+    return dataset_id
+
+
+def balanced(returns: NDArray[np.float64], lengths: NDArray[np.int64], keep: int, bins: int) -> list[int]:
+    """Indices of at most ``keep`` episodes, as equally many from every bin of the return as there are.
+
+    Of a full bin the longest episodes stay: where a whole slow episode and a fast one that fell early have the same
+    return, a target of that return should mean the former.
+
+    Args:
+        returns: ``[n]``.
+        lengths: ``[n]``, in steps.
+        keep: how many to keep at most.
+        bins: bins of equal width between the lowest and the highest return.
+
+    >>> balanced(np.array([0.0, 0.1, 0.2, 5.0]), np.array([9, 3, 7, 2]), keep=3, bins=2)
+    [0, 2, 3]
+    """
+    edges = np.linspace(returns.min(), returns.max(), bins + 1)
+    place = np.clip(np.searchsorted(edges, returns, side="right") - 1, 0, bins - 1)
+    members = [sorted(np.flatnonzero(place == b), key=lambda i: (-lengths[i], i)) for b in range(bins)]
+    cap = max(c for c in range(keep + 1) if sum(min(len(m), c) for m in members) <= keep)
+    return sorted(int(i) for m in members for i in m[:cap])
+
+
+def _check(dataset_id: str, **counts: int) -> None:
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    for name, value in counts.items():
+        if value < 1:
+            raise DtLensError(f"{name} is {value}; it must be at least 1.")
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:
+        raise DtLensError(f"{dataset_id!r} is no Minari id; write name-v0 or namespace/name-v0.") from error
+    if get_dataset_path(dataset_id).exists():
+        raise DtLensError(
+            f"Minari {minari.__version__} has a data set {dataset_id!r} already; delete it or choose another version."
+        )
+
+
+def _search(searcher: Searcher, file: Path, name: str, steps: int, workers: int, report: Report) -> None:
+    if file.exists():
+        searcher.load(file)
+    searcher.run(steps, workers, file, lambda done, score: report(name, min(done, steps), steps, f"score {score:,.0f}"))
+
+
+def _speed(environment_id: str, policy: LinearPolicy) -> float:
+    """Forward reward per step of four episodes without noise."""
+    rolled = [rollout(environment(environment_id), policy, seed) for seed in range(4)]
+    speed = sum(e.forward for e in rolled) / sum(e.length for e in rolled)
+    if not speed > 0:
+        raise DtLensError(
+            f"{environment_id!r} has no info['reward_forward'] to pace, or an expert that stands; record without paces."
+        )
+    return speed
+
+
+_Job = tuple[str, LinearPolicy, float, int]  # environment, policy, noise, seed
+
+
+def _jobs(
+    environment_id: str, phases: list[list[LinearPolicy]], count: int, noises: tuple[float, ...], seed: int
+) -> list[_Job]:
+    """``count`` rollouts, shared equally between the phases, spread evenly within each."""
+    jobs: list[_Job] = []
+    for phase, snapshots in enumerate(phases):
+        wanted = count * (phase + 1) // len(phases) - len(jobs)
+        policies = list(evenly(snapshots, max(1, wanted // len(noises))))
+        for k in range(wanted):
+            policy, noise = policies[k // len(noises) % len(policies)], noises[k % len(noises)]
+            jobs.append(
+                (environment_id, policy, noise, int(np.random.default_rng([seed, 4, len(jobs)]).integers(2**31)))
+            )
+    return jobs
+
+
+def _roll(job: _Job) -> Episode:
+    name, policy, noise, seed = job
+    return rollout(environment(name), policy, seed, noise)
+
+
+def _roll_all(jobs: list[_Job], where: Path, recipe: dict[str, Any], workers: int, report: Report) -> list[Episode]:
+    """All episodes in order, in files of ``CHUNK`` that are read back instead of rolled out again."""
+    where.mkdir(parents=True, exist_ok=True)
+    told = where / "recipe.json"
+    if told.exists() and json.loads(told.read_text(encoding="utf-8")) != recipe:
+        for stale in where.glob("episodes-*.npz"):
+            stale.unlink()
+    told.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    episodes: list[Episode] = []
+    with in_order(_roll, workers) as run_all:
+        for first in range(0, len(jobs), CHUNK):
+            file = where / f"episodes-{first:05d}.npz"
+            if file.exists():
+                chunk = _read(file)
+            else:
+                chunk = []
+                for episode in run_all(jobs[first : first + CHUNK]):
+                    chunk.append(episode)
+                    done = len(episodes) + len(chunk)
+                    report("episodes", done, len(jobs), f"return {episode.rewards.sum():,.0f}")
+                _write(file, chunk)
+            episodes += chunk
+    return episodes
+
+
+def _write(file: Path, episodes: list[Episode]) -> None:
+    partial = file.with_suffix(".partial.npz")
+    np.savez(
+        partial,
+        lengths=np.array([e.length for e in episodes]),
+        observations=np.concatenate([e.observations for e in episodes]),
+        actions=np.concatenate([e.actions for e in episodes]),
+        rewards=np.concatenate([e.rewards for e in episodes]),
+        sums=np.array([[e.forward, e.survive] for e in episodes]),
+        terminated=np.array([e.terminated for e in episodes]),
+    )
+    partial.replace(file)
+
+
+def _read(file: Path) -> list[Episode]:
+    with np.load(file) as kept:
+        lengths = kept["lengths"]
+        observations = np.split(kept["observations"], np.cumsum(lengths + 1)[:-1])
+        actions, rewards = (np.split(kept[name], np.cumsum(lengths)[:-1]) for name in ("actions", "rewards"))
+        sums, terminated = kept["sums"], kept["terminated"]
+    return [
+        Episode(o, a, r, float(f), float(s), bool(t))
+        for o, a, r, (f, s), t in zip(observations, actions, rewards, sums, terminated, strict=True)
+    ]
+
+
+def _store(episodes: Iterable[Episode], dataset_id: str, environment_id: str, recipe: dict[str, Any]) -> None:
+    import minari
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    buffers = []
+    for index, episode in enumerate(episodes):
+        last = np.arange(1, episode.length + 1) == episode.length
+        buffers.append(
+            EpisodeBuffer(
+                id=index,
+                observations=episode.observations,
+                actions=episode.actions,
+                rewards=episode.rewards.tolist(),
+                terminations=(last & episode.terminated).tolist(),
+                truncations=(last & (not episode.terminated)).tolist(),
+            )
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about authors, e-mail and links that there are none of
+            minari.create_dataset_from_buffers(
+                dataset_id,
+                buffers,
+                env=gym.spec(environment_id),
+                algorithm_name="augmented random search V2-t, every stage of it",
+                description=f"From random to expert, balanced over the return. Made by dt-lens: {json.dumps(recipe)}",
+            )
+    except BaseException as error:
+        shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
+        if isinstance(error, OSError):
+            raise DtLensError(f"The data set {dataset_id!r} cannot be written: {error}.") from error
+        raise

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector.episode_buffer import EpisodeBuffer
+
+from dt_lens.errors import DtLensError
+from dt_lens.training.train import Progress, Settings, train
+
+SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "context": 5, "batch_size": 8, "eval_every": 0, "warmup": 2}
+
+
+@pytest.fixture(scope="module")
+def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("minari")
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning):
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        _cartpole()
+        _linear()
+    return root
+
+
+@pytest.fixture(autouse=True)
+def minari_root(_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(_root))
+    return _root
+
+
+def _cartpole() -> None:
+    """A policy that pushes where the pole leans: a rule that a model can learn."""
+    env = gym.make("CartPole-v1", max_episode_steps=60)
+    buffers = []
+    for seed in range(20):
+        observation, _ = env.reset(seed=seed)
+        rows: list[Any] = [observation]
+        actions: list[int] = []
+        done = False
+        while not done:
+            actions.append(int(observation[2] + observation[3] > 0))
+            observation, _, terminated, truncated, _ = env.step(actions[-1])
+            rows.append(observation)
+            done = terminated or truncated
+        n = len(actions)
+        ends = [i == n - 1 for i in range(n)]
+        buffers.append(
+            EpisodeBuffer(
+                id=seed, observations=np.array(rows), actions=np.array(actions), rewards=[1.0] * n,
+                terminations=[False] * n, truncations=ends,
+            )
+        )  # fmt: skip
+    minari.create_dataset_from_buffers("test/cartpole-v0", buffers, env=env)
+
+
+def _linear() -> None:
+    """Actions that are a linear function of the state."""
+    rng = np.random.default_rng(0)
+    rule = rng.normal(size=(3, 2)) / 4
+    box = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    buffers = []
+    for i in range(10):
+        states = rng.normal(size=(31, 3))
+        buffers.append(
+            EpisodeBuffer(
+                id=i, observations=states, actions=np.clip(states[:-1] @ rule, -1, 1).astype(np.float32),
+                rewards=[1.0] * 30, terminations=[False] * 30, truncations=[False] * 29 + [True],
+            )
+        )  # fmt: skip
+    minari.create_dataset_from_buffers(
+        "test/linear-v0", buffers, observation_space=box, action_space=gym.spaces.Box(-1, 1, (2,), np.float32)
+    )
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = {**SMALL, "steps": 24, "checkpoint_every": 5}
+    whole = train("test/linear-v0", tmp_path / "whole", **settings)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("test/linear-v0", tmp_path / "parts", **settings, report=stop)
+    seen: list[int] = []
+    parts = train("test/linear-v0", tmp_path / "parts", **settings, report=lambda p: seen.append(p.step))
+    assert seen == list(range(11, 25))  # from the last checkpoint
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, parts.weights[name]), name
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "curve.jsonl").open()] for run in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_seed_decides_and_the_callers_generator_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a, b, c = (train("test/linear-v0", tmp_path / str(i), **SMALL, steps=3, seed=s) for i, s in enumerate((0, 0, 1)))
+    assert torch.equal(torch.get_rng_state(), before)
+    name = "blocks.0.mlp.W_in"
+    assert torch.equal(a.weights[name], b.weights[name]) and not torch.equal(a.weights[name], c.weights[name])
+
+
+def test_continuous_actions_are_learned_and_written_in_hugging_faces_format(tmp_path: Path) -> None:
+    model = train("test/linear-v0", tmp_path, **{**SMALL, "lr": 5e-3, "dropout": 0.0}, steps=250)
+    loss = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])["loss"]
+    assert loss < 0.05  # actions have variance 0.19
+    assert model.cfg.action_tanh and not model.training
+    assert model.facts.trained_heads == ("action",)
+    assert model.facts.state_mean is not None and len(model.facts.state_mean) == 3
+    assert model.facts.return_scale == 10 and model.facts.target_returns == (30,)
+    assert model.cfg.max_ep_len == 30
+    # Heads without a loss keep their random start, so that comparing with them stays a null.
+    fresh = train("test/linear-v0", tmp_path / "one", **{**SMALL, "dropout": 0.0}, steps=1)
+    assert torch.equal(fresh.weights["predict.state.W"], model.weights["predict.state.W"])
+
+    from transformers import DecisionTransformerModel
+
+    theirs = DecisionTransformerModel.from_pretrained(tmp_path).eval()
+    batch = {
+        "states": torch.randn(2, 5, 3),
+        "actions": torch.randn(2, 5, 2),
+        "returns_to_go": torch.randn(2, 5, 1),
+        "timesteps": torch.arange(5).repeat(2, 1),
+        "attention_mask": torch.ones(2, 5),
+    }
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).action_preds, theirs(**batch).action_preds, atol=1e-5)
+
+
+def test_discrete_actions_are_learned(tmp_path: Path) -> None:
+    model = train("test/cartpole-v0", tmp_path, **{**SMALL, "lr": 5e-3, "dropout": 0.0}, steps=200)
+    loss = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])["loss"]
+    assert loss < 0.55  # guessing has 0.69
+    assert model.cfg.discrete_actions and not model.cfg.action_tanh and model.cfg.act_dim == 2
+    assert model.facts.environment == "CartPole-v1"
+
+
+def test_another_run_in_the_folder_is_not_continued(tmp_path: Path) -> None:
+    train("test/linear-v0", tmp_path, **SMALL, steps=2)
+    with pytest.raises(DtLensError, match="another n_heads"):
+        train("test/linear-v0", tmp_path, **SMALL, steps=2, n_heads=2)
+    assert train("test/linear-v0", tmp_path, **SMALL, steps=2, n_heads=2, resume=False).cfg.n_heads == 2
+    (tmp_path / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(DtLensError, match="cannot be read"):
+        train("test/linear-v0", tmp_path, **SMALL, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"steps": 0}, "steps is 0"), ({"lr": 0.0}, "lr"), ({"d_model": 16, "n_heads": 3}, "n_heads")]
+)
+def test_bad_settings_are_one_sentence(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(DtLensError, match=words):
+        train("test/linear-v0", tmp_path, **{**SMALL, "steps": 2, **change})
+
+
+def test_the_learning_rate_warms_up_and_comes_down() -> None:
+    settings = Settings("d", 100, 1, 1, 1, 1, 1, 0.0, 1.0, 10, 0.0, 1.0, False, 0, (1.0,))
+    rates = [settings.rate(step) for step in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.505) and rates[-1] < 0.015
+    assert rates[10:] == sorted(rates[10:], reverse=True)
