@@ -98,12 +98,16 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
 
     def __getitem__(self, name: str) -> Embedding:
         if name not in self._sets:
-            raise DtLensError(f"There is no embedding {name!r}; there are {', '.join(self._sets)}." + nearest(name, self._sets))
+            raise DtLensError(
+                f"There is no embedding {name!r}; there are {', '.join(self._sets)}." + nearest(name, self._sets)
+            )
         return self._sets[name]
 
     def __setitem__(self, name: str, embedding: Embedding) -> None:
         if not isinstance(embedding, Embedding):
-            raise DtLensError(f"An embedding is wanted for {name!r}, not a {type(embedding).__name__}; write Embedding(directions, labels).")
+            raise DtLensError(
+                f"An embedding is wanted for {name!r}, not a {type(embedding).__name__}; write Embedding(directions, labels)."
+            )
         if embedding.directions.shape[1] != self.d_model:
             raise DtLensError(
                 f"The embedding {name!r} has directions of size {embedding.directions.shape[1]}; this model's stream has {self.d_model}."
@@ -148,11 +152,16 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
         ]  # fmt: skip
 
     def __repr__(self) -> str:
-        lines = [f"{r['name']:<14}{r['kind']:<10}{r['side']:<5}{r['directions']:>6}  trained: {r['trained']:<21} {r['labels']}" for r in self._rows()]
+        lines = [
+            f"{r['name']:<14}{r['kind']:<10}{r['side']:<5}{r['directions']:>6}  trained: {r['trained']:<21} {r['labels']}"
+            for r in self._rows()
+        ]
         return "\n".join([f"EmbeddingRegistry of {len(self)} sets in {self.d_model} dimensions", *lines])
 
     def _repr_html_(self) -> str:
         rows = self._rows()
         head = "".join(f"<th>{key}</th>" for key in (rows[0] if rows else {}))
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows
+        )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -43,7 +43,9 @@ class Checkpoint:
         """Raise ``DtLensError`` naming the first tensor with a NaN or an infinity."""
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise DtLensError(f"The tensor {key!r} in {self.path} holds NaN or infinite values; the checkpoint is damaged.")
+                raise DtLensError(
+                    f"The tensor {key!r} in {self.path} holds NaN or infinite values; the checkpoint is damaged."
+                )
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -100,7 +102,9 @@ def _read_file(file: Path) -> Checkpoint:
         try:
             return Checkpoint(file, load_file(file), folder=file.parent)
         except (SafetensorError, OSError, ValueError) as error:
-            raise DtLensError(f"{file} is no whole safetensors file ({error}); it may be truncated, so fetch it again.") from error
+            raise DtLensError(
+                f"{file} is no whole safetensors file ({error}); it may be truncated, so fetch it again."
+            ) from error
     return _read_pickle(file)
 
 
@@ -116,10 +120,23 @@ def _read_pickle(file: Path) -> Checkpoint:
             ) from error
         raise DtLensError(_no_checkpoint(file)) from error
     # torch.load answers a file that is no checkpoint with whatever its parser stumbled over.
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, TypeError, AssertionError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+        zipfile.BadZipFile,
+    ) as error:
         raise DtLensError(_no_checkpoint(file)) from error
     if not isinstance(loaded, Mapping):
-        raise DtLensError(f"{file} holds a {type(loaded).__name__}; expected a state dict, which maps names to tensors.")
+        raise DtLensError(
+            f"{file} holds a {type(loaded).__name__}; expected a state dict, which maps names to tensors."
+        )
     tensors: Any = loaded
     extra: dict[str, Any] = {}
     for name in NESTED:
@@ -129,10 +146,14 @@ def _read_pickle(file: Path) -> Checkpoint:
             break
     bad = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
     if bad is not None:
-        raise DtLensError(f"{file} holds {str(bad)!r}, which is no tensor; expected a state dict, which maps names to tensors.")
+        raise DtLensError(
+            f"{file} holds {str(bad)!r}, which is no tensor; expected a state dict, which maps names to tensors."
+        )
     return Checkpoint(file, {str(k): v for k, v in tensors.items()}, extra=extra, folder=file.parent)
 
 
 def _no_checkpoint(file: Path) -> str:
     kinds = ", ".join(SAFETENSORS + TORCH)
-    return f"{file} cannot be read as a checkpoint; expected a file that torch.save or safetensors wrote ({kinds}), whole."
+    return (
+        f"{file} cannot be read as a checkpoint; expected a file that torch.save or safetensors wrote ({kinds}), whole."
+    )

@@ -11,7 +11,9 @@ Labels = tuple[str, ...]
 
 
 @lru_cache
-def environment_labels(environment: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> tuple[Labels | None, Labels | None]:
+def environment_labels(
+    environment: str, kwargs: tuple[tuple[str, Any], ...] = ()
+) -> tuple[Labels | None, Labels | None]:
     """The labels of an environment's observations and actions; ``None`` for what it does not name.
 
     MuJoCo environments name joints and actuators; Gymnasium's Atari environments name action meanings, MiniGrid and others have an
@@ -56,7 +58,10 @@ def _mujoco_observations(env: Any) -> Labels | None:
 
 def _joint_coordinates(model: Any) -> tuple[list[str], list[str]]:
     """The names of the entries of qpos and qvel; free and ball joints have several."""
-    parts = {0: (("x", "y", "z", "qw", "qx", "qy", "qz"), ("x", "y", "z", "rx", "ry", "rz")), 1: (("qw", "qx", "qy", "qz"), ("rx", "ry", "rz"))}
+    parts = {
+        0: (("x", "y", "z", "qw", "qx", "qy", "qz"), ("x", "y", "z", "rx", "ry", "rz")),
+        1: (("qw", "qx", "qy", "qz"), ("rx", "ry", "rz")),
+    }
     positions, velocities = [], []
     for i in range(model.njnt):
         name = model.joint(i).name or f"joint{i}"

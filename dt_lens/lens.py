@@ -87,16 +87,18 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
     (an edit notices and says so).
     """
     if not isinstance(model, nn.Module):
-        raise DtLensError(f"wrap takes a torch model, not a {type(model).__name__}; use dt_lens.load for a file, folder or name.")
+        raise DtLensError(
+            f"wrap takes a torch model, not a {type(model).__name__}; use dt_lens.load for a file, folder or name."
+        )
     if isinstance(model, Lens):
-        return model
+        return model  # a lens already, by what it offers
     chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
     return _certified(chosen.wrap(model, **given), check)
 
 
 def _certified(lens: Lens, check: bool) -> Lens:
     if check:
-        from dt_lens.certify import certify
+        from dt_lens.certification import certify
 
         certify(lens)
     return lens

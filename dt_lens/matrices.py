@@ -110,7 +110,9 @@ class Matrix:
         """
         if side is None:
             if len(self.residual_sides) != 1:
-                raise DtLensError(f"{self.name} has two sides on the residual stream; say side={self.left!r} or side={self.right!r}.")
+                raise DtLensError(
+                    f"{self.name} has two sides on the residual stream; say side={self.left!r} or side={self.right!r}."
+                )
             side = self.residual_sides[0]
         if side == self.left:
             return "left"
@@ -200,7 +202,11 @@ def catalogue(lens: Lens, per_head: bool = False) -> dict[str, Matrix]:
             add(Matrix(f"{attn}.QK.{head}", "QK", layer, head, "query", "key", (q, k), norm, norm))
         norm = structure.mlp_norm[layer]
         for kind in ("W_in", "W_gate"):
-            add(Matrix(f"{mlp}.{kind}", kind, layer, None, "read", "neuron", (Factor(f"{mlp}.{kind}", "a b -> a b"),), norm))
+            add(
+                Matrix(
+                    f"{mlp}.{kind}", kind, layer, None, "read", "neuron", (Factor(f"{mlp}.{kind}", "a b -> a b"),), norm
+                )
+            )
         add(Matrix(f"{mlp}.W_out", "W_out", layer, None, "neuron", "write", (Factor(f"{mlp}.W_out", "a b -> a b"),)))
     return found
 
@@ -217,7 +223,10 @@ def find_matrix(lens: Lens, name: str, head: int | None = None) -> Matrix:
         return known[wanted]
     if head is not None and name in known:
         raise DtLensError(f"{name} has no head {head}; the model's heads are 0 to {lens.structure.n_heads - 1}.")
-    raise DtLensError(f"The model has no matrix {wanted!r}." + (nearest(wanted, known) or f" It has {', '.join(list(known)[:3])}, ..."))
+    raise DtLensError(
+        f"The model has no matrix {wanted!r}."
+        + (nearest(wanted, known) or f" It has {', '.join(list(known)[:3])}, ...")
+    )
 
 
 def select_matrices(lens: Lens, patterns: Sequence[str] | str | None = None) -> list[Matrix]:

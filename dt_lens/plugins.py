@@ -76,7 +76,9 @@ def named_adapter(adapter: str | Adapter | type) -> Adapter:
         elif adapter in known:
             found = known[adapter].load()
         else:
-            raise DtLensError(f"No adapter is called {adapter!r}; installed are {', '.join(sorted(known))}." + nearest(adapter, known))
+            raise DtLensError(
+                f"No adapter is called {adapter!r}; installed are {', '.join(sorted(known))}." + nearest(adapter, known)
+            )
     if isinstance(found, type):
         found = found()
     if not isinstance(found, Adapter):

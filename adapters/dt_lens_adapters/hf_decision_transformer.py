@@ -62,14 +62,16 @@ class HFDecisionTransformer:
         about = kept.about if kept else {}
         discrete = bool(given.pop("discrete_actions", about.get("discrete_actions", False)))
         facts = given_facts(kept, given)
-        tensors = {key: t for key, t in model.state_dict().items() if not UNUSED.fullmatch(key)}
-        cfg = config_from_hf(model.config.to_dict(), facts.context, discrete)  # type: ignore[union-attr, operator]
+        config = model.config.to_dict()  # type: ignore[union-attr, operator]
+        cfg = config_from_hf(config, facts.context, discrete)
+
+        def views() -> dict[str, Tensor]:
+            return canonical_from_hf({k: t for k, t in model.state_dict().items() if not UNUSED.fullmatch(k)}, cfg)
+
         with torch.device("meta"):
             hooked = HookedDecisionTransformer(cfg)
-        hooked.adopt(canonical_from_hf(tensors, cfg))
-        hooked.facts, hooked.original, hooked.reference = facts, None, HFReference(model, cfg)
-        # A registered submodule would list every weight twice; the original is held beside the lens, not inside it.
-        object.__setattr__(hooked, "original", model)
+        hooked.look_at(model, views, HFReference(model, cfg))
+        hooked.facts = facts
         return hooked.train(model.training)
 
 
@@ -77,12 +79,17 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
     """Raise for a keyword that means nothing to an adapter."""
     for name in given:
         if name not in known:
-            raise DtLensError(f"Unknown option {name!r} for this checkpoint; it takes {', '.join(sorted(known))}." + nearest(name, known))
+            raise DtLensError(
+                f"Unknown option {name!r} for this checkpoint; it takes {', '.join(sorted(known))}."
+                + nearest(name, known)
+            )
 
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
     """The checkpoint's facts, overridden by what the user gave; context 20 (the paper's) where nobody says."""
-    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in FACTS}
+    chosen = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in FACTS
+    }
     return replace(kept, **chosen) if kept else RunFacts(**{"context": 20, **chosen})
 
 
@@ -92,7 +99,9 @@ def _facts_beside(model: nn.Module) -> RunFacts | None:
     return RunFacts.load(folder) if folder.is_dir() else None
 
 
-def _original(tensors: Mapping[str, Tensor], config: Mapping[str, Any], cfg: HookedDecisionTransformerConfig) -> nn.Module:
+def _original(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], cfg: HookedDecisionTransformerConfig
+) -> nn.Module:
     from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
     # There are no tokens; the class's default ids lie outside its vocabulary of one and make it warn.

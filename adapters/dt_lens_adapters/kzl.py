@@ -44,13 +44,17 @@ class KZLDecisionTransformer:
     def _build(self, tensors: dict[str, Tensor], given: dict[str, Any]) -> HookedDecisionTransformer:
         refuse_unknown(given, SHAPE_OPTIONS | FACTS)
         if "n_heads" not in given:
-            raise DtLensError("A kzl checkpoint does not say how many attention heads it has; pass n_heads= (kzl's default is n_heads=1).")
+            raise DtLensError(
+                "A kzl checkpoint does not say how many attention heads it has; pass n_heads= (kzl's default is n_heads=1)."
+            )
         config = self._config(tensors, given)
         d_model = config["hidden_size"]
         masks = [key for key in tensors if re.fullmatch(r"transformer\.h\.\d+\.attn\.bias", key)]
         facts = {name: value for name, value in given.items() if name in FACTS}
         if masks and "context" not in facts:
-            facts["context"] = max(1, tensors[masks[0]].shape[-1] // 3)  # the causal mask is as wide as the context's tokens
+            facts["context"] = max(
+                1, tensors[masks[0]].shape[-1] // 3
+            )  # the causal mask is as wide as the context's tokens
         facts.setdefault("return_scale", 1000.0)  # what kzl's experiment.py uses in every gym environment
         renamed = {re.sub(r"^transformer\.", "encoder.", key): tensor for key, tensor in tensors.items()}
         if "encoder.wpe.weight" not in renamed:
@@ -70,7 +74,9 @@ class KZLDecisionTransformer:
             raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}.")
         rows = shape("embed_timestep.weight")[0]
         if given.get("max_ep_len", rows) != rows:
-            raise DtLensError(f"max_ep_len={given['max_ep_len']} does not fit the checkpoint, whose timestep table has {rows} rows.")
+            raise DtLensError(
+                f"max_ep_len={given['max_ep_len']} does not fit the checkpoint, whose timestep table has {rows} rows."
+            )
         d_model, state_dim = shape("embed_state.weight")
         return {
             "hidden_size": d_model,
@@ -91,7 +97,9 @@ def _read_live(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if inner is not None:
         found["n_heads"] = inner.n_head
-        found["act_fn"] = {hf: ours for ours, hf in NAMES.items()}.get(inner.activation_function, inner.activation_function)
+        found["act_fn"] = {hf: ours for ours, hf in NAMES.items()}.get(
+            inner.activation_function, inner.activation_function
+        )
     if isinstance(getattr(model, "predict_action", None), nn.Sequential):
         found["action_tanh"] = any(isinstance(part, nn.Tanh) for part in model.predict_action)
     if isinstance(getattr(model, "max_length", None), int):

@@ -46,5 +46,7 @@ def save_pretrained(model: HookedDecisionTransformer, folder: str | Path) -> Pat
                 shutil.move(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DtLensError(f"The checkpoint cannot be written to {folder}: {reason}; choose another folder or make room.") from error
+        raise DtLensError(
+            f"The checkpoint cannot be written to {folder}: {reason}; choose another folder or make room."
+        ) from error
     return folder

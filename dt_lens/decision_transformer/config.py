@@ -36,7 +36,9 @@ class HookedDecisionTransformerConfig:
     n_ctx: int = 20
     max_ep_len: int = 1000
     act_fn: Activation = "relu"
-    normalization: Normalization = "pre"  # where a block's LayerNorms stand: before the sublayer, after the sum, nowhere
+    normalization: Normalization = (
+        "pre"  # where a block's LayerNorms stand: before the sublayer, after the sum, nowhere
+    )
     final_ln: bool = True  # a LayerNorm after the last block
     embed_ln: bool = True  # a LayerNorm over the interleaved tokens
     eps: float = 1e-5  # of the blocks' LayerNorms and the final one

@@ -30,7 +30,9 @@ def embeddings_of(model: HookedDecisionTransformer) -> EmbeddingRegistry:
                 weights[f"embed.{name}.W"], labels[name], kind=kind, side="in", layernorm=embed_ln
             )
     rows = weights["embed.timestep.W"]
-    registry["timestep_in"] = Embedding(rows, [f"t={t}" for t in range(len(rows))], kind="timestep", side="in", layernorm=embed_ln)
+    registry["timestep_in"] = Embedding(
+        rows, [f"t={t}" for t in range(len(rows))], kind="timestep", side="in", layernorm=embed_ln
+    )
     for name, kind in (("action", "action"), ("state", "state"), ("return_to_go", "reward")):
         registry[f"{kind}_out"] = Embedding(
             weights[f"predict.{name}.W"].T,

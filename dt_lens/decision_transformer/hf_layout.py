@@ -74,7 +74,9 @@ def canonical_from_hf(tensors: Mapping[str, Tensor], cfg: HookedDecisionTransfor
 
     def take(key: str, *shape: int) -> Tensor:
         if key not in left:
-            raise DtLensError(f"The checkpoint has no tensor {key!r}, which a decision transformer of this shape needs.")
+            raise DtLensError(
+                f"The checkpoint has no tensor {key!r}, which a decision transformer of this shape needs."
+            )
         tensor = left.pop(key)
         if tuple(tensor.shape) != shape:
             raise DtLensError(f"The tensor {key!r} has shape {list(tensor.shape)}; {list(shape)} was expected.")
@@ -115,7 +117,9 @@ def hf_from_canonical(weights: Mapping[str, Tensor], cfg: HookedDecisionTransfor
         elif rule.name == "embed.position.W":
             tensor = kind.new_zeros(1, d)
         else:
-            raise DtLensError(f"Hugging Face's decision transformer needs the weight {rule.name!r}, which this model lacks.")
+            raise DtLensError(
+                f"Hugging Face's decision transformer needs the weight {rule.name!r}, which this model lacks."
+            )
         tensors[rule.key] = tensor.T if rule.transposed else tensor
     for layer in range(cfg.n_layers):
         h, b = f"encoder.h.{layer}.attn", f"blocks.{layer}.attn"
@@ -129,7 +133,10 @@ def hf_from_canonical(weights: Mapping[str, Tensor], cfg: HookedDecisionTransfor
 
 def _shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, ...]]:
     d = cfg.d_model
-    shapes: dict[str, tuple[int, ...]] = {"embed.timestep.W": (cfg.max_ep_len, d), "embed.position.W": (cfg.n_position, d)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed.timestep.W": (cfg.max_ep_len, d),
+        "embed.position.W": (cfg.n_position, d),
+    }
     for name, size in (("return_to_go", 1), ("state", cfg.state_dim), ("action", cfg.act_dim)):
         shapes |= {f"embed.{name}.W": (size, d), f"embed.{name}.b": (d,)}
         shapes |= {f"predict.{name}.W": (d, size), f"predict.{name}.b": (size,)}
@@ -144,7 +151,9 @@ def _shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def config_from_hf(config: Mapping[str, Any], context: int = 20, discrete_actions: bool = False) -> HookedDecisionTransformerConfig:
+def config_from_hf(
+    config: Mapping[str, Any], context: int = 20, discrete_actions: bool = False
+) -> HookedDecisionTransformerConfig:
     """Our configuration from the values of Hugging Face's ``DecisionTransformerConfig``.
 
     Raises:
@@ -166,7 +175,9 @@ def config_from_hf(config: Mapping[str, Any], context: int = 20, discrete_action
             + nearest(str(act_fn), ACTIVATIONS)
         )
     if config.get("add_cross_attention"):
-        raise DtLensError("The configuration has add_cross_attention=True; dt-lens has no cross-attention, so it would be lost.")
+        raise DtLensError(
+            "The configuration has add_cross_attention=True; dt-lens has no cross-attention, so it would be lost."
+        )
     d_model = get("hidden_size", "n_embd", default=128)
     return HookedDecisionTransformerConfig(
         state_dim=get("state_dim", default=17),
@@ -203,7 +214,9 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
                 f"Hugging Face's decision transformer has no {name}={getattr(cfg, name)!r}; only {wanted!r} can be saved in its format."
             )
     if cfg.position == "learned":
-        raise DtLensError("Hugging Face's decision transformer has no learned positions (position='learned'), so it cannot be saved so.")
+        raise DtLensError(
+            "Hugging Face's decision transformer has no learned positions (position='learned'), so it cannot be saved so."
+        )
     names = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
     return {
         "architectures": ["DecisionTransformerModel"],

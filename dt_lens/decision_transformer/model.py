@@ -7,8 +7,9 @@ state's token. Weights have TransformerLens's names and orientation: ``y = x @ W
 
 from __future__ import annotations
 
+import copy
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -261,6 +262,7 @@ class HookedDecisionTransformer(HookedRootModule):
         self.facts = RunFacts(context=cfg.n_ctx)
         self.original: nn.Module | None = None
         self.reference: Reference | None = None
+        self._original_weights: Callable[[], Mapping[str, Tensor]] | None = None
         self.identity = uuid.uuid4().hex
         self._embeddings: EmbeddingRegistry | None = None
         self.setup()
@@ -337,6 +339,44 @@ class HookedDecisionTransformer(HookedRootModule):
                 )
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))
+
+    def look_at(
+        self, original: nn.Module, weights: Callable[[], Mapping[str, Tensor]], reference: Reference | None
+    ) -> None:
+        """Share storage with ``original``, whose weights under canonical names ``weights()`` gives as views."""
+        self.adopt(weights())
+        # Past nn.Module's registration: a submodule would list every weight twice.
+        object.__setattr__(self, "original", original)
+        self.reference, self._original_weights = reference, weights
+
+    def require_shared(self, names: Sequence[str]) -> None:
+        """Raise ``DtLensError`` when the original no longer shares these weights' storage, so that an edit would miss it."""
+        if self._original_weights is None:
+            return
+        theirs, mine = self._original_weights(), self.weights
+        for name in names:
+            if theirs[name].data_ptr() != mine[name].data_ptr():
+                raise DtLensError(
+                    f"The wrapped model no longer shares the weight {name!r}: it was moved, cast or loaded anew after dt_lens.wrap; wrap it again."
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedDecisionTransformer:
+        # Moving or casting the lens moves what it looks at, and they stay one memory.
+        if self.original is None or self._original_weights is None:
+            return super()._apply(fn, recurse)
+        self.original._apply(fn, recurse)
+        self.adopt(self._original_weights())
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedDecisionTransformer:
+        """A copy on memory of its own, looking at no original; edits in force are copied as plain weights."""
+        encoder = self.embed["state"]
+        copied = HookedDecisionTransformer(
+            self.cfg, None if isinstance(encoder, Linear) else copy.deepcopy(encoder, memo)
+        )
+        copied.adopt({name: weight.clone() for name, weight in self.weights.items()})
+        copied.facts = self.facts
+        return copied.train(self.training)
 
     def forward(
         self,
@@ -416,7 +456,9 @@ class HookedDecisionTransformer(HookedRootModule):
         if tuple(actions.shape) != wanted:
             raise DtLensError(f"actions has shape {tuple(actions.shape)}; this model wants {list(wanted)}.")
         if tuple(returns_to_go.shape) != (*batch_step, 1):
-            raise DtLensError(f"returns_to_go has shape {tuple(returns_to_go.shape)}; this model wants {[*batch_step, 1]}.")
+            raise DtLensError(
+                f"returns_to_go has shape {tuple(returns_to_go.shape)}; this model wants {[*batch_step, 1]}."
+            )
         if mask is not None and tuple(mask.shape) != batch_step:
             raise DtLensError(f"attention_mask has shape {tuple(mask.shape)}; this model wants {list(batch_step)}.")
         if timesteps.numel() and not torch.compiler.is_compiling():

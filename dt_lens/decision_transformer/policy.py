@@ -2,28 +2,27 @@
 
 An agent that acts wants one number per step, the action read off the last state's token. So the current action's token,
 which no earlier token may see, is left out; the last block works out its queries, its MLP and its output for one token
-only; and what a token looks like before it meets the others (its embedding, and the first block's queries, keys and
-values) is worked out once, when it enters the window, and slides with it. Nothing here needs more than torch, so that a
-worker process starts quickly.
+only; and what a token looks like before it meets the others (``embed`` and ``first_qkv``) can be worked out once, when it enters
+the window. Nothing here needs more than torch, so that a worker process starts quickly.
 
 The test that holds this file to the textbook one is ``tests/decision_transformer/test_policy.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.errors import DtLensError
 
-__all__ = ["ActingModel", "SlidingPolicy", "acting_shapes", "full_mask", "last_action"]
+__all__ = ["ActingModel", "acting_shapes", "last_action", "may_look"]
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,11 @@ class ActingModel:
     def random(
         cls, cfg: HookedDecisionTransformerConfig, dtype: torch.dtype, generator: torch.Generator
     ) -> ActingModel:
-        """A model of this shape with random weights of ordinary size, on the CPU."""
+        """A model of this shape with random weights of ordinary size, on the generator's device."""
 
         def draw(*shape: int) -> Tensor:
-            return (
-                torch.randn(shape, generator=generator) * shape[-2] ** -0.5 if len(shape) > 1 else torch.ones(shape)
-            ).to(dtype)
+            x = torch.randn(shape, generator=generator, device=generator.device)
+            return (x * shape[-2] ** -0.5 if len(shape) > 1 else 1 + 0.1 * x).to(dtype)
 
         return cls({name: draw(*shape) for name, shape in acting_shapes(cfg).items()}, cfg)
 
@@ -209,13 +207,13 @@ class ActingModel:
             )
         return x + self.position_table[: x.shape[1]]
 
-    def act(
+    def hidden(
         self,
         x: Float[Tensor, "batch token d_model"],
         qkv: Float[Tensor, "batch token three_d_model"],
         mask: Float[Tensor, "batch 1 token token"],
-    ) -> Float[Tensor, "batch act_dim"]:
-        """The action at the last token of ``x``, which must be a state's.
+    ) -> Float[Tensor, "batch d_model"]:
+        """The residual stream after the last block, at the last token only.
 
         Args:
             x: the tokens of a window, the last action's left out.
@@ -239,8 +237,12 @@ class ActingModel:
                 x = block.ln2(x + self._mlp(block, x))
             else:
                 x = x + self._mlp(block, block.ln2(x))
-        action = self.predict_action(self.ln_final(x[:, -1]))
-        return torch.tanh(action) if cfg.action_tanh else action
+        return x[:, -1]
+
+    def action(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch act_dim"]:
+        """The action, given what ``hidden`` returns for a window that ends with a state."""
+        action = self.predict_action(self.ln_final(hidden))
+        return torch.tanh(action) if self.cfg.action_tanh else action
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "batch token (head e) -> batch head token e", head=self.cfg.n_heads)
@@ -271,7 +273,7 @@ class ActingModel:
         return block.mlp_out(h)
 
 
-def _may_look(real: Tensor, dtype: torch.dtype) -> Float[Tensor, "batch 1 token token"]:
+def may_look(real: Bool[Tensor, "batch token"], dtype: torch.dtype) -> Float[Tensor, "batch 1 token token"]:
     """The additive mask for tokens ``real [batch, token]``: causal, padding unseen, and padding looking at itself.
 
     A row with nothing to look at would be NaN and would spread.
@@ -280,11 +282,6 @@ def _may_look(real: Tensor, dtype: torch.dtype) -> Float[Tensor, "batch 1 token 
     causal = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
     allowed = (real[:, None, None, :] & causal) | torch.eye(n, dtype=torch.bool, device=real.device)
     return torch.zeros(allowed.shape, dtype=dtype, device=real.device).masked_fill_(~allowed, float("-inf"))
-
-
-def full_mask(width: int, n: int, dtype: torch.dtype) -> Float[Tensor, "width 1 n n"]:
-    """The additive mask of windows of ``n`` real tokens."""
-    return _may_look(torch.ones(width, n, dtype=torch.bool), dtype)
 
 
 def last_action(
@@ -310,87 +307,5 @@ def last_action(
     )
     x = model.place(tokens[:, :-1])
     real = torch.ones_like(timesteps) if attention_mask is None else attention_mask
-    mask = _may_look(repeat(real != 0, "batch step -> batch (step kind)", kind=3)[:, :-1], x.dtype)
-    return model.act(x, model.first_qkv(x), mask)
-
-
-class SlidingPolicy:
-    """A batch of episodes acted in step by step, each row with its own window of the last ``context`` steps.
-
-    Every call works on full windows of ``context`` steps, padded on the left and masked, whatever the rows' ages: the
-    arithmetic of a row does not depend on how old its neighbours are.
-
-    Args:
-        model: the weights.
-        context: steps looked back.
-        width: rows.
-    """
-
-    def __init__(self, model: ActingModel, context: int, width: int) -> None:
-        self.model, self.context, self.width = model, context, width
-        cfg, n = model.cfg, 3 * context
-        # Tokens enter by threes: the action just taken, the return-to-go, the state. The window to act on is all but
-        # the oldest of them. With learned positions a token's queries, keys and values change as it slides.
-        self._slides_qkv = cfg.position != "learned"
-        features = cfg.d_model * (4 if self._slides_qkv else 1)
-        self._tokens = torch.zeros(width, n, features, dtype=model.dtype, device=model.device)
-        self._spare = torch.zeros_like(self._tokens)
-        self._age = [0] * width
-        self._mask = self._empty_mask(width)
-        if cfg.position == "learned":
-            model.place(self._tokens[:, 1:, : cfg.d_model])  # says now, not in a worker's first step, that it fits
-
-    def _empty_mask(self, width: int) -> Tensor:
-        real = torch.zeros(width, 3 * self.context - 1, dtype=torch.bool, device=self.model.device)
-        return _may_look(real, self.model.dtype)
-
-    def restart(self, row: int) -> None:
-        """A new episode begins in ``row``; its window is empty."""
-        self._age[row] = 0
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Narrow the batch to ``rows``, in that order."""
-        index = torch.tensor(rows, device=self.model.device)
-        self._tokens, self._mask = self._tokens[index], self._mask[index]
-        self._spare = torch.zeros_like(self._tokens)
-        self._age = [self._age[row] for row in rows]
-        self.width = len(rows)
-
-    def act(
-        self,
-        states: Float[Tensor, "width state_dim"],
-        returns_to_go: Float[Tensor, "width 1"],
-        timesteps: Int[Tensor, " width"],
-        previous_actions: Float[Tensor, "width act_dim"],
-    ) -> Float[Tensor, "width act_dim"]:
-        """The rows' actions. ``previous_actions`` are those taken one step earlier, of no account in a new episode."""
-        model, d = self.model, self.model.cfg.d_model
-        with torch.inference_mode():
-            states, returns_to_go, previous_actions = (
-                a.to(model.device, model.dtype) for a in (states, returns_to_go, previous_actions)
-            )
-            timesteps = timesteps.to(model.device)
-            parts = model.embed(
-                returns_to_go, states, previous_actions, timesteps, action_timesteps=(timesteps - 1).clamp_(min=0)
-            )
-            new = torch.stack((parts[2], parts[0], parts[1]), dim=1)
-            if self._slides_qkv:
-                new = torch.cat((new, model.first_qkv(new)), dim=-1)
-            torch.cat((self._tokens[:, 3:], new), dim=1, out=self._spare)
-            self._tokens, self._spare = self._spare, self._tokens
-            for row, age in enumerate(self._age):
-                if age < self.context:
-                    self._age[row] = age + 1
-                    self._open(row, 3 * (age + 1) - 1)
-            window = self._tokens[:, 1:]
-            x = window[..., :d]
-            if self._slides_qkv:
-                return model.act(x, window[..., d:], self._mask)
-            x = model.place(x)
-            return model.act(x, model.first_qkv(x), self._mask)
-
-    def _open(self, row: int, n: int) -> None:
-        """Let the last ``n`` tokens of ``row`` be seen."""
-        real = torch.zeros(1, self._mask.shape[-1], dtype=torch.bool, device=self._mask.device)
-        real[:, -n:] = True
-        self._mask[row] = _may_look(real, self._mask.dtype)[0]
+    mask = may_look(repeat(real != 0, "batch step -> batch (step kind)", kind=3)[:, :-1], x.dtype)
+    return model.action(model.hidden(x, model.first_qkv(x), mask))

@@ -55,7 +55,9 @@ class _Check:
     head_axis: int | None = None  # along which heads lie side by side in ``weight``
 
 
-def _linear(matrix: str, x: Tensor, W: Tensor, b: Tensor | None, expected: Tensor, head_axis: int | None = None) -> _Check:
+def _linear(
+    matrix: str, x: Tensor, W: Tensor, b: Tensor | None, expected: Tensor, head_axis: int | None = None
+) -> _Check:
     bias = 0.0 if b is None else b
     return _Check(matrix, x @ W + bias, expected, W, x, bias, head_axis)
 
@@ -112,7 +114,9 @@ def _error(computed: Tensor, expected: Tensor) -> float:
     return float((computed - expected).abs().max() / scale)
 
 
-def _checks(model: Lens, truth: Mapping[str, Tensor], own: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Iterator[_Check]:
+def _checks(
+    model: Lens, truth: Mapping[str, Tensor], own: Mapping[str, Tensor], batch: Mapping[str, Any]
+) -> Iterator[_Check]:
     """All checks in the order of the forward pass."""
     weights, structure = model.weights, model.structure
     real = batch.get("attention_mask")
@@ -132,7 +136,11 @@ def _checks(model: Lens, truth: Mapping[str, Tensor], own: Mapping[str, Tensor],
             yield _Check(_weight_named(name, weights), own[name], truth[name])
     for layer in range(structure.n_layers):
         attn, mlp = f"blocks.{layer}.attn", f"blocks.{layer}.mlp"
-        yield _Check(f"the input of block {layer}", kept(own[f"blocks.{layer}.hook_resid_pre"]), kept(truth[f"blocks.{layer}.hook_resid_pre"]))
+        yield _Check(
+            f"the input of block {layer}",
+            kept(own[f"blocks.{layer}.hook_resid_pre"]),
+            kept(truth[f"blocks.{layer}.hook_resid_pre"]),
+        )
         x = _read(truth, f"blocks.{layer}", "attn", structure.attn_norm[layer], weights)
         for letter in "QKV":
             W, b = merged(f"{attn}.W_{letter}", "h d e -> d (h e)"), merged(f"{attn}.b_{letter}", "h e -> (h e)")
@@ -151,7 +159,11 @@ def _checks(model: Lens, truth: Mapping[str, Tensor], own: Mapping[str, Tensor],
 
 
 def _outputs_in(own: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in ("hook_final", "state_preds", "action_preds", "return_preds", "logits") if name in own and name in truth]
+    return [
+        name
+        for name in ("hook_final", "state_preds", "action_preds", "return_preds", "logits")
+        if name in own and name in truth
+    ]
 
 
 def _weight_named(hook: str, weights: Mapping[str, Tensor]) -> str:
@@ -159,7 +171,9 @@ def _weight_named(hook: str, weights: Mapping[str, Tensor]) -> str:
     return name if name in weights else hook
 
 
-def _read(truth: Mapping[str, Tensor], block: str, part: str, norm: str | None, weights: Mapping[str, Tensor]) -> Tensor:
+def _read(
+    truth: Mapping[str, Tensor], block: str, part: str, norm: str | None, weights: Mapping[str, Tensor]
+) -> Tensor:
     """What a sublayer's matrices are applied to: the stream, or the stream behind its LayerNorm."""
     if f"{block}.{part}_in" in truth:
         return truth[f"{block}.{part}_in"]
@@ -179,7 +193,12 @@ def _circuits(model: Lens, layer: int, x: Tensor, truth: Mapping[str, Tensor], k
     for head in range(model.structure.n_heads):
         M = found[f"{attn}.QK.{head}"].dense(model, fold_layernorm=False).to(x)
         W_Q, b_Q, W_K, b_K = (weights[f"{attn}.{name}"][head] for name in ("W_Q", "b_Q", "W_K", "b_K"))
-        scores = einsum(x, M, x, "n q a, a b, n k b -> n q k") + (x @ W_Q @ b_K)[:, :, None] + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
+        scores = (
+            einsum(x, M, x, "n q a, a b, n k b -> n q k")
+            + (x @ W_Q @ b_K)[:, :, None]
+            + (x @ W_K @ b_Q)[:, None]
+            + b_Q @ b_K
+        )
         mine = torch.softmax((scores * scale).masked_fill(~visible[:, head], float("-inf")), -1)
         yield _Check(f"{attn}.QK.{head}", kept(mine), kept(pattern[:, head]))
         M = found[f"{attn}.OV.{head}"].dense(model, fold_layernorm=False).to(x)
