@@ -1,8 +1,8 @@
 """Singular value decompositions in float64 that use the structure at hand and check themselves.
 
-A thin product is never multiplied out (QR of each factor, then a small SVD); a wide matrix goes through the Gram matrix of its
-short side; when few directions of a large matrix are wanted, randomised iteration finds them (Halko, Martinsson and Tropp,
-2011). Whatever the route, the residual is measured, and LAPACK's full SVD takes over when it is too large.
+A thin product is never multiplied out (QR of each factor, then a small SVD); a wide matrix goes through the Gram matrix
+of its short side; when few directions of a large matrix are wanted, randomised iteration finds them (Halko, Martinsson
+and Tropp, 2011). Whatever the route, the residual is measured, and LAPACK's full SVD takes over when it is too large.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SVD(NamedTuple):
 
 
 def decompose(factors: list[Tensor], rank: int | None = None) -> SVD:
-    """The leading ``rank`` singular triples (all up to the numerical rank when ``None``) of the product of one or two factors.
+    """The leading ``rank`` singular triples of a product of one or two factors; up to the numerical rank when ``None``.
 
     Args:
         factors: ``[A]`` with ``A [m, n]``, or ``[A, B]`` with ``A [m, r]``, ``B [r, n]``; float64.
@@ -55,7 +55,8 @@ def decompose(factors: list[Tensor], rank: int | None = None) -> SVD:
         if result.error <= TOLERANCE:
             return result
     raise DtLensError(
-        f"The singular value decomposition of a {list(M.shape)} matrix did not converge (relative error {result.error:.1e})."
+        f"The singular value decomposition of a {list(M.shape)} matrix did not converge (relative error "
+        f"{result.error:.1e})."
     )
 
 
@@ -71,7 +72,7 @@ def _gram(M: Tensor, rank: int | None) -> Triple:
     if M.shape[0] > M.shape[1]:
         right, sigma, left = _gram(M.T, rank)
         return left, sigma, right
-    squares, left = torch.linalg.eigh(M @ M.T)
+    _, left = torch.linalg.eigh(M @ M.T)
     left = left.flip(-1)
     # sqrt(eigenvalue) loses half the digits of small sigmas; the length of the image does not.
     image = M.T @ left

@@ -1,8 +1,9 @@
 """Edit one singular direction of one matrix, and undo it bit for bit.
 
-An edit replaces a singular vector: ``sigma u v^T`` becomes ``sigma u' v^T`` or ``sigma u v'^T``. That is a change of rank one, added
-to the weight; nothing is rebuilt from the full decomposition. Several edits of a model add up, whatever the order in which
-they come and go: the weight is always the untouched one plus the changes of all edits that are in force.
+An edit replaces a singular vector: ``sigma u v^T`` becomes ``sigma u' v^T`` or ``sigma u v'^T``. That is a change of
+rank one, added to the weight; nothing is rebuilt from the full decomposition. Several edits of a model add up, whatever
+the order in which they come and go: the weight is always the untouched one plus the changes of all edits that are in
+force.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _state(model: Lens) -> _State:
 
 
 class _Unedited:
-    """A model as it is without the edits in force: what decompositions for edits are made of, so that ``sv`` always counts alike."""
+    """A model without the edits in force: what is decomposed for an edit, so that ``sv`` always counts alike."""
 
     def __init__(self, model: Lens) -> None:
         self.structure = model.structure
@@ -78,9 +79,10 @@ class Edit:
 
     @property
     def delta(self) -> LowRank:
-        """The change of the matrix as factors ``[d_left, r]`` and ``[r, d_right]``, in float64: ``M_edited = M + left @ right``.
+        """The change of the matrix, ``M_edited = M + left @ right``: ``[d_left, r]`` and ``[r, d_right]``, float64.
 
-        ``M`` is the raw matrix (for OV and QK the product of the raw factors), also when the LayerNorm is folded for choosing directions.
+        ``M`` is the raw matrix (for OV and QK the product of the raw factors), also when the LayerNorm is folded for
+        choosing directions.
         """
         return self._delta
 
@@ -95,7 +97,7 @@ class Edit:
         return any(edit is self for edit in _state(self.model).edits)
 
     def control(self, seed: int = 0) -> Control:
-        """A random edit of the same energy and rank at the same place: the same singular values, random singular vectors."""
+        """A random edit of the same energy and rank at the same place: same singular values, random vectors."""
         return Control(self, seed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,8 +117,8 @@ class Edit:
         """Put the edit in force until ``undo``.
 
         Raises:
-            DtLensError: when it is in force already, edits a direction that another edit in force edits, changes no bit of the weights,
-                or does not reach the model's forward pass; the model is then as it was.
+            DtLensError: when it is in force already, edits a direction that another edit in force edits, changes no bit
+                of the weights, or does not reach the model's forward pass; the model is then as it was.
         """
         state = _state(self.model)
         if self.active:
@@ -135,12 +137,13 @@ class Edit:
                 _write(self.model)
                 if all(_same_bits(weights[name], earlier[name]) for name in self._changes):
                     raise DtLensError(
-                        f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); it would measure nothing."
+                        f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); it "
+                        "would measure nothing."
                     )
-                if before is not None and _same_bits(before, self._activation()):
+                if _same_bits(before, self._activation()):
                     raise DtLensError(
-                        f"The edit of {self.matrix.name} does not reach the model's forward pass: the weight that was written is not the one in use; "
-                        "wrap the model again."
+                        f"The edit of {self.matrix.name} does not reach the model's forward pass: the weight that was "
+                        "written is not the one in use; wrap the model again."
                     )
                 if pending:
                     raise KeyboardInterrupt
@@ -149,7 +152,10 @@ class Edit:
                 raise
 
     def undo(self) -> None:
-        """Take the edit out of force; the last one leaves the weights as they were, bit for bit. Nothing happens when it is not in force."""
+        """Take the edit out of force; the last one leaves the weights as they were, bit for bit.
+
+        Nothing happens when it is not in force.
+        """
         if not self.active:
             return
         with _uninterrupted() as pending:
@@ -176,14 +182,19 @@ class Edit:
         if check is not None:
             check(list(self._changes))
 
-    def _activation(self) -> Tensor | None:
+    def _activation(self) -> Tensor:
         """What the matrix does to a probe batch, straight after it in the forward pass."""
         hook = {
-            "W_Q": "attn.hook_q", "W_K": "attn.hook_k", "W_V": "attn.hook_v", "W_O": "hook_attn_out", "OV": "hook_attn_out",
-            "QK": "attn.hook_attn_scores", "W_in": "mlp.hook_pre", "W_gate": "mlp.hook_post", "W_out": "hook_mlp_out",
-        }.get(self.matrix.kind)  # fmt: skip
-        if hook is None:
-            return None
+            "W_Q": "attn.hook_q",
+            "W_K": "attn.hook_k",
+            "W_V": "attn.hook_v",
+            "W_O": "hook_attn_out",
+            "OV": "hook_attn_out",
+            "QK": "attn.hook_attn_scores",
+            "W_in": "mlp.hook_pre",
+            "W_gate": "mlp.hook_post",
+            "W_out": "hook_mlp_out",
+        }[self.matrix.kind]
         name = f"blocks.{self.matrix.layer}.{hook}"
         module: Any = self.model
         training = module.training
@@ -202,7 +213,8 @@ def _write(model: Lens) -> None:
     for name, untouched in state.untouched.items():
         live = weights[name]
         changes = [edit._changes[name] for edit in state.edits if name in edit._changes]
-        # With no change left the bits are copied, not computed. Weights made in inference mode may only be written there.
+        # With no change left the bits are copied, not computed. Weights made in inference mode may only be written
+        # there.
         with torch.inference_mode(live.is_inference()), torch.no_grad():
             if changes:
                 # In order of content rather than of arrival, so that the sum is the same whichever edit came first.
@@ -242,7 +254,8 @@ def _uninterrupted() -> Iterator[list[int]]:
 def _spectrum(delta: LowRank) -> Float[Tensor, " r"]:
     """The singular values of ``left @ right`` without forming it."""
     left, right = delta
-    return torch.linalg.svdvals(torch.linalg.qr(left)[1] @ torch.linalg.qr(right.T)[1].T)
+    spectrum: Tensor = torch.linalg.svdvals(torch.linalg.qr(left)[1] @ torch.linalg.qr(right.T)[1].T)
+    return spectrum
 
 
 class SingularEdit(Edit):
@@ -251,19 +264,21 @@ class SingularEdit(Edit):
     Args:
         model: a wrapped model.
         matrix: a catalogued name, ``"blocks.0.mlp.W_in"``, ``"blocks.2.attn.OV.0"``.
-        sv: which singular directions, largest sigma first: an index, a list or a slice. The count is that of the unedited matrix, also inside
-            another edit.
-        side: the side whose vector is replaced; by default the matrix's only side on the residual stream (OV and QK need it said).
-        value: what the unit vector becomes: ``"constant"`` (every entry 1/d, the edit this project grew from), ``"zero"`` (the direction is
-            removed), ``"flip"``, ``"random"`` (a random unit vector; ``seed=``), a float (scales sigma), or a vector ``[d]``.
+        sv: which singular directions, largest sigma first: an index, a list or a slice. The count is that of the
+            unedited matrix, also inside another edit.
+        side: the side whose vector is replaced; by default the matrix's only side on the residual stream (OV and QK
+            need it said).
+        value: what the unit vector becomes: ``"constant"`` (every entry 1/d, the edit this project grew from),
+            ``"zero"`` (the direction is removed), ``"flip"``, ``"random"`` (a random unit vector; ``seed=``), a float
+            (scales sigma), or a vector ``[d]``.
         head: one head's own ``W_Q``, ``W_K``, ``W_V`` or ``W_O``, or which head's ``OV`` or ``QK``.
-        fold_layernorm: take the directions of the matrix with its LayerNorm folded in, as ``WeightSVD`` does, and carry the change back to
-            the raw weight.
+        fold_layernorm: take the directions of the matrix with its LayerNorm folded in, as ``WeightSVD`` does, and carry
+            the change back to the raw weight.
         decomposition: the matrix's ``Decomposition``, to save computing it again.
 
     Raises:
-        DtLensError: for an unknown matrix, a direction or side that it has not, a value that is none of the above, or a change that
-            cannot be carried back through the LayerNorm.
+        DtLensError: for an unknown matrix, a direction or side that it has not, a value that is none of the above, or a
+            change that cannot be carried back through the LayerNorm.
     """
 
     def __init__(
@@ -281,7 +296,8 @@ class SingularEdit(Edit):
     ) -> None:
         if not hasattr(model, "structure") or not hasattr(model, "weights"):
             raise DtLensError(
-                f"SingularEdit takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
+                f"SingularEdit takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load "
+                "first."
             )
         found = find_matrix(model, matrix, head)
         where = found.side(side)
@@ -316,12 +332,14 @@ class SingularEdit(Edit):
         remarks = []
         if self.value == "constant" and norm is not None:
             remarks.append(
-                f"The LayerNorm before {self.matrix.name} removes constants from what it reads, so on the {self.side} side the constant edit is a removal."
+                f"The LayerNorm before {self.matrix.name} removes constants from what it reads, so on the {self.side} "
+                "side the constant edit is a removal."
             )
         cut = [block for block in self.blocks if block[1] - block[0] > 1 and not set(range(*block)) <= set(self.sv)]
         if cut:
             remarks.append(
-                f"Directions {cut[0][0]} to {cut[0][1] - 1} cannot be told apart at the weights' precision; only editing all of them means anything."
+                f"Directions {cut[0][0]} to {cut[0][1] - 1} cannot be told apart at the weights' precision; only "
+                "editing all of them means anything."
             )
         return " ".join(remarks)
 
@@ -351,18 +369,21 @@ class SingularEdit(Edit):
 
     def __repr__(self) -> str:
         value = self.value if isinstance(self.value, (str, float)) else "vector"
-        return f"SingularEdit({self.matrix.name}, sv={self.sv}, side={self.side!r}, value={value!r}, energy={self.energy:.4g})"
+        return (
+            f"SingularEdit({self.matrix.name}, sv={self.sv}, side={self.side!r}, value={value!r}, "
+            f"energy={self.energy:.4g})"
+        )
 
 
 class Control(Edit):
     """A random edit of the same energy and rank at the same place as ``edit``; a function of the edit and the seed.
 
-    The change keeps its singular values; its singular vectors are Haar-random in the space that the edit's weight can reach. It tells how
-    much of an effect comes from changing anything at all by that much.
+    The change keeps its singular values; its singular vectors are Haar-random in the space that the edit's weight can
+    reach. It tells how much of an effect comes from changing anything at all by that much.
     """
 
     def __init__(self, edit: Edit, seed: int = 0) -> None:
-        self.of = edit.of if isinstance(edit, Control) else edit
+        self.of: Edit = edit.of if isinstance(edit, Control) else edit
         self.seed = seed
         bare: Any = _Unedited(edit.model)
         matrix, delta = self.of.matrix, self.of.delta
@@ -468,8 +489,8 @@ def _carry(
 ) -> tuple[LowRank, dict[str, Tensor]]:
     """A change of the (folded) matrix as a change of the raw matrix and of the one weight that makes it.
 
-    A circuit ``A B`` is edited in one factor: ``B += pinv(A) delta`` for the right side, ``A += delta pinv(B)`` for the left one. Both are exact,
-    because the side that stays lies in the span of the factor that stays.
+    A circuit ``A B`` is edited in one factor: ``B += pinv(A) delta`` for the right side, ``A += delta pinv(B)`` for the
+    left one. Both are exact, because the side that stays lies in the span of the factor that stays.
     """
     weights = lens.weights
     left, right = change
@@ -491,7 +512,8 @@ def _carry(
     seen = matrix.folded(lens) if folded else matrix.raw(lens)
     raw = matrix.raw(lens)
     if where == "right":
-        # Through the factor that stays, as the stream meets it; the raw matrix changes by the raw factor times the same.
+        # Through the factor that stays, as the stream meets it; the raw matrix changes by the raw factor times the
+        # same.
         inner = torch.linalg.pinv(seen[0]) @ left
         outer = unfolded_right(right)
         factor = matrix.factors[1]
@@ -515,7 +537,8 @@ def _fold_change(lens: Lens, matrix: Matrix, delta: LowRank) -> LowRank:
 def _random_frame(d: int, r: int, space: Tensor | None, generator: torch.Generator) -> Float[Tensor, "d r"]:
     """``r`` Haar-random orthonormal vectors of ``d`` dimensions, or of the column space of ``space``."""
     if space is None:
-        return torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64))[0]
-    basis = torch.linalg.qr(space)[0].cpu()
-    inner = torch.linalg.qr(torch.randn(basis.shape[1], r, generator=generator, dtype=torch.float64))[0]
+        frame: Tensor = torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64))[0]
+        return frame
+    basis: Tensor = torch.linalg.qr(space)[0].cpu()
+    inner: Tensor = torch.linalg.qr(torch.randn(basis.shape[1], r, generator=generator, dtype=torch.float64))[0]
     return basis @ inner

@@ -26,7 +26,8 @@ class Embedding:
     Attributes:
         directions: ``[n, d_model]``, raw: what the embedding or head itself holds; live where it is a view of a weight.
         labels: one for each direction.
-        kind: what the directions stand for: ``"state"``, ``"action"``, ``"reward"`` (the return-to-go), ``"timestep"``, ``"token"``, ...
+        kind: what the directions stand for: ``"state"``, ``"action"``, ``"reward"`` (the return-to-go), ``"timestep"``,
+            ``"token"``, ...
         side: ``"in"`` for what is put into the stream, ``"out"`` for what is read out of it.
         trained: whether the weights had a loss; an untrained head is a built-in null.
         layernorm: the scale ``[d_model]`` of the LayerNorm between these directions and the stream, if any.
@@ -66,9 +67,9 @@ class Embedding:
     def effective(self) -> Float[Tensor, "n d_model"]:
         """The directions as the stream has them, up to length: through the LayerNorm that stands between.
 
-        A change ``e`` of a token before a LayerNorm of scale ``w`` moves the stream by ``diag(w) C e``, with ``C`` the centring;
-        a head ``e`` behind one reads the stream along ``C diag(w) e``. The LayerNorm's division, and the part of its derivative
-        along the token itself, depend on the token and are left out, as in every folding.
+        A change ``e`` of a token before a LayerNorm of scale ``w`` moves the stream by ``diag(w) C e``, with ``C`` the
+        centring; a head ``e`` behind one reads the stream along ``C diag(w) e``. The LayerNorm's division, and the part
+        of its derivative along the token itself, depend on the token and are left out, as in every folding.
         """
         if self.layernorm is None:
             return self.directions
@@ -88,8 +89,9 @@ class Embedding:
 class EmbeddingRegistry(Mapping[str, Embedding]):
     """A model's embeddings by name, extensible in one line.
 
-    ``registry["mine"] = Embedding(vectors, labels)`` adds a set; ``registry.relabel("state_in", [...])`` swaps labels. What belongs
-    to another model, or has another dimension, is refused: directions of different models never meet by accident.
+    ``registry["mine"] = Embedding(vectors, labels)`` adds a set; ``registry.relabel("state_in", [...])`` swaps labels.
+    What belongs to another model, or has another dimension, is refused: directions of different models never meet by
+    accident.
     """
 
     d_model: int
@@ -106,15 +108,18 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
     def __setitem__(self, name: str, embedding: Embedding) -> None:
         if not isinstance(embedding, Embedding):
             raise DtLensError(
-                f"An embedding is wanted for {name!r}, not a {type(embedding).__name__}; write Embedding(directions, labels)."
+                f"An embedding is wanted for {name!r}, not a {type(embedding).__name__}; write Embedding(directions, "
+                "labels)."
             )
         if embedding.directions.shape[1] != self.d_model:
             raise DtLensError(
-                f"The embedding {name!r} has directions of size {embedding.directions.shape[1]}; this model's stream has {self.d_model}."
+                f"The embedding {name!r} has directions of size {embedding.directions.shape[1]}; this model's stream "
+                f"has {self.d_model}."
             )
         if embedding.owner not in (None, self.owner):
             raise DtLensError(
-                f"The embedding {name!r} belongs to another model; to compare across models on purpose, register a copy with owner=None."
+                f"The embedding {name!r} belongs to another model; to compare across models on purpose, register a "
+                "copy with owner=None."
             )
         self._sets[name] = replace(embedding, owner=self.owner, name=name)
 
@@ -146,14 +151,21 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
-            {"name": n, "kind": e.kind, "side": e.side, "directions": len(e), "trained": "yes" if e.trained else "no (a built-in null)",
-             "labels": ", ".join(list(e.labels)[:4]) + (", ..." if len(e) > 4 else "")}
-            for n, e in self._sets.items()
-        ]  # fmt: skip
+            {
+                "name": name,
+                "kind": found.kind,
+                "side": found.side,
+                "directions": len(found),
+                "trained": "yes" if found.trained else "no (a built-in null)",
+                "labels": ", ".join(list(found.labels)[:4]) + (", ..." if len(found) > 4 else ""),
+            }
+            for name, found in self._sets.items()
+        ]
 
     def __repr__(self) -> str:
         lines = [
-            f"{r['name']:<14}{r['kind']:<10}{r['side']:<5}{r['directions']:>6}  trained: {r['trained']:<21} {r['labels']}"
+            f"{r['name']:<14}{r['kind']:<10}{r['side']:<5}{r['directions']:>6}  trained: {r['trained']:<21} "
+            f"{r['labels']}"
             for r in self._rows()
         ]
         return "\n".join([f"EmbeddingRegistry of {len(self)} sets in {self.d_model} dimensions", *lines])

@@ -34,8 +34,9 @@ RESIDUAL: tuple[SideName, ...] = ("read", "write", "query", "key")  # the sides 
 class Structure(NamedTuple):
     """What the catalogue needs to know of a model.
 
-    ``attn_norm[l]`` and ``mlp_norm[l]`` are the prefixes (``"blocks.0.ln1"``) of the LayerNorm that layer ``l``'s attention and
-    MLP read through, or ``None`` where they read the stream itself (no LayerNorm, or post-LayerNorm blocks).
+    ``attn_norm[l]`` and ``mlp_norm[l]`` are the prefixes (``"blocks.0.ln1"``) of the LayerNorm that layer ``l``'s
+    attention and MLP read through, or ``None`` where they read the stream itself (no LayerNorm, or post-LayerNorm
+    blocks).
     """
 
     n_layers: int
@@ -141,7 +142,7 @@ class Matrix:
 
 
 def fold(matrix: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model out"]:
-    """``(I - 11^T/d) diag(w) matrix``: what a reading matrix does to the residual stream behind a LayerNorm of scale ``w``.
+    """``(I - 11^T/d) diag(w) matrix``: what a matrix does to the stream in front of a LayerNorm of scale ``w``.
 
     The mean runs over the stream, which is the matrix's input, not over its outputs.
     """
@@ -158,8 +159,8 @@ def unfold(change: Float[Tensor, "d_model out"], w: Tensor, norm: str) -> Float[
     if bool((w == 0).any()):
         where = int((w == 0).nonzero()[0])
         raise DtLensError(
-            f"The LayerNorm {norm} has scale 0 at coordinate {where}, so an edit of the folded matrix cannot be carried back to "
-            "the raw weight; use fold_layernorm=False."
+            f"The LayerNorm {norm} has scale 0 at coordinate {where}, so an edit of the folded matrix cannot be "
+            "carried back to the raw weight; use fold_layernorm=False."
         )
     return change / w.to(change)[:, None]
 
@@ -176,8 +177,8 @@ ATTENTION: dict[str, tuple[SideName, SideName, str]] = {
 def catalogue(lens: Lens, per_head: bool = False) -> dict[str, Matrix]:
     """Every matrix of a model by name, in the order of the forward pass.
 
-    ``blocks.{l}.attn.W_Q`` and its kin hold all heads side by side, ``[d_model, n_heads * d_head]``; with ``per_head`` each
-    head's own is listed too, as ``blocks.{l}.attn.W_Q.{h}``.
+    ``blocks.{l}.attn.W_Q`` and its kin hold all heads side by side, ``[d_model, n_heads * d_head]``; with ``per_head``
+    each head's own is listed too, as ``blocks.{l}.attn.W_Q.{h}``.
     """
     structure, weights = lens.structure, lens.weights
     found: dict[str, Matrix] = {}
@@ -252,8 +253,9 @@ def select_matrices(lens: Lens, patterns: Sequence[str] | str | None = None) -> 
 def perturbation(matrix: Matrix, lens: Lens) -> float:
     """The spectral norm by which rounding the weights to their dtype may move the matrix.
 
-    Rounding errors are independent and at most half a unit in the last place of each entry, so their matrix has spectral norm near
-    ``(sqrt(m) + sqrt(n)) * rms`` (Vershynin, "High-Dimensional Probability", theorem 4.4.5); a factor's error passes through the other.
+    Rounding errors are independent and at most half a unit in the last place of each entry, so their matrix has
+    spectral norm near ``(sqrt(m) + sqrt(n)) * rms`` (Vershynin, "High-Dimensional Probability", theorem 4.4.5); a
+    factor's error passes through the other.
     """
     weights = lens.weights
     views = [factor.view(weights) for factor in matrix.factors]

@@ -1,8 +1,9 @@
 """How large a match chance alone would give, and what that makes of a table of matches.
 
-The null is a random rotation: one direction, uniform on the sphere (Haar), against a given set of labelled directions. For one
-label ``cos^2`` is Beta(1/2, (d-1)/2) (Muirhead, "Aspects of Multivariate Statistical Theory", theorem 1.5.7). Nobody looks at one
-label: the statistic is the best match over all of them, so the null is the distribution of that maximum.
+The null is a random rotation: one direction, uniform on the sphere (Haar), against a given set of labelled directions.
+For one label ``cos^2`` is Beta(1/2, (d-1)/2) (Muirhead, "Aspects of Multivariate Statistical Theory", theorem 1.5.7).
+Nobody looks at one label: the statistic is the best match over all of them, so the null is the distribution of that
+maximum.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ Array = NDArray[np.float64]
 
 
 def cap_probability(cosine: ArrayLike, dimension: int, span: int = 1) -> Array:
-    """The chance that a random ``span``-dimensional subspace of ``dimension`` dimensions meets a given unit vector at ``cosine`` or more.
+    """The chance that a random subspace meets a given unit vector at ``cosine`` or more; exact.
 
-    ``cosine`` is the length of the vector's projection, any shape; for ``span=1`` the absolute cosine. Exact.
+    The subspace has ``span`` of ``dimension`` dimensions; ``cosine`` is the length of the vector's projection on it,
+    any shape, and for ``span=1`` the absolute cosine.
 
     >>> float(cap_probability(0.0, 10)), float(cap_probability(1.0, 10))
     (1.0, 0.0)
@@ -41,10 +43,10 @@ class HaarMaximum:
     """The distribution of ``max_j |cos(g, label_j)|`` for one direction ``g`` uniform on the sphere.
 
     The event "at least one label is matched at t" is a union of double caps of equal size, so its probability is
-    ``n * P(cap) * E[1 / N]``, with ``N`` the number of labels matched by a direction drawn from a randomly chosen cap (the union
-    estimator of Karp, Luby and Madras, 1989). The relative error is bounded at every t, however far in the tail; it is exact for one
-    label, and for labels so far apart that their caps do not meet. ``E[1/N]`` is smooth in ``t``: it is drawn on a grid with common
-    random numbers and interpolated.
+    ``n * P(cap) * E[1 / N]``, with ``N`` the number of labels matched by a direction drawn from a randomly chosen cap
+    (the union estimator of Karp, Luby and Madras, 1989). The relative error is bounded at every t, however far in the
+    tail; it is exact for one label, and for labels so far apart that their caps do not meet. ``E[1/N]`` is smooth in
+    ``t``: it is drawn on a grid with common random numbers and interpolated.
 
     Attributes:
         n_labels: how many labels.
@@ -62,10 +64,10 @@ class HaarMaximum:
     def of(
         cls, labels: ArrayLike, dimension: int | None = None, seed: int = 0, samples: int | None = None
     ) -> HaarMaximum:
-        """The null for ``labels [n, d]`` (any lengths; zero rows are left out), directions in ``dimension`` (default ``d``).
+        """The null for ``labels [n, d]`` (any lengths; zero rows are left out), directions in ``dimension`` or ``d``.
 
-        ``dimension`` is smaller than ``d`` when directions and labels are both known to lie in a subspace, as behind a LayerNorm's
-        centring. ``samples`` defaults to 4,000, fewer for very large label sets.
+        ``dimension`` is smaller than ``d`` when directions and labels are both known to lie in a subspace, as behind a
+        LayerNorm's centring. ``samples`` defaults to 4,000, fewer for very large label sets.
         """
         E = np.asarray(labels, dtype=np.float64)
         norms = np.linalg.norm(E, axis=1)
@@ -129,10 +131,10 @@ def _shares(E: Array, dimension: int, grid: Array, samples: int, rng: np.random.
 def frame_maximum(
     labels: ArrayLike, directions: int, dimension: int | None = None, samples: int = 1000, seed: int = 0
 ) -> Array:
-    """Draws of the best match over ``directions`` orthonormal directions and all ``labels [n, d]``, under a random rotation.
+    """Draws of the best match over ``directions`` orthonormal directions and ``labels [n, d]``, randomly rotated.
 
-    This is the null for "the strongest match in the whole matrix". Returns ``[samples]``, sorted. Monte Carlo: with ``B`` draws the
-    smallest p-value is ``1 / (B + 1)``.
+    This is the null for "the strongest match in the whole matrix". Returns ``[samples]``, sorted. Monte Carlo: with
+    ``B`` draws the smallest p-value is ``1 / (B + 1)``.
     """
     E = np.asarray(labels, dtype=np.float64)
     norms = np.linalg.norm(E, axis=1)
@@ -153,7 +155,7 @@ def frame_maximum(
 
 
 def q_values(p_values: ArrayLike) -> Array:
-    """Benjamini and Hochberg's (1995) adjusted p-values, controlling the share of false discoveries over the whole table.
+    """Benjamini and Hochberg's (1995) adjusted p-values: the share of false discoveries over the whole table.
 
     >>> [round(float(q), 3) for q in q_values([0.01, 0.02, 0.9])]
     [0.03, 0.03, 0.9]

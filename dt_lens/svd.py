@@ -1,6 +1,7 @@
 """Singular directions of every named matrix, and what they match.
 
-``M = sum_i sigma_i left_i right_i^T``; for ``y = x M`` the left vectors live on the input side, the right ones on the output side.
+``M = sum_i sigma_i left_i right_i^T``; for ``y = x M`` the left vectors live on the input side, the right ones on the
+output side.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ class Decomposition:
 
     Attributes:
         sigma: ``[k]``.
-        left, right: ``[k, d_left]``, ``[k, d_right]``, unit rows. Signs are canonical: the entry of largest magnitude on the first
-            side that faces the residual stream is positive.
+        left, right: ``[k, d_left]``, ``[k, d_right]``, unit rows. Signs are canonical: the entry of largest magnitude
+            on the first side that faces the residual stream is positive.
         folded: whether the LayerNorm before the matrix is folded in.
-        blocks: the directions in groups, ``[start, stop)``; a group of more than one holds sigmas too close to tell apart under
-            rounding of the weights, and only its span means anything (Davis and Kahan, 1970: the angle is at most the
-            perturbation over the gap).
+        blocks: the directions in groups, ``[start, stop)``; a group of more than one holds sigmas too close to tell
+            apart under rounding of the weights, and only its span means anything (Davis and Kahan, 1970: the angle is
+            at most the perturbation over the gap).
         error: ``||M - sum|| / ||M||``, measured.
     """
 
@@ -78,7 +79,7 @@ class Decomposition:
 
     @property
     def read(self) -> Float[Tensor, "k d_model"] | None:
-        """Directions read from the stream; ``None`` where the matrix does not read, and for QK, which has ``query`` and ``key``."""
+        """Directions read from the stream; ``None`` where there are none (QK has ``query`` and ``key``)."""
         return self._maybe("read")
 
     @property
@@ -118,7 +119,10 @@ class Decomposition:
 
     def __repr__(self) -> str:
         sides = f"{self.matrix.left} [{self.left.shape[1]}] -> {self.matrix.right} [{self.right.shape[1]}]"
-        return f"Decomposition({self.matrix.name}, {len(self.sigma)} directions, {sides}, {'folded' if self.folded else 'raw'}, error {self.error:.0e})"
+        how = "folded" if self.folded else "raw"
+        return (
+            f"Decomposition({self.matrix.name}, {len(self.sigma)} directions, {sides}, {how}, error {self.error:.0e})"
+        )
 
 
 class WeightSVD:
@@ -127,9 +131,10 @@ class WeightSVD:
     Args:
         model: a wrapped model.
         rank: how many directions of each matrix; all of them when ``None``.
-        embeddings: a registry, or names of the model's own embeddings (shell patterns); the model's own registry when ``None``.
-        fold_layernorm: decompose what acts on the stream, ``(I - 11^T/d) diag(w) W``, and compare with effective embedding
-            directions; ``False`` takes raw weights and raw directions.
+        embeddings: a registry, or names of the model's own embeddings (shell patterns); the model's own registry when
+            ``None``.
+        fold_layernorm: decompose what acts on the stream, ``(I - 11^T/d) diag(w) W``, and compare with effective
+            embedding directions; ``False`` takes raw weights and raw directions.
 
     Raises:
         DtLensError: for a registry of another model, or of another dimension.
@@ -144,7 +149,8 @@ class WeightSVD:
     ) -> None:
         if not hasattr(model, "structure") or not hasattr(model, "embeddings"):
             raise DtLensError(
-                f"WeightSVD takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
+                f"WeightSVD takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load "
+                "first."
             )
         if rank is not None and rank < 1:
             raise DtLensError(f"rank is {rank}; it must be at least 1, or None for all directions.")
@@ -190,20 +196,21 @@ class WeightSVD:
     ) -> pd.DataFrame:
         """What every direction of every matrix matches best, with the chance of a match as good.
 
-        A row is one direction (or one block of directions that cannot be told apart: the match is then with its span) against one
-        embedding: the label of largest absolute cosine, ``z`` and ``p_value`` under the null that the direction is rotated at random
-        (the maximum over the labels), and ``q_value`` by Benjamini-Hochberg over the whole table. ``table.attrs`` tells what was folded,
-        which embeddings are untrained heads, the null and the seed.
+        A row is one direction (or one block of directions that cannot be told apart: the match is then with its span)
+        against one embedding: the label of largest absolute cosine, ``z`` and ``p_value`` under the null that the
+        direction is rotated at random (the maximum over the labels), and ``q_value`` by Benjamini-Hochberg over the
+        whole table. ``table.attrs`` tells what was folded, which embeddings are untrained heads, the null and the seed.
 
         Args:
             matrices: shell patterns such as ``"*.W_in"``; every catalogued matrix when ``None``.
             null: ``"haar"``.
             seed: of the null's Monte Carlo part.
-            embeddings: names (patterns) to compare with on every side; by default input embeddings meet reading sides and output
-                embeddings writing sides.
+            embeddings: names (patterns) to compare with on every side; by default input embeddings meet reading sides
+                and output embeddings writing sides.
 
         Returns:
-            a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value q_value``.
+            a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value
+            q_value``.
         """
         if null not in NULLS:
             raise DtLensError(f"Unknown null {null!r}; known are {', '.join(NULLS)}.")
@@ -262,10 +269,10 @@ class WeightSVD:
     def comparable(
         self, found: Decomposition, side: SideName, embedding: Embedding
     ) -> tuple[np.ndarray[Any, Any], int]:
-        """An embedding's unit rows ``[n, d_model]`` as one side meets them, and the dimension of the space they live in.
+        """An embedding's unit rows ``[n, d_model]`` as one side meets them, and the dimension of their space.
 
-        With folding, effective directions; on a side that reads through a LayerNorm also centred, since a constant is what the
-        centring removes: both live in ``d_model - 1`` dimensions then. Rows without length stay zero.
+        With folding, effective directions; on a side that reads through a LayerNorm also centred, since a constant is
+        what the centring removes: both live in ``d_model - 1`` dimensions then. Rows without length stay zero.
         """
         E = (embedding.effective if self.fold_layernorm else embedding.directions).detach().double()
         norm = found.matrix.left_norm if found.matrix.side(side) == "left" else found.matrix.right_norm
@@ -289,10 +296,10 @@ class WeightSVD:
         samples: int = 1000,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """The single best match of each whole matrix with each embedding, under a random rotation of all its directions at once.
+        """The best match of each whole matrix with each embedding; all its directions are rotated at once.
 
-        The null for "I looked at every direction and every label and saw 0.24": columns ``matrix side embedding sv label cosine
-        null_median p_value q_value``.
+        The null for "I looked at every direction and every label and saw 0.24": columns ``matrix side embedding sv
+        label cosine null_median p_value q_value``.
         """
         named = self._named if embeddings is None else embeddings
         draws: dict[tuple[Any, ...], np.ndarray[Any, Any]] = {}
@@ -345,8 +352,8 @@ class WeightSVD:
         """Both poles of the first ``k`` directions: the labels they point towards most, and away from most.
 
         Returns:
-            a DataFrame ``sv block sigma pole rank label cosine``, ``pole`` being ``"+"`` or ``"-"``; a direction's sign is a convention,
-            so neither pole is the right one.
+            a DataFrame ``sv block sigma pole rank label cosine``, ``pole`` being ``"+"`` or ``"-"``; a direction's sign
+            is a convention, so neither pole is the right one.
         """
         table, found = self.cosines(matrix, embedding, side), self[matrix]
         rows = []
@@ -354,7 +361,7 @@ class WeightSVD:
             values = table.iloc[sv].to_numpy()
             order = np.argsort(-values, kind="stable")
             half = min(labels, max(1, len(values) // 2)) if len(values) > 1 else 1
-            poles = [("+", order[:half]), ("-", order[::-1][:half] if len(values) > 1 else [])]
+            poles: list[tuple[str, Any]] = [("+", order[:half]), ("-", order[::-1][:half] if len(values) > 1 else [])]
             for pole, picked in poles:
                 for rank, j in enumerate(picked):
                     rows.append(
