@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """A paired comparison of returns, failures and survival; every difference is ``edited`` minus ``baseline``.
 

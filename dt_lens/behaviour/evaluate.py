@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -163,49 +162,33 @@ def _run(
     from safetensors.torch import save
 
     from dt_lens.behaviour import workers as pool
-    from dt_lens.behaviour.lanes import CUDA_LANES, LEAST_LANES, plan_lanes
+    from dt_lens.behaviour.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
     from dt_lens.behaviour.rollouts import run_episodes
-    from dt_lens.decision_transformer.policy import ActingModel, SlidingPolicy, acting_shapes
+    from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
+    from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
 
     if lanes is not None and lanes < LEAST_LANES:
-        raise DtLensError(
-            f"lanes is {lanes!r}; it must be at least {LEAST_LANES}, since narrower batches round differently."
-        )
+        raise DtLensError(f"lanes is {lanes!r}; it must be at least {LEAST_LANES}: narrower batches round differently.")
     context, weights = model.facts.context, model.weights
-    device = next(iter(weights.values())).device
+    used = {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
+    device = used["predict.action.W"].device
     plain = _is_plain(model)
-    if not plain or device.type != "cpu":
-        width = lanes or (LEAST_LANES if device.type == "cpu" else CUDA_LANES)
+    if plain and device.type == "cpu":
+        workers = min(workers or _cores(), math.ceil(len(seeds) / LEAST_LANES))
+        lanes = lanes or plan_lanes(math.ceil(len(seeds) / workers))
+        packed = save({name: weight.contiguous() for name, weight in used.items()})
+        job = pool.Job(packed, model.cfg.to_dict(), context, task, conditions, seeds, lanes)
+        return pool.run_job(job, iter(seeds), report) if workers == 1 else pool.run_in_workers(job, workers, report)
+    with pool.one_thread(), _evaluation_mode(model):
+        # One width for everything: what hooks do to a batch is theirs, and need not be the same at another width.
+        lanes = lanes or (LEAST_LANES if device.type == "cpu" else CUDA_LANES)
         policy: Any
         if plain:
-            policy = SlidingPolicy(ActingModel(weights, model.cfg), context, width)
+            acting = ActingModel(used, model.cfg)
+            policy = SlidingPolicy(acting, context, lanes, alone=arrange(acting, context, lanes).alone)
         else:
-            policy = _full(model, context, width)
-        with pool.one_thread(), _evaluation_mode(model):
-            return run_episodes(policy, task, conditions, iter(seeds), report=report)
-    if workers is None:
-        workers = _cores()
-    workers = min(workers, math.ceil(len(seeds) / LEAST_LANES))
-    used = {name: weights[name].contiguous() for name in acting_shapes(model.cfg)}
-    job = pool.Job(
-        save(used),
-        model.cfg.to_dict(),
-        context,
-        task,
-        conditions,
-        seeds,
-        lanes or plan_lanes(math.ceil(len(seeds) / workers)),
-    )
-    if workers == 1:
-        return pool.run_job(job, iter(seeds), report)
-    return pool.run_in_workers(job, workers, report)
-
-
-def _full(model: HookedDecisionTransformer, context: int, width: int) -> Any:
-    from dt_lens.behaviour.windows import WindowPolicy
-
-    cfg = model.cfg
-    return WindowPolicy(model, context, width, (cfg.state_dim, cfg.act_dim), next(iter(model.weights.values())))
+            policy = WindowPolicy(model, context, lanes, (task.state_dim, task.act_dim), used["predict.action.W"])
+        return run_episodes(policy, task, conditions, iter(seeds), report=report)
 
 
 def _is_plain(model: HookedDecisionTransformer) -> bool:
@@ -231,9 +214,7 @@ def _cores() -> int:
     """Processor cores that this process may use, container limits included."""
     from loky import cpu_count
 
-    return max(
-        1, int(cpu_count()) if os.environ.get("LOKY_MAX_CPU_COUNT") is None else int(os.environ["LOKY_MAX_CPU_COUNT"])
-    )
+    return int(cpu_count())
 
 
 @contextmanager

@@ -1,25 +1,30 @@
 """How many episodes run side by side, and the guarantee that it does not show in their numbers.
 
-A matrix product may round differently when the batch has another width: libraries choose their kernels by shape. A row
-that acted among 8 must do to the last bit what it does among 13, or an outcome would depend on how many episodes were
-asked for. So the width is only ever changed where this machine has just been seen not to care.
+A matrix product may round differently when the batch has another width, and even from row to row of one batch:
+libraries choose their kernels by shape and treat the edges of a matrix apart. An episode that ran among 8 must do to
+the last bit what it does among 13, and in the first row what in the last, or its outcome would depend on how many were
+asked for. So what a batch may look like is tried on the machine at hand before the first step, not assumed.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from einops import repeat
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.policy import ActingModel, full_mask
+from dt_lens.decision_transformer.policy import ActingModel, may_look
 
-__all__ = ["CUDA_LANES", "LEAST_LANES", "MOST_LANES", "plan_lanes", "width_is_free"]
+__all__ = ["CUDA_LANES", "LEAST_LANES", "MOST_LANES", "Arrangement", "arrange", "plan_lanes"]
 
-LEAST_LANES = 8  # narrower batches meet other kernels, and pay nearly as much
+LEAST_LANES = 8  # narrower batches meet other kernels, and take nearly as long
 MOST_LANES = 16  # wider ones leave the processor's cache and gain nothing
 CUDA_LANES = 128  # one width for everything: a GPU does not mind empty rows
+SMALL = 64  # below this d_model a window has so few numbers that rounding may agree by luck: try more of them
 
 
 def plan_lanes(episodes: int) -> int:
@@ -32,43 +37,59 @@ def plan_lanes(episodes: int) -> int:
     return max(LEAST_LANES, math.ceil(episodes / waves))
 
 
-def width_is_free(model: ActingModel, context: int, most: int) -> bool:
-    """Whether a row's action has the same bits in every row of every batch from ``LEAST_LANES`` to ``most`` rows.
+class Arrangement(NamedTuple):
+    """How a batch may look without its look showing in any row's bits."""
 
-    Tried, not assumed: random windows go through every width once per process and shape, a few milliseconds each.
+    width: int
+    least_width: int | None  # how narrow it may become at the end; never narrower than ``width`` where ``None``
+    alone: bool  # whether every row must be computed by itself
+
+
+def arrange(model: ActingModel, context: int, lanes: int) -> Arrangement:
+    """The best arrangement of at most ``lanes`` rows that keeps every row's bits its own.
+
+    On a CPU any width from ``LEAST_LANES`` to ``lanes`` where the rows agree in all of them; else ``LEAST_LANES`` rows
+    always; else, as with an odd ``d_model``, each row alone. Elsewhere ``lanes`` rows always, or each alone. Tried with
+    random weights of the model's shape once per process: a forward pass for each width.
     """
-    return _width_is_free(model.cfg, model.dtype, context, most)
+    agree = functools.partial(_rows_agree, model.cfg, model.dtype, model.device.type, context)
+    if model.device.type != "cpu":
+        return Arrangement(lanes, None, alone=not agree((lanes,)))
+    if agree(tuple(range(LEAST_LANES, lanes + 1))):
+        return Arrangement(lanes, LEAST_LANES, alone=False)
+    if agree((LEAST_LANES,)):
+        return Arrangement(LEAST_LANES, None, alone=False)
+    return Arrangement(lanes, 1, alone=True)
 
 
-@functools.lru_cache(maxsize=32)
-def _width_is_free(cfg: HookedDecisionTransformerConfig, dtype: torch.dtype, context: int, most: int) -> bool:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
+@functools.lru_cache(maxsize=64)
+def _rows_agree(
+    cfg: HookedDecisionTransformerConfig, dtype: torch.dtype, device: str, context: int, widths: Sequence[int]
+) -> bool:
+    """Whether one window gives the same bits in every row of batches of all these widths."""
+    generator = torch.Generator(device).manual_seed(0)
     # Any weights of the same shapes meet the same kernels; these keep the residual stream near unit scale.
     model = ActingModel.random(cfg, dtype, generator)
-    d, n = cfg.d_model, 3 * context - 1
-    returns, states, actions = random(1, 1), random(1, cfg.state_dim), random(1, cfg.act_dim)
-    x = random(1, n, d)
-    seen: torch.Tensor | None = None
+    n = 3 * context - 1
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def rows(x: torch.Tensor, width: int) -> torch.Tensor:
+        return repeat(x, "... -> row ...", row=width).contiguous()
+
     with torch.inference_mode():
-        for width in range(LEAST_LANES, most + 1):
-            tokens = torch.stack(
-                model.embed(
-                    returns.expand(width, -1).contiguous(),
-                    states.expand(width, -1).contiguous(),
-                    actions.expand(width, -1).contiguous(),
-                    torch.zeros(width, dtype=torch.long),
-                ),
-                dim=1,
-            )
-            new = model.first_qkv(tokens).flatten(1)
-            window = x.expand(width, -1, -1).contiguous()
-            acted = model.act(window, model.first_qkv(window), full_mask(width, n, dtype))
-            both = torch.cat((new, acted), dim=1)
-            seen = both[:1] if seen is None else seen
-            if not torch.equal(both, seen.expand_as(both)):
-                return False
+        for _ in range(1 if cfg.d_model >= SMALL else 4):
+            inputs = random(1), random(cfg.state_dim), random(cfg.act_dim), torch.tensor(0, device=device)
+            window, seen = random(n, cfg.d_model), None
+            for width in widths:
+                tokens = torch.stack(model.embed(*(rows(x, width) for x in inputs)), dim=1)
+                x = rows(window, width)
+                real = torch.ones(width, n, dtype=torch.bool, device=device)
+                hidden = model.hidden(x, model.first_qkv(x), may_look(real, dtype))
+                parts = (model.first_qkv(tokens).flatten(1), hidden, model.action(hidden))
+                bits = torch.cat(parts, dim=1)
+                seen = bits[:1] if seen is None else seen
+                if not torch.equal(bits, seen.expand_as(bits)):
+                    return False
     return True

@@ -28,7 +28,7 @@ FailureRule = Literal["terminated", "truncated"] | float | Callable[[pd.DataFram
 _ENDS_IN_SUCCESS = ("MountainCar", "Acrobot", "MiniGrid", "BabyAI", "PointMaze", "AntMaze")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """Episodes of one model, in one environment, at one target return; one episode is one unit of evidence.
 

@@ -42,7 +42,7 @@ class Conditions(NamedTuple):
 
 
 class Policy(Protocol):
-    """A batch of ``width`` windows; see ``dt_lens.decision_transformer.policy.SlidingPolicy``."""
+    """A batch of ``width`` windows; see ``dt_lens.behaviour.windows``."""
 
     width: int
 
@@ -116,8 +116,8 @@ def run_episodes(
         task: where.
         conditions: the target return and the units.
         seeds: handed out in order to lanes as they fall free.
-        least_width: when the seeds run out the batch narrows as lanes fall free, but not below this; it never narrows
-            when omitted. Rows without an episode are computed and thrown away.
+        least_width: when the seeds run out the batch narrows as lanes fall free, but not below this; when omitted it
+            never narrows and every episode stays in its row. Rows without an episode are computed and thrown away.
         report: called after every step with the number of episodes finished and the sum of the running ones' shares
             of the time limit.
 
@@ -128,7 +128,7 @@ def run_episodes(
         DtLensError: for an action that is not finite.
     """
     inputs = _Inputs(policy.width, task)
-    lanes: list[_Lane] = []
+    lanes: dict[int, _Lane] = {}  # by row
     outcomes: list[Outcome] = []
 
     def begin(row: int, seed: int) -> None:
@@ -143,12 +143,11 @@ def run_episodes(
             seed = next(seeds, None)
             if seed is None:
                 break
-            lanes.append(_Lane(task))
+            lanes[row] = _Lane(task)
             begin(row, seed)
         while lanes:
             predictions = policy.act(*inputs.tensors()).float().cpu().numpy()
-            idle: list[int] = []
-            for row, lane in enumerate(lanes):
+            for row, lane in list(lanes.items()):
                 action, taken = task.action(lane.env, _finite(predictions[row], lane))
                 state, terminated, truncated = lane.step(action)
                 if not (terminated or truncated):
@@ -161,15 +160,15 @@ def run_episodes(
                 outcomes.append(lane.outcome(terminated, truncated))
                 seed = next(seeds, None)
                 if seed is None:
-                    idle.append(row)
+                    lanes.pop(row).env.close()
                 else:
                     begin(row, seed)
-            if idle:
-                lanes = _narrow(policy, inputs, lanes, idle, least_width)
+            if lanes and least_width is not None and max(len(lanes), least_width) < policy.width:
+                lanes = _narrow(policy, inputs, lanes, max(len(lanes), least_width))
             if report is not None:
-                report(len(outcomes), sum(lane.length for lane in lanes) / task.time_limit)
+                report(len(outcomes), sum(lane.length for lane in lanes.values()) / task.time_limit)
     finally:
-        for lane in lanes:
+        for lane in lanes.values():
             lane.env.close()
     return outcomes
 
@@ -187,16 +186,9 @@ def _finite(prediction: NDArray[np.float32], lane: _Lane) -> NDArray[np.float32]
     return prediction
 
 
-def _narrow(
-    policy: Policy, inputs: _Inputs, lanes: list[_Lane], idle: Sequence[int], least_width: int | None
-) -> list[_Lane]:
-    """Close the idle lanes and move the others up to the first rows."""
-    for row in idle:
-        lanes[row].env.close()
-    busy = [row for row in range(len(lanes)) if row not in set(idle)]
-    rest = [row for row in range(policy.width) if row not in set(busy)]
-    width = policy.width if least_width is None else max(len(busy), min(least_width, policy.width))
-    rows = (busy + rest)[:width]
+def _narrow(policy: Policy, inputs: _Inputs, lanes: dict[int, _Lane], width: int) -> dict[int, _Lane]:
+    """Move the busy rows up to the first ones and drop what lies beyond ``width``."""
+    rows = [*lanes, *(row for row in range(policy.width) if row not in lanes)][:width]
     policy.keep(rows)
     inputs.keep(rows)
-    return [lanes[row] for row in busy]
+    return dict(enumerate(lanes.values()))

@@ -1,4 +1,8 @@
-"""The whole model as a rollout's policy: slower than the lean one, and everything that is hooked happens."""
+"""What the agent looks back on: a batch of episodes, each row with its own window of the last ``context`` steps.
+
+Both policies here work on full windows, padded on the left and masked, whatever the rows' ages, so that the arithmetic
+of a row does not depend on how old its neighbours are.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,108 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["WindowPolicy"]
+from dt_lens.decision_transformer.policy import ActingModel, may_look
+
+__all__ = ["SlidingPolicy", "WindowPolicy"]
+
+
+def _by_row(alone: bool, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """``function`` of all rows at once, or of each alone; in memory of its own, since alignment can change rounding."""
+    if not alone:
+        return function(*rows)
+    return torch.cat([function(*(r[i : i + 1].clone() for r in rows)) for i in range(len(rows[0]))])
+
+
+class SlidingPolicy:
+    """The lean model. What a token is before it meets the others is worked out when it enters, and slides with it.
+
+    Args:
+        model: the weights.
+        context: steps looked back.
+        width: rows.
+        alone: compute each row by itself.
+
+    Raises:
+        DtLensError: when windows of ``context`` steps do not fit the model's position table.
+    """
+
+    def __init__(self, model: ActingModel, context: int, width: int, *, alone: bool = False) -> None:
+        self.model, self.context, self.width, self.alone = model, context, width, alone
+        # Tokens enter by threes: the action just taken, the return-to-go, the state. What is acted on is all but the
+        # oldest of them. With learned positions a token's queries, keys and values change as it slides.
+        self._slides_qkv = model.cfg.position != "learned"
+        features = model.cfg.d_model * (4 if self._slides_qkv else 1)
+        self._tokens = torch.zeros(width, 3 * context, features, dtype=model.dtype, device=model.device)
+        self._spare = torch.zeros_like(self._tokens)
+        self._last_timesteps = torch.zeros(width, dtype=torch.long, device=model.device)
+        self._age = [0] * width
+        model.place(self._tokens[:, 1:, : model.cfg.d_model])  # raises now, not at the first step
+        self._mask = may_look(torch.zeros(width, 3 * context - 1, dtype=torch.bool, device=model.device), model.dtype)
+
+    def restart(self, row: int) -> None:
+        """A new episode begins in ``row``; its window is empty."""
+        self._age[row] = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Narrow the batch to ``rows``, in that order."""
+        index = torch.tensor(rows, device=self.model.device)
+        self._tokens, self._mask = self._tokens[index], self._mask[index]
+        self._spare = torch.zeros_like(self._tokens)
+        self._last_timesteps = self._last_timesteps[index]
+        self._age = [self._age[row] for row in rows]
+        self.width = len(rows)
+
+    @torch.inference_mode()
+    def act(
+        self,
+        states: Float[Tensor, "width state_dim"],
+        returns_to_go: Float[Tensor, "width 1"],
+        timesteps: Int[Tensor, " width"],
+        previous_actions: Float[Tensor, "width act_dim"],
+    ) -> Float[Tensor, "width act_dim"]:
+        """The rows' actions. ``previous_actions`` are those taken one step earlier, of no account in a new episode."""
+        model = self.model
+        inputs = (a.to(model.device, model.dtype) for a in (returns_to_go, states, previous_actions))
+        # Not timesteps - 1: beyond the end of the timestep table its last row repeats.
+        before, self._last_timesteps = self._last_timesteps, timesteps.to(model.device, copy=True)
+        new = _by_row(self.alone, self._enter, *inputs, self._last_timesteps, before)
+        torch.cat((self._tokens[:, 3:], new), dim=1, out=self._spare)
+        self._tokens, self._spare = self._spare, self._tokens
+        for row, age in enumerate(self._age):
+            if age < self.context:
+                self._age[row] = age + 1
+                self._open(row, 3 * (age + 1) - 1)
+        return _by_row(self.alone, self._look, self._tokens, self._mask)
+
+    def _enter(
+        self, returns_to_go: Tensor, states: Tensor, actions: Tensor, timesteps: Tensor, before: Tensor
+    ) -> Tensor:
+        parts = self.model.embed(returns_to_go, states, actions, timesteps, action_timesteps=before)
+        new = torch.stack((parts[2], parts[0], parts[1]), dim=1)
+        return torch.cat((new, self.model.first_qkv(new)), dim=-1) if self._slides_qkv else new
+
+    def _look(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        model, d = self.model, self.model.cfg.d_model
+        x = model.place(tokens[:, 1:, :d])
+        qkv = tokens[:, 1:, d:] if self._slides_qkv else model.first_qkv(x)
+        return model.action(model.hidden(x, qkv, mask))
+
+    def _open(self, row: int, n: int) -> None:
+        """Let the last ``n`` tokens of ``row`` be seen."""
+        tokens = self._mask.shape[-1]
+        real = torch.arange(tokens, device=self._mask.device) >= tokens - n
+        self._mask[row] = may_look(real[None], self._mask.dtype)[0]
 
 
 class WindowPolicy:
-    """A batch of windows of raw inputs, given whole to the model at every step.
+    """The whole model: slower than the lean one, and everything that is hooked happens.
 
     Args:
         model: called with Hugging Face's keywords; its ``action_preds [width, context, act_dim]`` are read.
-        context: steps looked back; windows are padded on the left and masked.
+        context: steps looked back.
         width: rows.
         sizes: ``(state_dim, act_dim)``.
         like: a weight of the model, for its device and type.
@@ -25,15 +120,14 @@ class WindowPolicy:
     def __init__(
         self, model: Callable[..., Any], context: int, width: int, sizes: tuple[int, int], like: Tensor
     ) -> None:
-        self.model, self.context, self.width = model, context, width
-        state_dim, act_dim = sizes
-        self._states = like.new_zeros(width, context, state_dim)
-        self._actions = like.new_zeros(width, context, act_dim)
+        self.model, self.width = model, width
+        self._states = like.new_zeros(width, context, sizes[0])
+        self._actions = like.new_zeros(width, context, sizes[1])
         self._returns = like.new_zeros(width, context, 1)
         self._timesteps = like.new_zeros(width, context, dtype=torch.long)
         self._mask = like.new_zeros(width, context, dtype=torch.long)
 
-    def _buffers(self) -> tuple[Tensor, ...]:
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self._states, self._actions, self._returns, self._timesteps, self._mask
 
     def restart(self, row: int) -> None:
@@ -51,7 +145,7 @@ class WindowPolicy:
     def act(self, states: Tensor, returns_to_go: Tensor, timesteps: Tensor, previous_actions: Tensor) -> Tensor:
         """The rows' actions ``[width, act_dim]``; arguments as for ``SlidingPolicy.act``."""
         self._actions[:, -1] = previous_actions.to(self._actions)
-        self._actions.mul_(self._mask[..., None].to(self._actions.dtype))  # a new episode has no previous action
+        self._actions.mul_(self._mask[..., None])  # a new episode has no previous action
         for buffer in self._buffers():
             buffer.copy_(buffer.roll(-1, dims=1))
         self._states[:, -1] = states.to(self._states)

@@ -24,10 +24,11 @@ import torch
 from safetensors.torch import load
 
 from dt_lens.behaviour.environment import Task
-from dt_lens.behaviour.lanes import LEAST_LANES, width_is_free
+from dt_lens.behaviour.lanes import arrange
 from dt_lens.behaviour.rollouts import Conditions, Outcome, run_episodes
+from dt_lens.behaviour.windows import SlidingPolicy
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.policy import ActingModel, SlidingPolicy
+from dt_lens.decision_transformer.policy import ActingModel
 from dt_lens.errors import DtLensError
 
 __all__ = ["Job", "Report", "one_thread", "run_in_workers", "run_job"]
@@ -65,11 +66,9 @@ def run_job(job: Job, seeds: Iterator[int], report: Report | None = None) -> lis
     """Run ``seeds`` of ``job`` in this process."""
     with one_thread():
         model = ActingModel(load(job.weights), HookedDecisionTransformerConfig.from_dict(job.cfg))
-        free = width_is_free(model, job.context, job.lanes)
-        policy = SlidingPolicy(model, job.context, job.lanes if free else LEAST_LANES)
-        return run_episodes(
-            policy, job.task, job.conditions, seeds, least_width=LEAST_LANES if free else None, report=report
-        )
+        width, least_width, alone = arrange(model, job.context, job.lanes)
+        policy = SlidingPolicy(model, job.context, width, alone=alone)
+        return run_episodes(policy, job.task, job.conditions, seeds, least_width=least_width, report=report)
 
 
 def run_in_workers(job: Job, workers: int, report: Report | None = None) -> list[Outcome]:

@@ -2,8 +2,8 @@
 
 An agent that acts wants one number per step, the action read off the last state's token. So the current action's token,
 which no earlier token may see, is left out; the last block works out its queries, its MLP and its output for one token
-only; and what a token looks like before it meets the others (``embed`` and ``first_qkv``) can be worked out once, when it enters
-the window. Nothing here needs more than torch, so that a worker process starts quickly.
+only; and what a token looks like before it meets the others (``embed``, ``first_qkv``) can be worked out once, when it
+enters the window. Nothing here needs more than torch, so that a worker process starts quickly.
 
 The test that holds this file to the textbook one is ``tests/decision_transformer/test_policy.py``.
 """

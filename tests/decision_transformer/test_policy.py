@@ -1,0 +1,158 @@
+"""The lean policy is the hooked model: same actions, for every configuration, window and padding."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dt_lens.behaviour.windows import SlidingPolicy
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.decision_transformer.policy import ActingModel, acting_shapes, last_action
+from dt_lens.errors import DtLensError
+
+STEPS = 5
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> HookedDecisionTransformerConfig:
+    heads = draw(st.sampled_from([1, 2, 3]))
+    return HookedDecisionTransformerConfig(
+        state_dim=draw(st.integers(1, 5)),
+        act_dim=draw(st.integers(1, 4)),
+        d_model=heads * draw(st.sampled_from([4, 7])),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=heads,
+        d_mlp=draw(st.sampled_from([8, 20])),
+        n_ctx=STEPS,
+        max_ep_len=40,
+        act_fn=draw(st.sampled_from(["relu", "gelu", "gelu_tanh", "silu", "tanh"])),
+        normalization=draw(st.sampled_from(["pre", "post", "none"])),
+        final_ln=draw(st.booleans()),
+        embed_ln=draw(st.booleans()),
+        action_tanh=draw(st.booleans()),
+        discrete_actions=draw(st.booleans()),
+        position=draw(st.sampled_from(["none", "constant", "learned"])),
+        n_position=3 * STEPS,
+        attn_scale_by_head=draw(st.booleans()),
+        attn_scale_by_layer=draw(st.booleans()),
+    )
+
+
+def _model(cfg: HookedDecisionTransformerConfig, seed: int) -> HookedDecisionTransformer:
+    torch.manual_seed(seed)
+    model = HookedDecisionTransformer(cfg).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and LayerNorms too: at their initial values they hide mistakes
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def _episode(cfg: HookedDecisionTransformerConfig, batch: int, steps: int) -> tuple[torch.Tensor, ...]:
+    actions = torch.randn(batch, steps, cfg.act_dim).tanh()
+    if cfg.discrete_actions:
+        actions = torch.nn.functional.one_hot(actions.argmax(-1), cfg.act_dim).float()
+    return torch.randn(batch, steps, cfg.state_dim), actions, torch.randn(batch, steps, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cfg=configurations(),
+    seed=st.integers(0, 2**16),
+    padding=st.lists(st.integers(0, STEPS - 1), min_size=3, max_size=3),
+)
+def test_last_action_is_the_models_prediction(
+    cfg: HookedDecisionTransformerConfig, seed: int, padding: list[int]
+) -> None:
+    model = _model(cfg, seed)
+    states, actions, returns = _episode(cfg, 3, STEPS)
+    timesteps = torch.randint(0, cfg.max_ep_len, (3, STEPS))
+    mask = torch.stack([(torch.arange(STEPS) >= n).long() for n in padding])
+    for given_mask in (mask, None):
+        with torch.no_grad():
+            expected = model(
+                states=states, actions=actions, returns_to_go=returns, timesteps=timesteps, attention_mask=given_mask
+            ).action_preds[:, -1]
+        got = last_action(model.weights, cfg, states, actions, returns, timesteps, given_mask)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cfg=configurations(), seed=st.integers(0, 2**16), restart=st.integers(1, 7))
+def test_sliding_policy_is_the_model_on_padded_windows(
+    cfg: HookedDecisionTransformerConfig, seed: int, restart: int
+) -> None:
+    """Row 0 begins anew at ``restart``; the rows are reordered once; every action is still the model's."""
+    model = _model(cfg, seed)
+    steps = 9
+    states, actions, returns = _episode(cfg, 3, steps)
+    begin = [restart, 0, 0]
+    order = [0, 1, 2]
+    policy = SlidingPolicy(ActingModel(model.weights, cfg), STEPS, 3)
+    for t in range(steps):
+        if t == restart:
+            policy.restart(0)
+        if t == 8:
+            order = [2, 0]
+            policy.keep(order)
+        ages = torch.tensor([t - begin[row] if t >= begin[row] else t for row in order])
+        previous = actions[order, t - 1] if t else torch.zeros(3, cfg.act_dim)
+        got = policy.act(states[order, t], returns[order, t], ages, previous)
+        for i, row in enumerate(order):
+            age = int(ages[i])
+            n = min(age + 1, STEPS)
+            window = slice(t + 1 - n, t + 1)
+            pad = STEPS - n
+            padded = [
+                torch.nn.functional.pad(a[row : row + 1, window], (0, 0, pad, 0)) for a in (states, actions, returns)
+            ]
+            times = torch.nn.functional.pad(torch.arange(age + 1 - n, age + 1), (pad, 0))[None]
+            mask = (torch.arange(STEPS) >= pad).long()[None]
+            with torch.no_grad():
+                expected = model(
+                    states=padded[0], actions=padded[1], returns_to_go=padded[2], timesteps=times, attention_mask=mask
+                ).action_preds[0, -1]
+            torch.testing.assert_close(got[i], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_acting_shapes_are_the_models() -> None:
+    cfg = HookedDecisionTransformerConfig(4, 2, d_model=8, n_heads=2, d_mlp=12, position="learned", n_position=60)
+    model = HookedDecisionTransformer(cfg)
+    own = {name: tuple(weight.shape) for name, weight in model.weights.items()}
+    left_out = {"predict.state.W", "predict.state.b", "predict.return_to_go.W", "predict.return_to_go.b"}
+    assert acting_shapes(cfg) == {name: shape for name, shape in own.items() if name not in left_out}
+
+
+def test_half_precision_acts_in_its_own_type() -> None:
+    cfg = HookedDecisionTransformerConfig(4, 2, d_model=8, n_heads=2, d_mlp=12)
+    policy = SlidingPolicy(ActingModel(_model(cfg, 0).bfloat16().weights, cfg), 3, 2)
+    action = policy.act(torch.randn(2, 4), torch.randn(2, 1), torch.zeros(2, dtype=torch.long), torch.zeros(2, 2))
+    assert action.dtype == torch.bfloat16
+
+
+def test_missing_weight_is_named() -> None:
+    cfg = HookedDecisionTransformerConfig(4, 2, d_model=8, n_heads=2, d_mlp=12)
+    weights = dict(_model(cfg, 0).weights)
+    del weights["blocks.1.mlp.W_in"]
+    with pytest.raises(DtLensError, match=r"blocks\.1\.mlp\.W_in"):
+        ActingModel(weights, cfg)
+
+
+def test_window_longer_than_the_position_table() -> None:
+    cfg = HookedDecisionTransformerConfig(4, 2, d_model=8, n_heads=2, d_mlp=12, position="learned", n_position=12)
+    with pytest.raises(DtLensError, match="29 tokens does not fit this model's 12 positions"):
+        SlidingPolicy(ActingModel(_model(cfg, 0).weights, cfg), 10, 2)
+
+
+def test_acting_needs_no_transformer_library() -> None:
+    code = (
+        "import sys, dt_lens.decision_transformer.policy, dt_lens.behaviour.workers\n"
+        "print([m for m in ('transformer_lens', 'transformers', 'pandas', 'minari', 'plotly') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
