@@ -182,10 +182,25 @@ class Windows:
     def __len__(self) -> int:
         return len(self._states)
 
-    def sample(self, batch_size: int) -> dict[str, Tensor]:
-        """``batch_size`` windows, drawn with torch's global generator of the CPU."""
+    def sample(self, batch_size: int, shortened: float = 0.0) -> dict[str, Tensor]:
+        """``batch_size`` windows, drawn with torch's global generator of the CPU.
+
+        A share ``shortened`` of them is made to begin at a random step, all before it masked, as in the first steps of
+        an episode: there the return-to-go has to tell what the past would otherwise give away.
+        """
         # A uniform step of the whole data set: an episode in proportion to its length, and a step of it.
-        return self.at(torch.randint(len(self), (batch_size,)))
+        batch = self.at(torch.randint(len(self), (batch_size,)))
+        if not shortened:
+            return batch
+        hidden = torch.randint(self.context, (batch_size,)) * (torch.rand(batch_size) < shortened)
+        seen = (torch.arange(self.context) >= hidden.unsqueeze(1)).to(self.device)
+        mask = batch["attention_mask"] & seen
+        # A window that would lose every step keeps them all.
+        mask = torch.where(mask.any(1, keepdim=True), mask, batch["attention_mask"])
+        return {
+            name: mask if name == "attention_mask" else value * (mask if value.ndim == 2 else mask.unsqueeze(-1))
+            for name, value in batch.items()
+        }
 
     def at(self, starts: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
         """The windows that start at these steps of the data set."""

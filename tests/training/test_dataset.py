@@ -70,6 +70,17 @@ def test_episodes_are_drawn_in_proportion_to_their_length() -> None:
     assert abs(float(first) - 0.1) < 0.01
 
 
+def test_a_share_of_windows_is_shortened_and_none_loses_every_step() -> None:
+    torch.manual_seed(0)
+    batch = Windows(planted([4, 50]), context=8).sample(4_000, shortened=0.5)
+    mask, seen = batch["attention_mask"], batch["attention_mask"].sum(1)
+    assert seen.min() == 1 and (mask.int().diff(dim=1) >= 0).all()  # padding only on the left
+    assert 0.4 < (seen == 8).float().mean() < 0.6
+    assert all((batch[name] * ~mask.unsqueeze(-1)).abs().max() == 0 for name in ("states", "actions", "returns_to_go"))
+    assert (batch["timesteps"] * ~mask).max() == 0
+    assert torch.equal(batch["actions"][..., 0] * mask, batch["timesteps"] * mask)
+
+
 def test_an_entry_that_never_changes_is_not_blown_up() -> None:
     data = planted([3, 5])
     assert data.state_std[1] == 1

@@ -161,7 +161,7 @@ def test_bad_settings_are_one_sentence(tmp_path: Path, change: dict[str, Any], w
 
 
 def test_the_learning_rate_warms_up_and_comes_down() -> None:
-    settings = Settings("d", 100, 1, 1, 1, 1, 1, 0.0, 1.0, 10, 0.0, 1.0, False, 0, (1.0,))
+    settings = Settings("d", 100, 1, 1, 0.0, 1, 1, 1, 0.0, 1.0, 10, 0.0, 1.0, False, 0, (1.0,))
     rates = [settings.rate(step) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.505) and rates[-1] < 0.015
