@@ -1,0 +1,1 @@
+"""Pipelines over everything below: scan a model, choose edits, measure them, report."""

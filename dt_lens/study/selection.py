@@ -1,0 +1,58 @@
+"""Choose by rule, not by eye, which singular directions to edit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from dt_lens.errors import DtLensError
+
+if TYPE_CHECKING:
+    from dt_lens.svd import WeightSVD
+
+__all__ = ["best_matches", "choose_directions"]
+
+SIMILAR = 2.0  # a contrast's sigma lies within this factor of its strong partner's, where there is one
+
+
+def best_matches(table: pd.DataFrame) -> pd.DataFrame:
+    """The one best match of every direction on every side: its row of largest ``z``, untrained heads left out."""
+    trained = table[~table["embedding"].isin(table.attrs.get("untrained", []))]
+    best = trained.sort_values("z", ascending=False, kind="stable").drop_duplicates(["matrix", "side", "sv"])
+    return best.reset_index(drop=True)
+
+
+def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd.DataFrame:
+    """``count`` strong directions and for each a weak one as its contrast, from a scan table.
+
+    Strong: the largest ``z`` of the table, one direction of a matrix at most, so that no one matrix is the whole study. Weak: in the same
+    matrix and on the same side, of the directions with a similar sigma (so that edit and contrast change the weights by a similar
+    amount) the one whose best match is the poorest. Directions that cannot be told apart from their neighbours are left out.
+
+    Returns:
+        rows of the table with a column ``role``, ``"strong"`` or ``"weak"``, pairs in order.
+
+    Raises:
+        DtLensError: when the table holds too few directions to choose from.
+    """
+    best = best_matches(table)
+    alone = [
+        (b := svd[matrix].block_of(int(sv)))[1] - b[0] == 1 for matrix, sv in zip(best["matrix"], best["sv"], strict=True)
+    ]
+    best = best[np.asarray(alone, dtype=bool)]
+    rows: list[pd.Series] = []
+    for _, strong in best.drop_duplicates("matrix").head(count).iterrows():
+        others = best[(best["matrix"] == strong["matrix"]) & (best["side"] == strong["side"]) & (best["sv"] != strong["sv"])]
+        if others.empty:
+            continue
+        distance = np.abs(np.log(others["sigma"].to_numpy() / float(strong["sigma"])))
+        similar = others[distance <= np.log(SIMILAR)]
+        weak = (similar if len(similar) else others.iloc[[int(distance.argmin())]]).sort_values("z", kind="stable").iloc[0]
+        rows += [strong, weak]
+    if not rows:
+        raise DtLensError("The scan holds too few directions to choose edits from; scan more matrices.")
+    chosen = pd.DataFrame(rows).reset_index(drop=True)
+    chosen.insert(0, "role", ["strong", "weak"] * (len(rows) // 2))
+    return chosen

@@ -1,0 +1,132 @@
+"""Run the arms of a study: the unedited agent, each edit, each edit's control; all on the same seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dt_lens.behaviour.evaluate import evaluate, model_id
+from dt_lens.behaviour.outcomes import Evaluation
+from dt_lens.behaviour.statistics import bootstrap_interval
+from dt_lens.edits import Edit
+from dt_lens.errors import DtLensError
+from dt_lens.nulls import q_values
+
+__all__ = ["Arm", "Trials", "verdicts"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One condition of the study: the model with ``edit``, or as it is."""
+
+    name: str
+    edit: Edit | None = None
+
+
+class Trials:
+    """Evaluates arms and keeps each in a file, so that a study that was stopped goes on where it was."""
+
+    def __init__(self, model: Any, folder: Path, episodes: int, seed: int, target_return: float | None, workers: int | None) -> None:
+        self.model, self.folder = model, folder
+        self.settings = {"episodes": episodes, "seed": seed, "target_return": target_return}
+        self.workers = workers
+
+    def run(self, arm: Arm, progress: Callable[[float, int], None] | None = None) -> Evaluation:
+        """The arm's evaluation, from its file when it has been run before with the same weights and settings."""
+        with arm.edit or nullcontext():
+            key = hashlib.sha256(json.dumps([model_id(self.model), self.settings]).encode()).hexdigest()[:16]
+            file = self.folder / f"{key}.json"
+            kept = _read(file)
+            if kept is None:
+                kept = evaluate(self.model, workers=self.workers, progress=progress or False, **self.settings)
+                _write(file, kept)
+        return kept
+
+
+def _write(file: Path, evaluation: Evaluation) -> None:
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(evaluation.to_dict()), encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise DtLensError(f"The result {file} cannot be written: {error.strerror}; choose another folder or make room.") from error
+
+
+def _read(file: Path) -> Evaluation | None:
+    if not file.exists():
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        rows = kept["per_episode"]
+        return Evaluation(
+            seeds=np.array(rows["seed"], dtype=np.int64),
+            returns=np.array(rows["return"], dtype=np.float64),
+            lengths=np.array(rows["length"], dtype=np.int64),
+            terminated=np.array(rows["terminated"], dtype=bool),
+            truncated=np.array(rows["truncated"], dtype=bool),
+            environment=kept["environment"],
+            target_return=kept["target_return"],
+            time_limit=kept["time_limit"],
+            environment_kwargs=kept["environment_kwargs"],
+            model_id=kept["model_id"],
+            edits=tuple(kept["edits"]),
+            failure=kept["failure_rule"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a file that cannot be read is a trial that has to be run again
+
+
+def verdicts(
+    chosen: pd.DataFrame, edits: Sequence[Edit], baseline: Evaluation, edited: Sequence[Evaluation], controls: Sequence[Evaluation]
+) -> pd.DataFrame:
+    """A row per edit: what it did, what its control did, and whether it hurt more than its control.
+
+    ``difference`` and ``control_difference`` are mean paired differences of the return from the unedited agent;
+    ``damage_beyond_control`` is the mean paired return of the control less that of the edit, with a bootstrap interval; ``p_value`` its
+    two-sided sign-flip permutation test; ``q`` Benjamini-Hochberg over the edits.
+    """
+    rows: list[dict[str, Any]] = []
+    for (_, direction), edit, result, control in zip(chosen.iterrows(), edits, edited, controls, strict=True):
+        effect, control_effect, beyond = result.compare(baseline), control.compare(baseline), result.compare(control)
+        interval = bootstrap_interval(control.returns - result.returns)
+        rows.append(
+            {
+                **direction[["role", "matrix", "layer", "side", "sv", "sigma", "embedding", "label", "cosine", "z", "q_value"]].to_dict(),
+                "energy": edit.energy,
+                "return_mean": result.mean,
+                "difference": effect.difference,
+                "difference_low": effect.difference_interval[0],
+                "difference_high": effect.difference_interval[1],
+                "control_difference": control_effect.difference,
+                "control_difference_low": control_effect.difference_interval[0],
+                "control_difference_high": control_effect.difference_interval[1],
+                "damage_beyond_control": -beyond.difference,
+                "beyond_low": interval[0],
+                "beyond_high": interval[1],
+                "damage_per_energy": -effect.difference / edit.energy,
+                "p_value": beyond.p_value,
+                "failure_rate": effect.failure_edited,
+                "control_failure_rate": control_effect.failure_edited,
+                "note": edit.note,
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["q"] = q_values(table["p_value"])
+    table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
+    return table
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    if row["q"] < 0.05:
+        return "hurts more than its control" if row["damage_beyond_control"] > 0 else "hurts less than its control"
+    return "no difference from its control shown"
