@@ -151,8 +151,8 @@ def train(
         data = replace(data, environment=environment, environment_kwargs={})
     chosen = tuple(float(t) for t in targets) if targets else _targets(data.returns)
     settings = Settings(
-        dataset_id, steps, batch_size, context, shortened, d_model, n_layers, n_heads, dropout, lr, warmup, weight_decay,
-        clip, bf16, seed, chosen,
+        dataset_id, steps, batch_size, context, shortened, d_model, n_layers, n_heads, dropout, lr, warmup,
+        weight_decay, clip, bf16, seed, chosen,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         run = _Run(settings, data, Path(out), torch.device(device))
