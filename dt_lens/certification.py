@@ -1,8 +1,8 @@
 """Proof by forward pass that every matrix's name, orientation, scale and heads are right.
 
-A wrong reshape raises nothing when d_model equals n_heads * d_head, and a transposed square matrix has every size right. So
-each catalogued matrix is applied to the activation on its one side, and must give the activation on its other side, both
-cached from the original model wherever there is one: a copy of the weights cannot vouch for itself.
+A wrong reshape raises nothing when d_model equals n_heads * d_head, and a transposed square matrix has every size
+right. So each catalogued matrix is applied to the activation on its one side, and must give the activation on its other side,
+both cached from the original model wherever there is one: a copy of the weights cannot vouch for itself.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ class Certificate:
         return max(self.errors.values(), default=0.0)
 
     def __str__(self) -> str:
-        return f"{len(self.errors)} matrices reproduce their activations in {self.against}; largest relative error {self.worst:.1e}"
+        proven = f"{len(self.errors)} matrices reproduce their activations in {self.against}"
+        return f"{proven}; largest relative error {self.worst:.1e}"
 
 
 @dataclass(frozen=True)
 class _Check:
-    """What a matrix made of its input, and what was cached. With ``weight``, ``source @ weight + bias`` is the computed side."""
+    """What a matrix made of its input, and what was cached.
+
+    With ``weight``, ``source @ weight + bias`` is the computed side.
+    """
 
     matrix: str
     computed: Tensor
@@ -65,8 +69,8 @@ def _linear(
 def certify(model: Lens, seed: int = 0) -> Certificate:
     """Prove the catalogue on one random batch.
 
-    The order is that of the forward pass and a matrix is only asked about once everything before it holds, so the first failure
-    is the culprit. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores.
+    The order is that of the forward pass and a matrix is only asked about once everything before it holds, so the first
+    failure is the culprit. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores.
 
     Returns:
         the errors, relative to the root mean square of each activation.
@@ -95,8 +99,9 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
             # "not <=" rather than ">", so that a NaN fails.
             if not error <= tolerance:
                 raise DtLensError(
-                    f"certify: {check.matrix} does not reproduce its activation in {against} (relative error {error:.2g}, "
-                    f"allowed {tolerance:.0e}){_diagnosis(check, model.structure.n_heads, tolerance)}; the adapter's map of this weight is wrong."
+                    f"certify: {check.matrix} does not reproduce its activation in {against} (relative error "
+                    f"{error:.2g}, allowed {tolerance:.0e}){_diagnosis(check, model.structure.n_heads, tolerance)}; "
+                    "the adapter's map of this weight is wrong."
                 )
             errors[check.matrix] = max(error, errors.get(check.matrix, 0.0))
     return Certificate(errors, against)

@@ -29,8 +29,8 @@ SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pkl",
 class Checkpoint:
     """Tensors by key, and whatever else the files say.
 
-    ``tensors`` and ``config`` (of ``config.json``, empty where there is none) are what an adapter recognises; ``extra`` holds
-    what stood beside the state dict in a pickled file; ``folder`` is where further files may lie.
+    ``tensors`` and ``config`` (of ``config.json``, empty where there is none) are what an adapter recognises; ``extra``
+    holds what stood beside the state dict in a pickled file; ``folder`` is where further files may lie.
     """
 
     path: Path
@@ -81,7 +81,8 @@ def _read_folder(folder: Path) -> Checkpoint:
         if (folder / name).exists():
             return Checkpoint(folder, _read_file(folder / name).tensors, config, folder=folder)
     raise DtLensError(
-        f"The folder {folder} holds no model.safetensors or pytorch_model.bin; give a folder in Hugging Face's form, or the file itself."
+        f"The folder {folder} holds no model.safetensors or pytorch_model.bin; give a folder in Hugging Face's form, "
+        "or the file itself."
     )
 
 
@@ -116,7 +117,8 @@ def _read_pickle(file: Path) -> Checkpoint:
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
             raise DtLensError(
-                f"{file} is a pickle that wants to run code when it is loaded, so it was not loaded; save its state_dict() and give that file."
+                f"{file} is a pickle that wants to run code when it is loaded, so it was not loaded; save its "
+                "state_dict() and give that file."
             ) from error
         raise DtLensError(_no_checkpoint(file)) from error
     # torch.load answers a file that is no checkpoint with whatever its parser stumbled over.

@@ -16,8 +16,8 @@ def environment_labels(
 ) -> tuple[Labels | None, Labels | None]:
     """The labels of an environment's observations and actions; ``None`` for what it does not name.
 
-    MuJoCo environments name joints and actuators; Gymnasium's Atari environments name action meanings, MiniGrid and others have an
-    ``actions`` enumeration. An environment that cannot be made here names nothing.
+    MuJoCo environments name joints and actuators; Gymnasium's Atari environments name action meanings, MiniGrid and
+    others have an ``actions`` enumeration. An environment that cannot be made here names nothing.
     """
     import gymnasium as gym
 

@@ -64,8 +64,10 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
     """A model from a bundled name, a local file or folder, or a Hugging Face hub id.
 
     Args:
-        source: ``"hopper"``, ``"runs/walker"``, ``"model.pt"``, ``"edbeeching/decision-transformer-gym-hopper-expert"``.
-        adapter: insist on one by name, ``"module:Class"``, class or object; found by the checkpoint's content when omitted.
+        source: ``"hopper"``, ``"runs/walker"``, ``"model.pt"``,
+            ``"edbeeching/decision-transformer-gym-hopper-expert"``.
+        adapter: insist on one by name, ``"module:Class"``, class or object; found by the checkpoint's content when
+            omitted.
         check: certify the result (a forward pass or two); leave it on.
         given: what the file does not tell, such as ``n_heads=1``, ``environment="Hopper-v5"``, ``context=20``.
 
@@ -83,8 +85,8 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
 def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
     """The lens on a live torch model, sharing its storage: an edit made through it is seen by the model itself.
 
-    The arguments are ``load``'s. A model that is moved, cast or loaded anew after wrapping gets other storage: wrap it again
-    (an edit notices and says so).
+    The arguments are ``load``'s. A model that is moved, cast or loaded anew after wrapping gets other storage: wrap it
+    again (an edit notices and says so).
     """
     if not isinstance(model, nn.Module):
         raise DtLensError(
@@ -116,8 +118,8 @@ def _locate(source: str | Path) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).suffix and not Path(name).parent.is_dir():
         return _download(name)
     raise DtLensError(
-        f"There is no model {name!r}: it is no local file or folder and none of the bundled models ({', '.join(models)})."
-        + nearest(name, models)
+        f"There is no model {name!r}: it is no local file or folder and none of the bundled models "
+        f"({', '.join(models)})." + nearest(name, models)
     )
 
 
@@ -131,5 +133,6 @@ def _download(hub_id: str) -> Path:
         raise DtLensError(f"There is no local path and no model {hub_id!r} on the Hugging Face hub.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DtLensError(
-            f"There is no local path {hub_id!r}, and the Hugging Face hub could not be reached for a model of that id; check the name and the connection."
+            f"There is no local path {hub_id!r}, and the Hugging Face hub could not be reached for a model of that id; "
+            "check the name and the connection."
         ) from error

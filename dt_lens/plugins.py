@@ -24,7 +24,8 @@ GROUP = "dt_lens.adapters"
 class Adapter(Protocol):
     """What an architecture brings: how it recognises its own, and how it becomes a lens.
 
-    Adapters fail closed: a key or an option that they neither handle nor knowingly ignore is a ``DtLensError`` naming it.
+    Adapters fail closed: a key or an option that they neither handle nor knowingly ignore is a ``DtLensError`` naming
+    it.
     """
 
     name: str
@@ -47,7 +48,8 @@ def _entries() -> dict[str, EntryPoint]:
     for entry in entry_points(group=GROUP):
         if entry.name in found and found[entry.name].value != entry.value:
             raise DtLensError(
-                f"Two installed packages both bring an adapter {entry.name!r} ({found[entry.name].value} and {entry.value}); uninstall one."
+                f"Two installed packages both bring an adapter {entry.name!r} ({found[entry.name].value} and "
+                f"{entry.value}); uninstall one."
             )
         found[entry.name] = entry
     return found
@@ -87,7 +89,10 @@ def named_adapter(adapter: str | Adapter | type) -> Adapter:
 
 
 def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None, seen: Iterable[str]) -> Adapter:
-    """The one adapter that recognises ``source``; ``seen`` tells the user what was looked at when none or several do."""
+    """The one adapter that recognises ``source``.
+
+    ``seen`` tells the user what was looked at when none or several do.
+    """
     if adapter is not None:
         return named_adapter(adapter)
     names = adapter_names()
@@ -97,8 +102,10 @@ def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None,
     what = ", ".join(list(seen)[:4])
     if matches:
         raise DtLensError(
-            f"Several adapters recognise this model ({', '.join(m.name for m in matches)}); pass adapter= with one of these names."
+            f"Several adapters recognise this model ({', '.join(m.name for m in matches)}); pass adapter= with one of "
+            "these names."
         )
     raise DtLensError(
-        f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(names)} (pass adapter= to insist on one)."
+        f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(names)} (pass adapter= "
+        "to insist on one)."
     )

@@ -21,8 +21,8 @@ from dt_lens.files import Checkpoint
 
 __all__ = ["HFDecisionTransformer"]
 
-# What the files hold and the model does not use: GPT-2's token table, and the causal masks of older releases. The patterns
-# are whole keys: a suffix match on "attn.bias" would swallow "attn.c_attn.bias" too.
+# What the files hold and the model does not use: GPT-2's token table, and the causal masks of older releases. The
+# patterns are whole keys: a suffix match on "attn.bias" would swallow "attn.c_attn.bias" too.
 UNUSED = re.compile(r"encoder\.wte\.weight|encoder\.h\.\d+\.attn\.(masked_)?bias")
 FACTS = {f.name for f in fields(RunFacts)}
 OPTIONS = {"context", "discrete_actions", *FACTS}
@@ -41,7 +41,8 @@ class HFDecisionTransformer:
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
         if not checkpoint.config:
             raise DtLensError(
-                f"{checkpoint.path} lies without its config.json, which tells the number of heads and the options; give the folder that holds both."
+                f"{checkpoint.path} lies without its config.json, which tells the number of heads and the options; "
+                "give the folder that holds both."
             )
         kept = RunFacts.load(checkpoint.folder) if checkpoint.folder else None
         return self.build(dict(checkpoint.tensors), checkpoint.config, kept, **given)
@@ -72,7 +73,8 @@ class HFDecisionTransformer:
             hooked = HookedDecisionTransformer(cfg)
         hooked.look_at(model, views, HFReference(model, cfg))
         hooked.facts = facts
-        return hooked.train(model.training)
+        hooked.train(model.training)
+        return hooked
 
 
 def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
@@ -87,10 +89,13 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
     """The checkpoint's facts, overridden by what the user gave; context 20 (the paper's) where nobody says."""
-    chosen = {
+    chosen: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in FACTS
     }
-    return replace(kept, **chosen) if kept else RunFacts(**{"context": 20, **chosen})
+    if kept is not None:
+        return replace(kept, **chosen)
+    chosen.setdefault("context", 20)
+    return RunFacts(**chosen)
 
 
 def _facts_beside(model: nn.Module) -> RunFacts | None:
@@ -111,8 +116,11 @@ def _original(
     except Exception as error:
         raise DtLensError(f"Hugging Face refuses this config.json: {error}.") from error
     with torch.device("meta"):
-        model = DecisionTransformerModel(hf_config)
-    whole = {"encoder.wte.weight": next(iter(tensors.values())).new_zeros(model.encoder.wte.weight.shape), **tensors}
+        model: nn.Module = DecisionTransformerModel(hf_config)
+    whole = {
+        "encoder.wte.weight": next(iter(tensors.values())).new_zeros(model.get_parameter("encoder.wte.weight").shape),
+        **tensors,
+    }
     # assign=True makes the loaded tensors the parameters: no second copy.
     model.load_state_dict(whole, strict=True, assign=True)
     return model.eval()

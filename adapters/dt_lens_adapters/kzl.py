@@ -1,7 +1,8 @@
 """State dicts of kzl/decision-transformer, the authors' own code (its gym half).
 
-The blocks are an early copy of Hugging Face's GPT-2, so the tensors are Hugging Face's under other names: ``transformer.`` for
-``encoder.``, and no position table. The file says nothing of heads, context or normalisation; heads cannot be told from shapes.
+The blocks are an early copy of Hugging Face's GPT-2, so the tensors are Hugging Face's under other names:
+``transformer.`` for ``encoder.``, and no position table. The file says nothing of heads, context or normalisation;
+heads cannot be told from shapes.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ class KZLDecisionTransformer:
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
         lens = self._build(dict(model.state_dict()), {**_read_live(model), **given})
-        # The tensors are the live model's own, so its outputs follow every edit; certify has run Hugging Face's class on them.
+        # The tensors are the live model's own, so its outputs follow every edit; certify has run Hugging Face's class
+        # on them.
         object.__setattr__(lens, "original", model)
-        return lens.train(model.training)
+        lens.train(model.training)
+        return lens
 
     def _build(self, tensors: dict[str, Tensor], given: dict[str, Any]) -> HookedDecisionTransformer:
         refuse_unknown(given, SHAPE_OPTIONS | FACTS)
         if "n_heads" not in given:
             raise DtLensError(
-                "A kzl checkpoint does not say how many attention heads it has; pass n_heads= (kzl's default is n_heads=1)."
+                "A kzl checkpoint does not say how many attention heads it has; pass n_heads= (kzl's default is "
+                "n_heads=1)."
             )
         config = self._config(tensors, given)
         d_model = config["hidden_size"]

@@ -62,7 +62,8 @@ class HookedDecisionTransformerConfig:
                 raise DtLensError(f"The configuration's {name} is {value!r}; it must be a positive whole number.")
         if self.d_model % self.n_heads:
             raise DtLensError(
-                f"d_model {self.d_model} does not split into n_heads {self.n_heads} equal heads; give an n_heads that divides it."
+                f"d_model {self.d_model} does not split into n_heads {self.n_heads} equal heads; give an n_heads that "
+                "divides it."
             )
         for name, allowed in (("act_fn", Activation), ("normalization", Normalization), ("position", Position)):
             value = getattr(self, name)

@@ -15,7 +15,10 @@ __all__ = ["embeddings_of"]
 
 
 def embeddings_of(model: HookedDecisionTransformer) -> EmbeddingRegistry:
-    """``state_in``, ``action_in``, ``reward_in``, ``timestep_in``, ``action_out``, ``state_out``, ``reward_out``, as live views."""
+    """The seven standard sets, as live views of the weights.
+
+    They are ``state_in``, ``action_in``, ``reward_in``, ``timestep_in``, ``action_out``, ``state_out``, ``reward_out``.
+    """
     weights = model.weights
     registry = EmbeddingRegistry(model.cfg.d_model, model.identity)
     state_labels, action_labels = coordinate_labels(model.facts)

@@ -83,7 +83,7 @@ class RunFacts:
         for name in values:
             if name not in known:
                 raise DtLensError(f"{source} has an unknown field {name!r}." + nearest(name, known))
-        frozen = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         try:
             return cls(**frozen)
         except TypeError as error:

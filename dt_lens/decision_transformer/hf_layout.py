@@ -107,7 +107,10 @@ def canonical_from_hf(tensors: Mapping[str, Tensor], cfg: HookedDecisionTransfor
 
 
 def hf_from_canonical(weights: Mapping[str, Tensor], cfg: HookedDecisionTransformerConfig) -> dict[str, Tensor]:
-    """Hugging Face's tensors from canonical weights, contiguous copies; parts that Hugging Face has and ``cfg`` has not are neutral."""
+    """Hugging Face's tensors from canonical weights, as contiguous copies.
+
+    Parts that Hugging Face has and ``cfg`` has not are neutral.
+    """
     d = cfg.d_model
     kind = weights["blocks.0.mlp.W_in"]
     tensors = {"encoder.wte.weight": kind.new_zeros(1, d)}
@@ -211,11 +214,13 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
     for name, wanted in (("normalization", "pre"), ("embed_ln", True), ("final_ln", True)):
         if getattr(cfg, name) != wanted:
             raise DtLensError(
-                f"Hugging Face's decision transformer has no {name}={getattr(cfg, name)!r}; only {wanted!r} can be saved in its format."
+                f"Hugging Face's decision transformer has no {name}={getattr(cfg, name)!r}; only {wanted!r} can be "
+                "saved in its format."
             )
     if cfg.position == "learned":
         raise DtLensError(
-            "Hugging Face's decision transformer has no learned positions (position='learned'), so it cannot be saved so."
+            "Hugging Face's decision transformer has no learned positions (position='learned'), so it cannot be saved "
+            "so."
         )
     names = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
     return {

@@ -8,27 +8,22 @@ state's token. Weights have TransformerLens's names and orientation: ``y = x @ W
 from __future__ import annotations
 
 import copy
-import uuid
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.decision_transformer.hooked import HookPoint
+from dt_lens.decision_transformer.sharing import SharingModule
+from dt_lens.embeddings import EmbeddingRegistry
+from dt_lens.errors import DtLensError
 from dt_lens.matrices import Structure
-
-if TYPE_CHECKING:
-    from dt_lens.embeddings import EmbeddingRegistry
-    from dt_lens.lens import Reference
 
 __all__ = ["DecisionTransformerOutput", "HookedDecisionTransformer"]
 
@@ -134,7 +129,7 @@ class Attention(nn.Module):
         return rearrange(flat, "batch token (head d_head) -> batch token head d_head", head=W.shape[0])
 
     def forward(
-        self, x: Float[Tensor, "batch token d_model"], allowed: Bool[Tensor, "batch #head query key"] | None
+        self, x: Float[Tensor, "batch token d_model"], allowed: Bool[Tensor, "batch 1 query key"] | None
     ) -> Float[Tensor, "batch token d_model"]:
         q = self.hook_q(self._project(x, self.W_Q, self.b_Q))
         k = self.hook_k(self._project(x, self.W_K, self.b_K))
@@ -212,7 +207,7 @@ class Block(nn.Module):
         return self.hook_mlp_out(F.dropout(self.mlp(x), self.dropout, self.training))
 
 
-class HookedDecisionTransformer(HookedRootModule):
+class HookedDecisionTransformer(SharingModule):
     """A decision transformer whose every activation can be read and replaced.
 
     ``model(states=, actions=, returns_to_go=, timesteps=, attention_mask=)`` takes Hugging Face's keywords;
@@ -260,17 +255,8 @@ class HookedDecisionTransformer(HookedRootModule):
         self.hook_final = HookPoint()
         self.hook_action_pre = HookPoint()  # before the tanh
         self.facts = RunFacts(context=cfg.n_ctx)
-        self.original: nn.Module | None = None
-        self.reference: Reference | None = None
-        self._original_weights: Callable[[], Mapping[str, Tensor]] | None = None
-        self.identity = uuid.uuid4().hex
         self._embeddings: EmbeddingRegistry | None = None
         self.setup()
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """Every weight by its canonical name, as live tensors: writing into one edits the model."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     @property
     def structure(self) -> Structure:
@@ -297,7 +283,7 @@ class HookedDecisionTransformer(HookedRootModule):
 
     def probe(self, seed: int = 0) -> dict[str, Any]:
         """A random batch for a check of the weights: two windows, one with padding, standard normal inputs."""
-        cfg, weight = self.cfg, self.embed["return_to_go"].W
+        cfg, weight = self.cfg, self.get_parameter("embed.return_to_go.W")
         generator = torch.Generator().manual_seed(seed)
         steps = min(cfg.n_ctx, cfg.max_ep_len, cfg.n_position // 3 if cfg.position == "learned" else cfg.n_ctx, 8)
         steps = max(steps, 1)
@@ -317,56 +303,6 @@ class HookedDecisionTransformer(HookedRootModule):
             "timesteps": torch.arange(steps, device=weight.device).expand(2, steps),
             "attention_mask": mask,
         }
-
-    def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Take ``weights`` as this model's own, sharing their storage; every name and shape must fit.
-
-        A weight may be any strided view, so a transposed or fused matrix of another model stays one memory with it.
-
-        Raises:
-            DtLensError: naming the first weight that is missing, unknown, or of another shape.
-        """
-        mine = dict(self.named_parameters())
-        for name in weights:
-            if name not in mine:
-                raise DtLensError(f"The model has no weight {name!r}." + nearest(name, mine))
-        for name, parameter in mine.items():
-            if name not in weights:
-                raise DtLensError(f"The weight {name!r} is missing.")
-            if weights[name].shape != parameter.shape:
-                raise DtLensError(
-                    f"The weight {name!r} has shape {list(weights[name].shape)}; the configuration wants {list(parameter.shape)}."
-                )
-            owner, _, leaf = name.rpartition(".")
-            setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))
-
-    def look_at(
-        self, original: nn.Module, weights: Callable[[], Mapping[str, Tensor]], reference: Reference | None
-    ) -> None:
-        """Share storage with ``original``, whose weights under canonical names ``weights()`` gives as views."""
-        self.adopt(weights())
-        # Past nn.Module's registration: a submodule would list every weight twice.
-        object.__setattr__(self, "original", original)
-        self.reference, self._original_weights = reference, weights
-
-    def require_shared(self, names: Sequence[str]) -> None:
-        """Raise ``DtLensError`` when the original no longer shares these weights' storage, so that an edit would miss it."""
-        if self._original_weights is None:
-            return
-        theirs, mine = self._original_weights(), self.weights
-        for name in names:
-            if theirs[name].data_ptr() != mine[name].data_ptr():
-                raise DtLensError(
-                    f"The wrapped model no longer shares the weight {name!r}: it was moved, cast or loaded anew after dt_lens.wrap; wrap it again."
-                )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedDecisionTransformer:
-        # Moving or casting the lens moves what it looks at, and they stay one memory.
-        if self.original is None or self._original_weights is None:
-            return super()._apply(fn, recurse)
-        self.original._apply(fn, recurse)
-        self.adopt(self._original_weights())
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedDecisionTransformer:
         """A copy on memory of its own, looking at no original; edits in force are copied as plain weights."""
@@ -433,7 +369,7 @@ class HookedDecisionTransformer(HookedRootModule):
         n = 1 if self.cfg.position == "constant" else x.shape[1]
         if n > self.cfg.n_position:
             raise DtLensError(f"{n} tokens do not fit this model's {self.cfg.n_position} positions; give fewer steps.")
-        return x + self.hook_pos_embed(self.embed["position"].W[:n])
+        return x + self.hook_pos_embed(self.get_parameter("embed.position.W")[:n])
 
     def _allowed(self, attention_mask: Tensor) -> Bool[Tensor, "batch 1 token token"]:
         real = repeat(attention_mask != 0, "batch step -> batch 1 1 (step kind)", kind=3)
@@ -450,7 +386,8 @@ class HookedDecisionTransformer(HookedRootModule):
         batch_step = tuple(timesteps.shape)
         if isinstance(self.embed["state"], Linear) and tuple(states.shape) != (*batch_step, cfg.state_dim):
             raise DtLensError(
-                f"states has shape {tuple(states.shape)}; this model wants [batch, step, {cfg.state_dim}] with timesteps {list(batch_step)}."
+                f"states has shape {tuple(states.shape)}; this model wants [batch, step, {cfg.state_dim}] with "
+                f"timesteps {list(batch_step)}."
             )
         wanted = (*batch_step, cfg.act_dim) if actions.is_floating_point() else batch_step
         if tuple(actions.shape) != wanted:
@@ -465,5 +402,6 @@ class HookedDecisionTransformer(HookedRootModule):
             low, high = (int(t) for t in timesteps.aminmax())
             if low < 0 or high >= cfg.max_ep_len:
                 raise DtLensError(
-                    f"timesteps run from {low} to {high}; this model's timestep table has rows 0 to {cfg.max_ep_len - 1}."
+                    f"timesteps run from {low} to {high}; this model's timestep table has rows 0 to "
+                    f"{cfg.max_ep_len - 1}."
                 )

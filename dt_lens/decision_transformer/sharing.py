@@ -1,0 +1,104 @@
+"""One memory for two models: a hooked module whose weights are views of the user's own model's.
+
+An edit made through the lens is then seen by the user's model, and a training step of the user's model by the lens.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from dt_lens.decision_transformer.hooked import HookedRootModule
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.lens import Reference
+
+__all__ = ["SharingModule"]
+
+
+class SharingModule(HookedRootModule):
+    """A hooked module that may live on another model's memory.
+
+    Attributes:
+        original: the user's own model when this one shares its storage, so that an edit here is seen there.
+        reference: the original's activations under canonical names, which ``certify`` holds the weights against.
+        identity: tells this model from every other, so that embeddings of two models are never mixed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.original: nn.Module | None = None
+        self.reference: Reference | None = None
+        self.identity = uuid.uuid4().hex
+        self._original_weights: Callable[[], Mapping[str, Tensor]] | None = None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Every weight by its canonical name, as live tensors: writing into one edits the model."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Take ``weights`` as this model's own, sharing their storage; every name and shape must fit.
+
+        A weight may be any strided view, so a transposed or fused matrix of another model stays one memory with it.
+
+        Raises:
+            DtLensError: naming the first weight that is missing, unknown, of another shape, or not floating-point.
+        """
+        mine = dict(self.named_parameters())
+        for name in weights:
+            if name not in mine:
+                raise DtLensError(f"The model has no weight {name!r}." + nearest(name, mine))
+        for name, parameter in mine.items():
+            if name not in weights:
+                raise DtLensError(f"The weight {name!r} is missing.")
+            weight = weights[name]
+            if weight.shape != parameter.shape:
+                raise DtLensError(
+                    f"The weight {name!r} has shape {list(weight.shape)}; the configuration wants "
+                    f"{list(parameter.shape)}."
+                )
+            if not weight.is_floating_point():
+                raise DtLensError(f"The weight {name!r} holds {weight.dtype} numbers; weights must be floating-point.")
+        for name, parameter in mine.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))
+
+    def look_at(
+        self, original: nn.Module, weights: Callable[[], Mapping[str, Tensor]], reference: Reference | None
+    ) -> None:
+        """Share storage with ``original``, whose weights under canonical names ``weights()`` gives as views."""
+        self.adopt(weights())
+        # Past nn.Module's registration: a submodule would list every weight twice.
+        object.__setattr__(self, "original", original)
+        self.reference, self._original_weights = reference, weights
+
+    def require_shared(self, names: Sequence[str]) -> None:
+        """Check that the original still shares these weights' storage.
+
+        Raises:
+            DtLensError: naming the first that it does not, so that an edit would miss it.
+        """
+        if self._original_weights is None:
+            return
+        theirs, mine = self._original_weights(), self.weights
+        for name in names:
+            if theirs[name].data_ptr() != mine[name].data_ptr():
+                raise DtLensError(
+                    f"The wrapped model no longer shares the weight {name!r}: it was moved, cast or loaded anew after "
+                    "dt_lens.wrap; wrap it again."
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharingModule:
+        # Moving or casting the lens moves what it looks at, and they stay one memory.
+        if self.original is None or self._original_weights is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        else:
+            self.original._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self.adopt(self._original_weights())
+        self._moved()
+        return self
+
+    def _moved(self) -> None:
+        """Called when the weights have got other storage."""
