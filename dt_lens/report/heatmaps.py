@@ -89,13 +89,11 @@ def scan_heatmap(
         title_text="direction (sv), largest σ first",
         tickfont={"size": 12 if rows <= 40 else 10},
     )
-    below = (
-        f"● q < {alpha:g}: {int(marked.sum())} of {rows} directions" if q_values is not None else "no q values given"
-    )
+    found = f" · ● q < {alpha:g}: {int(marked.any(axis=1).sum())} of {rows} directions" if q_values is not None else ""
     return finish(
         figure,
         title,
-        f"cosine of each singular direction with each label · {below}",
+        "cosine of each singular direction with each label" + found,
         height=rows * step + 120 + _room(labels),
         wide=190 + 22 * columns,
     )
@@ -178,7 +176,7 @@ def scan_overview(
         figure,
         title,
         f"{name} over directions and labels · {found}",
-        height=len(places) * 22 + 110 + _room(names),
+        height=len(places) * 22 + 70 + _room(names),
         wide=230 + 46 * len(embeddings),
     )
 

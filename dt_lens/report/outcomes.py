@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dt_lens.errors import DtLensError, nearest
+from dt_lens.report.spectra import q_text
 from dt_lens.report.style import BASELINE, CONTROL, EDIT, PALETTE, columns_of, empty, finish, kind_of, plain
 
 __all__ = ["damage_against_cosine", "effects", "survival"]
@@ -50,16 +51,14 @@ def survival(
         return empty(title, "There are no curves.")
     steps = {name: _steps(name, curve, horizon) for name, curve in curves.items()}
     edits = [name for name in curves if name != baseline and name not in controls.values()]
-    order = ([baseline] if baseline is not None else []) + [
-        n for e in edits for n in (e, controls.get(e)) if n is not None
-    ]
+    beside = [part for edit in edits for part in (edit, controls.get(edit)) if part is not None]
+    order = list(dict.fromkeys([*([baseline] if baseline is not None else []), *beside]))
     bands = [name for name in order if name == baseline or (name in edits and len(edits) <= 4)]
     figure = go.Figure()
     for name in order:
         times, alive, low, high = steps[name]
         owner = next((e for e, c in controls.items() if c == name), name)
         colour = BASELINE if name == baseline else PALETTE[edits.index(owner) % len(PALETTE)]
-        group = f"{owner}"
         if name in bands and low is not None and high is not None:
             figure.add_scatter(
                 x=np.concatenate([times, times[::-1]]),
@@ -70,17 +69,16 @@ def survival(
                 fillcolor=_faint(colour),
                 hoverinfo="skip",
                 showlegend=False,
-                legendgroup=group,
+                legendgroup=owner,
             )
-        dash = (
-            "dot" if owner != name else ("dash" if edits.count(name) and edits.index(name) >= len(PALETTE) else "solid")
-        )
+        again = name in edits and edits.index(name) >= len(PALETTE)  # the colours begin anew
+        dash = "dot" if owner != name else "dash" if again else "solid"
         figure.add_scatter(
             x=times,
             y=alive,
             mode="lines",
             name=plain(name),
-            legendgroup=group,
+            legendgroup=owner,
             line={"color": colour, "width": 4 if name == baseline else 2.2 if owner == name else 1.8, "dash": dash},
             text=[plain(name)] * len(times),
             hovertemplate="%{text}<br>step %{x}: %{y:.1%} alive<extra></extra>",
@@ -171,7 +169,7 @@ def effects(
         )
     figure.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"})
     about = "against the unedited agent on the same seeds · bars: confidence intervals" + (
-        f" · filled circles: worse than the control, q < {alpha:g}" if "q" in verdicts else ""
+        f" · filled circles: unlike the control, q < {alpha:g}" if "q" in verdicts else ""
     )
     return finish(figure, title, about, height=46 * len(rows) + 170, labels_above=True)
 
@@ -261,11 +259,7 @@ def _steps(name: str, curve: Curve, horizon: float | None) -> tuple[npt.NDArray[
     times = parts[0]
     if (np.diff(times) < 0).any() or (times < 0).any():
         raise DtLensError(f"The times of the survival curve {name!r} must rise from 0 on.")
-    end = (
-        max([float(times[-1])] if len(times) else [0.0], default=0.0)
-        if horizon is None
-        else max(horizon, *times[-1:], 0.0)
-    )
+    end = max(float(times[-1]) if len(times) else 0.0, horizon or 0.0)
     corners = np.concatenate([[0.0], np.repeat(times, 2), [end]])
     out: list[Any] = [corners]
     for part in parts[1:]:
@@ -281,12 +275,18 @@ def _faint(colour: str) -> str:
 
 def _named(row: Mapping[Any, Any]) -> str:
     """An edit in two lines for an axis: where, and what the direction matched."""
-    side = f" {plain(row['side'])}" if row.get("side") and str(row["matrix"]).rsplit(".", 2)[-2:-1] == ["QK"] else ""
+    two_sided = kind_of(str(row["matrix"]))[0] in ("OV", "QK")
+    side = f" {plain(row['side'])}" if two_sided and _has(row, "side") else ""
     first = f"<b>{plain(row['matrix'])}</b>{side} · sv {row['sv']}"
-    parts = [str(row["role"])] if row.get("role") else []
-    if "label" in row and "cosine" in row:
-        parts.append(f"{row.get('embedding', '')} {row['label']} {_signed(row['cosine'])}".strip())
-    return first + (f"<br><i>{plain(_shortened(': '.join(parts)))}</i>" if parts else "")
+    match = f"{row['embedding']} " if _has(row, "embedding") else ""
+    match += f"{row['label']} {_signed(row['cosine'])}" if _has(row, "label") and _has(row, "cosine") else ""
+    second = ": ".join(part for part in (str(row["role"]) if _has(row, "role") else "", match.strip()) if part)
+    return first + (f"<br><i>{plain(_shortened(second))}</i>" if second else "")
+
+
+def _has(row: Mapping[Any, Any], key: str) -> bool:
+    """Whether a row knows ``key``: not only that there is such a column."""
+    return key in row and not pd.isna(row[key]) and row[key] != ""
 
 
 def _signed(value: float) -> str:
@@ -299,21 +299,23 @@ def _shortened(text: str, most: int = 44) -> str:
 
 def _told(row: Mapping[Any, Any], prefix: str) -> str:
     """All that is known about an edit (or, with a prefix, its control) for the hover."""
-    lines = [f"<b>{plain(row['matrix'])}</b>, sv {row['sv']}" + (f", {plain(row['side'])}" if row.get("side") else "")]
-    lines[0] = ("control of " if prefix else "") + lines[0]
-    if "label" in row and "cosine" in row:
+    where = f"<b>{plain(row['matrix'])}</b>, sv {row['sv']}" + (f", {plain(row['side'])}" if _has(row, "side") else "")
+    lines = [("control of " if prefix else "") + where]
+    if _has(row, "label") and _has(row, "cosine"):
         lines.append(f"{plain(row.get('embedding', ''))}: {plain(row['label'])}, cosine {row['cosine']:+.3f}")
-    for name, unit in (("difference", "change of return"), ("damage_beyond_control", "lost beyond control")):
-        key = prefix + name
-        if key in row:
-            low, high = ("beyond_low", "beyond_high") if name != "difference" else (key + "_low", key + "_high")
-            between = f" [{row[low]:,.0f}, {row[high]:,.0f}]" if low in row and high in row else ""
-            lines.append(f"{unit} {row[key]:,.0f}{between}")
-    if prefix + "failure_rate" in row:
-        lines.append(f"failure rate {row[prefix + 'failure_rate']:.0%}")
+    measured = {"change of return": (prefix + "difference", prefix + "difference_low", prefix + "difference_high")}
     if not prefix:
-        lines += [f"q {row['q']:.3g}"] if "q" in row else []
-        lines += [plain(row["verdict"])] if row.get("verdict") else []
+        measured["lost beyond the control"] = ("damage_beyond_control", "beyond_low", "beyond_high")
+    for what, (middle, low, high) in measured.items():
+        if _has(row, middle):
+            between = f" [{row[low]:,.0f}, {row[high]:,.0f}]" if _has(row, low) and _has(row, high) else ""
+            lines.append(f"{what} {row[middle]:,.0f}{between}")
+    if _has(row, prefix + "failure_rate"):
+        lines.append(f"failure rate {row[prefix + 'failure_rate']:.0%}")
+    if not prefix and _has(row, "q"):
+        lines.append(f"q {q_text(row['q'])}")
+    if not prefix and _has(row, "verdict"):
+        lines.append(plain(row["verdict"]))
     return "<br>".join(lines)
 
 
