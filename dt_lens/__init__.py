@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dt_lens.edits import SingularEdit
     from dt_lens.embeddings import Embedding, EmbeddingRegistry
     from dt_lens.lens import load, wrap
+    from dt_lens.report.plots import plot_heatmap, plot_overview, plot_sigma_against_cosine, plot_spectrum
     from dt_lens.svd import WeightSVD
 
 # Where each public name lives. They are imported when first used: torch and TransformerLens take seconds, and neither
@@ -34,6 +35,10 @@ _HOMES = {
     "certify": "certification",
     "evaluate": "behaviour.evaluate",
     "load": "lens",
+    "plot_heatmap": "report.plots",
+    "plot_overview": "report.plots",
+    "plot_sigma_against_cosine": "report.plots",
+    "plot_spectrum": "report.plots",
     "save_pretrained": "decision_transformer.checkpoint",
     "wrap": "lens",
 }
@@ -49,6 +54,10 @@ __all__ = [
     "certify",
     "evaluate",
     "load",
+    "plot_heatmap",
+    "plot_overview",
+    "plot_sigma_against_cosine",
+    "plot_spectrum",
     "save_pretrained",
     "wrap",
 ]

@@ -35,7 +35,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A bundled model (hopper), a file or folder, or a Hugging Face hub id.")]
 Given = Annotated[
     list[str] | None,
-    typer.Option("--given", "-g", metavar="NAME=VALUE", help="What the checkpoint does not tell, such as n_heads=1; repeatable."),
+    typer.Option(
+        "--given", "-g", metavar="NAME=VALUE", help="What the checkpoint does not tell, such as n_heads=1; repeatable."
+    ),
 ]
 Matrices = Annotated[
     str | None, typer.Option(help="Comma-separated names or patterns, such as '*.W_in,*.OV.*'; all by default.")
@@ -75,7 +77,9 @@ def study(
     episodes: Annotated[int, typer.Option(min=2, help="Paired episodes of every arm.")] = 50,
     matrices: Annotated[str, typer.Option(help="Which matrices to scan and to choose from.")] = "*.W_in,*.W_out,*.OV.*",
     edits: Annotated[int, typer.Option(min=1, help="Strong directions to edit, each with a weak one as contrast.")] = 3,
-    value: Annotated[str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")] = "constant",
+    value: Annotated[
+        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
+    ] = "constant",
     target_return: Target = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; dt-lens-study/MODEL by default.")] = None,
@@ -96,9 +100,32 @@ def study(
 
         command = shlex.join(["dt-lens", *sys.argv[1:]])
         result = Study(
-            loaded, folder, model, _split(matrices) or [], episodes, edits, _number(value), seed, target_return, workers, video, command
+            loaded,
+            folder,
+            model,
+            _split(matrices) or [],
+            episodes,
+            edits,
+            _number(value),
+            seed,
+            target_return,
+            workers,
+            video,
+            command,
         ).run(tell)
-    shown = ["role", "matrix", "side", "sv", "label", "cosine", "energy", "difference", "control_difference", "q", "verdict"]
+    shown = [
+        "role",
+        "matrix",
+        "side",
+        "sv",
+        "label",
+        "cosine",
+        "energy",
+        "difference",
+        "control_difference",
+        "q",
+        "verdict",
+    ]
     _print_table(result.verdicts[shown], "Edits and their controls: mean paired difference of the return")
     for sentence in sentences(result):
         print(sentence.replace("**", ""))
@@ -112,7 +139,9 @@ def scan(
     model: Model,
     top: Annotated[int, typer.Option(min=0, help="How many of the strongest matches to print; 0 for all.")] = 20,
     matrices: Matrices = None,
-    embeddings: Annotated[str | None, typer.Option(help="Compare every side with these; natural pairings by default.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Compare every side with these; natural pairings by default.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Only the first RANK directions of each matrix.")] = None,
     raw: Raw = False,
     seed: Seed = 0,
@@ -130,11 +159,11 @@ def scan(
         table = svd.scan(_split(matrices), seed=seed, embeddings=_split(embeddings))
     best = table.sort_values(["z"], ascending=False, kind="stable")
     _print_table(best.head(top) if top else best, f"The strongest of {len(table):,} comparisons")
+    found = table["q_value"] < 0.05
     untrained = table["embedding"].isin(table.attrs["untrained"])
-    print(
-        f"{int((table['q_value'] < 0.05).sum()):,} of {len(table):,} comparisons are discoveries at q < 0.05"
-        + (f"; of the {int(untrained.sum()):,} with heads that were never trained, {int(((table['q_value'] < 0.05) & untrained).sum())}." if untrained.any() else ".")
-    )
+    print(f"{int(found.sum()):,} of {len(table):,} comparisons are discoveries at q < 0.05.")
+    if untrained.any():
+        print(f"With heads that were never trained: {int((found & untrained).sum())} of {int(untrained.sum()):,}.")
     if out:
         _write(out, lambda: table.to_csv(out, index=False))
 
@@ -170,14 +199,20 @@ def top(
 @app.command()
 def evaluate(
     model: Model,
-    environment: Annotated[str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")] = None,
+    environment: Annotated[
+        str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
+    ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="How many episodes; episode i starts from seed + i.")] = 100,
     seed: Seed = 0,
     target_return: Target = None,
-    edit: Annotated[str | None, typer.Option(metavar="MATRIX", help="Also measure with this matrix edited, and compare.")] = None,
+    edit: Annotated[
+        str | None, typer.Option(metavar="MATRIX", help="Also measure with this matrix edited, and compare.")
+    ] = None,
     sv: Annotated[str, typer.Option(help="Which directions to edit: 0 or 0,1.")] = "0",
     side: Annotated[str | None, typer.Option(help="The side to edit, where the matrix has two.")] = None,
-    value: Annotated[str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")] = "constant",
+    value: Annotated[
+        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
+    ] = "constant",
     workers: Workers = None,
     out: Annotated[Path | None, typer.Option(help="Write a row per episode to this .csv file.")] = None,
     given: Given = None,
@@ -190,9 +225,14 @@ def evaluate(
     def measured(what: str) -> Any:
         with _progress() as tell:
             return run(
-                loaded, environment, episodes=episodes, seed=seed, target_return=target_return, workers=workers,
+                loaded,
+                environment,
+                episodes=episodes,
+                seed=seed,
+                target_return=target_return,
+                workers=workers,
                 progress=lambda done, total: tell(what, done / total),
-            )  # fmt: skip
+            )
 
     change = None
     if edit is not None:
@@ -223,14 +263,19 @@ def certify(model: Model, seed: Seed = 0, given: Given = None) -> None:
     certificate = prove(loaded, seed)
     import pandas as pd
 
-    _print_table(pd.DataFrame({"matrix": certificate.errors.keys(), "relative error": certificate.errors.values()}), f"{model}: certified")
+    _print_table(
+        pd.DataFrame({"matrix": certificate.errors.keys(), "relative error": certificate.errors.values()}),
+        f"{model}: certified",
+    )
     print(certificate)
 
 
 @app.command()
 def train(
     dataset: Annotated[str, typer.Argument(help="A Minari data set id, local or downloadable.")] = "hopper/climb-v0",
-    out: Annotated[Path, typer.Option(help="The folder to write; a run that was stopped there goes on.")] = Path("runs/hopper"),
+    out: Annotated[Path, typer.Option(help="The folder to write; a run that was stopped there goes on.")] = Path(
+        "runs/hopper"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 20_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 64,
     context: Annotated[int, typer.Option(min=1, help="Steps that the agent looks back.")] = 20,
@@ -239,10 +284,14 @@ def train(
     heads: Annotated[int, typer.Option(min=1, help="Attention heads of a block.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
     seed: Seed = 0,
-    targets: Annotated[str | None, typer.Option(help="Comma-separated target returns to evaluate at, the default first.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Comma-separated target returns to evaluate at, the default first.")
+    ] = None,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 for none.")] = 2_000,
     eval_episodes: Annotated[int, typer.Option(min=1, help="Episodes at each target.")] = 8,
-    environment: Annotated[str | None, typer.Option("--environment", "--env", help="Where to evaluate; the data set's own by default.")] = None,
+    environment: Annotated[
+        str | None, typer.Option("--environment", "--env", help="Where to evaluate; the data set's own by default.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a stopped run in the folder.")] = False,
 ) -> None:
@@ -257,24 +306,45 @@ def train(
             tell(f"loss {p.loss:.4f}" + (f"  target → return {returns}" if returns else ""), p.step / p.steps)
 
         fit(
-            dataset, out, steps=steps, batch_size=batch_size, context=context, d_model=d_model, n_layers=layers, n_heads=heads, lr=lr, seed=seed,
-            targets=goals, eval_every=eval_every, eval_episodes=eval_episodes, environment=environment, device=device, resume=not fresh, report=report,
-        )  # fmt: skip
+            dataset,
+            out,
+            steps=steps,
+            batch_size=batch_size,
+            context=context,
+            d_model=d_model,
+            n_layers=layers,
+            n_heads=heads,
+            lr=lr,
+            seed=seed,
+            targets=goals,
+            eval_every=eval_every,
+            eval_episodes=eval_episodes,
+            environment=environment,
+            device=device,
+            resume=not fresh,
+            report=report,
+        )
     print(f"The model: {out}")
 
 
 @app.command()
 def record(
-    environment: Annotated[str, typer.Argument(help="A Gymnasium id with flat continuous states and actions.")] = "Hopper-v5",
+    environment: Annotated[
+        str, typer.Argument(help="A Gymnasium id with flat continuous states and actions.")
+    ] = "Hopper-v5",
     dataset: Annotated[str, typer.Option(help="The Minari id to store it under.")] = "hopper/climb-v0",
     steps: Annotated[int, typer.Option(min=1, help="Environment steps of the search for the expert.")] = 2_500_000,
     pace_steps: Annotated[int, typer.Option(min=1, help="Environment steps of the search for each pace.")] = 400_000,
-    paces: Annotated[str, typer.Option(help="Comma-separated fractions of the expert's speed; empty for none.")] = "0.75,0.55,0.35,0.15",
+    paces: Annotated[
+        str, typer.Option(help="Comma-separated fractions of the expert's speed; empty for none.")
+    ] = "0.75,0.55,0.35,0.15",
     candidates: Annotated[int, typer.Option(min=1, help="Episodes to roll out.")] = 3_000,
     episodes: Annotated[int, typer.Option(min=1, help="Episodes to keep at most.")] = 1_500,
     seed: Seed = 0,
     workers: Workers = None,
-    folder: Annotated[Path | None, typer.Option(help="Where the state is kept, so that a stopped recording goes on.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the state is kept, so that a stopped recording goes on.")
+    ] = None,
 ) -> None:
     """Train an expert by random search and store its climb, from random to expert, as a Minari data set."""
     from dt_lens.training.record import record as make
@@ -282,10 +352,18 @@ def record(
     fractions = [_float(p, "paces") for p in paces.split(",") if p.strip()]
     with _progress() as tell:
         stored = make(
-            environment, dataset, seed=seed, steps=steps, paces=fractions, pace_steps=pace_steps, candidates=candidates, episodes=episodes,
-            workers=workers, folder=folder,
+            environment,
+            dataset,
+            seed=seed,
+            steps=steps,
+            paces=fractions,
+            pace_steps=pace_steps,
+            candidates=candidates,
+            episodes=episodes,
+            workers=workers,
+            folder=folder,
             report=lambda phase, done, total, words: tell(f"{phase}: {words}", min(1.0, done / max(total, 1))),
-        )  # fmt: skip
+        )
     print(f"The data set: {stored}")
 
 
@@ -334,7 +412,9 @@ def _write(file: Path, write: Callable[[], object]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write()
     except OSError as error:
-        raise DtLensError(f"{file} cannot be written: {error.strerror or error}; choose another file or make room.") from error
+        raise DtLensError(
+            f"{file} cannot be written: {error.strerror or error}; choose another file or make room."
+        ) from error
     print(f"Written: {file}", file=sys.stderr)
 
 
@@ -346,7 +426,9 @@ def _print_table(table: pd.DataFrame, title: str) -> None:
 
     # Into a file or a pipe, nothing is cut to some terminal's width.
     console = Console(width=None if sys.stdout.isatty() else 240)
-    shown = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    shown = Table(
+        title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
+    )
     for name in table.columns:
         shown.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(table[name]) else "left")
     for row in table.itertuples(index=False):
@@ -382,7 +464,13 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         row = bar.add_task("", total=1.0)
         yield lambda what, share: bar.update(row, description=what, completed=share)

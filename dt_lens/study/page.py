@@ -27,7 +27,14 @@ def write_study(study: Study, result: StudyResult, svd: WeightSVD) -> None:
     write_report(
         result.report,
         f"What the weights of {study.name} do",
-        [_agent(study, result), _matches(study, result, svd), _effects(result), _lasting(result), _seen(result), _method(study, result)],
+        [
+            _agent(study, result),
+            _matches(study, result, svd),
+            _effects(result),
+            _lasting(result),
+            _seen(result),
+            _method(study, result),
+        ],
         verdict=sentences(result),
         facts={
             "model": study.name,
@@ -46,7 +53,12 @@ def write_study(study: Study, result: StudyResult, svd: WeightSVD) -> None:
 def _versions() -> str:
     from importlib.metadata import version
 
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy"))])
+    return ", ".join(
+        [
+            f"Python {platform.python_version()}",
+            *(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy")),
+        ]
+    )
 
 
 def sentences(result: StudyResult) -> list[str]:
@@ -55,19 +67,35 @@ def sentences(result: StudyResult) -> list[str]:
     alive = 1 - float(base.terminated.mean())
     hurts = table["verdict"] == "hurts more than its control"
     said = [
-        f"Unedited, the agent returns **{base.mean:,.0f}** on average over {len(base)} episodes, and {alive:.0%} of them last to the time limit."
+        (
+            f"Unedited, the agent returns **{base.mean:,.0f}** on average over {len(base)} episodes, and {alive:.0%} "
+            "of them last to the time limit."
+        )
     ]
-    for role, what in (("strong", "directions that match an embedding best"), ("weak", "their contrasts, directions of similar size that match nothing")):
+    for role, what in (
+        ("strong", "directions that match an embedding best"),
+        ("weak", "their contrasts, directions of similar size that match nothing"),
+    ):
         rows = table["role"] == role
         said.append(
-            f"Of the {int(rows.sum())} {what}, editing **{int((hurts & rows).sum())}** hurts more than a random change of the same energy at the same place (q < 0.05)."
+            f"Of the {int(rows.sum())} {what}, editing **{int((hurts & rows).sum())}** hurts more than a random "
+            "change of the same energy at the same place (q < 0.05)."
         )
     rho, (low, high), p = result.spearman
     if rho != rho:
         said.append("Whether cosine predicts damage cannot be said from these edits: one of the two does not vary.")
     else:
-        clear = "so cosine predicts damage here" if low > 0 else "so larger cosines do less damage here" if high < 0 else "so whether cosine predicts damage stays undecided at this number of edits"
-        said.append(f"Across the {len(table)} edits, Spearman's correlation of |cosine| with damage beyond the control is **{rho:+.2f}** [{low:+.2f}, {high:+.2f}], p = {p:.2g}, {clear}.")
+        clear = (
+            "so cosine predicts damage here"
+            if low > 0
+            else "so larger cosines do less damage here"
+            if high < 0
+            else "so whether cosine predicts damage stays undecided at this number of edits"
+        )
+        said.append(
+            f"Across the {len(table)} edits, Spearman's correlation of |cosine| with damage beyond the control is "
+            f"**{rho:+.2f}** [{low:+.2f}, {high:+.2f}], p = {p:.2g}, {clear}."
+        )
     return said
 
 
@@ -78,12 +106,25 @@ def _agent(study: Study, result: StudyResult) -> Section:
         ("interquartile mean", f"{summary['iqm']:,.1f}", _interval(summary["iqm_interval"])),
         ("standard deviation of returns", f"{summary['std']:,.1f}", ""),
         ("mean length (steps)", f"{summary['mean_length']:,.1f}", ""),
-        (f"failed ({summary['failure_rule']})", f"{summary['failure_rate']:.1%}", _interval(summary["failure_interval"], percent=True)),
+        (
+            f"failed ({summary['failure_rule']})",
+            f"{summary['failure_rate']:.1%}",
+            _interval(summary["failure_interval"], percent=True),
+        ),
     ]
     if "score" in summary:
         rows.append(("D4RL-normalised score", f"{summary['score']:.1f}", _interval(summary["score_interval"])))
     frame = pd.DataFrame(rows, columns=["unedited agent", "value", "95 % interval"])
-    return Section("The agent as it is", [Table(frame, f"{summary['episodes']} episodes of {summary['environment']}, seeds {result.baseline.seeds[0]} to {result.baseline.seeds[-1]}.")])
+    return Section(
+        "The agent as it is",
+        [
+            Table(
+                frame,
+                f"{summary['episodes']} episodes of {summary['environment']}, seeds {result.baseline.seeds[0]} to "
+                f"{result.baseline.seeds[-1]}.",
+            )
+        ],
+    )
 
 
 def _interval(ends: tuple[float, float], percent: bool = False) -> str:
@@ -99,15 +140,20 @@ def _matches(study: Study, result: StudyResult, svd: WeightSVD) -> Section:
     best = significant.sort_values("z", ascending=False, kind="stable").head(25)
     names = list(dict.fromkeys(table["matrix"]))
     blocks: list[Any] = [
-        f"{len(table):,} comparisons of {len(names)} matrices with {table['embedding'].nunique()} embeddings; {len(significant):,} are discoveries at q < 0.05. "
-        "A direction's match is the best over all labels of an embedding, and its null is that best match under a random rotation.",
+        (
+            f"{len(table):,} comparisons of {len(names)} matrices with {table['embedding'].nunique()} embeddings; "
+            f"{len(significant):,} are discoveries at q < 0.05. "
+            "A direction's match is the best over all labels of an embedding, and its null is that best match under "
+            "a random rotation."
+        ),
         Plot(heatmaps.scan_overview(table)),
     ]
     if tried:
         low, high = wilson(found, tried)
         blocks.append(
             Note(
-                f"The heads {', '.join(table.attrs['untrained'])} were never trained, which makes them a built-in null: {found} of {tried:,} comparisons with them "
+                f"The heads {', '.join(table.attrs['untrained'])} were never trained, which makes them a built-in "
+                f"null: {found} of {tried:,} comparisons with them "
                 f"are called discoveries ({found / tried:.2%}, interval {low:.2%} to {high:.2%})."
             )
         )
@@ -115,8 +161,16 @@ def _matches(study: Study, result: StudyResult, svd: WeightSVD) -> Section:
         Table(best.drop(columns=["layer", "head", "block"]), "The 25 strongest matches."),
         Plot(spectra.spectrum({name: svd[name].sigma.cpu().numpy() for name in names})),
         Plot(spectra.sigma_against_cosine(table)),
-        Choice(_heatmaps(result, svd), "matrix and embedding", f"The first {SHOWN} directions of the matrices that were edited, against the embedding they matched; a dot marks q < 0.05."),
-        Folded("The best match of each whole matrix, under a random rotation of all its directions at once", [Table(result.strongest)]),
+        Choice(
+            _heatmaps(result, svd),
+            "matrix and embedding",
+            f"The first {SHOWN} directions of the matrices that were edited, against the embedding they matched; "
+            "a dot marks q < 0.05.",
+        ),
+        Folded(
+            "The best match of each whole matrix, under a random rotation of all its directions at once",
+            [Table(result.strongest)],
+        ),
     ]
     return Section("What the singular directions match", blocks)
 
@@ -134,7 +188,11 @@ def _heatmaps(result: StudyResult, svd: WeightSVD) -> dict[str, Any]:
         rows = scan[(scan["matrix"] == matrix) & (scan["side"] == side) & (scan["embedding"] == embedding)]
         q = rows.set_index("sv")["q_value"].reindex(cosines.index).to_frame()
         figures[f"{matrix} ({side}) × {embedding}"] = heatmaps.scan_heatmap(
-            cosines, q_values=q, sigma=svd[matrix].sigma[: len(cosines)].cpu().numpy(), matrix=f"{matrix} ({side})", embedding=embedding
+            cosines,
+            q_values=q,
+            sigma=svd[matrix].sigma[: len(cosines)].cpu().numpy(),
+            matrix=f"{matrix} ({side})",
+            embedding=embedding,
         )
     return figures
 
@@ -147,9 +205,16 @@ def _effects(result: StudyResult) -> Section:
     return Section(
         "What editing them does",
         [
-            "Each edit replaces one singular vector; its control is a random change of the same Frobenius norm and rank in the same place. All arms run the same seeds, so differences are paired.",
+            (
+                "Each edit replaces one singular vector; its control is a random change of the same Frobenius norm "
+                "and rank in the same place. All arms run the same seeds, so differences are paired."
+            ),
             Plot(outcomes.effects(table)),
-            Table(shown, "Damage beyond the control is the control's return less the edit's; p by sign-flip permutation of the pairs, q by Benjamini-Hochberg over the edits."),
+            Table(
+                shown,
+                "Damage beyond the control is the control's return less the edit's; p by sign-flip permutation "
+                "of the pairs, q by Benjamini-Hochberg over the edits.",
+            ),
             *notes,
             Plot(outcomes.damage_against_cosine(table, spearman=None if rho != rho else (rho, *interval))),
         ],
@@ -168,14 +233,17 @@ def _lasting(result: StudyResult) -> Section:
     return Section(
         "How long the agent lasts",
         [
-            "An episode that the time limit cuts is censored: it is known to have lasted that long, not to have succeeded.",
+            (
+                "An episode that the time limit cuts is censored: it is known to have lasted that long, not to have "
+                "succeeded."
+            ),
             Plot(outcomes.survival(curves, baseline="unedited", controls=controls, horizon=limit)),
         ],
     )
 
 
 def _curve(evaluation: Any) -> tuple[Any, Any, Any, Any]:
-    curve = evaluation.survival()
+    curve = evaluation.survival
     return curve.times, curve.survival, curve.low, curve.high
 
 
@@ -183,7 +251,14 @@ def _seen(result: StudyResult) -> Section:
     video = result.video
     return Section(
         "The worst-hit agent beside the unedited one",
-        [Video(video.file, "The seed with the median loss under the edit with the largest one; both agents start from the same state.", video.reason)],
+        [
+            Video(
+                video.file,
+                "The seed with the median loss under the edit with the largest one; both agents start from the "
+                "same state.",
+                video.reason,
+            )
+        ],
     )
 
 
@@ -192,9 +267,20 @@ def _method(study: Study, result: StudyResult) -> Section:
     return Section(
         "What this can and cannot tell",
         [
-            f"Singular directions are of the matrices {'with their LayerNorm folded in' if folded else 'as stored'}; embeddings are {'effective, through the LayerNorm between them and the stream' if folded else 'raw'}. "
-            "The strong directions were chosen by the largest z over the table, one of a matrix at most; each contrast is the poorest match among directions of similar sigma in the same matrix.",
-            Note("This is one checkpoint. Intervals are over episodes; they say nothing about another training run of the same recipe.", "warning"),
-            Note("Damage was measured at one target return and one dose, with one random control for each edit; controls drawn with another seed differ."),
+            (
+                f"Singular directions are of the matrices {'with their LayerNorm folded in' if folded else 'as stored'}; "
+                f"embeddings are {'effective, through the LayerNorm between them and the stream' if folded else 'raw'}. "
+                "The strong directions were chosen by the largest z over the table, one of a matrix at most; each "
+                "contrast is the poorest match among directions of similar sigma in the same matrix."
+            ),
+            Note(
+                "This is one checkpoint. Intervals are over episodes; they say nothing about another training "
+                "run of the same recipe.",
+                "warning",
+            ),
+            Note(
+                "Damage was measured at one target return and one dose, with one random control for each edit; "
+                "controls drawn with another seed differ."
+            ),
         ],
     )

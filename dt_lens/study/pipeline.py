@@ -44,7 +44,8 @@ class StudyResult:
 
 @dataclass
 class Study:
-    """A study of one decision transformer; ``run`` does it, and again with the same settings it goes on where it stopped.
+    """A study of one decision transformer; ``run`` does it, and again with the same settings it goes on where it
+    stopped.
 
     Args:
         model: a ``HookedDecisionTransformer`` that knows its environment and target returns.
@@ -81,7 +82,9 @@ class Study:
             DtLensError: for settings or a model that make no study, or a folder that cannot be written.
         """
         if self.episodes < 2:
-            raise DtLensError(f"episodes is {self.episodes}; a study compares at least 2, and 50 or more say something.")
+            raise DtLensError(
+                f"episodes is {self.episodes}; a study compares at least 2, and 50 or more say something."
+            )
         if self.edits < 1:
             raise DtLensError(f"edits is {self.edits}; a study needs at least 1.")
         tell = report or (lambda _what, _share: None)
@@ -94,11 +97,24 @@ class Study:
         chosen = choose_directions(table, svd, self.edits)
         edits: list[Edit] = [
             SingularEdit(
-                self.model, row["matrix"], int(row["sv"]), side=row["side"], value=self.value, seed=self.seed, decomposition=svd[row["matrix"]]
+                self.model,
+                row["matrix"],
+                int(row["sv"]),
+                side=row["side"],
+                value=self.value,
+                seed=self.seed,
+                decomposition=svd[row["matrix"]],
             )
             for _, row in chosen.iterrows()
         ]
-        arms = [Arm("unedited"), *(arm for i, e in enumerate(edits) for arm in (Arm(f"edit {i}", e), Arm(f"control {i}", e.control(self.seed + i))))]
+        arms = [
+            Arm("unedited"),
+            *(
+                arm
+                for i, e in enumerate(edits)
+                for arm in (Arm(f"edit {i}", e), Arm(f"control {i}", e.control(self.seed + i)))
+            ),
+        ]
         trials = Trials(self.model, self.out / "trials", self.episodes, self.seed, self.target_return, self.workers)
         results = []
         for number, arm in enumerate(arms):
@@ -111,7 +127,16 @@ class Study:
         tell("writing the report", 0.99)
         rho = spearman(summary["cosine"].abs(), summary["damage_beyond_control"], seed=self.seed)
         result = StudyResult(
-            table, strongest, summary, baseline, edited, controls, edits, (rho[0], (rho[1][0], rho[1][1]), rho[2]), video, self.out / "report.html"
+            table,
+            strongest,
+            summary,
+            baseline,
+            edited,
+            controls,
+            edits,
+            (rho[0], (rho[1][0], rho[1][1]), rho[2]),
+            video,
+            self.out / "report.html",
         )
         self._write(result, svd)
         tell("done", 1.0)
@@ -125,9 +150,13 @@ class Study:
             probe.write_bytes(b"0" * 4096)
             probe.unlink()
         except OSError as error:
-            raise DtLensError(f"The folder {self.out} cannot be written: {error.strerror or error}; choose another with --out.") from error
+            raise DtLensError(
+                f"The folder {self.out} cannot be written: {error.strerror or error}; choose another with --out."
+            ) from error
 
-    def _video(self, summary: pd.DataFrame, edits: list[Edit], baseline: Evaluation, edited: list[Evaluation]) -> SideBySide:
+    def _video(
+        self, summary: pd.DataFrame, edits: list[Edit], baseline: Evaluation, edited: list[Evaluation]
+    ) -> SideBySide:
         if not self.video:
             return SideBySide(None, "There is no video: it was switched off.")
         worst = int(summary["difference"].to_numpy().argmin())
@@ -157,13 +186,17 @@ class Study:
             result.table.to_csv(self.out / "scan.csv", index=False)
             result.verdicts.to_csv(self.out / "verdicts.csv", index=False)
         except OSError as error:
-            raise DtLensError(f"The tables cannot be written to {self.out}: {error.strerror or error}; make room and run it again.") from error
+            raise DtLensError(
+                f"The tables cannot be written to {self.out}: {error.strerror or error}; make room and run it again."
+            ) from error
         write_study(self, result, svd)
 
 
 @contextlib.contextmanager
 def _labelled(tell: Report, arm: Arm, number: int, count: int) -> Iterator[Callable[[float, int], None]]:
-    what = arm.name if arm.edit is None else f"{arm.name.split()[0]} of {arm.edit.matrix.name} [{number} of {count - 1}]"
+    what = (
+        arm.name if arm.edit is None else f"{arm.name.split()[0]} of {arm.edit.matrix.name} [{number} of {count - 1}]"
+    )
     start, share = 0.04 + 0.92 * number / count, 0.92 / count
     tell(what, start)
     yield lambda done, total: tell(what, start + share * done / total)

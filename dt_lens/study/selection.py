@@ -27,9 +27,10 @@ def best_matches(table: pd.DataFrame) -> pd.DataFrame:
 def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd.DataFrame:
     """``count`` strong directions and for each a weak one as its contrast, from a scan table.
 
-    Strong: the largest ``z`` of the table, one direction of a matrix at most, so that no one matrix is the whole study. Weak: in the same
-    matrix and on the same side, of the directions with a similar sigma (so that edit and contrast change the weights by a similar
-    amount) the one whose best match is the poorest. Directions that cannot be told apart from their neighbours are left out.
+    Strong: the largest ``z`` of the table, one direction of a matrix at most, so that no one matrix is the whole study.
+    Weak: in the same matrix and on the same side, of the directions with a similar sigma (so that edit and contrast
+    change the weights by a similar amount) the one whose best match is the poorest. Directions that cannot be told
+    apart from their neighbours are left out.
 
     Returns:
         rows of the table with a column ``role``, ``"strong"`` or ``"weak"``, pairs in order.
@@ -39,17 +40,22 @@ def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd
     """
     best = best_matches(table)
     alone = [
-        (b := svd[matrix].block_of(int(sv)))[1] - b[0] == 1 for matrix, sv in zip(best["matrix"], best["sv"], strict=True)
+        (b := svd[matrix].block_of(int(sv)))[1] - b[0] == 1
+        for matrix, sv in zip(best["matrix"], best["sv"], strict=True)
     ]
     best = best[np.asarray(alone, dtype=bool)]
     rows: list[pd.Series] = []
     for _, strong in best.drop_duplicates("matrix").head(count).iterrows():
-        others = best[(best["matrix"] == strong["matrix"]) & (best["side"] == strong["side"]) & (best["sv"] != strong["sv"])]
+        others = best[
+            (best["matrix"] == strong["matrix"]) & (best["side"] == strong["side"]) & (best["sv"] != strong["sv"])
+        ]
         if others.empty:
             continue
         distance = np.abs(np.log(others["sigma"].to_numpy() / float(strong["sigma"])))
         similar = others[distance <= np.log(SIMILAR)]
-        weak = (similar if len(similar) else others.iloc[[int(distance.argmin())]]).sort_values("z", kind="stable").iloc[0]
+        weak = (
+            (similar if len(similar) else others.iloc[[int(distance.argmin())]]).sort_values("z", kind="stable").iloc[0]
+        )
         rows += [strong, weak]
     if not rows:
         raise DtLensError("The scan holds too few directions to choose edits from; scan more matrices.")

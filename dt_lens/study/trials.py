@@ -23,6 +23,9 @@ from dt_lens.nulls import q_values
 
 __all__ = ["Arm", "Trials", "verdicts"]
 
+# What a verdict keeps of the scan's row of its direction.
+KEPT = ("role", "matrix", "layer", "side", "sv", "sigma", "embedding", "label", "cosine", "z", "q_value")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -35,9 +38,11 @@ class Arm:
 class Trials:
     """Evaluates arms and keeps each in a file, so that a study that was stopped goes on where it was."""
 
-    def __init__(self, model: Any, folder: Path, episodes: int, seed: int, target_return: float | None, workers: int | None) -> None:
+    def __init__(
+        self, model: Any, folder: Path, episodes: int, seed: int, target_return: float | None, workers: int | None
+    ) -> None:
         self.model, self.folder = model, folder
-        self.settings = {"episodes": episodes, "seed": seed, "target_return": target_return}
+        self.settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "target_return": target_return}
         self.workers = workers
 
     def run(self, arm: Arm, progress: Callable[[float, int], None] | None = None) -> Evaluation:
@@ -59,7 +64,9 @@ def _write(file: Path, evaluation: Evaluation) -> None:
         part.write_text(json.dumps(evaluation.to_dict()), encoding="utf-8")
         part.replace(file)
     except OSError as error:
-        raise DtLensError(f"The result {file} cannot be written: {error.strerror}; choose another folder or make room.") from error
+        raise DtLensError(
+            f"The result {file} cannot be written: {error.strerror}; choose another folder or make room."
+        ) from error
 
 
 def _read(file: Path) -> Evaluation | None:
@@ -87,21 +94,25 @@ def _read(file: Path) -> Evaluation | None:
 
 
 def verdicts(
-    chosen: pd.DataFrame, edits: Sequence[Edit], baseline: Evaluation, edited: Sequence[Evaluation], controls: Sequence[Evaluation]
+    chosen: pd.DataFrame,
+    edits: Sequence[Edit],
+    baseline: Evaluation,
+    edited: Sequence[Evaluation],
+    controls: Sequence[Evaluation],
 ) -> pd.DataFrame:
     """A row per edit: what it did, what its control did, and whether it hurt more than its control.
 
     ``difference`` and ``control_difference`` are mean paired differences of the return from the unedited agent;
-    ``damage_beyond_control`` is the mean paired return of the control less that of the edit, with a bootstrap interval; ``p_value`` its
-    two-sided sign-flip permutation test; ``q`` Benjamini-Hochberg over the edits.
+    ``damage_beyond_control`` is the mean paired return of the control less that of the edit, with a bootstrap interval;
+    ``p_value`` its two-sided sign-flip permutation test; ``q`` Benjamini-Hochberg over the edits.
     """
     rows: list[dict[str, Any]] = []
-    for (_, direction), edit, result, control in zip(chosen.iterrows(), edits, edited, controls, strict=True):
+    for direction, edit, result, control in zip(chosen.to_dict("records"), edits, edited, controls, strict=True):
         effect, control_effect, beyond = result.compare(baseline), control.compare(baseline), result.compare(control)
         interval = bootstrap_interval(control.returns - result.returns)
         rows.append(
             {
-                **direction[["role", "matrix", "layer", "side", "sv", "sigma", "embedding", "label", "cosine", "z", "q_value"]].to_dict(),
+                **{str(name): direction[name] for name in KEPT},
                 "energy": edit.energy,
                 "return_mean": result.mean,
                 "difference": effect.difference,
@@ -122,11 +133,13 @@ def verdicts(
         )
     table = pd.DataFrame(rows)
     table["q"] = q_values(table["p_value"])
-    table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
+    table["verdict"] = [
+        _verdict(q, beyond) for q, beyond in zip(table["q"], table["damage_beyond_control"], strict=True)
+    ]
     return table
 
 
-def _verdict(row: dict[str, Any]) -> str:
-    if row["q"] < 0.05:
-        return "hurts more than its control" if row["damage_beyond_control"] > 0 else "hurts less than its control"
+def _verdict(q: float, beyond: float) -> str:
+    if q < 0.05:
+        return "hurts more than its control" if beyond > 0 else "hurts less than its control"
     return "no difference from its control shown"

@@ -1,0 +1,57 @@
+"""The bundled agent, whole: what the card and the README say of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import dt_lens
+from dt_lens import SingularEdit, evaluate
+
+pytestmark = pytest.mark.acceptance
+
+
+def test_it_hops() -> None:
+    result = evaluate(dt_lens.load("hopper"), episodes=100, seed=0)
+    assert result.mean >= 2700
+    assert (result.lengths == 1000).mean() >= 0.95
+
+
+def test_it_does_what_it_is_asked_for() -> None:
+    model = dt_lens.load("hopper")
+    got = [evaluate(model, episodes=24, seed=0, target_return=t).mean for t in sorted(model.facts.target_returns)]
+    rising = sum(a < b for a, b in pairwise(got))
+    assert rising >= 3, got  # four targets in a row, or more
+
+
+def test_the_edit_of_the_readme_hurts_and_goes_away() -> None:
+    model = dt_lens.load("hopper")
+    base = evaluate(model, episodes=16, seed=0)
+    with SingularEdit(model, "blocks.0.mlp.W_in", sv=0):
+        edited = evaluate(model, episodes=16, seed=0)
+    assert evaluate(model, episodes=16, seed=0).to_frame().equals(base.to_frame())
+    assert edited.compare(base).difference < 0
+
+
+def test_the_study_runs_and_reports(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dt_lens",
+        "study",
+        "hopper",
+        "--episodes",
+        "8",
+        "--edits",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith(str(tmp_path / "report.html"))
+    assert (tmp_path / "report.html").stat().st_size > 1_000_000
