@@ -107,10 +107,10 @@ class ActingModel:
         def linear(name: str) -> _Linear:
             return _Linear(get(f"{name}.W").T.contiguous(), get(f"{name}.b").clone())
 
-        def norm(name: str, present: bool) -> _Norm:
+        def norm(name: str, present: bool, eps: float = cfg.eps) -> _Norm:
             if not present:
-                return _Norm(None, None, cfg.eps)
-            return _Norm(get(f"{name}.w").clone(), get(f"{name}.b").clone(), cfg.eps)
+                return _Norm(None, None, eps)
+            return _Norm(get(f"{name}.w").clone(), get(f"{name}.b").clone(), eps)
 
         def block(l: int) -> _Block:
             attn, normed = f"blocks.{l}.attn", cfg.normalization != "none"
@@ -133,7 +133,7 @@ class ActingModel:
         self.embed_action = linear("embed.action")
         self.timestep_table = get("embed.timestep.W").clone()
         self.position_table = get("embed.position.W").clone() if cfg.position != "none" else None
-        self.embed_ln = norm("embed_ln", cfg.embed_ln)
+        self.embed_ln = norm("embed_ln", cfg.embed_ln, cfg.embed_ln_eps)
         self.blocks = [block(l) for l in range(cfg.n_layers)]
         self.ln_final = norm("ln_final", cfg.final_ln)
         self.predict_action = linear("predict.action")

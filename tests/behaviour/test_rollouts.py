@@ -116,12 +116,6 @@ def test_an_episode_does_not_know_its_neighbours(make_model: Make, environment: 
             assert outcome == everything[seed]
 
 
-def test_double_precision_too(make_model: Make) -> None:
-    model = make_model("Pendulum-v1", d_model=64, d_mlp=128).double()
-    everything = _run(model, range(20), 11, max_steps=20)
-    assert _run(model, [19, 3, 0], 8, max_steps=20) == {seed: everything[seed] for seed in (19, 3, 0)}
-
-
 class _Recorder:
     """A policy that pushes the cart right and writes down how its batch was used."""
 

@@ -41,6 +41,8 @@ def configurations(draw: st.DrawFn) -> HookedDecisionTransformerConfig:
         n_position=3 * STEPS,
         attn_scale_by_head=draw(st.booleans()),
         attn_scale_by_layer=draw(st.booleans()),
+        eps=draw(st.sampled_from([1e-5, 1e-2])),
+        embed_ln_eps=draw(st.sampled_from([1e-5, 1e-2])),
     )
 
 
@@ -50,14 +52,15 @@ def _model(cfg: HookedDecisionTransformerConfig, seed: int) -> HookedDecisionTra
     with torch.no_grad():
         for parameter in model.parameters():  # biases and LayerNorms too: at their initial values they hide mistakes
             parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return model.double()  # so that a difference is a mistake and not rounding
 
 
 def _episode(cfg: HookedDecisionTransformerConfig, batch: int, steps: int) -> tuple[torch.Tensor, ...]:
-    actions = torch.randn(batch, steps, cfg.act_dim).tanh()
+    states, actions, returns = (torch.randn(batch, steps, n).double() for n in (cfg.state_dim, cfg.act_dim, 1))
+    actions = actions.tanh()
     if cfg.discrete_actions:
-        actions = torch.nn.functional.one_hot(actions.argmax(-1), cfg.act_dim).float()
-    return torch.randn(batch, steps, cfg.state_dim), actions, torch.randn(batch, steps, 1)
+        actions = torch.nn.functional.one_hot(actions.argmax(-1), cfg.act_dim).double()
+    return states, actions, returns
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,7 +82,7 @@ def test_last_action_is_the_models_prediction(
                 states=states, actions=actions, returns_to_go=returns, timesteps=timesteps, attention_mask=given_mask
             ).action_preds[:, -1]
         got = last_action(model.weights, cfg, states, actions, returns, timesteps, given_mask)
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,7 +104,7 @@ def test_sliding_policy_is_the_model_on_padded_windows(
             order = [2, 0]
             policy.keep(order)
         ages = torch.tensor([t - begin[row] if t >= begin[row] else t for row in order])
-        previous = actions[order, t - 1] if t else torch.zeros(3, cfg.act_dim)
+        previous = actions[order, t - 1] if t else torch.zeros(3, cfg.act_dim).double()
         got = policy.act(states[order, t], returns[order, t], ages, previous)
         for i, row in enumerate(order):
             age = int(ages[i])
@@ -117,7 +120,19 @@ def test_sliding_policy_is_the_model_on_padded_windows(
                 expected = model(
                     states=padded[0], actions=padded[1], returns_to_go=padded[2], timesteps=times, attention_mask=mask
                 ).action_preds[0, -1]
-            torch.testing.assert_close(got[i], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got[i], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_single_precision_at_the_bundled_shape() -> None:
+    cfg = HookedDecisionTransformerConfig(11, 3)
+    torch.manual_seed(0)
+    model = HookedDecisionTransformer(cfg).eval()
+    states, actions, returns = (a.float() for a in _episode(cfg, 6, 20))
+    timesteps = torch.arange(20).expand(6, 20)
+    with torch.no_grad():
+        expected = model(states=states, actions=actions, returns_to_go=returns, timesteps=timesteps).action_preds[:, -1]
+    got = last_action(model.weights, cfg, states, actions, returns, timesteps)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
 def test_acting_shapes_are_the_models() -> None:

@@ -1,0 +1,293 @@
+"""``evaluate``: what it asks for, what it answers, and that the same question always gets the same bits."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dt_lens.behaviour.evaluate import evaluate, model_id
+from dt_lens.errors import DtLensError
+
+Make = Callable[..., Any]
+
+
+def test_the_same_bits_whatever_the_workers_and_the_number_of_episodes(make_model: Make) -> None:
+    model = make_model("Hopper-v5", d_model=64, n_heads=1)
+    alone = evaluate(model, episodes=13, workers=1, max_steps=60).to_frame()
+    together = evaluate(model, episodes=13, workers=2, max_steps=60).to_frame()
+    more = evaluate(model, episodes=30, workers=2, lanes=9, max_steps=60).to_frame()
+    fewer = evaluate(model, episodes=5, workers=1, max_steps=60).to_frame()
+    later = evaluate(model, episodes=8, seed=5, workers=1, max_steps=60).to_frame()
+    assert together.equals(alone)
+    assert more.head(13).equals(alone)
+    assert fewer.equals(alone.head(5))
+    assert later.equals(alone.tail(8).reset_index(drop=True))
+    assert alone["terminated"].any()  # some were replaced, so that rows and ages mixed
+
+
+def test_it_runs_where_and_for_what_the_model_says(make_model: Make) -> None:
+    model = make_model("CartPole-v1")
+    result = evaluate(model, episodes=9, workers=1)
+    assert result.environment == "CartPole-v1"
+    assert result.target_return == 200.0
+    assert result.seeds.tolist() == list(range(9))
+    assert result.time_limit == 500
+    assert evaluate(model, target_return=7, episodes=1, workers=1).target_return == 7.0
+    assert list(result.to_frame()) == ["seed", "return", "length", "terminated", "truncated"]
+
+
+def test_the_facts_kwargs_go_with_the_facts_environment(make_model: Make) -> None:
+    model = make_model("Hopper-v5", spread=1.0)
+    model.facts = replace(model.facts, environment_kwargs={"terminate_when_unhealthy": False})
+    assert not evaluate(model, episodes=3, workers=1, max_steps=60).terminated.any()
+    assert evaluate(model, "Hopper-v4", episodes=3, workers=1, max_steps=60).terminated.any()
+    assert evaluate(model, environment_kwargs={}, episodes=3, workers=1, max_steps=60).terminated.any()
+    assert list(evaluate(model, episodes=1, workers=1, max_steps=5).to_frame())[-1] == "score"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts", "sentence"),
+    [
+        ({}, {"environment": None}, "give evaluate an environment"),
+        ({}, {"target_returns": ()}, "give evaluate a target_return"),
+        ({"episodes": 0}, {}, "episodes is 0"),
+        ({"seed": -1}, {}, "seed is -1"),
+        ({"workers": 0}, {}, "workers is 0"),
+        ({"lanes": 4}, {}, "lanes is 4"),
+        ({"max_steps": 2.5}, {}, "max_steps is 2.5"),
+        ({"target_return": float("nan")}, {}, "target_return is nan"),
+        ({"environment": "Hopper-v5"}, {}, "gives states of 11 numbers and this model reads 4"),
+        ({"failure": "fell"}, {}, "failure is 'fell'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    make_model: Make, arguments: dict[str, Any], facts: dict[str, Any], sentence: str
+) -> None:
+    model = make_model("CartPole-v1")
+    model.facts = replace(model.facts, **facts)
+    with pytest.raises(DtLensError, match=sentence) as caught:
+        evaluate(model, **({"episodes": 8, "workers": 1, "max_steps": 3} | arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_kind_of_model_must_be_wrapped() -> None:
+    with pytest.raises(DtLensError, match=r"not a Linear; wrap it first: dt_lens.wrap"):
+        evaluate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_weights_that_are_not_finite_are_noticed_in_workers_too(make_model: Make) -> None:
+    model = make_model("CartPole-v1")
+    model.weights["blocks.0.mlp.W_in"][0, 0] = float("nan")
+    for workers in (1, 2):
+        with pytest.raises(DtLensError, match="not finite"):
+            evaluate(model, episodes=20, workers=workers)
+
+
+def test_hooks_act(make_model: Make) -> None:
+    model = make_model("Pendulum-v1").train()
+    plain = evaluate(model, episodes=4, workers=1, max_steps=15)
+
+    def zero(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def same(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x
+
+    with model.hooks([("blocks.1.hook_mlp_out", same)]):
+        np.testing.assert_allclose(evaluate(model, episodes=4, max_steps=15).returns, plain.returns, atol=1e-3)
+    with model.hooks([("blocks.1.hook_mlp_out", zero)]):
+        hooked = evaluate(model, episodes=4, max_steps=15)
+        again = evaluate(model, episodes=12, max_steps=15)
+    assert model.training  # left as it was found
+    assert not np.allclose(hooked.returns, plain.returns, atol=1e-3)
+    assert again.returns[:4].tolist() == hooked.returns.tolist()
+    model.weights["blocks.1.mlp.W_out"].zero_()
+    model.weights["blocks.1.mlp.b_out"].zero_()
+    np.testing.assert_allclose(evaluate(model, episodes=4, max_steps=15).returns, hooked.returns, atol=1e-3)
+
+
+def test_a_state_encoder_of_ones_own_acts(make_model: Make) -> None:
+    from dt_lens.decision_transformer.model import HookedDecisionTransformer
+
+    model = make_model("Pendulum-v1")
+    linear = model.embed["state"]
+    own = HookedDecisionTransformer(model.cfg, torch.nn.Sequential(torch.nn.Linear(3, 16)))
+    own.facts = model.facts
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            if not name.startswith("embed.state."):
+                parameter.copy_(model.get_parameter(name))
+        own.embed["state"][0].weight.copy_(linear.W.T)
+        own.embed["state"][0].bias.copy_(linear.b)
+    expected = evaluate(model, episodes=3, max_steps=15, workers=1).returns
+    np.testing.assert_allclose(evaluate(own, episodes=3, max_steps=15).returns, expected, atol=1e-3)
+
+
+def test_edits_in_place_are_seen_and_change_the_id(make_model: Make) -> None:
+    model = make_model("Pendulum-v1")
+    before = evaluate(model, episodes=2, max_steps=9, workers=1)
+    model.weights["blocks.0.mlp.W_in"].mul_(-1)
+    edited = evaluate(model, episodes=2, max_steps=9, workers=1)
+    assert (edited.returns != before.returns).all()
+    assert edited.model_id != before.model_id
+    model.weights["blocks.0.mlp.W_in"].mul_(-1)
+    assert evaluate(model, episodes=2, max_steps=9, workers=1).to_dict() == before.to_dict()
+    facts = model.facts
+    model.facts = replace(facts, return_scale=2.0)
+    assert model_id(model) != before.model_id
+
+
+def test_active_edits_are_recorded(make_model: Make) -> None:
+    class Edit:
+        def to_dict(self) -> dict[str, Any]:
+            return {"matrix": "blocks.0.mlp.W_in", "sv": 0}
+
+    model = make_model("Pendulum-v1")
+    model.active_edits = [Edit()]
+    result = evaluate(model, episodes=1, max_steps=2, workers=1)
+    assert result.edits == ({"matrix": "blocks.0.mlp.W_in", "sv": 0},)
+    assert "1 edit" in str(result)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_ends_at_the_number_of_episodes(make_model: Make, workers: int) -> None:
+    seen: list[tuple[float, int]] = []
+    evaluate(
+        make_model("CartPole-v1"), episodes=20, workers=workers, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1] == (20.0, 20)
+    assert all(0 <= done <= total == 20 for done, total in seen)
+
+
+def test_the_thread_count_is_left_as_it_was(make_model: Make) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        evaluate(make_model("CartPole-v1"), episodes=1, workers=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# What follows runs in a script of its own, read from standard input, with an environment that only the script knows.
+SCRIPT = """
+import sys
+import gymnasium as gym, numpy as np, torch
+from safetensors.torch import save
+from dt_lens.behaviour.environment import make_task
+from dt_lens.behaviour.rollouts import Conditions
+from dt_lens.behaviour.workers import Job, run_in_workers, run_job
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.policy import acting_shapes
+from dt_lens.errors import DtLensError
+
+class Own(gym.Env):
+    observation_space = gym.spaces.Box(-9, 9, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.normal(size=2).astype(np.float32), {{}}
+    def step(self, action):
+        {step}
+        heavy = [m for m in ("transformer_lens", "transformers", "pandas") if m in sys.modules]
+        return self.np_random.normal(size=2).astype(np.float32), float(action[0]), bool(heavy), False, {{}}
+
+gym.register("Own-v0", entry_point=Own, max_episode_steps={steps})
+torch.manual_seed(0)
+cfg = HookedDecisionTransformerConfig(2, 1, d_model=8, d_mlp=8, max_ep_len=9)
+weights = save({{name: torch.randn(shape) for name, shape in acting_shapes(cfg).items()}})
+conditions = Conditions(1.0, 1.0, np.zeros(2), np.ones(2), 8)
+job = Job(weights, cfg.to_dict(), 3, make_task("Own-v0", {{}}, cfg), conditions, range(20), 8)
+"""
+
+
+def _script(body: str, *, step: str = "pass", steps: int = 12) -> str:
+    return SCRIPT.format(step=step, steps=steps) + textwrap.dedent(body)
+
+
+def test_a_script_without_main_guard_and_an_environment_of_its_own() -> None:
+    body = """
+    one, two = sorted(run_job(job, iter(job.seeds))), sorted(run_in_workers(job, 2))
+    assert one == two and len(two) == 20 and all(o.truncated for o in two), two
+    print("equal")
+    """
+    done = subprocess.run([sys.executable, "-"], input=_script(body), capture_output=True, text=True, timeout=120)
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_a_dying_worker_is_one_sentence_and_the_next_run_works() -> None:
+    body = """
+    from dataclasses import replace
+    try:
+        run_in_workers(job, 2)
+    except DtLensError as error:
+        print(error)
+    class Sound(Own):
+        def step(self, action):
+            return np.zeros(2, np.float32), 1.0, False, False, {}
+    gym.register("Sound-v0", entry_point=Sound, max_episode_steps=3)
+    print(len(run_in_workers(replace(job, task=make_task("Sound-v0", {}, cfg)), 2)))
+    """
+    script = _script(body, step="import os; os._exit(3)")
+    done = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, timeout=120)
+    sentence, number = done.stdout.splitlines()
+    assert sentence.startswith("A rollout worker died")
+    assert number == "20"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_an_interrupt_stops_the_workers_promptly(tmp_path: Any) -> None:
+    """The workers, in the middle of a very long episode, write the time until they are stopped."""
+    step = f"open({str(tmp_path)!r} + '/' + str(__import__('os').getpid()), 'w').close()"
+    body = """
+    print("ready", flush=True)
+    try:
+        run_in_workers(job, 2)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    """
+    file = tmp_path / "script.py"
+    file.write_text(_script(body, step=step, steps=10**9))
+    process = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        pids = _wait_for(
+            lambda: [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()] if process.poll() is None else [0]
+        )
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert out.split() == ["ready", "interrupted"]
+    assert process.returncode == 0
+    for pid in pids:
+        assert not _alive(pid)
+
+
+def _wait_for(condition: Callable[[], list[int]], seconds: float = 60) -> list[int]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("nothing happened")
+
+
+def _alive(pid: int) -> bool:
+    import os
+
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

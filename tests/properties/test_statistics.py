@@ -1,0 +1,111 @@
+"""Laws that the statistics of outcomes obey whatever the data."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from dt_lens.behaviour.statistics import (
+    bootstrap_interval,
+    cohen_dz,
+    iqm,
+    kaplan_meier,
+    logrank,
+    mcnemar,
+    sign_flip,
+    spearman,
+    wilson,
+)
+
+values = arrays(np.float64, st.integers(1, 30), elements=st.integers(-3000, 3000).map(float))
+episodes = st.integers(1, 30).flatmap(
+    lambda n: st.tuples(arrays(np.int64, n, elements=st.integers(1, 20)), arrays(np.bool_, n))
+)
+
+
+@given(values)
+def test_iqm_lies_between_the_quartiles(x: np.ndarray) -> None:
+    assert x.min() <= iqm(x) <= x.max()
+    np.testing.assert_allclose(iqm(x + 7), iqm(x) + 7, atol=1e-9)
+    np.testing.assert_allclose(iqm(-x), -iqm(x), atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(values)
+def test_intervals_never_fail(x: np.ndarray) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        low, high = bootstrap_interval(x, resamples=200)
+    if len(x) > 1:
+        assert x.min() <= low <= high <= x.max()
+    else:
+        assert np.isnan(low)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values)
+def test_sign_flip_ignores_direction_and_scale(x: np.ndarray) -> None:
+    p = sign_flip(x, resamples=500, seed=1)
+    assert 0 < p <= 1
+    assert p == sign_flip(-x, resamples=500, seed=1) == sign_flip(2 * x, resamples=500, seed=1)
+    assert np.isnan(cohen_dz(x)) or cohen_dz(-x) == -cohen_dz(x)
+
+
+@given(st.integers(0, 200), st.integers(1, 200))
+def test_wilson_holds_the_proportion(k: int, n: int) -> None:
+    k = min(k, n)
+    low, high = wilson(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+    assert low < high
+    assert wilson(n - k, n) == (1 - high, 1 - low) or np.allclose(wilson(n - k, n), (1 - high, 1 - low))
+
+
+@given(arrays(np.bool_, st.tuples(st.just(2), st.integers(1, 40))))
+def test_mcnemar_is_symmetric(pairs: np.ndarray) -> None:
+    assert 0 < mcnemar(pairs[0], pairs[1]) <= 1
+    assert mcnemar(pairs[0], pairs[1]) == mcnemar(pairs[1], pairs[0])
+    assert mcnemar(pairs[0], pairs[1]) == mcnemar(~pairs[0], ~pairs[1])
+
+
+@given(episodes)
+def test_survival_falls_from_one(episode: tuple[np.ndarray, np.ndarray]) -> None:
+    times, ended = episode
+    curve = kaplan_meier(times, ended)
+    assert np.all(np.diff(curve.survival) <= 0)
+    assert np.all((curve.low <= curve.survival) & (curve.survival <= curve.high))
+    assert curve.at_risk[0] == len(times)
+    for t, s, n in zip(curve.times, curve.survival, curve.at_risk, strict=True):
+        assert n == (times >= t).sum()
+        if ended.all():  # without censoring it is the plain share
+            assert np.isclose(s, (times > t).mean())
+
+
+@settings(max_examples=50)
+@given(episodes, episodes)
+def test_logrank_is_antisymmetric_and_finite(
+    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        statistic, p = logrank(*a, *b)
+    assert np.isfinite(statistic)
+    assert 0 <= p <= 1
+    np.testing.assert_allclose(logrank(*b, *a), (-statistic, p), atol=1e-9)
+    assert logrank(*a, *a) == (0.0, 1.0) or abs(logrank(*a, *a)[0]) < 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays(np.float64, st.tuples(st.just(2), st.integers(1, 20)), elements=st.integers(-9, 9).map(float)))
+def test_spearman_sees_ranks_only(pairs: np.ndarray) -> None:
+    x, y = pairs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rho, interval, p = spearman(x, y, resamples=200)
+    again = spearman(x**3, 5 * y + 1, resamples=200)
+    np.testing.assert_allclose((rho, *interval, p), (again[0], *again[1], again[2]), atol=1e-12)
+    assert np.isnan(rho) or -1 - 1e-12 <= rho <= 1 + 1e-12
+    assert 0 < p <= 1
