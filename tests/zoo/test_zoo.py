@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+import pytest
+
+import dt_lens
+from dt_lens.zoo import bundled
+
+
+@pytest.mark.parametrize("name", sorted(bundled()))
+def test_a_bundled_model_is_whole_small_and_carded(name: str) -> None:
+    folder = bundled()[name]
+    assert {"config.json", "model.safetensors", "dt_lens.json", "CARD.md"} <= {file.name for file in folder.iterdir()}
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8_000_000
+    card = (folder / "CARD.md").read_text(encoding="utf-8")
+    assert "dt-lens record" in card and "dt-lens train" in card
+
+
+def test_hopper_is_what_it_should_be() -> None:
+    model = dt_lens.load("hopper")
+    cfg, facts = model.cfg, model.facts
+    assert (cfg.n_layers, cfg.d_model, cfg.n_ctx, cfg.act_fn) == (3, 128, 20, "relu")
+    assert (cfg.state_dim, cfg.act_dim, cfg.max_ep_len) == (11, 3, 1000)
+    assert facts.environment == "Hopper-v5" and facts.context == 20 and facts.return_scale == 1000
+    assert len(facts.target_returns) == 5 and facts.target_returns[0] == max(facts.target_returns)
+    assert facts.trained_heads == ("action",)
+
+
+@pytest.mark.acceptance
+def test_hopper_hops_as_its_card_says() -> None:
+    from dt_lens import evaluate
+
+    model = dt_lens.load("hopper")
+    outcome = evaluate(model, episodes=100, seed=0)
+    assert outcome.mean >= 2_700
+    assert (outcome.lengths == 1000).mean() >= 0.95
+    card = (bundled()["hopper"] / "CARD.md").read_text(encoding="utf-8")
+    first = re.search(r"^\| ([\d,]+) \| ([\d,]+) ", card, re.MULTILINE)
+    assert first and float(first[1].replace(",", "")) == model.facts.target_returns[0]
+    # Floating-point sums differ from machine to machine, and hopping amplifies them.
+    assert abs(outcome.mean - float(first[2].replace(",", ""))) < 100
+    means = [evaluate(model, episodes=24, seed=0, target_return=target).mean for target in model.facts.target_returns]
+    rising = sum(better > worse for better, worse in pairwise(means))
+    assert rising >= 3
