@@ -1,0 +1,44 @@
+# `make demo` studies the bundled agent and ends with a report; `make test` checks everything.
+# On a fresh clone either one first makes .venv and installs what it needs, in the versions of constraints.txt.
+
+PYTHON ?= python3
+OUT ?= dt-lens-study-hopper
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help demo test clean
+
+help:
+	@echo "make demo    study the bundled Hopper agent; ARGS='--episodes 100 --seed 1' is passed on, OUT=DIR says where to"
+	@echo "make test    ruff, mypy --strict, pytest with doctests"
+	@echo "make clean   remove .venv and caches"
+	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with"
+
+demo: $(INSTALLED)
+	$(BIN)/dt-lens study hopper --out "$(OUT)" $(ARGS)
+	@echo "The report: $(OUT)/report.html"
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# torch comes first and by name: pip then settles on one build of it before anything else asks for just any torch.
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "There is no $(PYTHON); dt-lens needs Python 3.11 or later: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is $$("$(PYTHON)" -V 2>&1) and dt-lens needs 3.11 or later: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@echo "Installing into .venv, once: a few minutes, mostly torch."
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
