@@ -118,7 +118,7 @@ def test_a_study_leaves_a_report_and_goes_on_where_it_was(cartpole: Path, tmp_pa
     page = (tmp_path / "report.html").read_text()
     assert "hurts more than a random change of the same energy" in page and "https://" not in page.split("<script>")[0]
     trials = sorted((tmp_path / "trials").glob("*.json"))
-    assert len(trials) == 3
+    assert len(trials) == 5  # unedited, a strong and a weak edit, their controls
     first = (tmp_path / "verdicts.csv").read_bytes()
     kept = {file: file.stat().st_mtime_ns for file in trials[1:]}
     trials[0].unlink()

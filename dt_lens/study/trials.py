@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dt_lens.behaviour.evaluate import evaluate, model_id
 from dt_lens.behaviour.outcomes import Evaluation
+from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.statistics import bootstrap_interval
 from dt_lens.edits import Edit
 from dt_lens.errors import DtLensError
@@ -74,20 +74,14 @@ def _read(file: Path) -> Evaluation | None:
         return None
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        rows = kept["per_episode"]
-        return Evaluation(
-            seeds=np.array(rows["seed"], dtype=np.int64),
-            returns=np.array(rows["return"], dtype=np.float64),
-            lengths=np.array(rows["length"], dtype=np.int64),
-            terminated=np.array(rows["terminated"], dtype=bool),
-            truncated=np.array(rows["truncated"], dtype=bool),
-            environment=kept["environment"],
-            target_return=kept["target_return"],
-            time_limit=kept["time_limit"],
-            environment_kwargs=kept["environment_kwargs"],
-            model_id=kept["model_id"],
+        columns = (kept["per_episode"][name] for name in ("seed", "return", "length", "terminated", "truncated"))
+        return Evaluation.from_outcomes(
+            (Outcome(*row) for row in zip(*columns, strict=True)),
+            **{
+                name: kept[name]
+                for name in ("environment", "target_return", "time_limit", "environment_kwargs", "model_id")
+            },
             edits=tuple(kept["edits"]),
-            failure=kept["failure_rule"],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a file that cannot be read is a trial that has to be run again
