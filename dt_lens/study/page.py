@@ -264,12 +264,13 @@ def _seen(result: StudyResult) -> Section:
 
 def _method(study: Study, result: StudyResult) -> Section:
     folded = result.table.attrs["fold_layernorm"]
+    stored = "with their LayerNorm folded in" if folded else "as stored"
+    met = "effective, through the LayerNorm between them and the stream" if folded else "raw"
     return Section(
         "What this can and cannot tell",
         [
             (
-                f"Singular directions are of the matrices {'with their LayerNorm folded in' if folded else 'as stored'}; "
-                f"embeddings are {'effective, through the LayerNorm between them and the stream' if folded else 'raw'}. "
+                f"Singular directions are of the matrices {stored}; embeddings are {met}. "
                 "The strong directions were chosen by the largest z over the table, one of a matrix at most; each "
                 "contrast is the poorest match among directions of similar sigma in the same matrix."
             ),
