@@ -175,6 +175,7 @@ class Windows:
         self._states = put((data.states - data.state_mean) / data.state_std)
         self._actions = put(data.actions)
         self._returns = put(data.returns_to_go / np.float32(data.return_scale)).unsqueeze(-1)
+        self._starts, self._lengths = torch.as_tensor(data.starts), torch.as_tensor(data.lengths)
         # For each step of the data set, its episode's first step and the step after its last.
         self._first = put(np.repeat(data.starts, data.lengths))
         self._end = put(np.repeat(data.starts + data.lengths, data.lengths))
@@ -182,14 +183,20 @@ class Windows:
     def __len__(self) -> int:
         return len(self._states)
 
-    def sample(self, batch_size: int, shortened: float = 0.0) -> dict[str, Tensor]:
+    def sample(self, batch_size: int, early: float = 0.0, shortened: float = 0.0) -> dict[str, Tensor]:
         """``batch_size`` windows, drawn with torch's global generator of the CPU.
 
-        A share ``shortened`` of them is made to begin at a random step, all before it masked, as in the first steps of
-        an episode: there the return-to-go has to tell what the past would otherwise give away.
+        The past tells which policy made an episode, so a model has little reason to look at its target, except where
+        there is no past. So a share ``early`` of the windows begins within the first ``context`` steps of an episode
+        (all episodes alike), and a share ``shortened`` is made to begin at a random step, all before it masked.
         """
         # A uniform step of the whole data set: an episode in proportion to its length, and a step of it.
-        batch = self.at(torch.randint(len(self), (batch_size,)))
+        starts = torch.randint(len(self), (batch_size,))
+        if early:
+            episode = torch.randint(len(self._lengths), (batch_size,))
+            within = torch.minimum(torch.randint(self.context, (batch_size,)), self._lengths[episode] - 1)
+            starts = torch.where(torch.rand(batch_size) < early, self._starts[episode] + within, starts)
+        batch = self.at(starts)
         if not shortened:
             return batch
         hidden = torch.randint(self.context, (batch_size,)) * (torch.rand(batch_size) < shortened)

@@ -38,6 +38,7 @@ class Settings:
     steps: int
     batch_size: int
     context: int
+    early: float
     shortened: float
     d_model: int
     n_layers: int
@@ -76,6 +77,7 @@ def train(
     steps: int = 20_000,
     batch_size: int = 64,
     context: int = 20,
+    early: float = 0.1,
     shortened: float = 0.25,
     d_model: int = 128,
     n_layers: int = 3,
@@ -109,7 +111,8 @@ def train(
         steps: gradient steps.
         batch_size: windows in a batch.
         context: steps the agent looks back.
-        shortened: the share of windows that begin at a random later step; see ``Windows.sample``.
+        early: the share of windows from the first steps of an episode; see ``Windows.sample``.
+        shortened: the share of windows without a part of their past; likewise.
         d_model, n_layers, n_heads: the shape of the transformer; ReLU and pre-LayerNorm, as in the original.
         dropout: on tokens, attention and residual branches, in training only.
         lr: of AdamW, reached after ``warmup`` steps and taken down half a cosine to a hundredth of it.
@@ -136,23 +139,18 @@ def train(
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
         if value < 1:
             raise DtLensError(f"{name} is {value}; it must be at least 1.")
-    if (
-        not lr > 0
-        or not clip > 0
-        or not 0 <= dropout < 1
-        or not 0 <= shortened < 1
-        or min(warmup, eval_every, eval_episodes) < 0
-    ):
-        raise DtLensError(
-            "lr and clip must be positive, dropout and shortened in [0, 1), warmup and eval_* not negative."
-        )
+    for name, share in (("dropout", dropout), ("early", early), ("shortened", shortened)):
+        if not 0 <= share < 1:
+            raise DtLensError(f"{name} is {share}; it must be at least 0 and below 1.")
+    if not lr > 0 or not clip > 0 or min(warmup, eval_every, eval_episodes) < 0:
+        raise DtLensError("lr and clip must be positive, and warmup, eval_every and eval_episodes not negative.")
     data = read(dataset_id)
     if environment is not None:
         data = replace(data, environment=environment, environment_kwargs={})
     chosen = tuple(float(t) for t in targets) if targets else _targets(data.returns)
     settings = Settings(
-        dataset_id, steps, batch_size, context, shortened, d_model, n_layers, n_heads, dropout, lr, warmup,
-        weight_decay, clip, bf16, seed, chosen,
+        dataset_id, steps, batch_size, context, early, shortened, d_model, n_layers, n_heads, dropout, lr,
+        warmup, weight_decay, clip, bf16, seed, chosen,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         run = _Run(settings, data, Path(out), torch.device(device))
@@ -226,7 +224,7 @@ class _Run:
 
     def _learn(self) -> None:
         self.model.train()
-        batch = self.windows.sample(self.settings.batch_size, self.settings.shortened)
+        batch = self.windows.sample(self.settings.batch_size, self.settings.early, self.settings.shortened)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):

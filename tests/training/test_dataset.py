@@ -81,6 +81,15 @@ def test_a_share_of_windows_is_shortened_and_none_loses_every_step() -> None:
     assert torch.equal(batch["actions"][..., 0] * mask, batch["timesteps"] * mask)
 
 
+def test_a_share_of_windows_comes_from_the_first_steps_of_all_episodes_alike() -> None:
+    torch.manual_seed(0)
+    batch = Windows(planted([3, 1000]), context=4).sample(4_000, early=0.5)
+    first = batch["timesteps"][:, -1] - batch["attention_mask"].sum(1) + 1
+    short = batch["returns_to_go"][:, -1, 0] * 1000 + batch["timesteps"][:, -1] < 4
+    assert 0.45 < (first < 4).float().mean() < 0.55
+    assert 0.2 < short.float().mean() < 0.3
+
+
 def test_an_entry_that_never_changes_is_not_blown_up() -> None:
     data = planted([3, 5])
     assert data.state_std[1] == 1

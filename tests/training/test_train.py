@@ -153,7 +153,13 @@ def test_another_run_in_the_folder_is_not_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"steps": 0}, "steps is 0"), ({"lr": 0.0}, "lr"), ({"d_model": 16, "n_heads": 3}, "n_heads")]
+    ("change", "words"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"lr": 0.0}, "lr"),
+        ({"early": 1.5}, "early is 1.5"),
+        ({"d_model": 16, "n_heads": 3}, "n_heads"),
+    ],
 )
 def test_bad_settings_are_one_sentence(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(DtLensError, match=words):
@@ -161,7 +167,7 @@ def test_bad_settings_are_one_sentence(tmp_path: Path, change: dict[str, Any], w
 
 
 def test_the_learning_rate_warms_up_and_comes_down() -> None:
-    settings = Settings("d", 100, 1, 1, 0.0, 1, 1, 1, 0.0, 1.0, 10, 0.0, 1.0, False, 0, (1.0,))
+    settings = Settings("d", 100, 1, 1, 0.0, 0.0, 1, 1, 1, 0.0, 1.0, 10, 0.0, 1.0, False, 0, (1.0,))
     rates = [settings.rate(step) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.505) and rates[-1] < 0.015
