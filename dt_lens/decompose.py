@@ -1,66 +1,109 @@
 """Singular value decompositions in float64 that use the structure at hand and check themselves.
 
-A thin product is never multiplied out (QR of each factor, then a small SVD); a wide matrix goes through the Gram matrix
-of its short side; when few directions of a large matrix are wanted, randomised iteration finds them (Halko, Martinsson
-and Tropp, 2011). Whatever the route, the residual is measured, and LAPACK's full SVD takes over when it is too large.
+A thin product is never multiplied out (QR of each factor, then a small SVD); a large matrix goes through the Gram
+matrix of its short side; when few directions of a large matrix are wanted, a block Krylov space finds them (Musco and
+Musco, "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition", 2015).
+Whatever the route, the result is measured against the matrix, and LAPACK's full SVD takes over when the error is too
+large.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import scipy.linalg
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from dt_lens.errors import DtLensError
 
 __all__ = ["SVD", "decompose"]
 
 TOLERANCE = 1e-9  # relative residual and loss of orthogonality that a route may leave
+EPS = torch.finfo(torch.float64).eps
+# From these short sides on the Gram matrix is faster than LAPACK's SVD, and a Krylov space faster than the Gram matrix.
+GRAM, KRYLOV = 256, 1024
+
+Triple = tuple[Tensor, Tensor, Tensor]  # left [m, k], sigma [k], right [n, k]
 
 
 class SVD(NamedTuple):
-    """``sigma [k]``, unit rows ``left [k, m]`` and ``right [k, n]``, and the measured relative error."""
+    """Singular triples, largest sigma first.
 
-    sigma: Tensor
-    left: Tensor
-    right: Tensor
+    ``error`` is measured: the largest of the relative residuals ``||M right - sigma left|| / sigma_0``,
+    ``||M^T left - sigma right|| / sigma_0``, the loss of orthogonality of either side, and, when nothing was cut but
+    numerical zeros, ``||M - sum|| / ||M||``.
+    """
+
+    sigma: Float[Tensor, " k"]
+    left: Float[Tensor, "k m"]
+    right: Float[Tensor, "k n"]
     error: float
 
 
-def decompose(factors: list[Tensor], rank: int | None = None) -> SVD:
+def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0) -> SVD:
     """The leading ``rank`` singular triples of a product of one or two factors; up to the numerical rank when ``None``.
 
     Args:
         factors: ``[A]`` with ``A [m, n]``, or ``[A, B]`` with ``A [m, r]``, ``B [r, n]``; float64.
+        rank: how many triples at most.
+        floor: sigmas up to this size are zeros, whatever the largest one is; for matrices that are a difference of
+            larger ones. Sigmas that rounding in float64 makes of zeros are cut in any case.
 
     Raises:
         DtLensError: when a factor holds values that are not finite, or no solver reaches the tolerance.
     """
     if not all(bool(torch.isfinite(factor).all()) for factor in factors):
         raise DtLensError("A matrix holds NaN or infinite values, so it has no singular value decomposition.")
-    if len(factors) == 2:
-        (A, B) = factors
-        qa, ra = torch.linalg.qr(A)
-        qb, rb = torch.linalg.qr(B.T)
-        inner = decompose([ra @ rb.T], rank)
-        return SVD(inner.sigma, inner.left @ qa.T, inner.right @ qb.T, inner.error)
-    M = factors[0]
+    # A power of two changes no digit, and keeps the squares of huge and tiny entries representable.
+    scales = [
+        2.0 ** round(float(factor.abs().max().log2())) if bool((factor != 0).any()) else 1.0 for factor in factors
+    ]
+    scaled = [factor / scale for factor, scale in zip(factors, scales, strict=True)]
+    scale = scales[0] * (scales[1] if len(scales) == 2 else 1.0)
+    found = (_product if len(factors) == 2 else _single)(scaled, rank, floor / scale)
+    return found._replace(sigma=found.sigma * scale)
+
+
+def _product(factors: list[Tensor], rank: int | None, floor: float) -> SVD:
+    A, B = factors
+    qa, ra = torch.linalg.qr(A)
+    qb, rb = torch.linalg.qr(B.T)
+    # The product may be far smaller than its factors; what rounding leaves of it is no direction.
+    floor = max(floor, _zero(A.shape[0], *B.shape) * float(A.norm() * B.norm()))
+    sigma, left, right, error = _single([ra @ rb.T], rank, floor)
+    left, right = left @ qa.T, right @ qb.T
+    if len(sigma):
+        residuals = [(B.T @ (A.T @ left.T) - right.T * sigma).norm(), (A @ (B @ right.T) - left.T * sigma).norm()]
+        error = max(error, float(torch.stack(residuals).max() / sigma[0]))
+        if not error <= TOLERANCE:
+            raise DtLensError(f"The singular value decomposition of a product did not converge (error {error:.1e}).")
+    return SVD(sigma, left, right, error)
+
+
+def _single(factors: list[Tensor], rank: int | None, floor: float) -> SVD:
+    (M,) = factors
     small = min(M.shape)
-    routes = [_gram, _lapack] if small > 256 else [_lapack]
-    if rank is not None and rank * 8 < small:
-        routes.insert(0, _randomised)
+    routes: list[Callable[[Tensor, int | None], Triple]] = [_lapack, _gesvd]
+    if small > GRAM:
+        routes.insert(0, _gram)
+    if small > KRYLOV and rank is not None and rank * 64 <= small:
+        routes.insert(0, _krylov)
+    error = float("nan")
     for route in routes:
-        result = _cut(route(M, rank), M, rank)
+        try:
+            result = _cut(route(M, rank), M, rank, floor)
+        except (LinAlgError, scipy.linalg.LinAlgError):
+            continue
         if result.error <= TOLERANCE:
             return result
+        error = result.error
     raise DtLensError(
-        f"The singular value decomposition of a {list(M.shape)} matrix did not converge (relative error "
-        f"{result.error:.1e})."
+        f"The singular value decomposition of a {list(M.shape)} matrix did not converge (relative error {error:.1e})."
     )
-
-
-Triple = tuple[Tensor, Tensor, Tensor]  # left [m, k], sigma [k], right [n, k]
 
 
 def _lapack(M: Tensor, rank: int | None) -> Triple:
@@ -68,47 +111,85 @@ def _lapack(M: Tensor, rank: int | None) -> Triple:
     return left, sigma, right.T
 
 
+def _gesvd(M: Tensor, rank: int | None) -> Triple:
+    """LAPACK's older driver: slower than divide and conquer, and it converges where that does not."""
+    left, sigma, right = scipy.linalg.svd(M.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+    left, sigma, right = (torch.from_numpy(part).to(M.device) for part in (left, sigma, right))
+    return left, sigma, right.T
+
+
 def _gram(M: Tensor, rank: int | None) -> Triple:
     if M.shape[0] > M.shape[1]:
         right, sigma, left = _gram(M.T, rank)
         return left, sigma, right
-    _, left = torch.linalg.eigh(M @ M.T)
-    left = left.flip(-1)
+    left = torch.linalg.eigh(M @ M.T)[1]
     # sqrt(eigenvalue) loses half the digits of small sigmas; the length of the image does not.
-    image = M.T @ left
+    return _by_image(M.T, left)
+
+
+def _by_image(M: Tensor, basis: Tensor) -> Triple:
+    """The triples ``(basis, |M basis|, M basis / |M basis|)`` in order of sigma, for a basis of singular vectors."""
+    image = M @ basis
     sigma = image.norm(dim=0)
     order = sigma.argsort(descending=True, stable=True)
-    sigma, left, image = sigma[order], left[:, order], image[:, order]
-    return left, sigma, image / sigma.clamp_min(1e-300)
+    sigma, basis, image = sigma[order], basis[:, order], image[:, order]
+    return basis, sigma, image / sigma.clamp_min(1e-300)
 
 
-def _randomised(M: Tensor, rank: int | None) -> Triple:
+def _krylov(M: Tensor, rank: int | None) -> Triple:
+    """Rayleigh and Ritz on a growing block Krylov space of ``M^T M``, until the wanted triples have converged."""
     assert rank is not None
-    generator = torch.Generator(M.device).manual_seed(0)
-    width = min(rank + 16, *M.shape)
-    Q = torch.randn(M.shape[1], width, generator=generator, dtype=M.dtype, device=M.device)
-    for _ in range(12):
-        Q, _ = torch.linalg.qr(M.T @ torch.linalg.qr(M @ Q)[0])
-    left, sigma, inner = torch.linalg.svd(M @ Q, full_matrices=False)
-    return left, sigma, Q @ inner.T
+    if M.shape[0] < M.shape[1]:
+        right, sigma, left = _krylov(M.T, rank)
+        return left, sigma, right
+    n = M.shape[1]
+    width = min(rank + 8, n)
+    generator = torch.Generator().manual_seed(0)
+    block = torch.linalg.qr(torch.randn(n, width, generator=generator, dtype=M.dtype).to(M.device))[0]
+    image = M @ block
+    space, ritz = block, image.T @ image
+    while True:
+        for _ in range(4):
+            block = M.T @ image
+            for _ in range(2):  # once is not enough, twice is
+                block = torch.linalg.qr(block - space @ (space.T @ block))[0]
+            before, image = image, M @ block
+            # The space is orthonormal, so M^T M is block tridiagonal in it: only neighbours meet.
+            ritz = torch.nn.functional.pad(ritz, (0, width, 0, width))
+            ritz[-width:, -width:] = image.T @ image
+            ritz[-width:, -2 * width : -width] = image.T @ before
+            ritz[-2 * width : -width, -width:] = before.T @ image
+            space = torch.cat([space, block], 1)
+        right, sigma, left = _by_image(M, space @ torch.linalg.eigh(ritz)[1][:, -rank:])
+        residual = (M.T @ left - right * sigma).norm() / sigma[0].clamp_min(1e-300)
+        # Beyond a quarter of the short side the whole decomposition is the shorter way.
+        if residual < TOLERANCE / 10 or space.shape[1] + 4 * width > n // 4:
+            return left, sigma, right
 
 
-def _cut(found: Triple, M: Tensor, rank: int | None) -> SVD:
+def _zero(*sizes: int) -> float:
+    """What counts as a zero sigma in float64, relative to the size of the matrix."""
+    return max(sizes) * EPS * 8
+
+
+def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
     """Cut at the rank, and measure: ``M right = sigma left``, ``M^T left = sigma right``, both sides orthonormal."""
     left, sigma, right = found
-    top = sigma[0] if len(sigma) and sigma[0] > 0 else sigma.new_ones(())
-    keep = int((sigma > top * max(M.shape) * torch.finfo(M.dtype).eps * 8).sum())
+    keep = int((sigma > max(float(sigma[0]) * _zero(*M.shape), floor)).sum()) if len(sigma) else 0
+    whole = rank is None or keep <= rank
     keep = keep if rank is None else min(keep, rank)
     left, sigma, right = left[:, :keep], sigma[:keep], right[:, :keep]
     if not keep:
-        return SVD(sigma, left.T, right.T, 0.0)
+        return SVD(sigma, left.T.contiguous(), right.T.contiguous(), 0.0 if bool(torch.isfinite(sigma).all()) else 1.0)
     identity = torch.eye(keep, dtype=M.dtype, device=M.device)
-    residual = max(
-        (M @ right - left * sigma).norm() / top,
-        (M.T @ left - right * sigma).norm() / top,
+    residuals = [
+        (M @ right - left * sigma).norm() / sigma[0],
+        (M.T @ left - right * sigma).norm() / sigma[0],
         (left.T @ left - identity).abs().max(),
         (right.T @ right - identity).abs().max(),
-    )
-    if rank is None:
-        residual = max(residual, (M - (left * sigma) @ right.T).norm() / M.norm())
-    return SVD(sigma, left.T.contiguous(), right.T.contiguous(), float(residual))
+    ]
+    if whole and len(found[1]) == min(M.shape):
+        missing = (M - (left * sigma) @ right.T).norm()
+        residuals.append((missing - floor * min(M.shape) ** 0.5).clamp_min(0.0) / M.norm())
+    # A stack's maximum, unlike Python's max, keeps a NaN.
+    return SVD(sigma, left.T.contiguous(), right.T.contiguous(), float(torch.stack(residuals).max()))

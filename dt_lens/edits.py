@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import Matrix, SideName, find_matrix, fold, unfold
-from dt_lens.svd import Decomposition, decompose_matrix
 
 if TYPE_CHECKING:
     from dt_lens.lens import Lens

@@ -11,9 +11,11 @@ Folding: what a reading matrix sees is ``(x - mean) / std * w + b``, so up to th
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from functools import lru_cache
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -22,10 +24,21 @@ from torch import Tensor
 
 from dt_lens.errors import DtLensError, nearest
 
-if TYPE_CHECKING:
-    from dt_lens.lens import Lens
-
-__all__ = ["Factor", "Matrix", "SideName", "Structure", "catalogue", "find_matrix", "select_matrices"]
+__all__ = [
+    "RESIDUAL",
+    "Factor",
+    "Matrix",
+    "SideName",
+    "Snapshot",
+    "Structure",
+    "Weighted",
+    "catalogue",
+    "find_matrix",
+    "fingerprint",
+    "fold",
+    "select_matrices",
+    "unfold",
+]
 
 SideName = Literal["read", "write", "neuron", "head", "query", "key"]
 RESIDUAL: tuple[SideName, ...] = ("read", "write", "query", "key")  # the sides that face the residual stream
@@ -45,6 +58,27 @@ class Structure(NamedTuple):
     attn_scale: tuple[float, ...]  # what scores are multiplied by, per layer
     attn_norm: tuple[str | None, ...]
     mlp_norm: tuple[str | None, ...]
+
+
+class Weighted(Protocol):
+    """What the catalogue needs of a model: its weights by canonical name, and its structure."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def structure(self) -> Structure: ...
+
+
+class Snapshot(NamedTuple):
+    """The weights and structure of a model at one moment: a wrapped model collects them anew each time it is asked."""
+
+    weights: Mapping[str, Tensor]
+    structure: Structure
+
+    @classmethod
+    def of(cls, model: Weighted) -> Snapshot:
+        return model if isinstance(model, cls) else cls(model.weights, model.structure)
 
 
 class Factor(NamedTuple):
@@ -121,13 +155,18 @@ class Matrix:
             return "right"
         raise DtLensError(f"{self.name} has no side {side!r}; it has {self.left!r} and {self.right!r}.")
 
-    def raw(self, lens: Lens) -> list[Float[Tensor, "left right"]]:
-        """The factors in float64, whose product in order is the matrix."""
+    def norm(self, side: Literal["left", "right"]) -> str | None:
+        """The prefix of the LayerNorm (``"blocks.0.ln1"``) that a side reads through, if any."""
+        return self.left_norm if side == "left" else self.right_norm
+
+    def raw(self, lens: Weighted) -> list[Tensor]:
+        """The factors ``[d_left, r]``, ``[r, d_right]`` (or the one) in float64; their product is the matrix."""
         weights = lens.weights
         return [factor.view(weights).double() for factor in self.factors]
 
-    def folded(self, lens: Lens) -> list[Float[Tensor, "left right"]]:
+    def folded(self, lens: Weighted) -> list[Tensor]:
         """The factors with the LayerNorm folded in: centred and scaled on every side that reads through one."""
+        lens = Snapshot.of(lens)
         factors = self.raw(lens)
         if self.left_norm is not None:
             factors[0] = fold(factors[0], lens.weights[f"{self.left_norm}.w"])
@@ -135,7 +174,7 @@ class Matrix:
             factors[-1] = fold(factors[-1].T, lens.weights[f"{self.right_norm}.w"]).T
         return factors
 
-    def dense(self, lens: Lens, fold_layernorm: bool = True) -> Float[Tensor, "left right"]:
+    def dense(self, lens: Weighted, fold_layernorm: bool = True) -> Float[Tensor, "left right"]:
         """The matrix itself, in float64."""
         factors = self.folded(lens) if fold_layernorm else self.raw(lens)
         return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
@@ -150,8 +189,10 @@ def fold(matrix: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"]) -> 
     return scaled - scaled.mean(0, keepdim=True)
 
 
-def unfold(change: Float[Tensor, "d_model out"], w: Tensor, norm: str) -> Float[Tensor, "d_model out"]:
-    """A change of the folded matrix carried back to the raw weight: ``diag(1/w) change``.
+def unfold(change: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"], norm: str) -> Tensor:
+    """A change of the folded matrix carried back to the raw weight: ``diag(1/w) change``, ``[d_model, out]``.
+
+    ``change`` has columns without a mean, as everything has that is folded; then folding gives it back.
 
     Raises:
         DtLensError: when a scale in ``w`` is zero: the raw weight's row is then multiplied by nothing.
@@ -174,13 +215,17 @@ ATTENTION: dict[str, tuple[SideName, SideName, str]] = {
 }
 
 
-def catalogue(lens: Lens, per_head: bool = False) -> dict[str, Matrix]:
+def catalogue(lens: Weighted, per_head: bool = False) -> dict[str, Matrix]:
     """Every matrix of a model by name, in the order of the forward pass.
 
     ``blocks.{l}.attn.W_Q`` and its kin hold all heads side by side, ``[d_model, n_heads * d_head]``; with ``per_head``
     each head's own is listed too, as ``blocks.{l}.attn.W_Q.{h}``.
     """
-    structure, weights = lens.structure, lens.weights
+    return dict(_catalogue(lens.structure, frozenset(lens.weights), per_head))
+
+
+@lru_cache(maxsize=16)
+def _catalogue(structure: Structure, weights: frozenset[str], per_head: bool) -> dict[str, Matrix]:
     found: dict[str, Matrix] = {}
 
     def add(matrix: Matrix) -> None:
@@ -203,26 +248,26 @@ def catalogue(lens: Lens, per_head: bool = False) -> dict[str, Matrix]:
             add(Matrix(f"{attn}.QK.{head}", "QK", layer, head, "query", "key", (q, k), norm, norm))
         norm = structure.mlp_norm[layer]
         for kind in ("W_in", "W_gate"):
-            add(
-                Matrix(
-                    f"{mlp}.{kind}", kind, layer, None, "read", "neuron", (Factor(f"{mlp}.{kind}", "a b -> a b"),), norm
-                )
-            )
+            whole = (Factor(f"{mlp}.{kind}", "a b -> a b"),)
+            add(Matrix(f"{mlp}.{kind}", kind, layer, None, "read", "neuron", whole, norm))
         add(Matrix(f"{mlp}.W_out", "W_out", layer, None, "neuron", "write", (Factor(f"{mlp}.W_out", "a b -> a b"),)))
     return found
 
 
-def find_matrix(lens: Lens, name: str, head: int | None = None) -> Matrix:
+def find_matrix(lens: Weighted, name: str, head: int | None = None) -> Matrix:
     """The catalogued matrix called ``name``, or that head's own when ``head`` is given.
 
     Raises:
         DtLensError: for a name that is not in the catalogue, with the nearest that is.
     """
+    lens = Snapshot.of(lens)
     known = catalogue(lens, per_head=True)
     wanted = name if head is None else f"{name}.{head}"
     if wanted in known:
         return known[wanted]
-    if head is not None and name in known:
+    if head is not None and (name in known or f"{name}.0" in known):
+        if f"{name}.0" not in known:
+            raise DtLensError(f"{name} has no heads; leave head out.")
         raise DtLensError(f"{name} has no head {head}; the model's heads are 0 to {lens.structure.n_heads - 1}.")
     raise DtLensError(
         f"The model has no matrix {wanted!r}."
@@ -230,12 +275,13 @@ def find_matrix(lens: Lens, name: str, head: int | None = None) -> Matrix:
     )
 
 
-def select_matrices(lens: Lens, patterns: Sequence[str] | str | None = None) -> list[Matrix]:
+def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None) -> list[Matrix]:
     """The catalogued matrices that match any of the shell-style ``patterns`` (all when ``None``), in forward order.
 
     Raises:
         DtLensError: for a pattern that matches nothing, with the nearest name.
     """
+    lens = Snapshot.of(lens)
     listed = catalogue(lens)
     if patterns is None:
         return list(listed.values())
@@ -243,26 +289,26 @@ def select_matrices(lens: Lens, patterns: Sequence[str] | str | None = None) -> 
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # A star means the listed ones; heads of W_Q and its kin are named in full.
-        matched = fnmatch.filter(listed, pattern) or fnmatch.filter(everything, pattern)
+        matched = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
+        matched = matched or [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise DtLensError(f"No matrix of the model matches {pattern!r}." + nearest(pattern, everything))
         chosen.update(matched)
     return [matrix for name, matrix in everything.items() if name in chosen]
 
 
-def perturbation(matrix: Matrix, lens: Lens) -> float:
-    """The spectral norm by which rounding the weights to their dtype may move the matrix.
-
-    Rounding errors are independent and at most half a unit in the last place of each entry, so their matrix has
-    spectral norm near ``(sqrt(m) + sqrt(n)) * rms`` (Vershynin, "High-Dimensional Probability", theorem 4.4.5); a
-    factor's error passes through the other.
-    """
+def fingerprint(lens: Weighted, matrix: Matrix) -> bytes:
+    """A hash of every bit that a matrix is made of, its LayerNorm's scale included."""
     weights = lens.weights
-    views = [factor.view(weights) for factor in matrix.factors]
-    sizes = [float(torch.linalg.matrix_norm(view.double(), 2)) for view in views] if len(views) > 1 else [1.0]
-    total = 0.0
-    for i, view in enumerate(views):
-        rms = float(view.double().pow(2).mean().sqrt())
-        error = torch.finfo(view.dtype).eps / 2 * rms * sum(n**0.5 for n in view.shape)
-        total += error * (sizes[1 - i] if len(views) > 1 else 1.0)
-    return total
+    names = [factor.weight for factor in matrix.factors]
+    names += [f"{norm}.w" for norm in (matrix.left_norm, matrix.right_norm) if norm is not None]
+    digest = hashlib.blake2b(digest_size=16)
+    for name in dict.fromkeys(names):
+        digest.update(f"{name} {weights[name].dtype} {list(weights[name].shape)}".encode())
+        digest.update(weight_bytes(weights[name]))
+    return digest.digest()
+
+
+def weight_bytes(weight: Tensor) -> bytes:
+    """The bits of a tensor, in the order of its entries."""
+    return weight.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

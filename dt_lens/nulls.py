@@ -21,111 +21,171 @@ from dt_lens.errors import DtLensError
 __all__ = ["HaarMaximum", "cap_probability", "frame_maximum", "q_values"]
 
 Array = NDArray[np.float64]
+CHUNK = 4_000_000  # numbers held at a time
 
 
 def cap_probability(cosine: ArrayLike, dimension: int, span: int = 1) -> Array:
     """The chance that a random subspace meets a given unit vector at ``cosine`` or more; exact.
 
     The subspace has ``span`` of ``dimension`` dimensions; ``cosine`` is the length of the vector's projection on it,
-    any shape, and for ``span=1`` the absolute cosine.
+    any shape, and for ``span=1`` the absolute cosine. Its square is Beta(span/2, (dimension-span)/2).
 
     >>> float(cap_probability(0.0, 10)), float(cap_probability(1.0, 10))
     (1.0, 0.0)
     """
-    t = np.clip(np.asarray(cosine, dtype=np.float64), 0.0, 1.0)
+    t = np.clip(np.abs(np.asarray(cosine, dtype=np.float64)), 0.0, 1.0)
     if span >= dimension:
         return np.ones_like(t)
     return np.asarray(betaincc(span / 2, (dimension - span) / 2, t**2))
 
 
+def _cap_cosine(probability: ArrayLike, dimension: int, span: int) -> Array:
+    """The inverse of ``cap_probability``."""
+    return np.asarray(np.sqrt(betainccinv(span / 2, (dimension - span) / 2, np.asarray(probability, dtype=np.float64))))
+
+
 @dataclass(frozen=True)
 class HaarMaximum:
-    """The distribution of ``max_j |cos(g, label_j)|`` for one direction ``g`` uniform on the sphere.
+    """The distribution of the best match of one random direction, or of one random subspace, with a set of labels.
 
-    The event "at least one label is matched at t" is a union of double caps of equal size, so its probability is
-    ``n * P(cap) * E[1 / N]``, with ``N`` the number of labels matched by a direction drawn from a randomly chosen cap
-    (the union estimator of Karp, Luby and Madras, 1989). The relative error is bounded at every t, however far in the
-    tail; it is exact for one label, and for labels so far apart that their caps do not meet. ``E[1/N]`` is smooth in
-    ``t``: it is drawn on a grid with common random numbers and interpolated.
+    The match with a label is the absolute cosine, for a subspace the length of the label's projection. The event "at
+    least one label is matched at t" is a union of equally likely events, so its probability is ``n P(cap) E[1/N]``,
+    with ``N`` the number of labels matched by a direction drawn from a randomly chosen label's cap (the union estimator
+    of Karp, Luby and Madras, "Monte-Carlo approximation algorithms for enumeration problems", 1989). The relative error
+    is bounded at every t, however far in the tail; it is exact for one label, and for labels so far apart that their
+    caps do not meet. ``E[1/N]`` is smooth in ``t``: it is drawn on a grid with common random numbers and interpolated.
 
     Attributes:
         n_labels: how many labels.
-        mean, std: of the maximum under the null.
+        dimension: of the space that direction and labels lie in.
+        span: dimensions of the subspace; 1 for a direction.
+        mean, std: of the best match under the null.
     """
 
     n_labels: int
     dimension: int
+    span: int
     mean: float
     std: float
     _grid: Array
-    _share: Array  # E[1/N] on the grid
+    _log_share: Array  # log E[1/N] on the grid
 
     @classmethod
     def of(
-        cls, labels: ArrayLike, dimension: int | None = None, seed: int = 0, samples: int | None = None
+        cls,
+        labels: ArrayLike,
+        dimension: int | None = None,
+        seed: int = 0,
+        span: int = 1,
+        samples: int | None = None,
     ) -> HaarMaximum:
-        """The null for ``labels [n, d]`` (any lengths; zero rows are left out), directions in ``dimension`` or ``d``.
+        """The null for ``labels [n, d]`` (any lengths; zero rows are left out).
 
-        ``dimension`` is smaller than ``d`` when directions and labels are both known to lie in a subspace, as behind a
-        LayerNorm's centring. ``samples`` defaults to 4,000, fewer for very large label sets.
+        Depends on the angles between the labels and not on the basis that they are written in, to the last Monte Carlo
+        draw.
+
+        Args:
+            labels: directions in rows.
+            dimension: of the space in which labels and direction lie, default ``d``; ``d - 1`` behind a LayerNorm's
+                centring, where all of them are orthogonal to the constant vector.
+            seed: of the Monte Carlo part.
+            span: of how many dimensions the random subspace is.
+            samples: draws, by default 4,000 (for more than 10,000 labels fewer).
         """
-        E = np.asarray(labels, dtype=np.float64)
-        norms = np.linalg.norm(E, axis=1)
-        E = E[norms > 0] / norms[norms > 0, None]
+        E = _unit_rows(labels)
         n, d = E.shape
         dimension = dimension or d
-        grid = np.sin(np.linspace(0, np.pi / 2, 41))  # dense towards 1, where caps separate
+        if n == 0 or span >= dimension:
+            # Without labels the best match is 0, and the whole space matches everything.
+            return cls(n, dimension, span, float(n > 0), 0.0, np.array([0.0, 1.0]), np.full(2, -np.log(max(n, 1))))
+        tail = _cap_cosine(np.concatenate([np.linspace(1, 0.1, 12), np.logspace(-1.5, -16, 24)]), dimension, span)
+        grid = np.unique(np.concatenate([tail, tail[-1] + (1 - tail[-1]) * np.sin(np.linspace(0, np.pi / 2, 12))]))
         share = np.ones_like(grid)
-        if n == 0:
-            raise DtLensError("An embedding has no direction that is not zero, so nothing can be compared with it.")
         if n > 1:
-            samples = samples or int(np.clip(1e8 / (n * d), 200, 4000))
-            share = _shares(E, dimension, grid, samples, np.random.default_rng([seed, n, d]))
-        null = cls(n, dimension, 0.0, 0.0, grid, share)
-        t = np.linspace(0, 1, 2001)
+            samples = samples or int(np.clip(4e7 / n, 400, 4000))
+            rng = np.random.default_rng([seed, n, dimension, span])
+            share = _shares(_coordinates(E, dimension), span, grid, samples, rng)
+        null = cls(n, dimension, span, 0.0, 0.0, grid, np.log(share))
+        t = np.linspace(0, float(_cap_cosine(1e-18 / n, dimension, span)), 4001)
         survival = null.p_value(t)
         mean = float(np.trapezoid(survival, t))
         second = float(np.trapezoid(2 * t * survival, t))
-        return cls(n, dimension, mean, float(np.sqrt(max(second - mean**2, 0.0))), grid, share)
+        std = float(np.sqrt(max(second - mean**2, 0.0)))
+        return cls(n, dimension, span, mean, std, grid, np.log(share))
 
     def p_value(self, cosine: ArrayLike) -> Array:
         """The chance that the best match is ``cosine`` (its absolute value) or more."""
-        t = np.abs(np.asarray(cosine, dtype=np.float64))
-        share = PchipInterpolator(self._grid, self._share)(np.clip(t, 0, 1)) if self.n_labels > 1 else 1.0
-        return np.clip(self.n_labels * cap_probability(t, self.dimension) * share, 0.0, 1.0)
+        t = np.clip(np.abs(np.asarray(cosine, dtype=np.float64)), 0.0, 1.0)
+        if self.n_labels == 0:
+            return np.ones_like(t)
+        share = np.exp(PchipInterpolator(self._grid, self._log_share)(t))
+        return np.clip(self.n_labels * cap_probability(t, self.dimension, self.span) * share, 0.0, 1.0)
 
     def z(self, cosine: ArrayLike) -> Array:
-        """How many of the null's standard deviations the best match lies above the null's mean."""
-        return (np.abs(np.asarray(cosine, dtype=np.float64)) - self.mean) / max(self.std, 1e-300)
+        """How many of the null's standard deviations the best match lies above the null's mean; 0 where it has none."""
+        above = np.abs(np.asarray(cosine, dtype=np.float64)) - self.mean
+        return above / self.std if self.std > 0 else np.zeros_like(above)
 
 
-def _shares(E: Array, dimension: int, grid: Array, samples: int, rng: np.random.Generator) -> Array:
-    """``E[1/N]`` at every threshold of the grid, from directions drawn in a random label's cap."""
-    n, d = E.shape
-    chosen = rng.integers(n, size=samples)
-    own = E[chosen]
-    gaussian = rng.standard_normal((samples, d))
-    if dimension < d:
-        gaussian -= gaussian.mean(1, keepdims=True)  # the subspace behind a centring
-    beside = gaussian - np.einsum("sd,sd->s", gaussian, own)[:, None] * own
-    beside /= np.linalg.norm(beside, axis=1, keepdims=True)
-    # Single precision: a draw that falls on the wrong side of t by 1e-7 moves nothing.
-    near, far = (own @ E.T).astype(np.float32), (beside @ E.T).astype(np.float32)
-    uniform = rng.random(samples)
-    a, b = 0.5, (dimension - 1) / 2
-    share = np.empty_like(grid)
-    for i, t in enumerate(grid):
-        if t >= 1:
-            # Only labels that coincide with the chosen one are matched perfectly.
-            share[i] = np.mean(1 / (np.abs(near) > 1 - 1e-6).sum(1))
-            continue
-        s = np.sqrt(betainccinv(a, b, uniform * betaincc(a, b, t**2)))
-        s = np.maximum(s, t)
-        along, across = s[:, None].astype(np.float32), np.sqrt(1 - s**2)[:, None].astype(np.float32)
-        matched = np.abs(along * near + across * far) >= t
-        matched[np.arange(samples), chosen] = True
-        share[i] = np.mean(1 / matched.sum(1))
-    return share
+def _unit_rows(labels: ArrayLike) -> Array:
+    E = np.asarray(labels, dtype=np.float64)
+    if E.ndim != 2 or not np.isfinite(E).all():
+        raise DtLensError(f"Labels have shape {list(E.shape)}; a null takes finite directions in rows, [n, d].")
+    norms = np.linalg.norm(E, axis=1)
+    return np.asarray(E[norms > 0] / norms[norms > 0, None])
+
+
+def _coordinates(E: Array, dimension: int) -> Array:
+    """The labels ``[n, d]`` in coordinates that depend on their angles alone, ``[n, dimension]``.
+
+    A rotated model then meets the very same draws.
+    """
+    n = len(E)
+    if n <= dimension:
+        # The Cholesky factor is unique; the tiny ridge keeps labels that coincide from breaking it.
+        inside = np.linalg.cholesky(E @ E.T + 1e-12 * np.eye(n))
+    else:
+        inside = E @ np.linalg.eigh(E.T @ E)[1][:, ::-1][:, :dimension]
+        inside = inside * np.where(inside[np.abs(inside).argmax(0), np.arange(inside.shape[1])] < 0, -1.0, 1.0)
+    return np.pad(inside, ((0, 0), (0, dimension - inside.shape[1])))
+
+
+def _shares(C: Array, span: int, grid: Array, samples: int, rng: np.random.Generator) -> Array:
+    """``E[1/N]`` at every threshold of the grid, from subspaces drawn in a random label's cap.
+
+    A subspace that meets a label at cosine ``c`` holds one vector ``c label + sqrt(1 - c^2) h``, and the rest of it is
+    orthogonal to the label and to ``h``.
+    """
+    n, dimension = C.shape
+    total = np.zeros_like(grid)
+    chunk = max(1, CHUNK // (max(n, dimension) * (span + 2)))
+    for start in range(0, samples, chunk):
+        size = min(chunk, samples - start)
+        chosen, uniform = rng.integers(n, size=size), rng.random(size)
+        own = C[chosen]
+        frame = rng.standard_normal((size, dimension, span))
+        frame -= own[:, :, None] * np.einsum("sd,sdk->sk", own, frame)[:, None]
+        frame = np.linalg.qr(frame)[0]
+        # Single precision: a draw that falls on the wrong side of t by 1e-7 moves nothing.
+        near = (own @ C.T).astype(np.float32)
+        inside = np.stack([(frame[:, :, i] @ C.T).astype(np.float32) for i in range(span)])
+        # The sign of a QR column is LAPACK's: make it a coin's.
+        far, rest = (
+            inside[0] * rng.choice(np.array([-1, 1], dtype=np.float32), size)[:, None],
+            np.square(inside[1:]).sum(0),
+        )
+        for i, t in enumerate(grid):
+            if t >= 1:
+                # Only labels that coincide with the chosen one are matched perfectly.
+                matched = np.abs(near) > 1 - 1e-6
+            else:
+                c = _cap_cosine(uniform * cap_probability(t, dimension, span), dimension, span)
+                c = np.maximum(c, t)
+                along, across = c[:, None].astype(np.float32), np.sqrt(1 - c**2)[:, None].astype(np.float32)
+                matched = np.square(along * near + across * far) + rest >= np.float32(t) ** 2
+            matched[np.arange(size), chosen] = True
+            total[i] += (1 / matched.sum(1)).sum()
+    return total / samples
 
 
 def frame_maximum(
@@ -136,21 +196,21 @@ def frame_maximum(
     This is the null for "the strongest match in the whole matrix". Returns ``[samples]``, sorted. Monte Carlo: with
     ``B`` draws the smallest p-value is ``1 / (B + 1)``.
     """
-    E = np.asarray(labels, dtype=np.float64)
-    norms = np.linalg.norm(E, axis=1)
-    E = E[norms > 0] / norms[norms > 0, None]
-    n, d = E.shape
-    dimension = dimension or d
-    # Only the span of the labels matters; a rotation of the frame is one of the labels.
-    if dimension < d:
-        basis = np.linalg.svd(E - E.mean(1, keepdims=True), full_matrices=False)[2][: min(n, dimension)]
-        E = E @ basis.T
-        E = np.pad(E, ((0, 0), (0, dimension - E.shape[1])))
-    rng = np.random.default_rng([seed, n, directions])
+    E = _unit_rows(labels)
+    dimension = dimension or E.shape[1]
+    if not len(E):
+        return np.zeros(samples)
+    C = _coordinates(E, dimension)
+    # Only the span of the labels matters, so of a Haar-random orthogonal matrix only as many rows are drawn as it
+    # has dimensions, and as many columns as there are directions: the shorter of both, and cut.
+    inside, count = min(len(E), dimension), min(directions, dimension)
+    C = C[:, :inside]
+    rng = np.random.default_rng([seed, len(E), directions, dimension])
     best = np.empty(samples)
     for i in range(samples):
-        frame, _ = np.linalg.qr(rng.standard_normal((dimension, min(directions, dimension))))
-        best[i] = np.abs(E @ frame).max()
+        drawn = np.linalg.qr(rng.standard_normal((dimension, min(inside, count))))[0]
+        corner = drawn[:inside] if count <= inside else drawn[:count].T
+        best[i] = np.abs(C @ corner).max()
     return np.sort(best)
 
 

@@ -1,128 +1,44 @@
-"""Singular directions of every named matrix, and what they match.
-
-``M = sum_i sigma_i left_i right_i^T``; for ``y = x M`` the left vectors live on the input side, the right ones on the
-output side.
-"""
+"""Singular directions of every named matrix, and what they match."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import hashlib
+import operator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from numpy.typing import NDArray
 
-from dt_lens.decompose import SVD, decompose
+from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
-from dt_lens.errors import DtLensError
-from dt_lens.matrices import RESIDUAL, Matrix, SideName, find_matrix, perturbation, select_matrices
-from dt_lens.nulls import HaarMaximum, cap_probability, frame_maximum, q_values
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint, select_matrices
+from dt_lens.nulls import HaarMaximum, frame_maximum, q_values
 
 if TYPE_CHECKING:
     from dt_lens.lens import Lens
 
 __all__ = ["COLUMNS", "Decomposition", "WeightSVD"]
 
-COLUMNS = [
-    "matrix",
-    "layer",
-    "head",
-    "side",
-    "sv",
-    "block",
-    "sigma",
-    "embedding",
-    "label",
-    "cosine",
-    "z",
-    "p_value",
-    "q_value",
-]
+COLUMNS = ["matrix", "layer", "head", "side", "sv", "block", "sigma", "embedding", "label", "cosine"]
+COLUMNS += ["z", "p_value", "q_value"]
+STRONGEST = ["matrix", "side", "embedding", "sv", "label", "cosine", "null_median", "p_value", "q_value"]
 NULLS = ("haar",)
-# Two singular vectors count as told apart when rounding the weights turns them by less than this many radians.
-MAX_ANGLE = 0.1
+TINY = 1e-9  # of its own length: a direction of which centring leaves no more than this is gone
+Array = NDArray[np.float64]
+Names = Sequence[str] | str
 
 
-@dataclass(frozen=True)
-class Decomposition:
-    """The singular directions of one matrix, largest sigma first, cut at its numerical rank.
+class _Rows(NamedTuple):
+    """An embedding as one side of a matrix meets it: unit or zero rows ``[n, d_model]``, and their space's dimension."""
 
-    Attributes:
-        sigma: ``[k]``.
-        left, right: ``[k, d_left]``, ``[k, d_right]``, unit rows. Signs are canonical: the entry of largest magnitude
-            on the first side that faces the residual stream is positive.
-        folded: whether the LayerNorm before the matrix is folded in.
-        blocks: the directions in groups, ``[start, stop)``; a group of more than one holds sigmas too close to tell
-            apart under rounding of the weights, and only its span means anything (Davis and Kahan, 1970: the angle is
-            at most the perturbation over the gap).
-        error: ``||M - sum|| / ||M||``, measured.
-    """
-
-    matrix: Matrix
-    sigma: Float[Tensor, " k"]
-    left: Float[Tensor, "k d_left"]
-    right: Float[Tensor, "k d_right"]
-    folded: bool
-    blocks: tuple[tuple[int, int], ...]
-    error: float
-
-    def side(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
-        """The directions on a side by its name (``None``: the only side on the residual stream)."""
-        return self.left if self.matrix.side(side) == "left" else self.right
-
-    def _maybe(self, side: SideName) -> Tensor | None:
-        return self.side(side) if side in (self.matrix.left, self.matrix.right) else None
-
-    @property
-    def read(self) -> Float[Tensor, "k d_model"] | None:
-        """Directions read from the stream; ``None`` where there are none (QK has ``query`` and ``key``)."""
-        return self._maybe("read")
-
-    @property
-    def write(self) -> Float[Tensor, "k d_model"] | None:
-        """Directions written to the stream, or ``None``."""
-        return self._maybe("write")
-
-    @property
-    def neuron(self) -> Float[Tensor, "k d_mlp"] | None:
-        """Directions over the MLP's neurons, or ``None``."""
-        return self._maybe("neuron")
-
-    @property
-    def head(self) -> Float[Tensor, "k d_head"] | None:
-        """Directions inside the attention heads, or ``None``."""
-        return self._maybe("head")
-
-    @property
-    def query(self) -> Float[Tensor, "k d_model"] | None:
-        """QK's directions on the query's stream, or ``None``."""
-        return self._maybe("query")
-
-    @property
-    def key(self) -> Float[Tensor, "k d_model"] | None:
-        """QK's directions on the key's stream, or ``None``."""
-        return self._maybe("key")
-
-    def block_of(self, sv: int) -> tuple[int, int]:
-        """The group ``[start, stop)`` that direction ``sv`` belongs to."""
-        return next(block for block in self.blocks if block[0] <= sv < block[1])
-
-    def as_embedding(self, side: SideName | None = None, k: int | None = None) -> Embedding:
-        """These directions as an embedding, so that later layers can be compared with what this matrix writes."""
-        directions = self.side(side)[:k]
-        labels = [f"{self.matrix.name}[{i}]" for i in range(len(directions))]
-        return Embedding(directions, labels, kind="direction", side="in")
-
-    def __repr__(self) -> str:
-        sides = f"{self.matrix.left} [{self.left.shape[1]}] -> {self.matrix.right} [{self.right.shape[1]}]"
-        how = "folded" if self.folded else "raw"
-        return (
-            f"Decomposition({self.matrix.name}, {len(self.sigma)} directions, {sides}, {how}, error {self.error:.0e})"
-        )
+    embedding: Embedding
+    directions: Array
+    dimension: int
+    digest: bytes
 
 
 class WeightSVD:
@@ -131,20 +47,21 @@ class WeightSVD:
     Args:
         model: a wrapped model.
         rank: how many directions of each matrix; all of them when ``None``.
-        embeddings: a registry, or names of the model's own embeddings (shell patterns); the model's own registry when
-            ``None``.
+        embeddings: a registry of this model's, or names of its own embeddings (shell patterns), which are then compared
+            with every side; the model's own registry when ``None``.
         fold_layernorm: decompose what acts on the stream, ``(I - 11^T/d) diag(w) W``, and compare with effective
             embedding directions; ``False`` takes raw weights and raw directions.
 
     Raises:
-        DtLensError: for a registry of another model, or of another dimension.
+        DtLensError: for something that is no wrapped model, a registry of another model or of another dimension, or a
+            rank below 1.
     """
 
     def __init__(
         self,
         model: Lens,
         rank: int | None = None,
-        embeddings: EmbeddingRegistry | Sequence[str] | str | None = None,
+        embeddings: EmbeddingRegistry | Names | None = None,
         fold_layernorm: bool = True,
     ) -> None:
         if not hasattr(model, "structure") or not hasattr(model, "embeddings"):
@@ -152,54 +69,57 @@ class WeightSVD:
                 f"WeightSVD takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load "
                 "first."
             )
-        if rank is not None and rank < 1:
-            raise DtLensError(f"rank is {rank}; it must be at least 1, or None for all directions.")
+        if rank is not None and (not hasattr(rank, "__index__") or operator.index(rank) < 1):
+            raise DtLensError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for all directions.")
         self.model = model
         self.rank = rank
         self.fold_layernorm = fold_layernorm
-        own = model.embeddings
-        if isinstance(embeddings, EmbeddingRegistry) and (embeddings.d_model, embeddings.owner) != (
-            own.d_model,
-            own.owner,
-        ):
+        self._registry = embeddings if isinstance(embeddings, EmbeddingRegistry) else None
+        own, given = model.embeddings, self._registry
+        if given is not None and (given.d_model, given.owner) != (own.d_model, own.owner):
             raise DtLensError(
                 "These embeddings belong to another model; register copies with owner=None to compare on purpose."
             )
-        self.registry = embeddings if isinstance(embeddings, EmbeddingRegistry) else own
         # Named embeddings are compared with every side; unnamed ones with the sides where they can be met.
-        self._named: Sequence[str] | str | None = None if isinstance(embeddings, EmbeddingRegistry) else embeddings
-        self._done: dict[str, tuple[tuple[float, ...], Decomposition]] = {}
+        self._named: Names | None = None if isinstance(embeddings, EmbeddingRegistry) else embeddings
+        if self._named is not None:
+            own.select(self._named)
+        self._done: dict[str, tuple[bytes, Decomposition]] = {}
         self._nulls: dict[tuple[Any, ...], HaarMaximum] = {}
 
-    def __getitem__(self, name: str) -> Decomposition:
-        """The decomposition of the matrix called ``name``; kept until the weights change."""
-        matrix = find_matrix(self.model, name)
-        state = self._fingerprint(matrix)
-        if name not in self._done or self._done[name][0] != state:
-            self._done[name] = (state, decompose_matrix(self.model, matrix, self.rank, self.fold_layernorm))
-        return self._done[name][1]
+    @property
+    def registry(self) -> EmbeddingRegistry:
+        """The embeddings that directions are compared with."""
+        return self.model.embeddings if self._registry is None else self._registry
 
-    def _fingerprint(self, matrix: Matrix) -> tuple[float, ...]:
-        weights = self.model.weights
-        names = [factor.weight for factor in matrix.factors]
-        names += [f"{norm}.w" for norm in (matrix.left_norm, matrix.right_norm) if norm is not None]
-        return tuple(
-            float(value) for name in names for value in (weights[name].double().sum(), weights[name].double().norm())
-        )
+    def __getitem__(self, name: str) -> Decomposition:
+        """The decomposition of the matrix called ``name``; kept until a bit of its weights changes.
+
+        Raises:
+            DtLensError: for a name that is not in the catalogue, with the nearest that is; for weights that hold NaN.
+        """
+        return self._decomposition(Snapshot.of(self.model), name)
+
+    def _decomposition(self, lens: Snapshot, name: str) -> Decomposition:
+        matrix = find_matrix(lens, name)
+        state = fingerprint(lens, matrix)
+        if name not in self._done or self._done[name][0] != state:
+            self._done[name] = (state, decompose_matrix(lens, matrix, self.rank, self.fold_layernorm))
+        return self._done[name][1]
 
     def scan(
         self,
-        matrices: Sequence[str] | str | None = None,
+        matrices: Names | None = None,
         null: str = "haar",
         seed: int = 0,
-        embeddings: Sequence[str] | str | None = None,
+        embeddings: Names | None = None,
     ) -> pd.DataFrame:
         """What every direction of every matrix matches best, with the chance of a match as good.
 
-        A row is one direction (or one block of directions that cannot be told apart: the match is then with its span)
-        against one embedding: the label of largest absolute cosine, ``z`` and ``p_value`` under the null that the
-        direction is rotated at random (the maximum over the labels), and ``q_value`` by Benjamini-Hochberg over the
-        whole table. ``table.attrs`` tells what was folded, which embeddings are untrained heads, the null and the seed.
+        A row is one direction, or one block of directions that cannot be told apart, against one embedding: the label
+        of largest absolute cosine (for a block, of largest projection on its span, which has no sign), ``z`` and
+        ``p_value`` under the null that the direction or span is rotated at random (the maximum over the labels), and
+        ``q_value`` by Benjamini-Hochberg over the whole table.
 
         Args:
             matrices: shell patterns such as ``"*.W_in"``; every catalogued matrix when ``None``.
@@ -210,20 +130,23 @@ class WeightSVD:
 
         Returns:
             a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value
-            q_value``.
+            q_value``; ``sv`` is the direction, or the first of ``block`` directions that cannot be told apart.
+            ``table.attrs`` tells what was folded, which embeddings are untrained heads, the null and the seed.
+
+        Raises:
+            DtLensError: for an unknown matrix, embedding or null, or values that are not finite.
         """
         if null not in NULLS:
-            raise DtLensError(f"Unknown null {null!r}; known are {', '.join(NULLS)}.")
-        named = self._named if embeddings is None else embeddings
-        parts: list[pd.DataFrame] = []
-        for matrix in select_matrices(self.model, matrices):
-            found = self[matrix.name]
-            for side in matrix.residual_sides:
-                for embedding in self.registry.select(named):
-                    if named is not None or (embedding.side == "out") == (side == "write"):
-                        parts.append(self._matches(found, side, embedding, seed))
-        table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS[:-1])
-        table["q_value"] = q_values(table["p_value"])
+            raise DtLensError(f"Unknown null {null!r}; known are {', '.join(NULLS)}." + nearest(null, NULLS))
+        parts: list[dict[str, Any]] = []
+        for found, side, rows in self._meetings(matrices, embeddings):
+            parts.append(self._matches(found, side, rows, seed))
+        columns: dict[str, Any] = {
+            name: np.concatenate([part[name] for part in parts]) if parts else [] for name in COLUMNS[:-1]
+        }
+        table = pd.DataFrame(columns)
+        table["head"] = pd.array([None if head < 0 else head for head in table["head"]], dtype="Int64")
+        table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
         table.attrs = {
             "fold_layernorm": self.fold_layernorm,
             "null": null,
@@ -232,178 +155,177 @@ class WeightSVD:
         }
         return table
 
-    def _matches(self, found: Decomposition, side: SideName, embedding: Embedding, seed: int) -> pd.DataFrame:
-        """The rows of one matrix side against one embedding, a row for each block of directions."""
-        E, dimension = self.comparable(found, side, embedding)
-        cosines = found.side(side).cpu().numpy() @ E.T
-        null = self._null(E, dimension, (embedding.name, dimension < E.shape[1]), seed)
-        starts = np.array([start for start, _ in found.blocks])
-        # The length of a label's projection on each block's span; for a block of one, the absolute cosine.
-        lengths = np.sqrt(np.add.reduceat(cosines**2, starts, axis=0))
-        best = lengths.argmax(1)
-        value = lengths[np.arange(len(starts)), best]
-        p = null.p_value(value)
-        sizes = np.diff([*starts, len(cosines)])
-        for i in np.flatnonzero(sizes > 1):
-            # The union bound over labels: valid for any span, and close in the tail.
-            p[i] = min(1.0, null.n_labels * float(cap_probability(value[i], dimension, int(sizes[i]))))
-        signed = np.where(sizes == 1, cosines[starts, best], value)
-        labels = np.asarray(embedding.labels, dtype=object)
-        return pd.DataFrame(
-            {
-                "matrix": found.matrix.name,
-                "layer": found.matrix.layer,
-                "head": pd.array([found.matrix.head] * len(starts), dtype="Int64"),
-                "side": side,
-                "sv": starts,
-                "block": starts,
-                "sigma": found.sigma.cpu().numpy()[starts],
-                "embedding": embedding.name,
-                "label": labels[best],
-                "cosine": signed,
-                "z": null.z(value),
-                "p_value": p,
-            }
-        )
+    def _meetings(
+        self, matrices: Names | None, embeddings: Names | None
+    ) -> Iterator[tuple[Decomposition, SideName, _Rows]]:
+        """Every matrix side on the residual stream with every embedding that it is to be compared with."""
+        lens = Snapshot.of(self.model)
+        named = self._named if embeddings is None else embeddings
+        chosen = self.registry.select(named)
+        seen: dict[tuple[str, bool], _Rows] = {}  # the same rows meet many matrices
+        for matrix in select_matrices(lens, matrices):
+            found = self._decomposition(lens, matrix.name)
+            for side in matrix.residual_sides:
+                for embedding in chosen:
+                    if named is None and (embedding.side == "out") != (side == "write"):
+                        continue
+                    key = (embedding.name, self._centred(matrix, side))
+                    if key not in seen:
+                        seen[key] = self._rows(matrix, side, embedding)
+                    yield found, side, seen[key]
 
-    def comparable(
-        self, found: Decomposition, side: SideName, embedding: Embedding
-    ) -> tuple[np.ndarray[Any, Any], int]:
-        """An embedding's unit rows ``[n, d_model]`` as one side meets them, and the dimension of their space.
+    def _matches(self, found: Decomposition, side: SideName, rows: _Rows, seed: int) -> dict[str, Any]:
+        """The columns of one matrix side against one embedding, an entry for each block of directions."""
+        matrix, count = found.matrix, len(found.blocks)
+        starts = np.array([start for start, _ in found.blocks], dtype=np.int64)
+        sizes = np.array([stop - start for start, stop in found.blocks], dtype=np.int64)
+        cosines = found.side(side).cpu().numpy() @ rows.directions.T
+        # The length of a label's projection on each block's span; for a block of one, the absolute cosine.
+        lengths = np.sqrt(np.add.reduceat(cosines**2, starts, axis=0)) if count else cosines
+        best = lengths.argmax(1)
+        value = np.minimum(lengths[np.arange(count), best], 1.0)
+        p, z = np.ones(count), np.zeros(count)
+        for size in np.unique(sizes):
+            null, these = self._null(rows, int(size), seed), sizes == size
+            p[these], z[these] = null.p_value(value[these]), null.z(value[these])
+        return {
+            "matrix": np.full(count, matrix.name, dtype=object),
+            "layer": np.full(count, matrix.layer),
+            "head": np.full(count, -1 if matrix.head is None else matrix.head),
+            "side": np.full(count, side, dtype=object),
+            "sv": starts,
+            "block": sizes,
+            "sigma": found.sigma.cpu().numpy()[starts],
+            "embedding": np.full(count, rows.embedding.name, dtype=object),
+            "label": np.asarray(rows.embedding.labels, dtype=object)[best],
+            "cosine": np.where(sizes == 1, np.sign(cosines[starts, best]) * value, value),
+            "z": z,
+            "p_value": p,
+        }
+
+    def _centred(self, matrix: Matrix, side: SideName) -> bool:
+        return self.fold_layernorm and matrix.norm(matrix.side(side)) is not None
+
+    def _rows(self, matrix: Matrix, side: SideName, embedding: Embedding) -> _Rows:
+        """An embedding as one side of a matrix meets it.
 
         With folding, effective directions; on a side that reads through a LayerNorm also centred, since a constant is
-        what the centring removes: both live in ``d_model - 1`` dimensions then. Rows without length stay zero.
+        what the centring removes: directions and labels live in ``d_model - 1`` dimensions then.
         """
-        E = (embedding.effective if self.fold_layernorm else embedding.directions).detach().double()
-        norm = found.matrix.left_norm if found.matrix.side(side) == "left" else found.matrix.right_norm
-        centred = self.fold_layernorm and norm is not None
+        raw = embedding.directions.detach().double()
+        if not bool(torch.isfinite(raw).all()):
+            raise DtLensError(
+                f"The embedding {embedding.name!r} holds NaN or infinite values; every entry must be finite."
+            )
+        E = (embedding.effective if self.fold_layernorm else raw).detach().double()
+        centred = self._centred(matrix, side)
         if centred:
             E = E - E.mean(-1, keepdim=True)
-        lengths = E.norm(dim=1, keepdim=True)
-        E = torch.where(lengths > 1e-12 * lengths.max(), E / lengths.clamp_min(1e-300), 0.0)
-        return E.cpu().numpy(), E.shape[1] - int(centred)
+        lengths, whole = E.norm(dim=1, keepdim=True), raw.norm(dim=1, keepdim=True)
+        if self.fold_layernorm and embedding.layernorm is not None:
+            whole = whole * embedding.layernorm.abs().max().double()
+        E = torch.where(lengths > TINY * whole, E / lengths.clamp_min(1e-300), 0.0)
+        directions = np.ascontiguousarray(E.cpu().numpy())
+        digest = hashlib.blake2b(directions.tobytes(), digest_size=16).digest()
+        return _Rows(embedding, directions, E.shape[1] - int(centred), digest)
 
-    def _null(self, E: np.ndarray[Any, Any], dimension: int, key: tuple[Any, ...], seed: int) -> HaarMaximum:
-        key = (*key, seed, E.shape, float(E.sum()), float(np.abs(E).sum()))
+    def _null(self, rows: _Rows, span: int, seed: int) -> HaarMaximum:
+        key = (rows.digest, rows.dimension, span, seed)
         if key not in self._nulls:
-            self._nulls[key] = HaarMaximum.of(E, dimension, seed)
+            self._nulls[key] = HaarMaximum.of(rows.directions, rows.dimension, seed, span)
         return self._nulls[key]
 
     def strongest(
         self,
-        matrices: Sequence[str] | str | None = None,
-        embeddings: Sequence[str] | str | None = None,
+        matrices: Names | None = None,
+        embeddings: Names | None = None,
         samples: int = 1000,
         seed: int = 0,
     ) -> pd.DataFrame:
         """The best match of each whole matrix with each embedding; all its directions are rotated at once.
 
-        The null for "I looked at every direction and every label and saw 0.24": columns ``matrix side embedding sv
-        label cosine null_median p_value q_value``.
-        """
-        named = self._named if embeddings is None else embeddings
-        draws: dict[tuple[Any, ...], np.ndarray[Any, Any]] = {}
-        rows = []
-        for matrix in select_matrices(self.model, matrices):
-            found = self[matrix.name]
-            for side in matrix.residual_sides:
-                for embedding in self.registry.select(named):
-                    if named is None and (embedding.side == "out") != (side == "write"):
-                        continue
-                    E, dimension = self.comparable(found, side, embedding)
-                    cosines = found.side(side).cpu().numpy() @ E.T
-                    sv, label = np.unravel_index(int(np.abs(cosines).argmax()), cosines.shape)
-                    key = (embedding.name, len(cosines), dimension)
-                    if key not in draws:
-                        draws[key] = frame_maximum(E, len(cosines), dimension, samples, seed)
-                    value, null = float(cosines[sv, label]), draws[key]
-                    p = (1 + int((null >= abs(value)).sum())) / (1 + samples)
-                    rows.append(
-                        (
-                            matrix.name,
-                            side,
-                            embedding.name,
-                            int(sv),
-                            embedding.labels[int(label)],
-                            value,
-                            float(np.median(null)),
-                            p,
-                        )
-                    )
-        table = pd.DataFrame(
-            rows, columns=["matrix", "side", "embedding", "sv", "label", "cosine", "null_median", "p_value"]
-        )
-        table["q_value"] = q_values(table["p_value"])
-        return table
+        The null for "I looked at every direction and every label and saw 0.24". ``p_value`` is the share of ``samples``
+        random rotations with a match as good, or the union bound over the directions where that is smaller: a share
+        cannot be smaller than ``1 / (samples + 1)``.
 
-    def cosines(self, matrix: str, embedding: str, side: SideName | None = None) -> pd.DataFrame:
-        """All cosines of one matrix's directions (rows, by ``sv``) with one embedding's labels (columns)."""
-        found = self[matrix]
-        side = side or self._default_side(found.matrix, self.registry[embedding])
-        E, _ = self.comparable(found, side, self.registry[embedding])
-        values = found.side(side).cpu().numpy() @ E.T
-        return pd.DataFrame(
-            values, columns=list(self.registry[embedding].labels), index=pd.RangeIndex(len(values), name="sv")
-        )
+        Args: as for ``scan``.
+
+        Returns:
+            a DataFrame ``matrix side embedding sv label cosine null_median p_value q_value``.
+        """
+        draws: dict[tuple[Any, ...], Array] = {}
+        table: list[tuple[Any, ...]] = []
+        for found, side, rows in self._meetings(matrices, embeddings):
+            if not len(found.sigma):
+                continue
+            cosines = found.side(side).cpu().numpy() @ rows.directions.T
+            sv, label = np.unravel_index(int(np.abs(cosines).argmax()), cosines.shape)
+            key = (rows.digest, len(cosines), rows.dimension)
+            if key not in draws:
+                draws[key] = frame_maximum(rows.directions, len(cosines), rows.dimension, samples, seed)
+            value, drawn = float(cosines[sv, label]), draws[key]
+            share = (1 + int((drawn >= abs(value)).sum())) / (1 + samples)
+            # Both are monotone in the same statistic, so the smaller of the two is as valid as either.
+            p = min(share, len(cosines) * float(self._null(rows, 1, seed).p_value(value)))
+            name, labels = rows.embedding.name, rows.embedding.labels
+            median = float(np.median(drawn))
+            table.append((found.matrix.name, side, name, int(sv), labels[int(label)], value, median, p))
+        frame = pd.DataFrame(table, columns=STRONGEST[:-1])
+        frame["q_value"] = q_values(frame["p_value"].to_numpy(dtype=np.float64))
+        return frame
+
+    def cosines(self, matrix: str, embedding: str, side: SideName | None = None, k: int | None = None) -> pd.DataFrame:
+        """The cosines of one matrix's first ``k`` directions (rows, by ``sv``) with one embedding's labels (columns).
+
+        Args:
+            side: by default the side where the embedding is met, reading sides for input embeddings.
+
+        Raises:
+            DtLensError: for an unknown matrix or embedding, a side that is not on the residual stream, or QK without a
+                side.
+        """
+        found, labelled = self[matrix], self.registry[embedding]
+        side = self._side(found.matrix, labelled, side)
+        values = found.side(side)[:k].cpu().numpy() @ self._rows(found.matrix, side, labelled).directions.T
+        return pd.DataFrame(values, columns=list(labelled.labels), index=pd.RangeIndex(len(values), name="sv"))
 
     def top(
         self, matrix: str, embedding: str, k: int = 8, side: SideName | None = None, labels: int = 3
     ) -> pd.DataFrame:
-        """Both poles of the first ``k`` directions: the labels they point towards most, and away from most.
+        """Both poles of the first ``k`` directions: the ``labels`` that each points towards most, and away from most.
 
         Returns:
-            a DataFrame ``sv block sigma pole rank label cosine``, ``pole`` being ``"+"`` or ``"-"``; a direction's sign
-            is a convention, so neither pole is the right one.
+            a DataFrame ``sv block sigma pole rank label cosine``. ``block`` is how many directions cannot be told apart
+            from this one, itself included; ``pole`` is ``"+"`` or ``"-"``, and a direction's sign is a convention, so
+            neither pole is the right one.
+
+        Raises:
+            DtLensError: as ``cosines`` does.
         """
-        table, found = self.cosines(matrix, embedding, side), self[matrix]
-        rows = []
-        for sv in range(min(k, len(table))):
-            values = table.iloc[sv].to_numpy()
+        table, found = self.cosines(matrix, embedding, side, max(k, 0)), self[matrix]
+        names, rows = list(table.columns), []
+        for sv, values in enumerate(table.to_numpy()):
+            start, stop = found.block_of(sv)
             order = np.argsort(-values, kind="stable")
-            half = min(labels, max(1, len(values) // 2)) if len(values) > 1 else 1
-            poles: list[tuple[str, Any]] = [("+", order[:half]), ("-", order[::-1][:half] if len(values) > 1 else [])]
+            half = min(labels, len(order) // 2)
+            poles = [("+", order[:half]), ("-", order[::-1][:half])]
+            if len(order) == 1:
+                poles = [("+" if values[0] >= 0 else "-", order)]
             for pole, picked in poles:
                 for rank, j in enumerate(picked):
-                    rows.append(
-                        (
-                            sv,
-                            found.block_of(sv)[0],
-                            float(found.sigma[sv]),
-                            pole,
-                            rank,
-                            table.columns[j],
-                            float(values[j]),
-                        )
-                    )
+                    row = (sv, stop - start, float(found.sigma[sv]), pole, rank, names[j], float(values[j]))
+                    rows.append(row)
         return pd.DataFrame(rows, columns=["sv", "block", "sigma", "pole", "rank", "label", "cosine"])
 
-    def _default_side(self, matrix: Matrix, embedding: Embedding) -> SideName:
+    def _side(self, matrix: Matrix, embedding: Embedding, side: SideName | None) -> SideName:
+        """The side of a matrix on which an embedding is met."""
         sides = matrix.residual_sides
-        wanted: SideName = "write" if embedding.side == "out" else "read"
-        return wanted if wanted in sides else sides[0]
-
-
-def decompose_matrix(lens: Lens, matrix: Matrix, rank: int | None, fold_layernorm: bool) -> Decomposition:
-    """The decomposition of one catalogued matrix, with canonical signs and blocks."""
-    folded = fold_layernorm and matrix.foldable
-    factors = matrix.folded(lens) if folded else matrix.raw(lens)
-    result: SVD = decompose(factors, rank)
-    sign_side = result.left if matrix.left in RESIDUAL else result.right
-    largest = sign_side.gather(1, sign_side.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(result.sigma)
-    return Decomposition(
-        matrix,
-        result.sigma,
-        result.left * signs,
-        result.right * signs,
-        folded,
-        _blocks(result.sigma, perturbation(matrix, lens) / MAX_ANGLE),
-        result.error,
-    )
-
-
-def _blocks(sigma: Tensor, gap: float) -> tuple[tuple[int, int], ...]:
-    """Neighbours closer than ``gap`` share a block."""
-    values = sigma.tolist()
-    starts = [0] + [i for i in range(1, len(values)) if values[i - 1] - values[i] > gap]
-    return tuple(zip(starts, [*starts[1:], len(values)], strict=True)) if values else ()
+        if side is None and {"read", "write"} == set(sides):
+            side = "write" if embedding.side == "out" else "read"
+        side = matrix.left if matrix.side(side) == "left" else matrix.right
+        if side not in RESIDUAL:
+            raise DtLensError(
+                f"The {side} side of {matrix.name} is not in the residual stream, where embeddings are; "
+                f"say {' or '.join(sides)}."
+            )
+        return side
