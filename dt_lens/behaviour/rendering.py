@@ -107,8 +107,13 @@ def _make(job: dict[str, Any]) -> Any:
     import gymnasium as gym
 
     kwargs = {**job["kwargs"], "render_mode": "rgb_array"}
-    try:  # MuJoCo's environments draw at the size asked for; others do not know the words
-        env = gym.make(job["spec"], disable_env_checker=True, **kwargs, width=job["size"], height=job["size"])
+    # MuJoCo's environments draw at the size asked for, and by default from a camera that stays behind while the agent
+    # leaves; their models have another that follows it. Other environments do not know these words.
+    view: dict[str, int | str] = {"width": job["size"], "height": job["size"]}
+    if not {"camera_name", "camera_id", "default_camera_config"} & set(kwargs):
+        view["camera_name"] = "track"
+    try:
+        env = gym.make(job["spec"], disable_env_checker=True, **{**view, **kwargs})
     except TypeError:
         env = gym.make(job["spec"], disable_env_checker=True, **kwargs)
     quality = getattr(getattr(getattr(env.unwrapped, "model", None), "vis", None), "quality", None)

@@ -84,6 +84,31 @@ def test_the_replay_is_the_episode(tmp_path: Path) -> None:
         assert (made.lengths[number], made.returns[number]) == (steps, pytest.approx(total, abs=1e-9))
 
 
+FAR = """
+import gymnasium as gym
+from dt_lens.behaviour.rendering import _make, _picture
+
+def brown(x):
+    env = _make({"spec": gym.spec("Hopper-v5"), "kwargs": {}, "size": 96})
+    env.reset(seed=0)
+    position = env.unwrapped.data.qpos.copy()
+    position[0] = x
+    env.unwrapped.set_state(position, env.unwrapped.data.qvel.copy())
+    red, _, blue = _picture(env).astype(int).transpose(2, 0, 1)
+    return int((red > 1.5 * blue + 20).sum())
+
+near, far = brown(0.0), brown(50.0)
+assert near > 100 and abs(near - far) < 0.2 * near, (near, far)
+"""
+
+
+def test_the_camera_goes_with_the_agent() -> None:
+    """Gymnasium's default camera stays where the episode began, and an agent that runs is soon out of the picture."""
+    needs_opengl()
+    environ = {**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL") or "egl"}
+    subprocess.run([sys.executable, "-c", FAR], env=environ, check=True)
+
+
 LAMP = """
 import gymnasium as gym
 import numpy as np
