@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -32,9 +32,10 @@ class Task:
     environment: str
     kwargs: Mapping[str, Any]
     spec: EnvSpec  # travels instead of the id: a worker has not imported what registered it
+    observation_space: spaces.Space[Any]
+    action_space: spaces.Space[Any]
     state_dim: int
     act_dim: int
-    discrete: bool
     time_limit: int  # steps after which an episode is cut
 
     def make(self, **kwargs: Any) -> Env:
@@ -44,28 +45,26 @@ class Task:
         """
         return _make(self.spec, {**self.kwargs, **kwargs})
 
-    def state(self, env: Env, observation: Any) -> NDArray[np.float64]:
+    def state(self, observation: Any) -> NDArray[np.float64]:
         """An observation as the model's flat state vector ``[state_dim]``, not yet normalised."""
-        space = env.observation_space
+        space = self.observation_space
         if isinstance(space, spaces.Box) and len(space.shape) == 1:
             return np.asarray(observation, dtype=np.float64)
         return np.asarray(spaces.flatten(space, observation), dtype=np.float64)
 
-    def action(self, env: Env, prediction: NDArray[np.float32]) -> tuple[Any, NDArray[np.float32]]:
-        """What to do for a predicted action ``[act_dim]``: the action for ``env.step``, and what the model is fed back.
+    def actions(self, predictions: NDArray[np.float32]) -> tuple[Sequence[Any], NDArray[np.float32]]:
+        """What to do for predicted actions ``[n, act_dim]``: ``n`` for ``env.step``, and ``[n, act_dim]`` to feed back.
 
         Continuous predictions are clipped to the action box and not rescaled; of discrete ones, which are logits, the
         largest is taken, and fed back one-hot.
         """
-        space = env.action_space
+        space = self.action_space
         if isinstance(space, spaces.Discrete):
-            best = int(prediction.argmax())
-            taken = np.zeros_like(prediction)
-            taken[best] = 1.0
-            return int(space.start) + best, taken
+            best = predictions.argmax(axis=1)
+            return (int(space.start) + best).tolist(), np.eye(self.act_dim, dtype=np.float32)[best]
         assert isinstance(space, spaces.Box)
-        action = np.clip(prediction.astype(space.dtype), space.low, space.high)
-        return action, action.astype(np.float32)
+        clipped = np.clip(predictions.astype(space.dtype), space.low, space.high)
+        return list(clipped), clipped.astype(np.float32)
 
 
 def make_task(
@@ -88,6 +87,7 @@ def make_task(
     try:
         state_dim = _state_size(environment, env.observation_space)
         act_dim, discrete = _action_size(environment, env.action_space)
+        spaces_of = env.observation_space, env.action_space
     finally:
         env.close()
     if state_dim != cfg.state_dim:
@@ -102,7 +102,7 @@ def make_task(
         what = "kinds of action" if discrete else "numbers per action"
         raise DtLensError(f"{environment} takes {act_dim} {what} and this model predicts {cfg.act_dim}.")
     limit = min(spec.max_episode_steps or cfg.max_ep_len, max_steps or 10**9)
-    return Task(environment, dict(kwargs), spec, state_dim, act_dim, discrete, limit)
+    return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, limit)
 
 
 def _find(environment: str) -> EnvSpec:

@@ -27,6 +27,8 @@ FailureRule = Literal["terminated", "truncated"] | float | Callable[[pd.DataFram
 # Here the environment ends an episode when the goal is reached, and running out of time is failing.
 _ENDS_IN_SUCCESS = ("MountainCar", "Acrobot", "MiniGrid", "BabyAI", "PointMaze", "AntMaze")
 
+_KEPT = ("environment", "environment_kwargs", "target_return", "time_limit", "model_id", "failure")
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -202,14 +204,34 @@ class Evaluation:
         return Comparison.of(self, baseline, confidence=confidence, seed=seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Provenance, ``summary()`` and the episodes, as plain JSON values."""
+        """Provenance, ``summary()`` and the episodes, as plain JSON values; a failure function is left out."""
         return {
             "model_id": self.model_id,
             "edits": list(self.edits),
             "environment_kwargs": dict(self.environment_kwargs),
+            "failure": None if callable(self.failure) else self.failure,
             **self.summary(),
             "per_episode": {name: column.tolist() for name, column in self.to_frame().items()},
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of ``to_dict``, to the last bit; a failure function that was left out becomes the default rule.
+
+        Raises:
+            DtLensError: for a value that is missing or of the wrong kind.
+        """
+        from dt_lens.behaviour.rollouts import Outcome
+
+        try:
+            columns = (values["per_episode"][name] for name in ("seed", "return", "length", "terminated", "truncated"))
+            return cls.from_outcomes(
+                [Outcome(*row) for row in zip(*columns, strict=True)],
+                edits=tuple(values["edits"]),
+                **{name: values[name] for name in _KEPT},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DtLensError(f"These are not the values of an evaluation's to_dict: {error!r}.") from error
 
     def _rows(self) -> list[tuple[str, str]]:
         s = self.summary()

@@ -7,7 +7,7 @@ lane it ran in, beside whom and after whom, must not show in a single bit of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -64,39 +64,44 @@ class _Lane:
     def begin(self, seed: int) -> NDArray[np.float64]:
         self.seed, self.length, self.total = seed, 0, 0.0
         observation, _ = self.env.reset(seed=seed)
-        return self.task.state(self.env, observation)
+        return self.task.state(observation)
 
     def step(self, action: Any) -> tuple[NDArray[np.float64], bool, bool]:
         observation, reward, terminated, truncated, _ = self.env.step(action)
         self.length += 1
         self.total += float(reward)
         truncated = bool(truncated) or self.length >= self.task.time_limit
-        return self.task.state(self.env, observation), bool(terminated), truncated
+        return self.task.state(observation), bool(terminated), truncated
 
     def outcome(self, terminated: bool, truncated: bool) -> Outcome:
         return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated)
 
 
 class _Inputs:
-    """What the policy is fed next, a row per lane, in arrays that torch shares."""
+    """What the policy is fed next, a row per lane."""
 
-    def __init__(self, width: int, task: Task) -> None:
-        self.states = np.zeros((width, task.state_dim), np.float32)
-        self.returns_to_go = np.zeros((width, 1), np.float32)
+    def __init__(self, width: int, task: Task, conditions: Conditions) -> None:
+        self.conditions = conditions
+        self.states = np.zeros((width, task.state_dim))
+        self.earned = np.zeros((width, 1))
         self.timesteps = np.zeros(width, np.int64)
         self.actions = np.zeros((width, task.act_dim), np.float32)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c = self.conditions
+        states = ((self.states - c.state_mean) / c.state_std).astype(np.float32)
+        returns_to_go = ((c.target_return - self.earned) / c.return_scale).astype(np.float32)
+        timesteps = np.minimum(self.timesteps, c.last_timestep)
         return (
-            torch.from_numpy(self.states),
-            torch.from_numpy(self.returns_to_go),
-            torch.from_numpy(self.timesteps),
+            torch.from_numpy(states),
+            torch.from_numpy(returns_to_go),
+            torch.from_numpy(timesteps),
             torch.from_numpy(self.actions),
         )
 
     def keep(self, rows: Sequence[int]) -> None:
         index = np.asarray(rows)
-        self.states, self.returns_to_go = self.states[index], self.returns_to_go[index]
+        self.states, self.earned = self.states[index], self.earned[index]
         self.timesteps, self.actions = self.timesteps[index], self.actions[index]
 
 
@@ -127,15 +132,13 @@ def run_episodes(
     Raises:
         DtLensError: for an action that is not finite.
     """
-    inputs = _Inputs(policy.width, task)
+    inputs = _Inputs(policy.width, task, conditions)
     lanes: dict[int, _Lane] = {}  # by row
     outcomes: list[Outcome] = []
 
     def begin(row: int, seed: int) -> None:
-        _set_state(inputs, row, lanes[row].begin(seed), conditions)
-        inputs.returns_to_go[row] = conditions.target_return / conditions.return_scale
-        inputs.timesteps[row] = 0
-        inputs.actions[row] = 0.0
+        inputs.states[row] = lanes[row].begin(seed)
+        inputs.earned[row] = inputs.timesteps[row] = 0
         policy.restart(row)
 
     try:
@@ -147,15 +150,14 @@ def run_episodes(
             begin(row, seed)
         while lanes:
             predictions = policy.act(*inputs.tensors()).float().cpu().numpy()
+            _check_finite(predictions, lanes)
+            actions, inputs.actions = task.actions(predictions)
             for row, lane in list(lanes.items()):
-                action, taken = task.action(lane.env, _finite(predictions[row], lane))
-                state, terminated, truncated = lane.step(action)
+                state, terminated, truncated = lane.step(actions[row])
                 if not (terminated or truncated):
-                    _set_state(inputs, row, state, conditions)
-                    left = (conditions.target_return - lane.total) / conditions.return_scale
-                    inputs.returns_to_go[row] = left
-                    inputs.timesteps[row] = min(lane.length, conditions.last_timestep)
-                    inputs.actions[row] = taken
+                    inputs.states[row] = state
+                    inputs.earned[row] = lane.total
+                    inputs.timesteps[row] = lane.length
                     continue
                 outcomes.append(lane.outcome(terminated, truncated))
                 seed = next(seeds, None)
@@ -173,17 +175,15 @@ def run_episodes(
     return outcomes
 
 
-def _set_state(inputs: _Inputs, row: int, state: NDArray[np.float64], conditions: Conditions) -> None:
-    inputs.states[row] = (state - conditions.state_mean) / conditions.state_std
-
-
-def _finite(prediction: NDArray[np.float32], lane: _Lane) -> NDArray[np.float32]:
-    if not np.isfinite(prediction).all():
-        raise DtLensError(
-            f"The model predicted an action that is not finite ({prediction.tolist()}) at step {lane.length} of the "
-            f"episode with seed {lane.seed}; look for NaN or infinity in its weights or in the states."
-        )
-    return prediction
+def _check_finite(predictions: NDArray[np.float32], lanes: Mapping[int, _Lane]) -> None:
+    if np.isfinite(predictions).all():
+        return
+    for row, lane in lanes.items():
+        if not np.isfinite(predictions[row]).all():
+            raise DtLensError(
+                f"The model predicted an action that is not finite ({predictions[row].tolist()}) at step {lane.length} "
+                f"of the episode with seed {lane.seed}; look for NaN or infinity in its weights or in the states."
+            )
 
 
 def _narrow(policy: Policy, inputs: _Inputs, lanes: dict[int, _Lane], width: int) -> dict[int, _Lane]:

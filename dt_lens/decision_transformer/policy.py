@@ -223,14 +223,13 @@ class ActingModel:
         cfg, last = self.cfg, self.cfg.n_layers - 1
         for l, block in enumerate(self.blocks):
             if l == last:
-                q, k, v, x, mask = *self._last_qkv(block, x, qkv if l == 0 else None), x[:, -1:], mask[:, :, -1:]
+                q, k, v = self._last_qkv(block, x, qkv if l == 0 else None)
+                x, mask = x[:, -1:], mask[:, :, -1:]
             else:
                 if l > 0:
                     qkv = block.qkv(block.ln1(x) if cfg.normalization == "pre" else x)
-                q, k, v = qkv.chunk(3, dim=-1)
-            z = F.scaled_dot_product_attention(
-                self._heads(q), self._heads(k), self._heads(v), attn_mask=mask, scale=block.scale
-            )
+                q, k, v = self._heads(qkv, 3)
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=block.scale)
             x = x + block.out(rearrange(z, "batch head token e -> batch token (head e)"))
             if cfg.normalization == "post":
                 x = block.ln1(x)
@@ -244,18 +243,19 @@ class ActingModel:
         action = self.predict_action(self.ln_final(hidden))
         return torch.tanh(action) if self.cfg.action_tanh else action
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "batch token (head e) -> batch head token e", head=self.cfg.n_heads)
+    def _heads(self, x: Tensor, kinds: int) -> tuple[Tensor, ...]:
+        """Projections that lie side by side, apart and by head: ``kinds`` times ``[batch, head, token, d_head]``."""
+        pattern = "batch token (kind head e) -> kind batch head token e"
+        return rearrange(x, pattern, kind=kinds, head=self.cfg.n_heads).unbind()
 
-    def _last_qkv(self, block: _Block, x: Tensor, qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _last_qkv(self, block: _Block, x: Tensor, qkv: Tensor | None) -> tuple[Tensor, ...]:
         d = self.cfg.d_model
         if qkv is not None:
-            q, k, v = qkv.chunk(3, dim=-1)
-            return q[:, -1:], k, v
+            q, k, v = self._heads(qkv, 3)
+            return q[:, :, -1:], k, v
         h = block.ln1(x) if self.cfg.normalization == "pre" else x
         q = F.linear(h[:, -1:], block.qkv.weight[:d], block.qkv.bias[:d])
-        k, v = F.linear(h, block.qkv.weight[d:], block.qkv.bias[d:]).chunk(2, dim=-1)
-        return q, k, v
+        return *self._heads(q, 1), *self._heads(F.linear(h, block.qkv.weight[d:], block.qkv.bias[d:]), 2)
 
     def _mlp(self, block: _Block, x: Tensor) -> Tensor:
         h = block.mlp_in(x)

@@ -63,21 +63,21 @@ def test_continuous_actions_are_clipped_and_not_rescaled() -> None:
     task = make_task("Pendulum-v1", {}, _cfg(3, 1))
     env = task.make()  # torques from -2 to 2
     for predicted, expected in ((0.5, 0.5), (1.7, 1.7), (9.0, 2.0), (-9.0, -2.0)):
-        action, taken = task.action(env, np.array([predicted], np.float32))
-        assert action == pytest.approx(expected)
+        actions, taken = task.actions(np.array([[predicted]], np.float32))
+        assert actions[0] == pytest.approx(expected)
         assert taken == pytest.approx(expected)
-        assert action.dtype == env.action_space.dtype
+        assert actions[0].dtype == env.action_space.dtype
 
 
 def test_discrete_actions_are_the_largest_logit_and_come_back_one_hot() -> None:
     gym.register("dt-lens-test/Start-v0", entry_point=_Start, max_episode_steps=3)
     try:
         task = make_task("dt-lens-test/Start-v0", {}, _cfg(2, 3, True))
-        action, taken = task.action(task.make(), np.array([-1.0, 0.5, 0.2], np.float32))
+        actions, taken = task.actions(np.array([[-1.0, 0.5, 0.2], [3.0, 0.5, 0.2]], np.float32))
     finally:
         del gym.registry["dt-lens-test/Start-v0"]
-    assert action == 11  # actions 10, 11, 12
-    assert taken.tolist() == [0.0, 1.0, 0.0]
+    assert actions == [11, 10]  # of 10, 11, 12
+    assert taken.tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
 
 
 class _Start(gym.Env):  # type: ignore[type-arg]
@@ -87,7 +87,7 @@ class _Start(gym.Env):  # type: ignore[type-arg]
 
 def test_observations_that_are_no_vectors_are_flattened() -> None:
     task = make_task("FrozenLake-v1", {}, _cfg(16, 4, True))
-    assert task.state(task.make(), 3).tolist() == np.eye(16)[3].tolist()
+    assert task.state(3).tolist() == np.eye(16)[3].tolist()
 
 
 def test_unpredictable_actions() -> None:

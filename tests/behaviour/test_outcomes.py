@@ -160,5 +160,12 @@ def test_it_reads_well() -> None:
 
 def test_everything_is_plain_json() -> None:
     e = _evaluation(BAD, LENGTHS)
-    assert pd.DataFrame(json.loads(json.dumps(e.to_dict()))["per_episode"]).equals(e.to_frame())
+    written = json.loads(json.dumps(e.with_failure(2400.0).to_dict()))
+    assert pd.DataFrame(written["per_episode"]).equals(e.to_frame())
+    read = Evaluation.from_dict(written)
+    assert json.loads(json.dumps(read.to_dict())) == written
+    assert read.compare(e.with_failure(2400.0)).difference == 0.0
+    assert Evaluation.from_dict(e.with_failure(lambda frame: frame["length"] < 3).to_dict()).failure == "terminated"
+    with pytest.raises(DtLensError, match="time_limit"):
+        Evaluation.from_dict({name: value for name, value in written.items() if name != "time_limit"})
     assert json.loads(json.dumps(e.compare(_evaluation(GOOD)).to_dict()))["failure_edited"] == 0.75
