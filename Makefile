@@ -2,7 +2,7 @@
 # On a fresh clone either one first makes .venv and installs what it needs, in the versions of constraints.txt.
 
 PYTHON ?= python3
-OUT ?= dt-lens-study-hopper
+OUT ?= dt-lens-study/hopper
 ARGS ?=
 
 BIN := .venv/bin
@@ -18,7 +18,6 @@ help:
 
 demo: $(INSTALLED)
 	$(BIN)/dt-lens study hopper --out "$(OUT)" $(ARGS)
-	@echo "The report: $(OUT)/report.html"
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

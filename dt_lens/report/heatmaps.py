@@ -161,6 +161,7 @@ def scan_overview(
     figure.update_layout(coloraxis=_colours(low, high if high > 0 else 1.0, name))
     names = [plain(e) for e in embeddings]
     figure.update_xaxes(_labels(names), side="top")
+    figure.update_layout(margin_b=15)
     figure.update_yaxes(
         tickmode="array",
         tickvals=list(range(len(places))),

@@ -284,9 +284,10 @@ def _specification(figure: go.Figure) -> dict[str, Any]:
     layout = made["layout"]
     layout.pop("template", None)
     title = layout.pop("title", None) or {}
-    if "margin" not in layout:
-        layout["margin"] = {"l": 60, "r": 20, "t": 40, "b": 50}
-        layout["height"] = layout.get("height", 450) - 30  # the room that the title had
+    layout["margin"] = {"l": 60, "r": 20, "t": 70, "b": 50, **layout.get("margin", {})}
+    if title.get("text"):  # the room that it had
+        layout["height"] = layout.get("height", 450) - 30
+        layout["margin"]["t"] = max(20, layout["margin"]["t"] - 30)
     about = (title.get("subtitle") or {}).get("text")
     return {"data": made["data"], "layout": layout, "title": _unmarked(title.get("text")), "about": _unmarked(about)}
 

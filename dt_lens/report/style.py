@@ -197,4 +197,9 @@ def ticks(low: float, high: float) -> dict[str, Any]:
     digits = (1, 2, 5) if last - first <= 3 else (1,)
     values = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
     values = [value for value in values if low / 1.6 <= value <= high * 1.6]
-    return {"type": "log", "tickmode": "array", "tickvals": values, "ticktext": [f"{value:g}" for value in values]}
+    return {"type": "log", "tickmode": "array", "tickvals": values, "ticktext": [_tick(value) for value in values]}
+
+
+def _tick(value: float) -> str:
+    power = round(math.log10(value))
+    return f"10<sup>{power}</sup>".replace("-", "−") if abs(power) > 4 and value == 10.0**power else f"{value:g}"
