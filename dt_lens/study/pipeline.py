@@ -93,7 +93,7 @@ class Study:
         svd = WeightSVD(self.model)
         # Every embedding meets every side: the claim to be tested is that W_in, which reads, matches what is put out.
         table = svd.scan(self.matrices, seed=self.seed, embeddings="*")
-        strongest = svd.strongest(self.matrices, embeddings="*", seed=self.seed)
+        strongest = svd.strongest(self.matrices, embeddings="*", samples=200, seed=self.seed)
         chosen = choose_directions(table, svd, self.edits)
         edits: list[Edit] = [
             SingularEdit(
