@@ -1,69 +1,65 @@
 """Proof by forward pass that every matrix's name, orientation, scale and heads are right.
 
 A wrong reshape raises nothing when d_model equals n_heads * d_head, and a transposed square matrix has every size
-right. So each catalogued matrix is applied to the activation on its one side, and must give the activation on its other side,
-both cached from the original model wherever there is one: a copy of the weights cannot vouch for itself.
+right. So each catalogued matrix is applied to the activation on its one side, and must give the activation on its other
+side, both cached from the original model wherever there is one: a copy of the weights cannot vouch for itself.
+
+Between the matrices, each part of the lens (LayerNorms, attention, activation function, heads) is fed the original's
+activation and must give the original's next one. So no error hides another, and none grows on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor
 
-from dt_lens.errors import DtLensError
+from dt_lens.diagnosis import Check, explain
+from dt_lens.errors import DtLensError, because
+from dt_lens.matrices import catalogue
 
 if TYPE_CHECKING:
     from dt_lens.lens import Lens
 
 __all__ = ["Certificate", "certify"]
 
-# Relative to the activation's own size: rounding through one matrix product in the weights' dtype.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+# Relative to the activation's own size: rounding through one part of the model in the weights' dtype.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+# Where the lens's activation is noted and the original's goes on.
+EXCHANGED = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_q", "hook_k", "hook_v", "hook_pre")
+# What is read off the last activations, and the part whose fault a difference there is.
+READ_OFF = {
+    "hook_final": "ln_final",
+    "hook_action_pre": "predict.action.W",
+    "action_preds": "action_tanh",
+    "state_preds": "predict.state.W",
+    "return_preds": "predict.return_to_go.W",
+    "logits": "the unembedding",
+}
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was proven: the largest relative error of each matrix, and whose activations it was held against."""
+    """What was proven: the largest relative error of each part, and whose activations it was held against.
+
+    ``errors`` is keyed by the names of matrices, raw and with the LayerNorm folded, and of the parts between them.
+    """
 
     errors: Mapping[str, float]
     against: str  # "the original model" or "the lens's own forward pass"
 
     @property
     def worst(self) -> float:
+        """The largest relative error of all."""
         return max(self.errors.values(), default=0.0)
 
     def __str__(self) -> str:
-        proven = f"{len(self.errors)} matrices reproduce their activations in {self.against}"
+        proven = f"{len(self.errors)} matrices and parts reproduce their activations in {self.against}"
         return f"{proven}; largest relative error {self.worst:.1e}"
-
-
-@dataclass(frozen=True)
-class _Check:
-    """What a matrix made of its input, and what was cached.
-
-    With ``weight``, ``source @ weight + bias`` is the computed side.
-    """
-
-    matrix: str
-    computed: Tensor
-    expected: Tensor
-    weight: Tensor | None = None
-    source: Tensor | None = None
-    bias: Tensor | float = 0.0
-    head_axis: int | None = None  # along which heads lie side by side in ``weight``
-
-
-def _linear(
-    matrix: str, x: Tensor, W: Tensor, b: Tensor | None, expected: Tensor, head_axis: int | None = None
-) -> _Check:
-    bias = 0.0 if b is None else b
-    return _Check(matrix, x @ W + bias, expected, W, x, bias, head_axis)
 
 
 def certify(model: Lens, seed: int = 0) -> Certificate:
@@ -73,164 +69,236 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     failure is the culprit. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores.
 
     Returns:
-        the errors, relative to the root mean square of each activation.
+        the errors: the largest difference, beyond what rounding explains, over the root mean square of the activation.
 
     Raises:
-        DtLensError: naming the first matrix that does not reproduce its activation, and what would have.
+        DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have.
     """
-    dtype = next(iter(model.weights.values())).dtype
-    tolerance = TOLERANCE.get(dtype, 1e-4)
+    weights = model.weights
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise DtLensError(f"certify: the weight {name!r} holds NaN or infinite values; the model is damaged.")
+    dtype = _arithmetic(next(iter(weights.values())))
+    tolerance = TOLERANCE[dtype]
+    against = "the original model" if model.reference is not None else "the lens's own forward pass"
     batch = model.probe(seed)
+    try:
+        truth = {} if model.reference is None else model.reference.activations(batch)
+        own = _activations(model, batch, truth)
+    except DtLensError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise DtLensError(f"certify: the model cannot run on a random batch: {because(error)}.") from error
+    errors: dict[str, float] = {}
+    with torch.inference_mode():
+        for check in _Walk(model, truth or own, own, batch.get("attention_mask"), dtype).checks():
+            size = check.error()
+            # "not <=" rather than ">", so that a NaN fails.
+            if not size <= tolerance:
+                raise DtLensError(
+                    f"certify: {check.part} does not reproduce its activation in {against} (relative error "
+                    f"{size:.2g}, allowed {tolerance:.0e}){explain(check, model, tolerance)}; the adapter maps this "
+                    "part wrongly."
+                )
+            errors[check.part] = max(size, errors.get(check.part, 0.0))
+    unproven = [name for name in catalogue(model) if name not in errors]
+    if unproven:
+        raise DtLensError(
+            f"certify: no activation proves {unproven[0]}; the adapter's reference must give both its sides."
+        )
+    return Certificate(errors, against)
+
+
+def _arithmetic(weight: Tensor) -> torch.dtype:
+    """The type whose rounding the forward pass has."""
+    # On CUDA float32 products may be made of 10 bits (TF32), as many as float16 has.
+    short = weight.dtype == torch.float32 and weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return torch.float16 if short else weight.dtype
+
+
+def _activations(model: Lens, batch: Mapping[str, Any], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The lens's activations and outputs, every part fed what the original's was fed."""
+    made: dict[str, Tensor] = {}
+
+    def exchange(x: Tensor, hook: Any) -> Tensor:
+        made[hook.name] = x.detach()
+        given = truth[hook.name]
+        return given.to(x) if given.shape == x.shape else x
+
+    points = [name for name in truth if name.startswith("blocks.") and name.rpartition(".")[2] in EXCHANGED]
     module: Any = model
     training = module.training
     module.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad(), model.hooks(fwd_hooks=[(name, exchange) for name in points]):
             out, cache = model.run_with_cache(**batch)
     finally:
         module.train(training)
-    own = dict(cache.items()) | _outputs(out)
-    truth = model.reference.activations(batch) if model.reference is not None else own
-    against = "the original model" if model.reference is not None else "the lens's own forward pass"
-    errors: dict[str, float] = {}
-    with torch.inference_mode():
-        for check in _checks(model, truth, own, batch):
-            error = _error(check.computed, check.expected)
-            # "not <=" rather than ">", so that a NaN fails.
-            if not error <= tolerance:
-                raise DtLensError(
-                    f"certify: {check.matrix} does not reproduce its activation in {against} (relative error "
-                    f"{error:.2g}, allowed {tolerance:.0e}){_diagnosis(check, model.structure.n_heads, tolerance)}; "
-                    "the adapter's map of this weight is wrong."
+    outputs = {name: getattr(out, name) for name in READ_OFF if isinstance(getattr(out, name, None), Tensor)}
+    return {name: tensor.detach() for name, tensor in {**cache, **outputs}.items()} | made
+
+
+class _Walk:
+    """All checks that one batch's activations allow, in the order of the forward pass, in float64."""
+
+    def __init__(
+        self,
+        model: Lens,
+        truth: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+        mask: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.weights = model.weights
+        self.structure = model.structure
+        self.found = catalogue(model)
+        self.truth = truth
+        self.own = own
+        self.mask = mask
+        self.eps = torch.finfo(dtype).eps
+
+    def kept(self, tokens: Tensor) -> Tensor:
+        """Real tokens only: what padding computes is nobody's concern and differs between implementations."""
+        if self.mask is None or tokens.shape[0] != self.mask.shape[0]:
+            return tokens.double()
+        per_step = tokens.shape[1] // self.mask.shape[1]
+        return tokens[self.mask.bool().repeat_interleave(per_step, 1)].double()
+
+    def check(
+        self,
+        part: str,
+        computed: Tensor,
+        expected: Tensor,
+        slack: Tensor | float = 0.0,
+        weight: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> Check:
+        # Both sides may be rounded, each to half a unit in the last place.
+        return Check(part, computed, expected, slack + self.eps * expected.abs(), weight, source)
+
+    def same(self, part: str, name: str, slack: Tensor | float = 0.0) -> Iterator[Check]:
+        """The lens's own activation against the original's, where both are."""
+        if name in self.truth and name in self.own and self.truth is not self.own:
+            yield self.check(part, self.kept(self.own[name]), self.kept(self.truth[name]), slack)
+
+    def checks(self) -> Iterator[Check]:
+        for name in self.own:
+            if name.startswith("hook_embed_"):
+                weight = f"embed.{name.removeprefix('hook_embed_')}.W"
+                yield from self.same(weight if weight in self.weights else name, name)
+        yield from self.same("the order of the tokens", "hook_embed")
+        layers = range(self.structure.n_layers)
+        for layer in layers:
+            before = "embed_ln or embed.position.W" if layer == 0 else f"the sum at the end of block {layer - 1}"
+            yield from self.same(before, f"blocks.{layer}.hook_resid_pre")
+            yield from self.attention(layer)
+            yield from self.same(f"the sum after the attention of block {layer}", f"blocks.{layer}.hook_resid_mid")
+            yield from self.mlp(layer)
+        yield from self.same(f"the sum at the end of block {layers[-1]}", f"blocks.{layers[-1]}.hook_resid_post")
+        for name, part in READ_OFF.items():
+            yield from self.same(part, name)
+
+    def attention(self, layer: int) -> Iterator[Check]:
+        block, attn = f"blocks.{layer}", f"blocks.{layer}.attn"
+        norm = self.structure.attn_norm[layer]
+        yield from self.layernorm(f"{block}.attn_in", norm)
+        x = self.entry(f"{block}.attn_in", norm, f"{block}.hook_resid_pre")
+        for kind, hook in (("W_Q", "hook_q"), ("W_K", "hook_k"), ("W_V", "hook_v")):
+            yield from self.linear(f"{attn}.{kind}", x, norm, self.truth[f"{attn}.{hook}"].flatten(-2))
+            yield from self.same(f"{attn}.{kind}", f"{attn}.{hook}")
+        # Rounded scores: an error of a score is one of the pattern's logarithm.
+        q, k, v = (self.truth[f"{attn}.hook_{name}"].double() for name in "qkv")
+        scores = 2 * self.eps * einsum(q.norm(dim=-1), k.norm(dim=-1), "n q h, n k h -> n h q k")
+        pattern = self.truth[f"{attn}.hook_pattern"].double()
+        rounded = 2 * abs(self.structure.attn_scale[layer]) * scores.amax(-1, keepdim=True) * pattern
+        yield from self.circuits(layer, x.double(), norm, scores, rounded)
+        slack = self.kept(einsum(rounded, v.abs(), "n h q k, n k h e -> n q h e"))
+        yield from self.same(f"the attention mask of block {layer}", f"{attn}.hook_z", slack)
+        z, out = self.truth[f"{attn}.hook_z"].flatten(-2), self.truth[f"{block}.hook_attn_out"]
+        yield from self.linear(f"{attn}.W_O", z, None, out)
+
+    def mlp(self, layer: int) -> Iterator[Check]:
+        block, mlp = f"blocks.{layer}", f"blocks.{layer}.mlp"
+        norm = self.structure.mlp_norm[layer]
+        yield from self.layernorm(f"{block}.mlp_in", norm)
+        x = self.entry(f"{block}.mlp_in", norm, f"{block}.hook_resid_mid")
+        yield from self.linear(f"{mlp}.W_in", x, norm, self.truth[f"{mlp}.hook_pre"])
+        yield from self.same(f"{mlp}.W_in", f"{mlp}.hook_pre")
+        yield from self.same(f"the activation function of block {layer}", f"{mlp}.hook_post")
+        yield from self.linear(
+            f"{mlp}.W_out", self.truth[f"{mlp}.hook_post"], None, self.truth[f"{block}.hook_mlp_out"]
+        )
+
+    def layernorm(self, entry: str, norm: str | None) -> Iterator[Check]:
+        if norm is not None and entry in self.truth:
+            mine = self.bare(norm) * self.weights[f"{norm}.w"].double() + self.weights[f"{norm}.b"].double()
+            yield self.check(norm, self.kept(mine), self.kept(self.truth[entry]))
+
+    def bare(self, norm: str) -> Tensor:
+        """The stream centred and divided by its scale, which is all that folding leaves of a LayerNorm."""
+        return self.own[f"{norm}.hook_normalized"].double()
+
+    def entry(self, entry: str, norm: str | None, stream: str) -> Tensor:
+        """What a sublayer's matrices are applied to: the stream, or the stream behind its LayerNorm."""
+        if norm is None:
+            return self.truth[stream]
+        if entry in self.truth:
+            return self.truth[entry]
+        return self.bare(norm) * self.weights[f"{norm}.w"].double() + self.weights[f"{norm}.b"].double()
+
+    def linear(self, name: str, x: Tensor, norm: str | None, output: Tensor) -> Iterator[Check]:
+        """A matrix with all its heads side by side, raw and with its LayerNorm folded."""
+        matrix = self.found[name]
+        head, _, leaf = name.rpartition(".")
+        bias = self.weights.get(f"{head}.b{leaf[1:]}")
+        b = 0.0 if bias is None else bias.double().flatten()
+        x, output, M = self.kept(x), self.kept(output), matrix.dense(self.model, fold_layernorm=False)
+        # Where large terms cancel, the sum's rounding goes by the terms (Higham, "Accuracy and Stability of Numerical
+        # Algorithms", section 3.1); products of half-precision numbers are summed in float32.
+        slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * (x.abs() @ M.abs())
+        yield self.check(name, x @ M + b, output, slack, M, x)
+        if norm is not None:
+            folded = self.kept(self.bare(norm)) @ matrix.dense(self.model) + self.weights[f"{norm}.b"].double() @ M + b
+            yield self.check(f"{name} with its LayerNorm folded", folded, output, slack)
+
+    def circuits(
+        self, layer: int, x: Tensor, norm: str | None, score_slack: Tensor, pattern_slack: Tensor
+    ) -> Iterator[Check]:
+        """QK through the scores, OV through the pattern, head by head, from the catalogue's own products."""
+        attn, scale = f"blocks.{layer}.attn", self.structure.attn_scale[layer]
+        pattern = self.truth[f"{attn}.hook_pattern"].double()
+        q, k, z = (self.truth[f"{attn}.hook_{name}"].double() for name in "qkz")
+        for head in range(self.structure.n_heads):
+            W_Q, W_K, W_V, W_O = (self.weights[f"{attn}.W_{letter}"][head].double() for letter in "QKVO")
+            b_Q, b_K, b_V = (self.head_bias(f"{attn}.b_{letter}", head, W_Q) for letter in "QKV")
+            QK, OV = self.found[f"{attn}.QK.{head}"], self.found[f"{attn}.OV.{head}"]
+            expected = einsum(q[:, :, head], k[:, :, head], "n q e, n k e -> n q k")
+            scores = _bilinear(x, QK.dense(self.model, fold_layernorm=False)) + (x @ W_Q @ b_K)[:, :, None]
+            scores = scores + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
+            yield self.check(QK.name, self.kept(scores), self.kept(expected), self.kept(score_slack[:, head]))
+            masked = (expected * scale).masked_fill(pattern[:, head] <= 0, float("-inf"))
+            attended, slack = torch.softmax(masked, -1), self.kept(pattern_slack[:, head])
+            part = f"the attention scale of block {layer}"
+            yield self.check(part, self.kept(attended), self.kept(pattern[:, head]), slack)
+            moved = einsum(pattern[:, head], x @ OV.dense(self.model, fold_layernorm=False), "n q k, n k d -> n q d")
+            yield self.check(OV.name, self.kept(moved + b_V @ W_O), self.kept(z[:, :, head] @ W_O))
+            if norm is not None:
+                # Folding is exact whatever the activations, so the matrices just proven vouch for the folded ones.
+                bare = self.bare(norm)
+                bare = bare - bare.mean(-1, keepdim=True)
+                plain = bare * self.weights[f"{norm}.w"].double()
+                expected = einsum(plain @ W_Q, plain @ W_K, "n q e, n k e -> n q k")
+                folded = _bilinear(bare, QK.dense(self.model))
+                yield self.check(f"{QK.name} with its LayerNorm folded", self.kept(folded), self.kept(expected))
+                folded = bare @ OV.dense(self.model)
+                yield self.check(
+                    f"{OV.name} with its LayerNorm folded", self.kept(folded), self.kept(plain @ W_V @ W_O)
                 )
-            errors[check.matrix] = max(error, errors.get(check.matrix, 0.0))
-    return Certificate(errors, against)
+
+    def head_bias(self, name: str, head: int, W: Tensor) -> Tensor:
+        return self.weights[name][head].double() if name in self.weights else W.new_zeros(W.shape[1])
 
 
-def _outputs(out: Any) -> dict[str, Tensor]:
-    return {name: getattr(out, name) for name in ("state_preds", "action_preds", "return_preds") if hasattr(out, name)}
-
-
-def _error(computed: Tensor, expected: Tensor) -> float:
-    if computed.shape != expected.shape:
-        return float("inf")
-    computed, expected = computed.double(), expected.double()
-    scale = expected.pow(2).mean().sqrt().clamp_min(1e-12)
-    return float((computed - expected).abs().max() / scale)
-
-
-def _checks(
-    model: Lens, truth: Mapping[str, Tensor], own: Mapping[str, Tensor], batch: Mapping[str, Any]
-) -> Iterator[_Check]:
-    """All checks in the order of the forward pass."""
-    weights, structure = model.weights, model.structure
-    real = batch.get("attention_mask")
-
-    def kept(tokens: Tensor) -> Tensor:
-        """Only real tokens: what padding computes is nobody's concern and differs between implementations."""
-        if real is None or tokens.shape[0] != real.shape[0]:
-            return tokens
-        per_step = tokens.shape[1] // real.shape[1]
-        return tokens[real.bool().repeat_interleave(per_step, 1)]
-
-    def merged(name: str, pattern: str) -> Tensor:
-        return rearrange(weights[name], pattern)
-
-    for name in own:
-        if name.startswith("hook_embed_") and name in truth:
-            yield _Check(_weight_named(name, weights), own[name], truth[name])
-    for layer in range(structure.n_layers):
-        attn, mlp = f"blocks.{layer}.attn", f"blocks.{layer}.mlp"
-        yield _Check(
-            f"the input of block {layer}",
-            kept(own[f"blocks.{layer}.hook_resid_pre"]),
-            kept(truth[f"blocks.{layer}.hook_resid_pre"]),
-        )
-        x = _read(truth, f"blocks.{layer}", "attn", structure.attn_norm[layer], weights)
-        for letter in "QKV":
-            W, b = merged(f"{attn}.W_{letter}", "h d e -> d (h e)"), merged(f"{attn}.b_{letter}", "h e -> (h e)")
-            hook = rearrange(truth[f"{attn}.hook_{letter.lower()}"], "n t h e -> n t (h e)")
-            yield _linear(f"{attn}.W_{letter}", x, W, b, hook, head_axis=1)
-        yield from _circuits(model, layer, x, truth, kept)
-        z, out = rearrange(truth[f"{attn}.hook_z"], "n t h e -> n t (h e)"), truth[f"blocks.{layer}.hook_attn_out"]
-        W_O = merged(f"{attn}.W_O", "h e d -> (h e) d")
-        yield _linear(f"{attn}.W_O", kept(z), W_O, weights.get(f"{attn}.b_O"), kept(out), head_axis=0)
-        x = _read(truth, f"blocks.{layer}", "mlp", structure.mlp_norm[layer], weights)
-        yield _linear(f"{mlp}.W_in", x, weights[f"{mlp}.W_in"], weights.get(f"{mlp}.b_in"), truth[f"{mlp}.hook_pre"])
-        post, out = truth[f"{mlp}.hook_post"], truth[f"blocks.{layer}.hook_mlp_out"]
-        yield _linear(f"{mlp}.W_out", post, weights[f"{mlp}.W_out"], weights.get(f"{mlp}.b_out"), out)
-    for name in _outputs_in(own, truth):
-        yield _Check(f"the model's {name}", kept(own[name]), kept(truth[name]))
-
-
-def _outputs_in(own: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> list[str]:
-    return [
-        name
-        for name in ("hook_final", "state_preds", "action_preds", "return_preds", "logits")
-        if name in own and name in truth
-    ]
-
-
-def _weight_named(hook: str, weights: Mapping[str, Tensor]) -> str:
-    name = f"embed.{hook.removeprefix('hook_embed_')}.W"
-    return name if name in weights else hook
-
-
-def _read(
-    truth: Mapping[str, Tensor], block: str, part: str, norm: str | None, weights: Mapping[str, Tensor]
-) -> Tensor:
-    """What a sublayer's matrices are applied to: the stream, or the stream behind its LayerNorm."""
-    if f"{block}.{part}_in" in truth:
-        return truth[f"{block}.{part}_in"]
-    if norm is None:
-        return truth[f"{block}.{'hook_resid_pre' if part == 'attn' else 'hook_resid_mid'}"]
-    return truth[f"{norm}.hook_normalized"] * weights[f"{norm}.w"] + weights[f"{norm}.b"]
-
-
-def _circuits(model: Lens, layer: int, x: Tensor, truth: Mapping[str, Tensor], kept: Any) -> Iterator[_Check]:
-    """QK through scores and pattern, OV through the pattern, head by head, from the catalogue's own products."""
-    from dt_lens.matrices import catalogue
-
-    found, weights, attn = catalogue(model), model.weights, f"blocks.{layer}.attn"
-    scale = model.structure.attn_scale[layer]
-    pattern = truth[f"{attn}.hook_pattern"].to(x)
-    visible = pattern > 0
-    for head in range(model.structure.n_heads):
-        M = found[f"{attn}.QK.{head}"].dense(model, fold_layernorm=False).to(x)
-        W_Q, b_Q, W_K, b_K = (weights[f"{attn}.{name}"][head] for name in ("W_Q", "b_Q", "W_K", "b_K"))
-        scores = (
-            einsum(x, M, x, "n q a, a b, n k b -> n q k")
-            + (x @ W_Q @ b_K)[:, :, None]
-            + (x @ W_K @ b_Q)[:, None]
-            + b_Q @ b_K
-        )
-        mine = torch.softmax((scores * scale).masked_fill(~visible[:, head], float("-inf")), -1)
-        yield _Check(f"{attn}.QK.{head}", kept(mine), kept(pattern[:, head]))
-        M = found[f"{attn}.OV.{head}"].dense(model, fold_layernorm=False).to(x)
-        W_O, b_V = weights[f"{attn}.W_O"][head], weights[f"{attn}.b_V"][head]
-        moved = einsum(pattern[:, head], x @ M, "n q k, n k d -> n q d") + b_V @ W_O
-        yield _Check(f"{attn}.OV.{head}", kept(moved), kept(truth[f"{attn}.hook_z"][:, :, head] @ W_O))
-
-
-def _diagnosis(check: _Check, n_heads: int, tolerance: float) -> str:
-    """Which simple mistake explains the failure, when one does."""
-    if check.weight is None or check.source is None:
-        return ""
-    x, W, bias = check.source.double(), check.weight.double(), check.bias
-    target = check.expected.double() - (bias.double() if isinstance(bias, Tensor) else bias)
-
-    def fits(candidate: Tensor) -> bool:
-        return _error(x @ candidate, target) <= 10 * tolerance
-
-    if W.shape[0] == W.shape[1] and fits(W.T):
-        return ": it looks transposed"
-    if check.head_axis is not None and 1 < n_heads <= 6:
-        heads = W.tensor_split(n_heads, check.head_axis)
-        for order in permutations(range(n_heads)):
-            if fits(torch.cat([heads[h] for h in order], check.head_axis)):
-                return f": its heads look permuted, in the order {list(order)} they fit"
-    y = x @ W
-    factor = float((y * target).sum() / y.pow(2).sum().clamp_min(1e-30))
-    if fits(W * factor):
-        return f": it looks rescaled, {factor:.4g} times it fits"
-    return ""
+def _bilinear(x: Tensor, M: Tensor) -> Tensor:
+    return einsum(x @ M, x, "n q d, n k d -> n q k")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["DtLensError", "nearest"]
+__all__ = ["DtLensError", "because", "nearest"]
 
 
 class DtLensError(Exception):
@@ -14,6 +14,18 @@ class DtLensError(Exception):
     Everything that goes wrong because of what the user passed in is one of these; the command line prints the
     sentence and exits with status 2.
     """
+
+
+def because(error: BaseException) -> str:
+    """What another library's exception says, fit to stand inside a sentence: one line, without a final full stop.
+
+    >>> because(ValueError("Bad thing.\\nMore of it."))
+    'Bad thing. More of it'
+    >>> because(KeyError())
+    'KeyError'
+    """
+    said = " ".join(str(error).split()) or type(error).__name__
+    return (said if len(said) <= 200 else f"{said[:200]}...").rstrip(". ")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

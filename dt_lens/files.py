@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import pickle
+import pickletools
+import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "read_json"]
 
 # Where code bases put the state dict inside the dict that they save.
 NESTED = ("model_state_dict", "state_dict", "model_state", "model")
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
+SUFFIXES = SAFETENSORS + TORCH
 
 
 @dataclass(frozen=True)
@@ -57,24 +58,44 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         DtLensError: for a path that does not exist or cannot be read as a checkpoint, with the reason.
     """
     path = Path(path)
-    if not path.exists():
-        raise DtLensError(f"There is no file or folder {str(path)!r}; give the path of a checkpoint.")
-    checkpoint = _read_folder(path) if path.is_dir() else _read_file(path)
+    try:
+        if not path.exists():
+            raise DtLensError(f"There is no file or folder {str(path)!r}; give the path of a checkpoint.")
+        folder = path.is_dir()
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a null character
+        raise DtLensError(f"{str(path)[:200]!r} cannot be looked at: {because(error)}.") from error
+    checkpoint = _read_folder(path) if folder else _read_file(path)
     if not checkpoint.tensors:
         raise DtLensError(f"{path} holds no tensors; expected the weights of a model.")
+    for key, tensor in checkpoint.tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise DtLensError(f"The tensor {key!r} in {path} is sparse or quantized; save it as a plain tensor.")
     checkpoint.require_finite()
     return checkpoint
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; a ``DtLensError`` for anything else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DtLensError(f"{file} cannot be read as JSON: {because(error)}.") from error
+    if not isinstance(values, dict):
+        raise DtLensError(f"{file} holds a JSON {type(values).__name__}; expected an object with named fields.")
+    return values
+
+
 def _read_folder(folder: Path) -> Checkpoint:
-    config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).exists():
-            shards = _read_json(folder / index).get("weight_map")
-            if not isinstance(shards, dict):
+            shards = read_json(folder / index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise DtLensError(f"{folder / index} has no weight_map; it should name the shard of every tensor.")
             tensors: dict[str, Tensor] = {}
             for shard in sorted(set(shards.values())):
+                if not (folder / shard).exists():
+                    raise DtLensError(f"There is no file {str(folder / shard)!r}, though {index} names it.")
                 tensors |= _read_file(folder / shard).tensors
             return Checkpoint(folder, tensors, config, folder=folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -86,27 +107,15 @@ def _read_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DtLensError(f"{file} cannot be read as JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise DtLensError(f"{file} must hold a JSON object.")
-    return values
-
-
 def _read_file(file: Path) -> Checkpoint:
-    if not file.exists():
-        raise DtLensError(f"There is no file {str(file)!r}, though the checkpoint's index names it.")
-    if file.suffix in SAFETENSORS:
-        try:
-            return Checkpoint(file, load_file(file), folder=file.parent)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DtLensError(
-                f"{file} is no whole safetensors file ({error}); it may be truncated, so fetch it again."
-            ) from error
-    return _read_pickle(file)
+    if file.suffix not in SAFETENSORS:
+        return _read_pickle(file)
+    try:
+        return Checkpoint(file, load_file(file), folder=file.parent)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DtLensError(
+            f"{file} is no whole safetensors file ({because(error)}); it may be truncated, so fetch it again."
+        ) from error
 
 
 def _read_pickle(file: Path) -> Checkpoint:
@@ -114,27 +123,19 @@ def _read_pickle(file: Path) -> Checkpoint:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
+    except Exception as error:
+        # torch.load answers a file that is no checkpoint with whatever its parser stumbled over.
+        wanted = _wants(file, error)
+        if wanted:
             raise DtLensError(
-                f"{file} is a pickle that wants to run code when it is loaded, so it was not loaded; save its "
-                "state_dict() and give that file."
+                f"{file} is a pickle that wants to run code when it is loaded ({wanted}), so it was not loaded; save "
+                "its state_dict() and give that file."
             ) from error
-        raise DtLensError(_no_checkpoint(file)) from error
-    # torch.load answers a file that is no checkpoint with whatever its parser stumbled over.
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise DtLensError(_no_checkpoint(file)) from error
+        kinds = ", ".join(SUFFIXES)
+        raise DtLensError(
+            f"{file} cannot be read as a checkpoint; expected a file that torch.save or safetensors wrote ({kinds}), "
+            "whole."
+        ) from error
     if not isinstance(loaded, Mapping):
         raise DtLensError(
             f"{file} holds a {type(loaded).__name__}; expected a state dict, which maps names to tensors."
@@ -144,7 +145,7 @@ def _read_pickle(file: Path) -> Checkpoint:
     for name in NESTED:
         inner = loaded.get(name)
         if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
-            tensors, extra = inner, {k: v for k, v in loaded.items() if k != name}
+            tensors, extra = inner, {str(k): v for k, v in loaded.items() if k != name}
             break
     bad = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
     if bad is not None:
@@ -154,8 +155,24 @@ def _read_pickle(file: Path) -> Checkpoint:
     return Checkpoint(file, {str(k): v for k, v in tensors.items()}, extra=extra, folder=file.parent)
 
 
-def _no_checkpoint(file: Path) -> str:
-    kinds = ", ".join(SAFETENSORS + TORCH)
-    return (
-        f"{file} cannot be read as a checkpoint; expected a file that torch.save or safetensors wrote ({kinds}), whole."
-    )
+def _wants(file: Path, error: Exception) -> str | None:
+    """What a refused pickle would have called, or ``None`` when that is not why it was refused."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named:
+        return named[1]
+    # torch.load refuses a pickle that torch did not write before it comes to what that calls; it can be read without
+    # running it.
+    wanted: list[str] = []
+    strings: list[str] = []
+    try:
+        with file.open("rb") as stream:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in ("GLOBAL", "INST"):
+                    wanted.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    wanted.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    except Exception:
+        return None  # no pickle at all
+    return wanted[0] if wanted else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["environment_labels"]
@@ -10,19 +10,29 @@ __all__ = ["environment_labels"]
 Labels = tuple[str, ...]
 
 
-@lru_cache
 def environment_labels(
-    environment: str, kwargs: tuple[tuple[str, Any], ...] = ()
+    environment: str, kwargs: Mapping[str, Any] | None = None
 ) -> tuple[Labels | None, Labels | None]:
     """The labels of an environment's observations and actions; ``None`` for what it does not name.
 
     MuJoCo environments name joints and actuators; Gymnasium's Atari environments name action meanings, MiniGrid and
     others have an ``actions`` enumeration. An environment that cannot be made here names nothing.
     """
+    # Making an environment takes a while and its arguments may be lists, so what is remembered goes by their text.
+    key = f"{environment} {sorted((kwargs or {}).items())!r}"
+    if key not in _KNOWN:
+        _KNOWN[key] = _labels(environment, kwargs or {})
+    return _KNOWN[key]
+
+
+_KNOWN: dict[str, tuple[Labels | None, Labels | None]] = {}
+
+
+def _labels(environment: str, kwargs: Mapping[str, Any]) -> tuple[Labels | None, Labels | None]:
     import gymnasium as gym
 
     try:
-        env = gym.make(environment, disable_env_checker=True, **dict(kwargs))
+        env = gym.make(environment, disable_env_checker=True, **kwargs)
     except Exception:
         # Labels are an ornament: whatever keeps the environment from being made is told by the rollout that needs it.
         return None, None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dt_lens.errors import DtLensError, nearest
-from dt_lens.files import read_checkpoint
+from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.files import SUFFIXES, read_checkpoint
 from dt_lens.plugins import Adapter, choose
 
 if TYPE_CHECKING:
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 __all__ = ["Lens", "Reference", "load", "wrap"]
 
 
+@runtime_checkable
 class Reference(Protocol):
     """The original model's own activations, so that ``certify`` proves the adapter and not merely the copy."""
 
     def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """One forward pass of the original model: its activations under canonical hook names, heads split."""
+        """One forward pass of the original model: its activations under canonical hook names, heads split.
+
+        ``certify`` wants, for every block, ``hook_resid_pre`` (and for the last ``hook_resid_post``), ``attn.hook_q``,
+        ``hook_k``, ``hook_v``, ``hook_pattern``, ``hook_z``, ``hook_attn_out``, ``hook_resid_mid``, ``mlp.hook_pre``,
+        ``hook_post`` and ``hook_mlp_out``; where there are LayerNorms, their outputs as ``blocks.{l}.attn_in`` and
+        ``mlp_in``; and the embeddings and outputs that there are.
+        """
         ...
 
 
@@ -59,6 +66,10 @@ class Lens(Protocol):
         """TransformerLens's ``run_with_cache``."""
         ...
 
+    def hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's context manager for hooks."""
+        ...
+
 
 def load(source: str | Path, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
     """A model from a bundled name, a local file or folder, or a Hugging Face hub id.
@@ -77,6 +88,10 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
     Raises:
         DtLensError: when there is no such model, the file is damaged, no adapter knows it, or ``certify`` refuses it.
     """
+    if not isinstance(source, (str, Path)):
+        raise DtLensError(
+            f"load takes a name or a path, not a {type(source).__name__}; use dt_lens.wrap for a live torch model."
+        )
     checkpoint = read_checkpoint(_locate(source))
     chosen = choose(checkpoint, adapter, sorted(checkpoint.tensors))
     return _certified(chosen.load(checkpoint, **given), check)
@@ -92,8 +107,11 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
         raise DtLensError(
             f"wrap takes a torch model, not a {type(model).__name__}; use dt_lens.load for a file, folder or name."
         )
-    if isinstance(model, Lens):
-        return model  # a lens already, by what it offers
+    # By what its class offers: asking the object would compute its properties.
+    if all(hasattr(type(model), name) for name in ("weights", "structure", "embeddings", "probe")):
+        if given:
+            raise DtLensError(f"This model is wrapped already, so {next(iter(given))}= comes too late; leave it out.")
+        return model
     chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
     return _certified(chosen.wrap(model, **given), check)
 
@@ -109,14 +127,19 @@ def _certified(lens: Lens, check: bool) -> Lens:
 def _locate(source: str | Path) -> Path:
     from dt_lens.zoo import bundled
 
-    name = str(source)
-    if Path(source).exists():
-        return Path(source)
+    name, path = str(source), Path(source)
     models = bundled()
+    try:
+        # A folder that merely has a bundled model's name, such as a study's results, does not hide the model.
+        if path.exists() and not (name in models and path.is_dir() and not (path / "config.json").exists()):
+            return path
+        # A hub id has the form of a relative path; what looks like a file, or lies in a folder that is here, is one.
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in SUFFIXES and not path.parent.is_dir():
+            return _download(name)
+    except (OSError, ValueError) as error:
+        raise DtLensError(f"{name[:200]!r} cannot be looked at: {because(error)}.") from error
     if name in models:
         return models[name]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).suffix and not Path(name).parent.is_dir():
-        return _download(name)
     raise DtLensError(
         f"There is no model {name!r}: it is no local file or folder and none of the bundled models "
         f"({', '.join(models)})." + nearest(name, models)
@@ -125,13 +148,16 @@ def _locate(source: str | Path) -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]))
     except RepositoryNotFoundError as error:
-        raise DtLensError(f"There is no local path and no model {hub_id!r} on the Hugging Face hub.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DtLensError(
+            f"There is no local path {hub_id!r}, and no model of that id on the Hugging Face hub that you may read; "
+            "check the name."
+        ) from error
+    except Exception as error:  # each way of being offline has an exception of its own
         raise DtLensError(
             f"There is no local path {hub_id!r}, and the Hugging Face hub could not be reached for a model of that id; "
             "check the name and the connection."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, because, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,21 +71,28 @@ def named_adapter(adapter: str | Adapter | type) -> Adapter:
         known = _entries()
         if ":" in adapter:
             module, _, name = adapter.partition(":")
-            try:
-                found = getattr(importlib.import_module(module), name)
-            except (ImportError, AttributeError) as error:
-                raise DtLensError(f"The adapter {adapter!r} cannot be imported: {error}.") from error
+            found = _imported(adapter, lambda: getattr(importlib.import_module(module), name))
         elif adapter in known:
-            found = known[adapter].load()
+            found = _imported(adapter, known[adapter].load)
         else:
             raise DtLensError(
                 f"No adapter is called {adapter!r}; installed are {', '.join(sorted(known))}." + nearest(adapter, known)
             )
     if isinstance(found, type):
-        found = found()
+        try:
+            found = found()
+        except TypeError as error:
+            raise DtLensError(f"The adapter {adapter!r} cannot be made without arguments: {because(error)}.") from error
     if not isinstance(found, Adapter):
         raise DtLensError(f"{adapter!r} is no adapter: it needs a name and the methods recognises, load and wrap.")
     return found
+
+
+def _imported(name: str, find: Callable[[], Any]) -> Any:
+    try:
+        return find()
+    except Exception as error:  # a third party's module may fail in any way
+        raise DtLensError(f"The adapter {name!r} cannot be imported: {because(error)}.") from error
 
 
 def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None, seen: Iterable[str]) -> Adapter:

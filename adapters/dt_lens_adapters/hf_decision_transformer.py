@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.hf_layout import canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import Checkpoint
 
 __all__ = ["HFDecisionTransformer"]
@@ -25,7 +25,20 @@ __all__ = ["HFDecisionTransformer"]
 # patterns are whole keys: a suffix match on "attn.bias" would swallow "attn.c_attn.bias" too.
 UNUSED = re.compile(r"encoder\.wte\.weight|encoder\.h\.\d+\.attn\.(masked_)?bias")
 FACTS = {f.name for f in fields(RunFacts)}
-OPTIONS = {"context", "discrete_actions", *FACTS}
+OPTIONS = {"discrete_actions", "ignore_options", *FACTS}
+# What older releases wrote into every configuration and a decision transformer has no use for: options for generating
+# text, for pooling and for files, and other names of what there is.
+OLD_OPTIONS = {
+    "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size", "decoder_start_token_id",
+    "discrete_actions", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "gradient_checkpointing", "is_decoder", "length_penalty", "max_length", "max_position_embeddings", "min_length",
+    "n_ctx", "no_repeat_ngram_size", "num_attention_heads", "num_beam_groups", "num_beams", "num_hidden_layers",
+    "num_return_sequences", "output_scores", "pad_token_id", "prefix", "pruned_heads", "remove_invalid_values",
+    "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k",
+    "top_p", "torch_dtype", "torchscript", "typical_p", "use_bfloat16", "use_return_dict",
+}  # fmt: skip
 
 
 class HFDecisionTransformer:
@@ -35,7 +48,8 @@ class HFDecisionTransformer:
 
     def recognises(self, source: Checkpoint | nn.Module) -> bool:
         if isinstance(source, nn.Module):
-            return type(source).__name__ == "DecisionTransformerModel" and hasattr(source, "encoder")
+            # A subclass too: adding a loss to the model is how Hugging Face teaches to train it.
+            return _hf_class(source) is not None and hasattr(source, "encoder")
         return {"embed_return.weight", "encoder.h.0.attn.c_attn.weight"} <= set(source.tensors)
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
@@ -52,22 +66,16 @@ class HFDecisionTransformer:
     ) -> HookedDecisionTransformer:
         """The lens over Hugging Face's own class, filled with ``tensors`` without a copy."""
         refuse_unknown(given, OPTIONS)
-        cfg = config_from_hf(config)
-        used = {key: tensor for key, tensor in tensors.items() if not UNUSED.fullmatch(key)}
-        canonical_from_hf(used, cfg)  # refuses what does not fit, before anything is built
-        return self.wrap(_original(used, config, cfg), kept=kept, **given)
+        return self.wrap(original(tensors, config, given.get("ignore_options", ())), kept=kept, **given)
 
     def wrap(self, model: nn.Module, *, kept: RunFacts | None = None, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, OPTIONS)
-        kept = kept or _facts_beside(model)
-        about = kept.about if kept else {}
-        discrete = bool(given.pop("discrete_actions", about.get("discrete_actions", False)))
-        facts = given_facts(kept, given)
-        config = model.config.to_dict()  # type: ignore[union-attr, operator]
-        cfg = config_from_hf(config, facts.context, discrete)
+        facts = given_facts(kept or _facts_beside(model), given)
+        cfg = config_from_hf(_config(model), facts.context, given.get("discrete_actions"))
+        facts.require_fit(cfg.state_dim, cfg.act_dim)
 
         def views() -> dict[str, Tensor]:
-            return canonical_from_hf({k: t for k, t in model.state_dict().items() if not UNUSED.fullmatch(k)}, cfg)
+            return canonical_from_hf(used(model.state_dict()), cfg)
 
         with torch.device("meta"):
             hooked = HookedDecisionTransformer(cfg)
@@ -75,6 +83,21 @@ class HFDecisionTransformer:
         hooked.facts = facts
         hooked.train(model.training)
         return hooked
+
+
+def _hf_class(model: nn.Module) -> Any:
+    """Hugging Face's class among the ancestors of a model's class, or ``None``."""
+    return next((base for base in type(model).__mro__ if base.__name__ == "DecisionTransformerModel"), None)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
+    return config
+
+
+def used(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a state dict the model computes with."""
+    return {key: tensor for key, tensor in tensors.items() if not UNUSED.fullmatch(key)}
 
 
 def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
@@ -89,9 +112,7 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
     """The checkpoint's facts, overridden by what the user gave; context 20 (the paper's) where nobody says."""
-    chosen: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in FACTS
-    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if name in FACTS}
     if kept is not None:
         return replace(kept, **chosen)
     chosen.setdefault("context", 20)
@@ -104,26 +125,42 @@ def _facts_beside(model: nn.Module) -> RunFacts | None:
     return RunFacts.load(folder) if folder.is_dir() else None
 
 
-def _original(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], cfg: HookedDecisionTransformerConfig
-) -> nn.Module:
+def original(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ignored: Collection[str] = ()) -> nn.Module:
+    """Hugging Face's own class over ``tensors``, which become its parameters without a copy.
+
+    Raises:
+        DtLensError: for tensors or options that do not fit, before anything is built.
+    """
+    cfg = config_from_hf(config)
+    kept = used(tensors)
+    canonical_from_hf(kept, cfg)
+    _refuse_foreign_options(config, ignored)
     from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
-    # There are no tokens; the class's default ids lie outside its vocabulary of one and make it warn.
-    values = {**config, "bos_token_id": None, "eos_token_id": None}
+    # There are no tokens: one row of a table that is never read, and no ids, whose defaults lie outside it and make the
+    # class warn.
+    values = {**config, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
     try:
-        hf_config = DecisionTransformerConfig(**values)
-    except Exception as error:
-        raise DtLensError(f"Hugging Face refuses this config.json: {error}.") from error
-    with torch.device("meta"):
-        model: nn.Module = DecisionTransformerModel(hf_config)
-    whole = {
-        "encoder.wte.weight": next(iter(tensors.values())).new_zeros(model.get_parameter("encoder.wte.weight").shape),
-        **tensors,
-    }
-    # assign=True makes the loaded tensors the parameters: no second copy.
-    model.load_state_dict(whole, strict=True, assign=True)
+        with torch.device("meta"):
+            model: nn.Module = DecisionTransformerModel(DecisionTransformerConfig(**values))
+        kept["encoder.wte.weight"] = next(iter(kept.values())).new_zeros(1, cfg.d_model)
+        model.load_state_dict(kept, strict=True, assign=True)
+    except Exception as error:  # what its validation raises is its own affair
+        raise DtLensError(f"Hugging Face's class refuses this configuration: {because(error)}.") from error
     return model.eval()
+
+
+def _refuse_foreign_options(config: Mapping[str, Any], ignored: Collection[str]) -> None:
+    """Raise for an option that neither Hugging Face's class nor dt-lens knows: it may change what is computed."""
+    from transformers import DecisionTransformerConfig
+
+    known = {*DecisionTransformerConfig(bos_token_id=None, eos_token_id=None).to_dict(), *OLD_OPTIONS, *ignored}
+    for name in config:
+        if name not in known and not name.startswith(("_", "summary_")):
+            raise DtLensError(
+                f"config.json has an option {name!r} that Hugging Face's decision transformer has not, so what it does "
+                f"would be lost; if it does nothing, pass ignore_options=[{name!r}]." + nearest(name, known)
+            )
 
 
 class HFReference:
@@ -143,7 +180,8 @@ class HFReference:
             model.eval()
             model.config._attn_implementation = "eager"  # only this one returns the pattern
             with torch.no_grad():
-                out = model(**batch, output_attentions=True, return_dict=True)
+                # A subclass may return a loss; its modules are the same.
+                out = _hf_class(model).forward(model, **batch, output_attentions=True, return_dict=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -166,7 +204,10 @@ class HFReference:
         for key, name in (("embed_return", "return_to_go"), ("embed_state", "state"), ("embed_action", "action")):
             yield output(getattr(model, key), f"hook_embed_{name}")
         yield output(model.embed_timestep, "hook_embed_timestep")
+        yield entry(model.embed_ln, "hook_embed")
+        yield entry(model.encoder.ln_f, f"blocks.{self.cfg.n_layers - 1}.hook_resid_post")
         yield output(model.encoder.ln_f, "hook_final")
+        yield output(model.predict_action[0], "hook_action_pre")
         heads = self.cfg.n_heads
         for layer, block in enumerate(model.encoder.h):
             b = f"blocks.{layer}"

@@ -8,19 +8,31 @@ heads cannot be told from shapes.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import Checkpoint
-from dt_lens_adapters.hf_decision_transformer import FACTS, HFDecisionTransformer, refuse_unknown
+from dt_lens_adapters.hf_decision_transformer import (
+    FACTS,
+    HFDecisionTransformer,
+    HFReference,
+    given_facts,
+    original,
+    refuse_unknown,
+    used,
+)
 
 __all__ = ["KZLDecisionTransformer"]
 
-SHAPE_OPTIONS = {"n_heads", "act_fn", "action_tanh", "max_ep_len"}
+SHAPE_OPTIONS = {"n_heads", "act_fn", "action_tanh", "max_ep_len", "discrete_actions"}
+POSITION, STATE = "encoder.wpe.weight", "embed_state.weight"
+MASK = re.compile(r"encoder\.h\.\d+\.attn\.bias")
 NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
 
 
@@ -34,65 +46,125 @@ class KZLDecisionTransformer:
         return {"embed_return.weight", "transformer.h.0.attn.c_attn.weight", "predict_action.0.weight"} <= keys
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
-        return self._build(dict(checkpoint.tensors), given)
+        refuse_unknown(given, SHAPE_OPTIONS | FACTS)
+        tensors = _renamed(checkpoint.tensors)
+        config = _config(tensors, given)
+        tensors.setdefault(POSITION, _no_position(tensors))
+        return HFDecisionTransformer().build(tensors, config, None, **_facts(tensors, given))
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
-        lens = self._build(dict(model.state_dict()), {**_read_live(model), **given})
-        # The tensors are the live model's own, so its outputs follow every edit; certify has run Hugging Face's class
-        # on them.
-        object.__setattr__(lens, "original", model)
-        lens.train(model.training)
-        return lens
-
-    def _build(self, tensors: dict[str, Tensor], given: dict[str, Any]) -> HookedDecisionTransformer:
         refuse_unknown(given, SHAPE_OPTIONS | FACTS)
-        if "n_heads" not in given:
-            raise DtLensError(
-                "A kzl checkpoint does not say how many attention heads it has; pass n_heads= (kzl's default is "
-                "n_heads=1)."
-            )
-        config = self._config(tensors, given)
-        d_model = config["hidden_size"]
-        masks = [key for key in tensors if re.fullmatch(r"transformer\.h\.\d+\.attn\.bias", key)]
-        facts = {name: value for name, value in given.items() if name in FACTS}
-        if masks and "context" not in facts:
-            facts["context"] = max(
-                1, tensors[masks[0]].shape[-1] // 3
-            )  # the causal mask is as wide as the context's tokens
-        facts.setdefault("return_scale", 1000.0)  # what kzl's experiment.py uses in every gym environment
-        renamed = {re.sub(r"^transformer\.", "encoder.", key): tensor for key, tensor in tensors.items()}
-        if "encoder.wpe.weight" not in renamed:
-            renamed["encoder.wpe.weight"] = torch.zeros(1, d_model, dtype=tensors["embed_return.weight"].dtype)
-        config["n_positions"] = len(renamed["encoder.wpe.weight"])
-        return HFDecisionTransformer().build(renamed, config, None, **facts)
+        live = _Live(model)
+        tensors = live.tensors()
+        given = {**_read_live(model), **given}
+        config = _config(tensors, given)
+        facts = given_facts(None, _facts(tensors, given))
+        cfg = config_from_hf(config, facts.context)
+        facts.require_fit(cfg.state_dim, cfg.act_dim)
+        with torch.device("meta"):
+            hooked = HookedDecisionTransformer(cfg)
+        hooked.look_at(model, lambda: canonical_from_hf(used(live.tensors()), cfg), _KZLReference(live, config))
+        hooked.facts = facts
+        hooked.train(model.training)
+        return hooked
 
-    def _config(self, tensors: dict[str, Tensor], given: dict[str, Any]) -> dict[str, Any]:
-        def shape(key: str) -> torch.Size:
-            if key not in tensors or tensors[key].ndim != 2:
-                raise DtLensError(f"The checkpoint has no matrix {key!r}, which a kzl decision transformer has.")
-            return tensors[key].shape
 
-        layers = {int(m[1]) for key in tensors if (m := re.match(r"transformer\.h\.(\d+)\.", key))}
-        act_fn = given.get("act_fn", "relu")  # kzl's default; the file cannot tell
-        if act_fn not in NAMES:
-            raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}.")
-        rows = shape("embed_timestep.weight")[0]
-        if given.get("max_ep_len", rows) != rows:
+class _Live:
+    """A live model's tensors under Hugging Face's keys, on the model's own memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.position: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        renamed = _renamed(self.model.state_dict())
+        if POSITION not in renamed:
+            # The lens's own row of zeros: one memory for as long as the model stays where it is.
+            zeros = _no_position(renamed) if self.position is None else self.position.to(renamed[STATE])
+            self.position = renamed[POSITION] = zeros
+        return renamed
+
+
+class _KZLReference:
+    """The live model's own predictions, and every activation before them from Hugging Face's class on its weights."""
+
+    def __init__(self, live: _Live, config: Mapping[str, Any]) -> None:
+        self.live = live
+        self.config = config
+
+    def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        cfg = config_from_hf(self.config)
+        seen = HFReference(original(self.live.tensors(), self.config), cfg).activations(batch)
+        model = self.live.model
+        training = model.training
+        try:
+            with torch.no_grad():
+                out = model.eval()(**batch, rewards=torch.zeros_like(batch["returns_to_go"]))
+            predictions = dict(zip(("state_preds", "action_preds", "return_preds"), out, strict=True))
+        except Exception as error:
             raise DtLensError(
-                f"max_ep_len={given['max_ep_len']} does not fit the checkpoint, whose timestep table has {rows} rows."
-            )
-        d_model, state_dim = shape("embed_state.weight")
-        return {
-            "hidden_size": d_model,
-            "state_dim": state_dim,
-            "act_dim": shape("embed_action.weight")[1],
-            "max_ep_len": rows,
-            "n_layer": max(layers) + 1,
-            "n_head": given["n_heads"],
-            "n_inner": shape("transformer.h.0.mlp.c_fc.weight")[1],
-            "activation_function": NAMES[act_fn],
-            "action_tanh": given.get("action_tanh", True),
-        }
+                f"This model's own forward pass fails, so nothing can be certified against it: {because(error)}."
+            ) from error
+        finally:
+            model.train(training)
+        return seen | {name: tensor.detach() for name, tensor in predictions.items()}
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {re.sub(r"^transformer\.", "encoder.", key): tensor for key, tensor in tensors.items()}
+
+
+def _no_position(renamed: Mapping[str, Tensor]) -> Tensor:
+    return renamed[STATE].new_zeros(1, renamed[STATE].shape[0])
+
+
+def _facts(renamed: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The run facts that were given, and what kzl's code says of the others."""
+    facts = {name: value for name, value in given.items() if name in FACTS}
+    facts.setdefault("return_scale", 1000.0)  # what kzl's experiment.py uses in every gym environment
+    widths = [tensor.shape[-1] for key, tensor in renamed.items() if MASK.fullmatch(key) and tensor.ndim]
+    # A causal mask is as wide as the context's tokens where somebody chose it; 1024 is GPT-2's default, no context.
+    if widths and widths[0] % 3 == 0:
+        facts.setdefault("context", widths[0] // 3)
+    if isinstance(given.get("discrete_actions"), bool):
+        facts["discrete_actions"] = given["discrete_actions"]
+    return facts
+
+
+def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What Hugging Face's configuration would say, from shapes and from what was given."""
+    if "n_heads" not in given:
+        raise DtLensError(
+            "A kzl checkpoint does not say how many attention heads it has; pass n_heads= (kzl's default is n_heads=1)."
+        )
+
+    def shape(key: str) -> torch.Size:
+        if key not in tensors or tensors[key].ndim != 2:
+            raise DtLensError(f"The checkpoint has no matrix {key!r}, which a kzl decision transformer has.")
+        return tensors[key].shape
+
+    layers = {int(m[1]) for key in tensors if (m := re.match(r"encoder\.h\.(\d+)\.", key))}
+    act_fn = given.get("act_fn", "relu")  # kzl's default; the file cannot tell
+    if act_fn not in NAMES:
+        raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn), NAMES))
+    rows = shape("embed_timestep.weight")[0]
+    if given.get("max_ep_len", rows) != rows:
+        raise DtLensError(
+            f"max_ep_len={given['max_ep_len']} does not fit the checkpoint, whose timestep table has {rows} rows."
+        )
+    d_model, state_dim = shape(STATE)
+    return {
+        "hidden_size": d_model,
+        "state_dim": state_dim,
+        "act_dim": shape("embed_action.weight")[1],
+        "max_ep_len": rows,
+        "n_layer": max(layers) + 1,
+        "n_head": given["n_heads"],
+        "n_inner": shape("encoder.h.0.mlp.c_fc.weight")[1],
+        "n_positions": len(tensors[POSITION]) if POSITION in tensors else 1,
+        "activation_function": NAMES[act_fn],
+        "action_tanh": given.get("action_tanh", True),
+    }
 
 
 def _read_live(model: Any) -> dict[str, Any]:
@@ -101,9 +173,7 @@ def _read_live(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if inner is not None:
         found["n_heads"] = inner.n_head
-        found["act_fn"] = {hf: ours for ours, hf in NAMES.items()}.get(
-            inner.activation_function, inner.activation_function
-        )
+        found["act_fn"] = ACTIVATIONS.get(inner.activation_function, inner.activation_function)
     if isinstance(getattr(model, "predict_action", None), nn.Sequential):
         found["action_tanh"] = any(isinstance(part, nn.Tanh) for part in model.predict_action)
     if isinstance(getattr(model, "max_length", None), int):

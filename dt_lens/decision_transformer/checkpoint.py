@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dt_lens.decision_transformer.hf_layout import config_to_hf, hf_from_canonical
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because
 
 if TYPE_CHECKING:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
@@ -24,7 +22,7 @@ __all__ = ["save_pretrained"]
 def save_pretrained(model: HookedDecisionTransformer, folder: str | Path) -> Path:
     """Write ``config.json``, ``model.safetensors`` (Hugging Face's format) and ``dt_lens.json`` (the run facts).
 
-    The files are complete or not there: they are written beside the folder and moved in at the end.
+    Each file is complete or not there: they are written into a scratch folder inside and renamed at the end.
 
     Raises:
         DtLensError: for a model that Hugging Face's class cannot represent, or a folder that cannot be written.
@@ -33,19 +31,17 @@ def save_pretrained(model: HookedDecisionTransformer, folder: str | Path) -> Pat
     config = config_to_hf(model.cfg)
     tensors = hf_from_canonical(model.weights, model.cfg)
     config["dtype"] = str(tensors["encoder.wte.weight"].dtype).removeprefix("torch.")
-    # Whether actions are one-hot is no field of Hugging Face's; it travels in the facts.
-    facts = replace(model.facts, about={**model.facts.about, "discrete_actions": model.cfg.discrete_actions})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".dt-lens-") as scratch:
             written = Path(scratch)
             (written / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})
-            facts.save(written)
-            for file in written.iterdir():
-                shutil.move(file, folder / file.name)
+            model.facts.save(written)
+            for file in sorted(written.iterdir()):
+                file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or because(error)
         raise DtLensError(
             f"The checkpoint cannot be written to {folder}: {reason}; choose another folder or make room."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,16 @@ __all__ = ["Activation", "HookedDecisionTransformerConfig", "Normalization", "Po
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 Normalization = Literal["pre", "post", "none"]
 Position = Literal["none", "constant", "learned"]
+
+SIZES = ("state_dim", "act_dim", "d_model", "n_layers", "n_heads", "d_mlp", "n_ctx", "max_ep_len", "n_position")
+FLAGS = (
+    "final_ln",
+    "embed_ln",
+    "action_tanh",
+    "discrete_actions",
+    "attn_scale_by_head",
+    "attn_scale_by_layer",
+)
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,19 @@ class HookedDecisionTransformerConfig:
     resid_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("state_dim", "act_dim", "d_model", "n_layers", "n_heads", "d_mlp", "n_ctx", "max_ep_len"):
+        for name in SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise DtLensError(f"The configuration's {name} is {value!r}; it must be a positive whole number.")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must be true or false.")
+        for name in ("eps", "embed_ln_eps"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
+                raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must be 0 or more.")
+        for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must lie in 0 to 1.")
         if self.d_model % self.n_heads:
             raise DtLensError(
                 f"d_model {self.d_model} does not split into n_heads {self.n_heads} equal heads; give an n_heads that "
@@ -67,11 +87,16 @@ class HookedDecisionTransformerConfig:
             )
         for name, allowed in (("act_fn", Activation), ("normalization", Normalization), ("position", Position)):
             value = getattr(self, name)
-            if value not in get_args(allowed):
+            if not isinstance(value, str) or value not in get_args(allowed):
                 raise DtLensError(
                     f"The configuration's {name} is {value!r}; it must be one of {', '.join(get_args(allowed))}."
                     + nearest(str(value), get_args(allowed))
                 )
+        if self.position == "learned" and self.n_position < 3:
+            raise DtLensError(
+                f"The configuration's n_position is {self.n_position}; learned positions need one for each of a step's "
+                "three tokens."
+            )
 
     @property
     def d_head(self) -> int:
@@ -99,4 +124,11 @@ class HookedDecisionTransformerConfig:
         for name in values:
             if name not in known:
                 raise DtLensError(f"Unknown configuration field {name!r}." + nearest(name, known))
+        for name in ("state_dim", "act_dim"):
+            if name not in values:
+                raise DtLensError(f"The configuration lacks {name!r}, which a decision transformer needs.")
         return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.files import read_json
 
 __all__ = ["FACTS_FILE", "RunFacts"]
 
 FACTS_FILE = "dt_lens.json"
+HEADS = ("action", "state", "return_to_go", "reward")  # the last two are one head
 
 
 @dataclass(frozen=True)
@@ -38,25 +42,68 @@ class RunFacts:
     about: dict[str, Any] = field(default_factory=dict)  # free: dataset, recipe, scores
 
     def __post_init__(self) -> None:
-        if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 1:
-            raise DtLensError(f"The run facts' context is {self.context!r}; it must be a positive number of steps.")
-        if not (math.isfinite(self.return_scale) and self.return_scale > 0):
-            raise DtLensError(f"The run facts' return_scale is {self.return_scale!r}; it must be a positive number.")
+        _require(isinstance(self.context, int) and not isinstance(self.context, bool) and self.context >= 1,
+                 "context", self.context, "a positive number of steps")  # fmt: skip
+        _require(
+            self.environment is None or isinstance(self.environment, str),
+            "environment",
+            self.environment,
+            "a Gymnasium id",
+        )
+        for name in ("environment_kwargs", "about"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
+                name,
+                value,
+                "a mapping of names",
+            )
+        for name in ("state_mean", "state_std", "target_returns"):
+            self._freeze(name, _numbers, "finite numbers")
+        for name in ("state_labels", "action_labels", "trained_heads"):
+            self._freeze(name, _names, "strings")
+        scale = self.return_scale
+        _require(_is_number(scale) and scale > 0, "return_scale", scale, "a positive number")
         if (self.state_mean is None) != (self.state_std is None):
             raise DtLensError("The run facts give only one of state_mean and state_std; give both or neither.")
         if self.state_mean is not None and self.state_std is not None:
             if len(self.state_mean) != len(self.state_std):
                 raise DtLensError(
-                    f"The run facts' state_mean has {len(self.state_mean)} entries and state_std {len(self.state_std)}."
+                    f"The run facts' state_mean has {len(self.state_mean)} entries and state_std "
+                    f"{len(self.state_std)}; give one of each for every coordinate of the state."
                 )
-            if not all(math.isfinite(m) for m in self.state_mean) or not all(
-                math.isfinite(s) and s > 0 for s in self.state_std
-            ):
-                raise DtLensError("The run facts' state_mean must be finite and state_std positive in every entry.")
+            _require(all(s > 0 for s in self.state_std), "state_std", min(self.state_std), "positive in every entry")
+        for head in self.trained_heads:
+            if head not in HEADS:
+                raise DtLensError(
+                    f"The run facts' trained_heads names {head!r}; the heads are {', '.join(HEADS)}."
+                    + nearest(head, HEADS)
+                )
+
+    def _freeze(self, name: str, convert: Callable[[Any], tuple[Any, ...] | None], wanted: str) -> None:
+        value = getattr(self, name)
+        if value is not None:
+            frozen = convert(value)
+            _require(frozen is not None, name, value, f"a list of {wanted}")
+            object.__setattr__(self, name, frozen)
+
+    def require_fit(self, state_dim: int, act_dim: int) -> None:
+        """Raise ``DtLensError`` when the facts tell of states or actions of another size than the model's."""
+        for name, size in (("state_mean", state_dim), ("state_labels", state_dim), ("action_labels", act_dim)):
+            value = getattr(self, name)
+            if value is not None and len(value) != size:
+                kind = "action" if name.startswith("action") else "state"
+                raise DtLensError(f"The run facts' {name} has {len(value)} entries; the model's {kind} has {size}.")
 
     def save(self, folder: Path) -> None:
-        """Write ``dt_lens.json`` into ``folder``."""
-        (folder / FACTS_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write ``dt_lens.json`` into ``folder``; a value that JSON does not know is a ``DtLensError``."""
+        try:
+            text = json.dumps(asdict(self), indent=1)
+        except (TypeError, ValueError) as error:
+            raise DtLensError(
+                f"The run facts cannot be written as JSON: {because(error)}; use plain values."
+            ) from error
+        (folder / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> RunFacts | None:
@@ -68,23 +115,45 @@ class RunFacts:
         file = folder / FACTS_FILE
         if not file.exists():
             return None
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DtLensError(f"{file} cannot be read as JSON: {error}.") from error
-        return cls.from_dict(values, str(file))
+        return cls.from_dict(read_json(file), str(file))
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the run facts") -> RunFacts:
         """Facts from plain JSON values; lists become tuples."""
         if not isinstance(values, dict):
-            raise DtLensError(f"{source} must be a JSON object.")
+            raise DtLensError(f"{source} holds a {type(values).__name__}; expected an object with named fields.")
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
-                raise DtLensError(f"{source} has an unknown field {name!r}." + nearest(name, known))
-        frozen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        try:
-            return cls(**frozen)
-        except TypeError as error:
-            raise DtLensError(f"{source} does not hold what is expected: {error}.") from error
+                raise DtLensError(
+                    f"{source} has an unknown field {name!r}; it takes {', '.join(sorted(known))}."
+                    + nearest(str(name), known)
+                )
+        if "context" not in values:
+            raise DtLensError(f"{source} lacks the field 'context', the number of steps that the agent looks back.")
+        return cls(**values)
+
+
+def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    if not holds:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+        raise DtLensError(f"The run facts' {name} is {shown}; it must be {wanted}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """Plain floats of a list, a tuple, an array or a tensor of numbers; ``None`` for anything else."""
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(listed, (list, tuple)) or not all(_is_number(v) for v in listed):
+        return None
+    return tuple(float(v) for v in listed)
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        return None
+    return tuple(value)

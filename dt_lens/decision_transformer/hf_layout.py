@@ -5,6 +5,7 @@ Every rule is a strided view (transpose, slice, split of an axis), so that one m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -68,6 +69,12 @@ def canonical_from_hf(tensors: Mapping[str, Tensor], cfg: HookedDecisionTransfor
     Raises:
         DtLensError: naming a key that is missing, unknown, or of a shape that does not fit ``cfg``.
     """
+    held = {int(found[1]) for key in tensors if (found := re.match(r"encoder\.h\.(\d+)\.", key))}
+    if held and max(held) + 1 != cfg.n_layers:
+        raise DtLensError(
+            f"The checkpoint holds {max(held) + 1} blocks and its configuration says {cfg.n_layers}; the two do not "
+            "belong together."
+        )
     # Conv1D stores (in, out); c_attn holds query, key and value side by side, each with its heads in order.
     left = dict(tensors)
     weights: dict[str, Tensor] = {}
@@ -155,24 +162,22 @@ def _shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def config_from_hf(
-    config: Mapping[str, Any], context: int = 20, discrete_actions: bool = False
+    config: Mapping[str, Any], context: int = 20, discrete_actions: bool | None = None
 ) -> HookedDecisionTransformerConfig:
     """Our configuration from the values of Hugging Face's ``DecisionTransformerConfig``.
 
+    ``config.json`` leaves out what has Hugging Face's default, so a missing value is that default. The context is
+    not in it; ``discrete_actions`` is there when ``save_pretrained`` wrote it.
+
     Raises:
-        DtLensError: for a missing size, or an option that this model does not represent.
+        DtLensError: for a value that makes no model, or an option that this model does not represent.
     """
 
-    def get(*names: str, default: Any = None) -> Any:
-        for name in names:
-            if config.get(name) is not None:
-                return config[name]
-        if default is None:
-            raise DtLensError(f"config.json has no {names[0]!r}, which a decision transformer needs.")
-        return default
+    def get(*names: str, default: Any) -> Any:
+        return next((config[name] for name in names if config.get(name) is not None), default)
 
     act_fn = get("activation_function", default="relu")
-    if act_fn not in ACTIVATIONS:
+    if not isinstance(act_fn, str) or act_fn not in ACTIVATIONS:
         raise DtLensError(
             f"The configuration's activation_function is {act_fn!r}; dt-lens knows {', '.join(ACTIVATIONS)}."
             + nearest(str(act_fn), ACTIVATIONS)
@@ -188,20 +193,20 @@ def config_from_hf(
         d_model=d_model,
         n_layers=get("n_layer", "num_hidden_layers", default=3),
         n_heads=get("n_head", "num_attention_heads", default=1),
-        d_mlp=get("n_inner", default=4 * d_model),
+        d_mlp=get("n_inner", default=4 * d_model if isinstance(d_model, int) else d_model),
         n_ctx=context,
         max_ep_len=get("max_ep_len", default=4096),
         act_fn=ACTIVATIONS[act_fn],
         eps=get("layer_norm_epsilon", default=1e-5),
-        action_tanh=bool(config.get("action_tanh", True)),
-        discrete_actions=discrete_actions,
+        action_tanh=get("action_tanh", default=True),
+        discrete_actions=get("discrete_actions", default=False) if discrete_actions is None else discrete_actions,
         position="constant",
         n_position=get("n_positions", "max_position_embeddings", default=1024),
-        attn_scale_by_head=bool(config.get("scale_attn_weights", True)),
-        attn_scale_by_layer=bool(config.get("scale_attn_by_inverse_layer_idx", False)),
-        embed_dropout=config.get("embd_pdrop", 0.1),
-        attn_dropout=config.get("attn_pdrop", 0.1),
-        resid_dropout=config.get("resid_pdrop", 0.1),
+        attn_scale_by_head=get("scale_attn_weights", default=True),
+        attn_scale_by_layer=get("scale_attn_by_inverse_layer_idx", default=False),
+        embed_dropout=get("embd_pdrop", default=0.1),
+        attn_dropout=get("attn_pdrop", default=0.1),
+        resid_dropout=get("resid_pdrop", default=0.1),
     )
 
 
@@ -211,7 +216,8 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
     Raises:
         DtLensError: naming an option that Hugging Face's class cannot represent.
     """
-    for name, wanted in (("normalization", "pre"), ("embed_ln", True), ("final_ln", True)):
+    # The epsilon of Hugging Face's embed_ln is torch's default, whatever its configuration says of the others.
+    for name, wanted in (("normalization", "pre"), ("embed_ln", True), ("final_ln", True), ("embed_ln_eps", 1e-5)):
         if getattr(cfg, name) != wanted:
             raise DtLensError(
                 f"Hugging Face's decision transformer has no {name}={getattr(cfg, name)!r}; only {wanted!r} can be "
@@ -231,6 +237,7 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
         "hidden_size": cfg.d_model,
         "max_ep_len": cfg.max_ep_len,
         "action_tanh": cfg.action_tanh,
+        "discrete_actions": cfg.discrete_actions,  # no field of Hugging Face's class, which keeps it all the same
         "vocab_size": 1,
         "n_positions": cfg.n_position if cfg.position == "constant" else 1,
         "n_layer": cfg.n_layers,

@@ -8,7 +8,7 @@ state's token. Weights have TransformerLens's names and orientation: ``y = x @ W
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dt_lens.decision_transformer.batch import random_batch, require_batch
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.embeddings import embeddings_of
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.hooked import HookPoint
 from dt_lens.decision_transformer.sharing import SharingModule
@@ -64,7 +66,7 @@ class Linear(nn.Module):
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
         self.W = _parameter(d_in, d_out)
-        self.b = _parameter(d_out, std=0)
+        self.b = _parameter(d_out, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.W.T, self.b)
@@ -102,9 +104,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()):
             return F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # as torch's own does
         x = x - x.mean(-1, keepdim=True)
         scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized(x / scale) * self.w + self.b
+        return (self.hook_normalized(x / scale) * self.w + self.b).to(dtype)
 
 
 class Attention(nn.Module):
@@ -114,10 +117,10 @@ class Attention(nn.Module):
         super().__init__()
         shape = (cfg.n_heads, cfg.d_model, cfg.d_head)
         self.W_Q, self.W_K, self.W_V = _parameter(*shape), _parameter(*shape), _parameter(*shape)
-        self.b_Q, self.b_K, self.b_V = (_parameter(cfg.n_heads, cfg.d_head, std=0) for _ in range(3))
+        self.b_Q, self.b_K, self.b_V = (_parameter(cfg.n_heads, cfg.d_head, std=0.0) for _ in range(3))
         # GPT-2's initialisation: what writes to the stream starts smaller, by the number of writers.
         self.W_O = _parameter(cfg.n_heads, cfg.d_head, cfg.d_model, std=0.02 / (2 * cfg.n_layers) ** 0.5)
-        self.b_O = _parameter(cfg.d_model, std=0)
+        self.b_O = _parameter(cfg.d_model, std=0.0)
         self.scale = cfg.attn_scale(layer)
         self.dropout = cfg.attn_dropout
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
@@ -165,9 +168,9 @@ class MLP(nn.Module):
     def __init__(self, cfg: HookedDecisionTransformerConfig) -> None:
         super().__init__()
         self.W_in = _parameter(cfg.d_model, cfg.d_mlp)
-        self.b_in = _parameter(cfg.d_mlp, std=0)
+        self.b_in = _parameter(cfg.d_mlp, std=0.0)
         self.W_out = _parameter(cfg.d_mlp, cfg.d_model, std=0.02 / (2 * cfg.n_layers) ** 0.5)
-        self.b_out = _parameter(cfg.d_model, std=0)
+        self.b_out = _parameter(cfg.d_model, std=0.0)
         self.act_fn = cfg.act_fn
         self.hook_pre, self.hook_post = HookPoint(), HookPoint()
 
@@ -217,6 +220,8 @@ class HookedDecisionTransformer(SharingModule):
     Args:
         cfg: the shape and the options.
         state_encoder: any module that maps a batch of states to ``[batch, step, d_model]``; a linear map when omitted.
+            One that reads something else than ``[batch, step, state_dim]`` tells the shape of one state in its
+            attribute ``state_shape``.
 
     Attributes:
         facts: what a rollout needs and the weights do not say: environment, normalisation, target returns, labels.
@@ -251,11 +256,14 @@ class HookedDecisionTransformer(SharingModule):
             }
         )
         self.hook_embed_return_to_go, self.hook_embed_state, self.hook_embed_action = (HookPoint() for _ in range(3))
-        self.hook_embed_timestep, self.hook_embed, self.hook_pos_embed = (HookPoint() for _ in range(3))
+        self.hook_embed_timestep, self.hook_embed = HookPoint(), HookPoint()
+        if cfg.position != "none":
+            self.hook_pos_embed = HookPoint()
         self.hook_final = HookPoint()
         self.hook_action_pre = HookPoint()  # before the tanh
         self.facts = RunFacts(context=cfg.n_ctx)
         self._embeddings: EmbeddingRegistry | None = None
+        self._standard: dict[str, Tensor] = {}
         self.setup()
 
     @property
@@ -276,43 +284,36 @@ class HookedDecisionTransformer(SharingModule):
     def embeddings(self) -> EmbeddingRegistry:
         """The model's labelled directions: ``state_in``, ``action_in``, ..., ``action_out``; yours to extend."""
         if self._embeddings is None:
-            from dt_lens.decision_transformer.embeddings import embeddings_of
-
             self._embeddings = embeddings_of(self)
+            self._standard = {name: embedding.directions for name, embedding in self._embeddings.items()}
         return self._embeddings
 
+    def _moved(self) -> None:
+        # The standard directions are views of weights that have moved; labels, and what the user put in, stay.
+        if self._embeddings is None:
+            return
+        for name, fresh in embeddings_of(self).items():
+            if name in self._embeddings and self._embeddings[name].directions is self._standard[name]:
+                self._embeddings[name] = replace(fresh, labels=self._embeddings[name].labels)
+                self._standard[name] = fresh.directions
+
     def probe(self, seed: int = 0) -> dict[str, Any]:
-        """A random batch for a check of the weights: two windows, one with padding, standard normal inputs."""
-        cfg, weight = self.cfg, self.get_parameter("embed.return_to_go.W")
-        generator = torch.Generator().manual_seed(seed)
-        steps = min(cfg.n_ctx, cfg.max_ep_len, cfg.n_position // 3 if cfg.position == "learned" else cfg.n_ctx, 8)
-        steps = max(steps, 1)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
-
-        actions = normal(2, steps, cfg.act_dim)
-        if cfg.discrete_actions:
-            actions = F.one_hot(actions.argmax(-1), cfg.act_dim).to(weight.dtype)
-        mask = torch.ones(2, steps, dtype=torch.long, device=weight.device)
-        mask[1, : steps // 3] = 0
-        return {
-            "states": normal(2, steps, cfg.state_dim),
-            "actions": actions,
-            "returns_to_go": normal(2, steps, 1),
-            "timesteps": torch.arange(steps, device=weight.device).expand(2, steps),
-            "attention_mask": mask,
-        }
+        """A random batch for a check of the weights; a state encoder's ``state_shape`` is the shape of one state."""
+        shape = getattr(self.embed["state"], "state_shape", (self.cfg.state_dim,))
+        return random_batch(self.cfg, shape, self.get_parameter("embed.return_to_go.W"), seed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedDecisionTransformer:
         """A copy on memory of its own, looking at no original; edits in force are copied as plain weights."""
         encoder = self.embed["state"]
-        copied = HookedDecisionTransformer(
-            self.cfg, None if isinstance(encoder, Linear) else copy.deepcopy(encoder, memo)
-        )
+        own = None if isinstance(encoder, Linear) else copy.deepcopy(encoder, memo)
+        with torch.device("meta"):
+            copied = HookedDecisionTransformer(self.cfg, own)
         copied.adopt({name: weight.clone() for name, weight in self.weights.items()})
         copied.facts = self.facts
-        return copied.train(self.training)
+        for parameter, mine in zip(copied.parameters(), self.parameters(), strict=True):
+            parameter.requires_grad_(mine.requires_grad)
+        copied.train(self.training)
+        return copied
 
     def forward(
         self,
@@ -336,7 +337,8 @@ class HookedDecisionTransformer(SharingModule):
         Raises:
             DtLensError: for a tensor whose size does not fit the model, or a timestep beyond its table.
         """
-        self._check(states, actions, returns_to_go, timesteps, attention_mask)
+        flat = isinstance(self.embed["state"], Linear)
+        require_batch(self.cfg, states if flat else None, actions, returns_to_go, timesteps, attention_mask)
         tokens = self._tokens(states, actions, returns_to_go, timesteps)
         allowed = None if attention_mask is None else self._allowed(attention_mask)
         x = F.dropout(self._add_position(self.embed_ln(tokens)), self.cfg.embed_dropout, self.training)
@@ -378,30 +380,3 @@ class HookedDecisionTransformer(SharingModule):
         # A padding token may look at itself: a row with nothing to look at would be NaN and would spread.
         itself = torch.eye(n, dtype=torch.bool, device=real.device)
         return (real & causal) | itself
-
-    def _check(
-        self, states: Tensor, actions: Tensor, returns_to_go: Tensor, timesteps: Tensor, mask: Tensor | None
-    ) -> None:
-        cfg = self.cfg
-        batch_step = tuple(timesteps.shape)
-        if isinstance(self.embed["state"], Linear) and tuple(states.shape) != (*batch_step, cfg.state_dim):
-            raise DtLensError(
-                f"states has shape {tuple(states.shape)}; this model wants [batch, step, {cfg.state_dim}] with "
-                f"timesteps {list(batch_step)}."
-            )
-        wanted = (*batch_step, cfg.act_dim) if actions.is_floating_point() else batch_step
-        if tuple(actions.shape) != wanted:
-            raise DtLensError(f"actions has shape {tuple(actions.shape)}; this model wants {list(wanted)}.")
-        if tuple(returns_to_go.shape) != (*batch_step, 1):
-            raise DtLensError(
-                f"returns_to_go has shape {tuple(returns_to_go.shape)}; this model wants {[*batch_step, 1]}."
-            )
-        if mask is not None and tuple(mask.shape) != batch_step:
-            raise DtLensError(f"attention_mask has shape {tuple(mask.shape)}; this model wants {list(batch_step)}.")
-        if timesteps.numel() and not torch.compiler.is_compiling():
-            low, high = (int(t) for t in timesteps.aminmax())
-            if low < 0 or high >= cfg.max_ep_len:
-                raise DtLensError(
-                    f"timesteps run from {low} to {high}; this model's timestep table has rows 0 to "
-                    f"{cfg.max_ep_len - 1}."
-                )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from dt_lens.decision_transformer.hooked import HookedRootModule
@@ -15,6 +16,8 @@ from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens import Reference
 
 __all__ = ["SharingModule"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SharingModule(HookedRootModule):
@@ -59,11 +62,26 @@ class SharingModule(HookedRootModule):
                     f"The weight {name!r} has shape {list(weight.shape)}; the configuration wants "
                     f"{list(parameter.shape)}."
                 )
-            if not weight.is_floating_point():
-                raise DtLensError(f"The weight {name!r} holds {weight.dtype} numbers; weights must be floating-point.")
+            if weight.dtype not in DTYPES:
+                raise DtLensError(
+                    f"The weight {name!r} holds {str(weight.dtype).removeprefix('torch.')} numbers; weights must be "
+                    "float64, float32, bfloat16 or float16."
+                )
+            if weight.is_meta:
+                raise DtLensError(
+                    f"The weight {name!r} lies on the meta device and has no numbers; load the model first."
+                )
+        kinds = {(weight.dtype, weight.device): name for name, weight in weights.items()}
+        if len(kinds) > 1:
+            (kind, name), (other, second) = list(kinds.items())[:2]
+            raise DtLensError(
+                f"The weight {name!r} is {kind[0]} on {kind[1]} and {second!r} is {other[0]} on {other[1]}; bring the "
+                "model to one type and one device with .to()."
+            )
         for name, parameter in mine.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))
+        self._moved()
 
     def look_at(
         self, original: nn.Module, weights: Callable[[], Mapping[str, Tensor]], reference: Reference | None
@@ -94,10 +112,10 @@ class SharingModule(HookedRootModule):
         # Moving or casting the lens moves what it looks at, and they stay one memory.
         if self.original is None or self._original_weights is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._moved()
         else:
             self.original._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self.adopt(self._original_weights())
-        self._moved()
         return self
 
     def _moved(self) -> None:
