@@ -8,6 +8,7 @@ standard input, and stays warm between evaluations.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import struct
 import tempfile
@@ -114,11 +115,14 @@ def _start_worker() -> None:
 
 
 def _work(job: Job, folder: str, number: int) -> list[Outcome]:
-    file, due = Path(folder, f"report-{number}"), 0.0
+    file, due, parent = Path(folder, f"report-{number}"), 0.0, os.getppid()
 
     def report(finished: int, running: float) -> None:
         nonlocal due
         if (now := time.monotonic()) >= due:
+            if os.getppid() != parent:  # killed outright, it could neither stop its workers nor tidy up
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(1)
             file.write_bytes(struct.pack("<qd", finished, running))
             due = now + REPORT_SECONDS
 
