@@ -151,7 +151,11 @@ def balanced(returns: NDArray[np.float64], lengths: NDArray[np.int64], keep: int
     place = np.clip(np.searchsorted(edges, returns, side="right") - 1, 0, bins - 1)
     members = [sorted(np.flatnonzero(place == b), key=lambda i: (-lengths[i], i)) for b in range(bins)]
     cap = max(c for c in range(keep + 1) if sum(min(len(m), c) for m in members) <= keep)
-    return sorted(int(i) for m in members for i in m[:cap])
+    kept = [int(i) for m in members for i in m[: max(cap, 1)]]
+    # Fewer than one for each bin: bins evenly from the lowest to the highest.
+    return sorted(
+        kept if len(kept) <= keep else (kept[i] for i in np.linspace(len(kept) - 1, 0, keep).round().astype(int))
+    )
 
 
 def _check(dataset_id: str, **counts: int) -> None:

@@ -102,6 +102,8 @@ def test_balancing_fills_every_bin_alike_and_prefers_long_episodes() -> None:
     low = [i for i in range(len(returns)) if returns[i] < 10]
     assert min(lengths[i] for i in kept if i in set(low)) >= sorted(lengths[low])[-39]
     assert balanced(returns, lengths, keep=10_000, bins=3) == list(range(len(returns)))
+    few = balanced(returns, lengths, keep=2, bins=3)
+    assert len(few) == 2 and max(returns[few]) > 20 and min(returns[few]) < 10
 
 
 def test_record_is_read_back_and_survives_an_interruption(minari_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
