@@ -19,13 +19,14 @@ __all__ = ["Embedding", "EmbeddingRegistry"]
 StreamSide = Literal["in", "out"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Embedding:
     """``n`` labelled directions in the residual stream.
 
     Attributes:
         directions: ``[n, d_model]``, raw: what the embedding or head itself holds; live where it is a view of a weight.
-        labels: one for each direction.
+            Anything that makes such a tensor will do.
+        labels: one for each direction; numbered when left out.
         kind: what the directions stand for: ``"state"``, ``"action"``, ``"reward"`` (the return-to-go), ``"timestep"``,
             ``"token"``, ...
         side: ``"in"`` for what is put into the stream, ``"out"`` for what is read out of it.
@@ -34,7 +35,8 @@ class Embedding:
         owner: the identity of the model they belong to; ``None`` for the user's own until they are registered.
 
     Raises:
-        DtLensError: for directions that are no matrix or not finite, or labels that do not fit.
+        DtLensError: for directions that are no matrix, none at all, or not finite, for labels that do not fit, or a side
+            that is neither ``"in"`` nor ``"out"``.
 
     >>> Embedding(torch.eye(3), ["x", "y", "z"]).kind
     'user'
@@ -50,8 +52,20 @@ class Embedding:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.directions.ndim != 2:
+        if not (isinstance(self.directions, Tensor) and self.directions.is_floating_point()):
+            try:
+                made = torch.as_tensor(self.directions).to(torch.float64)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DtLensError(f"Directions must be numbers [n, d_model], not {self.directions!r:.80}.") from error
+            object.__setattr__(self, "directions", made)
+        if self.directions.ndim != 2 or not self.directions.numel():
             raise DtLensError(f"Directions have shape {list(self.directions.shape)}; expected [n, d_model].")
+        if self.side not in ("in", "out"):
+            raise DtLensError(
+                f"side is {self.side!r}; it must be 'in' (put into the stream) or 'out' (read out of it)."
+            )
+        if isinstance(self.labels, str):
+            raise DtLensError(f"labels is {self.labels!r}; give a list with one label for each direction.")
         if not bool(torch.isfinite(self.directions).all()):
             raise DtLensError("Directions hold NaN or infinite values; every entry must be finite.")
         n = len(self.directions)
@@ -65,7 +79,7 @@ class Embedding:
 
     @property
     def effective(self) -> Float[Tensor, "n d_model"]:
-        """The directions as the stream has them, up to length: through the LayerNorm that stands between.
+        """The directions ``[n, d_model]`` as the stream has them, up to length: through the LayerNorm in between.
 
         A change ``e`` of a token before a LayerNorm of scale ``w`` moves the stream by ``diag(w) C e``, with ``C`` the
         centring; a head ``e`` behind one reads the stream along ``C diag(w) e``. The LayerNorm's division, and the part
@@ -79,19 +93,31 @@ class Embedding:
         return w * e - (w * e).mean(-1, keepdim=True)
 
     def index(self, label: str) -> int:
-        """The row of a label."""
+        """The row of a label.
+
+        Raises:
+            DtLensError: for a label that is not there, with the nearest that is.
+        """
         if label not in self.labels:
             raise DtLensError(f"{self.name or 'The embedding'} has no label {label!r}." + nearest(label, self.labels))
         return list(self.labels).index(label)
 
 
-@dataclass
+@dataclass(eq=False)
 class EmbeddingRegistry(Mapping[str, Embedding]):
     """A model's embeddings by name, extensible in one line.
 
     ``registry["mine"] = Embedding(vectors, labels)`` adds a set; ``registry.relabel("state_in", [...])`` swaps labels.
     What belongs to another model, or has another dimension, is refused: directions of different models never meet by
     accident.
+
+    Attributes:
+        d_model: the stream's dimension.
+        owner: the identity of the model.
+
+    Raises:
+        DtLensError: on getting or deleting a name that is not there (with the nearest that is), and on setting what is
+            no ``Embedding``, has another dimension, or belongs to another model.
     """
 
     d_model: int
@@ -116,6 +142,11 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
                 f"The embedding {name!r} has directions of size {embedding.directions.shape[1]}; this model's stream "
                 f"has {self.d_model}."
             )
+        if embedding.layernorm is not None and tuple(embedding.layernorm.shape) != (self.d_model,):
+            raise DtLensError(
+                f"The embedding {name!r} has a LayerNorm scale of shape {list(embedding.layernorm.shape)}; this model's "
+                f"stream has {self.d_model}."
+            )
         if embedding.owner not in (None, self.owner):
             raise DtLensError(
                 f"The embedding {name!r} belongs to another model; to compare across models on purpose, register a "
@@ -136,16 +167,24 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
         return name in self._sets
 
     def relabel(self, name: str, labels: Sequence[str]) -> None:
-        """Give the set ``name`` other labels, one for each direction."""
+        """Give the set ``name`` other labels, one for each direction.
+
+        Raises:
+            DtLensError: for a name that is not there, or another number of labels.
+        """
         self._sets[name] = replace(self[name], labels=list(labels))
 
     def select(self, patterns: Sequence[str] | str | None = None) -> list[Embedding]:
-        """The sets whose names match any shell-style pattern; all of them for ``None``."""
+        """The sets whose names match any shell-style pattern; all of them for ``None``.
+
+        Raises:
+            DtLensError: for a pattern that matches nothing, with the nearest name.
+        """
         if patterns is None:
             return list(self._sets.values())
         chosen: dict[str, Embedding] = {}
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            matched = fnmatch.filter(self._sets, pattern)
+            matched = [name for name in self._sets if fnmatch.fnmatchcase(name, pattern)]
             chosen |= {name: self._sets[name] for name in matched or [self[pattern].name]}
         return list(chosen.values())
 

@@ -33,7 +33,7 @@ Names = Sequence[str] | str
 
 
 class _Rows(NamedTuple):
-    """An embedding as one side of a matrix meets it: unit or zero rows ``[n, d_model]``, and their space's dimension."""
+    """An embedding as one side of a matrix meets it: unit or zero rows ``[n, d_model]``, and their space."""
 
     embedding: Embedding
     directions: Array

@@ -1,0 +1,324 @@
+"""Low-rank changes of weights that are put in force and taken back bit for bit.
+
+Several changes of a model add up, whatever the order in which they come and go: a weight is always the untouched one
+plus the changes that are in force, rounded once to its dtype.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dt_lens.errors import DtLensError
+from dt_lens.matrices import Factor, Matrix, Snapshot, fingerprint, fold, weight_bytes
+
+if TYPE_CHECKING:
+    from dt_lens.directions import Decomposition
+    from dt_lens.lens import Lens
+
+__all__ = ["Edit", "LowRank", "spectrum_of", "unedited"]
+
+LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
+
+# Where the forward pass shows what a matrix does, straight after it.
+SHOWN_AT = {
+    "W_Q": "attn.hook_q",
+    "W_K": "attn.hook_k",
+    "W_V": "attn.hook_v",
+    "W_O": "hook_attn_out",
+    "OV": "hook_attn_out",
+    "QK": "attn.hook_attn_scores",
+    "W_in": "mlp.hook_pre",
+    "W_gate": "mlp.hook_post",
+    "W_out": "hook_mlp_out",
+}
+
+
+class Placed(NamedTuple):
+    """A change of one weight, ``left @ right`` of a factor of it: kept thin, so that many edits fit in memory."""
+
+    factor: Factor
+    left: Float[Tensor, "d_left r"]
+    right: Float[Tensor, "r d_right"]
+
+    def dense(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The change of the whole weight, float64, on its device."""
+        device = weights[self.factor.weight].device
+        return self.factor.scatter(self.left.to(device) @ self.right.to(device), weights)
+
+
+@dataclass
+class State:
+    """What is in force on one model: its edits, and the untouched weights that they change.
+
+    ``decomposed`` keeps the last decomposition that an edit was made of: edits come in series from one matrix.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    untouched: dict[str, Tensor] = field(default_factory=dict)
+    decomposed: tuple[tuple[Any, ...], Decomposition] | None = None
+
+
+def state_of(model: Lens) -> State:
+    """The state kept with a model, made when first asked for; ``model.active_edits`` is its list of edits in force."""
+    state: State | None = model.__dict__.get("_edit_state")
+    if state is None:
+        state = State()
+        # Past nn.Module's registration of attributes.
+        object.__setattr__(model, "_edit_state", state)
+        object.__setattr__(model, "active_edits", state.edits)
+    return state
+
+
+def unedited(model: Lens) -> Snapshot:
+    """A model's weights without the edits in force: what edits are made of, so that ``sv`` always counts alike."""
+    return Snapshot({**model.weights, **state_of(model).untouched}, model.structure)
+
+
+class Edit:
+    """A low-rank change of one matrix, in force inside ``with``. What ``SingularEdit`` and ``Control`` have in common.
+
+    Attributes:
+        matrix: the catalogued matrix.
+        note: what a reader of the result has to know about this edit, or an empty string.
+    """
+
+    matrix: Matrix
+    note: str = ""
+
+    def __init__(self, model: Lens, matrix: Matrix, delta: LowRank, placed: Placed) -> None:
+        self.model = model
+        self.matrix = matrix
+        self._delta = delta
+        self._placed = placed
+        self._weight = placed.factor.weight
+        bare = unedited(model)
+        self._made_of = fingerprint(bare, matrix)
+        self._folded_delta = _fold(bare, matrix, delta)
+
+    @property
+    def delta(self) -> LowRank:
+        """The change of the matrix, ``M_edited = M + left @ right``: ``[d_left, r]`` and ``[r, d_right]``, float64.
+
+        ``M`` is the raw matrix (for OV and QK the product of the raw factors), also when the LayerNorm is folded for
+        choosing directions.
+        """
+        return self._delta
+
+    @property
+    def energy(self) -> float:
+        """The Frobenius norm of the change of the matrix."""
+        return float(spectrum_of(self._delta).norm())
+
+    @property
+    def effective_energy(self) -> float:
+        """The Frobenius norm of the change of the folded matrix: of what the LayerNorm in front lets through.
+
+        Equal to ``energy`` where there is no LayerNorm.
+        """
+        return float(spectrum_of(self._folded_delta).norm())
+
+    @property
+    def active(self) -> bool:
+        """Whether the edit is in force now."""
+        return any(edit is self for edit in state_of(self.model).edits)
+
+    def control(self, seed: int = 0) -> Edit:
+        """A random edit of the same energy and rank at the same place."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """A portable record from which ``SingularEdit.from_dict`` makes the same edit; plain JSON values."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self.apply()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.undo()
+        except KeyboardInterrupt:
+            self.undo()  # it came before the shield was up
+            raise
+
+    def apply(self) -> None:
+        """Put the edit in force until ``undo``.
+
+        Raises:
+            DtLensError: when it is in force already, edits a direction that another edit in force edits, was made of
+                other weights than the model has now, changes no bit of the weights, or does not reach the model's
+                forward pass; the model is then as it was.
+        """
+        state = state_of(self.model)
+        if self.active:
+            raise DtLensError("This edit is in force already; make a second SingularEdit for a second one.")
+        self._refuse_overlap(state.edits)
+        self._require_same_weights(state)
+        before = self._activation()
+        try:
+            with _shielded():
+                live = self.model.weights[self._weight]
+                earlier = live.clone()
+                state.edits.append(self)
+                state.untouched.setdefault(self._weight, earlier)
+                _write(self.model)
+                if _same_bits(live, earlier):
+                    raise DtLensError(
+                        f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); "
+                        "it would measure nothing."
+                    )
+                if _same_bits(before, self._activation()):
+                    self._require_reach(before)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Take the edit out of force; the last one leaves the weights as they were, bit for bit.
+
+        Whatever else was written into the edited weights meanwhile is undone with it. Nothing happens when the edit is
+        not in force.
+
+        Raises:
+            DtLensError: when a weight cannot be restored because it was cast meanwhile.
+        """
+        if not self.active:
+            return
+        with _shielded():
+            state = state_of(self.model)
+            state.edits[:] = [edit for edit in state.edits if edit is not self]
+            _write(self.model)
+            needed = {edit._weight for edit in state.edits}
+            weights = self.model.weights
+            untouched = {name: state.untouched.pop(name) for name in list(state.untouched) if name not in needed}
+            for name, kept in untouched.items():
+                if not _same_bits(weights[name], kept):
+                    raise DtLensError(f"The weight {name!r} could not be restored bit for bit; load the model again.")
+
+    def _refuse_overlap(self, edits: Sequence[Edit]) -> None:
+        pass
+
+    def _require_same_weights(self, state: State) -> None:
+        """The weights are those that the edit was made of, each in one place, and shared with the user's own model."""
+        if fingerprint(unedited(self.model), self.matrix) != self._made_of:
+            raise DtLensError(
+                f"The weights of {self.matrix.name} have changed since this edit was made of them; make the edit again."
+            )
+        weights, name = self.model.weights, self._weight
+        for other in state.untouched:
+            if other != name and weights[other].data_ptr() == weights[name].data_ptr():
+                raise DtLensError(f"{name!r} and {other!r} are one memory, and an edit of it is in force already.")
+        check = getattr(self.model, "require_shared", None)
+        if check is not None:
+            check([name])
+
+    def _activation(self) -> Tensor:
+        """What the matrix does to a probe batch, straight after it in the forward pass."""
+        name = f"blocks.{self.matrix.layer}.{SHOWN_AT[self.matrix.kind]}"
+        with _evaluating(self.model), torch.no_grad():
+            _, cache = self.model.run_with_cache(**self.model.probe(), names_filter=name)
+        shown: Tensor = cache[name]
+        return torch.nan_to_num(shown.detach().clone())
+
+    def _require_reach(self, before: Tensor) -> None:
+        """The edit moved no bit of the activation: is it merely small, or is the weight not the one in use?"""
+        live = self.model.weights[self._weight]
+        with _writable(live):
+            live.zero_()
+        reached = not _same_bits(before, self._activation())
+        _write(self.model)
+        if not reached:
+            raise DtLensError(
+                f"The edit of {self.matrix.name} does not reach the model's forward pass: the weight that was written "
+                "is not the one in use (wrap the model again), or a hook puts something else in its place."
+            )
+
+
+def _write(model: Lens) -> None:
+    """Every touched weight becomes the untouched one plus the changes in force, rounded once to its dtype."""
+    state, weights = state_of(model), model.weights
+    for name, untouched in state.untouched.items():
+        live = weights[name]
+        changes = [edit._placed.dense(weights) for edit in state.edits if edit._weight == name]
+        with _writable(live):
+            if changes:
+                # In order of content rather than of arrival, so that the sum is the same whichever edit came first.
+                changes.sort(key=lambda change: (float(change.norm()), float(change.sum())))
+                live.copy_(sum(changes, untouched.double().to(live.device)))
+            else:
+                live.copy_(untouched)  # copied, not computed
+
+
+@contextmanager
+def _writable(weight: Tensor) -> Iterator[None]:
+    """Weights made in inference mode may only be written there, and others only outside of autograd."""
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of every bit: tells -0.0 from 0.0, and a NaN equals itself."""
+    return a.shape == b.shape and a.dtype == b.dtype and weight_bytes(a) == weight_bytes(b)
+
+
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """Hold Ctrl-C back while weights are being written; it is delivered at the end."""
+    handler = signal.getsignal(signal.SIGINT)
+    # Signals come to the main thread only, and a handler of somebody's C code could not be put back.
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    pending: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pending.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            signal.raise_signal(signal.SIGINT)
+
+
+def spectrum_of(delta: LowRank) -> Float[Tensor, " r"]:
+    """The singular values of ``left @ right``, largest first, without forming the product."""
+    left, right = delta
+    spectrum: Tensor = torch.linalg.svdvals(torch.linalg.qr(left)[1] @ torch.linalg.qr(right.T)[1].T)
+    return spectrum
+
+
+def _fold(lens: Snapshot, matrix: Matrix, delta: LowRank) -> LowRank:
+    """A change of the raw matrix as the stream behind the LayerNorm meets it."""
+    left, right = delta
+    if matrix.left_norm:
+        left = fold(left, lens.weights[f"{matrix.left_norm}.w"])
+    if matrix.right_norm:
+        right = fold(right.T, lens.weights[f"{matrix.right_norm}.w"]).T
+    return left, right
