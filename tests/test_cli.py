@@ -174,3 +174,23 @@ def test_a_full_disk_is_one_sentence(cartpole: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_found_out_at_once(cartpole: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     refused(dt_lens("study", cartpole, "--out", tmp_path / "file" / "out"), "cannot be written")
+
+
+@pytest.mark.parametrize("command", ["train", "record"])
+def test_defaults_are_the_recipe_of_the_bundled_agent(command: str) -> None:
+    import inspect
+
+    from dt_lens import cli
+    from dt_lens.training.record import record
+    from dt_lens.training.train import train
+
+    recipe = {"train": train, "record": record}[command]
+    names = {"layers": "n_layers", "heads": "n_heads", "dataset": "dataset_id"}
+    wanted = {name: p.default for name, p in inspect.signature(recipe).parameters.items()}
+    for name, parameter in inspect.signature(getattr(cli, command)).parameters.items():
+        name = names.get(name, name)
+        if name in wanted and not isinstance(parameter.default, Path):
+            default = parameter.default
+            if name == "paces":
+                default = tuple(float(part) for part in default.split(","))
+            assert default == wanted[name], name
