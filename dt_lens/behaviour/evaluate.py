@@ -67,17 +67,17 @@ def evaluate(
             do not fit the model, when the model predicts an action that is not finite, or when a worker dies.
     """
     from dt_lens.behaviour.environment import make_task
-    from dt_lens.behaviour.outcomes import Evaluation
+    from dt_lens.behaviour.lanes import LEAST_LANES
+    from dt_lens.behaviour.outcomes import Evaluation, check_rule
 
     _check_model(model)
-    for name, value, least in (
-        ("episodes", episodes, 1),
-        ("seed", seed, 0),
-        ("max_steps", max_steps, 1),
-        ("workers", workers, 1),
-    ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
-            raise DtLensError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+    _check_count("episodes", episodes, 1)
+    _check_count("seed", seed, 0)
+    for name, value, least in (("max_steps", max_steps, 1), ("workers", workers, 1), ("lanes", lanes, LEAST_LANES)):
+        if value is not None:
+            _check_count(name, value, least)
+    if failure is not None:
+        check_rule(failure)
     facts = model.facts
     if environment is None:
         environment = facts.environment
@@ -95,7 +95,9 @@ def evaluate(
                 "give evaluate a target_return, in the environment's own units."
             )
         target_return = facts.target_returns[0]
-    if not math.isfinite(target_return):
+    if not isinstance(environment, str):
+        raise DtLensError(f"environment is {environment!r}; it must be a Gymnasium id, such as 'Hopper-v5'.")
+    if not isinstance(target_return, int | float | np.number) or not math.isfinite(target_return):
         raise DtLensError(f"target_return is {target_return!r}; it must be a finite number.")
     task = make_task(environment, environment_kwargs, model.cfg, max_steps)
     seeds = range(int(seed), int(seed) + int(episodes))
@@ -139,6 +141,11 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise DtLensError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+
+
 def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:
     from dt_lens.behaviour.rollouts import Conditions
 
@@ -167,8 +174,6 @@ def _run(
     from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
     from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
 
-    if lanes is not None and lanes < LEAST_LANES:
-        raise DtLensError(f"lanes is {lanes!r}; it must be at least {LEAST_LANES}: narrower batches round differently.")
     context, weights = model.facts.context, model.weights
     used = {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
     device = used["predict.action.W"].device

@@ -72,7 +72,7 @@ class Evaluation:
         if failure is None:
             name = environment.rpartition(":")[2]
             failure = "truncated" if name.startswith(_ENDS_IN_SUCCESS) else "terminated"
-        _check_rule(failure)
+        check_rule(failure)
         return cls(
             seeds=np.array([o.seed for o in ordered], dtype=np.int64),
             returns=np.array([o.total for o in ordered], dtype=np.float64),
@@ -139,7 +139,7 @@ class Evaluation:
 
     def with_failure(self, failure: FailureRule) -> Evaluation:
         """The same episodes, judged by another rule."""
-        _check_rule(failure)
+        check_rule(failure)
         return replace(self, failure=failure)
 
     def to_frame(self) -> pd.DataFrame:
@@ -209,10 +209,15 @@ class Evaluation:
             "model_id": self.model_id,
             "edits": list(self.edits),
             "environment_kwargs": dict(self.environment_kwargs),
-            "failure": None if callable(self.failure) else self.failure,
+            "failure": self._plain_failure(),
             **self.summary(),
             "per_episode": {name: column.tolist() for name, column in self.to_frame().items()},
         }
+
+    def _plain_failure(self) -> str | float | None:
+        if callable(self.failure):
+            return None
+        return self.failure if isinstance(self.failure, str) else float(self.failure)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
@@ -267,7 +272,8 @@ class Evaluation:
         return html_table(self._title(), self._rows())
 
 
-def _check_rule(failure: FailureRule) -> None:
+def check_rule(failure: FailureRule) -> None:
+    """Raise ``DtLensError`` for what is no failure rule."""
     number = isinstance(failure, int | float | np.number) and not isinstance(failure, bool)
     if not (callable(failure) or number or failure in ("terminated", "truncated")):
         raise DtLensError(

@@ -66,6 +66,8 @@ def test_the_facts_kwargs_go_with_the_facts_environment(make_model: Make) -> Non
         ({"workers": 0}, {}, "workers is 0"),
         ({"lanes": 4}, {}, "lanes is 4"),
         ({"max_steps": 2.5}, {}, "max_steps is 2.5"),
+        ({"target_return": "high"}, {}, "target_return is 'high'"),
+        ({"environment": 3}, {}, "environment is 3; it must be"),
         ({"target_return": float("nan")}, {}, "target_return is nan"),
         ({"environment": "Hopper-v5"}, {}, "gives states of 11 numbers and this model reads 4"),
         ({"failure": "fell"}, {}, "failure is 'fell'"),
