@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dt_lens.diagnosis import Check, explain
 from dt_lens.errors import DtLensError, because
-from dt_lens.matrices import catalogue
+from dt_lens.matrices import Snapshot, catalogue
 
 if TYPE_CHECKING:
     from dt_lens.lens import Lens
@@ -149,9 +149,8 @@ class _Walk:
         mask: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        self.model = model
-        self.weights = model.weights
-        self.structure = model.structure
+        self.model = Snapshot.of(model)
+        self.weights, self.structure = self.model
         self.found = catalogue(model)
         self.truth = truth
         self.own = own

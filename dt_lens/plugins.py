@@ -78,6 +78,10 @@ def named_adapter(adapter: str | Adapter | type) -> Adapter:
             raise DtLensError(
                 f"No adapter is called {adapter!r}; installed are {', '.join(sorted(known))}." + nearest(adapter, known)
             )
+    return _made(adapter, found)
+
+
+def _made(adapter: str | Adapter | type, found: Any) -> Adapter:
     if isinstance(found, type):
         try:
             found = found()
@@ -102,8 +106,9 @@ def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None,
     """
     if adapter is not None:
         return named_adapter(adapter)
-    names = adapter_names()
-    matches = [found for found in map(named_adapter, names) if found.recognises(source)]
+    known = _entries()
+    adapters = [_made(name, _imported(name, known[name].load)) for name in sorted(known)]
+    matches = [found for found in adapters if found.recognises(source)]
     if len(matches) == 1:
         return matches[0]
     what = ", ".join(list(seen)[:4])
@@ -113,6 +118,6 @@ def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None,
             "these names."
         )
     raise DtLensError(
-        f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(names)} (pass adapter= "
+        f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(sorted(known))} (pass adapter= "
         "to insist on one)."
     )

@@ -1,13 +1,18 @@
-"""Shapes in signatures are checked at run time wherever the tests run (jaxtyping with beartype)."""
+"""What all tests share: shapes checked at run time, small models, and other people's checkpoints where they are."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from beartype import beartype
 from jaxtyping import install_import_hook
+from torch import nn
 
 # The modules whose signatures tell shapes.
 CHECKED = [
@@ -35,3 +40,87 @@ def shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Before anything imports them: the hook rewrites modules as they are read.
 install_import_hook(CHECKED, f"{__name__}.shapes_only")
+
+
+def spread(model: nn.Module, size: float = 0.3) -> nn.Module:
+    """Move every parameter away from where initialisation put it: zero biases and unit scales would hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_hf() -> Callable[..., Any]:
+    """A small random ``DecisionTransformerModel`` in evaluation mode: ``make_hf(seed=1, n_head=2)``."""
+    from transformers import DecisionTransformerConfig, DecisionTransformerModel
+
+    def make(seed: int = 0, size: float = 0.3, **options: Any) -> Any:
+        torch.manual_seed(seed)
+        sizes = {"state_dim": 5, "act_dim": 3, "hidden_size": 16, "n_layer": 2, "n_head": 2, "max_ep_len": 40}
+        # There are no tokens, so no ids of any; the class warns about its own defaults.
+        config = DecisionTransformerConfig(
+            **{"n_positions": 30, "bos_token_id": None, "eos_token_id": None, **sizes, **options}
+        )
+        return spread(DecisionTransformerModel(config), size).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., dict[str, torch.Tensor]]:
+    """A random batch for a model with ``state_dim``, ``act_dim`` and ``max_ep_len`` in its configuration."""
+
+    def make(
+        config: Any, batch: int = 3, steps: int = 4, padding: str = "none", seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.ones(batch, steps, dtype=torch.long)
+        for row in range(batch):
+            cut = row % steps  # the first window is whole, and no window is all padding
+            if padding == "left":
+                mask[row, :cut] = 0
+            elif padding == "right":
+                mask[row, steps - cut :] = 0
+        made = {
+            "states": torch.randn(batch, steps, config.state_dim, generator=generator),
+            "actions": torch.randn(batch, steps, config.act_dim, generator=generator),
+            "returns_to_go": torch.randn(batch, steps, 1, generator=generator),
+            "timesteps": torch.randint(config.max_ep_len, (batch, steps), generator=generator),
+        }
+        return made if padding == "none" else {**made, "attention_mask": mask}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_checkpoints() -> Callable[[str], Path]:
+    """Checkpoints that other people trained, by their path in a folder of such; a test is skipped where one is missing.
+
+    The folder is the one that the environment variable DT_LENS_REAL_CHECKPOINTS names, or shared/real beside the
+    repository.
+    """
+    named = os.environ.get("DT_LENS_REAL_CHECKPOINTS")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "real"
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            pytest.skip(f"{name} is not here; name a folder that holds it in DT_LENS_REAL_CHECKPOINTS")
+        return folder / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def make_dt() -> Callable[..., Any]:
+    """A small random ``HookedDecisionTransformer`` in evaluation mode, no bias zero and no scale one: ``make_dt(1)``."""
+    from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+    from dt_lens.decision_transformer.model import HookedDecisionTransformer
+
+    def make(seed: int = 0, size: float = 0.2, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        torch.manual_seed(seed)
+        sizes = {"state_dim": 5, "act_dim": 3, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 24, "n_ctx": 4}
+        cfg = HookedDecisionTransformerConfig(**{"max_ep_len": 30, "act_fn": "gelu", **sizes, **options})
+        return spread(HookedDecisionTransformer(cfg), size).eval().to(dtype)
+
+    return make

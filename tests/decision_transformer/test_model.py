@@ -1,0 +1,380 @@
+"""The hooked model against the mathematics written out naively, and the promises of its hooks."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dt_lens.certification import certify
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.errors import DtLensError
+
+OUTPUTS = ("state_preds", "action_preds", "return_preds", "last_hidden_state")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "post": {"normalization": "post", "final_ln": False, "position": "learned", "n_position": 12},
+    "bare": {"normalization": "none", "final_ln": False, "embed_ln": False, "action_tanh": False},
+    "constant": {"position": "constant", "n_position": 2, "act_fn": "gelu_tanh", "attn_scale_by_layer": True},
+    "learned": {"position": "learned", "n_position": 40, "act_fn": "gelu", "attn_scale_by_head": False, "eps": 0.1},
+    "one head": {"n_heads": 1, "act_fn": "silu", "embed_ln_eps": 0.5},
+    "post with final": {"normalization": "post", "act_fn": "tanh", "n_heads": 4},
+}
+every_config = pytest.mark.parametrize("name", CONFIGS)
+Make = Callable[..., HookedDecisionTransformer]
+
+
+@pytest.fixture
+def make() -> Make:
+    def make(name: str = "plain", seed: int = 0, encoder: nn.Module | None = None, **options: Any) -> Any:
+        torch.manual_seed(seed)
+        sizes = {"d_model": 8, "n_layers": 2, "n_heads": 2, "d_mlp": 12, "n_ctx": 4, "max_ep_len": 20}
+        cfg = HookedDecisionTransformerConfig(5, 3, **{**sizes, **CONFIGS[name], **options})
+        model = HookedDecisionTransformer(cfg, encoder)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.4 * torch.randn_like(parameter))
+        return model.eval()
+
+    return make
+
+
+def run(model: HookedDecisionTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        out = model(**batch)
+    return {name: getattr(out, name) for name in OUTPUTS}
+
+
+def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = (centred**2).sum(-1, keepdim=True) / x.shape[-1]
+    return centred / torch.sqrt(variance + eps) * w + b
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+NONLINEAR = {
+    "relu": lambda x: x * (x > 0),
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "tanh": lambda x: (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1),
+}
+
+
+def naive(model: HookedDecisionTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The forward pass token by token and head by head, from the formulas, in the weights' own precision."""
+    cfg, W = model.cfg, model.weights
+
+    def norm(name: str, x: Tensor, eps: float) -> Tensor:
+        return layer_norm(x, W[f"{name}.w"], W[f"{name}.b"], eps)
+
+    def attend(layer: int, x: Tensor, real: Tensor) -> Tensor:
+        a = f"blocks.{layer}.attn"
+        out = W[f"{a}.b_O"].expand(len(x), -1).clone()
+        for head in range(cfg.n_heads):
+            q, k, v = (x @ W[f"{a}.W_{c}"][head] + W[f"{a}.b_{c}"][head] for c in "QKV")
+            for i in range(len(x)):
+                seen = [j for j in range(i + 1) if real[j] or j == i]
+                scores = torch.stack([(q[i] * k[j]).sum() for j in seen])
+                if cfg.attn_scale_by_head:
+                    scores = scores / math.sqrt(cfg.d_model // cfg.n_heads)
+                if cfg.attn_scale_by_layer:
+                    scores = scores / (layer + 1)
+                weights = torch.exp(scores - scores.max())
+                weights = weights / weights.sum()
+                out[i] += sum(w * v[j] for w, j in zip(weights, seen, strict=True)) @ W[f"{a}.W_O"][head]
+        return out
+
+    def think(layer: int, x: Tensor) -> Tensor:
+        m = f"blocks.{layer}.mlp"
+        return NONLINEAR[cfg.act_fn](x @ W[f"{m}.W_in"] + W[f"{m}.b_in"]) @ W[f"{m}.W_out"] + W[f"{m}.b_out"]
+
+    made: dict[str, list[Tensor]] = {name: [] for name in OUTPUTS}
+    for row in range(len(batch["timesteps"])):
+        tokens, real = [], []
+        for step, t in enumerate(batch["timesteps"][row]):
+            for kind, key in (("return_to_go", "returns_to_go"), ("state", "states"), ("action", "actions")):
+                x = batch[key][row, step] @ W[f"embed.{kind}.W"] + W[f"embed.{kind}.b"]
+                tokens.append(x + W["embed.timestep.W"][t])
+                real.append("attention_mask" not in batch or bool(batch["attention_mask"][row, step]))
+        x, real = torch.stack(tokens), torch.tensor(real)
+        if cfg.embed_ln:
+            x = norm("embed_ln", x, cfg.embed_ln_eps)
+        if cfg.position == "constant":
+            x = x + W["embed.position.W"][0]
+        elif cfg.position == "learned":
+            x = torch.stack([token + W["embed.position.W"][i] for i, token in enumerate(x)])
+        for layer in range(cfg.n_layers):
+            one, two = f"blocks.{layer}.ln1", f"blocks.{layer}.ln2"
+            if cfg.normalization == "pre":
+                x = x + attend(layer, norm(one, x, cfg.eps), real)
+                x = x + think(layer, norm(two, x, cfg.eps))
+            elif cfg.normalization == "post":
+                x = norm(one, x + attend(layer, x, real), cfg.eps)
+                x = norm(two, x + think(layer, x), cfg.eps)
+            else:
+                x = x + attend(layer, x, real)
+                x = x + think(layer, x)
+        if cfg.final_ln:
+            x = norm("ln_final", x, cfg.eps)
+        action = x[1::3] @ W["predict.action.W"] + W["predict.action.b"]
+        made["action_preds"].append(torch.tanh(action) if cfg.action_tanh else action)
+        made["state_preds"].append(x[2::3] @ W["predict.state.W"] + W["predict.state.b"])
+        made["return_preds"].append(x[2::3] @ W["predict.return_to_go.W"] + W["predict.return_to_go.b"])
+        made["last_hidden_state"].append(x)
+    return {name: torch.stack(rows) for name, rows in made.items()}
+
+
+@every_config
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_it_computes_the_formulas(make: Make, make_batch: Any, name: str, padding: str) -> None:
+    model = make(name).double()
+    batch = make_batch(model.cfg, padding=padding)
+    batch = {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
+    mine, theirs = run(model, batch), naive(model, batch)
+    for output in OUTPUTS:
+        torch.testing.assert_close(mine[output], theirs[output], rtol=1e-10, atol=1e-10)
+
+
+@every_config
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooking_the_pattern_changes_nothing(
+    make: Make, make_batch: Any, name: str, padding: str, dtype: torch.dtype
+) -> None:
+    model = make(name).to(dtype)
+    batch = make_batch(model.cfg, padding=padding)
+    batch = {key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()}
+    plain = run(model, batch)
+    with torch.no_grad():
+        out, cache = model.run_with_cache(**batch)
+        hooked = model.run_with_hooks(**batch, fwd_hooks=[(lambda name: "scores" in name, lambda x, hook: x)])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    for output in OUTPUTS:
+        for other in (out, hooked):
+            torch.testing.assert_close(getattr(other, output), plain[output], rtol=tolerance, atol=tolerance)
+    for layer in range(model.cfg.n_layers):
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"].double()
+        assert torch.equal(pattern, pattern.tril()) and (pattern.sum(-1) - 1).abs().max() < 1e-2
+
+
+@every_config
+def test_every_hook_point_is_alive(make: Make, make_batch: Any, name: str) -> None:
+    model = make(name)
+    batch = make_batch(model.cfg, padding="left")
+    plain = run(model, batch)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(**batch)
+    # TransformerLens's names, and a mistake in one of ours would leave it out of the cache.
+    assert set(model.hook_dict) == set(cache)
+    for layer in range(model.cfg.n_layers):
+        for point in ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z", "hook_result"):
+            assert f"blocks.{layer}.attn.{point}" in cache
+        for point in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"):
+            assert f"blocks.{layer}.{point}" in cache
+        assert {f"blocks.{layer}.mlp.hook_pre", f"blocks.{layer}.mlp.hook_post"} <= set(cache)
+    generator = torch.Generator().manual_seed(1)
+    for point in cache:
+        shift = torch.randn(cache[point].shape, generator=generator)
+        with torch.no_grad():
+            changed = model.run_with_hooks(**batch, fwd_hooks=[(point, lambda x, hook, shift=shift: x + shift)])
+        moved = max((getattr(changed, output) - plain[output]).abs().max() for output in OUTPUTS)
+        assert moved > 1e-3, f"{point} does nothing"
+    after = run(model, batch)  # and no hook stays behind
+    assert all(torch.equal(after[output], plain[output]) for output in OUTPUTS)
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+
+
+def test_what_the_hooks_hold(make: Make, make_batch: Any) -> None:
+    model = make()
+    batch = make_batch(model.cfg, padding="left")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(**batch)
+    W = model.weights
+    for layer in range(2):
+        b = f"blocks.{layer}"
+        x = cache[f"{b}.hook_resid_pre"]
+        seen = cache[f"{b}.ln1.hook_normalized"] * W[f"{b}.ln1.w"] + W[f"{b}.ln1.b"]
+        torch.testing.assert_close(seen, layer_norm(x, W[f"{b}.ln1.w"], W[f"{b}.ln1.b"], model.cfg.eps))
+        scores = cache[f"{b}.attn.hook_attn_scores"]
+        q, k, v = (cache[f"{b}.attn.hook_{letter}"] for letter in "qkv")
+        expected = torch.einsum("nqhe,nkhe->nhqk", q, k) / 2  # the square root of a head's four features
+        visible = scores > -torch.inf
+        torch.testing.assert_close(scores[visible], expected[visible])
+        torch.testing.assert_close(cache[f"{b}.attn.hook_pattern"], scores.softmax(-1))
+        z = torch.einsum("nhqk,nkhe->nqhe", cache[f"{b}.attn.hook_pattern"], v)
+        torch.testing.assert_close(cache[f"{b}.attn.hook_z"], z)
+        result = cache[f"{b}.attn.hook_result"]
+        torch.testing.assert_close(result, torch.einsum("nqhe,hed->nqhd", z, W[f"{b}.attn.W_O"]))
+        attn_out = cache[f"{b}.hook_attn_out"]
+        torch.testing.assert_close(attn_out, result.sum(2) + W[f"{b}.attn.b_O"])
+        torch.testing.assert_close(cache[f"{b}.hook_resid_mid"], x + attn_out)
+        mlp_out = cache[f"{b}.hook_mlp_out"]
+        torch.testing.assert_close(cache[f"{b}.hook_resid_post"], cache[f"{b}.hook_resid_mid"] + mlp_out)
+
+
+@every_config
+def test_the_future_and_the_padding_are_not_seen(make: Make, make_batch: Any, name: str) -> None:
+    model = make(name)
+    batch = make_batch(model.cfg, batch=1)
+    plain = run(model, batch)
+    for step in range(4):
+        for position, key in enumerate(("returns_to_go", "states", "actions")):
+            changed = {k: x.clone() for k, x in batch.items()}
+            changed[key][:, step] += 1
+            moved = (run(model, changed)["last_hidden_state"] - plain["last_hidden_state"]).abs().amax((0, 2))
+            token = 3 * step + position
+            assert moved[:token].max() == 0 if token else True
+            assert (moved[token:] > 1e-6).all(), f"token {token} is not read by all that come after"
+    for padding in ("left", "right"):
+        batch = make_batch(model.cfg, batch=4, padding=padding)
+        real = batch["attention_mask"].bool()
+        changed = {k: x.clone() for k, x in batch.items()}
+        for key in ("returns_to_go", "states", "actions"):
+            changed[key][~real] = 100.0
+        before, after = run(model, batch), run(model, changed)
+        for output in OUTPUTS[:3]:
+            torch.testing.assert_close(after[output][real], before[output][real], rtol=0, atol=1e-6)
+            assert torch.isfinite(after[output]).all()
+
+
+def test_left_padding_is_a_shorter_window(make: Make, make_batch: Any) -> None:
+    model = make()
+    whole = make_batch(model.cfg, batch=2, steps=4)
+    short = {k: x[:, 2:] for k, x in whole.items()}
+    mask = torch.tensor([[0, 0, 1, 1]] * 2)
+    padded, alone = run(model, {**whole, "attention_mask": mask}), run(model, short)
+    for output in OUTPUTS[:3]:
+        torch.testing.assert_close(padded[output][:, 2:], alone[output], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_reach_every_weight(make: Make, make_batch: Any, hooked: bool) -> None:
+    model = make(position="learned", n_position=12).train()
+    batch = make_batch(model.cfg)
+    hooks = [(lambda name: True, lambda x, hook: x)] if hooked else []
+    out = model.run_with_hooks(**batch, fwd_hooks=hooks)
+    sum(getattr(out, output).pow(2).sum() for output in OUTPUTS).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # Scores do not feel a shift of all of a query's keys, so a key's bias moves nothing.
+    assert [name for name in still if "b_K" not in name] == []
+
+
+def test_dropout_acts_in_training_only(make: Make, make_batch: Any) -> None:
+    model = make(embed_dropout=0.5, attn_dropout=0.5, resid_dropout=0.5)
+    batch = make_batch(model.cfg)
+    assert torch.equal(run(model, batch)["action_preds"], run(model, batch)["action_preds"])
+    model.train()
+    assert not torch.equal(run(model, batch)["action_preds"], run(model, batch)["action_preds"])
+
+
+def test_deepcopy_stands_alone(make: Make, make_batch: Any) -> None:
+    model = make()
+    batch = make_batch(model.cfg)
+    plain = run(model, batch)
+    model.get_parameter("embed.state.W").requires_grad_(False)
+    copied = copy.deepcopy(model)
+    assert all(torch.equal(a, b) for a, b in zip(run(copied, batch).values(), plain.values(), strict=True))
+    assert copied.identity != model.identity and copied.facts == model.facts and not copied.training
+    assert not copied.get_parameter("embed.state.W").requires_grad
+    copied.weights["blocks.0.mlp.W_in"].zero_()
+    assert all(torch.equal(a, b) for a, b in zip(run(model, batch).values(), plain.values(), strict=True))
+
+
+def test_random_numbers_of_the_user_are_left_alone(make: Make) -> None:
+    model = make()
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    copy.deepcopy(model)
+    model.probe()
+    certify(model)
+    assert torch.equal(torch.randn(4), expected)
+
+
+def test_actions_by_number_or_one_hot(make: Make, make_batch: Any) -> None:
+    model = make(discrete_actions=True, action_tanh=False)
+    batch = make_batch(model.cfg)
+    ids = torch.randint(3, (3, 4), generator=torch.Generator().manual_seed(0))
+    one_hot = nn.functional.one_hot(ids, 3).float()
+    by_id, by_vector = run(model, {**batch, "actions": ids}), run(model, {**batch, "actions": one_hot})
+    for output in OUTPUTS:
+        torch.testing.assert_close(by_id[output], by_vector[output], rtol=1e-5, atol=1e-6)
+    assert model.probe()["actions"].sum(-1).eq(1).all()
+    certify(model)
+
+
+class Picture(nn.Module):
+    """A state encoder of one's own, with a buffer, a nonlinearity, and states that are pictures."""
+
+    state_shape = (1, 4, 4)
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.out = nn.Linear(8, d_model)
+        self.register_buffer("shift", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.conv(x.flatten(0, 1) + self.shift).relu().flatten(1)
+        return self.out(seen).unflatten(0, x.shape[:2])
+
+
+def test_a_state_encoder_of_ones_own(make: Make, make_batch: Any) -> None:
+    model = make(encoder=Picture(8))
+    assert "embed.state.conv.weight" in model.weights and "embed.state.W" not in model.weights
+    assert "state_in" not in model.embeddings and "state_out" in model.embeddings
+    assert "blocks.0.mlp.W_in" in certify(model).errors
+    batch = make_batch(model.cfg)
+    batch["states"] = torch.randn(3, 4, 1, 4, 4)
+    plain = run(model, batch)
+    copied = copy.deepcopy(model)
+    assert torch.equal(run(copied, batch)["action_preds"], plain["action_preds"])
+    copied.weights["embed.state.conv.weight"].zero_()
+    assert torch.equal(run(model, batch)["action_preds"], plain["action_preds"])
+    assert not torch.equal(run(copied, batch)["action_preds"], plain["action_preds"])
+
+
+def test_more_tokens_than_positions(make: Make, make_batch: Any) -> None:
+    model = make(position="learned", n_position=9)
+    run(model, make_batch(model.cfg, steps=3))
+    with pytest.raises(DtLensError, match="12 tokens do not fit this model's 9 positions"):
+        run(model, make_batch(model.cfg, steps=4))
+
+
+def test_shapes_are_checked_while_tests_run(make: Make, make_batch: Any) -> None:
+    model = make()
+    batch = make_batch(model.cfg)
+    with pytest.raises(jaxtyping.TypeCheckError, match="returns_to_go"):
+        model(**{**batch, "returns_to_go": batch["returns_to_go"][..., 0]})
+
+
+def test_an_unknown_weight_is_named(make: Make) -> None:
+    model = make()
+    good = dict(model.weights)
+    for weights, message in (
+        ({**good, "blocks.0.mlp.Win": torch.zeros(1)}, r"no weight 'blocks.0.mlp.Win'.* mean 'blocks.0.mlp.W_in'"),
+        ({k: v for k, v in good.items() if k != "ln_final.w"}, "'ln_final.w' is missing"),
+        ({**good, "ln_final.w": torch.zeros(3)}, r"'ln_final.w' has shape \[3\]"),
+        ({**good, "ln_final.w": torch.ones(8, dtype=torch.int8)}, "'ln_final.w' holds int8 numbers"),
+        ({**good, "ln_final.w": torch.ones(8, dtype=torch.float64)}, "bring the model to one type"),
+        ({**good, "ln_final.w": torch.ones(8, device="meta")}, "'ln_final.w' lies on the meta device"),
+    ):
+        before = {name: weight.data_ptr() for name, weight in model.weights.items()}
+        with pytest.raises(DtLensError, match=message):
+            model.adopt(weights)
+        assert {name: weight.data_ptr() for name, weight in model.weights.items()} == before
