@@ -271,8 +271,8 @@ def _method(study: Study, result: StudyResult) -> Section:
         [
             (
                 f"Singular directions are of the matrices {stored}; embeddings are {met}. "
-                "The strong directions were chosen by the largest z over the table, one of a matrix at most; each "
-                "contrast is the poorest match among directions of similar sigma in the same matrix."
+                "The strong directions were chosen by the largest z of each kind of matrix in turn, one of a matrix at "
+                "most; each contrast is the poorest match among directions of similar sigma in the same matrix."
             ),
             Note(
                 "This is one checkpoint. Intervals are over episodes; they say nothing about another training "

@@ -27,10 +27,11 @@ def best_matches(table: pd.DataFrame) -> pd.DataFrame:
 def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd.DataFrame:
     """``count`` strong directions and for each a weak one as its contrast, from a scan table.
 
-    Strong: the largest ``z`` of the table, one direction of a matrix at most, so that no one matrix is the whole study.
-    Weak: in the same matrix and on the same side, of the directions with a similar sigma (so that edit and contrast
-    change the weights by a similar amount) the one whose best match is the poorest. Directions that cannot be told
-    apart from their neighbours are left out.
+    Strong: the largest ``z`` of each kind of matrix (``W_in``, ``W_out``, ``OV``, ...), then the second largest, and so
+    on, one direction of a matrix at most: no one matrix or kind is the whole study, and kinds can be compared. Weak: in
+    the same matrix and on the same side, of the directions with a similar sigma (so that edit and contrast change the
+    weights by a similar amount) the one whose best match is the poorest. Directions that cannot be told apart from
+    their neighbours are left out.
 
     Returns:
         rows of the table with a column ``role``, ``"strong"`` or ``"weak"``, pairs in order.
@@ -45,7 +46,11 @@ def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd
     ]
     best = best[np.asarray(alone, dtype=bool)]
     rows: list[pd.Series] = []
-    for _, strong in best.drop_duplicates("matrix").head(count).iterrows():
+    leaders = best.drop_duplicates("matrix")
+    kind = leaders["matrix"].map({name: svd[name].matrix.kind for name in leaders["matrix"]})
+    turn = leaders.groupby(kind, sort=False).cumcount()
+    leaders = leaders.assign(turn=turn).sort_values("turn", kind="stable")  # within a turn the order stays that of z
+    for _, strong in leaders.drop(columns="turn").head(count).iterrows():
         others = best[
             (best["matrix"] == strong["matrix"]) & (best["side"] == strong["side"]) & (best["sv"] != strong["sv"])
         ]
