@@ -176,7 +176,8 @@ def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
     """Cut at the rank, and measure: ``M right = sigma left``, ``M^T left = sigma right``, both sides orthonormal."""
     left, sigma, right = found
     keep = int((sigma > max(float(sigma[0]) * _zero(*M.shape), floor)).sum()) if len(sigma) else 0
-    whole = rank is None or keep <= rank
+    # A route that was asked for everything must have found everything.
+    whole = rank is None or (keep <= rank and len(sigma) == min(M.shape))
     keep = keep if rank is None else min(keep, rank)
     left, sigma, right = left[:, :keep], sigma[:keep], right[:, :keep]
     if not keep:
@@ -188,7 +189,7 @@ def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
         (left.T @ left - identity).abs().max(),
         (right.T @ right - identity).abs().max(),
     ]
-    if whole and len(found[1]) == min(M.shape):
+    if whole:
         missing = (M - (left * sigma) @ right.T).norm()
         residuals.append((missing - floor * min(M.shape) ** 0.5).clamp_min(0.0) / M.norm())
     # A stack's maximum, unlike Python's max, keeps a NaN.

@@ -35,19 +35,19 @@ class Embedding:
         owner: the identity of the model they belong to; ``None`` for the user's own until they are registered.
 
     Raises:
-        DtLensError: for directions that are no matrix, none at all, or not finite, for labels that do not fit, or a side
-            that is neither ``"in"`` nor ``"out"``.
+        DtLensError: for directions that are no matrix, none at all, or not finite, for labels that do not fit, or a
+            side that is neither ``"in"`` nor ``"out"``.
 
     >>> Embedding(torch.eye(3), ["x", "y", "z"]).kind
     'user'
     """
 
-    directions: Float[Tensor, "n d_model"]
+    directions: Tensor  # [n, d_model]; checked below, with a sentence, as users make these
     labels: Sequence[str] = ()
     kind: str = "user"
     side: StreamSide = "in"
     trained: bool = True
-    layernorm: Float[Tensor, " d_model"] | None = None
+    layernorm: Tensor | None = None  # [d_model]
     owner: str | None = None
     name: str = ""
 
@@ -144,8 +144,8 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
             )
         if embedding.layernorm is not None and tuple(embedding.layernorm.shape) != (self.d_model,):
             raise DtLensError(
-                f"The embedding {name!r} has a LayerNorm scale of shape {list(embedding.layernorm.shape)}; this model's "
-                f"stream has {self.d_model}."
+                f"The embedding {name!r} has a LayerNorm scale of shape {list(embedding.layernorm.shape)}; "
+                f"this model's stream has {self.d_model}."
             )
         if embedding.owner not in (None, self.owner):
             raise DtLensError(
