@@ -118,6 +118,6 @@ def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None,
             "these names."
         )
     raise DtLensError(
-        f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(sorted(known))} (pass adapter= "
-        "to insist on one)."
+        f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(sorted(known))} (pass "
+        "adapter= to insist on one)."
     )

@@ -16,6 +16,7 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.hf_layout import canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import Checkpoint
 
@@ -134,6 +135,7 @@ def original(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ignored: 
     cfg = config_from_hf(config)
     kept = used(tensors)
     canonical_from_hf(kept, cfg)
+    require_computable(kept)
     _refuse_foreign_options(config, ignored)
     from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
@@ -181,14 +183,12 @@ class HFReference:
             model.config._attn_implementation = "eager"  # only this one returns the pattern
             with torch.no_grad():
                 # A subclass may return a loss; its modules are the same.
-                out = _hf_class(model).forward(model, **batch, output_attentions=True, return_dict=True)
+                out = _hf_class(model).forward(model, **batch, return_dict=True)
         finally:
             for handle in handles:
                 handle.remove()
             model.config._attn_implementation = attention
             model.train(training)
-        for layer, pattern in enumerate(out.attentions):
-            seen[f"blocks.{layer}.attn.hook_pattern"] = pattern
         seen |= {"action_preds": out.action_preds, "state_preds": out.state_preds, "return_preds": out.return_preds}
         return {name: tensor.detach() for name, tensor in seen.items()}
 
@@ -221,6 +221,9 @@ class HFReference:
                         strict=True,
                     )
                 )
+            )
+            yield block.attn.register_forward_hook(
+                lambda _m, _i, out, b=b: seen.__setitem__(f"{b}.attn.hook_pattern", out[1])
             )
             yield entry(block.attn.c_proj, f"{b}.attn.hook_z", "n t (head e) -> n t head e", head=heads)
             yield output(block.attn.c_proj, f"{b}.hook_attn_out")

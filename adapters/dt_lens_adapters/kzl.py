@@ -8,7 +8,8 @@ heads cannot be told from shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,9 +49,10 @@ class KZLDecisionTransformer:
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, SHAPE_OPTIONS | FACTS)
         tensors = _renamed(checkpoint.tensors)
-        config = _config(tensors, given)
-        tensors.setdefault(POSITION, _no_position(tensors))
-        return HFDecisionTransformer().build(tensors, config, None, **_facts(tensors, given))
+        with _in_kzls_words():
+            config = _config(tensors, given)
+            tensors.setdefault(POSITION, _no_position(tensors))
+            return HFDecisionTransformer().build(tensors, config, None, **_facts(tensors, given))
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, SHAPE_OPTIONS | FACTS)
@@ -108,6 +110,15 @@ class _KZLReference:
         finally:
             model.train(training)
         return seen | {name: tensor.detach() for name, tensor in predictions.items()}
+
+
+@contextmanager
+def _in_kzls_words() -> Iterator[None]:
+    """Tensors are called in errors what the file calls them."""
+    try:
+        yield
+    except DtLensError as error:
+        raise DtLensError(str(error).replace("'encoder.", "'transformer.")) from error
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

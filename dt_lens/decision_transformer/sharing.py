@@ -15,9 +15,28 @@ from dt_lens.decision_transformer.hooked import HookedRootModule
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens import Reference
 
-__all__ = ["SharingModule"]
+__all__ = ["SharingModule", "require_computable"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def require_computable(weights: Mapping[str, Tensor]) -> None:
+    """Raise ``DtLensError`` for weights that no forward pass can use: not floating-point, or of several kinds."""
+    for name, weight in weights.items():
+        if weight.dtype not in DTYPES:
+            raise DtLensError(
+                f"The weight {name!r} holds {str(weight.dtype).removeprefix('torch.')} numbers; weights must be "
+                "float64, float32, bfloat16 or float16."
+            )
+        if weight.is_meta:
+            raise DtLensError(f"The weight {name!r} lies on the meta device and has no numbers; load the model first.")
+    kinds = {(str(weight.dtype), str(weight.device)): name for name, weight in weights.items()}
+    if len(kinds) > 1:
+        (kind, name), (other, second) = list(kinds.items())[:2]
+        raise DtLensError(
+            f"The weight {name!r} is {kind[0]} on {kind[1]} and {second!r} is {other[0]} on {other[1]}; bring the "
+            "model to one type and one device with .to()."
+        )
 
 
 class SharingModule(HookedRootModule):
@@ -56,28 +75,12 @@ class SharingModule(HookedRootModule):
         for name, parameter in mine.items():
             if name not in weights:
                 raise DtLensError(f"The weight {name!r} is missing.")
-            weight = weights[name]
-            if weight.shape != parameter.shape:
+            if weights[name].shape != parameter.shape:
                 raise DtLensError(
-                    f"The weight {name!r} has shape {list(weight.shape)}; the configuration wants "
+                    f"The weight {name!r} has shape {list(weights[name].shape)}; the configuration wants "
                     f"{list(parameter.shape)}."
                 )
-            if weight.dtype not in DTYPES:
-                raise DtLensError(
-                    f"The weight {name!r} holds {str(weight.dtype).removeprefix('torch.')} numbers; weights must be "
-                    "float64, float32, bfloat16 or float16."
-                )
-            if weight.is_meta:
-                raise DtLensError(
-                    f"The weight {name!r} lies on the meta device and has no numbers; load the model first."
-                )
-        kinds = {(weight.dtype, weight.device): name for name, weight in weights.items()}
-        if len(kinds) > 1:
-            (kind, name), (other, second) = list(kinds.items())[:2]
-            raise DtLensError(
-                f"The weight {name!r} is {kind[0]} on {kind[1]} and {second!r} is {other[0]} on {other[1]}; bring the "
-                "model to one type and one device with .to()."
-            )
+        require_computable(weights)
         for name, parameter in mine.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))

@@ -1,0 +1,202 @@
+"""kzl/decision-transformer: Hugging Face's tensors under other names, with less said about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dt_lens
+from dt_lens import SingularEdit
+from dt_lens.errors import DtLensError
+from dt_lens.matrices import catalogue
+
+OPTIONS = {"n_positions": 1, "activation_function": "relu", "max_ep_len": 40}
+
+
+def renamed(hf: Any, width: int | None = 12, position: bool = False) -> dict[str, torch.Tensor]:
+    """A Hugging Face model's tensors as kzl's code base saves them, with the masks of its time."""
+    tensors = {re.sub(r"^encoder\.", "transformer.", key): tensor for key, tensor in hf.state_dict().items()}
+    if not position:
+        del tensors["transformer.wpe.weight"]
+    for layer in range(hf.config.n_layer if width else 0):
+        mask = torch.ones(1, 1, width, width, dtype=torch.uint8).tril()
+        tensors |= {f"transformer.h.{layer}.attn.bias": mask}
+        tensors |= {f"transformer.h.{layer}.attn.masked_bias": torch.tensor(-1e4)}
+    return tensors
+
+
+@pytest.fixture
+def hf(make_hf: Any) -> Any:
+    model = make_hf(**OPTIONS)
+    model.encoder.wpe.weight.data.zero_()  # kzl's blocks have no positions
+    return model
+
+
+class LiveKZL(nn.Module):
+    """A stand-in with the modules and the signature of kzl's class, computing what ``hf`` computes."""
+
+    def __init__(self, hf: Any, max_length: int = 6) -> None:
+        super().__init__()
+        for name in ("embed_timestep", "embed_return", "embed_state", "embed_action", "embed_ln"):
+            setattr(self, name, getattr(hf, name))
+        for name in ("predict_state", "predict_action", "predict_return"):
+            setattr(self, name, getattr(hf, name))
+        self.transformer = hf.encoder
+        self.max_length = max_length
+        object.__setattr__(self, "hf", hf)  # no submodule, so that every tensor is listed once
+        self.factor = 1.0
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if "wpe" not in k}
+
+    def forward(
+        self,
+        states: Any,
+        actions: Any,
+        rewards: Any,
+        returns_to_go: Any,
+        timesteps: Any,
+        attention_mask: Any = None,
+    ) -> Any:
+        out = self.hf(
+            states=states * self.factor,
+            actions=actions,
+            returns_to_go=returns_to_go,
+            timesteps=timesteps,
+            attention_mask=attention_mask,
+        )
+        return out.state_preds, out.action_preds, out.return_preds
+
+
+def predictions(out: Any) -> torch.Tensor:
+    return torch.cat([out.state_preds, out.action_preds, out.return_preds], -1)
+
+
+@pytest.mark.parametrize("nested", [None, "model_state_dict", "state_dict"])
+def test_a_state_dict_loads_to_the_same_outputs(hf: Any, make_batch: Any, tmp_path: Path, nested: str | None) -> None:
+    tensors = renamed(hf)
+    torch.save({nested: tensors, "iteration": 3} if nested else tensors, tmp_path / "agent.pt")
+    lens = dt_lens.load(tmp_path / "agent.pt", n_heads=2, environment="Nowhere-v0")
+    batch = make_batch(hf.config, padding="left")
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        mine, theirs = predictions(lens(**batch)), predictions(hf(**batch))
+    torch.testing.assert_close(mine[real], theirs[real], rtol=1e-5, atol=1e-5)
+    # The mask is twelve tokens wide: four steps. Returns are divided by a thousand in all of kzl's gym experiments.
+    assert lens.facts.context == 4 and lens.facts.return_scale == 1000.0 and lens.facts.environment == "Nowhere-v0"
+    assert dt_lens.load(tmp_path / "agent.pt", n_heads=2, context=9, return_scale=10).facts.context == 9
+
+
+def test_a_mask_of_gpt2s_default_width_tells_no_context(hf: Any, tmp_path: Path) -> None:
+    for width in (1024, None):
+        torch.save(renamed(hf, width), tmp_path / "agent.pt")
+        assert dt_lens.load(tmp_path / "agent.pt", n_heads=2).facts.context == 20
+
+
+def test_the_attention_bias_is_not_taken_for_a_mask(hf: Any, tmp_path: Path) -> None:
+    tensors = renamed(hf)
+    torch.save(tensors, tmp_path / "agent.pt")
+    lens = dt_lens.load(tmp_path / "agent.pt", n_heads=2)
+    for layer in range(2):
+        mine = [lens.weights[f"blocks.{layer}.attn.b_{letter}"].flatten() for letter in "QKV"]
+        assert torch.equal(torch.cat(mine), tensors[f"transformer.h.{layer}.attn.c_attn.bias"])
+
+
+def test_what_shapes_cannot_tell_is_asked_for(hf: Any, tmp_path: Path) -> None:
+    tensors = renamed(hf)
+    file = tmp_path / "agent.pt"
+    torch.save(tensors, file)
+    with pytest.raises(DtLensError, match=r"how many attention heads it has; pass n_heads= .*n_heads=1\)\.$"):
+        dt_lens.load(file)
+    for given, message in (
+        ({"n_heads": 3}, "d_model 16 does not split into n_heads 3"),
+        ({"n_heads": "two"}, "n_heads is 'two'; it must be a positive whole number"),
+        ({"n_heads": 2, "act_fn": "rely"}, r"act_fn is 'rely'; it must be one of .* mean 'relu'\?$"),
+        ({"n_heads": 2, "max_ep_len": 41}, "max_ep_len=41 does not fit the checkpoint, whose timestep table has 40"),
+        ({"n_heads": 2, "action_tanh": "no"}, "action_tanh is 'no'"),
+        ({"nheads": 2}, r"Unknown option 'nheads' .* mean 'n_heads'\?$"),
+        ({"n_heads": 2, "state_mean": [0.0], "state_std": [1.0]}, "state_mean has 1 entries; the model's state has 5"),
+    ):
+        with pytest.raises(DtLensError, match=message):
+            dt_lens.load(file, **given)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("transformer.h.1.ln_2.bias", None, r"no tensor 'transformer\.h\.1\.ln_2\.bias'"),
+        ("transformer.h.0.mlp.c_fc.weight", None, r"no matrix 'transformer\.h\.0\.mlp\.c_fc\.weight'"),
+        ("embed_timestep.weight", lambda t: t[0], r"no matrix 'embed_timestep\.weight'"),
+        ("embed_action.weight", lambda t: t.T, "has shape"),
+        ("something.else", lambda t: torch.zeros(3), r"'something\.else' that .* has no place for"),
+        ("transformer.h.0.mlp.c_proj.weight", lambda t: t.long(), "holds int64 numbers"),
+        ("transformer.ln_f.weight", lambda t: t / 0, r"'transformer\.ln_f\.weight' in .* holds NaN or infinite"),
+    ],
+)
+def test_damaged_state_dicts(
+    hf: Any, tmp_path: Path, key: str, change: Callable[[Any], Any] | None, message: str
+) -> None:
+    tensors = renamed(hf)
+    if change is None:
+        del tensors[key]
+    else:
+        tensors[key] = change(tensors.get(key)).contiguous()
+    torch.save(tensors, tmp_path / "agent.pt")
+    with pytest.raises(DtLensError, match=message):
+        dt_lens.load(tmp_path / "agent.pt", n_heads=2)
+
+
+def test_a_live_model_shares_its_memory(hf: Any, make_batch: Any) -> None:
+    live = LiveKZL(hf).eval()
+    lens = dt_lens.wrap(live)
+    assert lens.original is live and lens.facts.context == 6 and lens.cfg.n_heads == 2 and lens.cfg.act_fn == "relu"
+    batch = make_batch(hf.config)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat(live(**batch, rewards=None), -1)
+
+    before = run()
+    with torch.no_grad():
+        torch.testing.assert_close(predictions(lens(**batch)), before, rtol=1e-5, atol=1e-5)
+    for matrix in ("blocks.0.mlp.W_in", "blocks.1.attn.W_Q"):
+        with SingularEdit(lens, matrix):
+            assert not torch.allclose(run(), before, atol=1e-5)
+        assert torch.equal(run(), before)
+    lens.to(torch.float64)
+    assert live.embed_state.weight.dtype == torch.float64
+    dt_lens.certify(lens)
+    lens.require_shared(list(lens.weights))
+    live.float()
+    with pytest.raises(DtLensError, match="no longer shares"):
+        lens.require_shared(list(lens.weights))
+
+
+def test_a_live_model_that_computes_something_else_is_refused(hf: Any) -> None:
+    live = LiveKZL(hf).eval()
+    live.factor = 1.01
+    with pytest.raises(DtLensError, match=r"certify: .* does not reproduce its activation in the original model"):
+        dt_lens.wrap(live)
+    live.forward = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(DtLensError, match="own forward pass fails"):
+        dt_lens.wrap(live)
+
+
+def test_a_real_agent(real_checkpoints: Callable[[str], Path]) -> None:
+    file = real_checkpoints("kzl-humanoid/humanoid.ckpt")
+    with pytest.raises(DtLensError, match="pass n_heads="):
+        dt_lens.load(file)
+    lens = dt_lens.load(file, n_heads=1)
+    certificate = dt_lens.certify(lens, seed=1)
+    assert set(catalogue(lens)) <= set(certificate.errors) and certificate.against == "the original model"
+    cfg = lens.cfg
+    assert (cfg.n_layers, cfg.d_model, cfg.d_mlp, cfg.state_dim, cfg.act_dim) == (3, 128, 512, 376, 17)
+    assert cfg.n_ctx == lens.facts.context == 20 and cfg.max_ep_len == 1000 and cfg.act_fn == "relu"
+    # Two heads fit every shape too, so only the user can tell.
+    assert dt_lens.load(file, n_heads=2).cfg.d_head == 64

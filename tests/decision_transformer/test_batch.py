@@ -1,0 +1,72 @@
+"""A batch that does not fit is told so in one sentence, whichever tensor it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dt_lens.decision_transformer.batch import random_batch, require_batch
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.errors import DtLensError
+
+CFG = HookedDecisionTransformerConfig(5, 3, d_model=8, n_heads=2, n_layers=1, d_mlp=8, n_ctx=4, max_ep_len=20)
+
+
+def good() -> dict[str, Any]:
+    return random_batch(CFG, (5,), torch.zeros(1), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("states", torch.zeros(4, 4, 6), r"states has shape \[4, 4, 6\]; .* wants \[4, 4, 5\]"),
+        ("states", torch.zeros(4, 5), r"states has shape \[4, 5\]"),
+        ("actions", torch.zeros(4, 4), r"actions has shape \[4, 4\]; .* wants \[4, 4, 3\]"),
+        ("actions", torch.zeros(4, 4, 3, dtype=torch.long), r"actions has shape .* wants \[4, 4\]"),
+        ("actions", torch.full((4, 4), 3), r"action ids run from 3 to 3; this model has rows 0 to 2 for them\.$"),
+        ("returns_to_go", torch.zeros(4, 4), r"wants \[4, 4, 1\]"),
+        ("timesteps", torch.zeros(4, dtype=torch.long), r"timesteps has shape \[4\]; this model wants \[batch, step\]"),
+        ("timesteps", torch.zeros(4, 4), r"timesteps are float32; they must be whole numbers\.$"),
+        ("timesteps", torch.full((4, 4), 20), r"timesteps run from 20 to 20; this model has rows 0 to 19 for them\.$"),
+        ("timesteps", torch.full((4, 4), -1), r"timesteps run from -1 to -1"),
+        ("attention_mask", torch.ones(4, 5), r"attention_mask has shape \[4, 5\]; .* wants \[4, 4\]"),
+    ],
+)
+def test_what_does_not_fit(name: str, value: torch.Tensor, message: str) -> None:
+    require_batch(CFG, **good())
+    with pytest.raises(DtLensError, match=message):
+        require_batch(CFG, **{**good(), name: value})
+
+
+def test_what_is_left_out() -> None:
+    require_batch(CFG, **{**good(), "attention_mask": None, "states": None})
+    empty = {name: x[:0] for name, x in good().items()}
+    require_batch(CFG, **empty)
+
+
+@given(
+    n_ctx=st.integers(1, 12),
+    max_ep_len=st.integers(1, 12),
+    n_position=st.integers(3, 40),
+    position=st.sampled_from(["none", "constant", "learned"]),
+    discrete=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_random_batch_fits(
+    n_ctx: int, max_ep_len: int, n_position: int, position: Any, discrete: bool, seed: int
+) -> None:
+    cfg = HookedDecisionTransformerConfig(
+        2, 3, d_model=4, n_layers=1, d_mlp=4, n_ctx=n_ctx, max_ep_len=max_ep_len, position=position,
+        n_position=n_position, discrete_actions=discrete,
+    )  # fmt: skip
+    batch = random_batch(cfg, (2,), torch.zeros(1, dtype=torch.float16), seed)
+    require_batch(cfg, **batch)
+    steps = batch["timesteps"].shape[1]
+    assert steps <= n_ctx and (position != "learned" or 3 * steps <= n_position)
+    assert batch["states"].dtype == torch.float16 and batch["attention_mask"].sum(1).min() > 0
+    again = random_batch(cfg, (2,), torch.zeros(1, dtype=torch.float16), seed)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)

@@ -1,0 +1,31 @@
+"""The one error class and the words around it."""
+
+from __future__ import annotations
+
+import pytest
+
+import dt_lens
+from dt_lens.errors import DtLensError, because, nearest
+
+
+def test_the_class_is_public() -> None:
+    assert dt_lens.DtLensError is DtLensError and not issubclass(DtLensError, (ValueError, RuntimeError))
+
+
+def test_nearest() -> None:
+    assert nearest("hoper", ["hopper", "walker"]) == " Did you mean 'hopper'?"
+    assert nearest("xyzzy", ["hopper", "walker"]) == "" and nearest("x", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("bad\n  thing. "), "bad thing"),
+        (KeyError(), "KeyError"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ValueError("word " * 100), "word " * 40),
+    ],
+)
+def test_because_is_one_line(error: Exception, said: str) -> None:
+    assert because(error) == said.strip()
+    assert len(because(ValueError("x" * 5000))) <= 203
