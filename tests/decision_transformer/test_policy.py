@@ -63,7 +63,7 @@ def _episode(cfg: HookedDecisionTransformerConfig, batch: int, steps: int) -> tu
     return states, actions, returns
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     cfg=configurations(),
     seed=st.integers(0, 2**16),
@@ -85,7 +85,7 @@ def test_last_action_is_the_models_prediction(
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cfg=configurations(), seed=st.integers(0, 2**16), restart=st.integers(1, 7))
 def test_sliding_policy_is_the_model_on_padded_windows(
     cfg: HookedDecisionTransformerConfig, seed: int, restart: int
