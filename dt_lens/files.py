@@ -6,8 +6,8 @@ import json
 import pickletools
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "read_json"]
 NESTED = ("model_state_dict", "state_dict", "model_state", "model")
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 SUFFIXES = SAFETENSORS + TORCH
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face calls them, in the order of preference
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,13 @@ class Checkpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
-    def require_finite(self) -> None:
-        """Raise ``DtLensError`` naming the first tensor with a NaN or an infinity."""
-        for key, tensor in self.tensors.items():
+    def require_finite(self, keys: Iterable[str]) -> None:
+        """Raise ``DtLensError`` naming the first of these tensors that holds a NaN or an infinity.
+
+        For an adapter to ask of what it uses: a causal mask may well be infinite.
+        """
+        for key in keys:
+            tensor = self.tensors[key]
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DtLensError(
                     f"The tensor {key!r} in {self.path} holds NaN or infinite values; the checkpoint is damaged."
@@ -65,12 +70,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a null character
         raise DtLensError(f"{str(path)[:200]!r} cannot be looked at: {because(error)}.") from error
     checkpoint = _read_folder(path) if folder else _read_file(path)
+    if path.name in WEIGHTS and (path.parent / "config.json").is_file():  # one file of a folder in that form
+        checkpoint = replace(checkpoint, config=read_json(path.parent / "config.json"))
     if not checkpoint.tensors:
         raise DtLensError(f"{path} holds no tensors; expected the weights of a model.")
     for key, tensor in checkpoint.tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise DtLensError(f"The tensor {key!r} in {path} is sparse or quantized; save it as a plain tensor.")
-    checkpoint.require_finite()
     return checkpoint
 
 
@@ -98,7 +104,7 @@ def _read_folder(folder: Path) -> Checkpoint:
                     raise DtLensError(f"There is no file {str(folder / shard)!r}, though {index} names it.")
                 tensors |= _read_file(folder / shard).tensors
             return Checkpoint(folder, tensors, config, folder=folder)
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHTS:
         if (folder / name).exists():
             return Checkpoint(folder, _read_file(folder / name).tensors, config, folder=folder)
     raise DtLensError(

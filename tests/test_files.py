@@ -130,8 +130,6 @@ def test_a_whole_module_is_refused_with_its_name(tmp_path: Path) -> None:
         (3, "holds a int; expected a state dict"),
         ({}, "holds no tensors; expected the weights of a model"),
         ({"a": torch.zeros(2), "epoch": 3}, "holds 'epoch', which is no tensor; expected a state dict"),
-        ({"a": torch.tensor([1.0, float("nan")])}, "The tensor 'a' in"),
-        ({"a": torch.tensor([1.0, float("inf")])}, "holds NaN or infinite values"),
         ({"state_dict": {"a": torch.zeros(2), "b": "x"}}, "holds 'b', which is no tensor"),
         ({"a": torch.eye(3).to_sparse()}, "The tensor 'a' in"),
     ],
@@ -139,6 +137,15 @@ def test_a_whole_module_is_refused_with_its_name(tmp_path: Path) -> None:
 def test_a_file_with_something_else_in_it(tmp_path: Path, saved: Any, message: str) -> None:
     torch.save(saved, tmp_path / "agent.pt")
     assert message in refusal(tmp_path / "agent.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_refused_where_they_are_used(tmp_path: Path, value: float) -> None:
+    torch.save({"mask": torch.tensor(float("-inf")), "a": torch.tensor([1.0, value])}, tmp_path / "agent.pt")
+    checkpoint = read_checkpoint(tmp_path / "agent.pt")
+    with pytest.raises(DtLensError, match=r"The tensor 'a' in .*agent\.pt holds NaN or infinite values; .*\.$"):
+        checkpoint.require_finite(key for key in checkpoint.tensors if key != "mask")
+    checkpoint.require_finite([])
 
 
 def test_state_dicts_are_found_where_code_bases_put_them(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class HFDecisionTransformer:
                 f"{checkpoint.path} lies without its config.json, which tells the number of heads and the options; "
                 "give the folder that holds both."
             )
+        checkpoint.require_finite(used(checkpoint.tensors))
         kept = RunFacts.load(checkpoint.folder) if checkpoint.folder else None
         return self.build(dict(checkpoint.tensors), checkpoint.config, kept, **given)
 

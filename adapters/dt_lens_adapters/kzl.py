@@ -33,7 +33,7 @@ __all__ = ["KZLDecisionTransformer"]
 
 SHAPE_OPTIONS = {"n_heads", "act_fn", "action_tanh", "max_ep_len", "discrete_actions"}
 POSITION, STATE = "encoder.wpe.weight", "embed_state.weight"
-MASK = re.compile(r"encoder\.h\.\d+\.attn\.bias")
+MASK = re.compile(r"encoder\.h\.\d+\.attn\.(masked_)?bias")
 NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
 
 
@@ -48,6 +48,7 @@ class KZLDecisionTransformer:
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, SHAPE_OPTIONS | FACTS)
+        checkpoint.require_finite(key for key in checkpoint.tensors if not MASK.fullmatch(_rename(key)))
         tensors = _renamed(checkpoint.tensors)
         with _in_kzls_words():
             config = _config(tensors, given)
@@ -122,7 +123,11 @@ def _in_kzls_words() -> Iterator[None]:
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {re.sub(r"^transformer\.", "encoder.", key): tensor for key, tensor in tensors.items()}
+    return {_rename(key): tensor for key, tensor in tensors.items()}
+
+
+def _rename(key: str) -> str:
+    return re.sub(r"^transformer\.", "encoder.", key)
 
 
 def _no_position(renamed: Mapping[str, Tensor]) -> Tensor:
