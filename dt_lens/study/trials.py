@@ -15,7 +15,6 @@ import pandas as pd
 
 from dt_lens.behaviour.evaluate import evaluate, model_id
 from dt_lens.behaviour.outcomes import Evaluation
-from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.statistics import bootstrap_interval
 from dt_lens.edits import Edit
 from dt_lens.errors import DtLensError
@@ -73,17 +72,8 @@ def _read(file: Path) -> Evaluation | None:
     if not file.exists():
         return None
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        columns = (kept["per_episode"][name] for name in ("seed", "return", "length", "terminated", "truncated"))
-        return Evaluation.from_outcomes(
-            (Outcome(*row) for row in zip(*columns, strict=True)),
-            **{
-                name: kept[name]
-                for name in ("environment", "target_return", "time_limit", "environment_kwargs", "model_id")
-            },
-            edits=tuple(kept["edits"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        return Evaluation.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, DtLensError):
         return None  # a file that cannot be read is a trial that has to be run again
 
 
