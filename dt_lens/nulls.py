@@ -92,7 +92,7 @@ class HaarMaximum:
                 centring, where all of them are orthogonal to the constant vector.
             seed: of the Monte Carlo part.
             span: of how many dimensions the random subspace is.
-            samples: draws, by default 10,000 (for more than 400 labels fewer, at least 800).
+            samples: draws, by default 5,000 (fewer for more than 800 labels, and for spans; at least 800).
         """
         E = _unit_rows(labels)
         n, d = E.shape
@@ -101,16 +101,16 @@ class HaarMaximum:
             # Without labels the best match is 0, and the whole space matches everything.
             flat = np.full(2, -np.log(max(n, 1)))
             return cls(n, dimension, span, float(n > 0), 0.0, np.array([0.0, 1.0]), flat, np.empty(0))
-        tail = _cap_cosine(np.concatenate([np.linspace(1, 0.1, 12), np.logspace(-1.5, -16, 24)]), dimension, span)
-        grid = np.unique(np.concatenate([tail, tail[-1] + (1 - tail[-1]) * np.sin(np.linspace(0, np.pi / 2, 12))]))
+        tail = _cap_cosine(np.concatenate([np.linspace(1, 0.1, 10), np.logspace(-1.5, -16, 18)]), dimension, span)
+        grid = np.unique(np.concatenate([tail, tail[-1] + (1 - tail[-1]) * np.sin(np.linspace(0, np.pi / 2, 10))]))
         share, drawn = np.ones_like(grid), np.empty(0)
         if n > 1:
-            samples = samples or int(np.clip(4e6 / n, 800, 10_000))
+            samples = samples or max(800, int(min(4e6 / n, 5000)) // span)
             rng = np.random.default_rng([seed, n, dimension, span])
             C = _coordinates(E, dimension)
             share, drawn = _shares(C, span, grid, samples, rng), _best_matches(C, span, samples, rng)
         null = cls(n, dimension, span, 0.0, 0.0, grid, np.log(share), drawn)
-        t = np.linspace(0, float(_cap_cosine(1e-18 / n, dimension, span)), 4001)
+        t = np.linspace(0, float(_cap_cosine(1e-18 / n, dimension, span)), 601)
         survival = null.p_value(t)
         mean = float(np.trapezoid(survival, t))
         second = float(np.trapezoid(2 * t * survival, t))
