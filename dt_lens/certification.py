@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from torch import Tensor
 
 from dt_lens.diagnosis import Check, explain
@@ -83,12 +83,18 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     against = "the original model" if model.reference is not None else "the lens's own forward pass"
     batch = model.probe(seed)
     try:
-        truth = {} if model.reference is None else model.reference.activations(batch)
+        truth = {} if model.reference is None else _without_padding(model.reference.activations(batch), batch)
         own = _activations(model, batch, truth)
     except DtLensError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise DtLensError(f"certify: the model cannot run on a random batch: {because(error)}.") from error
+    for name, tensor in truth.items():
+        if not name.endswith(("hook_pattern", "hook_attn_scores")) and not bool(torch.isfinite(tensor).all()):
+            raise DtLensError(
+                f"certify: {name} of {against} is NaN or infinite on a random batch, so nothing can be held against "
+                "it; bring the model to a wider type with .float()."
+            )
     errors: dict[str, float] = {}
     with torch.inference_mode():
         for check in _Walk(model, truth or own, own, batch.get("attention_mask"), dtype).checks():
@@ -114,6 +120,21 @@ def _arithmetic(weight: Tensor) -> torch.dtype:
     # On CUDA float32 products may be made of 10 bits (TF32), as many as float16 has.
     short = weight.dtype == torch.float32 and weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
     return torch.float16 if short else weight.dtype
+
+
+def _without_padding(truth: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Zeros where there is padding: some implementations compute NaN there, and nobody looks at it."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return dict(truth)
+
+    def blank(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith(("hook_pattern", "hook_attn_scores")):
+            return tensor  # queries by keys: keys that are padding have no weight, and those queries are left out
+        real = mask.bool().repeat_interleave(tensor.shape[1] // mask.shape[1], 1)
+        return tensor.where(rearrange(real, f"n t -> n t{' 1' * (tensor.ndim - 2)}"), 0)
+
+    return {name: blank(name, tensor) for name, tensor in truth.items()}
 
 
 def _activations(model: Lens, batch: Mapping[str, Any], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -275,9 +296,15 @@ class _Walk:
             expected = einsum(q[:, :, head], k[:, :, head], "n q e, n k e -> n q k")
             scores = _bilinear(x, QK.dense(self.model, fold_layernorm=False)) + (x @ W_Q @ b_K)[:, :, None]
             scores = scores + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
-            yield self.check(QK.name, self.kept(scores), self.kept(expected), self.kept(score_slack[:, head]))
-            masked = (expected * scale).masked_fill(pattern[:, head] <= 0, float("-inf"))
-            attended, slack = torch.softmax(masked, -1), self.kept(pattern_slack[:, head])
+            seen = pattern[:, head] > 0
+            yield self.check(
+                QK.name,
+                self.kept(scores.where(seen, 0)),
+                self.kept(expected.where(seen, 0)),
+                self.kept(score_slack[:, head]),
+            )
+            attended = torch.softmax((expected * scale).masked_fill(~seen, float("-inf")), -1)
+            slack = self.kept(pattern_slack[:, head])
             part = f"the attention scale of block {layer}"
             yield self.check(part, self.kept(attended), self.kept(pattern[:, head]), slack)
             moved = einsum(pattern[:, head], x @ OV.dense(self.model, fold_layernorm=False), "n q k, n k d -> n q d")

@@ -374,9 +374,37 @@ def test_no_false_alarm(make_hf: Any, dtype: torch.dtype, size: float) -> None:
         wrap_and_certify(make_hf, dtype, seed, size)
 
 
+def test_what_padding_computes_is_nobodys_concern(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision Hugging Face's padding may be NaN."""
+    lens = dt_lens.wrap(make_hf())
+    right = lens.reference.activations
+    mask = lens.probe()["attention_mask"].bool()
+    assert not mask.all()
+
+    def spoiled(batch: Any) -> dict[str, Tensor]:
+        truth = right(batch)
+        for name, tensor in truth.items():
+            if not name.endswith("hook_pattern"):
+                tensor[~mask.repeat_interleave(tensor.shape[1] // mask.shape[1], 1)] = float("nan")
+        return truth
+
+    monkeypatch.setattr(lens.reference, "activations", spoiled)
+    dt_lens.certify(lens)
+
+
+def test_an_original_that_overflows_is_not_the_adapters_fault(make_hf: Any) -> None:
+    hf = make_hf()
+    hf.encoder.h[1].mlp.c_fc.weight.data *= 1e5
+    hf.half().encoder.h[1].mlp.c_fc.weight.data.clamp_(-60000, 60000)
+    with pytest.raises(
+        DtLensError, match=r"certify: blocks\.1\.\S+ of the original model is NaN or infinite .*\.float\(\)\.$"
+    ):
+        dt_lens.wrap(hf)
+
+
 @pytest.mark.acceptance
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [0.0, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("size", [0.0, 0.02, 0.1])
 def test_no_false_alarm_in_fifty(make_hf: Any, dtype: torch.dtype, size: float) -> None:
     for seed in range(50):
         wrap_and_certify(make_hf, dtype, seed, size)
