@@ -19,7 +19,7 @@ from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 def dt_lens(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from dt_lens.cli import main; main()", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})})
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **(env or {})})
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["sentences", "write_study"]
 
 SHOWN = 64  # directions of a heatmap
+# The verdict first: what stands far to the right is not read.
+VERDICT_COLUMNS = (
+    "role", "matrix", "side", "sv", "label", "cosine", "verdict", "q",
+    "difference", "difference_low", "difference_high", "control_difference", "control_difference_low", "control_difference_high", "damage_beyond_control", "beyond_low",
+    "beyond_high", "failure_rate", "control_failure_rate", "damage_per_energy", "energy", "sigma", "embedding",
+)  # fmt: skip
 
 
 def write_study(study: Study, result: StudyResult, svd: WeightSVD) -> None:
@@ -74,13 +80,18 @@ def sentences(result: StudyResult) -> list[str]:
     ]
     for role, what in (
         ("strong", "directions that match an embedding best"),
-        ("weak", "their contrasts, directions of similar size that match nothing"),
+        ("weak", "contrasts (similar in size, poor in match)"),
     ):
         rows = table["role"] == role
         said.append(
-            f"Of the {int(rows.sum())} {what}, editing **{int((hurts & rows).sum())}** hurts more than a random "
-            "change of the same energy at the same place (q < 0.05)."
+            f"Of {int(rows.sum())} {what}, **{int((hurts & rows).sum())}** hurt more when edited than a random change "
+            "of the same energy in the same place (q < 0.05)."
         )
+    worst = table.loc[table["difference"].idxmin()]
+    said.append(
+        f"The worst edit, {worst['matrix']} sv={worst['sv']}, changes the return by **{_signed(worst['difference'])}** "
+        f"and its control by {_signed(worst['control_difference'])}."
+    )
     rho, (low, high), p = result.spearman
     if rho != rho:
         said.append("Whether cosine predicts damage cannot be said from these edits: one of the two does not vary.")
@@ -94,9 +105,14 @@ def sentences(result: StudyResult) -> list[str]:
         )
         said.append(
             f"Across the {len(table)} edits, Spearman's correlation of |cosine| with damage beyond the control is "
-            f"**{rho:+.2f}** [{low:+.2f}, {high:+.2f}], p = {p:.2g}, {clear}."
+            f"**{_signed(rho, 2)}** [{_signed(low, 2)}, {_signed(high, 2)}], p = {p:.2g}, {clear}."
         )
     return said
+
+
+def _signed(value: float, decimals: int = 0) -> str:
+    """A number with its sign, the minus a real one."""
+    return f"{value:+,.{decimals}f}".replace("-", "−")
 
 
 def _agent(study: Study, result: StudyResult) -> Section:
@@ -199,7 +215,7 @@ def _heatmaps(result: StudyResult, svd: WeightSVD) -> dict[str, Any]:
 
 def _effects(result: StudyResult) -> Section:
     table = result.verdicts
-    shown = table.drop(columns=["layer", "note", "z", "q_value"])
+    shown = table[list(VERDICT_COLUMNS)]
     notes = [Note(note) for note in dict.fromkeys(table["note"]) if note]
     rho, interval, _ = result.spearman
     return Section(
@@ -214,6 +230,7 @@ def _effects(result: StudyResult) -> Section:
                 shown,
                 "Damage beyond the control is the control's return less the edit's; p by sign-flip permutation "
                 "of the pairs, q by Benjamini-Hochberg over the edits.",
+                intervals={"damage_beyond_control": ("beyond_low", "beyond_high")},
             ),
             *notes,
             Plot(outcomes.damage_against_cosine(table, spearman=None if rho != rho else (rho, *interval))),
