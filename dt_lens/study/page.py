@@ -22,8 +22,10 @@ SHOWN = 64  # directions of a heatmap
 # The verdict first: what stands far to the right is not read.
 VERDICT_COLUMNS = (
     "role", "matrix", "side", "sv", "label", "cosine", "verdict", "q",
-    "difference", "difference_low", "difference_high", "control_difference", "control_difference_low", "control_difference_high", "damage_beyond_control", "beyond_low",
-    "beyond_high", "failure_rate", "control_failure_rate", "damage_per_energy", "energy", "sigma", "embedding",
+    "difference", "difference_low", "difference_high",
+    "control_difference", "control_difference_low", "control_difference_high",
+    "damage_beyond_control", "beyond_low", "beyond_high",
+    "failure_rate", "control_failure_rate", "damage_per_energy", "energy", "sigma", "embedding",
 )  # fmt: skip
 
 
