@@ -113,6 +113,11 @@ class SingularEdit(Edit):
                 f"The LayerNorm before {self.matrix.name} removes constants from what it reads, so on the {self.side} "
                 f"side the constant edit {how}."
             )
+        elif self.value == "constant" and self.side == "write" and _constants_are_unseen(bare, self.matrix):
+            remarks.append(
+                f"Whatever reads what {self.matrix.name} writes does so through a LayerNorm, which removes constants, "
+                "so the constant edit acts as a removal here too."
+            )
         cut = [block for block in self.blocks if block[1] - block[0] > 1 and not set(range(*block)) <= set(self.sv)]
         if cut:
             remarks.append(
@@ -293,9 +298,11 @@ def _replacement(
 ) -> tuple[Float[Tensor, "k d"], Value | float | list[float]]:
     """The vectors that take the place of ``old``, without a mean where ``centred``; and the value for a record."""
     new, kept = _wanted(value, old, seed)
-    if centred:
+    if centred and kept == "constant":
+        new = torch.zeros_like(old)  # to the last bit
+    elif centred and (kept == "random" or isinstance(kept, list)):
         new = new - new.mean(1, keepdim=True)
-    if isinstance(kept, str) and kept == "random":
+    if kept == "random":
         new = new / new.norm(dim=1, keepdim=True)
     return new, kept
 
@@ -314,7 +321,7 @@ def _wanted(value: Any, old: Float[Tensor, "k d"], seed: int) -> tuple[Tensor, A
         return made[value], value
     try:
         given = torch.as_tensor(value).detach()
-        vector = given.to(old)
+        vector = torch.as_tensor(value, dtype=None if given.is_complex() else torch.float64).detach().to(old.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtLensError(
             f"value is a {type(value).__name__}; it must be one of {', '.join(VALUES)}, a number, or a vector."
@@ -366,6 +373,17 @@ def _random_frame(d: int, r: int, space: Tensor | None, generator: torch.Generat
     # QR's signs are LAPACK's choice; with a positive diagonal the frame is Haar (Mezzadri, 2007).
     frame: Tensor = basis @ (inner * triangle.diagonal().sign())
     return frame
+
+
+def _constants_are_unseen(bare: Snapshot, matrix: Matrix) -> bool:
+    """Whether a constant vector written to the stream reaches no reader: all that come later centre what they read."""
+    structure, weights, layer = bare.structure, bare.weights, matrix.layer
+    own = structure.mlp_norm[layer] if matrix.kind == "W_out" else structure.attn_norm[layer]
+    if own is None:
+        # No LayerNorm in front: where there is one all the same, it stands after the sum.
+        return f"blocks.{layer}.{'ln2' if matrix.kind == 'W_out' else 'ln1'}.w" in weights
+    later = [*structure.attn_norm[layer + 1 :], *structure.mlp_norm[layer + (matrix.kind == "W_out") :]]
+    return None not in later and "ln_final.w" in weights
 
 
 def _lost_to_rounding(bare: Snapshot, placed: Placed) -> float:
