@@ -158,8 +158,8 @@ class Edit:
 
         Raises:
             DtLensError: when it is in force already, edits a direction that another edit in force edits, was made of
-                other weights than the model has now, changes no bit of the weights, or does not reach the model's
-                forward pass; the model is then as it was.
+                other weights than the model has now, changes no bit of the weights or of what they compute, or does
+                not reach the model's forward pass; the model is then as it was.
         """
         state = state_of(self.model)
         if self.active:
@@ -180,7 +180,7 @@ class Edit:
                         "it would measure nothing."
                     )
                 if _same_bits(before, self._activation()):
-                    self._require_reach(before)
+                    raise DtLensError(self._why_unseen(before))
         except BaseException:
             self.undo()
             raise
@@ -232,18 +232,22 @@ class Edit:
         shown: Tensor = cache[name]
         return torch.nan_to_num(shown.detach().clone())
 
-    def _require_reach(self, before: Tensor) -> None:
+    def _why_unseen(self, before: Tensor) -> str:
         """The edit moved no bit of the activation: is it merely small, or is the weight not the one in use?"""
         live = self.model.weights[self._weight]
         with _writable(live):
             live.zero_()
         reached = not _same_bits(before, self._activation())
         _write(self.model)
-        if not reached:
-            raise DtLensError(
-                f"The edit of {self.matrix.name} does not reach the model's forward pass: the weight that was written "
-                "is not the one in use (wrap the model again), or a hook puts something else in its place."
+        if reached:
+            return (
+                f"The edit of {self.matrix.name} moves no activation by a bit at the model's precision (energy "
+                f"{self.energy:.2g}); it would measure nothing."
             )
+        return (
+            f"The edit of {self.matrix.name} does not reach the model's forward pass: the weight that was written is "
+            "not the one in use (wrap the model again), or a hook puts something else in its place."
+        )
 
 
 def _write(model: Lens) -> None:
