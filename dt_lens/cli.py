@@ -276,13 +276,13 @@ def train(
     out: Annotated[Path, typer.Option(help="The folder to write; a run that was stopped there goes on.")] = Path(
         "runs/hopper"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 20_000,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 6_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 64,
     context: Annotated[int, typer.Option(min=1, help="Steps that the agent looks back.")] = 20,
     d_model: Annotated[int, typer.Option(min=1, help="Width of the residual stream.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Blocks.")] = 3,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads of a block.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Seed = 0,
     targets: Annotated[
         str | None, typer.Option(help="Comma-separated target returns to evaluate at, the default first.")

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -133,8 +134,9 @@ def train(
         The trained model in evaluation mode, with its run facts.
 
     Raises:
-        DtLensError: for a data set that cannot be read, settings that make no model, a checkpoint of another run in
-            ``out``, or a folder that cannot be written.
+        DtLensError: for a data set that cannot be read, settings that make no model, an ``environment`` that does not
+            fit, a checkpoint of another run in ``out``, or a folder that cannot be written. A data set's own
+            environment that cannot be made is a warning, and there are no evaluations.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
         if value < 1:
@@ -154,6 +156,8 @@ def train(
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         run = _Run(settings, data, Path(out), torch.device(device))
+        if eval_every and eval_episodes and not run.can_evaluate(insist=environment is not None):
+            eval_episodes = 0
         if resume:
             run.resume()
         run.finish(eval_every, eval_episodes, checkpoint_every, report or (lambda _: None))
@@ -238,8 +242,23 @@ class _Run:
         self._losses += loss.detach()
         self._counted += 1
 
+    def can_evaluate(self, insist: bool) -> bool:
+        """Whether the environment is there and fits; said now rather than at the first evaluation."""
+        from dt_lens.behaviour.environment import make_task
+
+        if self.data.environment is None:
+            return False
+        try:
+            make_task(self.data.environment, self.data.environment_kwargs or {}, self.model.cfg)
+        except DtLensError as error:
+            if insist:
+                raise
+            warnings.warn(f"{error} Training goes on without evaluations.", stacklevel=3)
+            return False
+        return True
+
     def _evaluate(self, episodes: int) -> dict[float, float]:
-        if not episodes or self.data.environment is None:
+        if not episodes:
             return {}
         from dt_lens.behaviour.evaluate import evaluate
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _cartpole()
         _linear()
     return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on matrices this small spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +149,45 @@ def test_discrete_actions_are_learned(tmp_path: Path) -> None:
     loss = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])["loss"]
     assert loss < 0.55  # guessing has 0.69
     assert model.cfg.discrete_actions and not model.cfg.action_tanh and model.cfg.act_dim == 2
+    assert model.facts.environment == "CartPole-v1"
+
+
+def test_evaluations_make_a_curve_and_leave_the_training_alone(tmp_path: Path) -> None:
+    quiet = train("test/cartpole-v0", tmp_path / "quiet", **SMALL, steps=6)
+    returns: list[dict[float, float]] = []
+    watched = train(
+        "test/cartpole-v0",
+        tmp_path / "watched",
+        **{**SMALL, "eval_every": 3, "eval_episodes": 8},
+        steps=6,
+        environment="CartPole-v1",
+        targets=[50, 20],
+        report=lambda p: returns.append(p.returns),
+    )
+    rows = [json.loads(line) for line in (tmp_path / "watched" / "curve.jsonl").open()]
+    assert [row["step"] for row in rows] == [3, 6] and list(rows[0]["returns"]) == ["50", "20"]
+    assert returns[1] == {} and set(returns[2]) == {50.0, 20.0} and returns[2][50.0] > 1
+    assert watched.facts.target_returns == (50, 20)
+    for name, weight in quiet.weights.items():
+        assert torch.equal(weight, watched.weights[name]), name
+
+
+def test_an_environment_that_does_not_fit_is_said_before_training(tmp_path: Path) -> None:
+    steps: list[int] = []
+    with pytest.raises(DtLensError, match="Pendulum"):
+        train(
+            "test/cartpole-v0", tmp_path, **{**SMALL, "eval_every": 1}, steps=2, environment="Pendulum-v1",
+            report=lambda p: steps.append(p.step),
+        )  # fmt: skip
+    assert not steps
+
+
+def test_a_data_set_whose_environment_is_not_installed_trains_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(gym.envs.registry, "CartPole-v1")
+    with pytest.warns(UserWarning, match="without evaluations"):
+        model = train("test/cartpole-v0", tmp_path, **{**SMALL, "eval_every": 1}, steps=2)
     assert model.facts.environment == "CartPole-v1"
 
 
