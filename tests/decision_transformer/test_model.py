@@ -172,6 +172,15 @@ def test_hooking_the_pattern_changes_nothing(
         assert torch.equal(pattern, pattern.tril()) and (pattern.sum(-1) - 1).abs().max() < 1e-2
 
 
+def test_layer_norm_with_hooks_is_as_exact_as_without(make: Make) -> None:
+    """In half precision a mean and a variance taken in half precision would not be."""
+    norm = make().to(torch.bfloat16).blocks[0].ln1
+    x = (40 + torch.randn(50, 8)).bfloat16()
+    plain = norm(x)
+    norm.hook_scale.add_hook(lambda x, hook: x)
+    torch.testing.assert_close(norm(x), plain, rtol=2**-7, atol=1e-3)
+
+
 @every_config
 def test_every_hook_point_is_alive(make: Make, make_batch: Any, name: str) -> None:
     model = make(name)
