@@ -304,6 +304,20 @@ def test_deepcopy_stands_alone(make: Make, make_batch: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(model, batch).values(), plain.values(), strict=True))
 
 
+@every_config
+def test_every_tensor_lies_where_the_model_lies(
+    make: Make, make_batch: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On another device than the processor a tensor made beside the weights would be an error; so it is on meta."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # meta tensors have no values to look at
+    model = make(name).to("meta")
+    batch = {key: x.to("meta") for key, x in make_batch(model.cfg, padding="left").items()}
+    for given in (batch, {k: x for k, x in batch.items() if k != "attention_mask"}, model.probe()):
+        assert model(**given).action_preds.is_meta
+        _, cache = model.run_with_cache(**given)
+        assert all(activation.is_meta for activation in cache.values())
+
+
 def test_random_numbers_of_the_user_are_left_alone(make: Make) -> None:
     model = make()
     torch.manual_seed(3)
