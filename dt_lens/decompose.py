@@ -1,8 +1,8 @@
 """Singular value decompositions in float64 that use the structure at hand and check themselves.
 
-A thin product is never multiplied out (QR of each factor, then a small SVD); a large matrix goes through the Gram
-matrix of its short side; when few directions of a large matrix are wanted, a block Krylov space finds them (Musco and
-Musco, "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition", 2015).
+A thin product is never multiplied out (QR of each factor, then a small SVD); a large oblong matrix goes through the
+Gram matrix of its short side; when few directions of a large matrix are wanted, a block Krylov space finds them (Musco
+and Musco, "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition", 2015).
 Whatever the route, the result is measured against the matrix, and LAPACK's full SVD takes over when the error is too
 large.
 """
@@ -88,7 +88,8 @@ def _single(factors: list[Tensor], rank: int | None, floor: float) -> SVD:
     (M,) = factors
     small = min(M.shape)
     routes: list[Callable[[Tensor, int | None], Triple]] = [_lapack, _gesvd]
-    if small > GRAM:
+    # The smallest sigmas of square matrices are mostly too small for squares, and the attempt would be wasted.
+    if small > GRAM and max(M.shape) >= 2 * small:
         routes.insert(0, _gram)
     if small > KRYLOV and rank is not None and rank * 64 <= small:
         routes.insert(0, _krylov)
@@ -189,7 +190,8 @@ def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
         (left.T @ left - identity).abs().max(),
         (right.T @ right - identity).abs().max(),
     ]
-    if whole:
+    # A complete basis leaves nothing out, so that M is rebuilt follows from the above.
+    if whole and keep < min(M.shape):
         missing = (M - (left * sigma) @ right.T).norm()
         residuals.append((missing - floor * min(M.shape) ** 0.5).clamp_min(0.0) / M.norm())
     # A stack's maximum, unlike Python's max, keeps a NaN.
