@@ -113,7 +113,7 @@ def real_checkpoints() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def make_dt() -> Callable[..., Any]:
-    """A small random ``HookedDecisionTransformer`` in evaluation mode, no bias zero and no scale one: ``make_dt(1)``."""
+    """A random ``HookedDecisionTransformer`` in evaluation mode, no bias zero and no scale one: ``make_dt(1)``."""
     from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
