@@ -39,6 +39,7 @@ def save_pretrained(model: HookedDecisionTransformer, folder: str | Path) -> Pat
             save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})
             model.facts.save(written)
             for file in sorted(written.iterdir()):
+                file.chmod(0o644)  # safetensors leaves it to its owner alone
                 file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or because(error)
