@@ -227,13 +227,13 @@ def frame_maximum(
     # Only the span of the labels matters, so of a Haar-random orthogonal matrix only as many rows are drawn as it
     # has dimensions, and as many columns as there are directions: the shorter of both, and cut.
     inside, count = min(len(E), dimension), min(directions, dimension)
-    C = C[:, :inside]
+    C = C[:, :inside].astype(np.float32)  # of all that is multiplied here, seven digits will do
     rng = np.random.default_rng([seed, len(E), directions, dimension])
     best = np.empty(samples)
     for i in range(samples):
         drawn = np.linalg.qr(rng.standard_normal((dimension, min(inside, count))))[0]
         corner = drawn[:inside] if count <= inside else drawn[:count].T
-        best[i] = np.abs(C @ corner).max()
+        best[i] = np.abs(C @ corner.astype(np.float32)).max()
     return np.sort(best)
 
 

@@ -25,6 +25,7 @@ def gaussian(n: int, d: int, seed: int = 0) -> Array:
 
 LABELS: dict[str, Callable[[], Array]] = {
     "one": lambda: gaussian(1, 24),
+    "a close pair": lambda: np.array([[1.0, 0, 0, 0, 0, 0], [0.9, 0.19**0.5, 0, 0, 0, 0]]),
     "orthogonal": lambda: np.eye(24)[:6],
     "all axes": lambda: np.eye(16),
     "random": lambda: gaussian(11, 24),
@@ -142,7 +143,7 @@ def test_a_rotation_of_the_labels_changes_nothing(kind: str) -> None:
     t = np.linspace(0, 1, 50)
     np.testing.assert_allclose(a.p_value(t), b.p_value(t), rtol=1e-9, atol=0)
     np.testing.assert_allclose(a.z(t), b.z(t), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(frame_maximum(E, 5, samples=50), frame_maximum(E @ Q, 5, samples=50), rtol=1e-7)
+    np.testing.assert_allclose(frame_maximum(E, 5, samples=50), frame_maximum(E @ Q, 5, samples=50), rtol=1e-6)
 
 
 def test_seeds_repeat() -> None:
@@ -193,7 +194,7 @@ def test_the_best_match_of_a_whole_frame(n: int, d: int, k: int, centred: bool) 
 
 def test_one_label_against_a_complete_frame_has_its_largest_coordinate() -> None:
     found = frame_maximum(gaussian(1, 10), 10, samples=2000)
-    assert found.min() >= 10**-0.5
+    assert found.min() >= 10**-0.5 - 1e-6
     assert np.array_equal(found, np.sort(found))
 
 
