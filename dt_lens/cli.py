@@ -76,7 +76,7 @@ def study(
     model: Model,
     episodes: Annotated[int, typer.Option(min=2, help="Paired episodes of every arm.")] = 50,
     matrices: Annotated[str, typer.Option(help="Which matrices to scan and to choose from.")] = "*.W_in,*.W_out,*.OV.*",
-    edits: Annotated[int, typer.Option(min=1, help="Strong directions to edit, each with a weak one as contrast.")] = 3,
+    edits: Annotated[int, typer.Option(min=1, help="Strong directions to edit, each with a weak one as contrast.")] = 2,
     value: Annotated[
         str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
     ] = "constant",

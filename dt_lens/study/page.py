@@ -89,7 +89,7 @@ def sentences(result: StudyResult) -> list[str]:
             f"Of {int(rows.sum())} {what}, **{int((hurts & rows).sum())}** hurt more when edited than a random change "
             "of the same energy in the same place (q < 0.05)."
         )
-    worst = table.loc[table["difference"].idxmin()]
+    worst = table.sort_values("difference", kind="stable").iloc[0]
     said.append(
         f"The worst edit, {worst['matrix']} sv={worst['sv']}, changes the return by **{_signed(worst['difference'])}** "
         f"and its control by {_signed(worst['control_difference'])}."

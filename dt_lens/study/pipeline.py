@@ -67,7 +67,7 @@ class Study:
     name: str = "the model"
     matrices: Sequence[str] = MATRICES
     episodes: int = 50
-    edits: int = 3
+    edits: int = 2
     value: Any = "constant"
     seed: int = 0
     target_return: float | None = None
