@@ -27,7 +27,7 @@ COLUMNS = ["matrix", "layer", "head", "side", "sv", "block", "sigma", "embedding
 COLUMNS += ["z", "p_value", "q_value"]
 STRONGEST = ["matrix", "side", "embedding", "sv", "label", "cosine", "null_median", "p_value", "q_value"]
 NULLS = ("haar",)
-TINY = 1e-9  # of its own length: a direction of which centring leaves no more than this is gone
+TINY = 1e-12  # of its own length, or the rounding of its dtype: what centring leaves of a direction is no direction
 Array = NDArray[np.float64]
 Names = Sequence[str] | str
 
@@ -224,7 +224,8 @@ class WeightSVD:
         lengths, whole = E.norm(dim=1, keepdim=True), raw.norm(dim=1, keepdim=True)
         if self.fold_layernorm and embedding.layernorm is not None:
             whole = whole * embedding.layernorm.abs().max().double()
-        E = torch.where(lengths > TINY * whole, E / lengths.clamp_min(1e-300), 0.0)
+        tiny = max(TINY, torch.finfo(embedding.directions.dtype).eps)
+        E = torch.where(lengths > tiny * whole, E / lengths.clamp_min(1e-300), 0.0)
         directions = np.ascontiguousarray(E.cpu().numpy())
         digest = hashlib.blake2b(directions.tobytes(), digest_size=16).digest()
         return _Rows(embedding, directions, E.shape[1] - int(centred), digest)

@@ -250,8 +250,8 @@ def test_a_control_is_of_the_same_energy_and_rank_at_the_same_place(make_dt: Mak
     assert torch.equal(again.delta[0], control.delta[0])
     assert not torch.allclose(edit.control(6).delta[0], control.delta[0])
     assert control.control(6).delta[0].equal(edit.control(6).delta[0])
-    other = SingularEdit(model, name, [0, 1], side=side, value="constant").control(5)  # type: ignore[arg-type]
-    assert not torch.allclose(other.delta[0] / other.energy, control.delta[0] / control.energy)
+    first, second = (SingularEdit(model, name, sv, side=side).control(5) for sv in (0, 1))  # type: ignore[arg-type]
+    assert not torch.allclose(first.delta[0] / first.energy, second.delta[0] / second.energy)
 
 
 @pytest.mark.parametrize(("name", "side"), [("blocks.0.mlp.W_in", "read"), ("blocks.0.attn.OV.1", "write")])

@@ -253,6 +253,12 @@ def test_raw_and_folded(make_dt: Make) -> None:
     expected = (read @ head / head.norm(dim=0)).numpy()
     np.testing.assert_allclose(raw.cosines("blocks.0.mlp.W_out", "action_out").iloc[0], expected, atol=1e-12)
     assert np.abs(folded.cosines("blocks.0.mlp.W_out", "action_out").iloc[0] - expected).max() > 1e-3
+    # Behind a LayerNorm labels are measured by what it leaves of them.
+    effective = model.embeddings["state_in"].effective
+    left = effective - effective.mean(1, keepdim=True)
+    assert float((left.norm(dim=1) / effective.norm(dim=1)).min()) < 1 - 1e-4
+    expected = (folded["blocks.0.mlp.W_in"].read[2] @ left.T / left.norm(dim=1)).numpy()
+    np.testing.assert_allclose(folded.cosines("blocks.0.mlp.W_in", "state_in").iloc[2], expected, atol=1e-12)
 
 
 def test_top_shows_both_poles(make_dt: Make) -> None:
@@ -323,14 +329,16 @@ def test_span_matches_are_calibrated(make_dt: Make) -> None:
 def test_zero_weights_and_zero_labels(make_dt: Make) -> None:
     model = make_dt()
     model.weights["blocks.0.mlp.W_out"].zero_()
-    model.weights["predict.return_to_go.W"].zero_()
+    model.weights["predict.state.W"].zero_()
+    # ln_final makes a constant of this but for its last bits, and its centring leaves nothing else.
+    model.weights["predict.return_to_go.W"].copy_(0.7 / model.weights["ln_final.w"][:, None])
     model.weights["predict.action.W"][:, 1].zero_()
     model.weights["embed.return_to_go.W"].fill_(0.7)  # a constant, which embed_ln's centring takes away
     svd = WeightSVD(model)
     table = svd.scan()
     assert "blocks.0.mlp.W_out" not in set(table["matrix"])
     assert "blocks.1.mlp.W_out" in set(table["matrix"])
-    for name in ("reward_out", "reward_in"):
+    for name in ("reward_out", "reward_in", "state_out"):
         nothing = table[table["embedding"] == name]
         assert len(nothing)
         assert (nothing["cosine"] == 0).all()
@@ -354,6 +362,9 @@ def test_the_strongest_match_of_a_whole_matrix(make_dt: Make) -> None:
     found = table[(table["matrix"] == "blocks.0.mlp.W_out") & (table["embedding"] == "action_out")].iloc[0]
     assert (found["sv"], found["label"]) == (0, "action 1")
     # Beyond what a count of 300 draws can say.
+    one = svd.scan("blocks.0.mlp.W_out", embeddings="action_out").iloc[0]
+    assert one["sv"] == 0
+    assert found["p_value"] == pytest.approx(24 * one["p_value"])
     assert found["p_value"] < 1e-6
     assert found["q_value"] < 1e-4
     assert 0.3 < found["null_median"] < 0.8
