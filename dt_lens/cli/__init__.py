@@ -1,0 +1,57 @@
+"""The command line: each command a thin call of the Python API, errors as one sentence and exit status 2.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from dt_lens.cli.playing import evaluate
+from dt_lens.cli.scanning import certify, scan
+from dt_lens.cli.studying import study
+from dt_lens.cli.tables import top
+from dt_lens.cli.training import record, train
+from dt_lens.errors import DtLensError
+from dt_lens.version import __version__
+
+__all__ = ["app", "certify", "evaluate", "main", "record", "scan", "study", "top", "train"]
+
+app = typer.Typer(
+    name="dt-lens",
+    help="What the weights of a decision transformer do: singular directions, honest nulls, edits, paired rollouts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_COMMANDS: list[Callable[..., None]] = [study, scan, top, evaluate, certify, train, record]  # in the order of --help
+for _command in _COMMANDS:
+    app.command()(_command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"dt-lens {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point ``dt-lens``."""
+    try:
+        app(standalone_mode=True)
+    except DtLensError as error:
+        print(f"dt-lens: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dt-lens: stopped.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`dt-lens scan hopper | head`); there is nobody to tell.
+        sys.stderr.close()
+        sys.exit(141)

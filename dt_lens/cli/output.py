@@ -1,0 +1,85 @@
+"""What commands print and write: tables, files, progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dt_lens.errors import DtLensError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["print_table", "progress", "written"]
+
+
+def written(file: Path, write: Callable[[], object]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        raise DtLensError(
+            f"{file} cannot be written: {error.strerror or error}; choose another file or make room."
+        ) from error
+    print(f"Written: {file}", file=sys.stderr)
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Into a file or a pipe, nothing is cut to some terminal's width.
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    shown = Table(
+        title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
+    )
+    for name in table.columns:
+        shown.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(table[name]) else "left")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(Text(cell(name, value)) for name, value in zip(table.columns, row, strict=True)))
+    console.print(shown)
+
+
+def cell(name: str, value: Any) -> str:
+    import pandas as pd
+
+    if value is None or value is pd.NA:
+        return ""
+    if isinstance(value, float):
+        small = name in ("p_value", "q_value", "q", "relative error")
+        return f"{value:.1e}" if small else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3f}"
+    return str(value)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error; where that is no terminal, a line whenever what is being done changes."""
+    if not sys.stderr.isatty():
+        last = [""]
+
+        def line(what: str, share: float) -> None:
+            kind = what.partition("  ")[0].rstrip("0123456789.")
+            if kind != last[0]:
+                last[0] = kind
+                print(f"[{share:4.0%}] {what}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("", total=1.0)
+        yield lambda what, share: bar.update(row, description=what, completed=share)

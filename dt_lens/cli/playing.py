@@ -1,0 +1,77 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dt_lens.cli.options import (
+    Given,
+    Model,
+    Seed,
+    Target,
+    Workers,
+    indices,
+    load_model,
+    number,
+)
+from dt_lens.cli.output import progress, written
+
+
+def evaluate(
+    model: Model,
+    environment: Annotated[
+        str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="How many episodes; episode i starts from seed + i.")] = 100,
+    seed: Seed = 0,
+    target_return: Target = None,
+    edit: Annotated[
+        str | None, typer.Option(metavar="MATRIX", help="Also measure with this matrix edited, and compare.")
+    ] = None,
+    sv: Annotated[str, typer.Option(help="Which directions to edit: 0 or 0,1.")] = "0",
+    side: Annotated[str | None, typer.Option(help="The side to edit, where the matrix has two.")] = None,
+    value: Annotated[
+        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
+    ] = "constant",
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="Write a row per episode to this .csv file.")] = None,
+    given: Given = None,
+) -> None:
+    """Run an agent for many episodes and say how it does; with --edit, how an edited one does beside it."""
+    loaded = load_model(model, given)
+    from dt_lens.behaviour.evaluate import evaluate as run
+    from dt_lens.edits import SingularEdit
+
+    def measured(what: str) -> Any:
+        with progress() as tell:
+            return run(
+                loaded,
+                environment,
+                episodes=episodes,
+                seed=seed,
+                target_return=target_return,
+                workers=workers,
+                progress=lambda done, total: tell(what, done / total),
+            )
+
+    change = None
+    if edit is not None:
+        change = SingularEdit(loaded, edit, indices(sv), side=side, value=number(value), seed=seed)  # type: ignore[arg-type]
+    baseline = measured("episodes")
+    print(baseline)
+    frames = {"unedited": baseline.to_frame()}
+    if change is not None:
+        with change:
+            edited = measured("edited episodes")
+        print(f"\n{edited.compare(baseline)}")
+        if change.note:
+            print(change.note)
+        frames["edited"] = edited.to_frame()
+    if out:
+        import pandas as pd
+
+        table = frames["unedited"] if change is None else pd.concat(frames, names=["arm"]).reset_index(level=0)
+        written(out, lambda: table.to_csv(out, index=False))
