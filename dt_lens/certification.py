@@ -10,7 +10,7 @@ activation and must give the original's next one. So no error hides another, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,10 @@ __all__ = ["Certificate", "certify"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 # Where the lens's activation is noted and the original's goes on.
 EXCHANGED = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_q", "hook_k", "hook_v", "hook_pre")
+EXCHANGED += ("hook_pre_linear",)
+# A language model's tables, which are looked up and read off rather than multiplied from stream to stream.
+TABLES = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
+CHUNK = 2**20  # entries of a weight that are brought to float64 at a time: nobody's memory need hold all of it twice
 # What is read off the last activations, and the part whose fault a difference there is.
 READ_OFF = {
     "hook_final": "ln_final",
@@ -76,7 +80,8 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     """
     weights = model.weights
     for name, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
+        # Unlike isfinite, which makes copies, this looks at a large table in place.
+        if not all(bool(torch.isfinite(end)) for end in weight.aminmax()):
             raise DtLensError(f"certify: the weight {name!r} holds NaN or infinite values; the model is damaged.")
     dtype = _arithmetic(next(iter(weights.values())))
     tolerance = TOLERANCE[dtype]
@@ -97,7 +102,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
             )
     errors: dict[str, float] = {}
     with torch.inference_mode():
-        for check in _Walk(model, truth or own, own, batch.get("attention_mask"), dtype).checks():
+        for check in _Walk(model, truth or own, own, batch, dtype).checks():
             size = check.error()
             # "not <=" rather than ">", so that a NaN fails.
             if not size <= tolerance:
@@ -107,7 +112,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
                     "part wrongly."
                 )
             errors[check.part] = max(size, errors.get(check.part, 0.0))
-    unproven = [name for name in catalogue(model) if name not in errors]
+    unproven = [name for name in (*catalogue(model), *(t for t in TABLES if t in weights)) if name not in errors]
     if unproven:
         raise DtLensError(
             f"certify: no activation proves {unproven[0]}; the adapter's reference must give both its sides."
@@ -167,15 +172,17 @@ class _Walk:
         model: Lens,
         truth: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
-        mask: Tensor | None,
+        batch: Mapping[str, Any],
         dtype: torch.dtype,
     ) -> None:
+        self.norm_eps = float(getattr(model.cfg, "eps", 0.0))
         self.model = Snapshot.of(model)
         self.weights, self.structure = self.model
         self.found = catalogue(model)
         self.truth = truth
         self.own = own
-        self.mask = mask
+        self.mask: Tensor | None = batch.get("attention_mask")
+        self.tokens: Tensor | None = batch.get("tokens")
         self.eps = torch.finfo(dtype).eps
 
     def kept(self, tokens: Tensor) -> Tensor:
@@ -191,7 +198,7 @@ class _Walk:
         computed: Tensor,
         expected: Tensor,
         slack: Tensor | float = 0.0,
-        weight: Tensor | None = None,
+        weight: Callable[[], Tensor] | None = None,
         source: Tensor | None = None,
     ) -> Check:
         # Both sides may be rounded, each to half a unit in the last place.
@@ -207,6 +214,7 @@ class _Walk:
             if name.startswith("hook_embed_"):
                 weight = f"embed.{name.removeprefix('hook_embed_')}.W"
                 yield from self.same(weight if weight in self.weights else name, name)
+        yield from self.tables()
         yield from self.same("the order of the tokens", "hook_embed")
         layers = range(self.structure.n_layers)
         for layer in layers:
@@ -216,8 +224,28 @@ class _Walk:
             yield from self.same(f"the sum after the attention of block {layer}", f"blocks.{layer}.hook_resid_mid")
             yield from self.mlp(layer)
         yield from self.same(f"the sum at the end of block {layers[-1]}", f"blocks.{layers[-1]}.hook_resid_post")
+        yield from self.unembedding()
         for name, part in READ_OFF.items():
             yield from self.same(part, name)
+
+    def tables(self) -> Iterator[Check]:
+        """A language model's token and position tables, whose rows are the embeddings."""
+        for name, hook in (("embed.W_E", "hook_embed"), ("pos_embed.W_pos", "hook_pos_embed")):
+            if name in self.weights and hook in self.truth and self.tokens is not None:
+                expected = self.truth[hook].double()
+                rows = self.tokens if name == "embed.W_E" else torch.arange(expected.shape[-2])
+                made = self.weights[name][rows.to(self.weights[name].device)].double().expand_as(expected)
+                yield self.check(name, made, expected)
+
+    def unembedding(self) -> Iterator[Check]:
+        """A language model's logits from what its last norm leaves."""
+        if "unembed.W_U" not in self.weights or not {"hook_final", "logits"} <= set(self.truth):
+            return
+        x = self.truth["hook_final"]
+        if "ln_final.w" in self.weights:
+            yield self.check("ln_final", self.kept(self.normalized("ln_final")), self.kept(x))
+        W_U = self.weights["unembed.W_U"]
+        yield self.product("unembed.W_U", self.kept(x), _columns(W_U), lambda: W_U.double(), self.truth["logits"])
 
     def attention(self, layer: int) -> Iterator[Check]:
         block, attn = f"blocks.{layer}", f"blocks.{layer}.attn"
@@ -228,7 +256,7 @@ class _Walk:
             yield from self.linear(f"{attn}.{kind}", x, norm, self.truth[f"{attn}.{hook}"].flatten(-2))
             yield from self.same(f"{attn}.{kind}", f"{attn}.{hook}")
         # Rounded scores: an error of a score is one of the pattern's logarithm.
-        q, k, v = (self.truth[f"{attn}.hook_{name}"].double() for name in "qkv")
+        q, k, v = (self.by_query(layer, name) for name in "qkv")
         scores = 2 * self.eps * einsum(q.norm(dim=-1), k.norm(dim=-1), "n q h, n k h -> n h q k")
         pattern = self.truth[f"{attn}.hook_pattern"].double()
         rounded = 2 * abs(self.structure.attn_scale[layer]) * scores.amax(-1, keepdim=True) * pattern
@@ -240,11 +268,15 @@ class _Walk:
 
     def mlp(self, layer: int) -> Iterator[Check]:
         block, mlp = f"blocks.{layer}", f"blocks.{layer}.mlp"
-        norm = self.structure.mlp_norm[layer]
-        yield from self.layernorm(f"{block}.mlp_in", norm)
-        x = self.entry(f"{block}.mlp_in", norm, f"{block}.hook_resid_mid")
-        yield from self.linear(f"{mlp}.W_in", x, norm, self.truth[f"{mlp}.hook_pre"])
-        yield from self.same(f"{mlp}.W_in", f"{mlp}.hook_pre")
+        norm, parallel = self.structure.mlp_norm[layer], self.structure.parallel
+        entry = f"{block}.attn_in" if parallel else f"{block}.mlp_in"
+        if not parallel:
+            yield from self.layernorm(entry, norm)
+        x = self.entry(entry, norm, f"{block}.hook_resid_{'pre' if parallel else 'mid'}")
+        gated = f"{mlp}.W_gate" in self.weights
+        for kind, hook in (("W_gate", "hook_pre"), ("W_in", "hook_pre_linear")) if gated else (("W_in", "hook_pre"),):
+            yield from self.linear(f"{mlp}.{kind}", x, norm, self.truth[f"{mlp}.{hook}"], with_bias=not gated)
+            yield from self.same(f"{mlp}.{kind}", f"{mlp}.{hook}")
         yield from self.same(f"the activation function of block {layer}", f"{mlp}.hook_post")
         yield from self.linear(
             f"{mlp}.W_out", self.truth[f"{mlp}.hook_post"], None, self.truth[f"{block}.hook_mlp_out"]
@@ -252,12 +284,28 @@ class _Walk:
 
     def layernorm(self, entry: str, norm: str | None) -> Iterator[Check]:
         if norm is not None and entry in self.truth:
-            mine = self.bare(norm) * self.weights[f"{norm}.w"].double() + self.weights[f"{norm}.b"].double()
-            yield self.check(norm, self.kept(mine), self.kept(self.truth[entry]))
+            yield self.check(norm, self.kept(self.normalized(norm)), self.kept(self.truth[entry]))
 
     def bare(self, norm: str) -> Tensor:
         """The stream centred and divided by its scale, which is all that folding leaves of a LayerNorm."""
-        return self.own[f"{norm}.hook_normalized"].double()
+        if f"{norm}.hook_normalized" in self.own:
+            return self.own[f"{norm}.hook_normalized"].double()
+        block, _, which = norm.rpartition(".")
+        last = f"blocks.{self.structure.n_layers - 1}.hook_resid_post"
+        names = {"ln1": f"{block}.hook_resid_pre", "ln2": f"{block}.hook_resid_mid", "ln_final": last}
+        x = self.truth[names[which]].double()
+        if not self.structure.rms:
+            x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
+
+    def normalized(self, norm: str) -> Tensor:
+        """What a norm gives: scaled and, unless it is an RMSNorm, shifted."""
+        return self.bare(norm) * self.weights[f"{norm}.w"].double() + self.shift(norm)
+
+    def shift(self, norm: str) -> Tensor:
+        """The bias of a norm; an RMSNorm has none."""
+        bias = self.weights.get(f"{norm}.b")
+        return torch.zeros_like(self.weights[f"{norm}.w"], dtype=torch.float64) if bias is None else bias.double()
 
     def entry(self, entry: str, norm: str | None, stream: str) -> Tensor:
         """What a sublayer's matrices are applied to: the stream, or the stream behind its LayerNorm."""
@@ -265,22 +313,54 @@ class _Walk:
             return self.truth[stream]
         if entry in self.truth:
             return self.truth[entry]
-        return self.bare(norm) * self.weights[f"{norm}.w"].double() + self.weights[f"{norm}.b"].double()
+        return self.normalized(norm)
 
-    def linear(self, name: str, x: Tensor, norm: str | None, output: Tensor) -> Iterator[Check]:
+    def linear(self, name: str, x: Tensor, norm: str | None, output: Tensor, with_bias: bool = True) -> Iterator[Check]:
         """A matrix with all its heads side by side, raw and with its LayerNorm folded."""
         matrix = self.found[name]
         head, _, leaf = name.rpartition(".")
-        bias = self.weights.get(f"{head}.b{leaf[1:]}")
+        bias = self.weights.get(f"{head}.b{leaf[1:]}") if with_bias else None
         b = 0.0 if bias is None else bias.double().flatten()
-        x, output, M = self.kept(x), self.kept(output), matrix.dense(self.model, fold_layernorm=False)
+        (factor,) = matrix.factors
+        W = factor.view(self.weights)
+
+        def whole() -> Tensor:
+            return matrix.dense(self.model, fold_layernorm=False)
+
+        raw = self.product(name, self.kept(x), _columns(W), whole, output, b)
+        yield raw
+        if norm is not None:
+            bare, shift = self.kept(self.bare(norm)), self.shift(norm)
+            folded = [bare @ matrix.fold_change(self.model, M)[0] + shift @ M for M in _columns(W)]
+            part = f"{name} with its LayerNorm folded"
+            yield Check(part, torch.cat(folded, 1) + b, raw.expected, raw.slack)
+
+    def product(
+        self,
+        part: str,
+        x: Tensor,
+        columns: Iterator[Tensor],
+        whole: Callable[[], Tensor],
+        output: Tensor,
+        b: Tensor | float | None = None,
+    ) -> Check:
+        """A weight, a few columns at a time, applied to ``x``; ``b`` is its bias, the unembedding's when ``None``."""
+        if b is None:
+            b = self.weights["unembed.b_U"].double() if "unembed.b_U" in self.weights else 0.0
+        made, terms = [], []
+        for M in columns:
+            made.append(x @ M)
+            terms.append(x.abs() @ M.abs())
         # Where large terms cancel, the sum's rounding goes by the terms (Higham, "Accuracy and Stability of Numerical
         # Algorithms", section 3.1); products of half-precision numbers are summed in float32.
-        slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * (x.abs() @ M.abs())
-        yield self.check(name, x @ M + b, output, slack, M, x)
-        if norm is not None:
-            folded = self.kept(self.bare(norm)) @ matrix.dense(self.model) + self.weights[f"{norm}.b"].double() @ M + b
-            yield self.check(f"{name} with its LayerNorm folded", folded, output, slack)
+        slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * torch.cat(terms, 1)
+        return self.check(part, torch.cat(made, 1) + b, self.kept(output), slack, whole, x)
+
+    def by_query(self, layer: int, which: str) -> Tensor:
+        """``q``, ``k``, ``v`` or ``z`` in float64 with a head for every query head."""
+        x = self.truth[f"blocks.{layer}.attn.hook_{which}"].double()
+        shared = self.structure.queries_per_key
+        return x if shared == 1 or not which.endswith(("k", "v")) else x.repeat_interleave(shared, 2)
 
     def circuits(
         self, layer: int, x: Tensor, norm: str | None, score_slack: Tensor, pattern_slack: Tensor
@@ -288,13 +368,17 @@ class _Walk:
         """QK through the scores, OV through the pattern, head by head, from the catalogue's own products."""
         attn, scale = f"blocks.{layer}.attn", self.structure.attn_scale[layer]
         pattern = self.truth[f"{attn}.hook_pattern"].double()
-        q, k, z = (self.truth[f"{attn}.hook_{name}"].double() for name in "qkz")
+        q, k, z = (self.by_query(layer, name) for name in "qkz")
+        met = [self.by_query(layer, f"rot_{name}") for name in "qk"] if self.structure.rotary else [q, k]
         for head in range(self.structure.n_heads):
-            W_Q, W_K, W_V, W_O = (self.weights[f"{attn}.W_{letter}"][head].double() for letter in "QKVO")
-            b_Q, b_K, b_V = (self.head_bias(f"{attn}.b_{letter}", head, W_Q) for letter in "QKV")
+            shared = head // self.structure.queries_per_key
+            W_Q, W_O = (self.weights[f"{attn}.W_{letter}"][head].double() for letter in "QO")
+            W_K, W_V = (self.weights[f"{attn}.W_{letter}"][shared].double() for letter in "KV")
+            b_Q = self.head_bias(f"{attn}.b_Q", head, W_Q)
+            b_K, b_V = (self.head_bias(f"{attn}.b_{letter}", shared, W_K) for letter in "KV")
             QK, OV = self.found[f"{attn}.QK.{head}"], self.found[f"{attn}.OV.{head}"]
             expected = einsum(q[:, :, head], k[:, :, head], "n q e, n k e -> n q k")
-            scores = _bilinear(x, QK.dense(self.model, fold_layernorm=False)) + (x @ W_Q @ b_K)[:, :, None]
+            scores = einsum(_through(x, QK.raw(self.model)), x, "n q d, n k d -> n q k") + (x @ W_Q @ b_K)[:, :, None]
             scores = scores + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
             seen = pattern[:, head] > 0
             yield self.check(
@@ -303,21 +387,22 @@ class _Walk:
                 self.kept(expected.where(seen, 0)),
                 self.kept(score_slack[:, head]),
             )
-            attended = torch.softmax((expected * scale).masked_fill(~seen, float("-inf")), -1)
+            turned = einsum(met[0][:, :, head], met[1][:, :, head], "n q e, n k e -> n q k")
+            attended = torch.softmax((turned * scale).masked_fill(~seen, float("-inf")), -1)
             slack = self.kept(pattern_slack[:, head])
             part = f"the attention scale of block {layer}"
             yield self.check(part, self.kept(attended), self.kept(pattern[:, head]), slack)
-            moved = einsum(pattern[:, head], x @ OV.dense(self.model, fold_layernorm=False), "n q k, n k d -> n q d")
+            moved = einsum(pattern[:, head], _through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
             yield self.check(OV.name, self.kept(moved + b_V @ W_O), self.kept(z[:, :, head] @ W_O))
             if norm is not None:
                 # Folding is exact whatever the activations, so the matrices just proven vouch for the folded ones.
                 bare = self.bare(norm)
-                bare = bare - bare.mean(-1, keepdim=True)
+                bare = bare if self.structure.rms else bare - bare.mean(-1, keepdim=True)
                 plain = bare * self.weights[f"{norm}.w"].double()
                 expected = einsum(plain @ W_Q, plain @ W_K, "n q e, n k e -> n q k")
-                folded = _bilinear(bare, QK.dense(self.model))
+                folded = einsum(_through(bare, QK.folded(self.model)), bare, "n q d, n k d -> n q k")
                 yield self.check(f"{QK.name} with its LayerNorm folded", self.kept(folded), self.kept(expected))
-                folded = bare @ OV.dense(self.model)
+                folded = _through(bare, OV.folded(self.model))
                 yield self.check(
                     f"{OV.name} with its LayerNorm folded", self.kept(folded), self.kept(plain @ W_V @ W_O)
                 )
@@ -326,5 +411,14 @@ class _Walk:
         return self.weights[name][head].double() if name in self.weights else W.new_zeros(W.shape[1])
 
 
-def _bilinear(x: Tensor, M: Tensor) -> Tensor:
-    return einsum(x @ M, x, "n q d, n k d -> n q k")
+def _through(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``x`` times a circuit, which is never multiplied out."""
+    for factor in factors:
+        x = x @ factor
+    return x
+
+
+def _columns(W: Tensor) -> Iterator[Tensor]:
+    """A weight in float64, a few columns at a time."""
+    for part in W.split(max(1, CHUNK // len(W)), 1):
+        yield part.double()

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
-from dt_lens.matrices import Factor, Matrix, Snapshot, fingerprint, fold, weight_bytes
+from dt_lens.matrices import Factor, Matrix, Snapshot, fingerprint, weight_bytes
 
 if TYPE_CHECKING:
     from dt_lens.directions import Decomposition
@@ -29,16 +29,14 @@ __all__ = ["Edit", "LowRank", "spectrum_of", "unedited"]
 
 LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
 
-# Where the forward pass shows what a matrix does, straight after it.
+# Where the forward pass shows what a weight does, straight after it.
 SHOWN_AT = {
     "W_Q": "attn.hook_q",
     "W_K": "attn.hook_k",
     "W_V": "attn.hook_v",
     "W_O": "hook_attn_out",
-    "OV": "hook_attn_out",
-    "QK": "attn.hook_attn_scores",
     "W_in": "mlp.hook_pre",
-    "W_gate": "mlp.hook_post",
+    "W_gate": "mlp.hook_pre",
     "W_out": "hook_mlp_out",
 }
 
@@ -103,7 +101,8 @@ class Edit:
         self._weight = placed.factor.weight
         bare = unedited(model)
         self._made_of = fingerprint(bare, matrix)
-        self._folded_delta = _fold(bare, matrix, delta)
+        left, right = matrix.fold_change(bare, *delta)
+        self._folded_delta = left, right
 
     @property
     def delta(self) -> LowRank:
@@ -226,7 +225,9 @@ class Edit:
 
     def _activation(self) -> Tensor:
         """What the matrix does to a probe batch, straight after it in the forward pass."""
-        name = f"blocks.{self.matrix.layer}.{SHOWN_AT[self.matrix.kind]}"
+        kind = self._weight.rpartition(".")[2]
+        gated = kind == "W_in" and f"blocks.{self.matrix.layer}.mlp.W_gate" in self.model.weights
+        name = f"blocks.{self.matrix.layer}.{'mlp.hook_pre_linear' if gated else SHOWN_AT[kind]}"
         with _evaluating(self.model), torch.no_grad():
             _, cache = self.model.run_with_cache(**self.model.probe(), names_filter=name)
         shown: Tensor = cache[name]
@@ -316,13 +317,3 @@ def spectrum_of(delta: LowRank) -> Float[Tensor, " r"]:
     left, right = delta
     spectrum: Tensor = torch.linalg.svdvals(torch.linalg.qr(left)[1] @ torch.linalg.qr(right.T)[1].T)
     return spectrum
-
-
-def _fold(lens: Snapshot, matrix: Matrix, delta: LowRank) -> LowRank:
-    """A change of the raw matrix as the stream behind the LayerNorm meets it."""
-    left, right = delta
-    if matrix.left_norm:
-        left = fold(left, lens.weights[f"{matrix.left_norm}.w"])
-    if matrix.right_norm:
-        right = fold(right.T, lens.weights[f"{matrix.right_norm}.w"]).T
-    return left, right

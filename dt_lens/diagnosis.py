@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING
@@ -24,14 +25,14 @@ class Check:
     """What a part made of its input, and what was cached, tokens first, in float64.
 
     Where the part is a weight, ``source @ weight`` and a bias make the computed side. ``slack`` is the difference that
-    rounding explains.
+    rounding explains. The weight is computed when somebody asks, which is when it does not fit.
     """
 
     part: str
     computed: Tensor
     expected: Tensor
     slack: Tensor | float = 0.0
-    weight: Tensor | None = None
+    weight: Callable[[], Tensor] | None = None
     source: Tensor | None = None
 
     def error(self) -> float:
@@ -44,9 +45,10 @@ class Check:
 
 def explain(check: Check, model: Lens, tolerance: float) -> str:
     """``": it looks transposed"`` and the like, or an empty string."""
-    x, W = check.source, check.weight
-    if x is None or W is None or check.computed.shape != check.expected.shape:
+    x, weight = check.source, check.weight
+    if x is None or weight is None or check.computed.shape != check.expected.shape:
         return ""
+    W = weight()
     bias = check.computed - x @ W
     target = check.expected - bias
 

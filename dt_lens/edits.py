@@ -97,7 +97,7 @@ class SingularEdit(Edit):
         sigma, left, right = (part[rows] for part in (decomposition.sigma, decomposition.left, decomposition.right))
         old = left if where == "left" else right
         self.value: Value | float | list[float]
-        new, self.value = _replacement(value, old, self.seed, self.folded and found.norm(where) is not None)
+        new, self.value = _replacement(value, old, self.seed, self.folded and found.centred(where))
         step = (new - old) * sigma[:, None]
         change: LowRank = (step.T, right) if where == "left" else (left.T, step)
         super().__init__(model, found, *_carry(bare, found, where, change, self.folded))
@@ -107,7 +107,7 @@ class SingularEdit(Edit):
 
     def _remarks(self, bare: Snapshot, where: Literal["left", "right"]) -> list[str]:
         remarks = []
-        if self.value == "constant" and self.matrix.norm(where) is not None:
+        if self.value == "constant" and self.matrix.centred(where):
             how = "is a removal" if self.folded else "is nearly a removal"
             remarks.append(
                 f"The LayerNorm before {self.matrix.name} removes constants from what it reads, so on the {self.side} "
@@ -123,6 +123,13 @@ class SingularEdit(Edit):
             remarks.append(
                 f"Directions {cut[0][0]} to {cut[0][1] - 1} cannot be told apart at the weights' precision; only "
                 "editing all of them means anything."
+            )
+        placed, shared = self._placed.factor, bare.structure.queries_per_key
+        if self.matrix.kind in ("OV", "QK") and shared > 1 and placed.weight.endswith(("W_K", "W_V")):
+            first = (self.matrix.head or 0) // shared * shared
+            remarks.append(
+                f"Heads {first} to {first + shared - 1} share {placed.weight.rpartition('.')[2]}, so the edit changes "
+                "what all of them do."
             )
         lost = _lost_to_rounding(bare, self._placed)
         if lost > 0.1:
@@ -382,6 +389,8 @@ def _constants_are_unseen(bare: Snapshot, matrix: Matrix) -> bool:
     if own is None:
         # No LayerNorm in front: where there is one all the same, it stands after the sum.
         return f"blocks.{layer}.{'ln2' if matrix.kind == 'W_out' else 'ln1'}.w" in weights
+    if structure.rms:
+        return False
     later = [*structure.attn_norm[layer + 1 :], *structure.mlp_norm[layer + (matrix.kind == "W_out") :]]
     return None not in later and "ln_final.w" in weights
 

@@ -32,6 +32,7 @@ class Embedding:
         side: ``"in"`` for what is put into the stream, ``"out"`` for what is read out of it.
         trained: whether the weights had a loss; an untrained head is a built-in null.
         layernorm: the scale ``[d_model]`` of the LayerNorm between these directions and the stream, if any.
+        rms: that norm does not centre (RMSNorm).
         owner: the identity of the model they belong to; ``None`` for the user's own until they are registered.
 
     Raises:
@@ -48,6 +49,7 @@ class Embedding:
     side: StreamSide = "in"
     trained: bool = True
     layernorm: Tensor | None = None  # [d_model]
+    rms: bool = False
     owner: str | None = None
     name: str = ""
 
@@ -88,6 +90,8 @@ class Embedding:
         if self.layernorm is None:
             return self.directions
         e, w = self.directions.double(), self.layernorm.double()
+        if self.rms:
+            return w * e
         if self.side == "in":
             return w * (e - e.mean(-1, keepdim=True))
         return w * e - (w * e).mean(-1, keepdim=True)

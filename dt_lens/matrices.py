@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
@@ -50,6 +50,14 @@ class Structure(NamedTuple):
     ``attn_norm[l]`` and ``mlp_norm[l]`` are the prefixes (``"blocks.0.ln1"``) of the LayerNorm that layer ``l``'s
     attention and MLP read through, or ``None`` where they read the stream itself (no LayerNorm, or post-LayerNorm
     blocks).
+
+    Attributes:
+        n_kv_heads: heads of ``W_K`` and ``W_V`` where several query heads share one (grouped-query attention); ``None``
+            where every head has its own.
+        rms: the norms divide by the root mean square and do not centre (RMSNorm); they have no bias.
+        parallel: attention and MLP read the same stream, and both are added to it at once (GPT-J).
+        rotary: queries and keys are turned by their position before they meet; QK is then the circuit of two tokens at
+            the same position.
     """
 
     n_layers: int
@@ -58,6 +66,15 @@ class Structure(NamedTuple):
     attn_scale: tuple[float, ...]  # what scores are multiplied by, per layer
     attn_norm: tuple[str | None, ...]
     mlp_norm: tuple[str | None, ...]
+    n_kv_heads: int | None = None
+    rms: bool = False
+    parallel: bool = False
+    rotary: bool = False
+
+    @property
+    def queries_per_key(self) -> int:
+        """Query heads that share one head of keys and values."""
+        return self.n_heads // (self.n_kv_heads or self.n_heads)
 
 
 class Weighted(Protocol):
@@ -126,6 +143,7 @@ class Matrix:
     factors: tuple[Factor, ...]
     left_norm: str | None = None
     right_norm: str | None = None
+    rms: bool = False  # the norms scale and do not centre
 
     @property
     def residual_sides(self) -> tuple[SideName, ...]:
@@ -159,6 +177,10 @@ class Matrix:
         """The prefix of the LayerNorm (``"blocks.0.ln1"``) that a side reads through, if any."""
         return self.left_norm if side == "left" else self.right_norm
 
+    def centred(self, side: Literal["left", "right"]) -> bool:
+        """Whether a side reads through a norm that removes constants."""
+        return self.norm(side) is not None and not self.rms
+
     def raw(self, lens: Weighted) -> list[Tensor]:
         """The factors ``[d_left, r]``, ``[r, d_right]`` (or the one) in float64; their product is the matrix."""
         weights = lens.weights
@@ -166,13 +188,16 @@ class Matrix:
 
     def folded(self, lens: Weighted) -> list[Tensor]:
         """The factors with the LayerNorm folded in: centred and scaled on every side that reads through one."""
-        lens = Snapshot.of(lens)
-        factors = self.raw(lens)
+        return list(self.fold_change(lens, *self.raw(lens)))
+
+    def fold_change(self, lens: Weighted, *factors: Tensor) -> tuple[Tensor, ...]:
+        """The factors of a raw matrix of this name, with its norms folded into the first and the last."""
+        lens, found = Snapshot.of(lens), list(factors)
         if self.left_norm is not None:
-            factors[0] = fold(factors[0], lens.weights[f"{self.left_norm}.w"])
+            found[0] = fold(found[0], lens.weights[f"{self.left_norm}.w"], not self.rms)
         if self.right_norm is not None:
-            factors[-1] = fold(factors[-1].T, lens.weights[f"{self.right_norm}.w"]).T
-        return factors
+            found[-1] = fold(found[-1].T, lens.weights[f"{self.right_norm}.w"], not self.rms).T
+        return tuple(found)
 
     def dense(self, lens: Weighted, fold_layernorm: bool = True) -> Float[Tensor, "left right"]:
         """The matrix itself, in float64."""
@@ -180,13 +205,16 @@ class Matrix:
         return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
-def fold(matrix: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"]) -> Float[Tensor, "d_model out"]:
+def fold(
+    matrix: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"], centre: bool = True
+) -> Float[Tensor, "d_model out"]:
     """``(I - 11^T/d) diag(w) matrix``: what a matrix does to the stream in front of a LayerNorm of scale ``w``.
 
-    The mean runs over the stream, which is the matrix's input, not over its outputs.
+    The mean runs over the stream, which is the matrix's input, not over its outputs. Without ``centre`` it stays, as in
+    front of an RMSNorm (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
     """
     scaled = w.to(matrix)[:, None] * matrix
-    return scaled - scaled.mean(0, keepdim=True)
+    return scaled - scaled.mean(0, keepdim=True) if centre else scaled
 
 
 def unfold(change: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"], norm: str) -> Tensor:
@@ -230,7 +258,7 @@ def _catalogue(structure: Structure, weights: frozenset[str], per_head: bool) ->
 
     def add(matrix: Matrix) -> None:
         if all(factor.weight in weights for factor in matrix.factors):
-            found[matrix.name] = matrix
+            found[matrix.name] = replace(matrix, rms=structure.rms)
 
     for layer in range(structure.n_layers):
         attn, mlp = f"blocks.{layer}.attn", f"blocks.{layer}.mlp"
@@ -238,11 +266,14 @@ def _catalogue(structure: Structure, weights: frozenset[str], per_head: bool) ->
         for kind, (left, right, merged) in ATTENTION.items():
             before = norm if left == "read" else None
             add(Matrix(f"{attn}.{kind}", kind, layer, None, left, right, (Factor(f"{attn}.{kind}", merged),), before))
-            for head in range(structure.n_heads) if per_head else ():
+            heads = structure.n_heads // (structure.queries_per_key if kind in ("W_K", "W_V") else 1)
+            for head in range(heads) if per_head else ():
                 factor = Factor(f"{attn}.{kind}", "a b -> a b", head)
                 add(Matrix(f"{attn}.{kind}.{head}", kind, layer, head, left, right, (factor,), before))
         for head in range(structure.n_heads):
-            q, k, v, o = (Factor(f"{attn}.W_{letter}", "a b -> a b", head) for letter in "QKVO")
+            shared = head // structure.queries_per_key
+            q, o = (Factor(f"{attn}.W_{letter}", "a b -> a b", head) for letter in "QO")
+            k, v = (Factor(f"{attn}.W_{letter}", "a b -> a b", shared) for letter in "KV")
             k = k._replace(pattern="d e -> e d")
             add(Matrix(f"{attn}.OV.{head}", "OV", layer, head, "read", "write", (v, o), norm))
             add(Matrix(f"{attn}.QK.{head}", "QK", layer, head, "query", "key", (q, k), norm, norm))

@@ -204,7 +204,7 @@ class WeightSVD:
         }
 
     def _centred(self, matrix: Matrix, side: SideName) -> bool:
-        return self.fold_layernorm and matrix.norm(matrix.side(side)) is not None
+        return self.fold_layernorm and matrix.centred(matrix.side(side))
 
     def _rows(self, matrix: Matrix, side: SideName, embedding: Embedding) -> _Rows:
         """An embedding as one side of a matrix meets it.

@@ -197,7 +197,7 @@ def test_a_wrong_bias(wrap_wrongly: Any, name: str, change: str) -> None:
         (changed("embed.position.W", torch.zeros_like), "embed_ln or embed.position.W"),
         (changed("embed.state.W", lambda W: W.T), "embed.state.W"),
         (changed("embed.state.b", torch.zeros_like), "embed.state.W"),
-        (exchanged("embed.state.W", "embed.action.W"), "embed.state.W"),
+        (exchanged("embed.state.W", "embed.action.W"), "embed.state.W|embed.action.W"),  # both are wrong
         (changed("embed.timestep.W", rotated_by_one(0)), "embed.timestep.W"),
         (changed("embed.return_to_go.W", lambda W: -W), "embed.return_to_go.W"),
         (changed("predict.action.W", lambda W: W.T), "predict.action.W"),
@@ -207,7 +207,7 @@ def test_a_wrong_bias(wrap_wrongly: Any, name: str, change: str) -> None:
     ],
 )
 def test_the_parts_between_the_matrices(wrap_wrongly: Any, mutation: Mutation, expected: str) -> None:
-    assert culprit(wrap_wrongly(mutation)) == expected
+    assert culprit(wrap_wrongly(mutation)) in expected.split("|")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_gelu_is_not_its_approximation(monkeypatch: pytest.MonkeyPatch, make_hf:
 def test_a_forward_pass_that_is_not_the_originals(monkeypatch: pytest.MonkeyPatch, make_hf: Any) -> None:
     """Mistakes in the lens itself, whose weights are all right."""
     hf = make_hf(**SQUARE)
-    ones = lambda self, mask: torch.ones(len(mask), 1, 3 * mask.shape[1], 3 * mask.shape[1], dtype=torch.bool)  # noqa: E731
+    ones = lambda self, mask, n: torch.ones(len(mask), 1, n, n, dtype=torch.bool)  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr(HookedDecisionTransformer, "_allowed", ones)
         with pytest.raises(DtLensError, match="the attention mask of block 0"):
@@ -295,7 +295,7 @@ def test_folding_that_is_wrong(monkeypatch: pytest.MonkeyPatch, make_hf: Any, mi
     if not reference:
         lens.reference = None
 
-    def wrong(matrix: Tensor, w: Tensor) -> Tensor:
+    def wrong(matrix: Tensor, w: Tensor, centre: bool = True) -> Tensor:
         scaled = w.to(matrix)[:, None] * matrix
         if mistake == "averages over outputs":
             return scaled - scaled.mean(1, keepdim=True)
