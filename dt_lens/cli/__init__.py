@@ -15,11 +15,12 @@ from dt_lens.cli.playing import evaluate
 from dt_lens.cli.scanning import certify, scan
 from dt_lens.cli.studying import study
 from dt_lens.cli.tables import top
+from dt_lens.cli.text_training import train_text
 from dt_lens.cli.training import record, train
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
-__all__ = ["app", "certify", "evaluate", "main", "record", "scan", "study", "top", "train"]
+__all__ = ["app", "certify", "evaluate", "main", "record", "scan", "study", "top", "train", "train_text"]
 
 app = typer.Typer(
     name="dt-lens",
@@ -29,7 +30,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS: list[Callable[..., None]] = [study, scan, top, evaluate, certify, train, record]  # in the order of --help
+_COMMANDS: list[Callable[..., None]] = [
+    study,
+    scan,
+    top,
+    evaluate,
+    certify,
+    train,
+    train_text,
+    record,
+]  # in the order of --help
 for _command in _COMMANDS:
     app.command()(_command)
 
