@@ -1,0 +1,81 @@
+"""What all adapters of language models do alike, given a family's declaration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.files import Checkpoint
+from dt_lens.language_model.family import Family
+from dt_lens.language_model.original import config_values, original
+
+if TYPE_CHECKING:
+    from dt_lens.language_model.model import HookedLanguageModel
+
+__all__ = ["LanguageModelAdapter", "refuse_unknown"]
+
+
+class LanguageModelAdapter:
+    """An adapter that a family's declaration makes; a subclass names the family.
+
+    Attributes:
+        name: the adapter's name, which ``adapter=`` takes.
+        family: what it knows of its models; ``open_checkpoint`` reads weights by it without building one.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[Family]
+
+    def recognises(self, source: Checkpoint | nn.Module) -> bool:
+        if isinstance(source, nn.Module):
+            return any(base.__name__ in self.family.architectures for base in type(source).__mro__)
+        return self.family.recognises(source.config, source.tensors)
+
+    def load(self, checkpoint: Checkpoint, **given: Any) -> HookedLanguageModel:
+        """The lens over Hugging Face's own class, filled with the checkpoint's tensors without a copy.
+
+        Args:
+            given: ``tokenizer=``; the one whose files lie in the folder when left out, and none where there are none.
+        """
+        refuse_unknown(given, {"tokenizer"})
+        model = original(self.family, checkpoint)
+        if "tokenizer" not in given and checkpoint.folder is not None:
+            given["tokenizer"] = tokenizer_in(checkpoint)
+        return self.wrap(model, **given)
+
+    def wrap(self, model: nn.Module, *, tokenizer: Any = None, **given: Any) -> HookedLanguageModel:
+        """The lens on a live model, looking at its own memory."""
+        from dt_lens.language_model.model import HookedLanguageModel
+
+        refuse_unknown(given, {"tokenizer"})
+        cfg = self.family.config(config_values(model))
+        return HookedLanguageModel(model, self.family, cfg, tokenizer)
+
+
+def tokenizer_in(checkpoint: Checkpoint) -> Any:
+    """The tokenizer whose files lie beside the weights, or ``None``."""
+    folder = checkpoint.folder
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "tokenizer_config.json")
+    if folder is None or not any((folder / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # each kind of damage has an exception of its own
+        raise DtLensError(
+            f"The tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); pass tokenizer=None to "
+            "go without labels, or the tokenizer itself."
+        ) from error
+
+
+def refuse_unknown(given: dict[str, Any], known: set[str]) -> None:
+    """Raise for a keyword that means nothing to a language model."""
+    for name in given:
+        if name not in known:
+            raise DtLensError(
+                f"Unknown option {name!r} for a language model; it takes {', '.join(sorted(known))}."
+                + nearest(name, known)
+            )

@@ -1,0 +1,155 @@
+"""The shape of a language model: what its configuration says, in one vocabulary for all families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from dt_lens.errors import DtLensError
+from dt_lens.matrices import Structure
+
+__all__ = ["LanguageModelConfig", "Norm", "Position", "Values"]
+
+Norm = Literal["layernorm", "rmsnorm"]
+Position = Literal["learned", "rotary"]
+
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
+FLAGS = ("gated", "parallel", "tied", "qkv_bias", "out_bias", "mlp_bias", "unembed_bias")
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """A decoder's sizes and options, as TransformerLens names them.
+
+    ``act_fn`` is Hugging Face's name of the activation. ``attn_scale`` is what scores are multiplied by, one number for
+    each layer. ``tied``: the unembedding is the token embedding's memory. The four ``*_bias`` tell which biases there
+    are.
+
+    Raises ``DtLensError`` for sizes or options that make no model.
+    """
+
+    family: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int  # fewer than n_heads where several query heads share keys and values
+    d_model: int
+    d_head: int
+    d_mlp: int
+    n_ctx: int
+    d_vocab: int
+    act_fn: str
+    attn_scale: tuple[float, ...]
+    norm: Norm = "layernorm"
+    eps: float = 1e-5
+    position: Position = "learned"
+    gated: bool = False
+    parallel: bool = False  # attention and MLP read the stream side by side, through one norm
+    tied: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    unembed_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise DtLensError(f"The configuration's {name} is {value!r}; it must be a positive whole number.")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must be true or false.")
+        if not isinstance(self.eps, (int, float)) or isinstance(self.eps, bool) or not 0 <= self.eps < 1:
+            raise DtLensError(f"The configuration's eps is {self.eps!r}; it must be a small number of 0 or more.")
+        if self.n_heads % self.n_kv_heads:
+            raise DtLensError(
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} heads of keys and values equally; the "
+                "second number must divide the first."
+            )
+        for name, allowed in (("norm", Norm), ("position", Position)):
+            if getattr(self, name) not in get_args(allowed):
+                raise DtLensError(
+                    f"The configuration's {name} is {getattr(self, name)!r}; it must be one of "
+                    f"{', '.join(get_args(allowed))}."
+                )
+        if len(self.attn_scale) != self.n_layers:
+            raise DtLensError(f"There are {len(self.attn_scale)} attention scales for {self.n_layers} layers.")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The axes that patterns of a layout name."""
+        return {
+            "vocab": self.d_vocab,
+            "ctx": self.n_ctx,
+            "d": self.d_model,
+            "head": self.n_heads,
+            "kv": self.n_kv_heads,
+            "e": self.d_head,
+            "mlp": self.d_mlp,
+        }
+
+    @property
+    def structure(self) -> Structure:
+        """Blocks, heads, and which norm stands before which matrix."""
+        attn = tuple(f"blocks.{layer}.ln1" for layer in range(self.n_layers))
+        return Structure(
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            d_model=self.d_model,
+            attn_scale=self.attn_scale,
+            attn_norm=attn,
+            mlp_norm=attn if self.parallel else tuple(f"blocks.{layer}.ln2" for layer in range(self.n_layers)),
+            n_kv_heads=self.n_kv_heads,
+            rms=self.norm == "rmsnorm",
+            parallel=self.parallel,
+            rotary=self.position == "rotary",
+        )
+
+    def replace(self, **changes: Any) -> LanguageModelConfig:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {**asdict(self), "attn_scale": list(self.attn_scale)}
+
+
+class Values:
+    """The values of a ``config.json``, which leaves out what has its class's default.
+
+    Args:
+        given: what the file holds, or a live model's ``config.to_dict()``.
+        defaults: what a missing value means.
+    """
+
+    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.given = given
+        self.defaults = defaults
+
+    def get(self, *names: str) -> Any:
+        """The first of these names that holds something, else the first's default (``None`` where there is none)."""
+        for name in names:
+            if self.given.get(name) is not None:
+                return self.given[name]
+        return self.defaults.get(names[0])
+
+    def size(self, *names: str) -> int:
+        """A positive whole number; ``DtLensError`` for anything else, naming it as the file does."""
+        value = self.get(*names)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise DtLensError(f"config.json says {names[0]} is {value!r}; it must be a positive whole number.")
+        return value
+
+    def flag(self, *names: str) -> bool:
+        """True or false; ``DtLensError`` for anything else."""
+        value = self.get(*names)
+        if not isinstance(value, bool):
+            raise DtLensError(f"config.json says {names[0]} is {value!r}; it must be true or false.")
+        return value
+
+    def share(self, whole: int, *names: str) -> int:
+        """``whole`` divided by a number of equal parts; ``DtLensError`` where it does not come out even."""
+        parts = self.size(*names)
+        if whole % parts:
+            raise DtLensError(f"config.json says {names[0]} is {parts}, which does not divide {whole} equally.")
+        return whole // parts

@@ -1,0 +1,111 @@
+"""A family of language models, declared: how to know its checkpoints, where the weights lie, where activations pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dt_lens.language_model.config import LanguageModelConfig, Values
+from dt_lens.language_model.layout import At, Layout, Stored
+
+__all__ = ["Family", "Modules"]
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The paths of a live model's modules; those of a block are relative to it.
+
+    ``qkv`` is one module whose output holds queries, keys and values side by side, or the three of them.
+    """
+
+    embed: str
+    block: str  # "{l}" for the layer
+    ln1: str
+    attn: str  # gives (what attention adds to the stream, ...)
+    qkv: tuple[str, ...]
+    out: str
+    mlp: str
+    mlp_in: str
+    mlp_out: str
+    ln_final: str
+    unembed: str = "lm_head"
+    pos_embed: str | None = None
+    ln2: str | None = None
+    mlp_gate: str | None = None
+    # Where scores become a pattern: in a method _attn(query, key, value, ...) of this module of the block, or in the
+    # function that Hugging Face's attention interface gives to it.
+    core: str = "attn"
+    core_kind: Literal["interface", "method"] = "interface"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one family from the others; data, and one function that reads a configuration.
+
+    Attributes:
+        name: the adapter's.
+        model_types: what ``model_type`` in config.json says of it.
+        architectures: the classes of live models, and what ``architectures`` in config.json says.
+        whole: rules for the weights outside the blocks, by canonical name.
+        block: rules for a block's weights, by canonical name without ``blocks.{l}.``; keys without ``block_key``.
+        block_key: the start of a block's keys, ``{l}`` for the layer.
+        modules: where activations pass.
+        defaults: what a value means that config.json leaves out.
+        read: the configuration from those values.
+        ignored: whole keys that are knowingly not read, as regular expressions.
+        prefix: what checkpoints of the bare model lack in front of their keys.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    whole: Mapping[str, At]
+    block: Mapping[str, At]
+    block_key: str
+    modules: Modules
+    defaults: Mapping[str, Any]
+    read: Callable[[Values], LanguageModelConfig]
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def config(self, values: Mapping[str, Any]) -> LanguageModelConfig:
+        """The configuration from the values of a config.json.
+
+        Raises:
+            DtLensError: for a value that makes no model.
+        """
+        return self.read(Values(values, self.defaults))
+
+    def layout(self, cfg: LanguageModelConfig) -> Layout:
+        """Where every weight of a model of this configuration lies."""
+        embed, unembed = self.whole["embed.W_E"], self.whole["unembed.W_U"]
+        ignored = self.ignored
+        whole = {name: rule for name, rule in self.whole.items() if _there(rule, cfg)}
+        if cfg.tied:
+            # A file of a tied model may hold the one memory under one name or under both.
+            whole["unembed.W_U"] = unembed._replace(key=embed.key)
+            ignored = (*ignored, unembed.key.replace(".", r"\."))
+        first = [name for name in whole if not name.startswith(("ln_final", "unembed"))]
+        entries = {name: Stored.of(whole[name], cfg.sizes) for name in first}
+        for layer in range(cfg.n_layers):
+            for name, rule in self.block.items():
+                if _there(rule, cfg):
+                    rule = rule._replace(key=self.block_key + rule.key)
+                    entries[f"blocks.{layer}.{name}"] = Stored.of(rule, cfg.sizes, layer)
+        entries |= {name: Stored.of(rule, cfg.sizes) for name, rule in whole.items() if name not in first}
+        return Layout(entries, ignored, self.prefix, cfg.n_layers, self.block_key)
+
+    def recognises(self, config: Mapping[str, Any], keys: Iterable[str]) -> bool:
+        """Whether a checkpoint with this config.json and these keys is of this family."""
+        if config.get("model_type") not in self.model_types:
+            return False
+        named = config.get("architectures")
+        if isinstance(named, list) and named and not set(named) & set(self.architectures):
+            return False
+        embed = self.whole["embed.W_E"].key
+        return bool({embed, embed.removeprefix(self.prefix)} & set(keys))
+
+
+def _there(rule: At, cfg: LanguageModelConfig) -> bool:
+    return rule.when is None or bool(getattr(cfg, rule.when))

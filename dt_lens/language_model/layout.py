@@ -1,0 +1,175 @@
+"""Where each canonical weight lies in a checkpoint: one declaration for live models and for files.
+
+Every rule is a strided view (a slice, a split or a transposition of axes), so that one memory serves both sides, and a
+file can be read one tensor, or one part of a fused tensor, at a time. A rule's einops pattern says which axes the
+stored tensor has, in its order; so it also says the shape that the file must show. ``nn.Linear`` stores (out, in) and
+GPT-2's ``Conv1D`` (in, out): where both are square nothing but the pattern, and certify, can tell them apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from einops import rearrange
+from torch import Tensor
+
+from dt_lens.errors import DtLensError, nearest
+
+__all__ = ["At", "Layout", "Part", "Stored"]
+
+
+class Part(NamedTuple):
+    """The ``index``-th of ``of`` equal parts of a fused tensor, side by side along ``axis``."""
+
+    axis: int
+    index: int
+    of: int
+
+
+class At(NamedTuple):
+    """A family's rule for one canonical weight; ``{l}`` in ``key`` stands for the layer.
+
+    ``pattern`` leads from the stored tensor, or its part, to the canonical one, with axes named ``vocab``, ``ctx``,
+    ``d`` (d_model), ``head``, ``kv`` (heads of keys and values), ``e`` (d_head) and ``mlp``. ``when`` is a flag of the
+    configuration without which there is no such weight.
+    """
+
+    key: str
+    pattern: str
+    part: Part | None = None
+    when: str | None = None
+
+
+class Stored(NamedTuple):
+    """Where one canonical weight of one model lies: a rule with its sizes filled in."""
+
+    key: str
+    pattern: str
+    sizes: tuple[tuple[str, int], ...]
+    shape: tuple[int, ...]  # of the whole stored tensor
+    part: Part | None = None
+
+    @classmethod
+    def of(cls, rule: At, sizes: Mapping[str, int], layer: int | None = None) -> Stored:
+        """The rule for one layer of a model of these sizes."""
+        key = rule.key if layer is None else rule.key.replace("{l}", str(layer))
+        before = rule.pattern.split(" -> ")[0]
+        shape = []
+        for group in re.findall(r"\([^)]*\)|\S+", before):
+            size = 1
+            for axis in group.strip("()").split():
+                size *= sizes[axis]
+            shape.append(size)
+        if rule.part is not None:
+            shape[rule.part.axis] *= rule.part.of
+        used = {axis: sizes[axis] for axis in re.findall(r"\w+", before)}
+        return cls(key, rule.pattern, tuple(sorted(used.items())), tuple(shape), rule.part)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What of the stored tensor belongs to this weight."""
+        whole = [slice(None)] * len(self.shape)
+        if self.part is not None:
+            width = self.shape[self.part.axis] // self.part.of
+            whole[self.part.axis] = slice(self.part.index * width, (self.part.index + 1) * width)
+        return tuple(whole)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The canonical weight as a view of the whole stored tensor."""
+        return self._arrange(tensor[self.slices] if self.part is not None else tensor)
+
+    def read(self, file: Any, key: str | None = None) -> Tensor:
+        """The canonical weight out of an open safetensors file; only its own part is read.
+
+        Args:
+            file: what ``safetensors.safe_open`` gives.
+            key: what the file calls the tensor, where that is not ``self.key``.
+        """
+        key = self.key if key is None else key
+        return self._arrange(file.get_tensor(key) if self.part is None else file.get_slice(key)[self.slices])
+
+    def _arrange(self, tensor: Tensor) -> Tensor:
+        return rearrange(tensor, self.pattern, **dict(self.sizes))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All weights of one model, and which other keys a checkpoint of it may hold.
+
+    Attributes:
+        entries: where each canonical weight lies, in the order of the forward pass.
+        ignored: whole keys (regular expressions) that the model does not compute with.
+        prefix: what older checkpoints leave out in front of every key but the unembedding's.
+        n_layers: the number of blocks.
+        block: the keys of a block begin with this, ``{l}`` for the layer.
+    """
+
+    entries: Mapping[str, Stored]
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    n_layers: int = 0
+    block: str = ""
+
+    def key_map(self, held: Iterable[str]) -> dict[str, str]:
+        """This layout's keys to the checkpoint's own, which are the same or lack the prefix.
+
+        Raises:
+            DtLensError: naming a key that is missing, or one that this model has no place for.
+        """
+        held = list(held)
+        bare = bool(self.prefix) and not any(key.startswith(self.prefix) for key in held)
+        needed = {entry.key for entry in self.entries.values()}
+        own: dict[str, str] = {}
+        for key in held:
+            full = f"{self.prefix}{key}" if bare and key not in needed else key
+            if full in needed:
+                own[full] = key
+            elif not any(re.fullmatch(pattern, full) for pattern in self.ignored):
+                raise DtLensError(self._unknown(key, full, needed))
+        for entry in self.entries.values():
+            if entry.key not in own:
+                raise DtLensError(
+                    f"The checkpoint has no tensor {entry.key!r}, which a model of its configuration needs."
+                )
+        return own
+
+    def _unknown(self, key: str, full: str, needed: set[str]) -> str:
+        pattern = re.escape(self.block).replace(re.escape("{l}"), r"(\d+)")
+        found = re.match(pattern, full) if self.block else None
+        if found and int(found[1]) >= self.n_layers:
+            return (
+                f"The checkpoint has a tensor {key!r} of block {int(found[1])}, and its configuration says there are "
+                f"{self.n_layers} blocks; the two do not belong together."
+            )
+        return f"The checkpoint has a tensor {key!r} that a model of its configuration has no place for." + nearest(
+            key, needed
+        )
+
+    def require(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+        """``key_map``, with the shapes checked too.
+
+        Args:
+            shapes: the shape of every tensor that the checkpoint holds.
+
+        Raises:
+            DtLensError: naming a key that is missing, unknown, or of a shape that does not fit.
+        """
+        own = self.key_map(shapes)
+        for entry in self.entries.values():
+            shape = tuple(shapes[own[entry.key]])
+            if shape != entry.shape:
+                raise DtLensError(
+                    f"The tensor {own[entry.key]!r} has shape {list(shape)}; {list(entry.shape)} was expected."
+                )
+        return own
+
+    def views(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every canonical weight as a view of the checkpoint's tensors.
+
+        Raises: as ``require``.
+        """
+        own = self.require({key: tensor.shape for key, tensor in tensors.items()})
+        return {name: entry.view(tensors[own[entry.key]]) for name, entry in self.entries.items()}
