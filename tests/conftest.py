@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ CHECKED = [
     "dt_lens.svd",
 ]
 SHAPED = re.compile(r"\b(Float|Int|Bool|Shaped|Num)\[")
+
+
+# A shell starts its background jobs with Ctrl-C ignored, and so would be every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
