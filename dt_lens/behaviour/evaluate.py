@@ -174,7 +174,7 @@ def _run(
     from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
     from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
 
-    context, weights = model.facts.context, model.weights
+    context, padding, weights = model.facts.context, model.facts.padding, model.weights
     used = {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
     device = used["predict.action.W"].device
     plain = _is_plain(model)
@@ -182,7 +182,7 @@ def _run(
         workers = min(workers or _cores(), math.ceil(len(seeds) / LEAST_LANES))
         lanes = lanes or plan_lanes(math.ceil(len(seeds) / workers))
         packed = save({name: weight.contiguous() for name, weight in used.items()})
-        job = pool.Job(packed, model.cfg.to_dict(), context, task, conditions, seeds, lanes)
+        job = pool.Job(packed, model.cfg.to_dict(), context, task, conditions, seeds, lanes, padding)
         return pool.run_job(job, iter(seeds), report) if workers == 1 else pool.run_in_workers(job, workers, report)
     with pool.one_thread(), _evaluation_mode(model):
         # One width for everything: what hooks do to a batch is theirs, and need not be the same at another width.
@@ -190,9 +190,10 @@ def _run(
         policy: Any
         if plain:
             acting = ActingModel(used, model.cfg)
-            policy = SlidingPolicy(acting, context, lanes, alone=arrange(acting, context, lanes).alone)
+            alone = arrange(acting, context, lanes).alone
+            policy = SlidingPolicy(acting, context, lanes, alone=alone, padding=padding)
         else:
-            policy = WindowPolicy(model, context, lanes, (task.state_dim, task.act_dim), used["predict.action.W"])
+            policy = WindowPolicy(model, model.cfg, context, lanes, used["predict.action.W"], padding=padding)
         return run_episodes(policy, task, conditions, iter(seeds), report=report)
 
 

@@ -80,7 +80,7 @@ def _rows_agree(
 
     with torch.inference_mode():
         for _ in range(1 if cfg.d_model >= SMALL else 4):
-            inputs = random(1), random(cfg.state_dim), random(cfg.act_dim), torch.tensor(0, device=device)
+            inputs = random(1), random(cfg.state_dim), random(cfg.n_actions), torch.tensor(0, device=device)
             window, seen = random(n, cfg.d_model), None
             for width in widths:
                 tokens = torch.stack(model.embed(*(rows(x, width) for x in inputs)), dim=1)

@@ -1,7 +1,8 @@
 """What the agent looks back on: a batch of episodes, each row with its own window of the last ``context`` steps.
 
-Both policies here work on full windows, padded on the left and masked, whatever the rows' ages, so that the arithmetic
-of a row does not depend on how old its neighbours are.
+Both policies here work on full windows, padded on the left, whatever the rows' ages, so that the arithmetic of a row
+does not depend on how old its neighbours are. The padding is masked; or it is seen, and then it is states of zero as
+the model reads them, the action for none, the episode's first return-to-go and timestep 0, as some code bases train.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel, may_look
 
 __all__ = ["SlidingPolicy", "WindowPolicy"]
@@ -25,6 +29,14 @@ def _by_row(alone: bool, function: Callable[..., Tensor], *rows: Tensor) -> Tens
     return torch.cat([function(*(r[i : i + 1].clone() for r in rows)) for i in range(len(rows[0]))])
 
 
+def _no_action(cfg: HookedDecisionTransformerConfig, like: Tensor) -> Tensor:
+    """``[width, n_actions]``: the padding action for every row, zeros for a model that has none."""
+    nothing = torch.zeros_like(like)
+    if cfg.action_padding:
+        nothing[:, -1] = 1
+    return nothing
+
+
 class SlidingPolicy:
     """The lean model. What a token is before it meets the others is worked out when it enters, and slides with it.
 
@@ -33,13 +45,17 @@ class SlidingPolicy:
         context: steps looked back.
         width: rows.
         alone: compute each row by itself.
+        padding: whether what stands before the first step is seen.
 
     Raises:
         DtLensError: when windows of ``context`` steps do not fit the model's position table.
     """
 
-    def __init__(self, model: ActingModel, context: int, width: int, *, alone: bool = False) -> None:
+    def __init__(
+        self, model: ActingModel, context: int, width: int, *, alone: bool = False, padding: Padding = "mask"
+    ) -> None:
         self.model, self.context, self.width, self.alone = model, context, width, alone
+        self._visible = padding == "visible"
         # Tokens enter by threes: the action just taken, the return-to-go, the state. What is acted on is all but the
         # oldest of them. With learned positions a token's queries, keys and values change as it slides.
         self._slides_qkv = model.cfg.position != "learned"
@@ -49,7 +65,8 @@ class SlidingPolicy:
         self._last_timesteps = torch.zeros(width, dtype=torch.long, device=model.device)
         self._age = [0] * width
         model.place(self._tokens[:, 1:, : model.cfg.d_model])  # raises now, not at the first step
-        self._mask = may_look(torch.zeros(width, 3 * context - 1, dtype=torch.bool, device=model.device), model.dtype)
+        seen = torch.full((width, 3 * context - 1), self._visible, device=model.device)
+        self._mask = may_look(seen, model.dtype)
 
     def restart(self, row: int) -> None:
         """A new episode begins in ``row``; its window is empty."""
@@ -74,17 +91,30 @@ class SlidingPolicy:
     ) -> Float[Tensor, "width act_dim"]:
         """The rows' actions. ``previous_actions`` are those taken one step earlier, of no account in a new episode."""
         model = self.model
-        inputs = (a.to(model.device, model.dtype) for a in (returns_to_go, states, previous_actions))
+        returns, states, actions = (a.to(model.device, model.dtype) for a in (returns_to_go, states, previous_actions))
         # Not timesteps - 1: beyond the end of the timestep table its last row repeats.
         before, self._last_timesteps = self._last_timesteps, timesteps.to(model.device, copy=True)
-        new = _by_row(self.alone, self._enter, *inputs, self._last_timesteps, before)
+        if self._visible and 0 in self._age:
+            actions, before = self._pad(returns, states, actions, before)
+        new = _by_row(self.alone, self._enter, returns, states, actions, self._last_timesteps, before)
         torch.cat((self._tokens[:, 3:], new), dim=1, out=self._spare)
         self._tokens, self._spare = self._spare, self._tokens
         for row, age in enumerate(self._age):
             if age < self.context:
                 self._age[row] = age + 1
-                self._open(row, 3 * (age + 1) - 1)
+                if not self._visible:
+                    self._open(row, 3 * (age + 1) - 1)
         return _by_row(self.alone, self._look, self._tokens, self._mask)
+
+    def _pad(self, returns: Tensor, states: Tensor, actions: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill the windows of rows that begin; their previous actions and the timesteps of those become padding's."""
+        fresh = torch.tensor([age == 0 for age in self._age], device=self.model.device)
+        actions = F.pad(actions, (0, self.model.cfg.n_actions - actions.shape[-1]))
+        nothing, start = _no_action(self.model.cfg, actions), torch.zeros_like(before)
+        # For all rows, like every other step: a batch of another width might round differently.
+        padding = _by_row(self.alone, self._enter, returns, torch.zeros_like(states), nothing, start, start)
+        self._tokens[fresh] = padding[fresh].repeat(1, self.context, 1)
+        return torch.where(fresh[:, None], nothing, actions), torch.where(fresh, start, before)
 
     def _enter(
         self, returns_to_go: Tensor, states: Tensor, actions: Tensor, timesteps: Tensor, before: Tensor
@@ -111,18 +141,30 @@ class WindowPolicy:
 
     Args:
         model: called with Hugging Face's keywords; its ``action_preds [width, context, act_dim]`` are read.
+        cfg: its shape and options.
         context: steps looked back.
         width: rows.
-        sizes: ``(state_dim, act_dim)``.
         like: a weight of the model, for its device and type.
+        padding: whether what stands before the first step is seen.
     """
 
     def __init__(
-        self, model: Callable[..., Any], context: int, width: int, sizes: tuple[int, int], like: Tensor
+        self,
+        model: Callable[..., Any],
+        cfg: HookedDecisionTransformerConfig,
+        context: int,
+        width: int,
+        like: Tensor,
+        *,
+        padding: Padding = "mask",
     ) -> None:
-        self.model, self.width = model, width
-        self._states = like.new_zeros(width, context, sizes[0])
-        self._actions = like.new_zeros(width, context, sizes[1])
+        self.model, self.cfg, self.width = model, cfg, width
+        self._visible = padding == "visible"
+        self._fresh = set(range(width)) if self._visible else set[int]()  # rows that begin with the next action
+        # The action to come need not be there, and must not be where there is no position for it.
+        self._acted = context - 1 if cfg.position == "learned" and cfg.n_position < 3 * context else context
+        self._states = like.new_zeros(width, context, cfg.state_dim)
+        self._actions = like.new_zeros(width, context, cfg.n_actions if self._visible else cfg.act_dim)
         self._returns = like.new_zeros(width, context, 1)
         self._timesteps = like.new_zeros(width, context, dtype=torch.long)
         self._mask = like.new_zeros(width, context, dtype=torch.long)
@@ -134,18 +176,26 @@ class WindowPolicy:
         """A new episode begins in ``row``; its window is empty."""
         for buffer in self._buffers():
             buffer[row] = 0
+        if self._visible:
+            self._fresh.add(row)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Narrow the batch to ``rows``, in that order."""
         index = torch.tensor(rows, device=self._mask.device)
         self._states, self._actions, self._returns, self._timesteps, self._mask = (b[index] for b in self._buffers())
+        self._fresh = {new for new, old in enumerate(rows) if old in self._fresh}
         self.width = len(rows)
 
     @torch.no_grad()
     def act(self, states: Tensor, returns_to_go: Tensor, timesteps: Tensor, previous_actions: Tensor) -> Tensor:
         """The rows' actions ``[width, act_dim]``; arguments as for ``SlidingPolicy.act``."""
-        self._actions[:, -1] = previous_actions.to(self._actions)
+        self._actions[:, -1, : self.cfg.act_dim] = previous_actions.to(self._actions)
         self._actions.mul_(self._mask[..., None])  # a new episode has no previous action
+        for row in self._fresh:
+            self._actions[row] = _no_action(self.cfg, self._actions[row])
+            self._returns[row] = returns_to_go[row].to(self._returns)
+            self._mask[row] = 1
+        self._fresh.clear()
         for buffer in self._buffers():
             buffer.copy_(buffer.roll(-1, dims=1))
         self._states[:, -1] = states.to(self._states)
@@ -155,7 +205,7 @@ class WindowPolicy:
         self._mask[:, -1] = 1
         out = self.model(
             states=self._states,
-            actions=self._actions,
+            actions=self._actions[:, : self._acted],
             returns_to_go=self._returns,
             timesteps=self._timesteps,
             attention_mask=self._mask,

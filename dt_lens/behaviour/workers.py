@@ -29,6 +29,7 @@ from dt_lens.behaviour.lanes import arrange
 from dt_lens.behaviour.rollouts import Conditions, Outcome, run_episodes
 from dt_lens.behaviour.windows import SlidingPolicy
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel
 from dt_lens.errors import DtLensError
 
@@ -50,6 +51,7 @@ class Job:
     conditions: Conditions
     seeds: range
     lanes: int
+    padding: Padding = "mask"
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def run_job(job: Job, seeds: Iterator[int], report: Report | None = None) -> lis
     with one_thread():
         model = ActingModel(load(job.weights), HookedDecisionTransformerConfig.from_dict(job.cfg))
         width, least_width, alone = arrange(model, job.context, job.lanes)
-        policy = SlidingPolicy(model, job.context, width, alone=alone)
+        policy = SlidingPolicy(model, job.context, width, alone=alone, padding=job.padding)
         return run_episodes(policy, job.task, job.conditions, seeds, least_width=least_width, report=report)
 
 

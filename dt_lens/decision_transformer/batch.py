@@ -20,19 +20,24 @@ def require_batch(
     actions: Tensor,
     returns_to_go: Tensor,
     timesteps: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,
 ) -> None:
     """Raise ``DtLensError`` for a tensor whose shape does not fit the others or the model, or an index beyond a table.
 
-    ``states`` are not looked at when ``None``: a state encoder knows its own.
+    ``states`` are not looked at when ``None``: a state encoder knows its own. ``actions`` may lack the last step's,
+    which is not taken yet.
     """
     if timesteps.ndim != 2:
         raise DtLensError(f"timesteps has shape {list(timesteps.shape)}; this model wants [batch, step].")
     batch_step = list(timesteps.shape)
     by_id = not actions.is_floating_point()
+    acted = batch_step
+    if actions.ndim > 1 and actions.shape[1] == batch_step[1] - 1:
+        acted = [batch_step[0], batch_step[1] - 1]
+    width = cfg.n_actions if list(actions.shape[2:]) == [cfg.n_actions] else cfg.act_dim  # one-hot padding, or none
     shapes = {
         "states": (states, [*batch_step, cfg.state_dim]),
-        "actions": (actions, batch_step if by_id else [*batch_step, cfg.act_dim]),
+        "actions": (actions, acted if by_id else [*acted, width]),
         "returns_to_go": (returns_to_go, [*batch_step, 1]),
         "attention_mask": (attention_mask, batch_step),
     }
@@ -44,7 +49,7 @@ def require_batch(
             )
     _require_rows("timesteps", timesteps, cfg.max_ep_len)
     if by_id:
-        _require_rows("action ids", actions, cfg.act_dim)
+        _require_rows("action ids", actions, cfg.n_actions)
 
 
 def _require_rows(what: str, index: Tensor, rows: int) -> None:
@@ -62,24 +67,32 @@ def random_batch(
 ) -> dict[str, Any]:
     """Four windows of up to eight steps, one with padding: standard normal inputs at random times of an episode.
 
-    Tensors have ``like``'s type and device; actions of a discrete model are one-hot.
+    Tensors have ``like``'s type and device; actions of a discrete model are one-hot, some of them padding where the
+    model has that. Where positions are so few that a step more fits without its action, the last action is left out,
+    and so is the mask, which could hide nothing.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = min(cfg.n_ctx, cfg.max_ep_len, cfg.n_position // 3 if cfg.position == "learned" else cfg.n_ctx, 8)
+    most = min(cfg.n_ctx, cfg.max_ep_len, 8)
+    steps = min(most, cfg.n_position // 3) if cfg.position == "learned" else most
+    short = steps < min(3, most) and steps < (cfg.n_position + 1) // 3
+    steps += short
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
-    actions = normal(4, steps, cfg.act_dim)
+    actions = normal(4, steps, cfg.n_actions)
     if cfg.discrete_actions:
-        actions = F.one_hot(actions.argmax(-1), cfg.act_dim).to(like.dtype)
+        actions = F.one_hot(actions.argmax(-1), cfg.n_actions).to(like.dtype)
     starts = torch.randint(cfg.max_ep_len - steps + 1, (4, 1), generator=generator)
     mask = torch.ones(4, steps, dtype=torch.long)
     mask[1, : steps // 3] = 0
-    return {
+    batch = {
         "states": normal(4, steps, *state_shape),
-        "actions": actions,
+        "actions": actions[:, : steps - short],
         "returns_to_go": normal(4, steps, 1),
         "timesteps": (starts + torch.arange(steps)).to(like.device),
         "attention_mask": mask.to(like.device),
     }
+    if short:
+        del batch["attention_mask"]
+    return batch

@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 
 from dt_lens.errors import DtLensError, nearest
 
-__all__ = ["Activation", "HookedDecisionTransformerConfig", "Normalization", "Position"]
+__all__ = ["HEADS", "Activation", "HookedDecisionTransformerConfig", "Normalization", "Position"]
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 Normalization = Literal["pre", "post", "none"]
 Position = Literal["none", "constant", "learned"]
+HEADS = ("action", "state", "return_to_go")
 
 SIZES = ("state_dim", "act_dim", "d_model", "n_layers", "n_heads", "d_mlp", "n_ctx", "max_ep_len", "n_position")
 FLAGS = (
@@ -22,6 +23,8 @@ FLAGS = (
     "discrete_actions",
     "attn_scale_by_head",
     "attn_scale_by_layer",
+    "gated_mlp",
+    "action_padding",
 )
 
 
@@ -58,15 +61,21 @@ class HookedDecisionTransformerConfig:
     discrete_actions: bool = False  # predictions are logits; actions may be given as integer ids
     # "constant": row 0 of the table is added to every token, which is what position ids of zero do.
     position: Position = "none"
-    n_position: int = 1  # rows of the position table; tokens, not steps
+    # Rows of the position table; tokens, not steps. Acting looks at 3 * n_ctx - 1 of them: its last action is to come.
+    n_position: int = 1
     attn_scale_by_head: bool = True  # scores divided by sqrt(d_head)
     attn_scale_by_layer: bool = False  # and by (layer + 1)
+    gated_mlp: bool = False  # act(x @ W_gate) * (x @ W_in) + b_in, instead of act(x @ W_in + b_in)
+    predicts: tuple[str, ...] = HEADS  # which heads there are; "action" always
+    embed_act: Literal["none", "tanh"] = "none"  # of the three embeddings, before the timestep's is added
+    action_padding: bool = False  # one more row in the action table, id act_dim: no action was taken
     # Dropout acts in training mode only: on the tokens, the attention pattern, and what each sublayer adds.
     embed_dropout: float = 0.1
     attn_dropout: float = 0.1
     resid_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        self._order_heads()
         for name in SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -85,23 +94,46 @@ class HookedDecisionTransformerConfig:
                 f"d_model {self.d_model} does not split into n_heads {self.n_heads} equal heads; give an n_heads that "
                 "divides it."
             )
-        for name, allowed in (("act_fn", Activation), ("normalization", Normalization), ("position", Position)):
+        for name, allowed in (
+            ("act_fn", Activation),
+            ("normalization", Normalization),
+            ("position", Position),
+            ("embed_act", Literal["none", "tanh"]),
+        ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in get_args(allowed):
                 raise DtLensError(
                     f"The configuration's {name} is {value!r}; it must be one of {', '.join(get_args(allowed))}."
                     + nearest(str(value), get_args(allowed))
                 )
-        if self.position == "learned" and self.n_position < 3:
+        if self.position == "learned" and self.n_position < 2:
             raise DtLensError(
-                f"The configuration's n_position is {self.n_position}; learned positions need one for each of a step's "
-                "three tokens."
+                f"The configuration's n_position is {self.n_position}; learned positions need one each for the first "
+                "return-to-go and the first state."
             )
+
+    def _order_heads(self) -> None:
+        """``predicts`` as a tuple in one order, so that equal models have equal configurations."""
+        given = self.predicts
+        if not isinstance(given, (list, tuple)) or "action" not in given:
+            raise DtLensError(f"The configuration's predicts is {given!r}; it must list heads, 'action' among them.")
+        for head in given:
+            if head not in HEADS:
+                raise DtLensError(
+                    f"The configuration's predicts names {head!r}; the heads are {', '.join(HEADS)}."
+                    + nearest(str(head), HEADS)
+                )
+        object.__setattr__(self, "predicts", tuple(head for head in HEADS if head in given))
 
     @property
     def d_head(self) -> int:
         """Features of one attention head."""
         return self.d_model // self.n_heads
+
+    @property
+    def n_actions(self) -> int:
+        """Rows of the action table: one for each coordinate or kind of action, and the padding's where there is one."""
+        return self.act_dim + self.action_padding
 
     @property
     def n_tokens(self) -> int:

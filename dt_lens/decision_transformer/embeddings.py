@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.labels import environment_labels
@@ -15,9 +17,11 @@ __all__ = ["embeddings_of"]
 
 
 def embeddings_of(model: HookedDecisionTransformer) -> EmbeddingRegistry:
-    """The seven standard sets, as live views of the weights.
+    """The seven standard sets, as live views of the weights; a head that the model lacks has none.
 
     They are ``state_in``, ``action_in``, ``reward_in``, ``timestep_in``, ``action_out``, ``state_out``, ``reward_out``.
+    Where embeddings pass a tanh, what a kind of action puts into the stream is the tanh of its row: ``action_in`` of a
+    discrete model holds that, and is no view. The other sets remain the rows, which is what small inputs do.
     """
     weights = model.weights
     registry = EmbeddingRegistry(model.cfg.d_model, model.identity)
@@ -29,14 +33,19 @@ def embeddings_of(model: HookedDecisionTransformer) -> EmbeddingRegistry:
     labels = {"state": state_labels, "action": action_labels, "return_to_go": ("return-to-go",)}
     for name, kind in (("state", "state"), ("action", "action"), ("return_to_go", "reward")):
         if f"embed.{name}.W" in weights:
-            registry[f"{kind}_in"] = Embedding(
-                weights[f"embed.{name}.W"], labels[name], kind=kind, side="in", layernorm=embed_ln
-            )
+            rows, named = weights[f"embed.{name}.W"], labels[name]
+            if name == "action" and model.cfg.action_padding:
+                named = (*(named or (f"action {i}" for i in range(model.cfg.act_dim))), "padding")
+            if name == "action" and model.cfg.discrete_actions and model.cfg.embed_act == "tanh":
+                rows = torch.tanh(rows + weights["embed.action.b"])
+            registry[f"{kind}_in"] = Embedding(rows, named, kind=kind, side="in", layernorm=embed_ln)
     rows = weights["embed.timestep.W"]
     registry["timestep_in"] = Embedding(
         rows, [f"t={t}" for t in range(len(rows))], kind="timestep", side="in", layernorm=embed_ln
     )
     for name, kind in (("action", "action"), ("state", "state"), ("return_to_go", "reward")):
+        if name not in model.cfg.predicts:
+            continue
         registry[f"{kind}_out"] = Embedding(
             weights[f"predict.{name}.W"].T,
             labels[name],

@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import read_json
 
-__all__ = ["FACTS_FILE", "RunFacts"]
+__all__ = ["FACTS_FILE", "Padding", "RunFacts"]
 
 FACTS_FILE = "dt_lens.json"
+Padding = Literal["mask", "visible"]
 HEADS = ("action", "state", "return_to_go", "reward")  # the last two are one head
 
 
@@ -26,7 +27,9 @@ class RunFacts:
     States are fed as ``(observation - state_mean) / state_std`` and returns-to-go as ``return / return_scale``;
     ``target_returns`` are in the environment's own units, the first is the default. Labels name the coordinates of the
     state and action vectors. ``trained_heads`` names the output heads that had a loss: the usual recipe trains only
-    ``action``, and comparing with the others compares with noise.
+    ``action``, and comparing with the others compares with noise. ``padding`` says what stands before the first step of
+    an episode: nothing that is looked at (``"mask"``), or steps that are (``"visible"``: states of zero as the
+    model reads them, no action, the first return-to-go, timestep 0), which is how some code bases train.
     """
 
     context: int  # steps the agent looks back
@@ -39,6 +42,7 @@ class RunFacts:
     state_labels: tuple[str, ...] | None = None
     action_labels: tuple[str, ...] | None = None
     trained_heads: tuple[str, ...] = ("action",)
+    padding: Padding = "mask"
     about: dict[str, Any] = field(default_factory=dict)  # free: dataset, recipe, scores
 
     def __post_init__(self) -> None:
@@ -64,6 +68,7 @@ class RunFacts:
             self._freeze(name, _names, "strings")
         scale = self.return_scale
         _require(_is_number(scale) and scale > 0, "return_scale", scale, "a positive number")
+        _require(self.padding in get_args(Padding), "padding", self.padding, "'mask' or 'visible'")
         if (self.state_mean is None) != (self.state_std is None):
             raise DtLensError("The run facts give only one of state_mean and state_std; give both or neither.")
         if self.state_mean is not None and self.state_std is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from einops import rearrange
 from torch import Tensor, cat
 
-from dt_lens.decision_transformer.config import Activation, HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.config import HEADS, Activation, HookedDecisionTransformerConfig
 from dt_lens.errors import DtLensError, nearest
 
 __all__ = ["canonical_from_hf", "config_from_hf", "config_to_hf", "hf_from_canonical"]
@@ -217,7 +217,16 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
         DtLensError: naming an option that Hugging Face's class cannot represent.
     """
     # The epsilon of Hugging Face's embed_ln is torch's default, whatever its configuration says of the others.
-    for name, wanted in (("normalization", "pre"), ("embed_ln", True), ("final_ln", True), ("embed_ln_eps", 1e-5)):
+    for name, wanted in (
+        ("normalization", "pre"),
+        ("embed_ln", True),
+        ("final_ln", True),
+        ("embed_ln_eps", 1e-5),
+        ("gated_mlp", False),
+        ("predicts", HEADS),
+        ("embed_act", "none"),
+        ("action_padding", False),
+    ):
         if getattr(cfg, name) != wanted:
             raise DtLensError(
                 f"Hugging Face's decision transformer has no {name}={getattr(cfg, name)!r}; only {wanted!r} can be "

@@ -34,9 +34,10 @@ __all__ = ["DecisionTransformerOutput", "HookedDecisionTransformer"]
 class DecisionTransformerOutput:
     """What a forward pass returns; the names are Hugging Face's."""
 
-    state_preds: Float[Tensor, "batch step state_dim"]  # the next state, read off the action's token
+    # The next state and return-to-go, read off the action's token; None where the model has no such head.
+    state_preds: Float[Tensor, "batch acted state_dim"] | None
     action_preds: Float[Tensor, "batch step act_dim"]  # this step's action, read off the state's token
-    return_preds: Float[Tensor, "batch step 1"]  # the next return-to-go, read off the action's token
+    return_preds: Float[Tensor, "batch acted 1"] | None
     last_hidden_state: Float[Tensor, "batch token d_model"]
 
 
@@ -84,10 +85,15 @@ class Table(nn.Module):
 
 
 class ActionEmbed(Linear):
-    """Continuous or one-hot actions ``[..., act_dim]``, or integer action ids ``[...]``."""
+    """Continuous or one-hot actions ``[..., act_dim]``, or integer action ids ``[...]``.
+
+    The row of the padding action, where there is one, is the last; one-hot actions may leave it out.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.is_floating_point() else F.embedding(x, self.W) + self.b
+        if not x.is_floating_point():
+            return F.embedding(x, self.W) + self.b
+        return F.linear(x, self.W[: x.shape[-1]].T, self.b)
 
 
 class LayerNorm(nn.Module):
@@ -163,7 +169,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """``act(x @ W_in + b_in) @ W_out + b_out``."""
+    """``act(x @ W_in + b_in) @ W_out + b_out``, or gated: ``(act(x @ W_gate) * (x @ W_in) + b_in) @ W_out + b_out``."""
 
     def __init__(self, cfg: HookedDecisionTransformerConfig) -> None:
         super().__init__()
@@ -171,12 +177,19 @@ class MLP(nn.Module):
         self.b_in = _parameter(cfg.d_mlp, std=0.0)
         self.W_out = _parameter(cfg.d_mlp, cfg.d_model, std=0.02 / (2 * cfg.n_layers) ** 0.5)
         self.b_out = _parameter(cfg.d_model, std=0.0)
-        self.act_fn = cfg.act_fn
+        self.act_fn, self.gated = cfg.act_fn, cfg.gated_mlp
         self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+        if cfg.gated_mlp:
+            self.W_gate = _parameter(cfg.d_model, cfg.d_mlp)
+            self.hook_pre_linear = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
-        pre = self.hook_pre(F.linear(x, self.W_in.T, self.b_in))
-        post = self.hook_post(activation(self.act_fn, pre))
+        if self.gated:
+            gate = activation(self.act_fn, self.hook_pre(F.linear(x, self.W_gate.T)))
+            post = gate * self.hook_pre_linear(F.linear(x, self.W_in.T)) + self.b_in
+        else:
+            post = activation(self.act_fn, self.hook_pre(F.linear(x, self.W_in.T, self.b_in)))
+        post = self.hook_post(post)
         return F.linear(post, self.W_out.T, self.b_out)
 
 
@@ -239,7 +252,7 @@ class HookedDecisionTransformer(SharingModule):
             {
                 "return_to_go": Linear(1, d),
                 "state": state_encoder or Linear(cfg.state_dim, d),
-                "action": ActionEmbed(cfg.act_dim, d),
+                "action": ActionEmbed(cfg.n_actions, d),
                 "timestep": Table(cfg.max_ep_len, d),
             }
         )
@@ -248,13 +261,8 @@ class HookedDecisionTransformer(SharingModule):
         self.embed_ln = LayerNorm(d, cfg.embed_ln_eps) if cfg.embed_ln else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = LayerNorm(d, cfg.eps) if cfg.final_ln else nn.Identity()
-        self.predict = nn.ModuleDict(
-            {
-                "return_to_go": Linear(d, 1),
-                "state": Linear(d, cfg.state_dim),
-                "action": Linear(d, cfg.act_dim),
-            }
-        )
+        sizes = {"return_to_go": 1, "state": cfg.state_dim, "action": cfg.act_dim}
+        self.predict = nn.ModuleDict({name: Linear(d, n) for name, n in sizes.items() if name in cfg.predicts})
         self.hook_embed_return_to_go, self.hook_embed_state, self.hook_embed_action = (HookPoint() for _ in range(3))
         self.hook_embed_timestep, self.hook_embed = HookPoint(), HookPoint()
         if cfg.position != "none":
@@ -286,6 +294,8 @@ class HookedDecisionTransformer(SharingModule):
         if self._embeddings is None:
             self._embeddings = embeddings_of(self)
             self._standard = {name: embedding.directions for name, embedding in self._embeddings.items()}
+        elif self.cfg.embed_act != "none":
+            self._moved()  # directions behind a nonlinearity are no views
         return self._embeddings
 
     def _moved(self) -> None:
@@ -328,7 +338,8 @@ class HookedDecisionTransformer(SharingModule):
 
         Args:
             states: ``[batch, step, state_dim]``, or whatever the state encoder takes.
-            actions: ``[batch, step, act_dim]``, or integer ids ``[batch, step]``.
+            actions: ``[batch, step, act_dim]``, or integer ids ``[batch, step]``. The last step's may be missing, as it
+                is when an agent chooses it; what is read off its token is missing then too.
             returns_to_go: ``[batch, step, 1]``, in the units the model was trained in (divided by its return scale).
             timesteps: ``[batch, step]``, the step of the episode, from 0.
             attention_mask: ``[batch, step]``, nonzero for real steps and 0 for padding; all real when omitted.
@@ -340,17 +351,18 @@ class HookedDecisionTransformer(SharingModule):
         flat = isinstance(self.embed["state"], Linear)
         require_batch(self.cfg, states if flat else None, actions, returns_to_go, timesteps, attention_mask)
         tokens = self._tokens(states, actions, returns_to_go, timesteps)
-        allowed = None if attention_mask is None else self._allowed(attention_mask)
+        allowed = None if attention_mask is None else self._allowed(attention_mask, tokens.shape[1])
         x = F.dropout(self._add_position(self.embed_ln(tokens)), self.cfg.embed_dropout, self.training)
         for block in self.blocks:
             x = block(x, allowed)
         x = self.hook_final(self.ln_final(x))
-        per_kind = rearrange(x, "batch (step kind) d_model -> kind batch step d_model", kind=3)
-        action = self.hook_action_pre(self.predict["action"](per_kind[1]))
+        of_states, of_actions = x[:, 1::3], x[:, 2::3]
+        action = self.hook_action_pre(self.predict["action"](of_states))
+        heads = self.cfg.predicts
         return DecisionTransformerOutput(
-            state_preds=self.predict["state"](per_kind[2]),
+            state_preds=self.predict["state"](of_actions) if "state" in heads else None,
             action_preds=torch.tanh(action) if self.cfg.action_tanh else action,
-            return_preds=self.predict["return_to_go"](per_kind[2]),
+            return_preds=self.predict["return_to_go"](of_actions) if "return_to_go" in heads else None,
             last_hidden_state=x,
         )
 
@@ -358,24 +370,35 @@ class HookedDecisionTransformer(SharingModule):
         self, states: Tensor, actions: Tensor, returns_to_go: Tensor, timesteps: Tensor
     ) -> Float[Tensor, "batch token d_model"]:
         time = self.hook_embed_timestep(self.embed["timestep"](timesteps))
+        acted, steps = actions.shape[1], time.shape[1]
+        action = self.hook_embed_action(self._embed("action", actions)) + time[:, :acted]
         kinds = (
-            self.hook_embed_return_to_go(self.embed["return_to_go"](returns_to_go)) + time,
-            self.hook_embed_state(self.embed["state"](states)) + time,
-            self.hook_embed_action(self.embed["action"](actions)) + time,
+            self.hook_embed_return_to_go(self._embed("return_to_go", returns_to_go)) + time,
+            self.hook_embed_state(self._embed("state", states)) + time,
+            action if acted == steps else F.pad(action, (0, 0, 0, 1)),
         )
-        return self.hook_embed(rearrange(list(kinds), "kind batch step d_model -> batch (step kind) d_model"))
+        tokens = rearrange(list(kinds), "kind batch step d_model -> batch (step kind) d_model")
+        return self.hook_embed(tokens if acted == steps else tokens[:, :-1])
+
+    def _embed(self, kind: str, x: Tensor) -> Float[Tensor, "batch step d_model"]:
+        module = self.embed[kind]
+        # An encoder of the user's own has its own last nonlinearity.
+        bent = self.cfg.embed_act == "tanh" and isinstance(module, Linear)
+        return torch.tanh(module(x)) if bent else module(x)
 
     def _add_position(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
         if self.cfg.position == "none":
             return x
         n = 1 if self.cfg.position == "constant" else x.shape[1]
         if n > self.cfg.n_position:
-            raise DtLensError(f"{n} tokens do not fit this model's {self.cfg.n_position} positions; give fewer steps.")
+            last = " or leave out the last action" if n == self.cfg.n_position + 1 and n % 3 == 0 else ""
+            raise DtLensError(
+                f"{n} tokens do not fit this model's {self.cfg.n_position} positions; give fewer steps{last}."
+            )
         return x + self.hook_pos_embed(self.get_parameter("embed.position.W")[:n])
 
-    def _allowed(self, attention_mask: Tensor) -> Bool[Tensor, "batch 1 token token"]:
-        real = repeat(attention_mask != 0, "batch step -> batch 1 1 (step kind)", kind=3)
-        n = real.shape[-1]
+    def _allowed(self, attention_mask: Tensor, n: int) -> Bool[Tensor, "batch 1 token token"]:
+        real = repeat(attention_mask != 0, "batch step -> batch 1 1 (step kind)", kind=3)[..., :n]
         causal = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
         # A padding token may look at itself: a row with nothing to look at would be NaN and would spread.
         itself = torch.eye(n, dtype=torch.bool, device=real.device)

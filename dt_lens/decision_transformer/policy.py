@@ -55,6 +55,7 @@ class _Block:
     qkv: _Linear  # the three projections side by side, heads in order within each: [3 * d_model, d_model]
     out: _Linear
     mlp_in: _Linear
+    mlp_gate: Tensor | None  # [d_mlp, d_model], as _Linear keeps it
     mlp_out: _Linear
     scale: float
 
@@ -63,7 +64,7 @@ def acting_shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, 
     """The names and shapes of the weights that acting takes."""
     d, heads, e = cfg.d_model, cfg.n_heads, cfg.d_head
     shapes: dict[str, tuple[int, ...]] = {"embed.timestep.W": (cfg.max_ep_len, d)}
-    for kind, size in (("return_to_go", 1), ("state", cfg.state_dim), ("action", cfg.act_dim)):
+    for kind, size in (("return_to_go", 1), ("state", cfg.state_dim), ("action", cfg.n_actions)):
         shapes |= {f"embed.{kind}.W": (size, d), f"embed.{kind}.b": (d,)}
     if cfg.position != "none":
         shapes["embed.position.W"] = (cfg.n_position, d)
@@ -74,6 +75,8 @@ def acting_shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, 
             shapes |= {f"{attn}.W_{kind}": (heads, d, e), f"{attn}.b_{kind}": (heads, e)}
         shapes |= {f"{attn}.W_O": (heads, e, d), f"{attn}.b_O": (d,)}
         shapes |= {f"{mlp}.W_in": (d, cfg.d_mlp), f"{mlp}.b_in": (cfg.d_mlp,)}
+        if cfg.gated_mlp:
+            shapes[f"{mlp}.W_gate"] = (d, cfg.d_mlp)
         shapes |= {f"{mlp}.W_out": (cfg.d_mlp, d), f"{mlp}.b_out": (d,)}
         if cfg.normalization != "none":
             norms += [f"blocks.{l}.ln1", f"blocks.{l}.ln2"]
@@ -124,6 +127,7 @@ class ActingModel:
                     rearrange(get(f"{attn}.W_O"), "head e d -> d (head e)").contiguous(), get(f"{attn}.b_O").clone()
                 ),
                 mlp_in=_Linear(get(f"blocks.{l}.mlp.W_in").T.contiguous(), get(f"blocks.{l}.mlp.b_in").clone()),
+                mlp_gate=get(f"blocks.{l}.mlp.W_gate").T.contiguous() if cfg.gated_mlp else None,
                 mlp_out=_Linear(get(f"blocks.{l}.mlp.W_out").T.contiguous(), get(f"blocks.{l}.mlp.b_out").clone()),
                 scale=cfg.attn_scale(l),
             )
@@ -164,23 +168,23 @@ class ActingModel:
         self,
         returns_to_go: Float[Tensor, "*batch 1"],
         states: Float[Tensor, "*batch state_dim"],
-        actions: Float[Tensor, "*batch act_dim"],
+        actions: Float[Tensor, "*batch n_actions"],
         timesteps: Int[Tensor, "*batch"],
         action_timesteps: Int[Tensor, "*batch"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens (return-to-go, state, action), each ``[*batch, d_model]``, as the first block meets them.
 
-        Position embeddings that differ from token to token are not in it: they belong to the window, not to the token.
+        Where the model has a padding action, actions may be one entry wider: one-hot, the padding last. Position
+        embeddings that differ from token to token are not in it: they belong to the window, not to the token.
         """
         time = F.embedding(timesteps, self.timestep_table)
         action_time = time if action_timesteps is None else F.embedding(action_timesteps, self.timestep_table)
-        tokens = torch.stack(
-            (
-                self.embed_return_to_go(returns_to_go) + time,
-                self.embed_state(states) + time,
-                self.embed_action(actions) + action_time,
-            )
-        )
+        if actions.shape[-1] < self.cfg.n_actions:
+            actions = F.pad(actions, (0, 1))
+        parts = self.embed_return_to_go(returns_to_go), self.embed_state(states), self.embed_action(actions)
+        if self.cfg.embed_act == "tanh":
+            parts = torch.tanh(parts[0]), torch.tanh(parts[1]), torch.tanh(parts[2])
+        tokens = torch.stack((parts[0] + time, parts[1] + time, parts[2] + action_time))
         tokens = self.embed_ln(tokens)
         if self.position_table is not None and self.cfg.position == "constant":
             tokens = tokens + self.position_table[0]
@@ -258,7 +262,12 @@ class ActingModel:
         return *self._heads(q, 1), *self._heads(F.linear(h, block.qkv.weight[d:], block.qkv.bias[d:]), 2)
 
     def _mlp(self, block: _Block, x: Tensor) -> Tensor:
-        h = block.mlp_in(x)
+        if block.mlp_gate is not None:
+            gate = self._activate(F.linear(x, block.mlp_gate))
+            return block.mlp_out(gate * F.linear(x, block.mlp_in.weight) + block.mlp_in.bias)
+        return block.mlp_out(self._activate(block.mlp_in(x)))
+
+    def _activate(self, h: Tensor) -> Tensor:
         match self.cfg.act_fn:
             case "relu":
                 h = F.relu_(h)
@@ -270,7 +279,7 @@ class ActingModel:
                 h = F.silu(h, inplace=True)
             case "tanh":
                 h = torch.tanh_(h)
-        return block.mlp_out(h)
+        return h
 
 
 def may_look(real: Bool[Tensor, "batch token"], dtype: torch.dtype) -> Float[Tensor, "batch 1 token token"]:
@@ -288,20 +297,21 @@ def last_action(
     weights: Mapping[str, Tensor],
     cfg: HookedDecisionTransformerConfig,
     states: Float[Tensor, "batch step state_dim"],
-    actions: Float[Tensor, "batch step act_dim"],
+    actions: Float[Tensor, "batch acted n_actions"],
     returns_to_go: Float[Tensor, "batch step 1"],
     timesteps: Int[Tensor, "batch step"],
     attention_mask: Tensor | None = None,
 ) -> Float[Tensor, "batch act_dim"]:
     """The last step's action for a batch of windows: ``model(...).action_preds[:, -1]``, without the model.
 
-    The last entry of ``actions`` is not read. Inputs are in the model's own units, as for
+    The last step's entry of ``actions`` is not read, and may be missing. Inputs are in the model's own units, as for
     ``HookedDecisionTransformer.forward``; ``attention_mask [batch, step]`` is 0 for padding.
 
     Raises:
         DtLensError: for a missing weight, or a window longer than the position table.
     """
     model = ActingModel(weights, cfg)
+    actions = F.pad(actions, (0, 0, 0, timesteps.shape[1] - actions.shape[1]))
     tokens = rearrange(
         list(model.embed(returns_to_go, states, actions, timesteps)), "kind batch step d -> batch (step kind) d"
     )

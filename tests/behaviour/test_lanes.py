@@ -20,6 +20,7 @@ SHAPES = [
     {"d_model": 11, "n_heads": 1, "d_mlp": 5},
     {"d_model": 33, "n_heads": 3, "normalization": "post"},
     {"d_model": 40, "n_heads": 4, "position": "learned", "n_position": 12},
+    {"d_model": 128, "n_heads": 4, "position": "learned", "n_position": 11, "gated_mlp": True, "action_padding": True},
 ]
 
 
@@ -53,12 +54,13 @@ def test_rows_keep_their_bits(make_model: Callable[..., Any], cfg: dict[str, Any
     model = make_model("Hopper-v5", **cfg).to(dtype)
     acting = ActingModel(model.weights, model.cfg)
     expected = None
+    padding: Any = "visible" if cfg.get("action_padding") else "mask"
     for lanes in (8, 9, 13, 16):
         width, least, alone = arrange(acting, 4, lanes)
         widths = {width} if least is None else {width, max(least, LEAST_LANES)}
         for w in sorted(widths):
             for row in (0, w // 2, w - 1):
-                got = _acts(SlidingPolicy(acting, 4, w, alone=alone), row)
+                got = _acts(SlidingPolicy(acting, 4, w, alone=alone, padding=padding), row)
                 expected = got if expected is None else expected
                 assert torch.equal(got, expected), (lanes, w, row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ def good() -> dict[str, Any]:
         ("timesteps", torch.zeros(4, 4), r"timesteps are float32; they must be whole numbers\.$"),
         ("timesteps", torch.full((4, 4), 20), r"timesteps run from 20 to 20; this model has rows 0 to 19 for them\.$"),
         ("timesteps", torch.full((4, 4), -1), r"timesteps run from -1 to -1"),
+        ("actions", torch.zeros(4, 2, 3), r"actions has shape \[4, 2, 3\]; .* wants \[4, 4, 3\]"),
+        ("actions", torch.zeros(4, 4, 4), r"actions has shape \[4, 4, 4\]"),
         ("attention_mask", torch.ones(4, 5), r"attention_mask has shape \[4, 5\]; .* wants \[4, 4\]"),
     ],
 )
@@ -42,7 +45,16 @@ def test_what_does_not_fit(name: str, value: torch.Tensor, message: str) -> None
         require_batch(CFG, **{**good(), name: value})
 
 
+def test_a_padding_action_is_an_id_or_a_column_more() -> None:
+    cfg = replace(CFG, action_padding=True)
+    for actions in (torch.full((4, 4), 3), torch.zeros(4, 4, 4), torch.zeros(4, 4, 3), torch.zeros(4, 3, 4)):
+        require_batch(cfg, **{**good(), "actions": actions})
+    with pytest.raises(DtLensError, match="action ids run from 4 to 4; this model has rows 0 to 3"):
+        require_batch(cfg, **{**good(), "actions": torch.full((4, 4), 4)})
+
+
 def test_what_is_left_out() -> None:
+    require_batch(CFG, **{**good(), "actions": good()["actions"][:, :-1]})
     require_batch(CFG, **{**good(), "attention_mask": None, "states": None})
     empty = {name: x[:0] for name, x in good().items()}
     require_batch(CFG, **empty)
@@ -51,22 +63,28 @@ def test_what_is_left_out() -> None:
 @given(
     n_ctx=st.integers(1, 12),
     max_ep_len=st.integers(1, 12),
-    n_position=st.integers(3, 40),
+    n_position=st.integers(2, 40),
     position=st.sampled_from(["none", "constant", "learned"]),
     discrete=st.booleans(),
+    padding=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_the_random_batch_fits(
-    n_ctx: int, max_ep_len: int, n_position: int, position: Any, discrete: bool, seed: int
+    n_ctx: int, max_ep_len: int, n_position: int, position: Any, discrete: bool, padding: bool, seed: int
 ) -> None:
     cfg = HookedDecisionTransformerConfig(
         2, 3, d_model=4, n_layers=1, d_mlp=4, n_ctx=n_ctx, max_ep_len=max_ep_len, position=position,
-        n_position=n_position, discrete_actions=discrete,
+        n_position=n_position, discrete_actions=discrete, action_padding=padding,
     )  # fmt: skip
     batch = random_batch(cfg, (2,), torch.zeros(1, dtype=torch.float16), seed)
     require_batch(cfg, **batch)
     steps = batch["timesteps"].shape[1]
-    assert steps <= n_ctx and (position != "learned" or 3 * steps <= n_position)
-    assert batch["states"].dtype == torch.float16 and batch["attention_mask"].sum(1).min() > 0
+    acted = batch["actions"].shape[1]
+    assert steps - acted in (0, 1) and 1 <= steps <= n_ctx
+    assert position != "learned" or 2 * steps + acted <= n_position
+    assert acted == steps or (position == "learned" and n_position in (2, 5, 8))
+    assert batch["states"].dtype == torch.float16 and batch["actions"].shape[2] == 3 + padding
+    assert ("attention_mask" in batch) == (acted == steps)
+    assert acted < steps or batch["attention_mask"].sum(1).min() > 0
     again = random_batch(cfg, (2,), torch.zeros(1, dtype=torch.float16), seed)
     assert all(torch.equal(batch[name], again[name]) for name in batch)

@@ -28,7 +28,12 @@ from dt_lens.errors import DtLensError
         ({"act_fn": ["relu"]}, "act_fn is"),
         ({"normalization": "prae"}, r"mean 'pre'\?"),
         ({"position": None}, "position is None; it must be one of none, constant, learned"),
-        ({"position": "learned", "n_position": 2}, "one for each of a step's three tokens"),
+        ({"position": "learned", "n_position": 1}, "one each for the first return-to-go and the first state"),
+        ({"embed_act": "relu"}, r"embed_act is 'relu'; it must be one of none, tanh"),
+        ({"gated_mlp": "yes"}, "gated_mlp is 'yes'"),
+        ({"predicts": ["state"]}, r"predicts is \['state'\]; it must list heads, 'action' among them"),
+        ({"predicts": "action"}, "predicts is 'action'"),
+        ({"predicts": ["action", "sate"]}, r"predicts names 'sate'; .* mean 'state'\?$"),
         ({"action_tanh": 1}, "action_tanh is 1; it must be true or false"),
         ({"eps": "small"}, "eps is 'small'; it must be 0 or more"),
         ({"eps": float("nan")}, "eps is nan"),
@@ -46,6 +51,10 @@ def test_round_trip() -> None:
     assert Config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
     assert cfg.d_head == 8 and cfg.n_tokens == 60
     assert [cfg.attn_scale(layer) for layer in range(3)] == pytest.approx([8**-0.5 / n for n in (1, 2, 3)])
+    headed = Config(4, 2, predicts=("state", "action"))  # type: ignore[arg-type]
+    assert headed == Config.from_dict(json.loads(json.dumps(headed.to_dict()))) and hash(headed)
+    assert headed == Config(4, 2, predicts=("action", "state")) and headed.predicts == ("action", "state")
+    assert cfg.n_actions == 2 and Config(4, 2, action_padding=True).n_actions == 3
     with pytest.raises(DtLensError, match=r"Unknown configuration field 'd_modle'\. Did you mean 'd_model'\?$"):
         Config.from_dict({**cfg.to_dict(), "d_modle": 3})
     with pytest.raises(DtLensError, match="lacks 'act_dim'"):

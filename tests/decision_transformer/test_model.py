@@ -26,6 +26,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "learned": {"position": "learned", "n_position": 40, "act_fn": "gelu", "attn_scale_by_head": False, "eps": 0.1},
     "one head": {"n_heads": 1, "act_fn": "silu", "embed_ln_eps": 0.5},
     "post with final": {"normalization": "post", "act_fn": "tanh", "n_heads": 4},
+    "gated": {"gated_mlp": True, "act_fn": "silu", "action_padding": True, "discrete_actions": True},
+    "bent": {"embed_act": "tanh", "gated_mlp": True, "normalization": "post", "predicts": ("action", "return_to_go")},
+    "headless": {"predicts": ("action",), "action_padding": True, "position": "learned", "n_position": 12},
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
 Make = Callable[..., HookedDecisionTransformer]
@@ -49,7 +52,7 @@ def make() -> Make:
 def run(model: HookedDecisionTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         out = model(**batch)
-    return {name: getattr(out, name) for name in OUTPUTS}
+    return {name: getattr(out, name) for name in OUTPUTS if getattr(out, name) is not None}
 
 
 def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -101,6 +104,9 @@ def naive(model: HookedDecisionTransformer, batch: dict[str, Tensor]) -> dict[st
 
     def think(layer: int, x: Tensor) -> Tensor:
         m = f"blocks.{layer}.mlp"
+        if cfg.gated_mlp:
+            post = NONLINEAR[cfg.act_fn](x @ W[f"{m}.W_gate"]) * (x @ W[f"{m}.W_in"]) + W[f"{m}.b_in"]
+            return post @ W[f"{m}.W_out"] + W[f"{m}.b_out"]
         return NONLINEAR[cfg.act_fn](x @ W[f"{m}.W_in"] + W[f"{m}.b_in"]) @ W[f"{m}.W_out"] + W[f"{m}.b_out"]
 
     made: dict[str, list[Tensor]] = {name: [] for name in OUTPUTS}
@@ -108,7 +114,12 @@ def naive(model: HookedDecisionTransformer, batch: dict[str, Tensor]) -> dict[st
         tokens, real = [], []
         for step, t in enumerate(batch["timesteps"][row]):
             for kind, key in (("return_to_go", "returns_to_go"), ("state", "states"), ("action", "actions")):
-                x = batch[key][row, step] @ W[f"embed.{kind}.W"] + W[f"embed.{kind}.b"]
+                if kind == "action" and step == batch["actions"].shape[1]:
+                    continue  # not taken yet
+                rows = W[f"embed.{kind}.W"][: batch[key].shape[-1]]
+                x = batch[key][row, step] @ rows + W[f"embed.{kind}.b"]
+                if cfg.embed_act == "tanh":
+                    x = NONLINEAR["tanh"](x)
                 tokens.append(x + W["embed.timestep.W"][t])
                 real.append("attention_mask" not in batch or bool(batch["attention_mask"][row, step]))
         x, real = torch.stack(tokens), torch.tensor(real)
@@ -133,10 +144,11 @@ def naive(model: HookedDecisionTransformer, batch: dict[str, Tensor]) -> dict[st
             x = norm("ln_final", x, cfg.eps)
         action = x[1::3] @ W["predict.action.W"] + W["predict.action.b"]
         made["action_preds"].append(torch.tanh(action) if cfg.action_tanh else action)
-        made["state_preds"].append(x[2::3] @ W["predict.state.W"] + W["predict.state.b"])
-        made["return_preds"].append(x[2::3] @ W["predict.return_to_go.W"] + W["predict.return_to_go.b"])
+        for head, name in (("state", "state_preds"), ("return_to_go", "return_preds")):
+            if head in cfg.predicts:
+                made[name].append(x[2::3] @ W[f"predict.{head}.W"] + W[f"predict.{head}.b"])
         made["last_hidden_state"].append(x)
-    return {name: torch.stack(rows) for name, rows in made.items()}
+    return {name: torch.stack(rows) for name, rows in made.items() if rows}
 
 
 @every_config
@@ -146,7 +158,8 @@ def test_it_computes_the_formulas(make: Make, make_batch: Any, name: str, paddin
     batch = make_batch(model.cfg, padding=padding)
     batch = {key: x.double() if x.is_floating_point() else x for key, x in batch.items()}
     mine, theirs = run(model, batch), naive(model, batch)
-    for output in OUTPUTS:
+    assert set(mine) == set(theirs)
+    for output in mine:
         torch.testing.assert_close(mine[output], theirs[output], rtol=1e-10, atol=1e-10)
 
 
@@ -164,7 +177,7 @@ def test_hooking_the_pattern_changes_nothing(
         out, cache = model.run_with_cache(**batch)
         hooked = model.run_with_hooks(**batch, fwd_hooks=[(lambda name: "scores" in name, lambda x, hook: x)])
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    for output in OUTPUTS:
+    for output in plain:
         for other in (out, hooked):
             torch.testing.assert_close(getattr(other, output), plain[output], rtol=tolerance, atol=tolerance)
     for layer in range(model.cfg.n_layers):
@@ -195,16 +208,17 @@ def test_every_hook_point_is_alive(make: Make, make_batch: Any, name: str) -> No
             assert f"blocks.{layer}.attn.{point}" in cache
         for point in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"):
             assert f"blocks.{layer}.{point}" in cache
-        assert {f"blocks.{layer}.mlp.hook_pre", f"blocks.{layer}.mlp.hook_post"} <= set(cache)
+        mlp = {f"blocks.{layer}.mlp.hook_{point}" for point in ("pre", "post", "pre_linear")[: 2 + model.cfg.gated_mlp]}
+        assert {point for point in cache if ".mlp." in point and f".{layer}." in point} == mlp
     generator = torch.Generator().manual_seed(1)
     for point in cache:
         shift = torch.randn(cache[point].shape, generator=generator)
         with torch.no_grad():
             changed = model.run_with_hooks(**batch, fwd_hooks=[(point, lambda x, hook, shift=shift: x + shift)])
-        moved = max((getattr(changed, output) - plain[output]).abs().max() for output in OUTPUTS)
+        moved = max((getattr(changed, output) - plain[output]).abs().max() for output in plain)
         assert moved > 1e-3, f"{point} does nothing"
     after = run(model, batch)  # and no hook stays behind
-    assert all(torch.equal(after[output], plain[output]) for output in OUTPUTS)
+    assert all(torch.equal(after[output], plain[output]) for output in plain)
     assert not any(point.has_hooks() for point in model.hook_dict.values())
 
 
@@ -256,7 +270,7 @@ def test_the_future_and_the_padding_are_not_seen(make: Make, make_batch: Any, na
         for key in ("returns_to_go", "states", "actions"):
             changed[key][~real] = 100.0
         before, after = run(model, batch), run(model, changed)
-        for output in OUTPUTS[:3]:
+        for output in set(before) & set(OUTPUTS[:3]):
             torch.testing.assert_close(after[output][real], before[output][real], rtol=0, atol=1e-6)
             assert torch.isfinite(after[output]).all()
 
@@ -269,6 +283,40 @@ def test_left_padding_is_a_shorter_window(make: Make, make_batch: Any) -> None:
     padded, alone = run(model, {**whole, "attention_mask": mask}), run(model, short)
     for output in OUTPUTS[:3]:
         torch.testing.assert_close(padded[output][:, 2:], alone[output], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "learned", "gated", "bent"])
+def test_the_last_action_may_be_missing(make: Make, make_batch: Any, name: str) -> None:
+    model = make(name).double()
+    for steps in (1, 4):
+        whole = make_batch(model.cfg, steps=steps, padding="left")
+        whole = {key: x.double() if x.is_floating_point() else x for key, x in whole.items()}
+        short = {**whole, "actions": whole["actions"][:, :-1]}
+        mine, theirs = run(model, short), naive(model, short)
+        assert set(mine) == set(theirs)
+        for output in theirs:
+            torch.testing.assert_close(mine[output], theirs[output], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(mine["action_preds"], run(model, whole)["action_preds"], rtol=1e-10, atol=1e-10)
+        with torch.no_grad():
+            out, cache = model.run_with_cache(**short)
+        torch.testing.assert_close(out.action_preds, mine["action_preds"], rtol=1e-10, atol=1e-10)
+        assert cache["hook_embed"].shape[1] == 3 * steps - 1 and cache["hook_embed_action"].shape[1] == steps - 1
+
+
+def test_an_action_is_an_id_or_one_hot_and_padding_is_the_last(make: Make, make_batch: Any) -> None:
+    model = make("gated")
+    ids = torch.tensor([[0, 3, 2, 1]])
+    batch = make_batch(model.cfg, batch=1)
+    expected = run(model, {**batch, "actions": ids})
+    wide = torch.nn.functional.one_hot(ids, 4).float()
+    for output, got in run(model, {**batch, "actions": wide}).items():
+        torch.testing.assert_close(got, expected[output])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(**{**batch, "actions": ids})
+    W = model.weights
+    assert torch.equal(cache["hook_embed_action"][0, 1], W["embed.action.W"][3] + W["embed.action.b"])
+    narrow = run(model, {**batch, "actions": wide[..., :3] * 0})["last_hidden_state"]
+    assert torch.equal(narrow, run(model, {**batch, "actions": wide * 0})["last_hidden_state"])
 
 
 @pytest.mark.parametrize("hooked", [False, True])

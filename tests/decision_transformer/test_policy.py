@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dt_lens.behaviour.windows import SlidingPolicy
+from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.policy import ActingModel, acting_shapes, last_action
@@ -38,11 +38,15 @@ def configurations(draw: st.DrawFn) -> HookedDecisionTransformerConfig:
         action_tanh=draw(st.booleans()),
         discrete_actions=draw(st.booleans()),
         position=draw(st.sampled_from(["none", "constant", "learned"])),
-        n_position=3 * STEPS,
+        n_position=3 * STEPS - draw(st.integers(0, 1)),  # the action to come needs no position
         attn_scale_by_head=draw(st.booleans()),
         attn_scale_by_layer=draw(st.booleans()),
         eps=draw(st.sampled_from([1e-5, 1e-2])),
         embed_ln_eps=draw(st.sampled_from([1e-5, 1e-2])),
+        gated_mlp=draw(st.booleans()),
+        predicts=draw(st.sampled_from([("action",), ("action", "state"), ("action", "state", "return_to_go")])),
+        embed_act=draw(st.sampled_from(["none", "tanh"])),
+        action_padding=draw(st.booleans()),
     )
 
 
@@ -79,10 +83,13 @@ def test_last_action_is_the_models_prediction(
     for given_mask in (mask, None):
         with torch.no_grad():
             expected = model(
-                states=states, actions=actions, returns_to_go=returns, timesteps=timesteps, attention_mask=given_mask
-            ).action_preds[:, -1]
+                states=states, actions=actions[:, :-1], returns_to_go=returns, timesteps=timesteps,
+                attention_mask=given_mask,
+            ).action_preds[:, -1]  # fmt: skip
         got = last_action(model.weights, cfg, states, actions, returns, timesteps, given_mask)
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+        short = last_action(model.weights, cfg, states, actions[:, :-1], returns, timesteps, given_mask)
+        assert torch.equal(short, got)
 
 
 @settings(max_examples=25, deadline=None)
@@ -118,9 +125,69 @@ def test_sliding_policy_is_the_model_on_padded_windows(
             mask = (torch.arange(STEPS) >= pad).long()[None]
             with torch.no_grad():
                 expected = model(
-                    states=padded[0], actions=padded[1], returns_to_go=padded[2], timesteps=times, attention_mask=mask
-                ).action_preds[0, -1]
+                    states=padded[0], actions=padded[1][:, :-1], returns_to_go=padded[2], timesteps=times,
+                    attention_mask=mask,
+                ).action_preds[0, -1]  # fmt: skip
             torch.testing.assert_close(got[i], expected, atol=1e-9, rtol=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cfg=configurations(), seed=st.integers(0, 2**16), restart=st.integers(1, 7), whole=st.booleans())
+def test_padding_that_is_seen(cfg: HookedDecisionTransformerConfig, seed: int, restart: int, whole: bool) -> None:
+    """Before the first step: states of zero, no action, the first return-to-go, timestep 0, and no mask."""
+    model = _model(cfg, seed)
+    steps = 9
+    states, actions, returns = _episode(cfg, 3, steps)
+    begin, order = [restart, 0, 0], [0, 1, 2]
+    acting = ActingModel(model.weights, cfg)
+    policy: SlidingPolicy | WindowPolicy = SlidingPolicy(acting, STEPS, 3, padding="visible")
+    if whole:
+        policy = WindowPolicy(model, cfg, STEPS, 3, states, padding="visible")
+    taken = torch.nn.functional.pad(actions, (0, cfg.action_padding))
+    none = torch.zeros(cfg.n_actions).double()
+    if cfg.action_padding:
+        none[-1] = 1
+    for t in range(steps):
+        if t == restart:
+            policy.restart(0)
+        if t == 7:
+            order = [2, 0]
+            policy.keep(order)
+        starts = [begin[row] if t >= begin[row] else 0 for row in order]
+        ages = torch.tensor([t - start for start in starts])
+        previous = actions[order, t - 1] if t else torch.full((3, cfg.act_dim), 7.0).double()
+        got = policy.act(states[order, t], returns[order, t], ages, previous)
+        for i, (row, start) in enumerate(zip(order, starts, strict=True)):
+            times = [j if j >= start else None for j in range(t + 1 - STEPS, t + 1)]
+            window = {
+                "states": torch.stack([states[row, 0] * 0 if j is None else states[row, j] for j in times]),
+                "returns_to_go": torch.stack([returns[row, start if j is None else j] for j in times]),
+                "timesteps": torch.tensor([0 if j is None else j - start for j in times]),
+                "actions": torch.stack([none if j is None else taken[row, j] for j in times[:-1]]),
+            }
+            with torch.no_grad():
+                expected = model(**{name: x[None] for name, x in window.items()}).action_preds[0, -1]
+            torch.testing.assert_close(got[i], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_a_context_of_one_step_needs_two_positions() -> None:
+    cfg = HookedDecisionTransformerConfig(
+        4, 2, d_model=8, n_heads=2, d_mlp=12, n_ctx=1, position="learned", n_position=2, action_padding=True
+    )
+    model = _model(cfg, 0)
+    states, _, returns = _episode(cfg, 3, 1)
+    with torch.no_grad():
+        expected = model(states, torch.zeros(3, 0, 2).double(), returns, torch.zeros(3, 1).long()).action_preds[:, 0]
+    zero = torch.zeros(3, dtype=torch.long)
+    for policy in (
+        SlidingPolicy(ActingModel(model.weights, cfg), 1, 3),
+        SlidingPolicy(ActingModel(model.weights, cfg), 1, 3, padding="visible"),
+        WindowPolicy(model, cfg, 1, 3, states),
+        WindowPolicy(model, cfg, 1, 3, states, padding="visible"),
+    ):
+        for _ in range(2):
+            got = policy.act(states[:, 0], returns[:, 0], zero, torch.ones(3, 2).double())
+            torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_single_precision_at_the_bundled_shape() -> None:
@@ -135,8 +202,12 @@ def test_single_precision_at_the_bundled_shape() -> None:
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
-def test_acting_shapes_are_the_models() -> None:
-    cfg = HookedDecisionTransformerConfig(4, 2, d_model=8, n_heads=2, d_mlp=12, position="learned", n_position=60)
+@pytest.mark.parametrize("gated", [False, True])
+def test_acting_shapes_are_the_models(gated: bool) -> None:
+    options = {"gated_mlp": True, "action_padding": True} if gated else {}
+    cfg = HookedDecisionTransformerConfig(
+        4, 2, d_model=8, n_heads=2, d_mlp=12, position="learned", n_position=60, **options
+    )
     model = HookedDecisionTransformer(cfg)
     own = {name: tuple(weight.shape) for name, weight in model.weights.items()}
     left_out = {"predict.state.W", "predict.state.b", "predict.return_to_go.W", "predict.return_to_go.b"}
