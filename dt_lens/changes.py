@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dt_lens.directions import Decomposition
     from dt_lens.lens import Lens
 
-__all__ = ["Edit", "LowRank", "spectrum_of", "unedited"]
+__all__ = ["Edit", "LowRank", "spectrum_of", "suspended", "unedited"]
 
 LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
 
@@ -80,6 +80,48 @@ def state_of(model: Lens) -> State:
 def unedited(model: Lens) -> Snapshot:
     """A model's weights without the edits in force: what edits are made of, so that ``sv`` always counts alike."""
     return Snapshot({**model.weights, **state_of(model).untouched}, model.structure)
+
+
+@contextmanager
+def suspended(model: Lens) -> Iterator[None]:
+    """The model without its edits inside ``with``, and with them again afterwards, bit for bit, whatever happened.
+
+    Edits stay in ``model.active_edits`` meanwhile. Ctrl-C is held back while weights are being written.
+
+    Raises:
+        DtLensError: when a weight cannot be put back because it was cast or moved meanwhile.
+    """
+    state = state_of(model)
+    edits = list(state.edits)
+    kept = {name: model.weights[name].detach().clone() for name in state.untouched}
+
+    def put_back() -> None:
+        with _shielded():
+            if len(edits) != len(state.edits) or any(a is not b for a, b in zip(edits, state.edits, strict=True)):
+                _write(model)  # an edit came or went meanwhile, so what was kept is no longer what should be there
+                return
+            _copy(model, kept)
+            for name, weight in kept.items():
+                if not _same_bits(model.weights[name], weight):
+                    raise DtLensError(f"The edited weight {name!r} could not be put back bit for bit; load the model.")
+
+    try:
+        with _shielded():
+            _copy(model, state.untouched)
+        yield
+    finally:
+        try:
+            put_back()
+        except KeyboardInterrupt:
+            put_back()  # it came before the shield was up
+            raise
+
+
+def _copy(model: Lens, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        live = model.weights[name]
+        with _writable(live):
+            live.copy_(weight)
 
 
 class Edit:

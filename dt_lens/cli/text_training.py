@@ -18,7 +18,7 @@ def train_text(
     out: Annotated[Path, typer.Option(help="The folder to write; a run that was stopped there goes on.")] = Path(
         "runs/text"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 5_000,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 4_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a batch.")] = 16,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 128,
     vocabulary: Annotated[int, typer.Option(min=257, help="Tokens that the tokenizer knows.")] = 3_072,

@@ -7,7 +7,8 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,13 @@ def train_text(
     n_layers: int = 4,
     n_heads: int = 4,
     dropout: float = 0.0,
-    steps: int = 5_000,
+    steps: int = 4_000,
     batch_size: int = 16,
     lr: float = 2e-3,
     warmup: int = 200,
     weight_decay: float = 0.1,
     clip: float = 1.0,
-    bf16: bool = False,
+    bf16: bool = True,
     unwrap: bool = False,
     held_out: float = 0.015,
     seed: int = 0,
@@ -115,7 +116,7 @@ def train_text(
         lr: of AdamW, reached after ``warmup`` steps and taken down half a cosine to a hundredth of it.
         weight_decay: of the matrices.
         clip: the largest gradient norm.
-        bf16: whether matrix products run in bfloat16.
+        bf16: whether matrix products run in bfloat16 (weights, sums and the optimizer stay in float32).
         unwrap: whether lines of a plain text's paragraphs are joined.
         held_out: the share of the text to hold out.
         seed: of the held-out choice, the initial weights, the windows and dropout.
@@ -162,7 +163,7 @@ def _check(settings: TextSettings, eval_every: int, checkpoint_every: int) -> No
         raise DtLensError(f"checkpoint_every is {checkpoint_every}; it must be at least 1.")
 
 
-def make_tokenizer(segments: Iterable[str], vocabulary: int) -> Any:
+def make_tokenizer(segments: Iterable[str], vocabulary: int, context: int) -> Any:
     """A byte-level BPE tokenizer of these texts, as GPT-2's: any text round-trips, nothing is unknown.
 
     Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016); bytes as by Radford et al.,
@@ -182,7 +183,11 @@ def make_tokenizer(segments: Iterable[str], vocabulary: int) -> Any:
     )
     tokenizer.train_from_iterator(segments, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -193,6 +198,20 @@ def unigram_loss(trained: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any],
     return float(-np.log(counts / counts.sum())[predicted].mean())
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars: a file of five megabytes needs none."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 class _Run:
     """A training run between two steps."""
 
@@ -200,7 +219,7 @@ class _Run:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         self.settings, self.corpus, self.out, self.device = settings, corpus, out, device
-        self.tokenizer = make_tokenizer(corpus.segments, settings.vocabulary)
+        self.tokenizer = make_tokenizer(corpus.segments, settings.vocabulary, settings.context)
         end = self.tokenizer.eos_token_id
         encoded = self.tokenizer(list(corpus.segments), add_special_tokens=False, verbose=False)["input_ids"]
         ids = [np.asarray([*segment, end], dtype=np.int64) for segment in encoded]
@@ -334,7 +353,8 @@ class _Run:
     def _write(self) -> None:
         """What is read by others: model, tokenizer, held-out text, record."""
         try:
-            self.model.save_pretrained(self.out)
+            with _no_bars():
+                self.model.save_pretrained(self.out)
             self.tokenizer.save_pretrained(self.out)
             (self.out / HELD_OUT).write_text(self.corpus.held_out, encoding="utf-8", newline="\n")
             (self.out / RECORD).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
