@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dt_lens.behaviour.environment import Task
     from dt_lens.behaviour.outcomes import Evaluation, FailureRule
     from dt_lens.behaviour.rollouts import Conditions, Outcome
+    from dt_lens.behaviour.text_outcomes import TextEvaluation
+    from dt_lens.behaviour.text_windows import Texts
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 __all__ = ["evaluate", "model_id"]
@@ -25,6 +27,7 @@ __all__ = ["evaluate", "model_id"]
 Progress = Callable[[float, int], None]
 
 
+@overload
 def evaluate(
     model: HookedDecisionTransformer,
     environment: str | None = None,
@@ -38,7 +41,37 @@ def evaluate(
     workers: int | None = None,
     lanes: int | None = None,
     progress: bool | Progress = False,
-) -> Evaluation:
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    model: Any,
+    texts: Texts | None = None,
+    *,
+    context: int | None = None,
+    windows: int | None = None,
+    progress: bool | Progress = False,
+) -> TextEvaluation: ...
+
+
+def evaluate(
+    model: Any,
+    environment: Any = None,
+    *,
+    episodes: int = 100,
+    seed: int = 0,
+    target_return: float | None = None,
+    environment_kwargs: Mapping[str, Any] | None = None,
+    max_steps: int | None = None,
+    failure: FailureRule | None = None,
+    workers: int | None = None,
+    lanes: int | None = None,
+    texts: Texts | None = None,
+    context: int | None = None,
+    windows: int | None = None,
+    progress: bool | Progress = False,
+) -> Any:
     """Run ``episodes`` episodes of ``model`` as it is now (edits included) and return how each one went.
 
     Episode ``i`` starts from ``env.reset(seed=seed + i)``. What happens in it depends on the model, the environment,
@@ -47,6 +80,9 @@ def evaluate(
 
     A model on the CPU runs in worker processes. A model with hooks, with a state encoder of its own, or on another
     device runs in this process, on one torch thread; what its hooks do is part of the behaviour. Dropout is off.
+
+    A language model reads texts instead: ``evaluate(model, texts, context=..., windows=..., progress=...)`` gives a
+    ``TextEvaluation`` of loss and KL per window of tokens; see ``dt_lens.behaviour.text.evaluate_text``.
 
     Args:
         model: a ``HookedDecisionTransformer``: what ``dt_lens.load`` and ``dt_lens.wrap`` return for one.
@@ -61,16 +97,35 @@ def evaluate(
         lanes: episodes side by side in a process, at least 8; chosen by the number of episodes by default.
         progress: ``True`` for a progress bar on standard error, or a function of (episodes done, episodes), which
             counts running episodes by their share of the time limit.
+        texts, context, windows: for a language model only; ``texts`` may also stand in the place of ``environment``.
 
     Raises:
         DtLensError: when the environment or the target return is neither given nor among the model's facts, when they
             do not fit the model, when the model predicts an action that is not finite, or when a worker dies.
     """
+    if hasattr(model, "tokenizer"):
+        from dt_lens.behaviour.text import evaluate_text
+
+        of_agents = (target_return, environment_kwargs, max_steps, failure, workers, lanes)
+        if (episodes, seed) != (100, 0) or any(value is not None for value in of_agents):
+            raise DtLensError(
+                "This is a language model, and evaluate reads texts with it; of the options it takes texts, context, "
+                "windows and progress."
+            )
+        if texts is not None and environment is not None:
+            raise DtLensError("evaluate was given texts twice; give them once.")
+        given = environment if texts is None else texts
+        return evaluate_text(model, given, context=context, windows=windows, progress=progress)
+
     from dt_lens.behaviour.environment import make_task
     from dt_lens.behaviour.lanes import LEAST_LANES
     from dt_lens.behaviour.outcomes import Evaluation, check_rule
 
     _check_model(model)
+    if not (texts is context is windows is None):
+        raise DtLensError(
+            "This is an agent, and evaluate runs it in an environment; leave out texts, context and windows."
+        )
     _check_count("episodes", episodes, 1)
     _check_count("seed", seed, 0)
     for name, value, least in (("max_steps", max_steps, 1), ("workers", workers, 1), ("lanes", lanes, LEAST_LANES)):
@@ -198,11 +253,12 @@ def _run(
 
 
 def _is_plain(model: HookedDecisionTransformer) -> bool:
-    """Whether the weights alone say what the model does: no hooks anywhere, no state encoder of the user's own."""
+    """Whether the lean model can act for it: no hooks, no state encoder of its own, tokens that slide unchanged."""
     from dt_lens.decision_transformer.model import Linear
 
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return not hooked and type(model.embed["state"]) is Linear
+    slides = model.cfg.position != "step" and model.cfg.timestep_of == "step"
+    return not hooked and slides and type(model.embed["state"]) is Linear
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from dt_lens.cli.options import (
     number,
 )
 from dt_lens.cli.output import progress, written
+from dt_lens.errors import DtLensError
 
 
 def evaluate(
@@ -37,35 +38,49 @@ def evaluate(
         str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
     ] = "constant",
     workers: Workers = None,
-    out: Annotated[Path | None, typer.Option(help="Write a row per episode to this .csv file.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="For a language model: the text file to read; its held-out text by default.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="For a language model: tokens of a window.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="For a language model: the most windows to read.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a row per episode, or window, to this .csv file.")] = None,
     given: Given = None,
 ) -> None:
-    """Run an agent for many episodes and say how it does; with --edit, how an edited one does beside it."""
+    """Run an agent for many episodes, or a language model over text, and say how it does.
+
+    With --edit, also how an edited one does beside it.
+    """
     loaded = load_model(model, given)
     from dt_lens.behaviour.evaluate import evaluate as run
     from dt_lens.edits import SingularEdit
+
+    options: dict[str, Any] = {"episodes": episodes, "target_return": target_return, "workers": workers}
+    options |= {"texts": text, "context": context, "windows": windows}
+    reads = hasattr(loaded, "tokenizer")
+    unit = "windows" if reads else "episodes"
+    if not reads:
+        options["seed"] = seed
+    elif environment is not None:
+        raise DtLensError("This is a language model, which has no environment; give it a --text.")
 
     def measured(what: str) -> Any:
         with progress() as tell:
             return run(
                 loaded,
                 environment,
-                episodes=episodes,
-                seed=seed,
-                target_return=target_return,
-                workers=workers,
+                **options,
                 progress=lambda done, total: tell(what, done / total),
             )
 
     change = None
     if edit is not None:
         change = SingularEdit(loaded, edit, indices(sv), side=side, value=number(value), seed=seed)  # type: ignore[arg-type]
-    baseline = measured("episodes")
+    baseline = measured(unit)
     print(baseline)
     frames = {"unedited": baseline.to_frame()}
     if change is not None:
         with change:
-            edited = measured("edited episodes")
+            edited = measured(f"edited {unit}")
         print(f"\n{edited.compare(baseline)}")
         if change.note:
             print(change.note)
