@@ -72,7 +72,7 @@ def random_batch(
     and so is the mask, which could hide nothing.
     """
     generator = torch.Generator().manual_seed(seed)
-    most = min(cfg.n_ctx, cfg.max_ep_len, 8)
+    most = min(cfg.n_ctx, cfg.max_ep_len, 8, cfg.n_position if cfg.position == "step" else cfg.n_ctx)
     steps = min(most, cfg.n_position // 3) if cfg.position == "learned" else most
     short = steps < min(3, most) and steps < (cfg.n_position + 1) // 3
     steps += short

@@ -12,7 +12,7 @@ __all__ = ["HEADS", "Activation", "HookedDecisionTransformerConfig", "Normalizat
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 Normalization = Literal["pre", "post", "none"]
-Position = Literal["none", "constant", "learned"]
+Position = Literal["none", "constant", "learned", "step"]
 HEADS = ("action", "state", "return_to_go")
 
 SIZES = ("state_dim", "act_dim", "d_model", "n_layers", "n_heads", "d_mlp", "n_ctx", "max_ep_len", "n_position")
@@ -59,10 +59,12 @@ class HookedDecisionTransformerConfig:
     embed_ln_eps: float = 1e-5
     action_tanh: bool = True
     discrete_actions: bool = False  # predictions are logits; actions may be given as integer ids
-    # "constant": row 0 of the table is added to every token, which is what position ids of zero do.
+    # "constant": row 0 of the table is added to every token, which is what position ids of zero do. "learned": a row for
+    # each token of the window. "step": a row for each step, added where the timestep's is, before embed_ln.
     position: Position = "none"
     # Rows of the position table; tokens, not steps. Acting looks at 3 * n_ctx - 1 of them: its last action is to come.
     n_position: int = 1
+    timestep_of: Literal["step", "window"] = "step"  # "window": every token has the row of the window's last step
     attn_scale_by_head: bool = True  # scores divided by sqrt(d_head)
     attn_scale_by_layer: bool = False  # and by (layer + 1)
     gated_mlp: bool = False  # act(x @ W_gate) * (x @ W_in) + b_in, instead of act(x @ W_in + b_in)
@@ -99,6 +101,7 @@ class HookedDecisionTransformerConfig:
             ("normalization", Normalization),
             ("position", Position),
             ("embed_act", Literal["none", "tanh"]),
+            ("timestep_of", Literal["step", "window"]),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in get_args(allowed):

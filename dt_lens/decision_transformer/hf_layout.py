@@ -226,16 +226,17 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
         ("predicts", HEADS),
         ("embed_act", "none"),
         ("action_padding", False),
+        ("timestep_of", "step"),
     ):
         if getattr(cfg, name) != wanted:
             raise DtLensError(
                 f"Hugging Face's decision transformer has no {name}={getattr(cfg, name)!r}; only {wanted!r} can be "
                 "saved in its format."
             )
-    if cfg.position == "learned":
+    if cfg.position in ("learned", "step"):
         raise DtLensError(
-            "Hugging Face's decision transformer has no learned positions (position='learned'), so it cannot be saved "
-            "so."
+            f"Hugging Face's decision transformer has no learned positions (position={cfg.position!r}), so it cannot "
+            "be saved so."
         )
     names = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
     return {

@@ -369,8 +369,11 @@ class HookedDecisionTransformer(SharingModule):
     def _tokens(
         self, states: Tensor, actions: Tensor, returns_to_go: Tensor, timesteps: Tensor
     ) -> Float[Tensor, "batch token d_model"]:
-        time = self.hook_embed_timestep(self.embed["timestep"](timesteps))
-        acted, steps = actions.shape[1], time.shape[1]
+        acted, steps = actions.shape[1], timesteps.shape[1]
+        when = timesteps[:, -1:].expand(-1, steps) if self.cfg.timestep_of == "window" else timesteps
+        time = self.hook_embed_timestep(self.embed["timestep"](when))
+        if self.cfg.position == "step":
+            time = time + self.hook_pos_embed(self._positions(steps, "steps"))
         action = self.hook_embed_action(self._embed("action", actions)) + time[:, :acted]
         kinds = (
             self.hook_embed_return_to_go(self._embed("return_to_go", returns_to_go)) + time,
@@ -387,15 +390,18 @@ class HookedDecisionTransformer(SharingModule):
         return torch.tanh(module(x)) if bent else module(x)
 
     def _add_position(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
-        if self.cfg.position == "none":
+        if self.cfg.position in ("none", "step"):
             return x
         n = 1 if self.cfg.position == "constant" else x.shape[1]
+        return x + self.hook_pos_embed(self._positions(n, "tokens"))
+
+    def _positions(self, n: int, what: str) -> Float[Tensor, "n d_model"]:
         if n > self.cfg.n_position:
             last = " or leave out the last action" if n == self.cfg.n_position + 1 and n % 3 == 0 else ""
             raise DtLensError(
-                f"{n} tokens do not fit this model's {self.cfg.n_position} positions; give fewer steps{last}."
+                f"{n} {what} do not fit this model's {self.cfg.n_position} positions; give fewer steps{last}."
             )
-        return x + self.hook_pos_embed(self.get_parameter("embed.position.W")[:n])
+        return self.get_parameter("embed.position.W")[:n]
 
     def _allowed(self, attention_mask: Tensor, n: int) -> Bool[Tensor, "batch 1 token token"]:
         real = repeat(attention_mask != 0, "batch step -> batch 1 1 (step kind)", kind=3)[..., :n]

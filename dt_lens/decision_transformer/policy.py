@@ -101,6 +101,11 @@ class ActingModel:
 
     def __init__(self, weights: Mapping[str, Tensor], cfg: HookedDecisionTransformerConfig) -> None:
         self.cfg = cfg
+        if cfg.position == "step" or cfg.timestep_of == "window":
+            raise DtLensError(
+                "What a token of this model is depends on where in the window its step stands; acting without the full "
+                "model needs tokens that stay what they are."
+            )
 
         def get(name: str) -> Tensor:
             if name not in weights:

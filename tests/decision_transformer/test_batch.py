@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dt_lens.decision_transformer.batch import random_batch, require_batch
@@ -60,11 +60,12 @@ def test_what_is_left_out() -> None:
     require_batch(CFG, **empty)
 
 
+@settings(deadline=None)
 @given(
     n_ctx=st.integers(1, 12),
     max_ep_len=st.integers(1, 12),
     n_position=st.integers(2, 40),
-    position=st.sampled_from(["none", "constant", "learned"]),
+    position=st.sampled_from(["none", "constant", "learned", "step"]),
     discrete=st.booleans(),
     padding=st.booleans(),
     seed=st.integers(0, 99),
@@ -82,6 +83,7 @@ def test_the_random_batch_fits(
     acted = batch["actions"].shape[1]
     assert steps - acted in (0, 1) and 1 <= steps <= n_ctx
     assert position != "learned" or 2 * steps + acted <= n_position
+    assert position != "step" or steps <= n_position
     assert acted == steps or (position == "learned" and n_position in (2, 5, 8))
     assert batch["states"].dtype == torch.float16 and batch["actions"].shape[2] == 3 + padding
     assert ("attention_mask" in batch) == (acted == steps)

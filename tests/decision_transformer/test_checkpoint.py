@@ -52,6 +52,8 @@ def test_what_is_written(tmp_path: Path) -> None:
         ({"final_ln": False}, "has no final_ln=False"),
         ({"embed_ln_eps": 1e-3}, r"has no embed_ln_eps=0\.001"),
         ({"position": "learned", "n_position": 12}, "no learned positions"),
+        ({"position": "step", "n_position": 12}, "no learned positions"),
+        ({"timestep_of": "window"}, "has no timestep_of='window'"),
         ({"encoder": nn.Linear(5, 8)}, r"needs the weight 'embed\.state\.W', which this model lacks"),
     ],
 )

@@ -28,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "post with final": {"normalization": "post", "act_fn": "tanh", "n_heads": 4},
     "gated": {"gated_mlp": True, "act_fn": "silu", "action_padding": True, "discrete_actions": True},
     "bent": {"embed_act": "tanh", "gated_mlp": True, "normalization": "post", "predicts": ("action", "return_to_go")},
+    "step": {"position": "step", "n_position": 4, "timestep_of": "window", "action_tanh": False},
     "headless": {"predicts": ("action",), "action_padding": True, "position": "learned", "n_position": 12},
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
@@ -120,7 +121,8 @@ def naive(model: HookedDecisionTransformer, batch: dict[str, Tensor]) -> dict[st
                 x = batch[key][row, step] @ rows + W[f"embed.{kind}.b"]
                 if cfg.embed_act == "tanh":
                     x = NONLINEAR["tanh"](x)
-                tokens.append(x + W["embed.timestep.W"][t])
+                x = x + W["embed.timestep.W"][batch["timesteps"][row, -1] if cfg.timestep_of == "window" else t]
+                tokens.append(x + W["embed.position.W"][step] if cfg.position == "step" else x)
                 real.append("attention_mask" not in batch or bool(batch["attention_mask"][row, step]))
         x, real = torch.stack(tokens), torch.tensor(real)
         if cfg.embed_ln:
