@@ -1,0 +1,165 @@
+"""CORL's decision transformer (corl-team, formerly tinkoff-ai): its checkpoints and its live models.
+
+Pre-LayerNorm blocks around ``nn.MultiheadAttention``, whose three input projections are one tensor, an exact GELU, and
+one head, for actions. The training script saves ``{"model_state", "state_mean", "state_std"}`` and, beside it, its
+settings as ``config.yaml``; where that lies there and fits, nothing has to be asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.errors import DtLensError
+from dt_lens.files import Checkpoint
+from dt_lens_adapters.state_dicts import (
+    Layout,
+    StateDictAdapter,
+    Tensors,
+    Trace,
+    ask_for_heads,
+    run_facts,
+    steps_of_mask,
+)
+
+__all__ = ["CORLDecisionTransformer"]
+
+EMBEDDINGS = {"return": "return_to_go", "state": "state", "action": "action"}
+
+
+class _Layout(Layout):
+    kind = "a CORL decision transformer"
+    unused = r"blocks\.\d+\.causal_mask"
+
+    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
+        d, state_dim = tensors.size("state_emb.weight")
+        if given.get("max_action", 1.0) != 1.0:
+            raise DtLensError(
+                f"This CORL model multiplies its actions by max_action={given['max_action']!r}; dt-lens has actions in "
+                "-1 to 1 only, as CORL's own settings have in every environment."
+            )
+        # The script multiplies returns by its reward_scale, 0.001 wherever nobody chose another.
+        context = steps_of_mask(tensors.tensors, "blocks.0.causal_mask")
+        self.facts = run_facts({"return_scale": 1000.0, **context}, given)
+        self.cfg = HookedDecisionTransformerConfig(
+            state_dim=state_dim,
+            act_dim=tensors.size("action_head.0.weight")[0],
+            d_model=d,
+            n_layers=tensors.count(r"blocks\.(\d+)\."),
+            n_heads=ask_for_heads(given, self.kind, 1),
+            d_mlp=tensors.size("blocks.0.mlp.0.weight")[0],
+            n_ctx=self.facts.context,
+            # An episode's steps, and a context more for what the training pads with.
+            max_ep_len=tensors.size("timestep_emb.weight")[0],
+            act_fn="gelu",
+            predicts=("action",),
+        )
+
+    def canonical(self, tensors: Tensors) -> dict[str, Tensor]:
+        cfg, d, heads = self.cfg, self.cfg.d_model, self.cfg.n_heads
+        weights = {"embed.timestep.W": tensors.take("timestep_emb.weight", cfg.max_ep_len, d)}
+        for (theirs, ours), size in zip(EMBEDDINGS.items(), (1, cfg.state_dim, cfg.act_dim), strict=True):
+            weights |= tensors.linear(f"{theirs}_emb", f"embed.{ours}", size, d)
+        weights |= tensors.linear("action_head.0", "predict.action", d, cfg.act_dim)
+        weights |= tensors.norm("emb_norm", "embed_ln", d) | tensors.norm("out_norm", "ln_final", d)
+        for layer in range(cfg.n_layers):
+            t, b = f"blocks.{layer}", f"blocks.{layer}"
+            fused = tensors.take(f"{t}.attention.in_proj_weight", 3 * d, d)
+            fused = rearrange(fused, "(which head e) d -> which head d e", which=3, head=heads)
+            bias = tensors.take(f"{t}.attention.in_proj_bias", 3 * d)
+            bias = rearrange(bias, "(which head e) -> which head e", which=3, head=heads)
+            for which, letter in enumerate("QKV"):
+                weights[f"{b}.attn.W_{letter}"], weights[f"{b}.attn.b_{letter}"] = fused[which], bias[which]
+            weights |= tensors.output(f"{t}.attention.out_proj", f"{b}.attn", heads, d)
+            weights |= tensors.mlp(f"{t}.mlp.0", f"{t}.mlp.2", f"{b}.mlp", d, cfg.d_mlp)
+            weights |= tensors.norm(f"{t}.norm1", f"{b}.ln1", d) | tensors.norm(f"{t}.norm2", f"{b}.ln2", d)
+        return weights
+
+    def forward(self, trace: Trace, batch: Mapping[str, Any]) -> None:
+        note, linear = trace.note, trace.linear
+        time = note("hook_embed_timestep", F.embedding(batch["timesteps"], trace.tensors["timestep_emb.weight"]))
+        returns = note("hook_embed_return_to_go", linear("return_emb", batch["returns_to_go"])) + time
+        states = note("hook_embed_state", linear("state_emb", batch["states"])) + time
+        actions = note("hook_embed_action", linear("action_emb", batch["actions"])) + time
+        x = trace.norm("emb_norm", trace.tokens(returns, states, actions))
+        for layer in range(self.cfg.n_layers):
+            x = self._block(trace, f"blocks.{layer}", x)
+        note(f"blocks.{self.cfg.n_layers - 1}.hook_resid_post", x)
+        x = note("hook_final", trace.norm("out_norm", x))
+        note("action_preds", torch.tanh(note("hook_action_pre", linear("action_head.0", x[:, 1::3]))))
+
+    def _block(self, trace: Trace, b: str, x: Tensor) -> Tensor:
+        note, linear = trace.note, trace.linear
+        normed = note(f"{b}.attn_in", trace.norm(f"{b}.norm1", note(f"{b}.hook_resid_pre", x)))
+        fused = F.linear(
+            normed, trace.tensors[f"{b}.attention.in_proj_weight"], trace.tensors[f"{b}.attention.in_proj_bias"]
+        )
+        z = trace.attend(f"{b}.attn", *fused.chunk(3, dim=-1))
+        x = note(f"{b}.hook_resid_mid", x + note(f"{b}.hook_attn_out", linear(f"{b}.attention.out_proj", z)))
+        normed = note(f"{b}.mlp_in", trace.norm(f"{b}.norm2", x))
+        hidden = note(f"{b}.mlp.hook_post", F.gelu(note(f"{b}.mlp.hook_pre", linear(f"{b}.mlp.0", normed))))
+        return x + note(f"{b}.hook_mlp_out", linear(f"{b}.mlp.2", hidden))
+
+    def call(self, model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        returns = batch["returns_to_go"].squeeze(-1)
+        return {"action_preds": model(batch["states"], batch["actions"], returns, batch["timesteps"])}
+
+
+class CORLDecisionTransformer(StateDictAdapter):
+    """The adapter: what CORL's script saves, a bare state dict, or the live ``DecisionTransformer``."""
+
+    name = "corl"
+    layout = _Layout
+    marks = frozenset({"return_emb.weight", "blocks.0.attention.in_proj_weight", "action_head.0.weight"})
+    options = frozenset({"n_heads", "max_action"})
+
+    def said_by_file(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        mean, std = checkpoint.extra.get("state_mean"), checkpoint.extra.get("state_std")
+        if mean is not None and std is not None:
+            said["state_mean"], said["state_std"] = (torch.as_tensor(x).flatten() for x in (mean, std))
+        return said | _settings(checkpoint)
+
+    def said_by_model(self, model: Any) -> dict[str, Any]:
+        said = {"n_heads": model.blocks[0].attention.num_heads, "max_action": getattr(model, "max_action", 1.0)}
+        return said | ({"context": model.seq_len} if isinstance(getattr(model, "seq_len", None), int) else {})
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a ``config.yaml`` beside the file says, if it is one of CORL's and of a model of this shape."""
+    file = (checkpoint.folder or Path()) / "config.yaml"
+    try:
+        text = file.read_text(encoding="utf-8") if checkpoint.folder and file.is_file() else ""
+    except (OSError, ValueError):
+        text = ""
+    # The settings are one level of plain values, so that no YAML reader is needed.
+    plain = dict(re.findall(r"^(\w+):[ \t]+(\S+)[ \t]*$", text, re.MULTILINE))
+    table, width = checkpoint.tensors.get("timestep_emb.weight"), plain.get("embedding_dim")
+    try:
+        steps = int(plain["episode_len"]) + int(plain["seq_len"])
+        if table is None or [steps, int(width or 0)] != list(table.shape):
+            return {}
+        return {
+            "n_heads": int(plain["num_heads"]),
+            "context": int(plain["seq_len"]),
+            "max_action": float(plain["max_action"]),
+            "return_scale": 1 / float(plain["reward_scale"]),
+            "target_returns": _listed(text, "target_returns"),
+            "about": {"dataset": plain["env_name"]} if "env_name" in plain else {},
+        }
+    except (KeyError, ValueError, ZeroDivisionError):
+        return {}
+
+
+def _listed(text: str, name: str) -> list[float]:
+    """Numbers of a YAML list, in brackets or one to a line."""
+    found = re.search(rf"^{name}:[ \t]*(\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)", text, re.MULTILINE)
+    return [float(number) for number in re.findall(r"[-+]?\d[\d.]*(?:[eE][-+]?\d+)?", found[1])] if found else []

@@ -1,0 +1,325 @@
+"""What the adapters of code bases that save a bare state dict have in common.
+
+Such an adapter is a ``Layout``: what a file's shapes say of the model, which of its tensors is which canonical weight,
+and the code base's own forward pass over those tensors, which ``certify`` holds the lens against.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.decision_transformer.sharing import require_computable
+from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.files import Checkpoint
+from dt_lens_adapters.hf_decision_transformer import FACTS, given_facts, refuse_unknown
+
+__all__ = ["Layout", "StateDictAdapter", "Tensors", "Trace", "ask_for_heads", "run_facts", "steps_of_mask"]
+
+
+class Tensors:
+    """A state dict, each tensor of it taken once under its exact key."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], kind: str) -> None:
+        self.tensors, self.kind = tensors, kind
+        self._left = set(tensors)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def size(self, key: str, ndim: int = 2) -> torch.Size:
+        """The shape of a tensor that the model cannot be without."""
+        if key not in self.tensors:
+            raise DtLensError(f"The checkpoint has no tensor {key!r}, which {self.kind} has.")
+        shape = self.tensors[key].shape
+        if len(shape) != ndim or 0 in shape:
+            raise DtLensError(f"The tensor {key!r} has shape {list(shape)}; one of {ndim} sizes was expected.")
+        return shape
+
+    def count(self, pattern: str) -> int:
+        """One more than the largest number that ``pattern`` finds in a key: how many blocks there are."""
+        found = {int(match[1]) for key in self.tensors if (match := re.match(pattern, key))}
+        return max(found) + 1 if found else 0
+
+    def take(self, key: str, *shape: int) -> Tensor:
+        """The tensor of that key, which must have that shape."""
+        if key not in self.tensors:
+            raise DtLensError(f"The checkpoint has no tensor {key!r}, which {self.kind} of this shape needs.")
+        tensor = self.tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise DtLensError(f"The tensor {key!r} has shape {list(tensor.shape)}; {list(shape)} was expected.")
+        self._left.discard(key)
+        return tensor
+
+    def linear(self, key: str, name: str, d_in: int, d_out: int) -> dict[str, Tensor]:
+        """An ``nn.Linear``, whose weight is (out, in), as ``name.W [d_in, d_out]`` and ``name.b``."""
+        return {f"{name}.W": self.take(f"{key}.weight", d_out, d_in).T, f"{name}.b": self.take(f"{key}.bias", d_out)}
+
+    def norm(self, key: str, name: str, d: int) -> dict[str, Tensor]:
+        """An ``nn.LayerNorm`` as ``name.w`` and ``name.b``."""
+        return {f"{name}.w": self.take(f"{key}.weight", d), f"{name}.b": self.take(f"{key}.bias", d)}
+
+    def projection(self, key: str, name: str, letter: str, heads: int, d: int) -> dict[str, Tensor]:
+        """A query, key or value projection whose ``nn.Linear`` has its heads one after the other."""
+        weight, bias = self.take(f"{key}.weight", d, d), self.take(f"{key}.bias", d)
+        return {
+            f"{name}.W_{letter}": rearrange(weight, "(head e) d -> head d e", head=heads),
+            f"{name}.b_{letter}": rearrange(bias, "(head e) -> head e", head=heads),
+        }
+
+    def output(self, key: str, name: str, heads: int, d: int) -> dict[str, Tensor]:
+        """The ``nn.Linear`` that brings the heads together."""
+        weight = self.take(f"{key}.weight", d, d)
+        return {
+            f"{name}.W_O": rearrange(weight, "d (head e) -> head e d", head=heads),
+            f"{name}.b_O": self.take(f"{key}.bias", d),
+        }
+
+    def mlp(self, first: str, second: str, name: str, d: int, d_mlp: int) -> dict[str, Tensor]:
+        """The two ``nn.Linear`` of an MLP."""
+        up, down = self.linear(first, "up", d, d_mlp), self.linear(second, "down", d_mlp, d)
+        names = {"W_in": up["up.W"], "b_in": up["up.b"], "W_out": down["down.W"], "b_out": down["down.b"]}
+        return {f"{name}.{leaf}": tensor for leaf, tensor in names.items()}
+
+    def require_all_taken(self) -> None:
+        """Raise ``DtLensError`` naming a tensor that nobody took: what it does would be lost."""
+        if self._left:
+            key = min(self._left)
+            raise DtLensError(
+                f"The checkpoint has a tensor {key!r} that {self.kind} of this shape has no place for."
+                + nearest(key, set(self.tensors) - self._left)
+            )
+
+
+class Trace:
+    """One forward pass over a state dict, every activation of which is noted under its canonical name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], batch: Mapping[str, Any], n_heads: int) -> None:
+        self.tensors, self.n_heads = tensors, n_heads
+        self.seen: dict[str, Tensor] = {}
+        real = batch.get("attention_mask")
+        real = torch.ones_like(batch["timesteps"]) if real is None else real
+        real = repeat(real != 0, "n step -> n 1 1 (step kind)", kind=3)
+        causal = torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool, device=real.device).tril()
+        # Padding sees itself: with nothing to see it would be NaN, which spreads.
+        self.allowed = (real & causal) | torch.eye(len(causal), dtype=torch.bool, device=real.device)
+
+    def note(self, name: str, x: Tensor) -> Tensor:
+        """Remember ``x`` and hand it on."""
+        self.seen[name] = x
+        return x
+
+    def linear(self, key: str, x: Tensor) -> Tensor:
+        """``nn.Linear`` under that key, with its bias where it has one."""
+        return F.linear(x, self.tensors[f"{key}.weight"], self.tensors.get(f"{key}.bias"))
+
+    def norm(self, key: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+        """``nn.LayerNorm`` under that key."""
+        return F.layer_norm(x, x.shape[-1:], self.tensors[f"{key}.weight"], self.tensors[f"{key}.bias"], eps)
+
+    def tokens(self, returns: Tensor, states: Tensor, actions: Tensor) -> Tensor:
+        """The three kinds ``[n, step, d]`` one after the other, step by step: ``[n, 3 * step, d]``."""
+        return self.note("hook_embed", torch.stack((returns, states, actions), dim=2).flatten(1, 2))
+
+    def attend(self, attn: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of heads that lie one after the other in ``[n, token, d]``."""
+        apart = {"q": q, "k": k, "v": v}
+        for letter, x in apart.items():
+            apart[letter] = rearrange(x, "n t (head e) -> n head t e", head=self.n_heads)
+            self.note(f"{attn}.hook_{letter}", rearrange(apart[letter], "n head t e -> n t head e"))
+        scores = apart["q"] @ apart["k"].transpose(-1, -2) / math.sqrt(apart["q"].shape[-1])
+        pattern = torch.softmax(scores.masked_fill(~self.allowed, -math.inf), dim=-1)
+        z = rearrange(self.note(f"{attn}.hook_pattern", pattern) @ apart["v"], "n head t e -> n t head e")
+        return rearrange(self.note(f"{attn}.hook_z", z), "n t head e -> n t (head e)")
+
+
+class Layout(ABC):
+    """One model of a code base: its configuration, its weights by canonical name, and its forward pass.
+
+    Args:
+        tensors: everything in the state dict, by key.
+        given: what the file, the live model and the user say, in that order of growing weight.
+    """
+
+    cfg: HookedDecisionTransformerConfig
+    facts: RunFacts
+    kind: ClassVar[str]  # "a CORL decision transformer", for messages
+    unused: ClassVar[str] = r"(?!)"  # whole keys that are in the file and not in the computation
+
+    @abstractmethod
+    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None: ...
+
+    @abstractmethod
+    def canonical(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Canonical weights as views of the state dict's; what the lens has and the code base has not is left out."""
+
+    @abstractmethod
+    def forward(self, trace: Trace, batch: Mapping[str, Any]) -> None:
+        """The code base's own computation, noted in ``trace``."""
+
+    def state_encoder(self) -> nn.Module | None:
+        """What reads states, where it is no linear map."""
+        return None
+
+    def call(self, model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The live model's own predictions for windows without padding, in Hugging Face's words."""
+        raise NotImplementedError
+
+
+class StateDictAdapter:
+    """An adapter made of a ``Layout``; a subclass gives its name, its options, and the keys that tell its files."""
+
+    name: str
+    layout: ClassVar[type[Layout]]
+    marks: ClassVar[frozenset[str]]
+    options: ClassVar[frozenset[str]]
+
+    def recognises(self, source: Checkpoint | nn.Module) -> bool:
+        keys = source.tensors if isinstance(source, Checkpoint) else dict(source.named_parameters())
+        return self.marks <= set(keys)
+
+    def said_by_file(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What stands beside the tensors, and is not overridden by what was ``given``."""
+        return {}
+
+    def said_by_model(self, model: Any) -> dict[str, Any]:
+        """What a live model knows that its state dict does not."""
+        return {}
+
+    def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
+        refuse_unknown(given, self.options | FACTS)
+        tensors = checkpoint.tensors
+        checkpoint.require_finite(self._used(tensors))
+        layout = self._layout(tensors, {**self.said_by_file(checkpoint, given), **given})
+        return self._lens(_Held(self._used(tensors)), layout, live=False)
+
+    def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
+        refuse_unknown(given, self.options | FACTS)
+        layout = self._layout(model.state_dict(), {**self.said_by_model(model), **given})
+        return self._lens(model, layout, live=True)
+
+    def _used(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in tensors.items() if not re.fullmatch(self.layout.unused, key)}
+
+    def _layout(self, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Layout:
+        require_computable(self._used(tensors))
+        return self.layout(Tensors(tensors, self.layout.kind), given)
+
+    def _lens(self, module: nn.Module, layout: Layout, live: bool) -> HookedDecisionTransformer:
+        layout.facts.require_fit(layout.cfg.state_dim, layout.cfg.act_dim)
+        with torch.device("meta"):
+            hooked = HookedDecisionTransformer(layout.cfg, layout.state_encoder())
+        shapes = {name: parameter.shape for name, parameter in hooked.named_parameters()}
+        own: dict[str, Tensor] = {}
+
+        def views() -> dict[str, Tensor]:
+            tensors = Tensors(self._used(module.state_dict()), layout.kind)
+            weights = layout.canonical(tensors)
+            tensors.require_all_taken()
+            like = next(iter(weights.values()))
+            for name, shape in shapes.items():
+                # A bias that the code base has not: zeros of the lens's own, one memory for as long as the model stays.
+                if name not in weights and name.rpartition(".")[2] == "b":
+                    own[name] = own[name].to(like) if name in own else like.new_zeros(shape)
+                    weights[name] = own[name]
+            return weights
+
+        hooked.look_at(module, views, _Reference(module, layout, self._used, live))
+        hooked.facts = layout.facts
+        hooked.train(module.training)
+        return hooked
+
+
+class _Held(nn.Module):
+    """A file's tensors as parameters under the file's own keys, so that they move and are cast as one."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for key, tensor in tensors.items():
+            *path, leaf = key.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(leaf, nn.Parameter(tensor.detach(), requires_grad=False))
+        self.eval()
+
+
+class _Reference:
+    """The code base's forward pass over the tensors; of a live model, its own predictions at the end of it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        used: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+        live: bool,
+    ) -> None:
+        self.module, self.layout, self.used, self.live = module, layout, used, live
+
+    def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Everything ``certify`` compares, without dropout."""
+        trace = Trace(self.used(self.module.state_dict()), batch, self.layout.cfg.n_heads)
+        with torch.no_grad():
+            self.layout.forward(trace, batch)
+            predictions = self._predictions(batch, trace.seen) if self.live else {}
+        return trace.seen | predictions
+
+    def _predictions(self, batch: Mapping[str, Any], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        made = {name: tensor.clone() for name, tensor in seen.items() if name.endswith("_preds")}
+        mask = batch.get("attention_mask")
+        real = torch.ones_like(batch["timesteps"]) if mask is None else mask
+        training = self.module.training
+        try:
+            self.module.eval()
+            for row, steps in enumerate(real != 0):
+                # These models know no padding. Cut off, it changes nothing, unless the position in the window counts.
+                if self.layout.cfg.position != "none" and not steps.all():
+                    continue
+                window = {name: x[row : row + 1, steps] for name, x in batch.items() if name != "attention_mask"}
+                out = self.layout.call(self.module, window)
+                for name in made.keys() & out.keys():
+                    made[name][row, steps] = out[name][0].to(made[name])
+        except DtLensError:
+            raise
+        except Exception as error:  # whatever the user's own code raises
+            raise DtLensError(
+                f"This model's own forward pass fails, so nothing can be certified against it: {because(error)}."
+            ) from error
+        finally:
+            self.module.train(training)
+        return made
+
+
+def ask_for_heads(given: Mapping[str, Any], kind: str, usual: int) -> Any:
+    """The number of heads, which no shape tells."""
+    if "n_heads" not in given:
+        raise DtLensError(
+            f"{kind[0].upper()}{kind[1:]}'s file does not say how many attention heads it has; pass n_heads= "
+            f"(the code base's default is n_heads={usual})."
+        )
+    return given["n_heads"]
+
+
+def run_facts(usual: Mapping[str, Any], given: Mapping[str, Any]) -> RunFacts:
+    """The facts of the run: what was said, and else what holds of every run of the code base."""
+    return given_facts(None, {**usual, **given})
+
+
+def steps_of_mask(tensors: Mapping[str, Tensor], key: str, extra: int = 0) -> dict[str, int]:
+    """The context that a square causal mask was made for: a step is three tokens."""
+    mask = tensors.get(key)
+    width = mask.shape[-1] - extra if mask is not None and mask.ndim else 0
+    return {"context": width // 3} if width > 0 and width % 3 == 0 else {}
