@@ -19,7 +19,9 @@ from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, 
 from dt_lens.nulls import HaarMaximum, frame_maximum, q_values
 
 if TYPE_CHECKING:
+    from dt_lens.label_text import Filter, Rule
     from dt_lens.lens import Lens
+    from dt_lens.token_tables import TokenTable
 
 __all__ = ["COLUMNS", "Decomposition", "WeightSVD"]
 
@@ -317,6 +319,23 @@ class WeightSVD:
                     row = (sv, stop - start, float(found.sigma[sv]), pole, rank, names[j], float(values[j]))
                     rows.append(row)
         return pd.DataFrame(rows, columns=["sv", "block", "sigma", "pole", "rank", "label", "cosine"])
+
+    def tokens(
+        self,
+        matrices: Names,
+        embeddings: Names | None = None,
+        k: int = 8,
+        n: int = 10,
+        where: Rule | Filter | Sequence[Rule | Filter] | None = None,
+        side: SideName | None = None,
+    ) -> TokenTable:
+        """The ``n`` labels at both poles of the first ``k`` directions, several embeddings side by side.
+
+        A table for Jupyter, pandas and HTML; the arguments are told at ``dt_lens.token_tables.token_table``.
+        """
+        from dt_lens.token_tables import token_table
+
+        return token_table(self, matrices, self._named if embeddings is None else embeddings, k, n, where, side)
 
     def _side(self, matrix: Matrix, embedding: Embedding, side: SideName | None) -> SideName:
         """The side of a matrix on which an embedding is met."""

@@ -2,41 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dt_lens.cli.options import (
-    Given,
-    Model,
-    Raw,
-    load_model,
-)
-from dt_lens.cli.output import print_table
+from dt_lens.cli.options import Given, Model, Raw, load_model
+from dt_lens.cli.output import print_table, progress, written
+from dt_lens.errors import DtLensError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def top(
     model: Model,
-    matrix: Annotated[str, typer.Argument(help="A matrix, such as blocks.0.mlp.W_in.")],
-    embedding: Annotated[str, typer.Argument(help="An embedding, such as action_out.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="How many directions.")] = 8,
+    matrix: Annotated[str, typer.Argument(help="A matrix such as blocks.0.mlp.W_in, or a pattern such as '*.OV.*'.")],
+    embeddings: Annotated[
+        list[str] | None, typer.Argument(help="Embeddings, such as action_out; natural pairings by default.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many directions of each matrix.")] = 8,
     side: Annotated[str | None, typer.Option(help="read, write, query or key, where the matrix has two.")] = None,
-    labels: Annotated[int, typer.Option(min=1, help="Labels at each pole.")] = 3,
+    labels: Annotated[int, typer.Option("-n", "--n", "--labels", min=1, help="Labels at each pole.")] = 10,
+    ascii_only: Annotated[bool, typer.Option("--ascii", help="Only labels of printable ASCII.")] = False,
+    words: Annotated[bool, typer.Option("--words", help="Only whole words.")] = False,
+    counts: Annotated[
+        Path | None, typer.Option(help="A .csv file of labels and counts (two columns); see --at-least.")
+    ] = None,
+    at_least: Annotated[float, typer.Option(help="Only labels that --counts has so often.")] = 1,
+    html: Annotated[Path | None, typer.Option(help="Write the table as a page to this .html file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the rows to this .csv file.")] = None,
     raw: Raw = False,
     given: Given = None,
 ) -> None:
     """The labels that a matrix's first directions point towards and away from."""
-    loaded = load_model(model, given)
-    from dt_lens.svd import WeightSVD
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given)
+        from dt_lens import label_text
+        from dt_lens.svd import WeightSVD
 
-    table = WeightSVD(loaded, fold_layernorm=not raw).top(matrix, embedding, k, side, labels)  # type: ignore[arg-type]
-    rows = []
-    for (sv, sigma), poles in table.groupby(["sv", "sigma"], sort=False):
-        named = {
-            pole: ", ".join(f"{r.label} {r.cosine:+.2f}" for r in group.itertuples())
-            for pole, group in poles.groupby("pole", sort=False)
-        }
-        rows.append({"sv": sv, "sigma": sigma, "towards": named.get("+", ""), "away": named.get("-", "")})
+        rules: list[Any] = [label_text.ascii_only] if ascii_only else []
+        rules += [label_text.whole_words] if words else []
+        if counts is not None:
+            rules.append(label_text.at_least(_counts(counts), at_least))
+        tell("decomposing and comparing", 0.5)
+        svd = WeightSVD(loaded, fold_layernorm=not raw)
+        table = svd.tokens(matrix, embeddings or None, k, labels, rules or None, side)  # type: ignore[arg-type]
+    for (name, where), part in table.rows.groupby(["matrix", "side"], sort=False):
+        print_table(_lines(part), f"{name}, {where} side")
+    for file in (html, out):
+        if file is not None:
+            written(file, partial(table.save, file))
+
+
+def _lines(part: pd.DataFrame) -> pd.DataFrame:
+    """A line for each direction and embedding."""
     import pandas as pd
 
-    print_table(pd.DataFrame(rows), f"{matrix} × {embedding}")
+    from dt_lens.label_text import spelled, texts
+
+    rows = []
+    for (sv, sigma, block, embedding), found in part.groupby(["sv", "sigma", "block", "embedding"], sort=False):
+        row = {"sv": str(sv) if block == 1 else f"{sv} (1 of {block})", "sigma": sigma, "embedding": embedding}
+        for heading, pole in (("towards", "+"), ("away", "-")):
+            these = found[found["pole"] == pole]
+            said = zip(texts(list(these["label"])), these["cosine"], strict=True)
+            row[heading] = ", ".join(f"{spelled(text)} {cosine:+.2f}" for text, cosine in said)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _counts(file: Path) -> dict[str, float]:
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(file, keep_default_na=False)
+        return dict(zip(table.iloc[:, 0].astype(str), table.iloc[:, 1].astype(float), strict=True))
+    except (OSError, ValueError, IndexError) as error:
+        raise DtLensError(
+            f"{file} cannot be read as a table of labels and counts; give a .csv with two columns."
+        ) from (error)

@@ -21,7 +21,7 @@ from dt_lens.report.style import dark, light
 from dt_lens.report.tables import Format, table_html
 from dt_lens.version import __version__
 
-__all__ = ["Block", "Choice", "Folded", "Note", "Plot", "Section", "Table", "Video", "write_report"]
+__all__ = ["Block", "Choice", "Folded", "Markup", "Note", "Plot", "Section", "Table", "Video", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ class Video:
 
 
 @dataclass(frozen=True)
+class Markup:
+    """HTML that this package made, taken into the page as it is: whoever makes it has escaped what is data."""
+
+    html: str
+
+
+@dataclass(frozen=True)
 class Folded:
     """Blocks behind a line of text: there for who wants them, shut until opened."""
 
@@ -77,7 +84,7 @@ class Folded:
     blocks: Sequence[Block]
 
 
-Block: TypeAlias = "str | Note | Plot | Choice | Table | Video | Folded | go.Figure | pd.DataFrame"
+Block: TypeAlias = "str | Note | Plot | Choice | Table | Video | Markup | Folded | go.Figure | pd.DataFrame"
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,7 @@ class _Page:
             Table: _table,
             pd.DataFrame: lambda frame: _table(Table(frame)),
             Video: _video,
+            Markup: lambda markup: markup.html,
             Folded: lambda fold: (
                 f"<details><summary>{_text(fold.title)}</summary>\n{self.blocks(fold.blocks)}\n</details>"
             ),
