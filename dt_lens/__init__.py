@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dt_lens.edits import SingularEdit
     from dt_lens.embeddings import Embedding, EmbeddingRegistry
     from dt_lens.lens import load, wrap
+    from dt_lens.model_comparison import compare
     from dt_lens.report.plots import plot_heatmap, plot_overview, plot_sigma_against_cosine, plot_spectrum
     from dt_lens.svd import WeightSVD
 
@@ -33,6 +34,7 @@ _HOMES = {
     "SingularEdit": "edits",
     "WeightSVD": "svd",
     "certify": "certification",
+    "compare": "model_comparison",
     "evaluate": "behaviour.evaluate",
     "load": "lens",
     "plot_heatmap": "report.plots",
@@ -52,6 +54,7 @@ __all__ = [
     "WeightSVD",
     "__version__",
     "certify",
+    "compare",
     "evaluate",
     "load",
     "plot_heatmap",

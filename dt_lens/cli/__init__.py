@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dt_lens.cli.comparing import compare
 from dt_lens.cli.playing import evaluate
 from dt_lens.cli.scanning import certify, scan
 from dt_lens.cli.studying import study
@@ -20,7 +21,7 @@ from dt_lens.cli.training import record, train
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
-__all__ = ["app", "certify", "evaluate", "main", "record", "scan", "study", "top", "train", "train_text"]
+__all__ = ["app", "certify", "compare", "evaluate", "main", "record", "scan", "study", "top", "train", "train_text"]
 
 app = typer.Typer(
     name="dt-lens",
@@ -34,6 +35,7 @@ _COMMANDS: list[Callable[..., None]] = [
     study,
     scan,
     top,
+    compare,
     evaluate,
     certify,
     train,
