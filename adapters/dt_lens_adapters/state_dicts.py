@@ -288,10 +288,12 @@ class _Reference:
                 # These models know no padding. Cut off, it changes nothing, unless the position in the window counts.
                 if self.layout.cfg.position != "none" and not steps.all():
                     continue
-                window = {name: x[row : row + 1, steps] for name, x in batch.items() if name != "attention_mask"}
+                # A whole window may lack its last action.
+                kept = slice(None) if steps.all() else steps
+                window = {name: x[row : row + 1, kept] for name, x in batch.items() if name != "attention_mask"}
                 out = self.layout.call(self.module, window)
                 for name in made.keys() & out.keys():
-                    made[name][row, steps] = out[name][0].to(made[name])
+                    made[name][row, kept] = out[name][0].to(made[name])
         except DtLensError:
             raise
         except Exception as error:  # whatever the user's own code raises

@@ -88,6 +88,7 @@ def make_task(
         state_dim = _state_size(environment, env.observation_space)
         act_dim, discrete = _action_size(environment, env.action_space)
         spaces_of = env.observation_space, env.action_space
+        own_limit = getattr(env.unwrapped, "max_steps", None)  # MiniGrid counts its steps itself
     finally:
         env.close()
     if state_dim != cfg.state_dim:
@@ -102,6 +103,8 @@ def make_task(
         what = "kinds of action" if discrete else "numbers per action"
         raise DtLensError(f"{environment} takes {act_dim} {what} and this model predicts {cfg.act_dim}.")
     limit = min(spec.max_episode_steps or cfg.max_ep_len, max_steps or 10**9)
+    if isinstance(own_limit, int) and own_limit > 0:
+        limit = min(limit, own_limit)
     return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, limit)
 
 
