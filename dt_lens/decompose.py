@@ -9,6 +9,7 @@ large.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,13 +57,13 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
     Raises:
         DtLensError: when a factor holds values that are not finite, or no solver reaches the tolerance.
     """
-    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+    sizes = [max(abs(float(end)) for end in factor.aminmax()) if factor.numel() else 0.0 for factor in factors]
+    if not all(math.isfinite(size) for size in sizes):
         raise DtLensError("A matrix holds NaN or infinite values, so it has no singular value decomposition.")
-    # A power of two changes no digit, and keeps the squares of huge and tiny entries representable.
-    scales = [
-        2.0 ** round(float(factor.abs().max().log2())) if bool((factor != 0).any()) else 1.0 for factor in factors
-    ]
-    scaled = [factor / scale for factor, scale in zip(factors, scales, strict=True)]
+    # A power of two changes no digit, and keeps the squares of huge and tiny entries representable. Between these
+    # bounds they are, and a large matrix is not copied.
+    scales = [1.0 if size == 0 or 1e-60 < size < 1e60 else 2.0 ** round(math.log2(size)) for size in sizes]
+    scaled = [factor if scale == 1 else factor / scale for factor, scale in zip(factors, scales, strict=True)]
     scale = scales[0] * (scales[1] if len(scales) == 2 else 1.0)
     found = (_product if len(factors) == 2 else _single)(scaled, rank, floor / scale)
     return found._replace(sigma=found.sigma * scale)

@@ -23,6 +23,7 @@ __all__ = ["MAX_ANGLE", "Decomposition", "decompose_matrix"]
 MAX_ANGLE = 0.1
 # ... allowing for so many standard deviations of what rounding does.
 DEVIATIONS = 3.0
+CHUNK = 2**22  # entries of a weight looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +136,7 @@ def decompose_matrix(
     except DtLensError as error:
         raise DtLensError(f"{matrix.name}: {error}") from error
     sign_side = found.left if matrix.left in RESIDUAL else found.right
+    del factors
     largest = sign_side.gather(1, sign_side.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(found.sigma)
     left, right = found.left * signs, found.right * signs
@@ -169,19 +171,30 @@ def rounding_noise(
     through the LayerNorm and the other factor.
     """
     lens = Snapshot.of(lens)
-    seen = matrix.folded(lens) if folded else matrix.raw(lens)
     ahead, behind = left, right  # the directions as they arrive at the weights from either end
     if folded and matrix.left_norm:
         ahead = left * lens.weights[f"{matrix.left_norm}.w"].to(left)
     if folded and matrix.right_norm:
         behind = right * lens.weights[f"{matrix.right_norm}.w"].to(right)
-    pairs = [(ahead, behind)] if len(seen) == 1 else [(ahead, right @ seen[1].T), (left @ seen[0], behind)]
+    pairs = [(ahead, behind)]
+    if len(matrix.factors) == 2:
+        seen = matrix.folded(lens) if folded else matrix.raw(lens)
+        pairs = [(ahead, right @ seen[1].T), (left @ seen[0], behind)]
     total = left.new_zeros(len(left))
     for factor, (x, y) in zip(matrix.factors, pairs, strict=True):
-        variance = _ulp(factor.view(lens.weights)).square() / 12
-        mean = variance.mean().clamp_min(1e-300)
-        total += (x.square() @ variance.mean(1)) * (y.square() @ variance.mean(0)) / mean
+        rows, columns = _variances(factor.view(lens.weights))
+        total += (x.square() @ rows) * (y.square() @ columns) / rows.mean().clamp_min(1e-300)
     return total.sqrt()
+
+
+def _variances(weight: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
+    """The row means and the column means of the variances of rounding, a few rows at a time."""
+    rows, columns = [], torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for part in weight.split(max(1, CHUNK // weight.shape[1])):
+        variance = _ulp(part).square() / 12
+        rows.append(variance.mean(1))
+        columns += variance.sum(0)
+    return torch.cat(rows), columns / len(weight)
 
 
 def _ulp(weight: Tensor) -> Tensor:

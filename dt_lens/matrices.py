@@ -214,7 +214,8 @@ def fold(
     front of an RMSNorm (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
     """
     scaled = w.to(matrix)[:, None] * matrix
-    return scaled - scaled.mean(0, keepdim=True) if centre else scaled
+    # In place: a large matrix need not be there three times.
+    return scaled.sub_(scaled.mean(0, keepdim=True)) if centre else scaled
 
 
 def unfold(change: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"], norm: str) -> Tensor:
@@ -330,13 +331,17 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
 
 def fingerprint(lens: Weighted, matrix: Matrix) -> bytes:
     """A hash of every bit that a matrix is made of, its LayerNorm's scale included."""
-    weights = lens.weights
-    names = [factor.weight for factor in matrix.factors]
-    names += [f"{norm}.w" for norm in (matrix.left_norm, matrix.right_norm) if norm is not None]
-    digest = hashlib.blake2b(digest_size=16)
-    for name in dict.fromkeys(names):
-        digest.update(f"{name} {weights[name].dtype} {list(weights[name].shape)}".encode())
-        digest.update(weight_bytes(weights[name]))
+    weights, digest = lens.weights, hashlib.blake2b(digest_size=16)
+    parts = [(f"{factor.weight} {factor.head}", weights[factor.weight], factor.head) for factor in matrix.factors]
+    norms = dict.fromkeys(norm for norm in (matrix.left_norm, matrix.right_norm) if norm is not None)
+    parts += [(f"{norm}.w", weights[f"{norm}.w"], None) for norm in norms]
+    for name, weight, head in parts:
+        part = (weight if head is None else weight[head]).detach()
+        digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
+        # In the order of the memory, so that a large transposed weight is not copied to be looked at.
+        order = sorted(range(part.ndim), key=lambda axis: (-part.stride(axis), axis))
+        digest.update(f"{order}".encode())
+        digest.update(part.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.digest()
 
 

@@ -8,6 +8,7 @@ maximum.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy.stats import false_discovery_control
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["HaarMaximum", "cap_probability", "frame_maximum", "q_values"]
+__all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum", "q_values"]
 
 Array = NDArray[np.float64]
 CHUNK = 4_000_000  # numbers held at a time
@@ -75,7 +76,7 @@ class HaarMaximum:
     @classmethod
     def of(
         cls,
-        labels: ArrayLike,
+        labels: ArrayLike | LabelBlocks,
         dimension: int | None = None,
         seed: int = 0,
         span: int = 1,
@@ -87,16 +88,19 @@ class HaarMaximum:
         draw.
 
         Args:
-            labels: directions in rows.
+            labels: directions in rows; ``LabelBlocks`` tell their dimension themselves.
             dimension: of the space in which labels and direction lie, default ``d``; ``d - 1`` behind a LayerNorm's
                 centring, where all of them are orthogonal to the constant vector.
             seed: of the Monte Carlo part.
             span: of how many dimensions the random subspace is.
             samples: draws, by default 5,000 (fewer for more than 800 labels, and for spans; at least 800).
         """
-        E = _unit_rows(labels)
-        n, d = E.shape
-        dimension = dimension or d
+        E: Array | None = None
+        if isinstance(labels, LabelBlocks):
+            n, dimension = labels.n, labels.dimension
+        else:
+            E = _unit_rows(labels)
+            n, dimension = len(E), dimension or E.shape[1]
         if n == 0 or span >= dimension:
             # Without labels the best match is 0, and the whole space matches everything.
             flat = np.full(2, -np.log(max(n, 1)))
@@ -107,7 +111,7 @@ class HaarMaximum:
         if n > 1:
             samples = samples or max(800, int(min(4e6 / n, 5000)) // span)
             rng = np.random.default_rng([seed, n, dimension, span])
-            C = _coordinates(E, dimension)
+            C = labels if isinstance(labels, LabelBlocks) else _Whole(_coordinates(np.asarray(E), dimension))
             share, drawn = _shares(C, span, grid, samples, rng), _best_matches(C, span, samples, rng)
         null = cls(n, dimension, span, 0.0, 0.0, grid, np.log(share), drawn)
         t = np.linspace(0, float(_cap_cosine(1e-18 / n, dimension, span)), 601)
@@ -159,55 +163,114 @@ def _coordinates(E: Array, dimension: int) -> Array:
     return np.pad(inside, ((0, 0), (0, dimension - inside.shape[1])))
 
 
-def _shares(C: Array, span: int, grid: Array, samples: int, rng: np.random.Generator) -> Array:
+@dataclass(frozen=True)
+class LabelBlocks:
+    """Labels too many to hold in float64 at once, ``[n, d]``, read a block at a time whenever they are needed.
+
+    The null then depends on the basis that the labels are written in by its Monte Carlo draws, and not otherwise.
+
+    Attributes:
+        n: how many labels, zero rows left out.
+        width: ``d``.
+        centred: all labels are orthogonal to the constant vector, and the random direction is.
+        rows: unit rows in float64 for an array of numbers of labels.
+        blocks: all unit rows in order, in float32, as an iterator over blocks ``[m, d]``.
+    """
+
+    n: int
+    width: int
+    centred: bool
+    rows: Callable[[NDArray[np.int64]], Array]
+    blocks: Callable[[], Iterator[NDArray[np.float32]]]
+
+    @property
+    def dimension(self) -> int:
+        """Of the space in which labels and directions lie."""
+        return self.width - int(self.centred)
+
+    def draw(self, rng: np.random.Generator, size: int, span: int) -> Array:
+        """Standard normal vectors of that space, ``[size, d, span]``."""
+        x = rng.standard_normal((size, self.width, span))
+        return np.asarray(x - x.mean(1, keepdims=True)) if self.centred else x
+
+    def batch(self, span: int) -> int:
+        """Draws to hold at a time."""
+        return max(1, 4 * CHUNK // (self.width * span))
+
+
+class _Whole:
+    """All labels at once, in coordinates of their own."""
+
+    def __init__(self, C: Array) -> None:
+        self.C = C
+        self.n, self.dimension = C.shape
+
+    def rows(self, index: NDArray[np.int64]) -> Array:
+        return np.asarray(self.C[index])
+
+    def blocks(self) -> Iterator[Array]:
+        yield self.C
+
+    def draw(self, rng: np.random.Generator, size: int, span: int) -> Array:
+        return rng.standard_normal((size, self.dimension, span))
+
+    def batch(self, span: int) -> int:
+        return max(1, CHUNK // (max(self.n, self.dimension) * (span + 2)))
+
+
+def _shares(C: _Whole | LabelBlocks, span: int, grid: Array, samples: int, rng: np.random.Generator) -> Array:
     """``E[1/N]`` at every threshold of the grid, from subspaces drawn in a random label's cap.
 
     A subspace that meets a label at cosine ``c`` holds one vector ``c label + sqrt(1 - c^2) h``, and the rest of it is
     orthogonal to the label and to ``h``.
     """
-    n, dimension = C.shape
-    total, caps = np.zeros_like(grid), cap_probability(grid, dimension, span)
+    total, caps = np.zeros_like(grid), cap_probability(grid, C.dimension, span)
     # How deep in the cap a draw lies is its quantile; the inverse of the distribution is slow, so it is tabulated.
     nodes = np.linspace(np.log(1e-7), 0.0, 256)
-    chunk = max(1, CHUNK // (max(n, dimension) * (span + 2)))
+    depth = [_cap_cosine(np.exp(nodes) * cap, C.dimension, span) for cap in caps]
+    chunk = C.batch(span)
     for start in range(0, samples, chunk):
         size = min(chunk, samples - start)
-        chosen, log_uniform = rng.integers(n, size=size), np.log1p(-rng.random(size))
-        own = C[chosen]
-        frame = rng.standard_normal((size, dimension, span))
+        chosen, log_uniform = rng.integers(C.n, size=size), np.log1p(-rng.random(size))
+        own = C.rows(chosen)
+        frame = C.draw(rng, size, span)
         frame -= own[:, :, None] * np.einsum("sd,sdk->sk", own, frame)[:, None]
         frame = np.linalg.qr(frame)[0]
-        # Single precision: a draw that falls on the wrong side of t by 1e-7 moves nothing.
-        near = (own @ C.T).astype(np.float32)
-        inside = np.stack([(frame[:, :, i] @ C.T).astype(np.float32) for i in range(span)])
         # The sign of a QR column is LAPACK's: make it a coin's.
-        far, rest = (
-            inside[0] * rng.choice(np.array([-1, 1], dtype=np.float32), size)[:, None],
-            np.square(inside[1:]).sum(0),
-        )
-        for i, t in enumerate(grid):
-            if t >= 1:
-                # Only labels that coincide with the chosen one are matched perfectly.
-                matched = np.abs(near) > 1 - 1e-6
-            else:
-                c = np.interp(log_uniform, nodes, _cap_cosine(np.exp(nodes) * caps[i], dimension, span))
-                c = np.maximum(c, t)
-                along, across = c[:, None].astype(np.float32), np.sqrt(1 - c**2)[:, None].astype(np.float32)
-                matched = np.square(along * near + across * far) + rest >= np.float32(t) ** 2
-            matched[np.arange(size), chosen] = True
-            total[i] += (1 / matched.sum(1)).sum()
+        coin = rng.choice(np.array([-1, 1], dtype=np.float32), size)[:, None]
+        cosines = [np.maximum(np.interp(log_uniform, nodes, table), t) for table, t in zip(depth, grid, strict=True)]
+        counts, begin = np.zeros((len(grid), size), np.int64), 0
+        for block in C.blocks():
+            # Single precision: a draw that falls on the wrong side of t by 1e-7 moves nothing.
+            near = (own.astype(block.dtype) @ block.T).astype(np.float32)
+            inside = np.stack([(frame[:, :, i].astype(block.dtype) @ block.T).astype(np.float32) for i in range(span)])
+            far, rest = inside[0] * coin, np.square(inside[1:]).sum(0)
+            here = np.flatnonzero((chosen >= begin) & (chosen < begin + len(block)))
+            for i, t in enumerate(grid):
+                if t >= 1:
+                    # Only labels that coincide with the chosen one are matched perfectly.
+                    matched = np.abs(near) > 1 - 1e-6
+                else:
+                    c = cosines[i]
+                    along, across = c[:, None].astype(np.float32), np.sqrt(1 - c**2)[:, None].astype(np.float32)
+                    matched = np.square(along * near + across * far) + rest >= np.float32(t) ** 2
+                matched[here, chosen[here] - begin] = True
+                counts[i] += matched.sum(1)
+            begin += len(block)
+        total += (1 / counts).sum(1)
     return total / samples
 
 
-def _best_matches(C: Array, span: int, samples: int, rng: np.random.Generator) -> Array:
+def _best_matches(C: _Whole | LabelBlocks, span: int, samples: int, rng: np.random.Generator) -> Array:
     """Best matches of ``samples`` random subspaces with the labels, sorted."""
-    n, dimension = C.shape
-    best = np.empty(samples)
-    chunk = max(1, CHUNK // (max(n, dimension) * span))
+    best = np.zeros(samples)
+    chunk = max(1, CHUNK // (max(C.n, C.dimension) * span)) if isinstance(C, _Whole) else C.batch(span)
     for start in range(0, samples, chunk):
-        frame = np.linalg.qr(rng.standard_normal((len(best[start : start + chunk]), dimension, span)))[0]
-        projected = sum(np.square(frame[:, :, i] @ C.T) for i in range(span))
-        best[start : start + chunk] = np.sqrt(np.max(projected, axis=1))
+        found = best[start : start + chunk]
+        frame = np.linalg.qr(C.draw(rng, len(found), span))[0]
+        for block in C.blocks():
+            projected = sum(np.square(frame[:, :, i].astype(block.dtype) @ block.T) for i in range(span))
+            np.maximum(found, np.sqrt(np.max(projected, axis=1)), out=found)
     return np.sort(best)
 
 
