@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import pickletools
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,10 +24,18 @@ from dt_lens.errors import DtLensError, because
 __all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "read_json"]
 
 # Where code bases put the state dict inside the dict that they save.
-NESTED = ("model_state_dict", "state_dict", "model_state", "model")
-SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
+NESTED = ("model_state_dict", "state_dict", "model_state", "model", "transformer")
+SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".d3")
 SUFFIXES = SAFETENSORS + TORCH
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face calls them, in the order of preference
+
+# What rebuilds an array of numbers, under NumPy's names for it before and since version 2; nothing in it runs code.
+_ARRAY = {"_reconstruct": np._core.multiarray._reconstruct, "scalar": np._core.multiarray.scalar}
+ARRAYS: list[Any] = [
+    *((call, f"numpy.{core}.multiarray.{name}") for name, call in _ARRAY.items() for core in ("core", "_core")),
+    *(np.ndarray, np.dtype),
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,8 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a folder in Hugging Face's form, a ``.safetensors`` file, or a pickled state dict.
 
-    Pickles load with ``weights_only=True``: one that wants to run code is refused.
+    Pickles load with ``weights_only=True``, arrays of numbers allowed: one that wants to run code is refused. A pickle
+    of plain values that holds a file of torch's as bytes, under ``"torch"``, is read as that file.
 
     Raises:
         DtLensError: for a path that does not exist or cannot be read as a checkpoint, with the reason.
@@ -125,10 +137,17 @@ def _read_file(file: Path) -> Checkpoint:
 
 
 def _read_pickle(file: Path) -> Checkpoint:
+    config: dict[str, Any] = {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            loaded = _unpickled(file)
+        except pickle.UnpicklingError:
+            values = _plain_values(file)
+            if not isinstance(values, dict) or not isinstance(values.get("torch"), bytes):
+                raise
+            loaded, config = _unpickled(io.BytesIO(values["torch"])), _json_in(file, values.get("config"))
+    except DtLensError:
+        raise
     except Exception as error:
         # torch.load answers a file that is no checkpoint with whatever its parser stumbled over.
         wanted = _wants(file, error)
@@ -158,7 +177,40 @@ def _read_pickle(file: Path) -> Checkpoint:
         raise DtLensError(
             f"{file} holds {str(bad)!r}, which is no tensor; expected a state dict, which maps names to tensors."
         )
-    return Checkpoint(file, {str(k): v for k, v in tensors.items()}, extra=extra, folder=file.parent)
+    return Checkpoint(file, {str(k): v for k, v in tensors.items()}, config, extra, file.parent)
+
+
+def _unpickled(file: Path | IO[bytes]) -> Any:
+    with warnings.catch_warnings(), torch.serialization.safe_globals(ARRAYS):
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _Plain(pickle.Unpickler):
+    """Numbers, strings, bytes and what holds them; anything that has to be called for is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+
+
+def _plain_values(file: Path) -> Any:
+    """What a pickle of plain values holds; ``None`` for any other."""
+    try:
+        with file.open("rb") as stream:
+            return _Plain(stream).load()
+    except Exception:  # an unpickler stumbles over what is no pickle in many ways
+        return None
+
+
+def _json_in(file: Path, text: Any) -> dict[str, Any]:
+    """The object in a string of JSON that ``file`` holds; an empty one where it holds no string."""
+    if not isinstance(text, str):
+        return {}
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DtLensError(f"The configuration in {file} cannot be read as JSON: {because(error)}.") from error
+    return values if isinstance(values, dict) else {}
 
 
 def _wants(file: Path, error: Exception) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -150,7 +151,7 @@ def test_numbers_that_are_none_are_refused_where_they_are_used(tmp_path: Path, v
 
 def test_state_dicts_are_found_where_code_bases_put_them(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3), "b": torch.ones(2, dtype=torch.uint8)}
-    for name in (None, "model_state_dict", "state_dict", "model_state", "model"):
+    for name in (None, "model_state_dict", "state_dict", "model_state", "model", "transformer"):
         torch.save({name: tensors, "epoch": 3} if name else tensors, tmp_path / "agent.tar")
         checkpoint = read_checkpoint(tmp_path / "agent.tar")
         assert {key: value.tolist() for key, value in checkpoint.tensors.items()} == {
@@ -158,6 +159,46 @@ def test_state_dicts_are_found_where_code_bases_put_them(tmp_path: Path) -> None
         }
         assert checkpoint.extra == ({"epoch": 3} if name else {}) and checkpoint.config == {}
         assert checkpoint.folder == tmp_path
+
+
+def test_arrays_of_numbers_beside_the_weights(tmp_path: Path) -> None:
+    arrays = {"mean": np.ones((1, 3), np.float32), "scale": np.float64(2.0), "ids": np.arange(3, dtype=np.int64)}
+    torch.save({"model_state": {"a": torch.zeros(2)}, **arrays}, tmp_path / "agent.pt")
+    extra = read_checkpoint(tmp_path / "agent.pt").extra
+    assert all(np.array_equal(extra[name], array) for name, array in arrays.items())
+    torch.save({"model_state": {"a": torch.zeros(2)}, "x": np.array([Hostile(tmp_path / "trace")])}, tmp_path / "b.pt")
+    assert refusal(tmp_path / "b.pt") and not (tmp_path / "trace").exists()
+
+
+def as_bytes(saved: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    return buffer.getvalue()
+
+
+def test_a_torch_file_inside_a_pickle_of_plain_values(tmp_path: Path) -> None:
+    inside = as_bytes({"transformer": {"a": torch.arange(3.0)}, "optim": {"state": {}}})
+    for protocol in (3, 4, 5):
+        values = {"torch": inside, "config": '{"layers": 3}', "version": "2.8.1"}
+        (tmp_path / "agent.d3").write_bytes(pickle.dumps(values, protocol=protocol))
+        checkpoint = read_checkpoint(tmp_path / "agent.d3")
+        assert checkpoint.tensors["a"].tolist() == [0, 1, 2] and checkpoint.config == {"layers": 3}
+        assert checkpoint.extra == {"optim": {"state": {}}}
+
+
+def test_a_bad_torch_file_inside_a_pickle_of_plain_values(tmp_path: Path) -> None:
+    good, trace = as_bytes({"a": torch.zeros(2)}), tmp_path / "trace"
+    for values, message in (
+        ({"torch": good, "config": "{"}, "cannot be read as JSON"),
+        ({"torch": good[:50], "config": "{}"}, "cannot be read as a checkpoint"),
+        ({"torch": b"", "config": "{}"}, "cannot be read as a checkpoint"),
+        ({"torch": "text"}, "cannot be read as a checkpoint"),
+        ({"torch": as_bytes({"a": Hostile(trace)})}, "wants to run code"),
+        ({"torch": good, "config": Hostile(trace)}, "wants to run code"),
+    ):
+        (tmp_path / "agent.d3").write_bytes(pickle.dumps(values))
+        assert message in refusal(tmp_path / "agent.d3")
+    assert not trace.exists()
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:

@@ -1,0 +1,273 @@
+"""CORL's decision transformer, held against ``nn.MultiheadAttention`` itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import dt_lens
+from dt_lens import SingularEdit, WeightSVD
+from dt_lens.certification import certify
+from dt_lens.errors import DtLensError
+from dt_lens.files import read_checkpoint
+from dt_lens.matrices import catalogue
+from dt_lens_adapters.corl import CORLDecisionTransformer
+
+SETTINGS = """\
+action_dim: 3
+attention_dropout: 0.1
+embedding_dim: 16
+env_name: hopper-medium-v2
+episode_len: 36
+max_action: 1.0
+name: DT-hopper-medium-v2-1f2e
+num_heads: 2
+num_layers: 2
+reward_scale: 0.01
+seq_len: 4
+target_returns:
+- 3600.0
+- 1800.0
+train_seed: 10
+"""
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, tokens: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.attention = nn.MultiheadAttention(d, heads, 0.1, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d), nn.Dropout(0.1))
+        self.register_buffer("causal_mask", torch.ones(tokens, tokens).triu(1).bool())
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        y, future = self.norm1(x), self.causal_mask[: x.shape[1], : x.shape[1]]
+        x = x + self.attention(y, y, y, attn_mask=future, key_padding_mask=padding, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Minimal(nn.Module):
+    """The original's module names, argument order and computation."""
+
+    def __init__(self, state_dim: int, act_dim: int, d: int, heads: int, blocks: int, context: int) -> None:
+        super().__init__()
+        self.emb_norm, self.out_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.timestep_emb = nn.Embedding(36 + context, d)
+        self.state_emb, self.action_emb, self.return_emb = (
+            nn.Linear(state_dim, d),
+            nn.Linear(act_dim, d),
+            nn.Linear(1, d),
+        )
+        self.blocks = nn.ModuleList(Block(d, 3 * context, heads) for _ in range(blocks))
+        self.action_head = nn.Sequential(nn.Linear(d, act_dim), nn.Tanh())
+        self.seq_len, self.max_action, self.factor = context, 1.0, 1.0
+
+    def forward(
+        self, states: Any, actions: Any, returns_to_go: Any, time_steps: Any, padding_mask: Any = None
+    ) -> torch.Tensor:
+        time = self.timestep_emb(time_steps)
+        kinds = self.return_emb(returns_to_go[..., None]), self.state_emb(states), self.action_emb(actions)
+        tokens = [kind[:, t] + time[:, t] for t in range(time.shape[1]) for kind in kinds]
+        x = self.emb_norm(torch.stack(tokens, 1))
+        padding = None if padding_mask is None else padding_mask.repeat_interleave(3, 1)
+        for block in self.blocks:
+            x = block(x, padding)
+        return self.action_head(self.factor * self.out_norm(x)[:, 1::3]) * self.max_action
+
+
+def make(seed: int = 0, size: float = 0.3, **sizes: Any) -> Minimal:
+    torch.manual_seed(seed)
+    options = {"state_dim": 5, "act_dim": 3, "d": 16, "heads": 2, "blocks": 2, "context": 4, **sizes}
+    model = Minimal(**options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return model
+
+
+def batch_of(model: Minimal, n: int = 3, steps: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "states": torch.randn(n, steps, model.state_emb.in_features, generator=generator),
+        "actions": torch.randn(n, steps, model.action_emb.in_features, generator=generator),
+        "returns_to_go": torch.randn(n, steps, 1, generator=generator),
+        "timesteps": torch.randint(36, (n, steps), generator=generator),
+    }
+
+
+def original(model: Minimal, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    padding = None if mask is None else mask == 0
+    with torch.no_grad():
+        return model(batch["states"], batch["actions"], batch["returns_to_go"][..., 0], batch["timesteps"], padding)
+
+
+def lensed(lens: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        out = lens(**batch)
+    assert out.state_preds is None and out.return_preds is None
+    return out.action_preds
+
+
+def saved(model: nn.Module, folder: Path) -> Path:
+    """What CORL's script leaves behind at the end, without the settings that it wrote at the beginning."""
+    size = model.state_emb.in_features
+    mean, std = np.arange(size, dtype=np.float32)[None], np.full((1, size), 2, np.float32)
+    whole = {"model_state": model.state_dict(), "state_mean": mean, "state_std": std}
+    torch.save(whole, folder / "dt_checkpoint.pt")
+    return folder / "dt_checkpoint.pt"
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    heads=st.sampled_from([1, 2, 4]),
+    width=st.sampled_from([1, 3, 4]),
+    blocks=st.integers(1, 3),
+    sizes=st.tuples(st.integers(1, 7), st.integers(1, 4)),
+    steps=st.integers(1, 4),
+    cut=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_the_same_predictions(
+    heads: int, width: int, blocks: int, sizes: tuple[int, int], steps: int, cut: int, seed: int
+) -> None:
+    model = make(seed, state_dim=sizes[0], act_dim=sizes[1], d=4 * width, heads=heads, blocks=blocks)
+    lens, batch = dt_lens.wrap(model), batch_of(model, steps=steps, seed=seed)
+    torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+    # It pads on the right; on the left nn.MultiheadAttention has nothing to look at and answers NaN.
+    batch["attention_mask"] = torch.ones(3, steps, dtype=torch.long)
+    batch["attention_mask"][1, max(1, steps - cut) :] = 0
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(lensed(lens, batch)[real], original(model, batch)[real], rtol=1e-5, atol=1e-5)
+    assert lens.cfg.n_heads == heads and lens.cfg.n_ctx == 4
+
+
+def test_left_padding_is_a_shorter_window() -> None:
+    model = make()
+    lens, batch = dt_lens.wrap(model), batch_of(model)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]])
+    mine = lensed(lens, {**batch, "attention_mask": mask})
+    for row, real in enumerate(mask.bool()):
+        alone = {name: x[row : row + 1, real] for name, x in batch.items()}
+        torch.testing.assert_close(mine[row, real], original(model, alone)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_script_saves(tmp_path: Path) -> None:
+    model = make()
+    file = saved(model, tmp_path)
+    with pytest.raises(DtLensError, match=r"pass n_heads= \(the code base's default is n_heads=1\)\.$"):
+        dt_lens.load(file)
+    for given_heads in ({"n_heads": 2}, {}):
+        lens = dt_lens.load(file, **given_heads)
+        batch = batch_of(model)
+        torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+        assert lens.facts.context == 4 and lens.cfg.n_heads == 2 and lens.cfg.max_ep_len == 40
+        assert lens.facts.state_mean == (0, 1, 2, 3, 4) and lens.facts.state_std == (2,) * 5
+        (tmp_path / "config.yaml").write_text(SETTINGS)
+    # The second time the settings lay beside it.
+    assert lens.facts.return_scale == 100.0 and lens.facts.target_returns == (3600.0, 1800.0)
+    assert lens.facts.about == {"dataset": "hopper-medium-v2"} and lens.facts.environment is None
+    certificate = certify(lens, seed=3)
+    assert set(catalogue(lens)) <= set(certificate.errors) and certificate.against == "the original model"
+    assert set(lens.embeddings) == {"state_in", "action_in", "reward_in", "timestep_in", "action_out"}
+    assert dt_lens.load(file, return_scale=1, target_returns=[5]).facts.target_returns == (5.0,)
+    lens.to(torch.float64)
+    certify(lens)
+    lens.require_shared(list(lens.weights))
+
+
+def test_a_bare_state_dict_and_settings_of_another_model(tmp_path: Path) -> None:
+    model = make(heads=4)
+    torch.save(model.state_dict(), tmp_path / "dt.pt")
+    for text in (SETTINGS.replace("embedding_dim: 16", "embedding_dim: 32"), "num_heads: 2\n", "\x00", ""):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(DtLensError, match="pass n_heads="):
+            dt_lens.load(tmp_path / "dt.pt")
+    lens = dt_lens.load(tmp_path / "dt.pt", n_heads=4)
+    assert lens.facts.return_scale == 1000.0 and lens.facts.state_mean is None
+    (tmp_path / "config.yaml").write_text(SETTINGS.replace("max_action: 1.0", "max_action: 2.0"))
+    with pytest.raises(DtLensError, match=r"multiplies its actions by max_action=2\.0"):
+        dt_lens.load(tmp_path / "dt.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("blocks.1.norm2.bias", None, r"no tensor 'blocks\.1\.norm2\.bias'"),
+        ("blocks.0.attention.in_proj_bias", None, r"no tensor 'blocks\.0\.attention\.in_proj_bias'"),
+        ("out_norm.weight", None, r"no tensor 'out_norm\.weight'"),
+        ("blocks.0.attention.in_proj_weight", lambda t: t.T, r"shape \[16, 48\]; \[48, 16\] was expected"),
+        ("state_emb.weight", lambda t: t[0], r"'state_emb\.weight' has shape \[5\]"),
+        (
+            "blocks.0.attention.bias_k",
+            lambda t: torch.zeros(1, 1, 16),
+            r"'blocks\.0\.attention\.bias_k' .* no place for",
+        ),
+        ("blocks.2.causal_mask", lambda t: torch.zeros(12, 12), r"no tensor 'blocks\.2\.attention\.in_proj_weight'"),
+        ("emb_norm.weight", lambda t: t.long(), "holds int64 numbers"),
+        ("blocks.1.norm1.weight", lambda t: t / 0, r"'blocks\.1\.norm1\.weight' in .* holds NaN or infinite"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, key: str, change: Any, message: str) -> None:
+    tensors = dict(make().state_dict())
+    if change is None:
+        del tensors[key]
+    else:
+        tensors[key] = change(tensors.get(key)).contiguous()
+    torch.save({"model_state": tensors}, tmp_path / "agent.pt")
+    with pytest.raises(DtLensError, match=message):
+        dt_lens.load(tmp_path / "agent.pt", n_heads=2)
+
+
+def test_nobody_else_recognises_it(recognised_by: Any, tmp_path: Path) -> None:
+    model = make()
+    assert recognised_by(model) == recognised_by(read_checkpoint(saved(model, tmp_path))) == ["corl"]
+
+
+def test_a_wrong_map_is_noticed(mistaken: Any) -> None:
+    model = make()
+    mistaken(CORLDecisionTransformer.layout, lambda: dt_lens.wrap(model))
+
+
+def test_edits_reach_the_live_model() -> None:
+    model = make()
+    lens, batch = dt_lens.wrap(model), batch_of(model)
+    before = original(model, batch)
+    for matrix in ("blocks.0.mlp.W_in", "blocks.1.attn.W_K", "blocks.0.attn.W_O", "blocks.1.attn.OV.1"):
+        options: dict[str, Any] = {"side": "write"} if "OV" in matrix else {}
+        with SingularEdit(lens, matrix, **options):
+            assert not torch.allclose(original(model, batch), before, atol=1e-5)
+            torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+        assert torch.equal(original(model, batch), before)
+
+
+def test_a_live_model_that_computes_something_else_is_refused() -> None:
+    model = make()
+    model.factor = 1.01
+    with pytest.raises(DtLensError, match=r"certify: .* does not reproduce its activation in the original model"):
+        dt_lens.wrap(model)
+    model.factor, model.max_action = 1.0, 0.4
+    with pytest.raises(DtLensError, match=r"multiplies its actions by max_action=0\.4"):
+        dt_lens.wrap(model)
+
+
+def test_a_planted_direction_is_found() -> None:
+    model = make(d=32)
+    with torch.no_grad():
+        state = model.state_emb.weight[:, 2] * model.emb_norm.weight  # what arrives in the stream, but for its mean
+        value = model.blocks[1].attention.in_proj_weight[64:80]  # of the first head, (out, in)
+        value.mul_(0.01)
+        # Behind the block's own LayerNorm, whose scale folding multiplies by.
+        planted = (state - state.mean()) / model.blocks[1].norm1.weight
+        value += torch.outer(torch.nn.functional.normalize(torch.randn(16), dim=0), 9.0 * planted)
+    lens = dt_lens.wrap(model, state_labels=["a", "b", "height", "d", "e"])
+    table = WeightSVD(lens).scan(matrices=["blocks.1.attn.W_V"], embeddings=["state_in"], null="haar", seed=0)
+    best = table.sort_values("cosine", key=np.abs, ascending=False).iloc[0]
+    assert best["sv"] == 0 and best["label"] == "height" and abs(best["cosine"]) > 0.99
