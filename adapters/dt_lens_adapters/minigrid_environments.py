@@ -25,7 +25,7 @@ __all__ = ["FixedStartMemory", "FlatView", "make"]
 FIXED_START = "MiniGrid-MemoryS7FixedStart-v0"
 
 
-class FixedStartMemory(MemoryEnv):
+class FixedStartMemory(MemoryEnv):  # type: ignore[misc]  # untyped
     """MiniGrid's memory task with the agent always at the far left of its hallway, looking down it."""
 
     def _gen_grid(self, width: int, height: int) -> None:
