@@ -162,7 +162,7 @@ class _Layout(Layout):
         steps = count.shape[1]
         if self.cfg.position == "step":
             time = note("hook_embed_timestep", F.embedding(count[:, -1:], w[self.table]).expand(-1, steps, -1))
-            time = time + note("hook_pos_embed", w[WINDOW][0, :steps])
+            time = time + w[WINDOW][0, :steps]
         else:
             time = note("hook_embed_timestep", F.embedding(count, w[self.table]))
         if self.discrete:

@@ -98,7 +98,7 @@ class _Layout(Layout):
         ids = batch["actions"].argmax(-1) if batch["actions"].is_floating_point() else batch["actions"]
         actions = note("hook_embed_action", torch.tanh(F.embedding(ids, w["action_embeddings.0.weight"])))
         x = trace.tokens(returns + time, states + time, actions + time)
-        x = x + note("hook_pos_embed", w["pos_emb"][0, : x.shape[1]])
+        x = x + w["pos_emb"][0, : x.shape[1]]
         for layer in range(self.cfg.n_layers):
             x = self._block(trace, f"blocks.{layer}", x)
         note(f"blocks.{self.cfg.n_layers - 1}.hook_resid_post", x)
