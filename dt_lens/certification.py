@@ -274,8 +274,10 @@ class _Walk:
             yield from self.layernorm(entry, norm)
         x = self.entry(entry, norm, f"{block}.hook_resid_{'pre' if parallel else 'mid'}")
         gated = f"{mlp}.W_gate" in self.weights
+        # Where the gate has a bias both biases are added before the product; elsewhere the one bias comes after it.
+        with_bias = not gated or f"{mlp}.b_gate" in self.weights
         for kind, hook in (("W_gate", "hook_pre"), ("W_in", "hook_pre_linear")) if gated else (("W_in", "hook_pre"),):
-            yield from self.linear(f"{mlp}.{kind}", x, norm, self.truth[f"{mlp}.{hook}"], with_bias=not gated)
+            yield from self.linear(f"{mlp}.{kind}", x, norm, self.truth[f"{mlp}.{hook}"], with_bias=with_bias)
             yield from self.same(f"{mlp}.{kind}", f"{mlp}.{hook}")
         yield from self.same(f"the activation function of block {layer}", f"{mlp}.hook_post")
         yield from self.linear(
@@ -333,7 +335,7 @@ class _Walk:
             bare, shift = self.kept(self.bare(norm)), self.shift(norm)
             folded = [bare @ matrix.fold_change(self.model, M)[0] + shift @ M for M in _columns(W)]
             part = f"{name} with its LayerNorm folded"
-            yield Check(part, torch.cat(folded, 1) + b, raw.expected, raw.slack)
+            yield Check(part, torch.cat(folded, -1) + b, raw.expected, raw.slack)
 
     def product(
         self,
@@ -353,8 +355,8 @@ class _Walk:
             terms.append(x.abs() @ M.abs())
         # Where large terms cancel, the sum's rounding goes by the terms (Higham, "Accuracy and Stability of Numerical
         # Algorithms", section 3.1); products of half-precision numbers are summed in float32.
-        slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * torch.cat(terms, 1)
-        return self.check(part, torch.cat(made, 1) + b, self.kept(output), slack, whole, x)
+        slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * torch.cat(terms, -1)
+        return self.check(part, torch.cat(made, -1) + b, self.kept(output), slack, whole, x)
 
     def by_query(self, layer: int, which: str) -> Tensor:
         """``q``, ``k``, ``v`` or ``z`` in float64 with a head for every query head."""

@@ -68,7 +68,8 @@ class Embedding:
             )
         if isinstance(self.labels, str):
             raise DtLensError(f"labels is {self.labels!r}; give a list with one label for each direction.")
-        if not bool(torch.isfinite(self.directions).all()):
+        # Unlike isfinite, which makes copies, this looks at a large table in place.
+        if not all(bool(torch.isfinite(end)) for end in self.directions.aminmax()):
             raise DtLensError("Directions hold NaN or infinite values; every entry must be finite.")
         n = len(self.directions)
         labels = [str(label) for label in self.labels] or [f"{self.kind} {i}" for i in range(n)]
@@ -189,7 +190,7 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
         chosen: dict[str, Embedding] = {}
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             matched = [name for name in self._sets if fnmatch.fnmatchcase(name, pattern)]
-            chosen |= {name: self._sets[name] for name in matched or [self[pattern].name]}
+            chosen |= {name: self[name] for name in matched or [self[pattern].name]}
         return list(chosen.values())
 
     def _rows(self) -> list[dict[str, Any]]:
