@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Lens", "Reference", "load", "wrap"]
 
+# Weights, configuration and tokenizer; a hub repository often holds the same weights in other formats too.
+HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "*.model"]
+
 
 @runtime_checkable
 class Reference(Protocol):
@@ -151,7 +154,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]))
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except RepositoryNotFoundError as error:
         raise DtLensError(
             f"There is no local path {hub_id!r}, and no model of that id on the Hugging Face hub that you may read; "

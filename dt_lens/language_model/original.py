@@ -86,6 +86,9 @@ def fill(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
         with torch.device("meta"):
             model: Any = kind(config)
         model.load_state_dict({key: tensor.detach() for key, tensor in tensors.items()}, strict=True, assign=True)
+        embed, unembed = model.get_input_embeddings(), model.get_output_embeddings()
+        if embed.weight.data_ptr() == unembed.weight.data_ptr():
+            unembed.weight = embed.weight  # one parameter, so that they stay together wherever the model is moved
         for parameter in model.parameters():
             parameter._is_hf_initialized = True
         # What is computed rather than saved (frequencies of a rotation, causal masks) is computed by the class itself.

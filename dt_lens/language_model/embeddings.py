@@ -1,0 +1,58 @@
+"""The residual-stream directions that a language model brings along: its tokens, and its positions where learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from dt_lens.embeddings import Embedding, EmbeddingRegistry
+
+__all__ = ["CENTRED", "TokenEmbeddings", "embeddings_of"]
+
+CENTRED = "token_out_centred"
+
+
+@dataclass(eq=False, repr=False)
+class TokenEmbeddings(EmbeddingRegistry):
+    """A language model's embeddings; besides what it lists, ``token_out_centred`` is made when it is asked for by name.
+
+    Centred over the vocabulary: each row of ``token_out`` less their mean, the direction that raises all logits alike
+    and that the softmax does not see. It is a table of its own, as large as ``token_out`` itself, made of the weights
+    of the moment and not kept; so it takes no part in a scan that does not name it.
+    """
+
+    def __getitem__(self, name: str) -> Embedding:
+        if name == CENTRED and name not in self._sets and "token_out" in self._sets:
+            out = self._sets["token_out"]
+            rows = out.directions.detach()
+            # In float32 at least: the mean of fifty thousand rows is small beside them.
+            wide = rows if rows.element_size() > 2 else rows.float()
+            return replace(out, directions=wide - wide.mean(0, keepdim=True), name=name)
+        return super().__getitem__(name)
+
+
+def embeddings_of(
+    weights: Mapping[str, Tensor], d_model: int, owner: str, labels: Sequence[str] = (), rms: bool = False
+) -> TokenEmbeddings:
+    """``token_in`` (rows of ``embed.W_E``), ``token_out`` (columns of ``unembed.W_U``), ``position_in``, as live views.
+
+    ``token_out`` stands behind ``ln_final``: its ``effective`` directions go through that.
+
+    Args:
+        weights: canonical weights; those of the embeddings and ``ln_final.w`` are enough.
+        d_model: the stream's dimension.
+        owner: the model's identity.
+        labels: of the tokens; numbered when left out.
+        rms: whether ``ln_final`` is an RMSNorm.
+    """
+    registry = TokenEmbeddings(d_model, owner)
+    registry["token_in"] = Embedding(weights["embed.W_E"], labels, kind="token", side="in")
+    registry["token_out"] = Embedding(
+        weights["unembed.W_U"].T, labels, kind="token", side="out", layernorm=weights.get("ln_final.w"), rms=rms
+    )
+    if "pos_embed.W_pos" in weights:
+        rows = weights["pos_embed.W_pos"]
+        registry["position_in"] = Embedding(rows, [f"pos={i}" for i in range(len(rows))], kind="position", side="in")
+    return registry

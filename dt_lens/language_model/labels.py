@@ -1,0 +1,87 @@
+"""Labels of a vocabulary's tokens: what each stands for, on one line, no two alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dt_lens.errors import DtLensError, because
+
+__all__ = ["token_labels"]
+
+
+def token_labels(tokenizer: Any, d_vocab: int) -> list[str]:
+    """``d_vocab`` labels: the text of each token, a leading space kept, control characters and broken bytes escaped.
+
+    ``" the"`` is a token that begins a word. Where two tokens stand for the same text, the later ones get their number:
+    ``"the#1820"``. Rows beyond the tokenizer's own (a table is often padded to a round size) are ``"unused 50300"``.
+
+    Raises:
+        DtLensError: when the tokenizer knows more tokens than the model has rows, so that they do not belong together,
+            or cannot tell its tokens.
+    """
+    try:
+        texts = _texts(tokenizer, d_vocab)
+    except DtLensError:
+        raise
+    except Exception as error:  # anybody's tokenizer
+        raise DtLensError(
+            f"The tokenizer, a {type(tokenizer).__name__}, cannot tell what its tokens stand for: {because(error)}."
+        ) from error
+    labels, taken = [], set[str]()
+    for i, text in enumerate(texts):
+        label = f"unused {i}" if text is None else _on_one_line(text)
+        if label in taken:
+            label = f"{label}#{i}"
+        while label in taken:
+            label += "'"
+        taken.add(label)
+        labels.append(label)
+    return labels
+
+
+def _texts(tokenizer: Any, d_vocab: int) -> list[str | None]:
+    known = len(tokenizer)
+    if known > d_vocab:
+        raise DtLensError(
+            f"The tokenizer has {known} tokens and the model {d_vocab} rows for them, so the two do not belong "
+            "together; pass the model's own tokenizer, or tokenizer=None."
+        )
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        found: list[str | None] = [str(tokenizer.decode([i])) for i in range(known)]
+        return found + [None] * (d_vocab - known)
+    tokens: Sequence[str | None] = tokenizer.convert_ids_to_tokens(list(range(known)))
+    special = set(getattr(tokenizer, "all_special_ids", ())) | set(getattr(tokenizer, "added_tokens_decoder", ()))
+    plain = [token for i, token in enumerate(tokens) if token is not None and i not in special]
+    byte_level = _is_byte_level(plain)
+    found = []
+    for i, token in enumerate(tokens):
+        if token is None or i in special:
+            found.append(token)
+        else:
+            found.append(_from_bytes(token) if byte_level else token.replace("▁", " "))
+    return found + [None] * (d_vocab - known)
+
+
+def _is_byte_level(tokens: Sequence[str]) -> bool:
+    """Whether each character of each token stands for a byte (Radford et al., GPT-2, 2019, section 2.2)."""
+    return any(token.startswith("Ġ") for token in tokens) and all(
+        character in _BYTES for token in tokens for character in token
+    )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _from_bytes(token: str) -> str:
+    return bytes(_BYTES[character] for character in token).decode("utf-8", errors="backslashreplace")
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

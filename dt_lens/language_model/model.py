@@ -1,0 +1,237 @@
+"""The lens on a language model: Hugging Face's own model runs, and its weights and activations have canonical names."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dt_lens.decision_transformer.hooked import HookedRootModule, HookPoint
+from dt_lens.decision_transformer.sharing import require_computable
+from dt_lens.embeddings import EmbeddingRegistry
+from dt_lens.errors import DtLensError
+from dt_lens.language_model.config import LanguageModelConfig
+from dt_lens.language_model.embeddings import embeddings_of
+from dt_lens.language_model.family import Family
+from dt_lens.language_model.labels import token_labels
+from dt_lens.language_model.passage import hook_names, passing
+from dt_lens.language_model.reference import LanguageModelReference
+from dt_lens.matrices import Structure
+
+__all__ = ["HookedLanguageModel"]
+
+TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w")
+
+
+class HookedLanguageModel(HookedRootModule):
+    """A language model whose every activation can be read and replaced, and whose weights are the wrapped model's own.
+
+    ``model(tokens)`` gives logits; ``run_with_cache``, ``run_with_hooks`` and ``hooks`` are TransformerLens's, and so
+    are the names (``passage.hook_names`` lists them). Without hooks a call is the wrapped model's own forward pass.
+    With hooks it still is; only one on the pattern, or on rotated queries and keys, has it compute attention with
+    Hugging Face's eager code for that call.
+
+    Args:
+        model: a model of Hugging Face's class.
+        family: the declaration that fits it.
+        cfg: its configuration.
+        tokenizer: names the tokens, and turns text into them; numbered tokens without.
+        original: the user's own model where ``model`` merely shares its memory.
+        check_shared: raises when ``original`` no longer shares the weights of these names.
+
+    Attributes:
+        original: the user's own model: an edit made here is seen there.
+        reference: its activations under canonical names, which ``certify`` holds the weights against.
+        identity: tells this model from every other, so that embeddings of two models are never mixed.
+
+    Raises:
+        DtLensError: for a model that has a weight too many or too few for its configuration, or weights that no forward
+            pass can use.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        cfg: LanguageModelConfig,
+        tokenizer: Any = None,
+        *,
+        original: nn.Module | None = None,
+        check_shared: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # Past nn.Module's registration: it would list every module twice.
+        object.__setattr__(self, "original", model if original is None else original)
+        self.cfg = cfg
+        self.family = family
+        self.identity = uuid.uuid4().hex
+        # A live model's unembedding is looked for where it is, tied or not.
+        self._layout = family.layout(cfg.replace(tied=False))
+        self._check_shared = check_shared
+        self._embeddings: EmbeddingRegistry | None = None
+        self._standard: dict[str, Tensor] = {}
+        self._tables: tuple[Any, ...] = ()
+        self._labels: list[str] | None = None
+        self.tokenizer = tokenizer
+        self.reference = LanguageModelReference(model, family, cfg)
+        require_computable(self.weights)
+        if tokenizer is not None:
+            _ = self.labels  # a tokenizer of another model is told now
+        self.setup()
+
+    def setup(self) -> None:
+        """Make the hook points; the wrapped model's modules are left without names."""
+        self.mod_dict: dict[str, Any] = {}
+        self.hook_dict: dict[str, Any] = {}
+        for name in hook_names(self.cfg):
+            point: Any = HookPoint()
+            point.name = name
+            self.mod_dict[name] = self.hook_dict[name] = point
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The wrapped model's mode, whoever set it."""
+        model: nn.Module | None = self._modules.get("model") if "_modules" in self.__dict__ else None
+        return model is not None and model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass  # train() and eval() go on to the wrapped model, which is asked
+
+    @property
+    def tokenizer(self) -> Any:
+        """Turns text into tokens and names them; ``None`` where there is none. A new one brings new labels."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer, self._labels, self._tables = tokenizer, None, ()
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Every weight by its canonical name, a view of the wrapped model's own: writing into one edits that."""
+        return {name: view.detach() for name, view in self._layout.views(self.model.state_dict()).items()}
+
+    @property
+    def structure(self) -> Structure:
+        """Blocks, heads, and which norm stands before which matrix."""
+        return self.cfg.structure
+
+    @property
+    def labels(self) -> list[str]:
+        """What each token is called; numbered without a tokenizer."""
+        if self._labels is None:
+            n = self.cfg.d_vocab
+            self._labels = [f"token {i}" for i in range(n)]
+            if self.tokenizer is not None:
+                self._labels = token_labels(self.tokenizer, n)
+        return self._labels
+
+    @property
+    def embeddings(self) -> EmbeddingRegistry:
+        """``token_in``, ``token_out`` and ``position_in`` where positions are learned; yours to extend.
+
+        ``embeddings["token_out_centred"]`` is made when asked for: ``token_out`` less its mean over the vocabulary.
+        """
+        tables = {name: weight for name, weight in self.weights.items() if name in TABLES}
+        place = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in tables.values())
+        if self._embeddings is None or place != self._tables:
+            fresh = embeddings_of(tables, self.cfg.d_model, self.identity, self.labels, self.structure.rms)
+            # What the user put in stays; the standard sets are views of weights that have moved.
+            for name, own in ({} if self._embeddings is None else self._embeddings).items():
+                if own.directions is not self._standard.get(name):
+                    fresh[name] = own
+            self._embeddings, self._tables = fresh, place
+            self._standard = {name: fresh[name].directions for name in fresh}
+        return self._embeddings
+
+    def probe(self, seed: int = 0) -> dict[str, Any]:
+        """Three random texts of up to seven tokens: ``{"tokens": [3, 7]}``."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(self.cfg.d_vocab, (3, min(7, self.cfg.n_ctx)), generator=generator)
+        return {"tokens": tokens.to(next(self.model.parameters()).device)}
+
+    def to_tokens(self, text: str | Sequence[str]) -> Tensor:
+        """Tokens ``[batch, pos]`` of a text, or of several of the same number of tokens.
+
+        Raises:
+            DtLensError: without a tokenizer, or for texts of different lengths.
+        """
+        if self.tokenizer is None:
+            raise DtLensError("This model was wrapped without a tokenizer; pass tokenizer= to dt_lens.wrap or load.")
+        rows = [list(self.tokenizer.encode(one)) for one in ([text] if isinstance(text, str) else text)]
+        if len({len(row) for row in rows}) != 1:
+            raise DtLensError("The texts have different numbers of tokens; give them one by one.")
+        return torch.tensor(rows, device=next(self.model.parameters()).device)
+
+    def forward(self, tokens: Tensor | str | Sequence[str], attention_mask: Tensor | None = None) -> Tensor:
+        """Logits ``[batch, pos, d_vocab]`` of the next token, for tokens ``[batch, pos]`` or text.
+
+        Args:
+            tokens: whole numbers below ``cfg.d_vocab``; or text, given a tokenizer.
+            attention_mask: ``[batch, pos]``, 0 for padding; all real when omitted.
+
+        Raises:
+            DtLensError: for tokens of another shape, beyond the vocabulary or more than the context holds.
+        """
+        ids = tokens if isinstance(tokens, Tensor) else self.to_tokens(tokens)
+        self._require_tokens(ids, attention_mask)
+        hooked = {name for name, point in self.hook_dict.items() if point.has_hooks()}
+
+        def run() -> Any:
+            return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+
+        if not hooked:
+            out = run()
+        else:
+            with passing(
+                self.model, self.family, self.cfg, lambda name, x: self.hook_dict[name](x), hooked.__contains__
+            ):
+                out = run()
+        logits: Tensor = out.logits
+        return logits
+
+    def _require_tokens(self, tokens: Tensor, mask: Tensor | None) -> None:
+        whole = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
+        if not whole or tokens.ndim != 2 or not tokens.numel():
+            raise DtLensError(
+                f"tokens are {str(tokens.dtype).removeprefix('torch.')} of shape {list(tokens.shape)}; this model "
+                "wants whole numbers of shape [batch, pos]."
+            )
+        if mask is not None and mask.shape != tokens.shape:
+            raise DtLensError(
+                f"attention_mask has shape {list(mask.shape)}; with tokens of shape {list(tokens.shape)} it must have "
+                "the same."
+            )
+        if tokens.shape[1] > self.cfg.n_ctx:
+            raise DtLensError(f"{tokens.shape[1]} tokens do not fit this model's context of {self.cfg.n_ctx}.")
+        low, high = (int(end) for end in tokens.aminmax())
+        if low < 0 or high >= self.cfg.d_vocab:
+            raise DtLensError(
+                f"tokens run from {low} to {high}; this model's vocabulary is 0 to {self.cfg.d_vocab - 1}."
+            )
+
+    def require_shared(self, names: Sequence[str]) -> None:
+        """Check that the user's own model still shares these weights' memory.
+
+        Raises:
+            DtLensError: naming the first that it does not, so that an edit would miss it.
+        """
+        if self._check_shared is not None:
+            self._check_shared(names)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedLanguageModel:
+        """A lens on a copy of the model, on memory of its own; edits in force are copied as plain weights."""
+        return HookedLanguageModel(copy.deepcopy(self.model, memo), self.family, self.cfg, self.tokenizer)
+
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        return (
+            f"HookedLanguageModel({cfg.family}, {cfg.n_layers} layers x {cfg.n_heads} heads, d_model {cfg.d_model}, "
+            f"vocabulary {cfg.d_vocab})"
+        )

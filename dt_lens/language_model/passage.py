@@ -1,0 +1,303 @@
+"""Where activations pass in a live model: torch hooks that show them under TransformerLens's names and take them back.
+
+Nothing of the model is replaced. For the time of one forward pass, hooks on its own modules hand every wanted
+activation to ``see``, heads split; what ``see`` gives back in its place goes on through the model. Between the rotation
+of queries and keys and the pattern there is no module, so Hugging Face's attention interface, or the method ``_attn``
+of older classes, is led past ``see`` and then runs Hugging Face's own eager code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dt_lens.errors import DtLensError
+from dt_lens.language_model.config import LanguageModelConfig
+from dt_lens.language_model.family import Family
+
+__all__ = ["hook_names", "passing"]
+
+See = Callable[[str, Tensor], Tensor]
+Core = Callable[..., Any]
+EAGER = "dt_lens_eager"  # the name under which Hugging Face's attention interface knows the way past ``see``
+_cores: ContextVar[Mapping[int, Core]] = ContextVar("cores", default={})  # noqa: B039 (never written into)
+
+
+def hook_names(cfg: LanguageModelConfig) -> list[str]:
+    """The names of all activations, in the order of the forward pass."""
+    names = ["hook_embed"] + ["hook_pos_embed"] * (cfg.position == "learned")
+    for layer in range(cfg.n_layers):
+        attn = ["hook_q", "hook_k", "hook_v"] + ["hook_rot_q", "hook_rot_k"] * (cfg.position == "rotary")
+        attn = [f"attn.{name}" for name in (*attn, "hook_pattern", "hook_z")]
+        inside = ["hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", *attn, "hook_attn_out"]
+        if not cfg.parallel:
+            inside += ["hook_resid_mid", "ln2.hook_scale", "ln2.hook_normalized"]
+        inside += ["mlp.hook_pre"] + ["mlp.hook_pre_linear"] * cfg.gated + ["mlp.hook_post", "hook_mlp_out"]
+        names += [f"blocks.{layer}.{name}" for name in (*inside, "hook_resid_post")]
+    return [*names, "ln_final.hook_scale", "ln_final.hook_normalized", "hook_final"]
+
+
+@contextmanager
+def passing(
+    model: nn.Module, family: Family, cfg: LanguageModelConfig, see: See, wanted: Callable[[str], bool]
+) -> Iterator[None]:
+    """While this is open, every wanted activation of ``model`` goes through ``see(name, activation)``.
+
+    Besides ``hook_names``, ``blocks.{l}.attn_in`` and ``mlp_in`` (what the norms give) and ``logits`` may be wanted.
+    What ``see`` returns goes on instead; the same tensor leaves everything as it is. Exceptions: ``hook_scale`` and
+    ``hook_normalized`` (the stream divided by its scale, before the norm's own weights) are computed beside the norm
+    and replace its output only when something else is returned.
+
+    Raises:
+        DtLensError: when the model lacks a module that its family has.
+    """
+    passage = _Passage(model, family, cfg, see, wanted)
+    try:
+        passage.open()
+        with passage.attention():
+            yield
+    finally:
+        for handle in passage.handles:
+            handle.remove()
+
+
+class _Passage:
+    def __init__(
+        self, model: nn.Module, family: Family, cfg: LanguageModelConfig, see: See, wanted: Callable[[str], bool]
+    ) -> None:
+        self.model: Any = model
+        self.cfg = cfg
+        self.modules = family.modules
+        self.see, self.wanted = see, wanted
+        self.handles: list[Any] = []
+        self.cores: dict[int, Core] = {}
+        self.methods: list[Any] = []
+        self.skipped: dict[int, Tensor] = {}  # what has to be added to the stream past a block's MLP, by layer
+
+    def module(self, path: str) -> Any:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError as error:
+            raise DtLensError(
+                f"The model has no module {path!r}, which a {type(self.model).__name__} should have."
+            ) from error
+
+    def open(self) -> None:
+        cfg, at = self.cfg, self.modules
+        self.output(at.embed, "hook_embed")
+        if at.pos_embed is not None:
+            self.output(at.pos_embed, "hook_pos_embed")
+        for layer in range(cfg.n_layers):
+            self.block(layer, at.block.replace("{l}", str(layer)))
+        self.norm(at.ln_final, "ln_final", "hook_final")
+        self.output(at.unembed, "logits")
+
+    def block(self, layer: int, path: str) -> None:
+        b, at = f"blocks.{layer}", self.modules
+        self.entry(path, f"{b}.hook_resid_pre")
+        self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
+        self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])
+        self.core(f"{b}.attn", f"{path}.{at.core}")
+        self.entry(f"{path}.{at.out}", f"{b}.attn.hook_z", self.cfg.n_heads)
+        self.output(f"{path}.{at.attn}", f"{b}.hook_attn_out")
+        if at.ln2 is not None and not self.cfg.parallel:
+            self.middle(layer, f"{path}.{at.ln2}")
+            self.norm(f"{path}.{at.ln2}", f"{b}.ln2", f"{b}.mlp_in")
+        gate = at.mlp_gate if self.cfg.gated else None
+        if gate is not None:
+            self.output(f"{path}.{gate}", f"{b}.mlp.hook_pre")
+        self.output(f"{path}.{at.mlp_in}", f"{b}.mlp.{'hook_pre' if gate is None else 'hook_pre_linear'}")
+        self.entry(f"{path}.{at.mlp_out}", f"{b}.mlp.hook_post")
+        self.output(f"{path}.{at.mlp}", f"{b}.hook_mlp_out")
+        if at.ln2 is not None and not self.cfg.parallel and self.wanted(f"{b}.hook_resid_mid"):
+            self.rejoin(layer, f"{path}.{at.mlp}")
+        self.output(path, f"{b}.hook_resid_post")
+
+    def seen(self, name: str, x: Tensor, heads: int | None) -> Tensor:
+        """``x`` itself unless ``see`` gives something else."""
+        if heads is None:
+            return self.see(name, x)
+        split = rearrange(x, "n t (h e) -> n t h e", h=heads)
+        given = self.see(name, split)
+        return x if given is split else rearrange(given, "n t h e -> n t (h e)")
+
+    def output(self, path: str, name: str, heads: int | None = None) -> None:
+        """What a module gives: its output, or the first of several."""
+        if not self.wanted(name):
+            return
+
+        def hook(_module: nn.Module, _inputs: Any, out: Any) -> Any:
+            x = out[0] if isinstance(out, tuple) else out
+            given = self.seen(name, x, heads)
+            if given is x:
+                return None
+            return (given, *out[1:]) if isinstance(out, tuple) else given
+
+        self.handles.append(self.module(path).register_forward_hook(hook))
+
+    def entry(self, path: str, name: str, heads: int | None = None) -> None:
+        """What a module is given: its first input."""
+        if self.wanted(name):
+            self.before(path, lambda x: self.seen(name, x, heads))
+
+    def before(self, path: str, replace: Callable[[Tensor], Tensor]) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            x = inputs[0] if inputs else named["hidden_states"]
+            given = replace(x)
+            if given is x:
+                return None
+            return ((given, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": given})
+
+        self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
+
+    def middle(self, layer: int, path: str) -> None:
+        """The stream between attention and MLP. It also skips the MLP, past every module: see ``rejoin``."""
+        name = f"blocks.{layer}.hook_resid_mid"
+        if not self.wanted(name):
+            return
+
+        def replace(x: Tensor) -> Tensor:
+            given = self.see(name, x)
+            if given is not x:
+                self.skipped[layer] = given - x
+            return given
+
+        self.before(path, replace)
+
+    def rejoin(self, layer: int, path: str) -> None:
+        """Add to what the MLP gives the change that the stream past it has not seen."""
+
+        def hook(_module: nn.Module, _inputs: Any, out: Any) -> Any:
+            change = self.skipped.pop(layer, None)
+            return None if change is None else out + change
+
+        self.handles.append(self.module(path).register_forward_hook(hook))
+
+    def norm(self, path: str, prefix: str, after: str) -> None:
+        scale_name, bare_name = f"{prefix}.hook_scale", f"{prefix}.hook_normalized"
+        inside = self.wanted(scale_name) or self.wanted(bare_name)
+        if not inside and not self.wanted(after):
+            return
+
+        def hook(module: Any, inputs: tuple[Any, ...], out: Tensor) -> Any:
+            given = out
+            if inside:
+                x = inputs[0]
+                wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+                if self.cfg.norm == "layernorm":
+                    wide = wide - wide.mean(-1, keepdim=True)
+                scale = (wide.square().mean(-1, keepdim=True) + self.cfg.eps).sqrt()
+                new_scale = self.see(scale_name, scale) if self.wanted(scale_name) else scale
+                bare = (wide / new_scale).to(x.dtype)
+                new = self.see(bare_name, bare) if self.wanted(bare_name) else bare
+                if new is not bare or new_scale is not scale:
+                    bias = getattr(module, "bias", None)
+                    given = new * module.weight if bias is None else new * module.weight + bias
+            if self.wanted(after):
+                given = self.see(after, given)
+            return None if given is out else given
+
+        self.handles.append(self.module(path).register_forward_hook(hook))
+
+    def queries(self, attn: str, paths: list[str]) -> None:
+        names = [f"{attn}.hook_{letter}" for letter in "qkv"]
+        counts = [self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.n_kv_heads]
+        if len(paths) == len(names):
+            for path, name, heads in zip(paths, names, counts, strict=True):
+                self.output(path, name, heads)
+            return
+        if not any(self.wanted(name) for name in names):
+            return
+
+        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> Any:
+            parts = out.split([heads * self.cfg.d_head for heads in counts], -1)
+            given = [
+                self.seen(name, part, heads) if self.wanted(name) else part
+                for name, part, heads in zip(names, parts, counts, strict=True)
+            ]
+            unchanged = all(new is old for new, old in zip(given, parts, strict=True))
+            return None if unchanged else torch.cat(given, -1)
+
+        self.handles.append(self.module(paths[0]).register_forward_hook(hook))
+
+    def core(self, attn: str, path: str) -> None:
+        """The way from queries, keys and values ``[n, head, t, e]`` to the pattern and what it gathers."""
+        q_name, k_name, pattern_name = (f"{attn}.hook_{name}" for name in ("rot_q", "rot_k", "pattern"))
+        if not any(self.wanted(name) for name in (q_name, k_name, pattern_name)):
+            return
+        module = self.module(path)
+        by_method = self.modules.core_kind == "method"
+
+        def turned(name: str, x: Tensor) -> Tensor:
+            if not self.wanted(name):
+                return x
+            split = rearrange(x, "n h t e -> n t h e")
+            given = self.see(name, split)
+            return x if given is split else rearrange(given, "n t h e -> n h t e")
+
+        def run(inner: Core, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Any:
+            out, pattern = inner(turned(q_name, q), turned(k_name, k), v, *rest, **named)
+            given = self.see(pattern_name, pattern) if self.wanted(pattern_name) else pattern
+            if given is not pattern:
+                gathered = given @ v.repeat_interleave(self.cfg.n_heads // v.shape[1], 1)
+                out = gathered if by_method else rearrange(gathered, "n h t e -> n t h e").contiguous()
+            return out, given
+
+        self.cores[id(module)] = run
+        if by_method:
+            self.methods.append(module)
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Eager attention past the cores, where there are any, and afterwards the model's own again."""
+        if not self.cores:
+            yield
+            return
+        config = self.model.config
+        own = config._attn_implementation
+        if self.methods and own not in (None, "eager"):
+            raise DtLensError(
+                f"This model's attention is {own!r}, which shows no pattern; load it with attn_implementation='eager'."
+            )
+        token = _cores.set(self.cores)
+        try:
+            for module in self.methods:
+                inner, run = module._attn, self.cores[id(module)]
+                module._attn = lambda *args, inner=inner, run=run, **named: run(inner, *args, **named)
+            if not self.methods:
+                _register()
+                config._attn_implementation = EAGER
+            yield
+        finally:
+            _cores.reset(token)
+            for module in self.methods:
+                module.__dict__.pop("_attn", None)
+            config._attn_implementation = own
+
+
+def _register() -> None:
+    """Make ``EAGER`` known to Hugging Face's attention interface, masks included."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if EAGER not in AttentionInterface._global_mapping:
+        AttentionMaskInterface.register(EAGER, AttentionMaskInterface._global_mapping["eager"])
+        AttentionInterface.register(EAGER, _attend)
+
+
+def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:
+    """Hugging Face's own eager attention of this module's file, past the core of the module where it has one."""
+    files = [sys.modules[base.__module__] for base in type(module).__mro__]
+    eager = next(vars(file)["eager_attention_forward"] for file in files if "eager_attention_forward" in vars(file))
+
+    def inner(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:
+        return eager(module, q, k, v, mask, **named)
+
+    run = _cores.get().get(id(module))
+    return inner(q, k, v, mask, **named) if run is None else run(inner, q, k, v, mask, **named)

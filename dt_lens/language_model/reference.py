@@ -1,0 +1,70 @@
+"""The original's activations under canonical names, from one pass of Hugging Face's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dt_lens.errors import DtLensError
+from dt_lens.language_model.config import LanguageModelConfig
+from dt_lens.language_model.family import Family
+from dt_lens.language_model.passage import passing
+
+__all__ = ["LanguageModelReference"]
+
+
+class LanguageModelReference:
+    """What ``certify`` holds a language model's weights against."""
+
+    def __init__(self, model: nn.Module, family: Family, cfg: LanguageModelConfig) -> None:
+        self.model = model
+        self.family = family
+        self.cfg = cfg
+
+    def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """One evaluation-mode pass of the original, heads split.
+
+        Raises:
+            DtLensError: when the MLP does not compute what the configuration says that it computes.
+        """
+        model: Any = self.model
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str, x: Tensor) -> Tensor:
+            seen[name] = x
+            return x
+
+        # What the norms compute inside is the lens's own sum; only what they give is the original's.
+        def wanted(name: str) -> bool:
+            return not name.endswith((".hook_scale", ".hook_normalized"))
+
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            with torch.no_grad(), passing(model, self.family, self.cfg, note, wanted):
+                model(input_ids=batch["tokens"], use_cache=False, return_dict=True)
+        finally:
+            for module, training in modes:
+                module.training = training
+        for layer in range(self.cfg.n_layers):
+            self._require_activation(f"blocks.{layer}", seen)
+        return {name: tensor.detach() for name, tensor in seen.items()}
+
+    def _require_activation(self, block: str, seen: Mapping[str, Tensor]) -> None:
+        """The neurons are what the configured activation makes of the MLP's matrices, gate and input told apart."""
+        from transformers.activations import ACT2FN
+
+        if self.cfg.act_fn not in ACT2FN:
+            raise DtLensError(f"The configuration's activation is {self.cfg.act_fn!r}, which Hugging Face has not.")
+        pre, post = seen[f"{block}.mlp.hook_pre"], seen[f"{block}.mlp.hook_post"]
+        made = ACT2FN[self.cfg.act_fn](pre)
+        if self.cfg.gated:
+            made = made * seen[f"{block}.mlp.hook_pre_linear"]
+        if not torch.allclose(made, post, rtol=8 * torch.finfo(post.dtype).eps, atol=torch.finfo(post.dtype).eps):
+            raise DtLensError(
+                f"certify: the neurons of {block} are not {self.cfg.act_fn} of its MLP's input; the adapter maps the "
+                "MLP wrongly."
+            )
