@@ -6,6 +6,7 @@ output side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,23 @@ class Decomposition:
     folded: bool
     blocks: tuple[tuple[int, int], ...]
     error: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the matrix, as tensors that a file can hold."""
+        return {
+            "sigma": self.sigma,
+            "left": self.left,
+            "right": self.right,
+            "blocks": torch.tensor(self.blocks, dtype=torch.long).reshape(-1, 2),
+            "error": torch.tensor([self.error, float(self.folded)], dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_tensors(cls, matrix: Matrix, kept: Mapping[str, Tensor]) -> Decomposition:
+        """The inverse of ``tensors``."""
+        blocks = tuple((start, stop) for start, stop in kept["blocks"].tolist())
+        error, folded = kept["error"].tolist()
+        return cls(matrix, kept["sigma"], kept["left"], kept["right"], bool(folded), blocks, error)
 
     def side(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
         """The directions on a side by its name (``None``: the only side on the residual stream).

@@ -36,6 +36,7 @@ __all__ = [
     "find_matrix",
     "fingerprint",
     "fold",
+    "hash_of",
     "select_matrices",
     "unfold",
 ]
@@ -336,12 +337,18 @@ def fingerprint(lens: Weighted, matrix: Matrix) -> bytes:
     norms = dict.fromkeys(norm for norm in (matrix.left_norm, matrix.right_norm) if norm is not None)
     parts += [(f"{norm}.w", weights[f"{norm}.w"], None) for norm in norms]
     for name, weight, head in parts:
-        part = (weight if head is None else weight[head]).detach()
-        digest.update(f"{name} {part.dtype} {list(part.shape)}".encode())
-        # In the order of the memory, so that a large transposed weight is not copied to be looked at.
-        order = sorted(range(part.ndim), key=lambda axis: (-part.stride(axis), axis))
-        digest.update(f"{order}".encode())
-        digest.update(part.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(name.encode())
+        digest.update(hash_of(weight if head is None else weight[head]))
+    return digest.digest()
+
+
+def hash_of(tensor: Tensor) -> bytes:
+    """A hash of every bit of a tensor, its type and its shape."""
+    tensor = tensor.detach()
+    # In the order of the memory, so that a large transposed weight is not copied to be looked at.
+    order = sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), axis))
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {order}".encode(), digest_size=16)
+    digest.update(tensor.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.digest()
 
 

@@ -8,14 +8,16 @@ maximum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.special import betaincc, betainccinv
 from scipy.stats import false_discovery_control
+from torch import Tensor
 
 from dt_lens.errors import DtLensError
 
@@ -120,6 +122,19 @@ class HaarMaximum:
         second = float(np.trapezoid(2 * t * survival, t))
         std = float(np.sqrt(max(second - mean**2, 0.0)))
         return cls(n, dimension, span, mean, std, grid, np.log(share), drawn)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The distribution, as tensors that a file can hold."""
+        numbers = np.array([self.n_labels, self.dimension, self.span, self.mean, self.std], dtype=np.float64)
+        arrays = {"numbers": numbers, "grid": self._grid, "log_share": self._log_share, "drawn": self._drawn}
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    @classmethod
+    def from_tensors(cls, kept: Mapping[str, Tensor]) -> HaarMaximum:
+        """The inverse of ``tensors``."""
+        n_labels, dimension, span, mean, std = kept["numbers"].tolist()
+        grids = (kept[name].numpy() for name in ("grid", "log_share", "drawn"))
+        return cls(int(n_labels), int(dimension), int(span), mean, std, *grids)
 
     def p_value(self, cosine: ArrayLike) -> Array:
         """The chance that the best match is ``cosine`` (its absolute value) or more."""

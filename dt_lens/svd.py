@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError, nearest
+from dt_lens.kept_results import KeptResults
+from dt_lens.matching import Best, MetLabels
 from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint, select_matrices
 from dt_lens.nulls import HaarMaximum, frame_maximum, q_values
+from dt_lens.progress import Tell, reporting, silent
 
 if TYPE_CHECKING:
     from dt_lens.label_text import Filter, Rule
@@ -29,18 +34,51 @@ COLUMNS = ["matrix", "layer", "head", "side", "sv", "block", "sigma", "embedding
 COLUMNS += ["z", "p_value", "q_value"]
 STRONGEST = ["matrix", "side", "embedding", "sv", "label", "cosine", "null_median", "p_value", "q_value"]
 NULLS = ("haar",)
-TINY = 1e-12  # of its own length, or the rounding of its dtype: what centring leaves of a direction is no direction
+DECOMPOSING = 0.6  # the share of a scan's time, more or less
 Array = NDArray[np.float64]
 Names = Sequence[str] | str
 
 
-class _Rows(NamedTuple):
-    """An embedding as one side of a matrix meets it: unit or zero rows ``[n, d_model]``, and their space."""
+class _Meeting(NamedTuple):
+    """A matrix side on the residual stream, and the labels that it is compared with."""
 
-    embedding: Embedding
-    directions: Array
-    dimension: int
-    digest: bytes
+    found: Decomposition
+    side: SideName
+    labels: MetLabels
+
+    @property
+    def directions(self) -> Array:
+        """``[k, d_model]``."""
+        return np.asarray(self.found.side(self.side).cpu().numpy())
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """The first direction of every block."""
+        return np.array([start for start, _ in self.found.blocks], dtype=np.int64)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """How many directions every block holds."""
+        return np.array([stop - start for start, stop in self.found.blocks], dtype=np.int64)
+
+    def columns(self, cosine: Array, label: NDArray[np.int64], z: Array, p: Array) -> dict[str, Any]:
+        """The columns of the table, an entry for each block."""
+        matrix, embedding, starts = self.found.matrix, self.labels.embedding, self.starts
+        count, names = len(starts), embedding.labels
+        return {
+            "matrix": np.full(count, matrix.name, dtype=object),
+            "layer": np.full(count, matrix.layer),
+            "head": np.full(count, -1 if matrix.head is None else matrix.head),
+            "side": np.full(count, self.side, dtype=object),
+            "sv": starts,
+            "block": self.sizes,
+            "sigma": self.found.sigma.cpu().numpy()[starts],
+            "embedding": np.full(count, embedding.name, dtype=object),
+            "label": np.array([names[i] for i in label], dtype=object),
+            "cosine": cosine,
+            "z": z,
+            "p_value": p,
+        }
 
 
 class WeightSVD:
@@ -53,6 +91,8 @@ class WeightSVD:
             with every side; the model's own registry when ``None``.
         fold_layernorm: decompose what acts on the stream, ``(I - 11^T/d) diag(w) W``, and compare with effective
             embedding directions; ``False`` takes raw weights and raw directions.
+        resume: a folder where every finished decomposition is kept, and found again when the same is asked for later:
+            for models that take long, and runs that may be stopped.
 
     Raises:
         DtLensError: for something that is no wrapped model, a registry of another model or of another dimension, or a
@@ -65,6 +105,7 @@ class WeightSVD:
         rank: int | None = None,
         embeddings: EmbeddingRegistry | Names | None = None,
         fold_layernorm: bool = True,
+        resume: str | Path | None = None,
     ) -> None:
         if not hasattr(model, "structure") or not hasattr(model, "embeddings"):
             raise DtLensError(
@@ -88,6 +129,7 @@ class WeightSVD:
             own.select(self._named)
         self._done: dict[str, tuple[bytes, Decomposition]] = {}
         self._nulls: dict[tuple[Any, ...], HaarMaximum] = {}
+        self._kept = KeptResults(resume)
 
     @property
     def registry(self) -> EmbeddingRegistry:
@@ -106,7 +148,9 @@ class WeightSVD:
         matrix = find_matrix(lens, name)
         state = fingerprint(lens, matrix)
         if name not in self._done or self._done[name][0] != state:
-            self._done[name] = (state, decompose_matrix(lens, matrix, self.rank, self.fold_layernorm))
+            key = f"svd {name} {state.hex()} {self.rank} {self.fold_layernorm}"
+            kept = self._kept.get(key, lambda: decompose_matrix(lens, matrix, self.rank, self.fold_layernorm).tensors())
+            self._done[name] = (state, Decomposition.from_tensors(matrix, kept))
         return self._done[name][1]
 
     def scan(
@@ -115,6 +159,7 @@ class WeightSVD:
         null: str = "haar",
         seed: int = 0,
         embeddings: Names | None = None,
+        progress: bool | Tell = False,
     ) -> pd.DataFrame:
         """What every direction of every matrix matches best, with the chance of a match as good.
 
@@ -129,6 +174,7 @@ class WeightSVD:
             seed: of the null's Monte Carlo part.
             embeddings: names (patterns) to compare with on every side; by default input embeddings meet reading sides
                 and output embeddings writing sides.
+            progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
 
         Returns:
             a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value
@@ -140,9 +186,8 @@ class WeightSVD:
         """
         if null not in NULLS:
             raise DtLensError(f"Unknown null {null!r}; known are {', '.join(NULLS)}." + nearest(null, NULLS))
-        parts: list[dict[str, Any]] = []
-        for found, side, rows in self._meetings(matrices, embeddings):
-            parts.append(self._matches(found, side, rows, seed))
+        with reporting(progress) as tell:
+            parts = self._parts(self._meetings(matrices, embeddings, tell), seed, tell)
         columns: dict[str, Any] = {
             name: np.concatenate([part[name] for part in parts]) if parts else [] for name in COLUMNS[:-1]
         }
@@ -157,15 +202,16 @@ class WeightSVD:
         }
         return table
 
-    def _meetings(
-        self, matrices: Names | None, embeddings: Names | None
-    ) -> Iterator[tuple[Decomposition, SideName, _Rows]]:
+    def _meetings(self, matrices: Names | None, embeddings: Names | None, tell: Tell) -> list[_Meeting]:
         """Every matrix side on the residual stream with every embedding that it is to be compared with."""
         lens = Snapshot.of(self.model)
         named = self._named if embeddings is None else embeddings
         chosen = self.registry.select(named)
-        seen: dict[tuple[str, bool], _Rows] = {}  # the same rows meet many matrices
-        for matrix in select_matrices(lens, matrices):
+        seen: dict[tuple[str, bool], MetLabels] = {}  # the same rows meet many matrices
+        meetings: list[_Meeting] = []
+        wanted = select_matrices(lens, matrices)
+        for number, matrix in enumerate(wanted):
+            tell(f"decomposing {matrix.name}", DECOMPOSING * number / len(wanted))
             found = self._decomposition(lens, matrix.name)
             for side in matrix.residual_sides:
                 for embedding in chosen:
@@ -173,69 +219,64 @@ class WeightSVD:
                         continue
                     key = (embedding.name, self._centred(matrix, side))
                     if key not in seen:
-                        seen[key] = self._rows(matrix, side, embedding)
-                    yield found, side, seen[key]
+                        seen[key] = MetLabels(embedding, self.fold_layernorm, key[1])
+                    meetings.append(_Meeting(found, side, seen[key]))
+        return meetings
 
-    def _matches(self, found: Decomposition, side: SideName, rows: _Rows, seed: int) -> dict[str, Any]:
-        """The columns of one matrix side against one embedding, an entry for each block of directions."""
-        matrix, count = found.matrix, len(found.blocks)
-        starts = np.array([start for start, _ in found.blocks], dtype=np.int64)
-        sizes = np.array([stop - start for start, stop in found.blocks], dtype=np.int64)
-        cosines = found.side(side).cpu().numpy() @ rows.directions.T
-        # The length of a label's projection on each block's span; for a block of one, the absolute cosine.
-        lengths = np.sqrt(np.add.reduceat(cosines**2, starts, axis=0)) if count else cosines
-        best = lengths.argmax(1)
-        value = np.minimum(lengths[np.arange(count), best], 1.0)
-        p, z = np.ones(count), np.zeros(count)
-        for size in np.unique(sizes):
-            null, these = self._null(rows, int(size), seed), sizes == size
-            p[these], z[these] = null.p_value(value[these]), null.z(value[these])
-        return {
-            "matrix": np.full(count, matrix.name, dtype=object),
-            "layer": np.full(count, matrix.layer),
-            "head": np.full(count, -1 if matrix.head is None else matrix.head),
-            "side": np.full(count, side, dtype=object),
-            "sv": starts,
-            "block": sizes,
-            "sigma": found.sigma.cpu().numpy()[starts],
-            "embedding": np.full(count, rows.embedding.name, dtype=object),
-            "label": np.asarray(rows.embedding.labels, dtype=object)[best],
-            "cosine": np.where(sizes == 1, np.sign(cosines[starts, best]) * value, value),
-            "z": z,
-            "p_value": p,
-        }
+    def _parts(self, meetings: list[_Meeting], seed: int, tell: Tell) -> list[dict[str, Any]]:
+        """The columns of every meeting. All that meet the same labels do so at once: a vocabulary is read once."""
+        groups: dict[int, list[int]] = {}
+        for place, meeting in enumerate(meetings):
+            groups.setdefault(id(meeting.labels), []).append(place)
+        parts: list[dict[str, Any]] = [{}] * len(meetings)
+        for number, places in enumerate(groups.values()):
+            labels, some = meetings[places[0]].labels, [meetings[place] for place in places]
+            share = DECOMPOSING + (1 - DECOMPOSING) * number / len(groups)
+            tell(f"comparing with {labels.embedding.name}", share)
+            best = self._best(labels, some)
+            sizes = np.concatenate([meeting.sizes for meeting in some])
+            p, z = np.ones(len(sizes)), np.zeros(len(sizes))
+            for size in np.unique(sizes):
+                tell(f"drawing the null of {labels.embedding.name}", share)
+                null, these = self._null(labels, int(size), seed), sizes == size
+                p[these], z[these] = null.p_value(best.length[these]), null.z(best.length[these])
+            begin = 0
+            for place, meeting in zip(places, some, strict=True):
+                mine = slice(begin, begin + len(meeting.sizes))
+                begin = mine.stop
+                parts[place] = meeting.columns(best.cosine[mine], best.label[mine], z[mine], p[mine])
+        return parts
+
+    def _best(self, labels: MetLabels, meetings: list[_Meeting]) -> Best:
+        """The best label of every block of directions of these matrix sides, one after the other."""
+        directions = np.concatenate([meeting.directions for meeting in meetings])
+        before = np.cumsum([0, *(len(meeting.directions) for meeting in meetings)])
+        starts = np.concatenate([meeting.starts + first for meeting, first in zip(meetings, before, strict=False)])
+        if not len(starts):
+            return Best(np.empty(0), np.empty(0), np.empty(0, np.int64))
+
+        def make() -> dict[str, Tensor]:
+            found = labels.best(directions, starts)._asdict()
+            return {name: torch.from_numpy(value) for name, value in found.items()}
+
+        if labels.whole or self._kept.folder is None:
+            return labels.best(directions, starts)
+        state = hashlib.blake2b(directions.tobytes() + starts.tobytes(), digest_size=16).hexdigest()
+        kept = self._kept.get(f"best {labels.digest.hex()} {state}", make)
+        return Best(*(kept[name].numpy() for name in Best._fields))
 
     def _centred(self, matrix: Matrix, side: SideName) -> bool:
         return self.fold_layernorm and matrix.centred(matrix.side(side))
 
-    def _rows(self, matrix: Matrix, side: SideName, embedding: Embedding) -> _Rows:
-        """An embedding as one side of a matrix meets it.
+    def _labels(self, matrix: Matrix, side: SideName, embedding: Embedding) -> MetLabels:
+        return MetLabels(embedding, self.fold_layernorm, self._centred(matrix, side))
 
-        With folding, effective directions; on a side that reads through a LayerNorm also centred, since a constant is
-        what the centring removes: directions and labels live in ``d_model - 1`` dimensions then.
-        """
-        raw = embedding.directions.detach().double()
-        if not bool(torch.isfinite(raw).all()):
-            raise DtLensError(
-                f"The embedding {embedding.name!r} holds NaN or infinite values; every entry must be finite."
-            )
-        E = (embedding.effective if self.fold_layernorm else raw).detach().double()
-        centred = self._centred(matrix, side)
-        if centred:
-            E = E - E.mean(-1, keepdim=True)
-        lengths, whole = E.norm(dim=1, keepdim=True), raw.norm(dim=1, keepdim=True)
-        if self.fold_layernorm and embedding.layernorm is not None:
-            whole = whole * embedding.layernorm.abs().max().double()
-        tiny = max(TINY, torch.finfo(embedding.directions.dtype).eps)
-        E = torch.where(lengths > tiny * whole, E / lengths.clamp_min(1e-300), 0.0)
-        directions = np.ascontiguousarray(E.cpu().numpy())
-        digest = hashlib.blake2b(directions.tobytes(), digest_size=16).digest()
-        return _Rows(embedding, directions, E.shape[1] - int(centred), digest)
-
-    def _null(self, rows: _Rows, span: int, seed: int) -> HaarMaximum:
-        key = (rows.digest, rows.dimension, span, seed)
+    def _null(self, labels: MetLabels, span: int, seed: int) -> HaarMaximum:
+        key = (labels.digest, labels.dimension, span, seed)
         if key not in self._nulls:
-            self._nulls[key] = HaarMaximum.of(rows.directions, rows.dimension, seed, span)
+            kept = self._kept if not labels.whole else KeptResults(None)
+            made = kept.get(f"null {key}", lambda: labels.null(span, seed).tensors())
+            self._nulls[key] = HaarMaximum.from_tensors(made)
         return self._nulls[key]
 
     def strongest(
@@ -258,10 +299,10 @@ class WeightSVD:
         """
         draws: dict[tuple[Any, ...], Array] = {}
         table: list[tuple[Any, ...]] = []
-        for found, side, rows in self._meetings(matrices, embeddings):
+        for found, side, rows in self._meetings(matrices, embeddings, silent):
             if not len(found.sigma):
                 continue
-            cosines = found.side(side).cpu().numpy() @ rows.directions.T
+            cosines = rows.cosines(found.side(side).cpu().numpy())
             sv, label = np.unravel_index(int(np.abs(cosines).argmax()), cosines.shape)
             key = (rows.digest, len(cosines), rows.dimension)
             if key not in draws:
@@ -289,7 +330,7 @@ class WeightSVD:
         """
         found, labelled = self[matrix], self.registry[embedding]
         side = self._side(found.matrix, labelled, side)
-        values = found.side(side)[:k].cpu().numpy() @ self._rows(found.matrix, side, labelled).directions.T
+        values = self._labels(found.matrix, side, labelled).cosines(found.side(side)[:k].cpu().numpy())
         return pd.DataFrame(values, columns=list(labelled.labels), index=pd.RangeIndex(len(values), name="sv"))
 
     def top(

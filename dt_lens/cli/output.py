@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dt_lens.errors import DtLensError
+from dt_lens.progress import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,32 +54,3 @@ def cell(name: str, value: Any) -> str:
         small = name in ("p_value", "q_value", "q", "relative error")
         return f"{value:.1e}" if small else f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3f}"
     return str(value)
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error; where that is no terminal, a line whenever what is being done changes."""
-    if not sys.stderr.isatty():
-        last = [""]
-
-        def line(what: str, share: float) -> None:
-            kind = what.partition("  ")[0].rstrip("0123456789.")
-            if kind != last[0]:
-                last[0] = kind
-                print(f"[{share:4.0%}] {what}", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        row = bar.add_task("", total=1.0)
-        yield lambda what, share: bar.update(row, description=what, completed=share)

@@ -1,0 +1,57 @@
+"""How long work tells what it is doing: a bar on a terminal, lines in a log, a function of the user's, or nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["Tell", "progress", "reporting", "silent"]
+
+Tell = Callable[[str, float], None]  # what is being done, and which share of everything is done
+
+
+def silent(what: str, share: float) -> None:
+    """Tell nobody."""
+
+
+@contextmanager
+def reporting(wanted: bool | Tell) -> Iterator[Tell]:
+    """``True`` for ``progress``, a function for itself, ``False`` for silence."""
+    if callable(wanted):
+        yield wanted
+    elif wanted:
+        with progress() as tell:
+            yield tell
+    else:
+        yield silent
+
+
+@contextmanager
+def progress() -> Iterator[Tell]:
+    """A bar on standard error; where that is no terminal, a line whenever the kind of work changes."""
+    if not sys.stderr.isatty():
+        last = [""]
+
+        def line(what: str, share: float) -> None:
+            # Details follow two spaces; decomposing one block after the other is one kind of work.
+            kind = what.partition("  ")[0].partition(" blocks.")[0].rstrip("0123456789.")
+            if kind != last[0]:
+                last[0] = kind
+                print(f"[{share:4.0%}] {what}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("", total=1.0)
+        yield lambda what, share: bar.update(row, description=what, completed=share)
