@@ -19,6 +19,7 @@ from dt_lens.errors import DtLensError
 __all__ = ["Filter", "Rule", "ascii_only", "at_least", "kept_labels", "spelled", "texts", "whole_words"]
 
 Rule = Callable[[str], bool]
+_ESCAPED = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
@@ -79,12 +80,12 @@ def spelled(text: str) -> str:
 
 
 def ascii_only(text: str) -> bool:
-    """A rule: nothing but printable ASCII.
+    """A rule: nothing but printable ASCII, and no escaped bytes (``\\\\xe2``) or characters either.
 
-    >>> ascii_only(" the"), ascii_only("é"), ascii_only("\\n")
+    >>> ascii_only(" the"), ascii_only("é"), ascii_only("\\\\xe2")
     (True, False, False)
     """
-    return text.isascii() and text.isprintable()
+    return text.isascii() and text.isprintable() and not _ESCAPED.search(text)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def compare(
         raise DtLensError(f"k is {k!r}; it must be a whole number of at least 1.")
     before, after = Snapshot.of(a), Snapshot.of(b)
     chosen = _comparable(before, after, matrices, fold_layernorm)
+    notes = _notes(_precisions(before, after, chosen), names)
     rows, spectra, states = [], {}, {}
     for done, matrix in enumerate(chosen):
         if progress is not None:
@@ -94,7 +95,7 @@ def compare(
     table = pd.DataFrame(rows)
     table["head"] = pd.array(table["head"], dtype="Int64")
     table.attrs = {"fold_layernorm": fold_layernorm, "k": k, "names": list(names)}
-    return Comparison(table, names, fold_layernorm, spectra, _notes(before, after, names), a, b, k, states)
+    return Comparison(table, names, fold_layernorm, spectra, notes, a, b, k, states)
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,16 +318,6 @@ def _comparable(a: Snapshot, b: Snapshot, patterns: Names | None, fold: bool) ->
             "that both have."
         )
     for matrix in chosen:
-        shapes = []
-        for lens, found in ((a, matrix), (b, others[matrix.name])):
-            views = [factor.view(lens.weights).shape for factor in found.factors]
-            shapes.append([views[0][0], *(view[1] for view in views)])
-        if shapes[0] != shapes[1]:
-            one, two = (" x ".join(map(str, shape)) for shape in shapes)
-            raise DtLensError(
-                f"{matrix.name} is {one} in the first model and {two} in the second; only models of the same shape can "
-                "be compared."
-            )
         norms = [(m.left_norm is None, m.right_norm is None, m.rms) for m in (matrix, others[matrix.name])]
         if fold and norms[0] != norms[1]:
             raise DtLensError(
@@ -335,12 +326,30 @@ def _comparable(a: Snapshot, b: Snapshot, patterns: Names | None, fold: bool) ->
     return chosen
 
 
-def _notes(a: Snapshot, b: Snapshot, names: tuple[str, str]) -> tuple[str, ...]:
-    kinds = [{str(w.dtype).removeprefix("torch.") for w in lens.weights.values()} for lens in (a, b)]
+def _precisions(a: Snapshot, b: Snapshot, chosen: Sequence[Matrix]) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    """The dtypes of the weights that are compared, each looked at once.
+
+    Raises:
+        DtLensError: for weights of different shapes.
+    """
+    kinds: tuple[set[torch.dtype], set[torch.dtype]] = (set(), set())
+    for name in dict.fromkeys(factor.weight for matrix in chosen for factor in matrix.factors):
+        one, two = a.weights[name], b.weights[name]
+        if one.shape != two.shape:
+            raise DtLensError(
+                f"{name} is {list(one.shape)} in the first model and {list(two.shape)} in the second; only models of "
+                "the same shape can be compared."
+            )
+        kinds[0].add(one.dtype)
+        kinds[1].add(two.dtype)
+    return kinds
+
+
+def _notes(kinds: tuple[set[torch.dtype], set[torch.dtype]], names: tuple[str, str]) -> tuple[str, ...]:
     if kinds[0] == kinds[1]:
         return ()
-    coarse = max((torch.finfo(w.dtype).eps for lens in (a, b) for w in lens.weights.values()), default=0.0)
-    said = [" and ".join(sorted(kind)) for kind in kinds]
+    coarse = max(torch.finfo(kind).eps for kind in kinds[0] | kinds[1])
+    said = [" and ".join(sorted(str(kind).removeprefix("torch.") for kind in some)) for some in kinds]
     # Rounding leaves an error of variance ulp^2 / 12: 0.2 eps, relative, over a logarithmically uniform mantissa.
     note = f"{names[0]} is stored as {said[0]} and {names[1]} as {said[1]}: rounding alone makes a relative change of "
     return (f"{note}about {0.2 * coarse:.0e}.",)
