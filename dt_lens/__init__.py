@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
     from dt_lens.edits import SingularEdit
     from dt_lens.embeddings import Embedding, EmbeddingRegistry
-    from dt_lens.lens import load, wrap
+    from dt_lens.lens import load, open_checkpoint, wrap
     from dt_lens.model_comparison import compare
     from dt_lens.report.plots import plot_heatmap, plot_overview, plot_sigma_against_cosine, plot_spectrum
     from dt_lens.svd import WeightSVD
@@ -37,6 +37,7 @@ _HOMES = {
     "compare": "model_comparison",
     "evaluate": "behaviour.evaluate",
     "load": "lens",
+    "open_checkpoint": "lens",
     "plot_heatmap": "report.plots",
     "plot_overview": "report.plots",
     "plot_sigma_against_cosine": "report.plots",
@@ -57,6 +58,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load",
+    "open_checkpoint",
     "plot_heatmap",
     "plot_overview",
     "plot_sigma_against_cosine",

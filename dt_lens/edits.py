@@ -82,6 +82,10 @@ class SingularEdit(Edit):
                 f"SingularEdit takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load "
                 "first."
             )
+        if getattr(model, "weights_only", False):
+            raise DtLensError(
+                "This model was opened for its weights only and cannot run; use dt_lens.load for one to edit."
+            )
         bare = unedited(model)
         found = find_matrix(bare, matrix, head)
         where = found.side(side)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import SUFFIXES, read_checkpoint
-from dt_lens.plugins import Adapter, choose
+from dt_lens.plugins import Adapter, choose, opener
 
 if TYPE_CHECKING:
     from dt_lens.embeddings import EmbeddingRegistry
     from dt_lens.matrices import Structure
 
-__all__ = ["Lens", "Reference", "load", "wrap"]
+__all__ = ["Lens", "Reference", "load", "open_checkpoint", "wrap"]
 
 # Weights, configuration and tokenizer; a hub repository often holds the same weights in other formats too.
 HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "*.model"]
@@ -117,6 +117,32 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
         return model
     chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
     return _certified(chosen.wrap(model, **given), check)
+
+
+def open_checkpoint(source: str | Path, *, adapter: str | Adapter | type | None = None, **given: Any) -> Any:
+    """The weights of a language model straight from its safetensors files, for models bigger than memory.
+
+    What comes back can be decomposed, scanned and compared like any wrapped model, and cannot run: it is neither
+    certified nor edited. Files are mapped into memory; a weight is there as long as somebody holds it.
+
+    Args:
+        source: a local folder in Hugging Face's form with ``config.json`` and ``model.safetensors`` or its shards.
+        adapter: insist on one, as for ``load``.
+        given: ``tokenizer=``; the one whose files lie in the folder when left out.
+
+    Returns:
+        a ``WeightsOnly``.
+
+    Raises:
+        DtLensError: when there is no such folder, a shard is missing or cut off, no adapter knows the model or can read
+            it so, or a tensor does not fit.
+    """
+    if not isinstance(source, (str, Path)):
+        raise DtLensError(f"open_checkpoint takes the path of a folder, not a {type(source).__name__}.")
+    from dt_lens.shards import Shards
+
+    shards = Shards(_locate(source))
+    return opener(shards, adapter).open(shards, **given)
 
 
 def _certified(lens: Lens, check: bool) -> Lens:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from dt_lens.files import Checkpoint
     from dt_lens.lens import Lens
+    from dt_lens.shards import Shards
 
-__all__ = ["GROUP", "Adapter", "adapter_names", "choose", "named_adapter"]
+__all__ = ["GROUP", "Adapter", "adapter_names", "choose", "named_adapter", "opener"]
 
 GROUP = "dt_lens.adapters"
 
@@ -97,6 +98,32 @@ def _imported(name: str, find: Callable[[], Any]) -> Any:
         return find()
     except Exception as error:  # a third party's module may fail in any way
         raise DtLensError(f"The adapter {name!r} cannot be imported: {because(error)}.") from error
+
+
+def opener(shards: Shards, adapter: str | Adapter | type | None) -> Any:
+    """The one adapter that reads the weights of these files in place: it has ``opens`` and ``open``.
+
+    Raises:
+        DtLensError: when none or several do, or the one that was asked for cannot.
+    """
+    if adapter is not None:
+        found = named_adapter(adapter)
+        if not hasattr(found, "open"):
+            raise DtLensError(f"The adapter {found.name!r} cannot read weights in place; use dt_lens.load.")
+        return found
+    known = _entries()
+    able = [a for name in sorted(known) if hasattr(a := _made(name, _imported(name, known[name].load)), "open")]
+    matches = [found for found in able if found.opens(shards)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(found.name for found in matches)
+        raise DtLensError(f"Several adapters recognise this model ({names}); pass adapter= with one of these names.")
+    kind = shards.config.get("model_type", "not said in a config.json")
+    raise DtLensError(
+        f"No adapter reads the weights of this model in place (its model_type is {kind}); those that can are "
+        f"{', '.join(found.name for found in able)}, and dt_lens.load may know it."
+    )
 
 
 def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None, seen: Iterable[str]) -> Adapter:

@@ -103,6 +103,10 @@ def evaluate(
         DtLensError: when the environment or the target return is neither given nor among the model's facts, when they
             do not fit the model, when the model predicts an action that is not finite, or when a worker dies.
     """
+    if getattr(model, "weights_only", False):
+        raise DtLensError(
+            "This model was opened for its weights only and cannot run; use dt_lens.load for one that can."
+        )
     if hasattr(model, "tokenizer"):
         from dt_lens.behaviour.text import evaluate_text
 

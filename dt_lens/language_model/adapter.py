@@ -12,7 +12,11 @@ from dt_lens.language_model.family import Family
 from dt_lens.language_model.original import config_values, original
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dt_lens.language_model.model import HookedLanguageModel
+    from dt_lens.language_model.weights_only import WeightsOnly
+    from dt_lens.shards import Shards
 
 __all__ = ["LanguageModelAdapter", "refuse_unknown"]
 
@@ -42,8 +46,24 @@ class LanguageModelAdapter:
         refuse_unknown(given, {"tokenizer"})
         model = original(self.family, checkpoint)
         if "tokenizer" not in given and checkpoint.folder is not None:
-            given["tokenizer"] = tokenizer_in(checkpoint)
+            given["tokenizer"] = tokenizer_in(checkpoint.folder)
         return self.wrap(model, **given)
+
+    def open(self, shards: Shards, **given: Any) -> WeightsOnly:
+        """The weights alone, read from their files when they are asked for.
+
+        Args:
+            given: ``tokenizer=``, as for ``load``.
+        """
+        from dt_lens.language_model.weights_only import WeightsOnly
+
+        refuse_unknown(given, {"tokenizer"})
+        tokenizer = given["tokenizer"] if "tokenizer" in given else tokenizer_in(shards.folder)
+        return WeightsOnly(self.family, shards, tokenizer)
+
+    def opens(self, shards: Shards) -> bool:
+        """Whether these files hold a model of the family."""
+        return self.family.recognises(shards.config, shards.files)
 
     def wrap(self, model: nn.Module, *, tokenizer: Any = None, **given: Any) -> HookedLanguageModel:
         """The lens on a live model, looking at its own memory."""
@@ -54,11 +74,10 @@ class LanguageModelAdapter:
         return HookedLanguageModel(model, self.family, cfg, tokenizer)
 
 
-def tokenizer_in(checkpoint: Checkpoint) -> Any:
+def tokenizer_in(folder: Path) -> Any:
     """The tokenizer whose files lie beside the weights, or ``None``."""
-    folder = checkpoint.folder
     names = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "tokenizer_config.json")
-    if folder is None or not any((folder / name).is_file() for name in names):
+    if not any((folder / name).is_file() for name in names):
         return None
     from transformers import AutoTokenizer
 

@@ -1,0 +1,90 @@
+"""A language model's weights without the model: what a scan needs of a checkpoint that is bigger than memory."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from dt_lens.embeddings import EmbeddingRegistry
+from dt_lens.errors import DtLensError
+from dt_lens.language_model.config import LanguageModelConfig
+from dt_lens.language_model.embeddings import embeddings_of
+from dt_lens.language_model.family import Family
+from dt_lens.language_model.labels import token_labels
+from dt_lens.language_model.layout import Stored
+from dt_lens.matrices import Structure
+from dt_lens.shards import LazyTensors, Shards
+
+__all__ = ["WeightsOnly"]
+
+
+class WeightsOnly:
+    """A checkpoint whose weights are read from its files when somebody asks; it cannot run.
+
+    ``WeightSVD``, ``scan``, ``top``, token tables and ``compare`` take it like any wrapped model. Its layout is not
+    certified, which takes a forward pass: a tiny model of the same class is, in the tests.
+
+    Attributes:
+        cfg: sizes and options.
+        weights: read-only, by canonical name; each is read from its file anew.
+        tokenizer: the one beside the weights, if any.
+        identity: tells this model from every other.
+
+    Raises:
+        DtLensError: naming a tensor that is missing, unknown, or of a shape that does not fit the configuration.
+    """
+
+    weights_only = True
+    original = None
+    reference = None
+
+    def __init__(self, family: Family, shards: Shards, tokenizer: Any = None) -> None:
+        self.cfg: LanguageModelConfig = family.config(shards.config)
+        self.shards, self.tokenizer = shards, tokenizer
+        self.identity = uuid.uuid4().hex
+        layout = family.layout(self.cfg)
+        own = layout.require(shards.shapes)
+        self._weights = LazyTensors({name: _reader(shards, at, own[at.key]) for name, at in layout.entries.items()})
+        self._embeddings: EmbeddingRegistry | None = None
+        small = next(name for name in self._weights if name.endswith(".w"))
+        if not self._weights[small].is_floating_point():
+            raise DtLensError(
+                f"The weights in {shards.folder} are no floating-point numbers; quantised ones are not read."
+            )
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Every weight by its canonical name, as a view of the file."""
+        return self._weights
+
+    @property
+    def structure(self) -> Structure:
+        """Blocks, heads, and which norm stands before which matrix."""
+        return self.cfg.structure
+
+    @property
+    def embeddings(self) -> EmbeddingRegistry:
+        """``token_in``, ``token_out`` and, where positions are learned, ``position_in``; yours to extend."""
+        if self._embeddings is None:
+            labels = token_labels(self.tokenizer, self.cfg.d_vocab) if self.tokenizer is not None else ()
+            self._embeddings = embeddings_of(
+                self._weights, self.cfg.d_model, self.identity, labels, rms=self.cfg.norm == "rmsnorm"
+            )
+        return self._embeddings
+
+    def _cannot_run(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise DtLensError(
+            "This model was opened for its weights only and cannot run; use dt_lens.load for one that can."
+        )
+
+    __call__ = probe = run_with_cache = run_with_hooks = hooks = certify = _cannot_run
+
+    def __repr__(self) -> str:
+        return f"WeightsOnly({self.cfg.family}, {self.cfg.n_layers} blocks of {self.cfg.d_model}, {self.shards.folder})"
+
+
+def _reader(shards: Shards, at: Stored, key: str) -> Callable[[], Tensor]:
+    return lambda: shards.read(key, lambda file: at.read(file, key))
