@@ -228,13 +228,15 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
     layout = _Layout
     marks = frozenset({"_rtg_embed.weight", "_gpt2._transformer.0._attention._q.weight", "_output.weight"})
     options = frozenset(
-        {"n_heads", "act_fn", "encoder_act", "encoder_last_act", "embed_act", "strides", "ignore_options"}
+        {"n_heads", "act_fn", "encoder_act", "encoder_last_act", "embed_act", "strides", "image_side", "ignore_options"}
     )
 
     def said_by_file(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
         beside = (checkpoint.folder / "params.json") if checkpoint.folder else None
         settings = checkpoint.config or (read_json(beside) if beside and beside.is_file() else {})
-        return said_by_settings(settings, given.get("ignore_options", ()))
+        # Another program's params.json is none of ours.
+        ours = {"observation_shape", "config"} <= set(settings)
+        return said_by_settings(settings, given.get("ignore_options", ())) if ours else {}
 
     def said_by_model(self, model: Any) -> dict[str, Any]:
         block = model._gpt2._transformer[0]

@@ -1,0 +1,463 @@
+"""d3rlpy's decision transformers, held against a re-implementation of its modules, files and stateful rollouts."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import dt_lens
+from dt_lens import SingularEdit, WeightSVD
+from dt_lens.certification import certify
+from dt_lens.errors import DtLensError
+from dt_lens.files import read_checkpoint
+from dt_lens.matrices import catalogue
+from dt_lens_adapters.d3rlpy_dt import D3rlpyDecisionTransformer
+
+LONGEST = 30
+
+
+class Swish(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+
+ACTS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "swish": Swish}
+
+
+class Attention(nn.Module):
+    def __init__(self, d: int, tokens: int, heads: int) -> None:
+        super().__init__()
+        self._num_heads = heads
+        self._k, self._q, self._v, self._proj = (nn.Linear(d, d) for _ in range(4))
+        self.register_buffer("_mask", torch.ones(tokens, tokens).tril()[None, None])
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        t, e = x.shape[1], x.shape[2] // self._num_heads
+        parts = []
+        for h in range(self._num_heads):
+            q, k, v = (net(x)[..., h * e : (h + 1) * e] for net in (self._q, self._k, self._v))
+            scores = (q @ k.mT / math.sqrt(e)).masked_fill(self._mask[0, :, :t, :t] == 0, -10000)
+            parts.append((scores - 10000 * padding[:, None]).softmax(-1) @ v)
+        return self._proj(torch.cat(parts, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, d: int, act: str) -> None:
+        super().__init__()
+        self._l1, self._l2, self._activation = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), ACTS[act]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._l2(self._activation(self._l1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, tokens: int, heads: int, act: str) -> None:
+        super().__init__()
+        self._attention, self._mlp = Attention(d, tokens, heads), MLP(d, act)
+        self._layer_norm1, self._layer_norm2 = nn.LayerNorm(d, eps=0.003), nn.LayerNorm(d, eps=0.003)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        x = x + self._attention(self._layer_norm1(x), padding)
+        return x + self._mlp(self._layer_norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, d: int, tokens: int, heads: int, blocks: int, act: str) -> None:
+        super().__init__()
+        self._transformer = nn.ModuleList(Block(d, tokens, heads, act) for _ in range(blocks))
+        self._layer_norm = nn.LayerNorm(d, eps=0.003)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        for block in self._transformer:
+            x = block(x, padding)
+        return self._layer_norm(x)
+
+
+class Simple(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self._embed = nn.Embedding(LONGEST + 2, d)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return self._embed(t)
+
+
+class Rows(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self._parameter = nn.Parameter(torch.zeros(*shape))
+
+
+class Global(nn.Module):
+    def __init__(self, d: int, context: int) -> None:
+        super().__init__()
+        self._global_position_embedding = nn.Embedding(LONGEST + 2, d)
+        self._block_position_embedding = Rows(1, 3 * context, d)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        here = self._block_position_embedding._parameter[:, : t.shape[1]]
+        return self._global_position_embedding(t[:, -1:]) + here
+
+
+class Vector(nn.Module):
+    def __init__(self, widths: list[int], act: str, last: str) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise(widths)):
+            parts += [nn.Linear(a, b), ACTS[last if i == len(widths) - 2 else act]()]
+        self._layers = nn.Sequential(*parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._layers(x)
+
+
+class Pixel(nn.Module):
+    def __init__(self, shape: tuple[int, int, int], d: int) -> None:
+        super().__init__()
+        convs = nn.Conv2d(shape[0], 3, 6, 3), nn.ReLU(), nn.Conv2d(3, 4, 3, 2), nn.ReLU()
+        self._cnn_layers = nn.Sequential(*convs)
+        left = ((shape[1] - 6) // 3 + 1 - 3) // 2 + 1
+        self._last_layers = nn.Sequential(nn.Linear(4 * left**2, d), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._last_layers(self._cnn_layers(x).flatten(1))
+
+
+class Minimal(nn.Module):
+    """Names, argument order and computation of both of d3rlpy's transformers."""
+
+    def __init__(
+        self, discrete: bool, states: Any, act_dim: int, d: int, heads: int, blocks: int, context: int, act: str,
+        last: str, by_window: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.discrete, self.states, self.context, self.act_dim = discrete, states, context, act_dim
+        self._position_encoding = Global(d, context) if by_window else Simple(d)
+        if discrete:
+            self._action_embed = nn.Embedding(act_dim, d)
+            self._embed_activation = nn.Tanh()
+        else:
+            self._action_embed, self._embed_ln = nn.Linear(act_dim, d), nn.LayerNorm(d)
+        self._gpt2 = GPT(d, 3 * context, heads, blocks, act)
+        self._encoder = Pixel(states, d) if isinstance(states, tuple) else Vector([states, 9, d], act, last)
+        self._rtg_embed, self._output = nn.Linear(1, d), nn.Linear(d, act_dim, bias=not discrete)
+        self.factor = 1.0
+
+    def forward(self, x: Any, action: Any, return_to_go: Any, timesteps: Any, attention_mask: Any) -> Any:
+        n, steps = timesteps.shape
+        seen = self._encoder(x.reshape(-1, *x.shape[2:])).view(n, steps, -1)
+        done = self._action_embed(action.view(n, steps).long() if self.discrete else action)
+        kinds = [self._rtg_embed(return_to_go), seen, done]
+        if self.discrete:
+            kinds = [self._embed_activation(kind) for kind in kinds]
+        place = self._position_encoding(timesteps)
+        h = torch.stack([kind[:, t] + place[:, t] for t in range(steps) for kind in kinds][:-1], 1)
+        h = h if self.discrete else self._embed_ln(h)
+        h = self._gpt2(h, attention_mask.repeat_interleave(3, 1)[:, :-1])
+        out = self.factor * self._output(h[:, 1::3])
+        return (out.softmax(-1), out) if self.discrete else torch.tanh(out)
+
+
+def make(discrete: bool = False, seed: int = 0, size: float = 0.2, **options: Any) -> Minimal:
+    torch.manual_seed(seed)
+    usual = {"states": 5, "act_dim": 3, "d": 16, "heads": 2, "blocks": 2, "context": 4, "last": "relu"}
+    kind = {"act": "gelu", "by_window": True} if discrete else {"act": "relu", "by_window": False}
+    model = Minimal(discrete, **{**usual, **kind, **options}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return model
+
+
+def batch_of(model: Minimal, n: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Whole windows in the lens's words; the second is padded on the left, as d3rlpy pads."""
+    generator, steps = torch.Generator().manual_seed(seed), model.context
+    actions = torch.randn(n, steps, model.act_dim, generator=generator)
+    if model.discrete:
+        actions = nn.functional.one_hot(actions.argmax(-1), model.act_dim).float()
+    mask = torch.ones(n, steps, dtype=torch.long)
+    mask[1, : steps // 2] = 0
+    size = math.prod(model.states) if isinstance(model.states, tuple) else model.states
+    return {
+        "states": torch.randn(n, steps, size, generator=generator),
+        "actions": actions,
+        "returns_to_go": torch.randn(n, steps, 1, generator=generator),
+        "timesteps": torch.randint(LONGEST - steps, (n, 1), generator=generator) + torch.arange(steps),
+        "attention_mask": mask,
+    }
+
+
+def original(model: Minimal, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    states, actions = batch["states"], batch["actions"]
+    if isinstance(model.states, tuple):
+        states = states.unflatten(-1, model.states)
+    if model.discrete:
+        actions = actions.argmax(-1, keepdim=True)
+    with torch.no_grad():
+        # It counts steps from 1, and what it calls the attention mask is of the padding.
+        out = model(states, actions, batch["returns_to_go"], batch["timesteps"] + 1, 1 - batch["attention_mask"])
+    return (out[1] if model.discrete else out)[batch["attention_mask"].bool()]
+
+
+def lensed(lens: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return lens(**batch).action_preds[batch["attention_mask"].bool()]
+
+
+def weights_file(model: Minimal, file: Path) -> Path:
+    """What save_model writes."""
+    torch.save({"transformer": model.state_dict(), "optim": {"state": {}, "param_groups": [{"lr": 1e-4}]}}, file)
+    return file
+
+
+def whole_file(model: Minimal, file: Path, act: str, encoder: dict[str, Any], **params: Any) -> Path:
+    """What save writes: a pickle of torch's bytes and the configuration."""
+    buffer, none = io.BytesIO(), {"type": "none", "params": {}}
+    torch.save({"transformer": model.state_dict(), "optim": {"state": {}}}, buffer)
+    shape = list(model.states) if isinstance(model.states, tuple) else [model.states]
+    said = {
+        "observation_scaler": none, "action_scaler": none, "reward_scaler": none, "context_size": model.context,
+        "max_timestep": LONGEST, "encoder_factory": encoder, "activation_type": act,
+        "num_heads": model._gpt2._transformer[0]._attention._num_heads,
+    }  # fmt: skip
+    if model.discrete:
+        said["embed_activation_type"] = "tanh"
+    config = {
+        "observation_shape": shape,
+        "action_size": model.act_dim,
+        "config": {"type": "x", "params": said | params},
+    }
+    whole = {"torch": buffer.getvalue(), "config": json.dumps(config), "version": "2.8.1"}
+    file.write_bytes(pickle.dumps(whole))
+    return file
+
+
+def vector(act: str = "relu", last: str | None = None) -> dict[str, Any]:
+    return {"type": "vector", "params": {"hidden_units": [9, 16], "activation": act, "last_activation": last}}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    discrete=st.booleans(),
+    by_window=st.booleans(),
+    heads=st.sampled_from([1, 2, 4]),
+    width=st.sampled_from([1, 3]),
+    blocks=st.integers(1, 3),
+    sizes=st.tuples(st.integers(1, 7), st.integers(1, 4)),
+    context=st.integers(1, 4),
+    acts=st.tuples(st.sampled_from(sorted(ACTS)), st.sampled_from(sorted(ACTS))),
+    seed=st.integers(0, 99),
+)
+def test_the_same_predictions(
+    discrete: bool, by_window: bool, heads: int, width: int, blocks: int, sizes: tuple[int, int], context: int,
+    acts: tuple[str, str], seed: int,
+) -> None:  # fmt: skip
+    model = make(
+        discrete, seed, states=sizes[0], act_dim=sizes[1], d=4 * width, heads=heads, blocks=blocks, context=context,
+        act=acts[0], last=acts[1], by_window=by_window,
+    )  # fmt: skip
+    lens, batch = dt_lens.wrap(model), batch_of(model, seed=seed)
+    torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+    assert lens.cfg.n_heads == heads and lens.cfg.max_ep_len == LONGEST and lens.facts.context == context
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_images(tmp_path: Path, discrete: bool) -> None:
+    model = make(discrete, states=(2, 20, 20))
+    filters = {"filters": [[3, 6, 3], [4, 3, 2]], "activation": "relu", "feature_size": 16}
+    act = "gelu" if discrete else "relu"
+    file = whole_file(model, tmp_path / "a.d3", act, {"type": "pixel", "params": filters})
+    batch = batch_of(model)
+    for lens in (
+        dt_lens.load(file),
+        dt_lens.wrap(model, image_side=20),
+        dt_lens.load(weights_file(model, tmp_path / "a.pt"), n_heads=2, act_fn=act, strides=[3, 2], image_side=20),
+    ):
+        assert lens.cfg.state_dim == 800
+        torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+    with pytest.raises(DtLensError, match="do not say the strides of these 2 convolutions; pass strides="):
+        dt_lens.load(tmp_path / "a.pt", n_heads=2, act_fn=act)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_whole_file(tmp_path: Path, discrete: bool) -> None:
+    model = make(discrete, act="swish", last="tanh")
+    scalers = {
+        "observation_scaler": {"type": "standard", "params": {"mean": [1.0] * 5, "std": [2.0] * 5, "eps": 0.5}},
+        "reward_scaler": {"type": "multiply", "params": {"multiplier": 0.01}},
+    }
+    file = whole_file(model, tmp_path / "model_5000.d3", "swish", vector("swish", "tanh"), **scalers)
+    lens, batch = dt_lens.load(file), batch_of(model)
+    torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+    assert lens.facts.state_mean == (1,) * 5 and lens.facts.state_std == (2.5,) * 5
+    assert lens.facts.return_scale == 100 and lens.cfg.act_fn == "silu" and lens.cfg.discrete_actions == discrete
+    certificate = certify(lens, seed=3)
+    assert set(catalogue(lens)) <= set(certificate.errors) and certificate.against == "the original model"
+    lens.to(torch.float64)
+    certify(lens)
+    lens.require_shared(list(lens.weights))
+    assert dt_lens.load(file, return_scale=2.0, context=3).facts.return_scale == 2.0
+
+
+def test_weights_alone(tmp_path: Path) -> None:
+    model = make()
+    file, batch = weights_file(model, tmp_path / "model.pt"), batch_of(model)
+    with pytest.raises(DtLensError, match=r"do not say what n_heads is; pass n_heads= and act_fn= .* give the \.d3"):
+        dt_lens.load(file)
+    with pytest.raises(DtLensError, match="do not say what act_fn is"):
+        dt_lens.load(file, n_heads=2)
+    with pytest.raises(DtLensError, match=r"act_fn is 'geglu'; of d3rlpy's activations dt-lens knows relu"):
+        dt_lens.load(file, n_heads=2, act_fn="geglu")
+    lens = dt_lens.load(file, n_heads=2, act_fn="relu")
+    torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+    (tmp_path / "params.json").write_text('{"learning_rate": 0.1}')  # somebody else's
+    with pytest.raises(DtLensError, match="pass n_heads="):
+        dt_lens.load(file)
+    whole_file(model, tmp_path / "x.d3", "relu", vector())
+    config = pickle.loads((tmp_path / "x.d3").read_bytes())["config"]
+    (tmp_path / "params.json").write_text(config)  # the training run's
+    torch.testing.assert_close(lensed(dt_lens.load(file), batch), original(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_settings_that_do_not_fit(tmp_path: Path) -> None:
+    for params, message in (
+        ({"num_heads": 3}, "d_model 16 does not split into n_heads 3"),
+        ({"activation_type": "geglu"}, "act_fn is 'geglu'"),
+        ({"max_timestep": 300}, r"timestep.W' has shape \[31, 16\]; the configuration wants \[300, 16\]"),
+        ({"reward_scaler": {"type": "clip", "params": {}}}, r"pass ignore_options=\['reward_scaler'\]"),
+    ):
+        file = whole_file(make(), tmp_path / "a.d3", "relu", vector(), **params)
+        with pytest.raises(DtLensError, match=message):
+            dt_lens.load(file)
+    assert dt_lens.load(file, ignore_options=["reward_scaler"]).facts.return_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("_gpt2._transformer.1._layer_norm2.bias", None, r"no tensor '_gpt2\._transformer\.1\._layer_norm2\.bias'"),
+        ("_encoder._layers.0.bias", None, r"no tensor '_encoder\._layers\.0\.bias'"),
+        ("_position_encoding._embed.weight", None, r"no tensor '_position_encoding\._embed\.weight'"),
+        ("_encoder._layers.1.weight", lambda t: torch.ones(9), r"'_encoder\._layers\.1\.weight' .* no place for"),
+        ("_rtg_embed.weight", lambda t: t.T, r"'_rtg_embed\.weight' has shape \[1, 16\]; \[16, 1\] was expected"),
+        ("_gpt2._transformer.0._attention._maskk", lambda t: torch.ones(2), r"_attention\._maskk' .* no place for"),
+        ("_output.bias", lambda t: t.long(), "holds int64 numbers"),
+        ("_embed_ln.weight", lambda t: t / 0, r"'_embed_ln\.weight' in .* holds NaN or infinite"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, key: str, change: Any, message: str) -> None:
+    model = make()
+    tensors = dict(model.state_dict())
+    if change is None:
+        del tensors[key]
+    else:
+        tensors[key] = change(tensors.get(key)).contiguous()
+    torch.save({"transformer": tensors}, tmp_path / "agent.pt")
+    with pytest.raises(DtLensError, match=message):
+        dt_lens.load(tmp_path / "agent.pt", n_heads=2, act_fn="relu")
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_nobody_else_recognises_it(recognised_by: Any, tmp_path: Path, discrete: bool) -> None:
+    model = make(discrete)
+    assert recognised_by(model) == ["d3rlpy"]
+    assert recognised_by(read_checkpoint(whole_file(model, tmp_path / "a.d3", "relu", vector()))) == ["d3rlpy"]
+    assert recognised_by(read_checkpoint(weights_file(model, tmp_path / "a.pt"))) == ["d3rlpy"]
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_wrong_map_is_noticed(mistaken: Any, discrete: bool) -> None:
+    model = make(discrete)
+    mistaken(D3rlpyDecisionTransformer.layout, lambda: dt_lens.wrap(model))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_wrong_map_around_the_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch, discrete: bool) -> None:
+    layout: Any = D3rlpyDecisionTransformer.layout
+    right, model = layout.canonical, make(discrete)
+    for name in ("embed.state.layers.0.weight", *(["embed.position.W"] if discrete else ["embed.action.b"])):
+        monkeypatch.setattr(layout, "canonical", lambda s, t, name=name: (w := right(s, t)) | {name: w[name].flip(-1)})
+        with pytest.raises(DtLensError, match="certify: "):
+            dt_lens.wrap(model)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_edits_reach_the_live_model(discrete: bool) -> None:
+    model = make(discrete)
+    lens, batch = dt_lens.wrap(model), batch_of(model)
+    before = original(model, batch)
+    for matrix in ("blocks.0.mlp.W_in", "blocks.1.attn.W_K", "blocks.0.attn.W_O", "blocks.1.attn.OV.1"):
+        options: dict[str, Any] = {"side": "write"} if "OV" in matrix else {}
+        with SingularEdit(lens, matrix, **options):
+            assert not torch.allclose(original(model, batch), before, atol=1e-5)
+            torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+        assert torch.equal(original(model, batch), before)
+
+
+def test_a_live_model_that_computes_something_else_is_refused() -> None:
+    model = make()
+    model.factor = 1.01
+    with pytest.raises(DtLensError, match=r"certify: .* does not reproduce its activation in the original model"):
+        dt_lens.wrap(model)
+    model.forward = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(DtLensError, match="own forward pass fails"):
+        dt_lens.wrap(model)
+
+
+def test_a_planted_direction_is_found() -> None:
+    model = make(d=32)
+    with torch.no_grad():
+        head = model._output.weight[2] * model._gpt2._layer_norm.weight  # what it reads of the stream, but for its mean
+        out = model._gpt2._transformer[1]._mlp._l2.weight  # (out, in)
+        out.mul_(0.01)
+        out += torch.outer(head - head.mean(), nn.functional.normalize(torch.randn(out.shape[1]), dim=0)) * 9
+    lens = dt_lens.wrap(model, action_labels=["hip", "knee", "foot"])
+    table = WeightSVD(lens).scan(matrices=["blocks.1.mlp.W_out"], embeddings=["action_out"], null="haar", seed=0)
+    best = table.sort_values("cosine", key=np.abs, ascending=False).iloc[0]
+    assert best["sv"] == 0 and best["label"] == "foot" and abs(best["cosine"]) > 0.99
+
+
+def stateful_return(model: Minimal, seed: int, target: float, limit: int) -> float:
+    """An episode as d3rlpy's stateful wrapper plays it: windows padded to the full context, steps counted from 1."""
+    env, c = gym.make("CartPole-v1"), model.context
+    x, _ = env.reset(seed=seed)
+    xs, acts, rests, total = [x], [0], [target], 0.0
+    for _ in range(limit):
+        n = min(len(xs), c)
+        window = [torch.zeros(1, c, 4), torch.zeros(1, c, 1), torch.zeros(1, c, 1), torch.zeros(1, c).long()]
+        window[0][0, c - n :] = torch.tensor(np.array(xs[-n:]))
+        window[1][0, c - n :, 0] = torch.tensor(acts[-n:]).float()
+        window[2][0, c - n :, 0] = torch.tensor(rests[-n:])
+        window[3][0, c - n :] = torch.arange(len(xs) - n, len(xs)) + 1
+        padding = torch.ones(1, c)
+        padding[0, c - n :] = 0
+        with torch.no_grad():
+            acts[-1] = int(model(*window, padding)[1][0, -1].argmax())
+        x, reward, terminated, truncated, _ = env.step(acts[-1])
+        total += float(reward)
+        xs, acts, rests = [*xs, x], [*acts, 0], [*rests, rests[-1] - float(reward)]
+        if terminated or truncated:
+            break
+    env.close()
+    return total
+
+
+@pytest.mark.parametrize("by_window", [True, False])
+def test_rollouts_are_d3rlpys_own(by_window: bool) -> None:
+    model = make(True, seed=5, size=0.4, states=4, act_dim=2, by_window=by_window)
+    lens = dt_lens.wrap(model, environment="CartPole-v1", target_returns=[20.0])
+    result = dt_lens.evaluate(lens, episodes=3, seed=0, max_steps=25)
+    assert list(result.to_frame()["return"]) == [stateful_return(model, seed, 20.0, 25) for seed in range(3)]
