@@ -132,8 +132,16 @@ def test_sliding_policy_is_the_model_on_padded_windows(
 
 
 @settings(max_examples=25, deadline=None)
-@given(cfg=configurations(), seed=st.integers(0, 2**16), restart=st.integers(1, 7), whole=st.booleans())
-def test_padding_that_is_seen(cfg: HookedDecisionTransformerConfig, seed: int, restart: int, whole: bool) -> None:
+@given(
+    cfg=configurations(),
+    seed=st.integers(0, 2**16),
+    restart=st.integers(1, 7),
+    later=st.integers(0, 1),
+    whole=st.booleans(),
+)
+def test_padding_that_is_seen(
+    cfg: HookedDecisionTransformerConfig, seed: int, restart: int, later: int, whole: bool
+) -> None:
     """Before the first step: states of zero, no action, the first return-to-go, timestep 0, and no mask."""
     model = _model(cfg, seed)
     steps = 9
@@ -150,7 +158,7 @@ def test_padding_that_is_seen(cfg: HookedDecisionTransformerConfig, seed: int, r
     for t in range(steps):
         if t == restart:
             policy.restart(0)
-        if t == 7:
+        if t == restart + later:  # with the episode's first action to come, and with its second
             order = [2, 0]
             policy.keep(order)
         starts = [begin[row] if t >= begin[row] else 0 for row in order]
