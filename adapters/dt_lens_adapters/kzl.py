@@ -62,7 +62,7 @@ class KZLDecisionTransformer:
         given = {**_read_live(model), **given}
         config = _config(tensors, given)
         facts = given_facts(None, _facts(tensors, given))
-        cfg = config_from_hf(config, facts.context)
+        cfg = config_from_hf(config, facts.context, given.get("discrete_actions"))
         facts.require_fit(cfg.state_dim, cfg.act_dim)
         with torch.device("meta"):
             hooked = HookedDecisionTransformer(cfg)
@@ -142,7 +142,7 @@ def _facts(renamed: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str,
     # A causal mask is as wide as the context's tokens where somebody chose it; 1024 is GPT-2's default, no context.
     if widths and widths[0] % 3 == 0:
         facts.setdefault("context", widths[0] // 3)
-    if isinstance(given.get("discrete_actions"), bool):
+    if "discrete_actions" in given:
         facts["discrete_actions"] = given["discrete_actions"]
     return facts
 

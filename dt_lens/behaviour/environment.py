@@ -98,7 +98,10 @@ def make_task(
         )
     if discrete != cfg.discrete_actions:
         kind, other = ("discrete", "continuous") if discrete else ("continuous", "discrete")
-        raise DtLensError(f"{environment} takes {kind} actions and this model predicts {other} ones.")
+        # No file of Hugging Face's or kzl's says what its predictions are.
+        logits = discrete and not cfg.action_tanh
+        hint = "; if they are logits, pass discrete_actions=True to load or wrap" if logits else ""
+        raise DtLensError(f"{environment} takes {kind} actions and this model predicts {other} ones{hint}.")
     if act_dim != cfg.act_dim:
         what = "kinds of action" if discrete else "numbers per action"
         raise DtLensError(f"{environment} takes {act_dim} {what} and this model predicts {cfg.act_dim}.")

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
 import dt_lens
+from dt_lens import SingularEdit, WeightSVD
 from dt_lens.errors import DtLensError
 
 
@@ -247,6 +250,55 @@ def test_weights_without_their_configuration(folder: Path) -> None:
     for path in (folder, folder / "model.safetensors"):
         with pytest.raises(DtLensError, match=r"lies without its config\.json, .* give the folder that holds both\.$"):
             dt_lens.load(path)
+
+
+def hf_return(hf: Any, seed: int, target: float, context: int, limit: int) -> float:
+    """An episode of CartPole played by Hugging Face's class itself, the likelier action at every step."""
+    env = gym.make("CartPole-v1")
+    x, _ = env.reset(seed=seed)
+    states, actions, rests, total = [x], [], [target], 0.0
+    for step in range(limit):
+        start = max(0, step + 1 - context)
+        one_hot = torch.zeros(1, step + 1, 2)
+        for i, action in enumerate(actions):
+            one_hot[0, i, action] = 1
+        with torch.no_grad():
+            out = hf(
+                states=torch.tensor(np.array(states))[None, start:],
+                actions=one_hot[:, start:],
+                returns_to_go=torch.tensor(rests)[None, start:, None],
+                timesteps=torch.arange(start, step + 1)[None],
+            )
+        actions.append(int(out.action_preds[0, -1].argmax()))
+        x, reward, terminated, truncated, _ = env.step(actions[-1])
+        total, states, rests = total + float(reward), [*states, x], [*rests, rests[-1] - float(reward)]
+        if terminated or truncated:
+            break
+    env.close()
+    return total
+
+
+def test_discrete_actions(make_hf: Any, tmp_path: Path) -> None:
+    """Trained with ``action_tanh=False``: its predictions are logits, which no file says."""
+    hf = make_hf(seed=1, state_dim=4, act_dim=2, action_tanh=False)
+    hf.save_pretrained(tmp_path)
+    facts = {"environment": "CartPole-v1", "target_returns": [20.0], "context": 3}
+    lens = dt_lens.load(tmp_path, **facts)
+    with pytest.raises(DtLensError, match=r"predicts continuous ones; if they are logits, pass discrete_actions=True"):
+        dt_lens.evaluate(lens, episodes=1)
+    for lens in (
+        dt_lens.load(tmp_path, discrete_actions=True, **facts),
+        dt_lens.wrap(hf, discrete_actions=True, **facts),
+    ):
+        assert dt_lens.certify(lens).against == "the original model"
+        table = WeightSVD(lens).scan(matrices=["*.W_out"], embeddings=["action_out"], null="haar", seed=0)
+        assert set(table["label"]) <= {"push left", "push right"} and len(table)
+        before = dt_lens.evaluate(lens, episodes=8, seed=0, max_steps=30, workers=1)
+        assert list(before.to_frame()["return"])[:4] == [hf_return(hf, seed, 20.0, 3, 30) for seed in range(4)]
+        with SingularEdit(lens, "blocks.0.mlp.W_in"):
+            edited = dt_lens.evaluate(lens, episodes=8, seed=0, max_steps=30, workers=1)
+        assert list(edited.to_frame()["return"]) != list(before.to_frame()["return"])
+        assert "8 paired episodes" in str(edited.compare(before))
 
 
 def test_a_model_without_numbers(make_hf: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import dt_lens
 from dt_lens import SingularEdit
 from dt_lens.errors import DtLensError
+from dt_lens.files import read_checkpoint
 from dt_lens.matrices import catalogue
 
 OPTIONS = {"n_positions": 1, "activation_function": "relu", "max_ep_len": 40}
@@ -120,6 +121,7 @@ def test_what_shapes_cannot_tell_is_asked_for(hf: Any, tmp_path: Path) -> None:
         ({"n_heads": 2, "act_fn": "rely"}, r"act_fn is 'rely'; it must be one of .* mean 'relu'\?$"),
         ({"n_heads": 2, "max_ep_len": 41}, "max_ep_len=41 does not fit the checkpoint, whose timestep table has 40"),
         ({"n_heads": 2, "action_tanh": "no"}, "action_tanh is 'no'"),
+        ({"n_heads": 2, "discrete_actions": "yes"}, "discrete_actions is 'yes'"),
         ({"nheads": 2}, r"Unknown option 'nheads' .* mean 'n_heads'\?$"),
         ({"n_heads": 2, "state_mean": [0.0], "state_std": [1.0]}, "state_mean has 1 entries; the model's state has 5"),
     ):
@@ -186,6 +188,29 @@ def test_a_live_model_that_computes_something_else_is_refused(hf: Any) -> None:
     live.forward = None  # type: ignore[method-assign, assignment]
     with pytest.raises(DtLensError, match="own forward pass fails"):
         dt_lens.wrap(live)
+
+
+def test_discrete_actions(make_hf: Any, make_batch: Any, tmp_path: Path) -> None:
+    hf = make_hf(**OPTIONS, state_dim=4, act_dim=2, action_tanh=False)
+    hf.encoder.wpe.weight.data.zero_()
+    torch.save(renamed(hf), tmp_path / "agent.pt")
+    facts = {"environment": "CartPole-v1", "target_returns": [20.0], "discrete_actions": True, "action_tanh": False}
+    lens = dt_lens.load(tmp_path / "agent.pt", n_heads=2, return_scale=1.0, **facts)
+    live = dt_lens.wrap(LiveKZL(hf).eval(), discrete_actions=True)
+    assert live.cfg.discrete_actions and not live.cfg.action_tanh  # read off the live model's modules
+    batch = make_batch(hf.config)
+    with torch.no_grad():
+        torch.testing.assert_close(predictions(live(**batch)), predictions(hf(**batch)), rtol=1e-5, atol=1e-5)
+    assert lens.embeddings["action_out"].labels == ["push left", "push right"]
+    outcomes = dt_lens.evaluate(lens, episodes=2, max_steps=5, workers=1).to_frame()
+    assert list(outcomes["return"]) == [5.0, 5.0]
+
+
+def test_nobody_else_recognises_it(hf: Any, recognised_by: Any, tmp_path: Path) -> None:
+    torch.save(renamed(hf), tmp_path / "agent.pt")
+    assert recognised_by(read_checkpoint(tmp_path / "agent.pt")) == recognised_by(LiveKZL(hf)) == ["kzl"]
+    hf.save_pretrained(tmp_path / "hf")
+    assert recognised_by(read_checkpoint(tmp_path / "hf")) == recognised_by(hf) == ["hf_decision_transformer"]
 
 
 def test_a_real_agent(real_checkpoints: Callable[[str], Path]) -> None:
