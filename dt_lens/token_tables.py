@@ -229,8 +229,8 @@ def extremes(
     directions = directions.cpu()
     single = directions.float()
     ends: list[tuple[Tensor, Tensor] | None] = [None, None]
-    for numbers, E in row_blocks(embedding, kept, len(directions), folded, centred):
-        cosines = single @ E.float().T
+    for numbers, E in row_blocks(embedding, kept, len(directions), folded, centred, torch.float32):
+        cosines = single @ E.T
         for end, sign in enumerate((1, -1)):
             found = _best(sign * cosines, numbers.expand(len(directions), -1), n + SPARE)
             before = ends[end]
