@@ -34,7 +34,7 @@ EXCHANGED = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_q", "h
 EXCHANGED += ("hook_pre_linear",)
 # A language model's tables, which are looked up and read off rather than multiplied from stream to stream.
 TABLES = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
-CHUNK = 2**20  # entries of a weight that are brought to float64 at a time: nobody's memory need hold all of it twice
+CHUNK = 2**17  # entries of a weight that are brought to float64 at a time: nobody's memory need hold all of it twice
 # What is read off the last activations, and the part whose fault a difference there is.
 READ_OFF = {
     "hook_final": "ln_final",
@@ -80,8 +80,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     """
     weights = model.weights
     for name, weight in weights.items():
-        # Unlike isfinite, which makes copies, this looks at a large table in place.
-        if not all(bool(torch.isfinite(end)) for end in weight.aminmax()):
+        if not _finite(weight):
             raise DtLensError(f"certify: the weight {name!r} holds NaN or infinite values; the model is damaged.")
     dtype = _arithmetic(next(iter(weights.values())))
     tolerance = TOLERANCE[dtype]
@@ -244,8 +243,11 @@ class _Walk:
         x = self.truth["hook_final"]
         if "ln_final.w" in self.weights:
             yield self.check("ln_final", self.kept(self.normalized("ln_final")), self.kept(x))
-        W_U = self.weights["unembed.W_U"]
-        yield self.product("unembed.W_U", self.kept(x), _columns(W_U), lambda: W_U.double(), self.truth["logits"])
+        W_U, b_U, logits = self.weights["unembed.W_U"], self.weights.get("unembed.b_U"), self.truth["logits"]
+        for chosen in _some_columns(W_U):  # logits too are many
+            b = 0.0 if b_U is None else b_U[chosen].double()
+            part = W_U[:, chosen]
+            yield self.product("unembed.W_U", self.kept(x), part, part.double, logits[..., chosen], b)
 
     def attention(self, layer: int) -> Iterator[Check]:
         block, attn = f"blocks.{layer}", f"blocks.{layer}.attn"
@@ -329,34 +331,31 @@ class _Walk:
         def whole() -> Tensor:
             return matrix.dense(self.model, fold_layernorm=False)
 
-        raw = self.product(name, self.kept(x), _columns(W), whole, output, b)
+        raw = self.product(name, self.kept(x), W, whole, output, b)
         yield raw
         if norm is not None:
             bare, shift = self.kept(self.bare(norm)), self.shift(norm)
-            folded = [bare @ matrix.fold_change(self.model, M)[0] + shift @ M for M in _columns(W)]
-            part = f"{name} with its LayerNorm folded"
-            yield Check(part, torch.cat(folded, -1) + b, raw.expected, raw.slack)
+            folded = torch.empty_like(raw.computed)
+            for chosen in _some_columns(W):
+                M = W[:, chosen].double()
+                folded[..., chosen] = bare @ matrix.fold_change(self.model, M)[0] + shift @ M
+            yield Check(f"{name} with its LayerNorm folded", folded + b, raw.expected, raw.slack)
 
     def product(
-        self,
-        part: str,
-        x: Tensor,
-        columns: Iterator[Tensor],
-        whole: Callable[[], Tensor],
-        output: Tensor,
-        b: Tensor | float | None = None,
+        self, part: str, x: Tensor, W: Tensor, whole: Callable[[], Tensor], output: Tensor, b: Tensor | float
     ) -> Check:
-        """A weight, a few columns at a time, applied to ``x``; ``b`` is its bias, the unembedding's when ``None``."""
-        if b is None:
-            b = self.weights["unembed.b_U"].double() if "unembed.b_U" in self.weights else 0.0
-        made, terms = [], []
-        for M in columns:
-            made.append(x @ M)
-            terms.append(x.abs() @ M.abs())
+        """A weight and its bias, applied to ``x`` a few columns at a time."""
+        # Into one tensor each: results kept one by one would lie between the chunks, whose memory then cannot be used
+        # again.
+        made, terms = (x.new_empty((*x.shape[:-1], W.shape[1])) for _ in range(2))
+        for chosen in _some_columns(W):
+            M = W[:, chosen].double()
+            made[..., chosen] = x @ M
+            terms[..., chosen] = x.abs() @ M.abs()
         # Where large terms cancel, the sum's rounding goes by the terms (Higham, "Accuracy and Stability of Numerical
         # Algorithms", section 3.1); products of half-precision numbers are summed in float32.
-        slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * torch.cat(terms, -1)
-        return self.check(part, torch.cat(made, -1) + b, self.kept(output), slack, whole, x)
+        slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * terms
+        return self.check(part, made + b, self.kept(output), slack, whole, x)
 
     def by_query(self, layer: int, which: str) -> Tensor:
         """``q``, ``k``, ``v`` or ``z`` in float64 with a head for every query head."""
@@ -420,7 +419,15 @@ def _through(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return x
 
 
-def _columns(W: Tensor) -> Iterator[Tensor]:
-    """A weight in float64, a few columns at a time."""
-    for part in W.split(max(1, CHUNK // len(W)), 1):
-        yield part.double()
+def _some_columns(W: Tensor) -> Iterator[slice]:
+    """The columns of a weight, a few at a time."""
+    step = max(1, CHUNK // len(W))
+    for start in range(0, W.shape[1], step):
+        yield slice(start, min(start + step, W.shape[1]))
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether every entry is finite, without the copies that ``isfinite`` makes of a large weight."""
+    outer = max(range(weight.ndim), key=weight.stride)
+    step = max(1, CHUNK * weight.shape[outer] // max(1, weight.numel()))
+    return all(bool(torch.isfinite(end)) for part in weight.split(step, outer) for end in part.aminmax())

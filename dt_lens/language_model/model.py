@@ -151,9 +151,9 @@ class HookedLanguageModel(HookedRootModule):
         return self._embeddings
 
     def probe(self, seed: int = 0) -> dict[str, Any]:
-        """Three random texts of up to seven tokens: ``{"tokens": [3, 7]}``."""
+        """Two random texts of up to seven tokens: ``{"tokens": [2, 7]}``."""
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(self.cfg.d_vocab, (3, min(7, self.cfg.n_ctx)), generator=generator)
+        tokens = torch.randint(self.cfg.d_vocab, (2, min(7, self.cfg.n_ctx)), generator=generator)
         return {"tokens": tokens.to(next(self.model.parameters()).device)}
 
     def to_tokens(self, text: str | Sequence[str]) -> Tensor:
