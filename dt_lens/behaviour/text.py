@@ -19,7 +19,6 @@ from dt_lens.behaviour.workers import one_thread
 from dt_lens.changes import state_of, suspended
 from dt_lens.errors import DtLensError
 from dt_lens.label_text import spelled
-from dt_lens.label_text import texts as label_texts
 
 __all__ = ["HELD_OUT", "base_and_model_id", "evaluate_text", "is_language_model"]
 
@@ -123,7 +122,7 @@ def _run(
             rows.append((loss, kl))
             done += 1
             report(done)
-    return rows, _moved(before / positions, after / positions, model.tokenizer) if edited else ()
+    return rows, _moved(before / positions, after / positions, model) if edited else ()
 
 
 def _groups(windows: Windows, vocabulary: int) -> Iterator[tuple[np.ndarray[Any, Any], ...]]:
@@ -145,35 +144,29 @@ def _logits(model: Any, window: np.ndarray[Any, Any], unpredicted: int) -> Tenso
     return logits
 
 
-def _moved(before: Tensor, after: Tensor, tokenizer: Any) -> tuple[Moved, ...]:
+def _moved(before: Tensor, after: Tensor, model: Any) -> tuple[Moved, ...]:
     change = (after - before).cpu()
     order = change.argsort(descending=True, stable=True).tolist()
     chosen = [i for i in order[:MOVED] if change[i] > 0] + [i for i in order[: -MOVED - 1 : -1] if change[i] < 0]
-    names = _token_texts(tokenizer, len(change))
-    return tuple(Moved(i, names[i], float(before[i]), float(after[i])) for i in chosen)
-
-
-def _token_texts(tokenizer: Any, vocabulary: int) -> list[str]:
-    """What each token stands for, spelled on one line; a model may have more logits than its tokenizer has tokens."""
-    if hasattr(tokenizer, "convert_ids_to_tokens"):
-        known = min(vocabulary, len(tokenizer))
-        names = label_texts([str(token) for token in tokenizer.convert_ids_to_tokens(list(range(known)))])
-        names += [f"token {i}" for i in range(known, vocabulary)]
-    else:
-        names = [tokenizer.decode([i]) for i in range(vocabulary)]
-    return [spelled(name) for name in names]
+    labels = getattr(model, "labels", None)
+    names = {i: labels[i] if labels else model.tokenizer.decode([i]) for i in chosen}
+    return tuple(Moved(i, spelled(names[i]), float(before[i]), float(after[i])) for i in chosen)
 
 
 def _held_out(model: Any) -> Path:
-    """The held-out text beside the checkpoint that the model came from."""
-    original = getattr(model, "original", None)
-    named = getattr(model, "folder", None) or getattr(getattr(original, "config", None), "_name_or_path", None)
-    file = Path(named) / HELD_OUT if named else None
-    if file is None or not file.is_file():
-        raise DtLensError(
-            f"There is no {HELD_OUT} beside the model; give evaluate a text: a file, a string, or a list of strings."
-        )
-    return file
+    """The held-out text beside the checkpoint that the model, or its tokenizer, came from."""
+    config = getattr(getattr(model, "original", None), "config", None)
+    named = (
+        getattr(model, "folder", None),
+        getattr(config, "_name_or_path", None),
+        getattr(model.tokenizer, "name_or_path", None),
+    )
+    for folder in named:
+        if folder and (Path(folder) / HELD_OUT).is_file():
+            return Path(folder) / HELD_OUT
+    raise DtLensError(
+        f"There is no {HELD_OUT} beside the model; give evaluate a text: a file, a string, or a list of strings."
+    )
 
 
 def _in_words(texts: Texts, read: list[str]) -> str:

@@ -107,7 +107,7 @@ def cut(texts: Sequence[str], tokenizer: Any, context: int, limit: int | None = 
     windows: list[Ids] = []
     tokens = size = 0
     for text in texts:
-        ids = np.asarray(_encode(tokenizer, text), dtype=np.int64)
+        ids = np.asarray(_encode(tokenizer, text, len(prefix)), dtype=np.int64)
         tokens, size = tokens + len(ids), size + len(text.encode("utf-8", "surrogatepass"))
         whole = len(ids) // room
         parts = [ids[i * room : (i + 1) * room] for i in range(whole)] or [ids]
@@ -117,14 +117,13 @@ def cut(texts: Sequence[str], tokenizer: Any, context: int, limit: int | None = 
     return Windows(tuple(windows[:limit]), max(1, len(prefix)), size / max(1, tokens))
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text, without any that the tokenizer adds to it."""
+def _encode(tokenizer: Any, text: str, prefix: int) -> list[int]:
+    """The tokens of a text, without the ``prefix`` tokens that the tokenizer puts before it."""
     try:
         # A whole file is longer than any context; the warning about that is not for us.
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
-    except TypeError:
-        ids = tokenizer.encode(text)
-        return list(getattr(ids, "ids", ids))
+    except TypeError:  # not one of Hugging Face's
+        return list(tokenizer.encode(text))[prefix:]
 
 
 def _prefix(tokenizer: Any) -> Ids:
