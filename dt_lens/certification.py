@@ -82,7 +82,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     for name, weight in weights.items():
         if not _finite(weight):
             raise DtLensError(f"certify: the weight {name!r} holds NaN or infinite values; the model is damaged.")
-    dtype = _arithmetic(next(iter(weights.values())))
+    dtype = getattr(model, "arithmetic", None) or _arithmetic(next(iter(weights.values())))
     tolerance = TOLERANCE[dtype]
     against = "the original model" if model.reference is not None else "the lens's own forward pass"
     batch = model.probe(seed)

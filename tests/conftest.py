@@ -129,3 +129,38 @@ def make_dt() -> Callable[..., Any]:
         return spread(HookedDecisionTransformer(cfg), size).eval().to(dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_lm() -> Callable[..., Any]:
+    """A small random causal language model of Hugging Face's class, in evaluation mode: ``make_lm("gptj", n_head=4)``.
+
+    No bias is zero and no scale one. Names: gpt2, gptj, gpt_neo, llama, mistral, qwen2.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    llama = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    llama |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 12}
+    neo = {"vocab_size": 29, "max_position_embeddings": 12, "hidden_size": 16, "num_layers": 2, "num_heads": 4}
+    gpt = {"vocab_size": 29, "n_positions": 12, "n_embd": 16, "n_layer": 2}
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, {**gpt, "n_head": 4}),
+        "gptj": (transformers.GPTJForCausalLM, transformers.GPTJConfig, {**gpt, "n_head": 2, "rotary_dim": 4}),
+        "gpt_neo": (
+            transformers.GPTNeoForCausalLM,
+            transformers.GPTNeoConfig,
+            {**neo, "attention_types": [[["global", "local"], 1]], "window_size": 3},
+        ),
+        "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, llama),
+        "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, llama),
+        "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, llama),
+    }
+
+    def make(kind: str, seed: int = 0, size: float = 0.3, **options: Any) -> Any:
+        torch.manual_seed(seed)
+        model, config, sizes = kinds[kind]
+        return spread(model(config(**{**ids, **sizes, **options})), size).eval()
+
+    return make

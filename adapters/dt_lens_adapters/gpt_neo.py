@@ -91,6 +91,7 @@ FAMILY = Family(
     read=read,
     ignored=(r"transformer\.h\.\d+\.attn\.attention\.(masked_)?bias",),
     prefix="transformer.",
+    single_inside=True,
 )
 
 

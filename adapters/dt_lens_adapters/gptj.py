@@ -90,6 +90,7 @@ FAMILY = Family(
     read=read,
     ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
     prefix="transformer.",
+    single_inside=True,
 )
 
 

@@ -117,6 +117,7 @@ LLAMA = Family(
     # The frequencies of the rotation, which older releases saved.
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     prefix="model.",
+    single_inside=True,
 )
 MISTRAL = replace(
     LLAMA,

@@ -55,6 +55,7 @@ class Family:
         read: the configuration from those values.
         ignored: whole keys that are knowingly not read, as regular expressions.
         prefix: what checkpoints of the bare model lack in front of their keys.
+        single_inside: the class computes norms or attention in float32, whatever type its weights have.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Family:
     read: Callable[[Values], LanguageModelConfig]
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    single_inside: bool = False
 
     def config(self, values: Mapping[str, Any]) -> LanguageModelConfig:
         """The configuration from the values of a config.json.

@@ -118,6 +118,12 @@ class HookedLanguageModel(HookedRootModule):
         return {name: view.detach() for name, view in self._layout.views(self.model.state_dict()).items()}
 
     @property
+    def arithmetic(self) -> torch.dtype | None:
+        """The type whose rounding the forward pass has, where that is not the weights' own."""
+        wide = self.weights["embed.W_E"].dtype == torch.float64
+        return torch.float32 if wide and self.family.single_inside else None
+
+    @property
     def structure(self) -> Structure:
         """Blocks, heads, and which norm stands before which matrix."""
         return self.cfg.structure

@@ -101,6 +101,11 @@ class _Passage:
 
     def block(self, layer: int, path: str) -> None:
         b, at = f"blocks.{layer}", self.modules
+        if at.ln2 is None and not self.cfg.parallel:
+            raise DtLensError(
+                f"The family of a {type(self.model).__name__} has no norm before its MLP, and its configuration does "
+                "not say that attention and MLP read the stream side by side; one of the two is declared wrongly."
+            )
         self.entry(path, f"{b}.hook_resid_pre")
         self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
         self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])
