@@ -30,7 +30,7 @@ SUFFIXES = SAFETENSORS + TORCH
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face calls them, in the order of preference
 
 # What rebuilds an array of numbers, under NumPy's names for it before and since version 2; nothing in it runs code.
-_ARRAY = {"_reconstruct": np._core.multiarray._reconstruct, "scalar": np._core.multiarray.scalar}
+_ARRAY = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
 ARRAYS: list[Any] = [
     *((call, f"numpy.{core}.multiarray.{name}") for name, call in _ARRAY.items() for core in ("core", "_core")),
     *(np.ndarray, np.dtype),

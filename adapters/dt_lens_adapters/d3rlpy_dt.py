@@ -198,7 +198,7 @@ class _Layout(Layout):
             x = trace.linear(key, x)
             for name in self.last_acts if i == len(self.linears) - 1 else self.inner_acts:
                 x = activation(name, x)
-        return x.unflatten(0, states.shape[:2])
+        return torch.unflatten(x, 0, states.shape[:2])
 
     def _block(self, trace: Trace, t: str, b: str, x: Tensor) -> Tensor:
         note, linear = trace.note, trace.linear

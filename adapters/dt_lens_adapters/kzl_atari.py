@@ -109,7 +109,7 @@ class _Layout(Layout):
         x = states.reshape(-1, self.channels[0], self.side, self.side)
         for conv, stride in zip(CONVS, STRIDES, strict=True):
             x = torch.relu(F.conv2d(x, trace.tensors[f"{conv}.weight"], trace.tensors[f"{conv}.bias"], stride))
-        return torch.tanh(trace.linear(LINEAR, x.flatten(1))).unflatten(0, states.shape[:2])
+        return torch.unflatten(torch.tanh(trace.linear(LINEAR, x.flatten(1))), 0, states.shape[:2])
 
     def _block(self, trace: Trace, b: str, x: Tensor) -> Tensor:
         note, linear = trace.note, trace.linear

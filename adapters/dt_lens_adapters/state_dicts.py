@@ -198,14 +198,14 @@ class StateDictAdapter:
         return {}
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
-        refuse_unknown(given, self.options | FACTS)
+        refuse_unknown(given, set(self.options) | FACTS)
         tensors = checkpoint.tensors
         checkpoint.require_finite(self._used(tensors))
         layout = self._layout(tensors, {**self.said_by_file(checkpoint, given), **given})
         return self._lens(_Held(self._used(tensors)), layout, live=False)
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
-        refuse_unknown(given, self.options | FACTS)
+        refuse_unknown(given, set(self.options) | FACTS)
         layout = self._layout(model.state_dict(), {**self.said_by_model(model), **given})
         return self._lens(model, layout, live=True)
 

@@ -77,7 +77,7 @@ class ConvStack(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """``[batch, step, channel * row * column]``, or with these three apart, to ``[batch, step, d_model]``."""
-        x = states.flatten(2).unflatten(2, self.image).flatten(0, 1)
+        x = torch.unflatten(states.flatten(2), 2, self.image).flatten(0, 1)
         for conv in self.convs:
             x = _behind(conv(x), self.inner)
         x = _behind(self.linear(x.flatten(1)), self.last)
