@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.label_changes import By, Owner, label_changes
 from dt_lens.matrices import Matrix, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.matrix_change import change_factors, common_boundary, fingerprint_of, leading, measure
+from dt_lens.progress import Tell, reporting
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -38,7 +39,7 @@ def compare(
     k: int = 10,
     fold_layernorm: bool = True,
     names: tuple[str, str] = ("A", "B"),
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Tell = False,
 ) -> Comparison:
     """What changed between two models of the same shape, matrix by matrix.
 
@@ -51,7 +52,7 @@ def compare(
         fold_layernorm: compare what acts on the stream, each model's own LayerNorm folded in (``WeightSVD``'s default);
             ``False`` takes raw weights.
         names: what to call the two in tables and figures.
-        progress: called with how many matrices are done, and of how many.
+        progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
 
     Returns:
         a ``Comparison``. Its ``table`` has a row for each matrix:
@@ -83,15 +84,13 @@ def compare(
     chosen = _comparable(before, after, matrices, fold_layernorm)
     notes = _notes(_precisions(before, after, chosen), names)
     rows, spectra, states = [], {}, {}
-    for done, matrix in enumerate(chosen):
-        if progress is not None:
-            progress(done, len(chosen))
-        found = measure(before, after, matrix, k, fold_layernorm)
-        rows.append(found.row)
-        spectra[matrix.name] = (found.sigma_a, found.sigma_b, found.sigma_change)
-        states[matrix.name] = (fingerprint_of(before, matrix), fingerprint_of(after, matrix))
-    if progress is not None:
-        progress(len(chosen), len(chosen))
+    with reporting(progress) as tell:
+        for done, matrix in enumerate(chosen):
+            tell(f"comparing {matrix.name}", done / len(chosen))
+            found = measure(before, after, matrix, k, fold_layernorm)
+            rows.append(found.row)
+            spectra[matrix.name] = (found.sigma_a, found.sigma_b, found.sigma_change)
+            states[matrix.name] = (fingerprint_of(before, matrix), fingerprint_of(after, matrix))
     table = pd.DataFrame(rows)
     table["head"] = pd.array(table["head"], dtype="Int64")
     table.attrs = {"fold_layernorm": fold_layernorm, "k": k, "names": list(names)}

@@ -231,9 +231,9 @@ def test_other_precisions_are_told(make_dt: Make) -> None:
 
 
 def test_progress_is_told(make_dt: Make) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[str, float]] = []
     dt_lens.compare(make_dt(), make_dt(1), "*.W_in", progress=lambda *state: told.append(state))
-    assert told == [(0, 2), (1, 2), (2, 2)]
+    assert told == [("comparing blocks.0.mlp.W_in", 0.0), ("comparing blocks.1.mlp.W_in", 0.5)]
 
 
 def test_what_changed_since_is_noticed(make_dt: Make) -> None:

@@ -31,13 +31,10 @@ def compare(
         one, two = load_model(a, given), load_model(b, given)
         from dt_lens.model_comparison import compare as run
 
-        def told(done: int, total: int) -> None:
-            tell("comparing", done / total)
-
         names = (Path(a).name, Path(b).name)
         if names[0] == names[1]:
             names = (a, b)
-        found = run(one, two, split(matrices), k=k, fold_layernorm=not raw, names=names, progress=told)
+        found = run(one, two, split(matrices), k=k, fold_layernorm=not raw, names=names, progress=tell)
         page = found.save(out, shlex.join(["dt-lens", *sys.argv[1:]])) if out else None
     table = found.most_changed(top or len(found.table))
     shown = table[SHOWN].copy()
