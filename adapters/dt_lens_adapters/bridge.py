@@ -52,6 +52,7 @@ class Bridge:
         with torch.device("meta"):
             wanted = set(type(wrapped)(config).state_dict())
         tensors = _parameters(wrapped, wanted)
+        _require_unprocessed(bridge, tensors)
         twin = fill(type(wrapped), config, tensors)
         cfg = family.config(config_values(twin))
         layout = family.layout(cfg.replace(tied=False))
@@ -68,7 +69,6 @@ class Bridge:
 
         tokenizer = given.get("tokenizer", bridge.tokenizer)
         lens = HookedLanguageModel(twin, family, cfg, tokenizer, original=model, check_shared=check_shared)
-        _require_unprocessed(bridge, tensors)
         _require_same_logits(bridge, lens)
         return lens.train(model.training)
 
@@ -83,30 +83,25 @@ def _family(wrapped: nn.Module) -> Family:
 
 
 def _parameters(wrapped: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
-    """The wrapped model's own tensors under Hugging Face's keys.
-
-    Raises:
-        DtLensError: naming a tensor that is missing, or one of the bridge's own that is not zero.
-    """
+    """The wrapped model's own tensors under Hugging Face's keys; ``DtLensError`` naming one that is missing."""
     held: dict[str, Tensor] = {}
     for name, tensor in [*wrapped.named_parameters(remove_duplicate=False), *wrapped.named_buffers()]:
         held.setdefault(name.replace(WRAPPED, ""), tensor.detach())
     for key in wanted:
         if key not in held:
             raise DtLensError(f"The model inside the bridge has no tensor {key!r}, which its class should have.")
-    memory = {held[key].untyped_storage().data_ptr() for key in wanted}
-    for key, parameter in wrapped.named_parameters():
-        if parameter.untyped_storage().data_ptr() not in memory and bool(parameter.any()):
-            raise DtLensError(
-                f"The bridge has a weight {key.replace(WRAPPED, '')!r} of its own; it holds processed weights, so wrap "
-                "one that was not brought into compatibility mode."
-            )
     return {key: held[key] for key in wanted}
 
 
 def _require_unprocessed(bridge: Any, tensors: dict[str, Tensor]) -> None:
     """The bridge computes with these tensors' own memory, not with a processed copy that an edit would miss."""
     memory = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    for key, parameter in bridge.original_model.named_parameters():
+        if parameter.untyped_storage().data_ptr() not in memory and bool(parameter.any()):
+            raise DtLensError(
+                f"The bridge has a weight {key.replace(WRAPPED, '')!r} of its own; it holds processed weights, so wrap "
+                "one that was not brought into compatibility mode."
+            )
     for name, tensor in bridge.tl_parameters().items():
         plain = name.endswith(("W_E", "W_pos", "W_Q", "W_O", "W_in", "W_gate", "W_out", "W_U"))
         if plain and tensor.untyped_storage().data_ptr() not in memory:

@@ -42,6 +42,8 @@ def token_labels(tokenizer: Any, d_vocab: int) -> list[str]:
 
 def _texts(tokenizer: Any, d_vocab: int) -> list[str | None]:
     known = len(tokenizer)
+    if not known:
+        raise DtLensError(f"The tokenizer, a {type(tokenizer).__name__}, cannot tell what its tokens stand for: none.")
     if known > d_vocab:
         raise DtLensError(
             f"The tokenizer has {known} tokens and the model {d_vocab} rows for them, so the two do not belong "
