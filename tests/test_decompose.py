@@ -125,7 +125,7 @@ def routes_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(decompose, name, watched)
 
-    for name in ("_krylov", "_gram", "_lapack", "_gesvd"):
+    for name in ("_krylov", "_krylov_single", "_gram", "_lapack", "_gesvd"):
         watch(name)
     return taken
 
@@ -211,3 +211,31 @@ def test_not_finite(bad: float) -> None:
     for factors in ([M], [M, random(4, 4)], [random(4, 4), M]):
         with pytest.raises(DtLensError, match="NaN or infinite"):
             decompose.decompose(factors)
+
+
+@pytest.mark.parametrize("shape", [(1100, 2300), (2300, 1100)])
+def test_what_is_known_to_few_digits_is_found_in_single_precision(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the weights of a model in half precision: a spectrum that decays over noise, rounded."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(3)
+    left, right = (
+        torch.linalg.qr(torch.randn(side, 40, generator=generator, dtype=torch.float64))[0] for side in shape
+    )
+    noise = 0.02 * torch.randn(m, n, generator=generator, dtype=torch.float64)
+    M = (noise + (left * (6 / torch.arange(1.0, 41).sqrt())) @ right.T).half().double()
+    rounding = 4e-6 * (m**0.5 + n**0.5) / float(M.norm())
+    taken = routes_taken(monkeypatch)
+    found = decompose.decompose([M], 10, tolerance=0.1 * rounding)
+    assert taken == ["_krylov_single"]
+    assert found.error <= 0.1 * rounding
+    u, sigma, v = torch.linalg.svd(M, full_matrices=False)
+    torch.testing.assert_close(found.sigma, sigma[:10], rtol=1e-9, atol=0)
+    for mine, theirs in ((found.left, u[:, :10].T), (found.right, v[:10])):
+        overlap = (mine * theirs).sum(1).abs()
+        assert float((1 - overlap).max()) < 1e-10
+    # A matrix known to all its digits gets all its digits.
+    taken.clear()
+    assert decompose.decompose([M], 10).error < 1e-9
+    assert "_krylov_single" not in taken
