@@ -86,7 +86,7 @@ def row_blocks(
     """
     numbers = torch.arange(len(embedding)) if kept is None else torch.as_tensor(list(kept), dtype=torch.long)
     size = max(1, BLOCK // (embedding.directions.shape[1] + width))
-    for some in numbers.split(size):
+    for some in torch.split(numbers, size):
         # A slice reads rows that lie together without a table of them.
         together = len(some) and int(some[-1] - some[0]) + 1 == len(some)
         rows = slice(int(some[0]), int(some[-1]) + 1) if together else some

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dt_lens.decompose import decompose
 from dt_lens.direction_matching import match_directions
-from dt_lens.directions import Decomposition
+from dt_lens.directions import Decomposition, rounding_noise
 from dt_lens.errors import DtLensError
 from dt_lens.label_changes import By, Owner, label_changes
 from dt_lens.matrices import Matrix, SideName, Snapshot, catalogue, find_matrix, select_matrices
@@ -92,7 +92,7 @@ def compare(
             spectra[matrix.name] = (found.sigma_a, found.sigma_b, found.sigma_change)
             states[matrix.name] = (fingerprint_of(before, matrix), fingerprint_of(after, matrix))
     table = pd.DataFrame(rows)
-    table["head"] = pd.array(table["head"], dtype="Int64")
+    table["head"] = table["head"].astype("Int64")
     table.attrs = {"fold_layernorm": fold_layernorm, "k": k, "names": list(names)}
     return Comparison(table, names, fold_layernorm, spectra, notes, a, b, k, states)
 
@@ -165,6 +165,8 @@ class Comparison:
     def change(self, matrix: str, k: int | None = None) -> Decomposition:
         """The singular directions of the change ``B - A`` itself, the leading ``k``; none where nothing changed.
 
+        Those that rounding either model's weights could make by itself are left out.
+
         Raises:
             DtLensError: for a matrix that was not compared, or that changed since.
         """
@@ -176,8 +178,13 @@ class Comparison:
             zero = torch.zeros(0, dtype=torch.float64)
             return Decomposition(found, zero, zero.new_zeros(0, d_left), zero.new_zeros(0, d_right), self.folded, (), 0)
         svd = decompose(factors, k or self._k, floor)
-        blocks = tuple((i, i + 1) for i in range(len(svd.sigma)))
-        return Decomposition(found, svd.sigma, svd.left, svd.right, self.folded, blocks, svd.error)
+        noise = [rounding_noise(lens, found, svd.left, svd.right, self.folded) for lens in self._lenses()]
+        # A matrix of independent errors has no singular value beyond this (Vershynin, "Introduction to the
+        # non-asymptotic analysis of random matrices", 2012, theorem 5.31).
+        most = torch.stack(noise).norm(dim=0) * (svd.left.shape[1] ** 0.5 + svd.right.shape[1] ** 0.5)
+        kept = int((svd.sigma > most).sum())
+        blocks = tuple((i, i + 1) for i in range(kept))
+        return Decomposition(found, svd.sigma[:kept], svd.left[:kept], svd.right[:kept], self.folded, blocks, svd.error)
 
     def labels(
         self,

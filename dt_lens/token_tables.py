@@ -137,7 +137,7 @@ def token_table(
         n: labels at each pole. Where fewer than ``2 n`` are left, each is shown once, on the side that it points to as
             far as there is room.
         where: a filter or several, all of which a label must pass: ``dt_lens.label_text.ascii_only``, ``whole_words``,
-            ``at_least(counts, 100)``, or any function of a label's text.
+            ``at_least(counts, 100)``, or any function of a label's text. Sets of which none passes are left out.
         side: only this side of every matrix, with every embedding.
 
     Raises:
@@ -164,7 +164,7 @@ def token_table(
             if not group:
                 continue
             if not count:
-                raise DtLensError(f"No label of {embedding.name} passes the filter; loosen it, or name another set.")
+                continue
             together = torch.cat([m.directions for _, m in group])
             index, cosine = extremes(together, embedding, n, passing, svd.fold_layernorm, centred)
             start = 0
@@ -172,9 +172,12 @@ def token_table(
                 stop = start + len(meeting.directions)
                 parts[place] = _rows(meeting, embedding, index[start:stop], cosine[start:stop], n)
                 start = stop
+    if not parts:
+        names = ", ".join(dict.fromkeys(m.embedding for m in met))
+        raise DtLensError(f"No label of {names} passes the filter; loosen it, or name another set.")
     columns = {name: [value for i in sorted(parts) for value in parts[i][name]] for name in COLUMNS}
     rows = pd.DataFrame(columns)
-    rows["head"] = pd.array(rows["head"], dtype="Int64")
+    rows["head"] = rows["head"].astype("Int64")
     # A direction's embeddings stand together.
     order = rows.groupby(["matrix", "side", "sv"], sort=False).ngroup()
     rows = rows.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
@@ -241,7 +244,7 @@ def extremes(
     assert ends[0] is not None and ends[1] is not None
     for direction, above, below in zip(directions, ends[0][1], ends[1][1], strict=True):
         # In the order of the rows, so that equal cosines are in that order too.
-        index = torch.cat([above, below]).unique()
+        index = torch.unique(torch.cat([above, below]))
         cosine = unit_rows(embedding, index, folded, centred) @ direction
         order = cosine.argsort(descending=True, stable=True)
         indices.append(index[order])
@@ -269,7 +272,7 @@ def _rows(meeting: _Meeting, embedding: Embedding, index: list[Tensor], cosine: 
         for pole, chosen in (("+", range(plus.start, plus.stop)), ("-", range(minus.stop - 1, minus.start - 1, -1))):
             for rank, i in enumerate(chosen):
                 at = int(rows[i])
-                row = (matrix.name, matrix.layer, matrix.head, meeting.side, sv, meeting.blocks[sv])
+                row: tuple[Any, ...] = (matrix.name, matrix.layer, matrix.head, meeting.side, sv, meeting.blocks[sv])
                 row += (
                     float(meeting.sigma[sv]),
                     embedding.name,

@@ -119,6 +119,17 @@ def test_a_tiny_change_of_a_circuit_keeps_its_digits(make_dt: Make) -> None:
     assert found["change_effective_rank"] > 3
 
 
+@pytest.mark.parametrize("name", ["blocks.0.mlp.W_in", "blocks.1.mlp.W_out"])
+def test_directions_that_rounding_makes_are_left_out(make_dt: Make, name: str) -> None:
+    a = make_dt()
+    b = copy.deepcopy(a)
+    left, right = find_matrix(a, name).dense(a).shape
+    plant(b, name, torch.randn(left), torch.randn(right), 0.01)
+    assert len(dt_lens.compare(a, b).change(name).sigma) == 1
+    plant(b, name, torch.randn(left), torch.randn(right), 0.0001)
+    assert len(dt_lens.compare(a, b).change(name).sigma) == 2
+
+
 def test_another_basis_inside_a_head_is_no_change_of_its_circuits(make_dt: Make) -> None:
     a = make_dt(dtype=torch.float64)
     b = copy.deepcopy(a)

@@ -89,6 +89,8 @@ def test_filters(blocks: None, make_dt: Make) -> None:
     wanted = everything.iloc[0][[label for label in everything.columns if label.startswith(" w")]]
     assert list(table.rows["label"][:5]) == list(wanted.sort_values(ascending=False).index[:5])
     assert table.shown["token_in"] == (200, 300)
+    # By default the sets that have such labels; none at all is an error.
+    assert set(svd.tokens("blocks.0.mlp.W_in", where=lambda text: "é" in text).rows["embedding"]) == {"token_in"}
     with pytest.raises(DtLensError, match="No label of token_in passes"):
         svd.tokens("blocks.0.mlp.W_in", "token_in", where=lambda text: False)
 

@@ -36,17 +36,17 @@ def change_heatmap(
     if table.empty:
         return empty(title, "No matrix was compared.")
     cells = []
-    for (layer, kind), group in table.groupby(["layer", "kind"], sort=False):
+    for (_, kind), group in table.groupby(["layer", "kind"], sort=False):
         finite = group[np.isfinite(group[value].astype(float))]
         if finite.empty:
             continue
-        row = finite.loc[finite[value].astype(float).idxmax()]
+        row = finite.sort_values(value, ascending=False, kind="stable").iloc[0]
         told = f"{plain(row['matrix'])}<br>{_words(value)} {row[value]:.4g}"
         if len(group) > 1:
             told += f"<br>largest of {len(group)} heads; their mean is {finite[value].astype(float).mean():.4g}"
         if "change_effective_rank" in row:
             told += f"<br>effective rank of the change {row['change_effective_rank']:.1f}"
-        cells.append((int(layer), str(kind), float(row[value]), told))
+        cells.append((int(row["layer"]), str(kind), float(row[value]), told))
     heads = int(table["head"].nunique())
     about = f"{_words(value)}, ‖B − A‖ / ‖A‖" if value == "relative_change" else _words(value)
     about += " · of several heads the largest" if heads > 1 else ""

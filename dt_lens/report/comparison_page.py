@@ -167,7 +167,7 @@ def _sentence(comparison: Comparison) -> str:
     a, b = comparison.names
     if changed.empty:
         return f"{a} and {b} have the same weights in all {len(table)} matrices."
-    most = changed.loc[changed["relative_change"].idxmax()]
+    most = comparison.most_changed(1).iloc[0]
     return (
         f"{len(changed)} of {len(table)} matrices differ between {a} and {b}; most of all {most['matrix']}, by "
         f"{most['relative_change']:.2g} of its norm."
