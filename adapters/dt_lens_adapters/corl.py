@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because
 from dt_lens.files import Checkpoint
 from dt_lens_adapters.state_dicts import (
     Layout,
@@ -125,7 +125,13 @@ class CORLDecisionTransformer(StateDictAdapter):
         said: dict[str, Any] = {}
         mean, std = checkpoint.extra.get("state_mean"), checkpoint.extra.get("state_std")
         if mean is not None and std is not None:
-            said["state_mean"], said["state_std"] = (torch.as_tensor(x).flatten() for x in (mean, std))
+            try:
+                said["state_mean"], said["state_std"] = (torch.as_tensor(x).flatten() for x in (mean, std))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DtLensError(
+                    f"The state_mean or state_std in {checkpoint.path} is no array of numbers ({because(error)}); save "
+                    "the model_state alone and pass state_mean= and state_std=."
+                ) from error
         return said | _settings(checkpoint)
 
     def said_by_model(self, model: Any) -> dict[str, Any]:

@@ -56,6 +56,13 @@ class _Layout(Layout):
                     f"d3rlpy's weights alone do not say what {name} is; pass n_heads= and act_fn= (unless chosen, 1 "
                     "and 'relu' with continuous actions, 8 and 'gelu' with discrete ones), or give the .d3 file."
                 )
+        # Row 0 is padding's, and there is one more than the longest episode needs.
+        longest = given.get("max_timestep", rows - 2)
+        if not isinstance(longest, int) or not 1 <= longest < rows:
+            raise DtLensError(
+                f"The configuration's max_timestep is {longest!r}; the checkpoint's timestep table has {rows} rows, "
+                f"which allow 1 to {rows - 1}."
+            )
         self.embed_act = _act(given.get("embed_act", "tanh"), "embed_act") if self.discrete else "none"
         self._read_encoder(tensors, given, d)
         self.cfg = HookedDecisionTransformerConfig(
@@ -66,8 +73,7 @@ class _Layout(Layout):
             n_heads=given["n_heads"],
             d_mlp=tensors.size("_gpt2._transformer.0._mlp._l1.weight")[0],
             n_ctx=self.facts.context,
-            # Row 0 is padding's, and there is one more than the longest episode needs.
-            max_ep_len=given.get("max_timestep", rows - 2),
+            max_ep_len=longest,
             act_fn=_act(given["act_fn"], "act_fn"),  # type: ignore[arg-type]
             embed_ln=not self.discrete,
             eps=EPS,
@@ -99,14 +105,21 @@ class _Layout(Layout):
         shapes = [tensors.size(f"{key}.weight", 4) for key in self.convs]
         self.channels = [shapes[0][1], *(shape[0] for shape in shapes)]
         self.kernels = tuple(shape[-1] for shape in shapes)
-        self.strides = tuple(given.get("strides", NATURE[1] if self.kernels == NATURE[0] else ()))
-        if len(self.strides) != len(self.kernels) or any(shape[2] != shape[3] for shape in shapes):
+        strides = given.get("strides", NATURE[1] if self.kernels == NATURE[0] else ())
+        self.strides = tuple(strides) if isinstance(strides, (list, tuple)) else ()
+        fit = all(isinstance(stride, int) and stride > 0 for stride in self.strides)
+        if not fit or len(self.strides) != len(self.kernels):
             raise DtLensError(
                 f"d3rlpy's weights alone do not say the strides of these {len(shapes)} convolutions; pass strides= "
                 "with one number for each, or give the .d3 file."
             )
         left = math.isqrt(tensors.size(f"{self.linears[0]}.weight")[1] // self.channels[-1])
-        self.side = given.get("image_side", image_side(left, self.kernels, self.strides))
+        least = image_side(left, self.kernels, self.strides)
+        self.side = given.get("image_side", least)
+        if not isinstance(self.side, int) or not least <= self.side < image_side(left + 1, self.kernels, self.strides):
+            raise DtLensError(
+                f"image_side is {self.side!r}; this checkpoint's layers fit images of {least} pixels or a few more."
+            )
         self.state_dim = self.channels[0] * self.side**2
 
     def state_encoder(self) -> nn.Module:

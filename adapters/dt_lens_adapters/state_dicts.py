@@ -48,9 +48,14 @@ class Tensors:
         return shape
 
     def count(self, pattern: str) -> int:
-        """One more than the largest number that ``pattern`` finds in a key: how many blocks there are."""
+        """How many blocks there are, whose numbers ``pattern`` finds in the keys."""
         found = {int(match[1]) for key in self.tensors if (match := re.match(pattern, key))}
-        return max(found) + 1 if found else 0
+        missing = next((number for number in range(len(found)) if number not in found), None)
+        if missing is not None:
+            raise DtLensError(
+                f"The checkpoint has tensors of block {max(found)} and none of block {missing}; {self.kind} has all."
+            )
+        return len(found)
 
     def take(self, key: str, *shape: int) -> Tensor:
         """The tensor of that key, which must have that shape."""
@@ -206,15 +211,25 @@ class StateDictAdapter:
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, set(self.options) | FACTS)
-        layout = self._layout(model.state_dict(), {**self.said_by_model(model), **given})
+        try:
+            said = self.said_by_model(model)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            said = {}  # a class of somebody else's with the same tensors; what is needed is asked for
+        layout = self._layout(model.state_dict(), {**said, **given})
         return self._lens(model, layout, live=True)
 
     def _used(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensor for key, tensor in tensors.items() if not re.fullmatch(self.layout.unused, key)}
 
     def _layout(self, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Layout:
-        require_computable(self._used(tensors))
-        return self.layout(Tensors(tensors, self.layout.kind), given)
+        used = self._used(tensors)
+        require_computable(used)
+        layout = self.layout(Tensors(tensors, self.layout.kind), given)
+        # Before anything is built of it.
+        checked = Tensors(used, self.layout.kind)
+        layout.canonical(checked)
+        checked.require_all_taken()
+        return layout
 
     def _lens(self, module: nn.Module, layout: Layout, live: bool) -> HookedDecisionTransformer:
         layout.facts.require_fit(layout.cfg.state_dim, layout.cfg.act_dim)
@@ -224,9 +239,7 @@ class StateDictAdapter:
         own: dict[str, Tensor] = {}
 
         def views() -> dict[str, Tensor]:
-            tensors = Tensors(self._used(module.state_dict()), layout.kind)
-            weights = layout.canonical(tensors)
-            tensors.require_all_taken()
+            weights = layout.canonical(Tensors(self._used(module.state_dict()), layout.kind))
             like = next(iter(weights.values()))
             for name, shape in shapes.items():
                 # A bias that the code base has not: zeros of the lens's own, one memory for as long as the model stays.

@@ -125,7 +125,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
     return folder / "dt_checkpoint.pt"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     heads=st.sampled_from([1, 2, 4]),
     width=st.sampled_from([1, 3, 4]),
@@ -211,6 +211,9 @@ def test_a_bare_state_dict_and_settings_of_another_model(tmp_path: Path) -> None
             r"'blocks\.0\.attention\.bias_k' .* no place for",
         ),
         ("blocks.2.causal_mask", lambda t: torch.zeros(12, 12), r"no tensor 'blocks\.2\.attention\.in_proj_weight'"),
+        ("blocks.987654321.norm1.bias", lambda t: torch.zeros(16), "of block 987654321 and none of block 2"),
+        ("emb_norm", lambda t: torch.zeros(16), "'emb_norm' .* no place for"),
+        ("emb_norm.weight..x", lambda t: torch.zeros(16), r"'emb_norm\.weight\.\.x' .* no place for"),
         ("emb_norm.weight", lambda t: t.long(), "holds int64 numbers"),
         ("blocks.1.norm1.weight", lambda t: t / 0, r"'blocks\.1\.norm1\.weight' in .* holds NaN or infinite"),
     ],
@@ -224,6 +227,32 @@ def test_damaged_files(tmp_path: Path, key: str, change: Any, message: str) -> N
     torch.save({"model_state": tensors}, tmp_path / "agent.pt")
     with pytest.raises(DtLensError, match=message):
         dt_lens.load(tmp_path / "agent.pt", n_heads=2)
+
+
+def test_statistics_that_are_none(tmp_path: Path) -> None:
+    for mean, message in (
+        ("zero", "state_mean or state_std in .* is no array of numbers"),
+        (np.zeros(3), "state_mean has 3 entries"),
+        (np.full(5, np.nan), "state_mean is"),
+    ):
+        size = np.ones(3 if message.endswith("entries") else 5)
+        torch.save({"model_state": make().state_dict(), "state_mean": mean, "state_std": size}, tmp_path / "a.pt")
+        with pytest.raises(DtLensError, match=message):
+            dt_lens.load(tmp_path / "a.pt", n_heads=2)
+
+
+def test_a_class_that_does_not_tell_its_heads() -> None:
+    model = make()
+    for block in model.blocks:
+        attention = block.attention
+        block.attention = nn.Module()
+        for name, parameter in attention.named_parameters(recurse=False):
+            block.attention.register_parameter(name, parameter)
+        block.attention.out_proj = attention.out_proj
+    with pytest.raises(DtLensError, match="pass n_heads="):
+        dt_lens.wrap(model)
+    with pytest.raises(DtLensError, match="own forward pass fails"):
+        dt_lens.wrap(model, n_heads=2)
 
 
 def test_nobody_else_recognises_it(recognised_by: Any, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def vector(act: str = "relu", last: str | None = None) -> dict[str, Any]:
     return {"type": "vector", "params": {"hidden_units": [9, 16], "activation": act, "last_activation": last}}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     discrete=st.booleans(),
     by_window=st.booleans(),
@@ -288,8 +288,15 @@ def test_images(tmp_path: Path, discrete: bool) -> None:
     ):
         assert lens.cfg.state_dim == 800
         torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
-    with pytest.raises(DtLensError, match="do not say the strides of these 2 convolutions; pass strides="):
-        dt_lens.load(tmp_path / "a.pt", n_heads=2, act_fn=act)
+    for options, message in (
+        ({}, "do not say the strides of these 2 convolutions; pass strides="),
+        ({"strides": [3, 0]}, "do not say the strides"),
+        ({"strides": 3}, "do not say the strides"),
+        ({"strides": [3, 2], "image_side": 40}, "image_side is 40; this checkpoint's layers fit images of 18 pixels"),
+        ({"strides": [3, 2], "image_side": "20"}, "image_side is '20'"),
+    ):
+        with pytest.raises(DtLensError, match=message):
+            dt_lens.load(tmp_path / "a.pt", n_heads=2, act_fn=act, **options)
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -336,7 +343,8 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
     for params, message in (
         ({"num_heads": 3}, "d_model 16 does not split into n_heads 3"),
         ({"activation_type": "geglu"}, "act_fn is 'geglu'"),
-        ({"max_timestep": 300}, r"timestep.W' has shape \[31, 16\]; the configuration wants \[300, 16\]"),
+        ({"max_timestep": 32}, "max_timestep is 32; the checkpoint's timestep table has 32 rows, which allow 1 to 31"),
+        ({"max_timestep": "30"}, "max_timestep is '30'"),
         ({"reward_scaler": {"type": "clip", "params": {}}}, r"pass ignore_options=\['reward_scaler'\]"),
     ):
         file = whole_file(make(), tmp_path / "a.d3", "relu", vector(), **params)

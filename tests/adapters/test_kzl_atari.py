@@ -121,7 +121,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
     return folder / "Breakout_123.pth"
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     heads=st.sampled_from([1, 2, 4]),
     width=st.sampled_from([1, 3]),

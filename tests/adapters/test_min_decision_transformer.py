@@ -119,7 +119,7 @@ def saved(model: nn.Module, folder: Path) -> Path:
     return folder / "dt_hopper-medium-v2_model.pt"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     heads=st.sampled_from([1, 2, 4]),
     width=st.sampled_from([1, 3, 4]),
