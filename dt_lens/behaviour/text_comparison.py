@@ -12,7 +12,7 @@ import pandas as pd
 from dt_lens.behaviour.comparison import p_text
 from dt_lens.behaviour.outcomes import html_table, span, text_table
 from dt_lens.behaviour.statistics import Interval, bootstrap_interval, cohen_dz, iqm, sign_flip
-from dt_lens.behaviour.text_outcomes import Moved, TextEvaluation, moved_html, moved_rows
+from dt_lens.behaviour.text_outcomes import Moved, TextEvaluation, moved_html, moved_rows, small_span
 from dt_lens.errors import DtLensError
 
 __all__ = ["TextComparison"]
@@ -147,9 +147,8 @@ class TextComparison:
             ("effect size (Cohen's d_z)", f"{self.effect_size:+.2f}"),
         ]
         if a.edits:
-            rows.append(
-                ("KL from the unedited", f"{self.kl:.4f} nats per token  {level} {span(self.kl_interval, digits=4)}")
-            )
+            kl = f"{self.kl:.3g} nats per token  {level} {small_span(self.kl_interval)}"
+            rows.append(("KL from the unedited", kl))
         return rows + moved_rows(self.moved)
 
     def _title(self) -> str:

@@ -195,7 +195,7 @@ class TextEvaluation:
             ("bits per byte", f"{s['bits_per_byte']:.4f}"),
         ]
         if self.edits:
-            rows.append(("KL from the unedited", f"{s['kl']:.4f} nats per token  {span(s['kl_interval'], digits=4)}"))
+            rows.append(("KL from the unedited", f"{s['kl']:.3g} nats per token  {small_span(s['kl_interval'])}"))
             rows += moved_rows(self.moved)
         return rows
 
@@ -212,6 +212,15 @@ class TextEvaluation:
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), self._rows()) + moved_html(self.moved)
+
+
+def small_span(interval: tuple[float, float]) -> str:
+    """An interval of numbers that may be small.
+
+    >>> small_span((0.00012345, 0.25))
+    '[0.000123, 0.25]'
+    """
+    return f"[{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
 def moved_frame(moved: Sequence[Moved], k: int | None = None) -> pd.DataFrame:
@@ -231,7 +240,7 @@ def moved_rows(moved: Sequence[Moved]) -> list[tuple[str, str]]:
         ("probability down", table[table["change"] < 0]),
     ):
         if len(part):
-            rows.append((name, ", ".join(f"{r.text} {r.change:+.4f}" for r in part.itertuples())))
+            rows.append((name, ", ".join(f"{r.text} {r.change:+.2g}" for r in part.itertuples())))
     return rows
 
 
@@ -240,8 +249,8 @@ def moved_html(moved: Sequence[Moved], k: int = 10) -> str:
     if not moved:
         return ""
     body = "".join(
-        f"<tr><td style='text-align:left'>{escape(str(r.text))}</td><td>{r.before:.5f}</td><td>{r.after:.5f}</td>"
-        f"<td>{r.change:+.5f}</td></tr>"
+        f"<tr><td style='text-align:left'>{escape(str(r.text))}</td><td>{r.before:.3g}</td><td>{r.after:.3g}</td>"
+        f"<td>{r.change:+.2g}</td></tr>"
         for r in moved_frame(moved, k).itertuples()
     )
     head = "".join(f"<th>{name}</th>" for name in ("token", "before", "after", "change"))

@@ -24,7 +24,9 @@ __all__ = [
     "to_float",
 ]
 
-Model = Annotated[str, typer.Argument(help="A bundled model (hopper), a file or folder, or a Hugging Face hub id.")]
+Model = Annotated[
+    str, typer.Argument(help="A bundled model (hopper, tiny-gpt2), a file or folder, or a Hugging Face hub id.")
+]
 Given = Annotated[
     list[str] | None,
     typer.Option(

@@ -348,6 +348,27 @@ def test_dropout_is_off_and_the_modes_come_back(theirs: Any) -> None:
     assert theirs.transformer.drop.training and lens.training
 
 
+def test_the_command_line_reads_with_a_language_model(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from dt_lens.cli import app
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["evaluate", "tiny-gpt2", *arguments])
+
+    out = tmp_path / "windows.csv"
+    done = run("--windows", "6", "--edit", W_IN, "--sv", "0", "--out", str(out))
+    assert done.exit_code == 0, done.exception
+    assert "heldout.txt: 6 windows" in done.output and "KL from the unedited" in done.output
+    assert out.read_text().startswith("arm,index,tokens,loss,kl") and len(out.read_text().splitlines()) == 13
+    text = tmp_path / "own.txt"
+    text.write_text(TEXT)
+    assert "own.txt: 1 window" in run("--text", str(text)).output
+    for arguments in (["--env", "Hopper-v5"], ["--episodes", "3"], ["--text", str(tmp_path / "none.txt")]):
+        failed = run(*arguments)
+        assert isinstance(failed.exception, DtLensError), arguments
+
+
 class TestSuspended:
     def test_the_edits_are_gone_inside_and_back_afterwards(self, lens: Any) -> None:
         before = every_bit(lens)

@@ -12,10 +12,12 @@ from dt_lens.zoo import bundled
 @pytest.mark.parametrize("name", sorted(bundled()))
 def test_a_bundled_model_is_whole_small_and_carded(name: str) -> None:
     folder = bundled()[name]
-    assert {"config.json", "model.safetensors", "dt_lens.json", "CARD.md"} <= {file.name for file in folder.iterdir()}
+    reads = (folder / "tokenizer.json").exists()
+    carried = {"training.json", "heldout.txt"} if reads else {"dt_lens.json"}
+    assert {"config.json", "model.safetensors", "CARD.md"} | carried <= {file.name for file in folder.iterdir()}
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8_000_000
     card = (folder / "CARD.md").read_text(encoding="utf-8")
-    assert "dt-lens record" in card and "dt-lens train" in card
+    assert "dt-lens train-text" in card if reads else "dt-lens record" in card and "dt-lens train" in card
 
 
 def test_hopper_is_what_it_should_be() -> None:
@@ -26,6 +28,25 @@ def test_hopper_is_what_it_should_be() -> None:
     assert facts.environment == "Hopper-v5" and facts.context == 20 and facts.return_scale == 1000
     assert len(facts.target_returns) == 5 and facts.target_returns[0] == max(facts.target_returns)
     assert facts.trained_heads == ("action",)
+
+
+def test_tiny_gpt2_predicts_as_its_card_says() -> None:
+    import json
+
+    folder = bundled()["tiny-gpt2"]
+    card = (folder / "CARD.md").read_text(encoding="utf-8")
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))["held_out"]
+    model = dt_lens.load("tiny-gpt2")
+    assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.n_ctx, model.cfg.d_vocab) == (4, 128, 128, 3072)
+    found = dt_lens.evaluate(model)
+    assert found.text == "heldout.txt" and len(found) == record["windows"] == 184
+    losses = record["nats_per_token"]
+    assert found.mean == pytest.approx(losses["model"], abs=1e-4)
+    assert found.mean < 0.6 * losses["unigram"]
+    for name, loss in losses.items():
+        row = next(line for line in card.splitlines() if line.startswith(f"| {name.replace('model', 'tiny-gpt2')}"))
+        assert f"| {loss:.3f} | {record['bits_per_byte'][name]:.3f} |" in row
+    assert model.tokenizer.decode(model.tokenizer.encode("naïve ☃")) == "naïve ☃"
 
 
 @pytest.mark.acceptance
