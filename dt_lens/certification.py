@@ -30,7 +30,15 @@ __all__ = ["Certificate", "certify"]
 # Relative to the activation's own size: rounding through one part of the model in the weights' dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 # Where the lens's activation is noted and the original's goes on.
-EXCHANGED = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_q", "hook_k", "hook_v", "hook_pre")
+EXCHANGED: tuple[str, ...] = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_q",
+    "hook_k",
+    "hook_v",
+    "hook_pre",
+)
 EXCHANGED += ("hook_pre_linear",)
 # A language model's tables, which are looked up and read off rather than multiplied from stream to stream.
 TABLES = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
@@ -430,4 +438,4 @@ def _finite(weight: Tensor) -> bool:
     """Whether every entry is finite, without the copies that ``isfinite`` makes of a large weight."""
     outer = max(range(weight.ndim), key=weight.stride)
     step = max(1, CHUNK * weight.shape[outer] // max(1, weight.numel()))
-    return all(bool(torch.isfinite(end)) for part in weight.split(step, outer) for end in part.aminmax())
+    return all(bool(torch.isfinite(end)) for part in torch.split(weight, step, outer) for end in part.aminmax())

@@ -22,10 +22,10 @@ __all__ = ["At", "Layout", "Part", "Stored"]
 
 
 class Part(NamedTuple):
-    """The ``index``-th of ``of`` equal parts of a fused tensor, side by side along ``axis``."""
+    """The ``which``-th of ``of`` equal parts of a fused tensor, side by side along ``axis``."""
 
     axis: int
-    index: int
+    which: int
     of: int
 
 
@@ -74,7 +74,7 @@ class Stored(NamedTuple):
         whole = [slice(None)] * len(self.shape)
         if self.part is not None:
             width = self.shape[self.part.axis] // self.part.of
-            whole[self.part.axis] = slice(self.part.index * width, (self.part.index + 1) * width)
+            whole[self.part.axis] = slice(self.part.which * width, (self.part.which + 1) * width)
         return tuple(whole)
 
     def view(self, tensor: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class HookedLanguageModel(HookedRootModule):
             self.mod_dict[name] = self.hook_dict[name] = point
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The wrapped model's mode, whoever set it."""
         model: nn.Module | None = self._modules.get("model") if "_modules" in self.__dict__ else None
         return model is not None and model.training

@@ -19,7 +19,7 @@ def config_values(model: nn.Module) -> dict[str, Any]:
     """The values of a live model's configuration, whose memory tells whether the unembedding is tied."""
     config: Any = model.config
     values: dict[str, Any] = config.to_dict()
-    embed, unembed = (getattr(model, f"get_{side}_embeddings")() for side in ("input", "output"))  # type: ignore[operator]
+    embed, unembed = (getattr(model, f"get_{side}_embeddings")() for side in ("input", "output"))
     tied = embed is not None and unembed is not None and embed.weight.data_ptr() == unembed.weight.data_ptr()
     return {**values, "tie_word_embeddings": tied}
 

@@ -222,7 +222,7 @@ class _Passage:
             return
 
         def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> Any:
-            parts = out.split([heads * self.cfg.d_head for heads in counts], -1)
+            parts = torch.split(out, [heads * self.cfg.d_head for heads in counts], -1)
             given = [
                 self.seen(name, part, heads) if self.wanted(name) else part
                 for name, part, heads in zip(names, parts, counts, strict=True)
