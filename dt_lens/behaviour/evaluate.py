@@ -47,8 +47,10 @@ def evaluate(
 @overload
 def evaluate(
     model: Any,
-    texts: Texts | None = None,
+    read: Texts | None = None,
+    /,
     *,
+    texts: Texts | None = None,
     context: int | None = None,
     windows: int | None = None,
     progress: bool | Progress = False,
@@ -126,7 +128,7 @@ def evaluate(
     from dt_lens.behaviour.outcomes import Evaluation, check_rule
 
     _check_model(model)
-    if not (texts is context is windows is None):
+    if any(value is not None for value in (texts, context, windows)):
         raise DtLensError(
             "This is an agent, and evaluate runs it in an environment; leave out texts, context and windows."
         )

@@ -19,6 +19,7 @@ from dt_lens.behaviour.workers import one_thread
 from dt_lens.changes import state_of, suspended
 from dt_lens.errors import DtLensError
 from dt_lens.label_text import spelled
+from dt_lens.matrices import weight_bytes
 
 __all__ = ["HELD_OUT", "base_and_model_id", "evaluate_text", "is_language_model"]
 
@@ -101,7 +102,8 @@ def _run(
     """(loss, KL) of every window, and the tokens that moved most."""
     edited = bool(state_of(model).edits)
     rows: list[tuple[float, float]] = []
-    before, after, positions, done = 0.0, 0.0, 0, 0
+    before = after = torch.zeros((), dtype=torch.float64)  # sums over positions, then [d_vocab]
+    positions = done = 0
     for group in _groups(windows, int(model.cfg.d_vocab)):
         bare: list[Tensor] = []
         if edited:
@@ -190,8 +192,8 @@ def base_and_model_id(model: Any) -> tuple[str, str]:
 
 
 def _digest(weight: Tensor) -> bytes:
-    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}".encode())
-    digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)} ".encode())
+    digest.update(weight_bytes(weight))
     return digest.digest()
 
 

@@ -240,7 +240,7 @@ def moved_rows(moved: Sequence[Moved]) -> list[tuple[str, str]]:
         ("probability down", table[table["change"] < 0]),
     ):
         if len(part):
-            rows.append((name, ", ".join(f"{r.text} {r.change:+.2g}" for r in part.itertuples())))
+            rows.append((name, ", ".join(f"“{r.text}” {r.change:+.2g}" for r in part.itertuples())))
     return rows
 
 
