@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 import dt_lens
 from dt_lens import DtLensError, Embedding, SingularEdit, matrix_change
+from dt_lens.directions import decompose_matrix
+from dt_lens.label_changes import label_changes
 from dt_lens.matrices import find_matrix
 
 Make = Callable[..., Any]
@@ -195,6 +198,17 @@ def test_labels_by_direction_have_the_sign_of_their_partner(make_dt: Make) -> No
         assert abs(record["b"]) == pytest.approx(abs(cosines[1].loc[record["sv_b"], record["label"]]))
         assert abs(record["change"]) < 0.5 and record["change"] == pytest.approx(record["b"] - record["a"])
     assert table["change"].abs().is_monotonic_decreasing
+
+
+def test_a_direction_written_the_other_way_round_moved_no_label(make_dt: Make) -> None:
+    """The sign of a direction is a convention, which a small change can turn over."""
+    model = make_dt()
+    found = decompose_matrix(model, find_matrix(model, "blocks.0.mlp.W_in"))
+    turned = replace(found, left=-found.left, right=-found.right)
+    options: dict[str, Any] = {"k": 3, "n": None, "folded": True, "owner": "own"}
+    for by in ("directions", "subspace"):
+        moved = label_changes((model, model), (found, turned), "state_in", None, by=by, **options)
+        assert moved["change"].abs().max() < 1e-12 and moved["a"].abs().max() > 0.1
 
 
 def test_each_model_has_its_own_labels_unless_told(make_dt: Make) -> None:
