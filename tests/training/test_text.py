@@ -128,7 +128,13 @@ def test_another_run_in_the_folder_is_not_continued(story: Path, tmp_path: Path)
     other.write_text(story.read_text().replace("dog", "pig"))
     with pytest.raises(DtLensError, match="another text"):
         train_text([other], tmp_path, **SMALL, steps=1)
+    held_out = (tmp_path / "heldout.txt").read_text()
+    paragraph = next(p for p in story.read_text().split("\n\n") if p not in held_out)
+    other.write_text(story.read_text().replace(paragraph, paragraph.upper()))  # what is held out stays the same
+    with pytest.raises(DtLensError, match="another text"):
+        train_text([other], tmp_path, **SMALL, steps=1)
     train_text([other], tmp_path, **SMALL, steps=1, resume=False)
+    assert (tmp_path / "heldout.txt").read_text() == held_out
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
     with pytest.raises(DtLensError, match="cannot be read"):
         train_text([story], tmp_path, **SMALL, steps=1)
