@@ -156,6 +156,26 @@ def test_saved_and_loaded(kind: str, make_lm: Any, tmp_path: Path) -> None:
     assert len(WeightSVD(lens, rank=3).scan(["*.W_out", "*.OV.*"], seed=0))
 
 
+def test_in_shards_with_a_tokenizer_of_its_own(make_lm: Any, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = make_lm("llama")
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    words = {f"w{i}": i for i in range(29)}
+    whole = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=whole).save_pretrained(tmp_path)
+    lens = dt_lens.load(tmp_path)
+    assert lens.labels[7] == "w7"
+    assert lens.to_tokens("w7").tolist() == [[7]]
+    torch.testing.assert_close(lens("w7"), model(torch.tensor([[7]])).logits, rtol=1e-4, atol=1e-5)
+    assert dt_lens.load(tmp_path, tokenizer=None).labels[7] == "token 7"
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DtLensError, match="pass tokenizer=None"):
+        dt_lens.load(tmp_path)
+
+
 def test_matrices_that_another_layout_would_fit_in_shape_are_refused_in_it(kind: str, make_lm: Any) -> None:
     """nn.Linear's (out, in) read as Conv1D's (in, out), and the other way round, where sizes do not tell."""
     square = {"gpt2": "n_inner", "gptj": "n_inner"}.get(kind, "intermediate_size")
@@ -248,6 +268,28 @@ def test_query_heads_that_share_keys_and_values(kv: int, make_lm: Any) -> None:
     _, cache = lens.run_with_cache(TOKENS)
     assert cache["blocks.0.attn.hook_k"].shape == (2, 8, kv, 4)
     assert cache["blocks.0.attn.hook_rot_q"].shape == (2, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
+        ("gpt2", {"n_inner": 20, "activation_function": "relu"}),
+        ("gptj", {"rotary_dim": 8}),
+        ("mistral", {"sliding_window": 3}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+        ("llama", {"hidden_act": "gelu", "rms_norm_eps": 1e-3}),
+    ],
+)
+def test_options_of_the_classes(kind: str, options: dict[str, Any], make_lm: Any, tmp_path: Path) -> None:
+    model = make_lm(kind, **options)
+    lens = dt_lens.wrap(model)
+    torch.testing.assert_close(lens.run_with_cache(TOKENS)[0], model(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(dt_lens.load(tmp_path)(TOKENS), model(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_wider_than_its_share(make_lm: Any) -> None:
