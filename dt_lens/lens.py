@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Lens", "Reference", "load", "open_checkpoint", "wrap"]
 
 # Weights, configuration and tokenizer; a hub repository often holds the same weights in other formats too.
-HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "*.model"]
+HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "tokenizer.model"]
 
 
 @runtime_checkable

@@ -108,7 +108,8 @@ class TestTheHub:
         def fetch(name: str, **options: Any) -> str:
             asked.append(name)
             # No pickles but the weights, and no code.
-            assert options["allow_patterns"] == ["*.json", "*.safetensors", "pytorch_model*.bin"]
+            patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "tokenizer.model"]
+            assert options["allow_patterns"] == patterns
             return str(agent)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)

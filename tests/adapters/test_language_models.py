@@ -306,6 +306,8 @@ def test_tied_or_not(kind: str, tied: bool, make_lm: Any, tmp_path: Path) -> Non
         assert lens.cfg.tied == tied
         assert (weights["embed.W_E"].data_ptr() == weights["unembed.W_U"].data_ptr()) == tied
         assert weights["unembed.W_U"].shape == (16, 29)
+        weights = lens.to(torch.float64).weights
+        assert (weights["embed.W_E"].data_ptr() == weights["unembed.W_U"].data_ptr()) == tied
 
 
 def test_a_tied_table_that_the_file_holds_twice_and_differently(make_lm: Any, tmp_path: Path) -> None:
