@@ -24,7 +24,7 @@ from dt_lens.errors import DtLensError
 __all__ = ["SVD", "decompose"]
 
 TOLERANCE = 1e-9  # relative residual and loss of orthogonality that a route may leave
-SINGLE = 2e-7  # a tolerance that float32 can meet
+SINGLE = 1e-5  # a relative residual that float32 can meet
 EPS = torch.finfo(torch.float64).eps
 # From these short sides on the Gram matrix is faster than LAPACK's SVD, and a Krylov space faster than the Gram matrix.
 GRAM, KRYLOV = 256, 1024
@@ -46,7 +46,7 @@ class SVD(NamedTuple):
     error: float
 
 
-def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0, tolerance: float = TOLERANCE) -> SVD:
+def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0, noise: float = 0.0) -> SVD:
     """The leading ``rank`` singular triples of a product of one or two factors; up to the numerical rank when ``None``.
 
     Args:
@@ -54,8 +54,8 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
         rank: how many triples at most.
         floor: sigmas up to this size are zeros, whatever the largest one is; for matrices that are a difference of
             larger ones. Sigmas that rounding in float64 makes of zeros are cut in any case.
-        tolerance: the error that the result may have, if more than ``TOLERANCE``: where the matrix itself is known to
-            fewer digits, a Krylov space may be found in float32.
+        noise: the spectral norm of what is not known of the matrix, as when its entries were rounded. An error of a
+            tenth of it is allowed, and a Krylov space may be found in float32.
 
     Raises:
         DtLensError: when a factor holds values that are not finite, or no solver reaches the tolerance.
@@ -68,17 +68,17 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
     scales = [1.0 if size == 0 or 1e-60 < size < 1e60 else 2.0 ** round(math.log2(size)) for size in sizes]
     scaled = [factor if scale == 1 else factor / scale for factor, scale in zip(factors, scales, strict=True)]
     scale = scales[0] * (scales[1] if len(scales) == 2 else 1.0)
-    found = (_product if len(factors) == 2 else _single)(scaled, rank, floor / scale, max(tolerance, TOLERANCE))
+    found = (_product if len(factors) == 2 else _single)(scaled, rank, floor / scale, noise / scale)
     return found._replace(sigma=found.sigma * scale)
 
 
-def _product(factors: list[Tensor], rank: int | None, floor: float, tolerance: float) -> SVD:
+def _product(factors: list[Tensor], rank: int | None, floor: float, noise: float) -> SVD:
     A, B = factors
     qa, ra = torch.linalg.qr(A)
     qb, rb = torch.linalg.qr(B.T)
     # The product may be far smaller than its factors; what rounding leaves of it is no direction.
     floor = max(floor, _zero(A.shape[0], *B.shape) * float(A.norm() * B.norm()))
-    sigma, left, right, error = _single([ra @ rb.T], rank, floor, TOLERANCE)
+    sigma, left, right, error = _single([ra @ rb.T], rank, floor)
     left, right = left @ qa.T, right @ qb.T
     if len(sigma):
         residuals = [(B.T @ (A.T @ left.T) - right.T * sigma).norm(), (A @ (B @ right.T) - left.T * sigma).norm()]
@@ -88,7 +88,7 @@ def _product(factors: list[Tensor], rank: int | None, floor: float, tolerance: f
     return SVD(sigma, left, right, error)
 
 
-def _single(factors: list[Tensor], rank: int | None, floor: float, tolerance: float) -> SVD:
+def _single(factors: list[Tensor], rank: int | None, floor: float, noise: float = 0.0) -> SVD:
     (M,) = factors
     small = min(M.shape)
     routes: list[Callable[[Tensor, int | None], Triple]] = [_lapack, _gesvd]
@@ -96,14 +96,16 @@ def _single(factors: list[Tensor], rank: int | None, floor: float, tolerance: fl
     if small > GRAM and max(M.shape) >= 2 * small:
         routes.insert(0, _gram)
     if small > KRYLOV and rank is not None and rank * 64 <= small:
-        routes.insert(0, _krylov_single if tolerance >= SINGLE else _krylov)
+        routes.insert(0, _krylov)
+        if noise > SINGLE * float(M.norm()) / small**0.5:
+            routes.insert(0, _krylov_single)
     error = float("nan")
     for route in routes:
         try:
             result = _cut(route(M, rank), M, rank, floor)
         except (LinAlgError, scipy.linalg.LinAlgError):
             continue
-        if result.error <= tolerance:
+        if result.error <= max(TOLERANCE, 0.1 * noise / float(result.sigma[:1].sum() or 1.0)):
             return result
         error = result.error
     raise DtLensError(
@@ -156,9 +158,7 @@ def _krylov_single(M: Tensor, rank: int | None) -> Triple:
     if M.shape[0] < M.shape[1]:
         right, sigma, left = _krylov_single(M.T, rank)
         return left, sigma, right
-    basis = _krylov_space(M.float(), rank, SINGLE)[0].double()
-    for _ in range(2):  # what single precision left in the bulk is damped each time
-        basis = torch.linalg.qr(M.T @ (M @ basis))[0]
+    basis = torch.linalg.qr(_krylov_space(M.float(), rank, SINGLE)[0].double())[0]
     image = M @ basis
     return _turned(_by_image(M, basis @ torch.linalg.eigh(image.T @ image)[1]), rank)
 
@@ -178,10 +178,10 @@ def _krylov_space(M: Tensor, rank: int, tolerance: float) -> Triple:
     width = min(rank + 8, n)
     generator = torch.Generator().manual_seed(0)
     block = torch.linalg.qr(torch.randn(n, width, generator=generator, dtype=torch.float64).to(M))[0]
-    image = M @ block
+    image, last = M @ block, float("inf")
     space, ritz = block, image.T @ image
     while True:
-        for _ in range(4):
+        for _ in range(3):
             block = M.T @ image
             for _ in range(2):  # once is not enough, twice is
                 block = torch.linalg.qr(block - space @ (space.T @ block))[0]
@@ -193,10 +193,13 @@ def _krylov_space(M: Tensor, rank: int, tolerance: float) -> Triple:
             ritz[-2 * width : -width, -width:] = before.T @ image
             space = torch.cat([space, block], 1)
         right, sigma, left = _by_image(M, space @ torch.linalg.eigh(ritz)[1][:, -width:])
-        wanted = (M.T @ left[:, :rank] - right[:, :rank] * sigma[:rank]).norm() / sigma[0].clamp_min(1e-30)
-        # Beyond a quarter of the short side the whole decomposition is the shorter way.
-        if wanted < tolerance or space.shape[1] + 4 * width > n // 4:
+        wanted = float((M.T @ left[:, :rank] - right[:, :rank] * sigma[:rank]).norm() / sigma[0].clamp_min(1e-30))
+        # Beyond a quarter of the short side the whole decomposition is the shorter way; and single precision ends
+        # somewhere.
+        stuck = M.dtype == torch.float32 and wanted > 0.5 * last
+        if wanted < tolerance or stuck or space.shape[1] + 3 * width > max(n // 4, 8 * width):
             return right, sigma, left
+        last = wanted
 
 
 def _zero(*sizes: int) -> float:

@@ -25,7 +25,7 @@ MAX_ANGLE = 0.1
 # ... allowing for so many standard deviations of what rounding does.
 DEVIATIONS = 3.0
 # A weight of more entries than this is looked at in so many rows and columns to see how it is rounded.
-CHUNK, SAMPLE = 2**22, 256
+CHUNK, SAMPLE = 2**18, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ def decompose_matrix(
     folded = fold_layernorm and matrix.foldable
     factors = matrix.folded(lens) if folded else matrix.raw(lens)
     try:
-        found = decompose(factors, rank, _floor(lens, matrix, folded), _tolerance(lens, matrix))
+        found = decompose(factors, rank, _floor(lens, matrix, folded), _unknown(lens, matrix, folded))
     except DtLensError as error:
         raise DtLensError(f"{matrix.name}: {error}") from error
     sign_side = found.left if matrix.left in RESIDUAL else found.right
@@ -175,19 +175,19 @@ def _floor(lens: Snapshot, matrix: Matrix, folded: bool) -> float:
     return size
 
 
-def _tolerance(lens: Snapshot, matrix: Matrix) -> float:
-    """The relative error that a decomposition may have: a tenth of the least that rounding the weights leaves.
+def _unknown(lens: Snapshot, matrix: Matrix, folded: bool) -> float:
+    """The spectral norm of what rounding the weights does to the matrix, about; 0 for a circuit, which is small.
 
-    Rounding errors of ``m x n`` weights have a spectral norm of about ``(sqrt(m) + sqrt(n))`` times their standard
-    deviation (as Gaussian ones have: Vershynin, "High-Dimensional Probability", 2018, section 7.3), and the largest
-    sigma is at most the Frobenius norm.
+    Independent errors of one standard deviation, ``m x n``, have a norm of about ``sqrt(m) + sqrt(n)`` times that
+    (Vershynin, "High-Dimensional Probability", 2018, section 7.3).
     """
     if len(matrix.factors) > 1:
         return 0.0
     weight = matrix.factors[0].view(lens.weights)
     rows, _ = _variances(weight)
-    size = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    return 0.1 * float(rows.mean().sqrt()) * sum(side**0.5 for side in weight.shape) / max(size, 1e-300)
+    if folded and matrix.left_norm:
+        rows = rows * lens.weights[f"{matrix.left_norm}.w"].to(rows).square()
+    return float(rows.mean().sqrt()) * sum(side**0.5 for side in weight.shape)
 
 
 def rounding_noise(

@@ -97,8 +97,8 @@ class MetLabels:
         if self.whole:
             yield 0, self._rows
             return
-        for numbers, rows in row_blocks(self.embedding, None, width, self.folded, self.centred):
-            yield int(numbers[0]), rows.numpy().astype(np.float32)
+        for numbers, rows in row_blocks(self.embedding, None, width, self.folded, self.centred, torch.float32):
+            yield int(numbers[0]), rows.numpy()
 
     def best(self, directions: Array, starts: NDArray[np.int64]) -> Best:
         """The best label of each block of ``directions [k, d]``; block ``i`` begins at row ``starts[i]``."""

@@ -225,16 +225,16 @@ def test_what_is_known_to_few_digits_is_found_in_single_precision(
     )
     noise = 0.02 * torch.randn(m, n, generator=generator, dtype=torch.float64)
     M = (noise + (left * (6 / torch.arange(1.0, 41).sqrt())) @ right.T).half().double()
-    rounding = 4e-6 * (m**0.5 + n**0.5) / float(M.norm())
+    rounding = 4e-6 * (m**0.5 + n**0.5)  # the spacing of half precision around 0.02 is 1.5e-5
     taken = routes_taken(monkeypatch)
-    found = decompose.decompose([M], 10, tolerance=0.1 * rounding)
+    found = decompose.decompose([M], 10, noise=rounding)
     assert taken == ["_krylov_single"]
-    assert found.error <= 0.1 * rounding
+    assert found.error <= 0.1 * rounding / float(found.sigma[0])
     u, sigma, v = torch.linalg.svd(M, full_matrices=False)
-    torch.testing.assert_close(found.sigma, sigma[:10], rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.sigma, sigma[:10], rtol=1e-8, atol=0)
     for mine, theirs in ((found.left, u[:, :10].T), (found.right, v[:10])):
         overlap = (mine * theirs).sum(1).abs()
-        assert float((1 - overlap).max()) < 1e-10
+        assert float((1 - overlap).max()) < 1e-8
     # A matrix known to all its digits gets all its digits.
     taken.clear()
     assert decompose.decompose([M], 10).error < 1e-9
