@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dt_lens.cli.options import Given, Matrices, Raw, load_model, split
+from dt_lens.cli.options import Given, Matrices, Raw, WeightsOnly, load_model, split
 from dt_lens.cli.output import print_table, progress
 
 SHOWN = ["matrix", "relative_change", "change_effective_rank", "spectrum_change", "spectral_norm_change", "k"]
@@ -23,12 +23,13 @@ def compare(
     top: Annotated[int, typer.Option(min=0, help="How many of the most changed to print; 0 for all.")] = 20,
     raw: Raw = False,
     out: Annotated[Path | None, typer.Option(help="Write comparison.html and comparison.csv to this folder.")] = None,
+    weights_only: WeightsOnly = False,
     given: Given = None,
 ) -> None:
     """What changed in the weights between two models, before and after fine-tuning for instance."""
     with progress() as tell:
         tell("loading", 0.0)
-        one, two = load_model(a, given), load_model(b, given)
+        one, two = (load_model(source, given, weights_only=weights_only) for source in (a, b))
         from dt_lens.model_comparison import compare as run
 
         names = (Path(a).name, Path(b).name)

@@ -16,6 +16,7 @@ __all__ = [
     "Raw",
     "Seed",
     "Target",
+    "WeightsOnly",
     "Workers",
     "indices",
     "load_model",
@@ -40,9 +41,15 @@ Seed = Annotated[int, typer.Option(min=0, help="Everything that samples repeats 
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core by default.")]
 Target = Annotated[float | None, typer.Option(help="The return to ask for, in the environment's units.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Weights and embeddings as stored, no LayerNorm folded in.")]
+WeightsOnly = Annotated[
+    bool,
+    typer.Option(
+        "--weights-only", help="Read a language model's weights from its files as needed; bigger than memory."
+    ),
+]
 
 
-def load_model(model: str, given: list[str] | None, check: bool = True) -> Any:
+def load_model(model: str, given: list[str] | None, check: bool = True, weights_only: bool = False) -> Any:
     values: dict[str, Any] = {}
     for item in given or []:
         name, equals, value = item.partition("=")
@@ -52,9 +59,9 @@ def load_model(model: str, given: list[str] | None, check: bool = True) -> Any:
             values[name.replace("-", "_")] = json.loads(value)
         except ValueError:
             values[name.replace("-", "_")] = value
-    from dt_lens.lens import load
+    from dt_lens.lens import load, open_checkpoint
 
-    return load(model, check=check, **values)
+    return open_checkpoint(model, **values) if weights_only else load(model, check=check, **values)
 
 
 def split(text: str | None) -> list[str] | None:

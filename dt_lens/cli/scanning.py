@@ -13,6 +13,7 @@ from dt_lens.cli.options import (
     Model,
     Raw,
     Seed,
+    WeightsOnly,
     load_model,
     split,
 )
@@ -30,17 +31,20 @@ def scan(
     raw: Raw = False,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Write the whole table to this .csv file.")] = None,
+    weights_only: WeightsOnly = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep what is finished in this folder, and go on from there.")
+    ] = None,
     given: Given = None,
 ) -> None:
     """What every singular direction matches best, with p and q values under a random rotation."""
     with progress() as tell:
         tell("loading", 0.0)
-        loaded = load_model(model, given)
+        loaded = load_model(model, given, weights_only=weights_only)
         from dt_lens.svd import WeightSVD
 
-        tell("decomposing", 0.3)
-        svd = WeightSVD(loaded, rank, fold_layernorm=not raw)
-        table = svd.scan(split(matrices), seed=seed, embeddings=split(embeddings))
+        svd = WeightSVD(loaded, rank, fold_layernorm=not raw, resume=resume)
+        table = svd.scan(split(matrices), seed=seed, embeddings=split(embeddings), progress=tell)
     best = table.sort_values(["z"], ascending=False, kind="stable")
     print_table(best.head(top) if top else best, f"The strongest of {len(table):,} comparisons")
     found = table["q_value"] < 0.05

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dt_lens.cli.options import Given, Model, Raw, load_model
+from dt_lens.cli.options import Given, Model, Raw, WeightsOnly, load_model
 from dt_lens.cli.output import print_table, progress, written
 from dt_lens.errors import DtLensError
 
@@ -34,12 +34,13 @@ def top(
     html: Annotated[Path | None, typer.Option(help="Write the table as a page to this .html file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows to this .csv file.")] = None,
     raw: Raw = False,
+    weights_only: WeightsOnly = False,
     given: Given = None,
 ) -> None:
     """The labels that a matrix's first directions point towards and away from."""
     with progress() as tell:
         tell("loading", 0.0)
-        loaded = load_model(model, given)
+        loaded = load_model(model, given, weights_only=weights_only)
         from dt_lens import label_text
         from dt_lens.svd import WeightSVD
 
@@ -48,7 +49,8 @@ def top(
         if counts is not None:
             rules.append(label_text.at_least(_counts(counts), at_least))
         tell("decomposing and comparing", 0.5)
-        svd = WeightSVD(loaded, fold_layernorm=not raw)
+        # All directions of a small matrix come at the price of a few; of a large one they do not.
+        svd = WeightSVD(loaded, k + 8 if weights_only else None, fold_layernorm=not raw)
         table = svd.tokens(matrix, embeddings or None, k, labels, rules or None, side)  # type: ignore[arg-type]
     for (name, where), part in table.rows.groupby(["matrix", "side"], sort=False):
         print_table(_lines(part), f"{name}, {where} side")
