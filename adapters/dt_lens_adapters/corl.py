@@ -18,9 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.errors import DtLensError, because
-from dt_lens.files import Checkpoint
-from dt_lens_adapters.state_dicts import (
+from dt_lens.decision_transformer.state_dicts import (
     Layout,
     StateDictAdapter,
     Tensors,
@@ -29,6 +27,8 @@ from dt_lens_adapters.state_dicts import (
     run_facts,
     steps_of_mask,
 )
+from dt_lens.errors import DtLensError, because
+from dt_lens.files import Checkpoint
 
 __all__ = ["CORLDecisionTransformer"]
 

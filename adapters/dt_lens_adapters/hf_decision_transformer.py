@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts, refuse_unknown
 from dt_lens.decision_transformer.hf_layout import canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.sharing import require_computable
@@ -25,7 +24,6 @@ __all__ = ["HFDecisionTransformer"]
 # What the files hold and the model does not use: GPT-2's token table, and the causal masks of older releases. The
 # patterns are whole keys: a suffix match on "attn.bias" would swallow "attn.c_attn.bias" too.
 UNUSED = re.compile(r"encoder\.wte\.weight|encoder\.h\.\d+\.attn\.(masked_)?bias")
-FACTS = {f.name for f in fields(RunFacts)}
 OPTIONS = {"discrete_actions", "ignore_options", *FACTS}
 # What older releases wrote into every configuration and a decision transformer has no use for: options for generating
 # text, for pooling and for files, and other names of what there is.
@@ -100,25 +98,6 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def used(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a state dict the model computes with."""
     return {key: tensor for key, tensor in tensors.items() if not UNUSED.fullmatch(key)}
-
-
-def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
-    """Raise for a keyword that means nothing to an adapter."""
-    for name in given:
-        if name not in known:
-            raise DtLensError(
-                f"Unknown option {name!r} for this checkpoint; it takes {', '.join(sorted(known))}."
-                + nearest(name, known)
-            )
-
-
-def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
-    """The checkpoint's facts, overridden by what the user gave; context 20 (the paper's) where nobody says."""
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if name in FACTS}
-    if kept is not None:
-        return replace(kept, **chosen)
-    chosen.setdefault("context", 20)
-    return RunFacts(**chosen)
 
 
 def _facts_beside(model: nn.Module) -> RunFacts | None:

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dt_lens.decision_transformer.facts import FACTS, given_facts, refuse_unknown
 from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import Checkpoint
 from dt_lens_adapters.hf_decision_transformer import (
-    FACTS,
     HFDecisionTransformer,
     HFReference,
-    given_facts,
     original,
-    refuse_unknown,
     used,
 )
 

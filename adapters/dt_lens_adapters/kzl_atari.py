@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, ask_for_heads, run_facts
 from dt_lens.errors import DtLensError
-from dt_lens_adapters.state_dicts import Layout, StateDictAdapter, Tensors, Trace, ask_for_heads, run_facts
 from dt_lens_adapters.state_encoders import ConvStack, image_side
 
 __all__ = ["KZLAtariDecisionTransformer"]

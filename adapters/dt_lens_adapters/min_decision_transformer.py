@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens_adapters.state_dicts import (
+from dt_lens.decision_transformer.state_dicts import (
     Layout,
     StateDictAdapter,
     Tensors,

@@ -59,8 +59,8 @@ class HookedDecisionTransformerConfig:
     embed_ln_eps: float = 1e-5
     action_tanh: bool = True
     discrete_actions: bool = False  # predictions are logits; actions may be given as integer ids
-    # "constant": row 0 of the table is added to every token, which is what position ids of zero do. "learned": a row for
-    # each token of the window. "step": a row for each step, added where the timestep's is, before embed_ln.
+    # "constant": row 0 of the table is added to every token, which is what position ids of zero do. "learned": a row
+    # for each token of the window. "step": a row for each step, added where the timestep's is, before embed_ln.
     position: Position = "none"
     # Rows of the position table; tokens, not steps. Acting looks at 3 * n_ctx - 1 of them: its last action is to come.
     n_position: int = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import read_json
 
-__all__ = ["FACTS_FILE", "Padding", "RunFacts"]
+__all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "given_facts", "refuse_unknown"]
 
 FACTS_FILE = "dt_lens.json"
 Padding = Literal["mask", "visible"]
@@ -137,6 +137,28 @@ class RunFacts:
         if "context" not in values:
             raise DtLensError(f"{source} lacks the field 'context', the number of steps that the agent looks back.")
         return cls(**values)
+
+
+FACTS = {f.name for f in fields(RunFacts)}  # keywords that every decision transformer's ``load`` and ``wrap`` take
+
+
+def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
+    """Raise for a keyword that means nothing to an adapter."""
+    for name in given:
+        if name not in known:
+            raise DtLensError(
+                f"Unknown option {name!r} for this checkpoint; it takes {', '.join(sorted(known))}."
+                + nearest(name, known)
+            )
+
+
+def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
+    """The checkpoint's facts, overridden by what the user gave; context 20 (the paper's) where nobody says."""
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if name in FACTS}
+    if kept is not None:
+        return replace(kept, **chosen)
+    chosen.setdefault("context", 20)
+    return RunFacts(**chosen)
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

@@ -1,7 +1,8 @@
-"""What the adapters of code bases that save a bare state dict have in common.
+"""The frame of an adapter for a code base that saves a state dict; bundled adapters and a third party's stand in it.
 
 Such an adapter is a ``Layout``: what a file's shapes say of the model, which of its tensors is which canonical weight,
-and the code base's own forward pass over those tensors, which ``certify`` holds the lens against.
+and the code base's own forward pass over those tensors, which ``certify`` holds the lens against. docs/adapters.md goes
+through one line by line.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts, refuse_unknown
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import Checkpoint
-from dt_lens_adapters.hf_decision_transformer import FACTS, given_facts, refuse_unknown
 
 __all__ = ["Layout", "StateDictAdapter", "Tensors", "Trace", "ask_for_heads", "run_facts", "steps_of_mask"]
 
@@ -183,7 +183,14 @@ class Layout(ABC):
 
 
 class StateDictAdapter:
-    """An adapter made of a ``Layout``; a subclass gives its name, its options, and the keys that tell its files."""
+    """An adapter made of a ``Layout``; a subclass gives its name, its options, and the keys that tell its files.
+
+    Attributes:
+        name: what ``adapter=`` takes; the name of the entry point.
+        layout: the class of ``Layout``.
+        marks: keys that are all in the code base's files and never in another's.
+        options: keywords of ``load`` and ``wrap`` beside the run facts, which all take.
+    """
 
     name: str
     layout: ClassVar[type[Layout]]
@@ -243,7 +250,7 @@ class StateDictAdapter:
             like = next(iter(weights.values()))
             for name, shape in shapes.items():
                 # A bias that the code base has not: zeros of the lens's own, one memory for as long as the model stays.
-                if name not in weights and name.rpartition(".")[2] == "b":
+                if name not in weights and re.fullmatch(r"b|b_[A-Za-z]+", name.rpartition(".")[2]):
                     own[name] = own[name].to(like) if name in own else like.new_zeros(shape)
                     weights[name] = own[name]
             return weights
