@@ -6,6 +6,7 @@ output side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -187,7 +188,8 @@ def _unknown(lens: Snapshot, matrix: Matrix, folded: bool) -> float:
     rows, _ = _variances(weight)
     if folded and matrix.left_norm:
         rows = rows * lens.weights[f"{matrix.left_norm}.w"].to(rows).square()
-    return float(rows.mean().sqrt()) * sum(side**0.5 for side in weight.shape)
+    m, n = weight.shape
+    return float(rows.mean().sqrt()) * (math.sqrt(m) + math.sqrt(n))
 
 
 def rounding_noise(

@@ -40,7 +40,8 @@ class KeptResults:
         file = self.folder / f"{digest}.safetensors"
         if file.is_file():
             try:
-                return load_file(file)
+                kept: Mapping[str, Tensor] = load_file(file)
+                return kept
             except (SafetensorError, OSError, ValueError):
                 pass  # cut off: made again
         made = make()

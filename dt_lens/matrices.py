@@ -346,9 +346,10 @@ def hash_of(tensor: Tensor) -> bytes:
     """A hash of every bit of a tensor, its type and its shape."""
     tensor = tensor.detach()
     # In the order of the memory, so that a large transposed weight is not copied to be looked at.
-    order = sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), axis))
+    strides: Sequence[int] = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {order}".encode(), digest_size=16)
-    digest.update(tensor.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from dt_lens.errors import DtLensError
 __all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum", "q_values"]
 
 Array = NDArray[np.float64]
+Floats = NDArray[Any]  # float32 or float64
 CHUNK = 4_000_000  # numbers held at a time
 
 
@@ -196,7 +198,7 @@ class LabelBlocks:
     width: int
     centred: bool
     rows: Callable[[NDArray[np.int64]], Array]
-    blocks: Callable[[], Iterator[NDArray[np.float32]]]
+    blocks: Callable[[], Iterator[Floats]]
 
     @property
     def dimension(self) -> int:
@@ -223,14 +225,14 @@ class _Whole:
     def rows(self, index: NDArray[np.int64]) -> Array:
         return np.asarray(self.C[index])
 
-    def blocks(self) -> Iterator[Array]:
+    def blocks(self) -> Iterator[Floats]:
         yield self.C
 
     def draw(self, rng: np.random.Generator, size: int, span: int) -> Array:
         return rng.standard_normal((size, self.dimension, span))
 
     def batch(self, span: int) -> int:
-        return max(1, CHUNK // (max(self.n, self.dimension) * (span + 2)))
+        return max(1, int(CHUNK // (max(self.n, self.dimension) * (span + 2))))
 
 
 def _shares(C: _Whole | LabelBlocks, span: int, grid: Array, samples: int, rng: np.random.Generator) -> Array:

@@ -112,7 +112,8 @@ def opener(shards: Shards, adapter: str | Adapter | type | None) -> Any:
             raise DtLensError(f"The adapter {found.name!r} cannot read weights in place; use dt_lens.load.")
         return found
     known = _entries()
-    able = [a for name in sorted(known) if hasattr(a := _made(name, _imported(name, known[name].load)), "open")]
+    made: list[Any] = [_made(name, _imported(name, known[name].load)) for name in sorted(known)]
+    able = [found for found in made if hasattr(found, "open")]
     matches = [found for found in able if found.opens(shards)]
     if len(matches) == 1:
         return matches[0]

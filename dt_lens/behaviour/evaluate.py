@@ -8,18 +8,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dt_lens.behaviour.environment import Task
     from dt_lens.behaviour.outcomes import Evaluation, FailureRule
     from dt_lens.behaviour.rollouts import Conditions, Outcome
     from dt_lens.behaviour.text_outcomes import TextEvaluation
     from dt_lens.behaviour.text_windows import Texts
+    from dt_lens.behaviour.workers import Job
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 __all__ = ["evaluate", "model_id"]
@@ -123,7 +126,6 @@ def evaluate(
         given = environment if texts is None else texts
         return evaluate_text(model, given, context=context, windows=windows, progress=progress)
 
-    from dt_lens.behaviour.environment import make_task
     from dt_lens.behaviour.lanes import LEAST_LANES
     from dt_lens.behaviour.outcomes import Evaluation, check_rule
 
@@ -139,13 +141,55 @@ def evaluate(
             _check_count(name, value, least)
     if failure is not None:
         check_rule(failure)
+    setting = setting_of(model, environment, environment_kwargs, target_return, max_steps)
+    seeds = range(int(seed), int(seed) + int(episodes))
+    with _reporting(progress, len(seeds)) as report:
+        outcomes = _run(model, setting.task, setting.conditions, seeds, workers, lanes, report)
+    return Evaluation.from_outcomes(
+        outcomes,
+        environment=setting.environment,
+        environment_kwargs=setting.environment_kwargs,
+        target_return=setting.target_return,
+        time_limit=setting.task.time_limit,
+        model_id=model_id(model),
+        edits=tuple(edit.to_dict() for edit in getattr(model, "active_edits", ())),
+        failure=failure,
+    )
+
+
+class Setting(NamedTuple):
+    """Where a model acts, what it is asked for, and in which units it is told."""
+
+    environment: str
+    environment_kwargs: dict[str, Any]
+    target_return: float
+    task: Task
+    conditions: Conditions
+
+
+def setting_of(
+    model: HookedDecisionTransformer,
+    environment: Any,
+    environment_kwargs: Mapping[str, Any] | None,
+    target_return: Any,
+    max_steps: int | None,
+    caller: str = "evaluate",
+) -> Setting:
+    """The setting of ``evaluate``'s arguments, with the model's facts for what is ``None``.
+
+    Raises:
+        DtLensError: when the environment or the target return is neither given nor among the model's facts, or they do
+            not fit the model; the sentence tells what to give ``caller``.
+    """
+    from dt_lens.behaviour.environment import make_task
+
     facts = model.facts
     if environment is None:
         environment = facts.environment
         if environment is None:
             raise DtLensError(
                 "The model does not say which environment it was trained in; "
-                "give evaluate an environment, such as 'Hopper-v5'."
+                f"give {caller} an environment, such as 'Hopper-v5'."
             )
     if environment_kwargs is None:
         environment_kwargs = facts.environment_kwargs if environment == facts.environment else {}
@@ -153,7 +197,7 @@ def evaluate(
         if not facts.target_returns:
             raise DtLensError(
                 "The model does not say which return to ask for; "
-                "give evaluate a target_return, in the environment's own units."
+                f"give {caller} a target_return, in the environment's own units."
             )
         target_return = facts.target_returns[0]
     if not isinstance(environment, str):
@@ -161,19 +205,35 @@ def evaluate(
     if not isinstance(target_return, int | float | np.number) or not math.isfinite(target_return):
         raise DtLensError(f"target_return is {target_return!r}; it must be a finite number.")
     task = make_task(environment, environment_kwargs, model.cfg, max_steps)
-    seeds = range(int(seed), int(seed) + int(episodes))
-    with _reporting(progress, len(seeds)) as report:
-        outcomes = _run(model, task, _conditions(model, float(target_return)), seeds, workers, lanes, report)
-    return Evaluation.from_outcomes(
-        outcomes,
-        environment=environment,
-        environment_kwargs=dict(environment_kwargs),
-        target_return=float(target_return),
-        time_limit=task.time_limit,
-        model_id=model_id(model),
-        edits=tuple(edit.to_dict() for edit in getattr(model, "active_edits", ())),
-        failure=failure,
-    )
+    target = float(target_return)
+    return Setting(environment, dict(environment_kwargs), target, task, _conditions(model, target))
+
+
+def portable_job(
+    model: HookedDecisionTransformer, task: Task, conditions: Conditions, seeds: range, lanes: int
+) -> Job | None:
+    """What any process needs to run ``model`` as it is now; ``None`` where only this process can.
+
+    That is so of a model that is not on the CPU, has hooks or a state encoder of its own.
+    """
+    from safetensors.torch import save
+
+    from dt_lens.behaviour.workers import Job
+
+    used = acting_weights(model)
+    if not _is_plain(model) or used["predict.action.W"].device.type != "cpu":
+        return None
+    packed = save({name: weight.contiguous() for name, weight in used.items()})
+    facts = model.facts
+    return Job(packed, model.cfg.to_dict(), facts.context, task, conditions, seeds, lanes, facts.padding)
+
+
+def acting_weights(model: HookedDecisionTransformer) -> dict[str, Tensor]:
+    """The live weights that acting takes, by name."""
+    from dt_lens.decision_transformer.policy import acting_shapes
+
+    weights = model.weights
+    return {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
 
 
 def model_id(model: HookedDecisionTransformer) -> str:
@@ -227,29 +287,23 @@ def _run(
     lanes: int | None,
     report: Callable[[int, float], None] | None,
 ) -> list[Outcome]:
-    from safetensors.torch import save
-
     from dt_lens.behaviour import workers as pool
     from dt_lens.behaviour.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
     from dt_lens.behaviour.rollouts import run_episodes
     from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
-    from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
+    from dt_lens.decision_transformer.policy import ActingModel
 
-    context, padding, weights = model.facts.context, model.facts.padding, model.weights
-    used = {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
+    wanted = min(workers or _cores(), math.ceil(len(seeds) / LEAST_LANES))
+    job = portable_job(model, task, conditions, seeds, lanes or plan_lanes(math.ceil(len(seeds) / wanted)))
+    if job is not None:
+        return pool.run_job(job, iter(seeds), report) if wanted == 1 else pool.run_in_workers(job, wanted, report)
+    context, padding, used = model.facts.context, model.facts.padding, acting_weights(model)
     device = used["predict.action.W"].device
-    plain = _is_plain(model)
-    if plain and device.type == "cpu":
-        workers = min(workers or _cores(), math.ceil(len(seeds) / LEAST_LANES))
-        lanes = lanes or plan_lanes(math.ceil(len(seeds) / workers))
-        packed = save({name: weight.contiguous() for name, weight in used.items()})
-        job = pool.Job(packed, model.cfg.to_dict(), context, task, conditions, seeds, lanes, padding)
-        return pool.run_job(job, iter(seeds), report) if workers == 1 else pool.run_in_workers(job, workers, report)
     with pool.one_thread(), _evaluation_mode(model):
         # One width for everything: what hooks do to a batch is theirs, and need not be the same at another width.
         lanes = lanes or (LEAST_LANES if device.type == "cpu" else CUDA_LANES)
         policy: Any
-        if plain:
+        if _is_plain(model):
             acting = ActingModel(used, model.cfg)
             alone = arrange(acting, context, lanes).alone
             policy = SlidingPolicy(acting, context, lanes, alone=alone, padding=padding)

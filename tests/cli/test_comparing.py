@@ -47,9 +47,7 @@ def pair(make_dt: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return one, two, three
 
 
-def test_compare_prints_what_changed_and_writes_a_report(
-    dt_lens: Run, pair: tuple[Path, ...], tmp_path: Path
-) -> None:
+def test_compare_prints_what_changed_and_writes_a_report(dt_lens: Run, pair: tuple[Path, ...], tmp_path: Path) -> None:
     result = dt_lens("compare", pair[0], pair[1], "--k", "3", "--top", "4", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
