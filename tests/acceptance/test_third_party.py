@@ -42,6 +42,7 @@ class Environment:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=300)
         self.python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
         (site,) = (path for path in folder.rglob("site-packages") if path.is_dir())
+        self.pip("uninstall", "--yes", "setuptools")  # Python 3.11 brings one too old to build wheels; torch's is not
         # Through a .pth file, whose own .pth files (an editable install is one) are then read too.
         line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})"
         (site / "packages_of_the_tests.pth").write_text(f"{line}\n")
