@@ -15,13 +15,27 @@ from dt_lens.cli.comparing import compare
 from dt_lens.cli.playing import evaluate
 from dt_lens.cli.scanning import certify, scan
 from dt_lens.cli.studying import study
+from dt_lens.cli.sweeping import sweep
 from dt_lens.cli.tables import top
 from dt_lens.cli.text_training import train_text
 from dt_lens.cli.training import record, train
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
-__all__ = ["app", "certify", "compare", "evaluate", "main", "record", "scan", "study", "top", "train", "train_text"]
+__all__ = [
+    "app",
+    "certify",
+    "compare",
+    "evaluate",
+    "main",
+    "record",
+    "scan",
+    "study",
+    "sweep",
+    "top",
+    "train",
+    "train_text",
+]
 
 app = typer.Typer(
     name="dt-lens",
@@ -37,6 +51,7 @@ _COMMANDS: list[Callable[..., None]] = [
     top,
     compare,
     evaluate,
+    sweep,
     certify,
     train,
     train_text,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,21 @@ def test_rows_keep_their_bits(make_model: Callable[..., Any], cfg: dict[str, Any
                 got = _acts(SlidingPolicy(acting, 4, w, alone=alone, padding=padding), row)
                 expected = got if expected is None else expected
                 assert torch.equal(got, expected), (lanes, w, row)
+
+
+@pytest.mark.parametrize("act_dim", [1, 2, 3])
+@pytest.mark.parametrize("d_model", [16, 64, 128])
+def test_a_narrow_action_keeps_its_bits(make_model: Callable[..., Any], act_dim: int, d_model: int) -> None:
+    """One number for each row: a kernel that rounds otherwise shows in some windows only."""
+    cfg = replace(make_model("Pendulum-v1").cfg, act_dim=act_dim, d_model=d_model)
+    model = ActingModel.random(cfg, torch.float32, torch.Generator().manual_seed(5))
+    streams = torch.randn(260, d_model, generator=torch.Generator().manual_seed(6))
+    with torch.inference_mode():
+        expected = torch.cat([model.action(part.clone()) for part in streams.split(LEAST_LANES)[:32]])
+        for lanes in range(LEAST_LANES, MOST_LANES + 1):
+            width = arrange(model, 4, lanes).width
+            acted = torch.cat([model.action(part.clone()) for part in streams.split(width)])
+            assert torch.equal(acted[:256], expected), (lanes, width)
 
 
 def test_plans_waste_little() -> None:

@@ -1,0 +1,149 @@
+"""Worker processes on this machine, each on one core. One that dies is replaced; its unit is reported dead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+
+import cloudpickle
+
+from dt_lens.behaviour.rollouts import Outcome
+from dt_lens.behaviour.sweep.engine import Event
+from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.behaviour.sweep.worker import read_frame, write_frame
+from dt_lens.behaviour.workers import Job
+from dt_lens.errors import DtLensError
+
+__all__ = ["LocalEngine"]
+
+STARTS = 3  # so many workers in a row that die before they are ready mean that none will be
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    ready: bool = False
+    unit: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"process {self.process.pid}"
+
+
+class LocalEngine:
+    """``workers`` processes of this Python.
+
+    They are no children by fork, and no copies of the calling script: a script needs no ``if __name__ ==
+    "__main__"``, and neither torch's threads nor an environment's state is inherited.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.count = workers
+        self._workers: list[_Worker] = []
+        self._inbox: queue.SimpleQueue[tuple[_Worker, bytes | None]] = queue.SimpleQueue()
+        self._failed_starts = 0
+
+    def start(self, job: Job) -> None:
+        # Environments that the user's script registers are classes that a worker cannot import.
+        self._job = cloudpickle.dumps(job)
+        for _ in range(self.count):
+            self._spawn()
+
+    def _spawn(self) -> None:
+        path = os.pathsep.join(part or os.getcwd() for part in sys.path)  # noqa: PTH109
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "dt_lens.behaviour.sweep.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            start_new_session=True,  # a terminal's Ctrl-C goes to the driver alone
+        )
+        worker = _Worker(process)
+        self._workers.append(worker)
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        self._send(worker, self._job)
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        while (frame := read_frame(worker.process.stdout)) is not None:
+            self._inbox.put((worker, frame))
+        self._inbox.put((worker, None))
+
+    def _send(self, worker: _Worker, message: bytes) -> None:
+        assert worker.process.stdin is not None
+        with contextlib.suppress(OSError):  # it has just died, which its end of the other pipe tells
+            write_frame(worker.process.stdin, message)
+
+    @property
+    def free(self) -> int:
+        return sum(worker.ready and worker.unit is None for worker in self._workers)
+
+    def submit(self, unit: Unit) -> None:
+        worker = next(w for w in self._workers if w.ready and w.unit is None)
+        worker.unit = unit.number
+        self._send(worker, pickle.dumps(tuple(unit)))
+
+    def wait(self, seconds: float) -> list[Event]:
+        events: list[Event] = []
+        try:
+            worker, frame = self._inbox.get(timeout=seconds)
+            while True:
+                events += self._heard(worker, frame)
+                worker, frame = self._inbox.get_nowait()
+        except queue.Empty:
+            return events
+
+    def _heard(self, worker: _Worker, frame: bytes | None) -> list[Event]:
+        if frame is None:
+            return self._lost(worker)
+        kind, *rest = pickle.loads(frame)
+        if kind == "broken":
+            raise DtLensError(f"A worker process cannot run this agent: {rest[0].rstrip('.')}.")
+        if kind == "ready":
+            worker.ready, self._failed_starts = True, 0
+            return []
+        unit, worker.unit = worker.unit, None
+        assert unit == rest[0]
+        if kind == "done":
+            return [Event("done", unit, worker.name, [Outcome(*row) for row in rest[1]])]
+        return [Event("refused", unit, worker.name, said=rest[1])]
+
+    def _lost(self, worker: _Worker) -> list[Event]:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(timeout=2)  # its pipe closes a little before it has ended
+        status = _end(worker)
+        self._workers.remove(worker)
+        if not worker.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= max(STARTS, self.count + 1):
+                raise DtLensError(
+                    f"Worker processes end before they are ready ({status}); see what they print above, and whether "
+                    "memory suffices for so many workers."
+                )
+        self._spawn()
+        return [] if worker.unit is None else [Event("died", worker.unit, worker.name, said=status)]
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            _end(worker)
+        self._workers.clear()
+
+
+def _end(worker: _Worker) -> str:
+    """End a process for good; how it ended."""
+    process = worker.process
+    process.kill()
+    status = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(OSError):
+            pipe.close()
+    return f"signal {-status}" if status < 0 else f"exit status {status}"

@@ -1,0 +1,214 @@
+"""What a sweep will do, worked out before anything runs: its arms, its units, and the options that identify it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from dt_lens.behaviour.lanes import MOST_LANES
+from dt_lens.directions import decompose_matrix
+from dt_lens.edits import VALUES
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.lens import Lens
+from dt_lens.matrices import Matrix, SideName, Snapshot, select_matrices
+
+__all__ = ["Arm", "Block", "Plan", "make_arms", "parse_value", "resolve_sv"]
+
+FORMAT = 1
+RANGE = re.compile(r"(-?\d+)-(-?\d+)")
+SOFTWARE = ("torch", "gymnasium", "mujoco", "numpy")  # another version of these may give other bits
+
+SV = int | str | Sequence[int | str]
+
+
+class Arm(NamedTuple):
+    """One condition: the unedited model, an edit, or a control of one."""
+
+    number: int
+    kind: str  # baseline, edit, control
+    of: int | None = None  # the edit whose control this is
+    matrix: str | None = None
+    layer: int | None = None
+    head: int | None = None
+    side: str | None = None
+    sv: int | None = None
+    value: str | None = None
+    control: int | None = None  # the control's seed
+    record: dict[str, Any] | None = None  # of the edit, as its to_dict gives it
+
+
+class Block(NamedTuple):
+    """One arm with one block of seeds: a unit of work that is not packed yet."""
+
+    number: int
+    arm: int
+    seed: int
+    episodes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a sweep's results: with the same plan another run goes on where one stopped."""
+
+    options: Mapping[str, Any]  # plain JSON values
+    arms: Sequence[Arm]
+
+    def blocks(self) -> Iterator[Block]:
+        """The units in the order in which they are begun: each arm's side by side, a baseline first."""
+        first, episodes, size = (self.options[name] for name in ("seed", "episodes", "block_size"))
+        number = 0
+        for arm in self.arms:
+            for start in range(0, episodes, size):
+                yield Block(number, arm.number, first + start, min(size, episodes - start))
+                number += 1
+
+    def difference(self, other: Mapping[str, Any]) -> str | None:
+        """How the options of another plan differ from these, in words; ``None`` where they do not."""
+        mine = json.loads(json.dumps(self.options))
+        for name in (*mine, *(name for name in other if name not in mine)):
+            if mine.get(name) != other.get(name):
+                return f"its {name} is {_short(other.get(name))} and this one's {_short(mine.get(name))}"
+        return None
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def software() -> dict[str, str]:
+    """Versions of what the bits of an outcome come from."""
+    return {f"version of {name}": version(name) for name in SOFTWARE}
+
+
+def block_size_of(episodes: int, wanted: int | None) -> int:
+    """Episodes of a unit: about ``MOST_LANES``, all units alike, so that none runs half empty.
+
+    >>> [block_size_of(n, None) for n in (12, 16, 20, 100)]
+    [12, 16, 10, 15]
+    """
+    return min(episodes, wanted) if wanted else math.ceil(episodes / math.ceil(episodes / MOST_LANES))
+
+
+def parse_value(value: Any) -> tuple[str, str | float]:
+    """An edit's value as text, and as ``SingularEdit`` takes it.
+
+    >>> parse_value("scale:0.5"), parse_value(2), parse_value("zero")
+    (('scale:0.5', 0.5), ('scale:2', 2.0), ('zero', 'zero'))
+    """
+    if isinstance(value, str) and value in VALUES:
+        return value, value
+    try:
+        number = float(value.removeprefix("scale:") if isinstance(value, str) else value)
+        if not math.isfinite(number):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise DtLensError(
+            f"edits holds {value!r}; it must be one of {', '.join(VALUES)}, or scale: with a number, such as scale:0.5."
+            + (nearest(value, VALUES) if isinstance(value, str) else "")
+        ) from None
+    return f"scale:{number:.17g}" if float(f"{number:g}") != number else f"scale:{number:g}", number
+
+
+def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
+    """Which of the ``k`` directions of matrix ``name`` are meant, ascending.
+
+    ``sv`` is an index, ``"all"``, a range with both ends (``"0-9"``), text with several of these and commas, or a
+    sequence of them; a negative index counts from the smallest sigma.
+
+    >>> resolve_sv("0,2-4,-1", 10, "M"), resolve_sv(["-2--1"], 10, "M"), resolve_sv("all", 3, "M")
+    ([0, 2, 3, 4, 9], [8, 9], [0, 1, 2])
+
+    Raises:
+        DtLensError: for text that is none of these, or an index that the matrix has not.
+    """
+    parts: list[Any] = [sv] if isinstance(sv, (int, str)) else list(sv)
+    parts = [p.strip() for part in parts for p in (part.split(",") if isinstance(part, str) else [str(part)])]
+    chosen: set[int] = set()
+    for part in parts:
+        match = RANGE.fullmatch(part)
+        if part == "all":
+            chosen.update(range(k))
+            continue
+        try:
+            ends = [int(end) for end in (match.groups() if match else (part, part))]
+        except ValueError:
+            raise DtLensError(
+                f"sv holds {part!r}; it must be an index, a range such as 0-9, 'all', or several with commas."
+            ) from None
+        for end in ends:
+            if not -k <= end < k:
+                raise DtLensError(f"sv={end} is out of range: {name} has {k} directions, 0 to {k - 1}.")
+        low, high = (end % k for end in ends)
+        if low > high:
+            raise DtLensError(f"sv holds {part!r}, which is empty: {name} has {k} directions, 0 to {k - 1}.")
+        chosen.update(range(low, high + 1))
+    if not chosen:
+        raise DtLensError("sv names no direction; give an index, a range such as 0-9, or 'all'.")
+    return sorted(chosen)
+
+
+def sides_of(matrix: Matrix, wanted: Sequence[str] | None) -> list[SideName]:
+    """The sides of ``matrix`` that are edited: the wanted ones that it has; by default all on the residual stream."""
+    if wanted is None:
+        return list(matrix.residual_sides)
+    both: list[SideName] = [matrix.left, matrix.right]
+    found = [side for side in both if side in wanted]
+    if not found:
+        raise DtLensError(f"{matrix.name} has none of the sides {', '.join(wanted)}; it has {both[0]} and {both[1]}.")
+    return found
+
+
+def make_arms(
+    model: Lens,
+    matrices: Sequence[str] | str | None,
+    sv: SV,
+    sides: Sequence[str] | None,
+    values: Sequence[Any],
+    controls: int,
+    seed: int,
+    baseline: bool,
+    fold_layernorm: bool,
+) -> list[Arm]:
+    """The arms of a sweep: a baseline, then each edit followed by its controls.
+
+    Edits of one matrix come together and with ascending directions, so that they share decompositions.
+
+    Raises:
+        DtLensError: for matrices, directions, sides or values that there are not.
+    """
+    bare = Snapshot.of(model)
+    parsed = dict(parse_value(value) for value in values)
+    if not parsed:
+        raise DtLensError("edits is empty; give at least one value, such as constant.")
+    known = {side for matrix in select_matrices(bare) for side in (matrix.left, matrix.right)}
+    for side in sides or ():
+        if side not in known:
+            raise DtLensError(f"The model has no side {side!r}; sides are {', '.join(sorted(known))}.")
+    arms = [Arm(0, "baseline")] if baseline else []
+    for matrix in select_matrices(bare, matrices):
+        k = len(decompose_matrix(bare, matrix, None, fold_layernorm).sigma)
+        for index in resolve_sv(sv, k, matrix.name):
+            for side in sides_of(matrix, sides):
+                for text, value in parsed.items():
+                    record = {
+                        "kind": "singular",
+                        "matrix": matrix.name,
+                        "sv": [index],
+                        "side": side,
+                        "value": value,
+                        "seed": seed,
+                        "fold_layernorm": fold_layernorm or not matrix.foldable,
+                    }
+                    place = (matrix.name, matrix.layer, matrix.head, side, index, text)
+                    edit = Arm(len(arms), "edit", None, *place, None, record)
+                    arms.append(edit)
+                    for draw in range(seed, seed + controls):
+                        of = {"kind": "control", "seed": draw, "of": record}
+                        arms.append(Arm(len(arms), "control", edit.number, *place, draw, of))
+    return arms

@@ -1,0 +1,200 @@
+"""What a sweep's file says: a row per edit, a row per episode, and the evaluations behind them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dt_lens.behaviour.outcomes import Evaluation, FailureRule
+from dt_lens.behaviour.rollouts import Outcome
+from dt_lens.behaviour.statistics import wilson
+from dt_lens.behaviour.sweep.store import FILE, in_words
+from dt_lens.errors import DtLensError
+from dt_lens.nulls import q_values
+
+__all__ = ["SweepResults"]
+
+PLACE = ("kind", "of", "matrix", "layer", "head", "side", "sv", "value", "control", "energy")
+NUMBERS = ("of", "layer", "head", "sv", "control")
+NAN = float("nan")
+
+
+class SweepResults:
+    """A sweep's file, read; also while its driver runs, and without the model.
+
+    Args:
+        source: the file, or the folder it is in.
+
+    Raises:
+        DtLensError: when there is no such file, or it is no sweep's.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        path = Path(source)
+        self.file = path / FILE if path.is_dir() else path
+        if not self.file.is_file():
+            raise DtLensError(f"There is no sweep in {path}; run it first.")
+        with self._reading() as db:
+            self.options: dict[str, Any] = json.loads(db.execute("SELECT options FROM plan").fetchone()[0])
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with in_words(self.file):
+            db = sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro", uri=True, timeout=10)
+            try:
+                yield db
+            except (TypeError, ValueError) as error:
+                raise sqlite3.DatabaseError("its plan cannot be read") from error
+            finally:
+                db.close()
+
+    def status(self) -> dict[str, int]:
+        """Units by status: ``todo``, ``done``, ``failed`` (tried again by the next run), ``void`` (see ``table``)."""
+        with self._reading() as db:
+            found = dict(db.execute("SELECT status, count(*) FROM units GROUP BY status"))
+        return {name: int(found.get(name, 0)) for name in ("todo", "done", "failed", "void")}
+
+    def failures(self) -> list[str]:
+        """Why units failed, each sentence once."""
+        with self._reading() as db:
+            rows = db.execute("SELECT error FROM units WHERE status = 'failed' ORDER BY unit").fetchall()
+        return list(dict.fromkeys(error for (error,) in rows))
+
+    def episodes(self) -> pd.DataFrame:
+        """A row per episode: arm, what identifies the arm, seed, return, length, terminated, truncated."""
+        query = f"""
+            SELECT arm, {", ".join(PLACE[:-1])}, episodes.seed, return, length, terminated, truncated
+            FROM episodes JOIN units USING (unit) JOIN arms USING (arm) ORDER BY arm, episodes.seed
+        """
+        with self._reading() as db:
+            frame = pd.read_sql_query(query, db)
+        frame["return"] = frame["return"].astype(np.float64)  # SQLite keeps a NaN as NULL
+        return _typed(frame.astype({"terminated": bool, "truncated": bool}))
+
+    def evaluations(self, failure: FailureRule | None = None) -> dict[int, Evaluation]:
+        """An ``Evaluation`` for every arm that has episodes, by the arm's number."""
+        with self._reading() as db:
+            arms = db.execute("SELECT arm, kind, record, model_id FROM arms ORDER BY arm").fetchall()
+            rows = db.execute(
+                "SELECT arm, episodes.seed, return, length, terminated, truncated "
+                "FROM episodes JOIN units USING (unit) ORDER BY arm, episodes.seed"
+            ).fetchall()
+        outcomes: dict[int, list[Outcome]] = {}
+        for arm, seed, total, length, terminated, truncated in rows:
+            outcomes.setdefault(arm, []).append(
+                Outcome(seed, NAN if total is None else total, length, bool(terminated), bool(truncated))
+            )
+        shared = {name: self.options[name] for name in ("environment", "environment_kwargs", "target_return")}
+        return {
+            arm: Evaluation.from_outcomes(
+                outcomes[arm],
+                failure=failure,
+                time_limit=self.options["time_limit"],
+                model_id=model_id,
+                edits=() if record is None else (json.loads(record),),
+                **shared,
+            )
+            for arm, _, record, model_id in arms
+            if arm in outcomes
+        }
+
+    def baseline(self, failure: FailureRule | None = None) -> Evaluation | None:
+        """The unedited agent's evaluation; ``None`` where it has no episodes yet, or was left out."""
+        return self.evaluations(failure).get(0) if self.options["baseline"] else None
+
+    def table(self, *, failure: FailureRule | None = None, confidence: float = 0.95) -> pd.DataFrame:
+        """A row per edit and control, in the order of the plan, indexed by the arm's number.
+
+        ``kind`` (edit or control), ``of`` (a control's edit), ``matrix``, ``layer``, ``head``, ``side``, ``sv``,
+        ``value``, ``control`` (a control's seed) and ``energy`` say what the arm is. Then ``episodes``,
+        ``mean_return``; ``difference`` (mean paired difference of the return from the unedited agent), its bootstrap
+        interval and ``p_value`` (sign flips), as ``Comparison`` gives them; ``q_value`` (Benjamini-Hochberg over the
+        edits; none for controls); ``failure_rate`` with its Wilson interval; ``mean_length``; ``survival`` (Kaplan and
+        Meier's share still running at the end) and ``survival_p_value`` (log-rank); ``note``: what to know of the
+        edit, or why it could not be measured.
+
+        Before the sweep is finished, numbers are of the episodes that are there, differences of the pairs.
+
+        Args:
+            failure: what counts as failing, as for ``Evaluation``.
+            confidence: of the intervals.
+        """
+        with self._reading() as db:
+            columns = ("arm", *PLACE, "trim(coalesce(note, '') || ' ' || coalesce(error, '')) AS said")
+            arms = pd.read_sql_query(f"SELECT {', '.join(columns)} FROM arms WHERE kind <> 'baseline' ORDER BY arm", db)
+        evaluations = self.evaluations(failure)
+        baseline = evaluations.get(0) if self.options["baseline"] else None
+        numbers = [_numbers(evaluations.get(arm), baseline, confidence) for arm in arms["arm"]]
+        table = pd.concat([arms, pd.DataFrame(numbers, index=arms.index)], axis=1)
+        table["energy"] = table["energy"].astype(np.float64)
+        edits = (table["kind"] == "edit") & table["p_value"].notna()
+        q = pd.Series(NAN, index=table.index)
+        q[edits] = q_values(table.loc[edits, "p_value"])
+        table.insert(list(table).index("p_value") + 1, "q_value", q)
+        table["note"] = table.pop("said")
+        return _typed(table).set_index("arm")
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.astype(dict.fromkeys(NUMBERS, "Int64"))
+
+
+def _numbers(evaluation: Evaluation | None, baseline: Evaluation | None, confidence: float) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(
+        (
+            "episodes",
+            "mean_return",
+            "difference",
+            "difference_low",
+            "difference_high",
+            "p_value",
+            "failure_rate",
+            "failure_low",
+            "failure_high",
+            "mean_length",
+            "survival",
+            "survival_p_value",
+        ),
+        NAN,
+    )
+    row["episodes"] = 0 if evaluation is None else len(evaluation)
+    if evaluation is None:
+        return row
+    failures = int(evaluation.failed.sum())
+    row["mean_return"] = evaluation.mean
+    row["failure_rate"] = failures / len(evaluation)
+    row["failure_low"], row["failure_high"] = wilson(failures, len(evaluation), confidence)
+    row["mean_length"] = float(evaluation.lengths.mean())
+    row["survival"] = float(evaluation.survival.survival[-1])
+    pair = _pair(evaluation, baseline)
+    if pair is not None:
+        compared = pair[0].compare(pair[1], confidence=confidence)
+        row["difference"] = compared.difference
+        row["difference_low"], row["difference_high"] = compared.difference_interval
+        row["p_value"] = compared.p_value
+        row["survival_p_value"] = compared.survival_p_value
+    return row
+
+
+def _pair(edited: Evaluation, baseline: Evaluation | None) -> tuple[Evaluation, Evaluation] | None:
+    """Both at the seeds that both have."""
+    if baseline is None:
+        return None
+    common = np.intersect1d(edited.seeds, baseline.seeds)
+    if not len(common):
+        return None
+    return _at(edited, common), _at(baseline, common)
+
+
+def _at(evaluation: Evaluation, seeds: Any) -> Evaluation:
+    keep = np.isin(evaluation.seeds, seeds)
+    names = ("seeds", "returns", "lengths", "terminated", "truncated")
+    return replace(evaluation, **{name: getattr(evaluation, name)[keep] for name in names})

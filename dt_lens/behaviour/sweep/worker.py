@@ -1,0 +1,88 @@
+"""A worker process: ``python -m dt_lens.behaviour.sweep.worker``, units in at one pipe, outcomes out at another.
+
+It reads in a thread of its own, so that it notices the driver's end in the middle of a unit and leaves at once. It
+writes nothing but to its pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import struct
+import sys
+import threading
+from typing import IO, Any
+
+__all__ = ["main", "read_frame", "write_frame"]
+
+_LENGTH = struct.Struct("<Q")
+
+
+def write_frame(pipe: IO[bytes], message: bytes) -> None:
+    """Send one message."""
+    pipe.write(_LENGTH.pack(len(message)) + message)
+    pipe.flush()
+
+
+def read_frame(pipe: IO[bytes]) -> bytes | None:
+    """The next message; ``None`` when the other side has gone, also in the middle of one."""
+    try:
+        head = pipe.read(_LENGTH.size)
+        if len(head) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack(head)
+        message = pipe.read(length)
+    except (OSError, ValueError):  # closed
+        return None
+    return message if len(message) == length else None
+
+
+def main() -> None:
+    """Serve until the driver closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it ends the workers
+    # What an environment prints must not end up among the outcomes.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while (frame := read_frame(sys.stdin.buffer)) is not None:
+            inbox.put(frame)
+        os._exit(0)
+
+    def answer(*message: Any) -> None:
+        try:
+            write_frame(answers, pickle.dumps(message))
+        except OSError:
+            os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    job = base = None
+    try:
+        import torch
+        from safetensors.torch import load
+
+        from dt_lens.behaviour.sweep.units import Unit, run_unit
+        from dt_lens.errors import DtLensError, because
+
+        torch.set_num_threads(1)
+        job = pickle.loads(inbox.get())
+        base = load(job.weights)
+    except BaseException as error:
+        answer("broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return
+    answer("ready")
+    while True:
+        unit = Unit(*pickle.loads(inbox.get()))
+        try:
+            answer("done", unit.number, [tuple(outcome) for outcome in run_unit(job, base, unit)])
+        except DtLensError as error:
+            answer("refused", unit.number, str(error))
+        except Exception as error:  # somebody's environment may raise anything
+            answer("refused", unit.number, f"The rollout raised {type(error).__name__}: {because(error)}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What a sweep will do: directions, values, arms and units."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dt_lens.behaviour.sweep.plan import block_size_of, parse_value, resolve_sv
+from dt_lens.edits import load_edit
+from dt_lens.errors import DtLensError
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("sv", "chosen"),
+    [
+        (0, [0]),
+        (-1, [9]),
+        ("0,1", [0, 1]),
+        ("3 , 1", [1, 3]),
+        ("0-2,1-3", [0, 1, 2, 3]),
+        ("-3--1", [7, 8, 9]),
+        ("8--1", [8, 9]),
+        ("all", list(range(10))),
+        ([4, "0-1", -1], [0, 1, 4, 9]),
+        (range(3), [0, 1, 2]),
+    ],
+)
+def test_directions_as_text(sv: Any, chosen: list[int]) -> None:
+    assert resolve_sv(sv, 10, "M") == chosen
+
+
+@pytest.mark.parametrize(
+    ("sv", "sentence"),
+    [
+        ("10", "out of range: M has 10"),
+        ("-11", "out of range"),
+        ("first", "holds 'first'"),
+        ("5-3", "empty"),
+        ([], "no"),
+    ],
+)
+def test_directions_that_there_are_not(sv: Any, sentence: str) -> None:
+    with pytest.raises(DtLensError, match=sentence):
+        resolve_sv(sv, 10, "M")
+
+
+@pytest.mark.parametrize("value", ["nothing", "scale:", "scale:inf", None, float("nan")])
+def test_values_that_there_are_not(value: Any) -> None:
+    with pytest.raises(DtLensError, match="edits holds"):
+        parse_value(value)
+
+
+@pytest.mark.parametrize("episodes", [1, 7, 12, 16, 17, 33, 100, 1000])
+def test_units_are_nearly_alike(episodes: int) -> None:
+    size = block_size_of(episodes, None)
+    assert 1 <= size <= 16
+    assert size * -(-episodes // size) - episodes < -(-episodes // size) * 2 or episodes < 16
+
+
+def test_arms_and_units(make_sweep: Make, agent: Any) -> None:
+    plan = make_sweep(matrices=["*.0.attn.OV.1", "*.1.mlp.W_out"], sv="0,-1", edits="flip,scale:2", controls=2).plan
+    assert [arm.number for arm in plan.arms] == list(range(len(plan.arms)))
+    kinds = [arm.kind for arm in plan.arms]
+    assert kinds == ["baseline"] + ["edit", "control", "control"] * (2 * 2 * 2 + 2 * 2)
+    assert [arm.side for arm in plan.arms[1:13:3]] == ["read", "read", "write", "write"]
+    assert [arm.control for arm in plan.arms[1:4]] == [None, 3, 4]
+    assert {arm.of for arm in plan.arms[2:4]} == {1}
+    for arm in plan.arms[1:]:
+        edit = load_edit(agent, json.loads(json.dumps(arm.record)))
+        assert edit.to_dict() == arm.record
+        assert edit.matrix.name == arm.matrix
+    blocks = list(plan.blocks())
+    assert [(block.seed, block.episodes) for block in blocks[:2]] == [(3, 3), (6, 3)]
+    assert len(blocks) == 2 * len(plan.arms)
+    uneven = make_sweep(episodes=7).plan
+    assert [block.episodes for block in uneven.blocks()][:3] == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"matrices": "*.W_up"}, "No matrix of the model matches"),
+        ({"sides": "left"}, "The model has no side 'left'"),
+        ({"sides": "query"}, "has none of the sides query"),
+        ({"sv": 99}, "out of range: blocks.0.mlp.W_in has 15"),
+        ({"episodes": 0}, "episodes is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"controls": -1}, "controls is -1"),
+        ({"edits": []}, "edits is empty"),
+        ({"environment": "Hopper-v5"}, "this model reads 3"),
+    ],
+)
+def test_bad_options_are_one_sentence(make_sweep: Make, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DtLensError, match=sentence) as caught:
+        make_sweep(**options)
+    assert "\n" not in str(caught.value)

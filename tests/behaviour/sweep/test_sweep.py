@@ -1,0 +1,292 @@
+"""A sweep from end to end: the numbers of ``evaluate`` and ``compare``, the same bits however it is run."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from dt_lens.behaviour.evaluate import evaluate
+from dt_lens.behaviour.sweep import SweepResults
+from dt_lens.behaviour.sweep.local import LocalEngine
+from dt_lens.behaviour.sweep.store import FILE, Lock, Store
+from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.edits import SingularEdit
+from dt_lens.errors import DtLensError
+
+Make = Callable[..., Any]
+same = pd.testing.assert_frame_equal
+
+
+def identical(one: Any, other: Any) -> None:
+    same(one.table(), other.table(), check_exact=True)
+    same(one.episodes(), other.episodes(), check_exact=True)
+
+
+def runs(sweep: Any) -> list[tuple[int, str | None]]:
+    with sqlite3.connect(sweep.file) as db:
+        return db.execute("SELECT unit, result FROM runs ORDER BY run").fetchall()
+
+
+def test_the_table_is_what_evaluate_and_compare_say(make_sweep: Make, inline: Make, agent: Any) -> None:
+    sweep = make_sweep(edits="zero,scale:2", episodes=9).run(engine=inline(3))
+    table = sweep.table()
+    assert len(table) == 3 * 2 * 2
+    options = {"episodes": 9, "seed": 3, "max_steps": 9, "workers": 1}
+    baseline = evaluate(agent, **options)
+    same(sweep.results.baseline().to_frame(), baseline.to_frame(), check_exact=True)
+    evaluations = sweep.evaluations()
+    for arm, row in table.iterrows():
+        value = {"zero": "zero", "scale:2": 2.0}[row["value"]]
+        edit = SingularEdit(agent, row["matrix"], row["sv"], side=row["side"], value=value, seed=3)
+        edit = edit if row["kind"] == "edit" else edit.control(row["control"])
+        with edit:
+            edited = evaluate(agent, **options)
+        same(evaluations[arm].to_frame(), edited.to_frame(), check_exact=True)
+        assert (evaluations[arm].model_id, evaluations[arm].edits) == (edited.model_id, edited.edits)
+        compared = edited.compare(baseline)
+        assert row["energy"] == edit.energy
+        assert row["episodes"] == 9
+        assert row["mean_return"] == edited.mean != baseline.mean
+        assert row["difference"] == compared.difference
+        assert (row["difference_low"], row["difference_high"]) == compared.difference_interval
+        assert row["p_value"] == compared.p_value
+        assert row["failure_rate"] == compared.failure_edited
+        assert (row["failure_low"], row["failure_high"]) == compared.failure_edited_interval
+        assert row["mean_length"] == edited.lengths.mean()
+        assert row["survival_p_value"] == compared.survival_p_value
+    assert table.loc[table["kind"] == "edit", "q_value"].notna().all()
+    assert table.loc[table["kind"] == "control", "q_value"].isna().all()
+
+
+def test_the_same_bits_whatever_runs_it(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "one").run(engine=inline())
+    shuffled = make_sweep(tmp_path / "two").run(engine=inline(5, seed=1))
+    processes = make_sweep(tmp_path / "three", workers=2).run()
+    identical(sweep, shuffled)
+    identical(sweep, processes)
+    blocks = make_sweep(tmp_path / "four", block_size=4).run(engine=inline(2))
+    identical(sweep, blocks)
+    returns = sweep.episodes().groupby("arm")["return"].apply(tuple)
+    assert len(set(returns)) == len(returns)  # every arm is another agent
+
+
+def test_one_file_is_left_and_the_model_as_it_was(make_sweep: Make, inline: Make, agent: Any, tmp_path: Path) -> None:
+    before = {name: weight.clone() for name, weight in agent.weights.items()}
+    told: list[tuple[str, float]] = []
+    sweep = make_sweep(tmp_path / "new" / "folder").run(lambda what, share: told.append((what, share)), inline())
+    assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
+    assert all(torch.equal(weight, before[name]) for name, weight in agent.weights.items())
+    assert told[0] == ("0 of 14 units", 0.0)
+    assert told[-1][0].startswith("14 of 14 units  ") and told[-1][1] == 1.0
+    assert sweep.results.status() == {"todo": 0, "done": 14, "failed": 0, "void": 0}
+    log, bytes_ = runs(sweep), sweep.file.read_bytes()
+    assert sorted(log) == [(unit, "done") for unit in range(14)]
+    make_sweep(tmp_path / "new" / "folder").run(engine=None)  # nothing to do, no worker started
+    assert runs(sweep) == log
+    sweep.file.chmod(0o400)
+    moved = sweep.file.rename(tmp_path / "moved.sqlite")
+    same(SweepResults(moved).table(), SweepResults(moved).table())
+    assert len(moved.read_bytes()) == len(bytes_)
+
+
+def test_without_baseline_or_controls(make_sweep: Make, inline: Make) -> None:
+    table = make_sweep(baseline=False, controls=0).run(engine=inline()).table()
+    assert (table["kind"] == "edit").all() and len(table) == 3
+    assert table["mean_return"].notna().all() and table["difference"].isna().all()
+
+
+def test_another_plan_is_refused(make_sweep: Make, inline: Make, make_model: Make) -> None:
+    make_sweep().run(engine=inline())
+    for options, words in (
+        ({"episodes": 7}, "its episodes is 6 and this one's 7"),
+        ({"seed": 4}, "its seed is 3 and this one's 4"),
+        ({"sv": "0,1"}, "its sv is"),
+        ({"edits": "flip"}, 'its edits is ["zero"] and this one\'s ["flip"]'),
+        ({"controls": 0}, "its controls is 1"),
+        ({"target_return": 5.0}, "its target_return is 200"),
+        ({"max_steps": 8}, "its time_limit is 9"),
+        ({"fold_layernorm": False}, "its fold_layernorm is true"),
+        ({"model": make_model("Pendulum-v1", seed=1)}, "its model is"),
+    ):
+        with pytest.raises(DtLensError) as caught:
+            make_sweep(**options).run(engine=inline())
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+        assert "holds another sweep" in str(caught.value)
+    make_sweep(sv="0-0", matrices=["blocks.?.mlp.W_in", "blocks.0.mlp.W_out"]).run()  # said in other words
+
+
+def test_a_second_driver_is_refused(make_sweep: Make, inline: Make) -> None:
+    sweep = make_sweep()
+    with Lock(sweep.file), pytest.raises(DtLensError, match="Another process is running the sweep in"):
+        sweep.run(engine=inline())
+    sweep.run(engine=inline())
+
+
+def test_a_damaged_file_is_refused(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+    sweep = make_sweep()
+    sweep.file.write_bytes(b"")  # as a driver killed at the very first moment leaves it
+    sweep.run(engine=inline())
+    whole = sweep.file.read_bytes()
+    for damaged in (b"this is no database" * 99, whole[:5000], whole[:2000] + b"\xff" * 6000 + whole[8000:]):
+        sweep.file.write_bytes(damaged)
+        with pytest.raises(DtLensError, match=r"damaged, or no sweep's file .*; move it away") as caught:
+            make_sweep().run(engine=inline())
+        assert "\n" not in str(caught.value)
+    sweep.file.unlink()
+    with sqlite3.connect(sweep.file) as db:
+        db.execute("CREATE TABLE plan (x)")
+    with pytest.raises(DtLensError, match="a database of something else"):
+        make_sweep().run(engine=inline())
+    with pytest.raises(DtLensError, match="There is no sweep in"):
+        SweepResults(tmp_path / "nowhere")
+
+
+def test_where_nothing_can_be_written(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DtLensError, match=r"cannot be written: .*; choose another folder or make room"):
+        make_sweep(tmp_path / "file").run(engine=inline())
+    (tmp_path / "taken" / FILE).mkdir(parents=True)
+    with pytest.raises(DtLensError, match="cannot be written"):
+        make_sweep(tmp_path / "taken").run(engine=inline())
+
+
+def test_a_full_disk_is_said_and_gone_on_from(
+    make_sweep: Make, inline: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Store._prepare
+
+    def small(store: Store) -> None:
+        prepare(store)
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+
+    whole = make_sweep(tmp_path / "whole", episodes=21).run(engine=inline())
+    sweep = make_sweep(tmp_path / "full", episodes=21)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_prepare", small)
+        with pytest.raises(DtLensError, match=r"cannot be written: database or disk is full; choose another"):
+            sweep.run(engine=inline())
+    assert 0 < sweep.results.status()["done"] < 49
+    identical(sweep.run(engine=inline()), whole)
+
+
+def test_an_edit_that_cannot_be_put_in_force_is_noted(make_sweep: Make, inline: Make) -> None:
+    sweep = make_sweep(edits="scale:1,zero", controls=0).run(engine=inline(2))
+    table = sweep.table()
+    void = table[table["value"] == "scale:1"]
+    assert void["note"].str.contains("changes no bit of the weights").all()
+    assert (void["episodes"] == 0).all() and void["difference"].isna().all()
+    assert (table.loc[table["value"] == "zero", "episodes"] == 6).all()
+    assert sweep.results.status() == {"todo": 0, "done": 8, "failed": 0, "void": 6}
+    assert table.loc[table["value"] == "zero", "q_value"].notna().all()
+
+
+def test_a_model_that_cannot_travel(make_sweep: Make, agent: Any) -> None:
+    with agent.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x)]), pytest.raises(DtLensError, match="has hooks"):
+        make_sweep()
+    with SingularEdit(agent, "blocks.0.mlp.W_in"), pytest.raises(DtLensError, match="end it first"):
+        make_sweep()
+    with pytest.raises(DtLensError, match="wrap it first"):
+        make_sweep(model=torch.nn.Linear(2, 2))
+    sweep = make_sweep()
+    with SingularEdit(agent, "blocks.0.mlp.W_in"), pytest.raises(DtLensError, match="weights have changed"):
+        sweep.run()
+
+
+def test_results_can_be_read_meanwhile(make_sweep: Make, inline: Make) -> None:
+    sweep = make_sweep()
+    seen: list[Any] = []
+
+    class Watched(inline):  # type: ignore[misc]
+        def wait(self, seconds: float) -> Any:
+            seen.append(sweep.table())
+            return super().wait(seconds)
+
+    sweep.run(engine=Watched())
+    counts = [int(table["episodes"].sum()) for table in seen]
+    assert counts == sorted(counts) and counts[0] == 0
+    assert seen[3].iloc[0]["episodes"] == 3  # half of the first edit's, compared with the same half of the baseline's
+    first = sweep.episodes()
+    half = first[first["seed"] < 6].groupby("arm")["return"].mean()
+    assert seen[3].iloc[0]["difference"] == pytest.approx(half[1] - half[0])
+
+
+def test_ctrl_c_says_how_to_go_on(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+    whole = make_sweep(tmp_path / "whole").run(engine=inline())
+
+    class Interrupted(inline):  # type: ignore[misc]
+        count = 0
+
+        def wait(self, seconds: float) -> Any:
+            self.count += 1
+            if self.count == 5:
+                raise KeyboardInterrupt
+            return super().wait(seconds)
+
+    sweep = make_sweep(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped with 4 of 14 units done; the same command goes on"):
+        sweep.run(engine=Interrupted())
+    assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
+    identical(sweep.run(engine=inline()), whole)
+
+
+class Deadly(LocalEngine):
+    """Kills the worker of some units as soon as they have been sent."""
+
+    def __init__(self, workers: int, deaths: dict[int, int]) -> None:
+        super().__init__(workers)
+        self.deaths = deaths
+
+    def submit(self, unit: Unit) -> None:
+        super().submit(unit)
+        if self.deaths.get(unit.number, 0):
+            self.deaths[unit.number] -= 1
+            next(w for w in self._workers if w.unit == unit.number).process.kill()
+
+
+def test_dead_workers_are_replaced_and_a_deadly_unit_given_up(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+    # Long enough that a kill always comes before the end.
+    options = {"max_steps": 100, "matrices": ["*.0.mlp.W_in"], "controls": 0}
+    whole = make_sweep(tmp_path / "whole", **options).run(engine=inline())
+    sweep = make_sweep(tmp_path / "deaths", **options).run(engine=Deadly(2, {1: 1, 2: 99}))
+    assert sweep.results.status() == {"todo": 0, "done": 3, "failed": 1, "void": 0}
+    assert sweep.results.failures() == ["The workers that ran it died 3 times, last by signal 9."]
+    assert sorted(runs(sweep)) == [
+        (0, "done"),
+        (1, "died"),
+        (1, "done"),
+        (2, "died"),
+        (2, "died"),
+        (2, "died"),
+        (3, "done"),
+    ]
+    identical(sweep.run(engine=inline()), whole)
+
+
+def test_a_unit_that_raises_is_kept_as_failed(make_sweep: Make, make_model: Make) -> None:
+    model = make_model("Pendulum-v1", seed=2)
+    sweep = make_sweep(model=model, edits="scale:1e300", controls=0, matrices=["*.0.mlp.W_out"]).run()
+    assert sweep.results.status() == {"todo": 0, "done": 2, "failed": 2, "void": 0}
+    assert "not finite" in sweep.results.failures()[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("import os; os._exit(7)", r"end before they are ready \(exit status 7\)"),
+        ("import sys; sys.modules['gymnasium'] = None", r"A worker process cannot run this agent: \w+: .*gymnasium"),
+    ],
+)
+def test_workers_that_cannot_start(
+    make_sweep: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, sentence: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DtLensError, match=sentence):
+        make_sweep().run()
