@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "read_json"]
+__all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "read_index", "read_json"]
 
 # Where code bases put the state dict inside the dict that they save.
 NESTED = ("model_state_dict", "state_dict", "model_state", "model", "transformer")
@@ -59,7 +60,9 @@ class Checkpoint:
         """
         for key in keys:
             tensor = self.tensors[key]
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            # Numbers of one byte have no such test, and no model computes with them: their type is refused elsewhere.
+            wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+            if wide and not bool(torch.isfinite(tensor).all()):
                 raise DtLensError(
                     f"The tensor {key!r} in {self.path} holds NaN or infinite values; the checkpoint is damaged."
                 )
@@ -87,14 +90,34 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not checkpoint.tensors:
         raise DtLensError(f"{path} holds no tensors; expected the weights of a model.")
     for key, tensor in checkpoint.tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise DtLensError(f"The tensor {key!r} in {path} is sparse or quantized; save it as a plain tensor.")
+        _require_plain(path, key, tensor)
     return checkpoint
+
+
+def _require_plain(path: Path, key: str, tensor: Tensor) -> None:
+    """Raise ``DtLensError`` for a tensor that has not one number in memory for each that its shape promises.
+
+    Or a name that would not fit into a sentence.
+    """
+    if len(key) > 300 or not key.isprintable():
+        raise DtLensError(f"{path} has a tensor {key[:60]!r}..., which is no name that a model's part can have.")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise DtLensError(f"The tensor {key!r} in {path} is sparse or quantized; save it as a plain tensor.")
+    if tensor.is_meta:
+        raise DtLensError(f"The tensor {key!r} in {path} was saved on the meta device, without numbers; save it whole.")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        # An edit of one number would be an edit of many, and a few bytes may promise a shape that no memory holds.
+        raise DtLensError(
+            f"The tensor {key!r} in {path} has shape {list(tensor.shape)} and repeats fewer numbers than that; save it "
+            "with .contiguous()."
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; a ``DtLensError`` for anything else."""
     try:
+        if file.exists() and not file.is_file():  # reading a pipe or a device may never end
+            raise IsADirectoryError("it is no file")
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DtLensError(f"{file} cannot be read as JSON: {because(error)}.") from error
@@ -107,15 +130,7 @@ def _read_folder(folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).exists():
-            shards = read_json(folder / index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                raise DtLensError(f"{folder / index} has no weight_map; it should name the shard of every tensor.")
-            tensors: dict[str, Tensor] = {}
-            for shard in sorted(set(shards.values())):
-                if not (folder / shard).exists():
-                    raise DtLensError(f"There is no file {str(folder / shard)!r}, though {index} names it.")
-                tensors |= _read_file(folder / shard).tensors
-            return Checkpoint(folder, tensors, config, folder=folder)
+            return Checkpoint(folder, _read_shards(folder, index), config, folder=folder)
     for name in WEIGHTS:
         if (folder / name).exists():
             return Checkpoint(folder, _read_file(folder / name).tensors, config, folder=folder)
@@ -125,7 +140,43 @@ def _read_folder(folder: Path) -> Checkpoint:
     )
 
 
+def read_index(file: Path) -> dict[str, str]:
+    """Which file holds which tensor, as the index of some shards says.
+
+    Raises:
+        DtLensError: for an index of another form, or one beside a single file that it does not mean.
+    """
+    shards = read_json(file).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise DtLensError(f"{file} has no weight_map; it should name the shard of every tensor.")
+    for shard in set(shards.values()):
+        if not shard or shard != Path(shard).name or not shard.isprintable() or len(shard) > 255:
+            raise DtLensError(f"{file} names a shard {shard[:80]!r}, which is no name of a file beside it.")
+    single = file.with_name(file.name.removesuffix(".index.json"))
+    if single.exists() and set(shards.values()) != {single.name}:
+        raise DtLensError(f"{file.parent} holds {single.name} and an index of other files; remove what is out of date.")
+    return shards
+
+
+def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
+    shards = read_index(folder / index)
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(shards.values())):
+        if not (folder / shard).exists():
+            raise DtLensError(f"There is no file {str(folder / shard)!r}, though {index} names it.")
+        held = _read_file(folder / shard).tensors
+        for key in held:
+            if key in tensors:
+                raise DtLensError(f"The tensor {key!r} is in {shards.get(key, shard)} and in {shard}; keep one.")
+        for key in (key for key, named in shards.items() if named == shard and key not in held):
+            raise DtLensError(f"{index} says that {shard} holds the tensor {key!r}, and it does not.")
+        tensors |= held
+    return tensors
+
+
 def _read_file(file: Path) -> Checkpoint:
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise DtLensError(f"{file} is a device or a pipe; give the path of a file or a folder.")
     if file.suffix not in SAFETENSORS:
         return _read_pickle(file)
     try:
@@ -156,6 +207,8 @@ def _read_pickle(file: Path) -> Checkpoint:
                 f"{file} is a pickle that wants to run code when it is loaded ({wanted}), so it was not loaded; save "
                 "its state_dict() and give that file."
             ) from error
+        if isinstance(error, zipfile.BadZipFile):
+            raise DtLensError(f"{file} is damaged ({because(error)}); fetch it again.") from error
         kinds = ", ".join(SUFFIXES)
         raise DtLensError(
             f"{file} cannot be read as a checkpoint; expected a file that torch.save or safetensors wrote ({kinds}), "
@@ -183,11 +236,27 @@ def _read_pickle(file: Path) -> Checkpoint:
 def _unpickled(file: Path | IO[bytes]) -> Any:
     with warnings.catch_warnings(), torch.serialization.safe_globals(ARRAYS):
         warnings.simplefilter("ignore")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    _require_checksums(file)
+    return loaded
 
 
-class _Plain(pickle.Unpickler):
-    """Numbers, strings, bytes and what holds them; anything that has to be called for is refused."""
+def _require_checksums(file: Path | IO[bytes]) -> None:
+    """Raise for records of torch's zip that are not what was written: torch writes their checksums and never looks."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        # All are zero where torch was told to leave them out.
+        damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the record {damaged!r} does not fit its checksum")
+
+
+class _Plain(pickle._Unpickler):
+    """Numbers, strings, bytes and what holds them; anything that has to be called for is refused.
+
+    Python's own unpickler: the one in C makes room for as many objects as any four bytes say that there will be.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} is no plain value")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dt_lens.errors import DtLensError, because
-from dt_lens.files import read_json
+from dt_lens.files import read_index, read_json
 
 __all__ = ["LazyTensors", "Shards"]
 
@@ -40,10 +40,8 @@ class Shards:
         config, index = self.folder / "config.json", self.folder / INDEX
         self.config: Mapping[str, Any] = read_json(config) if config.exists() else {}
         named: Mapping[str, str] | None = None
-        if not single.is_file() and index.is_file():
-            named = read_json(index).get("weight_map")
-            if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-                raise DtLensError(f"{index} has no weight_map; it should name the shard of every tensor.")
+        if path.is_dir() and index.exists():
+            named = read_index(index)
             found = [self.folder / name for name in sorted(set(named.values()))]
         elif single.is_file() and single.suffix == ".safetensors":
             found = [single]
@@ -77,6 +75,8 @@ class Shards:
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    if file.exists() and not file.is_file():  # opening a pipe may never end
+        raise DtLensError(f"{file} is no file; fetch it again.")
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
