@@ -43,7 +43,8 @@ class _Layout(Layout):
 
     def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
         act_dim, d = tensors.size("_output.weight")
-        self.discrete = "_action_embed.bias" not in tensors
+        # All of them, so that one that is missing is missed.
+        self.discrete = not any(key in tensors for key in ("_action_embed.bias", "_output.bias", "_embed_ln.weight"))
         by_window = GLOBAL in tensors
         self.table = GLOBAL if by_window else TABLE
         rows = tensors.size(self.table)[0]
@@ -92,9 +93,9 @@ class _Layout(Layout):
         last = _act(given.get("encoder_last_act", act), "encoder_last_act")
         self.last_acts = tuple(name for name in (last, self.embed_act) if name != "none")
         self.inner_acts = () if act == "none" else (act,)
-        self.convs = _numbered(tensors, r"_encoder\._cnn_layers\.(\d+)\.weight", 4)
+        self.convs = _numbered(tensors, r"_encoder\._cnn_layers\.(\d+)\.(?:weight|bias)")
         if not self.convs:
-            self.linears = _numbered(tensors, r"_encoder\._layers\.(\d+)\.weight", 2)
+            self.linears = _numbered(tensors, r"_encoder\._layers\.(\d+)\.(?:weight|bias)")
             if not self.linears:
                 tensors.size("_encoder._layers.0.weight")
             self.widths = [tensors.size(f"{self.linears[0]}.weight")[1]]
@@ -259,13 +260,9 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
         return said | _of_encoder(model._encoder)
 
 
-def _numbered(tensors: Tensors, pattern: str, ndim: int) -> list[str]:
-    """Keys of layers, without their ``.weight``, in the order of their numbers."""
-    found = {
-        int(match[1]): key.removesuffix(".weight")
-        for key, tensor in tensors.tensors.items()
-        if (match := re.fullmatch(pattern, key)) and tensor.ndim == ndim
-    }
+def _numbered(tensors: Tensors, pattern: str) -> list[str]:
+    """Keys of layers, without what follows their number, in the order of their numbers."""
+    found = {int(match[1]): key.rpartition(".")[0] for key in tensors.tensors if (match := re.fullmatch(pattern, key))}
     return [found[number] for number in sorted(found)]
 
 

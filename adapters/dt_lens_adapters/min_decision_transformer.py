@@ -35,14 +35,15 @@ class _Layout(Layout):
 
     def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
         d, state_dim = tensors.size("embed_state.weight")
+        act_dim = tensors.size("predict_action.0.weight")[0]
         # The code base's variant for discrete actions has a table where the other has a linear map.
-        self.by_id = "embed_action.bias" not in tensors
+        self.by_id = "embed_action.bias" not in tensors and tensors.size("embed_action.weight") == (act_dim, d)
         # The scale is the default of its train.py in every environment.
         context = steps_of_mask(tensors.tensors, "transformer.0.attention.mask")
         self.facts = run_facts({"return_scale": 1000.0, **context}, given)
         self.cfg = HookedDecisionTransformerConfig(
             state_dim=state_dim,
-            act_dim=tensors.size("predict_action.0.weight")[0],
+            act_dim=act_dim,
             d_model=d,
             n_layers=tensors.count(r"transformer\.(\d+)\."),
             n_heads=ask_for_heads(given, self.kind, 1),

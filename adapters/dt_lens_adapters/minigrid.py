@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,9 +81,11 @@ class MiniGridLayout(Layout):
             raise DtLensError(
                 "This model has a linear time embedding ('time_embedding.bias'); dt-lens reads those that have a table."
             )
-        self.normed = "transformer.blocks.0.ln1.w" in tensors
-        self.gated = "transformer.blocks.0.mlp.W_gate" in tensors
+        # A part that is anywhere must be everywhere, so that one that is missing is missed.
+        self.normed = tensors.holds(r"transformer\.(blocks\.\d+\.ln[12]|ln_final)\.[wb]")
+        self.gated = tensors.holds(BLOCK + r"mlp\.W_gate")
         self.n_layers = tensors.count(BLOCK)
+        tensors.size(self.keys["action"])
         state_dim, d_mlp = tensors.size(self.keys["state_in"])[1], tensors.size("transformer.blocks.0.mlp.W_in")[1]
         sizes = {"d_model": d, "n_heads": heads, "d_mlp": d_mlp, "n_layers": self.n_layers, "n_ctx": n_position}
         _require_agreement(stated, sizes, self.normed, self.gated)
@@ -111,7 +114,7 @@ class MiniGridLayout(Layout):
             position="learned",
             n_position=n_position,
             gated_mlp=self.gated,
-            predicts=tuple(head for head in HEADS if self.keys[head] in tensors),
+            predicts=tuple(head for head in HEADS if tensors.holds(_either(self.keys[head]))),
             action_padding=True,
             embed_dropout=0.0,
             attn_dropout=0.0,
@@ -264,7 +267,13 @@ class MiniGridDecisionTransformer(StateDictAdapter):
 
 
 def _called(tensors: Tensors, names: tuple[str, ...]) -> str:
-    return next((f"{name}.weight" for name in names if f"{name}.weight" in tensors), f"{names[0]}.weight")
+    keys = [f"{name}.weight" for name in names]
+    return next((key for key in keys if tensors.holds(_either(key))), keys[0])
+
+
+def _either(key: str) -> str:
+    """A weight's key or its bias's, as a pattern."""
+    return re.escape(key.removesuffix("weight")) + "(weight|bias)"
 
 
 def _read(name: str, value: Any) -> dict[str, Any]:
