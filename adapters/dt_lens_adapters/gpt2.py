@@ -15,7 +15,7 @@ __all__ = ["FAMILY", "GPT2"]
 
 def read(values: Values) -> LanguageModelConfig:
     """The configuration; ``n_inner`` is four times the width where nobody says otherwise."""
-    d, layers = values.size("n_embd", "hidden_size"), values.size("n_layer", "num_hidden_layers")
+    d, layers = values.size("n_embd", "hidden_size"), values.layers("n_layer", "num_hidden_layers")
     d_head = values.share(d, "n_head", "num_attention_heads")
     scale = d_head**-0.5 if values.flag("scale_attn_weights") else 1.0
     by_layer = values.flag("scale_attn_by_inverse_layer_idx")

@@ -5,6 +5,9 @@ The keys are GPT-2's in part, but every matrix is an ``nn.Linear``, which stores
 
 from __future__ import annotations
 
+from typing import Any
+
+from dt_lens.errors import DtLensError
 from dt_lens.language_model.adapter import LanguageModelAdapter
 from dt_lens.language_model.config import LanguageModelConfig, Values
 from dt_lens.language_model.family import Family, Modules
@@ -15,8 +18,9 @@ __all__ = ["FAMILY", "GPTNeo"]
 
 def read(values: Values) -> LanguageModelConfig:
     """The configuration; the MLP is four times the width where nobody says otherwise."""
-    d, layers = values.size("hidden_size"), values.size("num_layers", "num_hidden_layers")
+    d, layers = values.size("hidden_size"), values.layers("num_layers", "num_hidden_layers")
     d_head = values.share(d, "num_heads", "num_attention_heads")
+    _require_kinds(values.given.get("attention_types"), layers)
     return LanguageModelConfig(
         family="gpt_neo",
         n_layers=layers,
@@ -33,6 +37,18 @@ def read(values: Values) -> LanguageModelConfig:
         tied=values.flag("tie_word_embeddings"),
         qkv_bias=False,
     )
+
+
+def _require_kinds(kinds: Any, layers: int) -> None:
+    """Hugging Face's class writes them out, as often as they say, before it counts them."""
+    plain = isinstance(kinds, (list, tuple)) and all(
+        isinstance(kind, (list, tuple)) and len(kind) == 2 and isinstance(kind[0], list) and type(kind[1]) is int
+        for kind in kinds
+    )
+    if kinds is not None and (not plain or sum(len(kind[0]) * max(0, kind[1]) for kind in kinds) != layers):
+        raise DtLensError(
+            f"config.json says attention_types is {str(kinds)[:80]}; it must name a kind for each of {layers} layers."
+        )
 
 
 FAMILY = Family(

@@ -6,6 +6,7 @@ Every matrix is an ``nn.Linear``, which stores (out, in). Attention and MLP read
 
 from __future__ import annotations
 
+from dt_lens.errors import DtLensError
 from dt_lens.language_model.adapter import LanguageModelAdapter
 from dt_lens.language_model.config import LanguageModelConfig, Values
 from dt_lens.language_model.family import Family, Modules
@@ -13,11 +14,20 @@ from dt_lens.language_model.layout import At
 
 __all__ = ["FAMILY", "GPTJ"]
 
+MOST_POSITIONS = 2**17
+
 
 def read(values: Values) -> LanguageModelConfig:
     """The configuration; ``n_inner`` is four times the width where nobody says otherwise."""
-    d, layers = values.size("n_embd", "hidden_size"), values.size("n_layer", "num_hidden_layers")
+    d, layers = values.size("n_embd", "hidden_size"), values.layers("n_layer", "num_hidden_layers")
     d_head = values.share(d, "n_head", "num_attention_heads")
+    # Each block has a table of so many rotations, which no tensor of the file vouches for.
+    rotated, n_ctx = values.size("rotary_dim"), values.size("n_positions", "max_position_embeddings")
+    if rotated > d_head or n_ctx > MOST_POSITIONS:
+        raise DtLensError(
+            f"config.json says rotary_dim is {rotated} and n_positions {n_ctx}; they can be {d_head} (a head's "
+            f"features) and {MOST_POSITIONS} at most."
+        )
     return LanguageModelConfig(
         family="gptj",
         n_layers=layers,
@@ -26,7 +36,7 @@ def read(values: Values) -> LanguageModelConfig:
         d_model=d,
         d_head=d_head,
         d_mlp=values.size("n_inner") if values.get("n_inner") is not None else 4 * d,
-        n_ctx=values.size("n_positions", "max_position_embeddings"),
+        n_ctx=n_ctx,
         d_vocab=values.size("vocab_size"),
         act_fn=values.get("activation_function"),
         attn_scale=(d_head**-0.5,) * layers,
@@ -82,6 +92,7 @@ FAMILY = Family(
         "n_layer": 28,
         "n_head": 16,
         "n_positions": 2048,
+        "rotary_dim": 64,
         "vocab_size": 50400,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,

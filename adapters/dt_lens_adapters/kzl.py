@@ -157,9 +157,9 @@ def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str
             raise DtLensError(f"The checkpoint has no matrix {key!r}, which a kzl decision transformer has.")
         return tensors[key].shape
 
-    layers = {int(m[1]) for key in tensors if (m := re.match(r"encoder\.h\.(\d+)\.", key))}
+    layers = {int(m[1]) for key in tensors if (m := re.match(r"encoder\.h\.([0-9]{1,6})\.", key))}
     act_fn = given.get("act_fn", "relu")  # kzl's default; the file cannot tell
-    if act_fn not in NAMES:
+    if not isinstance(act_fn, str) or act_fn not in NAMES:
         raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn), NAMES))
     rows = shape("embed_timestep.weight")[0]
     if given.get("max_ep_len", rows) != rows:
@@ -172,10 +172,10 @@ def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str
         "state_dim": state_dim,
         "act_dim": shape("embed_action.weight")[1],
         "max_ep_len": rows,
-        "n_layer": max(layers) + 1,
+        "n_layer": max(layers, default=0) + 1,
         "n_head": given["n_heads"],
         "n_inner": shape("encoder.h.0.mlp.c_fc.weight")[1],
-        "n_positions": len(tensors[POSITION]) if POSITION in tensors else 1,
+        "n_positions": shape(POSITION)[0] if POSITION in tensors else 1,
         "activation_function": NAMES[act_fn],
         "action_tanh": given.get("action_tanh", True),
     }

@@ -18,7 +18,7 @@ __all__ = ["LLAMA", "MISTRAL", "QWEN2", "Llama", "Mistral", "Qwen2"]
 
 def read(values: Values) -> LanguageModelConfig:
     """The configuration; as many heads of keys as of queries, sharing d_model, where nobody says otherwise."""
-    d, layers = values.size("hidden_size"), values.size("num_hidden_layers")
+    d, layers = values.size("hidden_size"), values.layers("num_hidden_layers")
     heads = values.size("num_attention_heads")
     shared = values.get("num_key_value_heads") is not None
     d_head = values.size("head_dim") if values.get("head_dim") is not None else values.share(d, "num_attention_heads")

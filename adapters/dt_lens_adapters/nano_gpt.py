@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.files import Checkpoint
 from dt_lens.language_model.adapter import refuse_unknown
@@ -91,6 +92,7 @@ class NanoGPT:
         """
         refuse_unknown(given, OPTIONS)
         tensors = _tensors(checkpoint)
+        require_computable(tensors)
         cfg, values = _config(checkpoint, tensors, given)
         layout = FAMILY.layout(cfg)
         tensors = {**_missing_biases(tensors, layout), **tensors}
@@ -151,12 +153,15 @@ def _config(
         raise DtLensError("This checkpoint does not say how many attention heads it has; pass n_heads=.")
 
     def shape(key: str) -> torch.Size:
-        if key not in tensors or tensors[key].ndim != 2:
+        if key not in tensors or tensors[key].ndim != 2 or not tensors[key].numel():
             raise DtLensError(f"The checkpoint has no matrix {key!r} (as GPT-2 calls it), which a small GPT has.")
         return tensors[key].shape
 
     vocabulary, d = shape("transformer.wte.weight")
-    layers = [int(m[1]) for key in tensors if (m := re.match(r"transformer\.h\.(\d+)\.", key))]
+    layers = {int(m[1]) for key in tensors if (m := re.match(r"transformer\.h\.([0-9]{1,6})\.", key))}
+    absent = next(layer for layer in range(len(layers) + 1) if layer not in layers)
+    if absent <= max(layers, default=0):
+        raise DtLensError(f"The checkpoint has no tensors of block {absent}, which a small GPT has.")
     head = tensors.get("lm_head.weight")
     act_fn = given.get("act_fn", "gelu")
     known = ("gelu", "gelu_new", "relu")
@@ -164,9 +169,9 @@ def _config(
         raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(known)}." + nearest(str(act_fn), known))
     values: dict[str, Any] = {
         "vocab_size": vocabulary,
-        "n_positions": len(tensors["transformer.wpe.weight"]),
+        "n_positions": shape("transformer.wpe.weight")[0],
         "n_embd": d,
-        "n_layer": max(layers) + 1,
+        "n_layer": absent,
         "n_head": heads,
         "n_inner": shape("transformer.h.0.mlp.c_fc.weight")[1],
         "activation_function": act_fn,
@@ -185,12 +190,13 @@ def _tokenizer(extra: Mapping[str, Any], d_vocab: int) -> CharacterTokenizer | N
     """The characters that the file names, where it names one for each token."""
     itos, stoi = extra.get("itos"), extra.get("stoi")
     if isinstance(stoi, Mapping):
-        named = {number: character for character, number in stoi.items()}
+        named = {number: character for character, number in stoi.items() if isinstance(number, int)}
     elif isinstance(itos, (list, tuple)):
         named = dict(enumerate(itos))
     else:
         # JSON has no keys but strings.
-        named = {int(i) if str(i).isdigit() else i: c for i, c in itos.items()} if isinstance(itos, Mapping) else {}
+        named = {str(i): c for i, c in itos.items()} if isinstance(itos, Mapping) else {}
+        named = {int(i): c for i, c in named.items() if re.fullmatch(r"[0-9]{1,9}", i)}
     if set(named) != set(range(d_vocab)):
         return None
     return CharacterTokenizer([str(named[i]) for i in range(d_vocab)])

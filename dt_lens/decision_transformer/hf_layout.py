@@ -69,11 +69,18 @@ def canonical_from_hf(tensors: Mapping[str, Tensor], cfg: HookedDecisionTransfor
     Raises:
         DtLensError: naming a key that is missing, unknown, or of a shape that does not fit ``cfg``.
     """
-    held = {int(found[1]) for key in tensors if (found := re.match(r"encoder\.h\.(\d+)\.", key))}
+    held = {int(found[1]) for key in tensors if (found := re.match(r"encoder\.h\.([0-9]{1,6})\.", key))}
     if held and max(held) + 1 != cfg.n_layers:
         raise DtLensError(
             f"The checkpoint holds {max(held) + 1} blocks and its configuration says {cfg.n_layers}; the two do not "
             "belong together."
+        )
+    # Before anything is built for as many blocks as a configuration or a key may name.
+    absent = next((layer for layer in range(cfg.n_layers) if layer not in held), None)
+    if absent is not None:
+        raise DtLensError(
+            f"The checkpoint has no tensors of block {absent} ('encoder.h.{absent}.'), which a decision transformer of "
+            f"{cfg.n_layers} blocks needs."
         )
     # Conv1D stores (in, out); c_attn holds query, key and value side by side, each with its heads in order.
     left = dict(tensors)

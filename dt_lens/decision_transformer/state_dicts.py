@@ -47,9 +47,14 @@ class Tensors:
             raise DtLensError(f"The tensor {key!r} has shape {list(shape)}; one of {ndim} sizes was expected.")
         return shape
 
+    def holds(self, pattern: str) -> bool:
+        """Whether there is a key that ``pattern`` is the whole of."""
+        return any(re.fullmatch(pattern, key, re.ASCII) for key in self.tensors)
+
     def count(self, pattern: str) -> int:
         """How many blocks there are, whose numbers ``pattern`` finds in the keys."""
-        found = {int(match[1]) for key in self.tensors if (match := re.match(pattern, key))}
+        named = [match[1] for key in self.tensors if (match := re.match(pattern, key, re.ASCII))]
+        found = {int(number) for number in named if len(number) < 7}  # a longer one is in a key of nobody's
         missing = next((number for number in range(len(found)) if number not in found), None)
         if missing is not None:
             raise DtLensError(

@@ -15,6 +15,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rotary"]
 
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
+MOST_LAYERS = 10_000
 FLAGS = ("gated", "parallel", "tied", "qkv_bias", "out_bias", "mlp_bias", "unembed_bias")
 
 
@@ -138,6 +139,13 @@ class Values:
         value = self.get(*names)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise DtLensError(f"config.json says {names[0]} is {value!r}; it must be a positive whole number.")
+        return value
+
+    def layers(self, *names: str) -> int:
+        """A number of blocks, for each of which something is made before the tensors are looked at."""
+        value = self.size(*names)
+        if value > MOST_LAYERS:
+            raise DtLensError(f"config.json says {names[0]} is {value}; a model of at most {MOST_LAYERS} can be read.")
         return value
 
     def flag(self, *names: str) -> bool:

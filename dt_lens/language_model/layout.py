@@ -137,7 +137,7 @@ class Layout:
         return own
 
     def _unknown(self, key: str, full: str, needed: set[str]) -> str:
-        pattern = re.escape(self.block).replace(re.escape("{l}"), r"(\d+)")
+        pattern = re.escape(self.block).replace(re.escape("{l}"), r"([0-9]{1,6})\b")
         found = re.match(pattern, full) if self.block else None
         if found and int(found[1]) >= self.n_layers:
             return (
