@@ -82,7 +82,7 @@ def tokenizer_in(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of damage has an exception of its own
         raise DtLensError(
             f"The tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); pass tokenizer=None to "
