@@ -105,9 +105,9 @@ def _actions_agree(model: ActingModel, streams: torch.Tensor, widths: Sequence[i
     n, expected = len(streams), None
     for width in widths:
         for shift in (0, 3):  # into other rows
-            parts = streams.roll(shift, 0)[: n - n % width].split(width)
-            # Each in memory of its own: alignment can change rounding.
-            found = torch.cat([model.action(part.clone()) for part in parts])
+            rolled = streams.roll(shift, 0)
+            # Each batch in memory of its own: alignment can change rounding.
+            found = torch.cat([model.action(rolled[i : i + width].clone()) for i in range(0, n - width + 1, width)])
             found = torch.cat((found, streams.new_full((n - len(found), found.shape[1]), torch.nan))).roll(-shift, 0)
             expected = found if expected is None else expected
             both = ~(found.isnan() | expected.isnan())

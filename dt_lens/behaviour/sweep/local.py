@@ -109,7 +109,7 @@ class LocalEngine:
             worker.ready, self._failed_starts = True, 0
             return []
         unit, worker.unit = worker.unit, None
-        assert unit == rest[0]
+        assert unit is not None and unit == rest[0]
         if kind == "done":
             return [Event("done", unit, worker.name, [Outcome(*row) for row in rest[1]])]
         return [Event("refused", unit, worker.name, said=rest[1])]
