@@ -1,0 +1,52 @@
+"""The command ``dt-lens sweep`` in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dt_lens.behaviour.sweep import SweepResults
+from dt_lens.behaviour.sweep.store import FILE
+from dt_lens.decision_transformer.checkpoint import save_pretrained
+
+
+def dt_lens(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from dt_lens.cli import main; main()", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_it_leaves_one_file_and_refuses_another_plan(agent: Any, tmp_path: Path) -> None:
+    model = save_pretrained(agent, tmp_path / "model")
+    words = ["sweep", model, "--matrices", "*.W_in,*.0.attn.OV.0", "--sv", "-1", "--seed", "3", "--max-steps", "9"]
+    words += [
+        "--edits",
+        "zero,scale:0.5",
+        "--controls",
+        "1",
+        "--sides",
+        "read",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = dt_lens(*words, "--episodes", "6", "--table", tmp_path / "table.csv")
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [FILE]
+    assert "Unedited: Pendulum-v1, target return 200: 6 episodes, seeds 3 to 8" in done.stdout
+    assert "Edits and controls" in done.stdout
+    assert done.stdout.strip().splitlines()[-1] == f"The results: {tmp_path / 'out' / FILE}"
+    assert "[100%] 13 of 13 units" in done.stderr
+    results = SweepResults(tmp_path / "out")
+    written, table = pd.read_csv(tmp_path / "table.csv"), results.table()
+    assert len(written) == len(table) == 12
+    assert list(written["difference"]) == list(table["difference"])
+    other = dt_lens(*words, "--episodes", "7")
+    assert other.returncode == 2 and "Traceback" not in other.stderr
+    sentence = other.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("dt-lens: ") and sentence.endswith(".")
+    assert "holds another sweep: its episodes is 6 and this one's 7" in sentence
