@@ -23,7 +23,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical
 
 # torch comes first and by name: pip then settles on one build of it before anything else asks for just any torch.
 $(INSTALLED): pyproject.toml constraints.txt
