@@ -195,8 +195,8 @@ def _tokenizer(extra: Mapping[str, Any], d_vocab: int) -> CharacterTokenizer | N
         named = dict(enumerate(itos))
     else:
         # JSON has no keys but strings.
-        named = {str(i): c for i, c in itos.items()} if isinstance(itos, Mapping) else {}
-        named = {int(i): c for i, c in named.items() if re.fullmatch(r"[0-9]{1,9}", i)}
+        spelled = {str(i): c for i, c in itos.items()} if isinstance(itos, Mapping) else {}
+        named = {int(i): c for i, c in spelled.items() if re.fullmatch(r"[0-9]{1,9}", i)}
     if set(named) != set(range(d_vocab)):
         return None
     return CharacterTokenizer([str(named[i]) for i in range(d_vocab)])
