@@ -87,7 +87,7 @@ class RunFacts:
 
     def _freeze(self, name: str, convert: Callable[[Any], tuple[Any, ...] | None], wanted: str) -> None:
         value = getattr(self, name)
-        if value is not None:
+        if value is not None or name in ("target_returns", "trained_heads"):  # what may be empty, and not absent
             frozen = convert(value)
             _require(frozen is not None, name, value, f"a list of {wanted}")
             object.__setattr__(self, name, frozen)

@@ -103,7 +103,7 @@ class Family:
         if config.get("model_type") not in self.model_types:
             return False
         named = config.get("architectures")
-        if isinstance(named, list) and named and not set(named) & set(self.architectures):
+        if isinstance(named, list) and named and not any(name in self.architectures for name in named):
             return False
         embed = self.whole["embed.W_E"].key
         return bool({embed, embed.removeprefix(self.prefix)} & set(keys))
