@@ -124,6 +124,11 @@ class CORLDecisionTransformer(StateDictAdapter):
     def said_by_file(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
         said: dict[str, Any] = {}
         mean, std = checkpoint.extra.get("state_mean"), checkpoint.extra.get("state_std")
+        if (mean is None) != (std is None):
+            raise DtLensError(
+                f"{checkpoint.path} holds only one of state_mean and state_std, by which its states are normalised; "
+                "save both or neither."
+            )
         if mean is not None and std is not None:
             try:
                 said["state_mean"], said["state_std"] = (torch.as_tensor(x).flatten() for x in (mean, std))

@@ -11,6 +11,11 @@ __all__ = ["ACTIVATIONS", "said_by_settings"]
 
 # d3rlpy's names of activations, and the one of ours that is other; "none" is none.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "tanh": "tanh", "swish": "silu", "silu": "silu", "none": "none"}
+# What an encoder's layers are shows in their tensors; dropout and the widths say nothing more.
+ENCODER = {
+    "activation", "dropout_rate", "exclude_last_activation", "feature_size", "filters", "hidden_units",
+    "last_activation", "use_batch_norm", "use_dense", "use_layer_norm",
+}  # fmt: skip
 
 
 def said_by_settings(settings: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
@@ -24,7 +29,7 @@ def said_by_settings(settings: Mapping[str, Any], ignored: Collection[str] = ())
         return _said(settings, ignored) if settings else {}
     except DtLensError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DtLensError(
             f"d3rlpy's configuration of this model is not of the form that dt-lens knows ({type(error).__name__}: "
             f"{error}); give weights that save_model wrote, with n_heads= and act_fn=."
@@ -58,6 +63,11 @@ def _scaler(params: Mapping[str, Any], name: str) -> tuple[str, Mapping[str, Any
 
 def _encoder(factory: Mapping[str, Any], shape: Any) -> dict[str, Any]:
     params = factory["params"]
+    for name in params:
+        if name not in ENCODER:
+            raise DtLensError(
+                f"d3rlpy's configuration of the encoder has an option {name!r} that dt-lens does not know."
+            )
     if factory["type"] not in ("default", "vector", "pixel"):
         raise DtLensError(
             f"This d3rlpy model reads states through an encoder of type {factory['type']!r}; dt-lens knows 'default', "

@@ -18,6 +18,7 @@ from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import Checkpoint
+from dt_lens.language_model.original import NOT_OF_NUMBERS
 
 __all__ = ["HFDecisionTransformer"]
 
@@ -121,7 +122,8 @@ def original(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ignored: 
 
     # There are no tokens: one row of a table that is never read, and no ids, whose defaults lie outside it and make the
     # class warn.
-    values = {**config, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
+    plain = {name: value for name, value in config.items() if name not in NOT_OF_NUMBERS}
+    values = {**plain, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
     try:
         with torch.device("meta"):
             model: nn.Module = DecisionTransformerModel(DecisionTransformerConfig(**values))

@@ -150,6 +150,9 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
                 f"Unknown option {name!r} for this checkpoint; it takes {', '.join(sorted(known))}."
                 + nearest(name, known)
             )
+    ignored = given.get("ignore_options", ())
+    if not isinstance(ignored, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in ignored):
+        raise DtLensError(f"ignore_options is {str(ignored)[:80]!r}; it must be a list of names of options.")
 
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:

@@ -12,7 +12,12 @@ from dt_lens.errors import DtLensError, because
 from dt_lens.files import Checkpoint
 from dt_lens.language_model.family import Family
 
-__all__ = ["config_values", "fill", "original"]
+__all__ = ["NOT_OF_NUMBERS", "config_values", "fill", "original"]
+# Nothing of these is in the numbers; the class may look elsewhere for code, or make as many labels as they say.
+NOT_OF_NUMBERS = {
+    "_attn_implementation", "_experts_implementation", "_name_or_path", "attn_implementation", "auto_map", "dtype",
+    "experts_implementation", "id2label", "label2id", "num_labels", "quantization_config", "torch_dtype",
+}  # fmt: skip
 
 
 def config_values(model: nn.Module) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def _class(family: Family) -> Any:
 
 def _hf_config(family: Family, values: Mapping[str, Any]) -> Any:
     try:
-        return _class(family).config_class(**values)
+        return _class(family).config_class(**{name: v for name, v in values.items() if name not in NOT_OF_NUMBERS})
     except Exception as error:  # what its validation raises is its own affair
         raise DtLensError(f"Hugging Face's class refuses this configuration: {because(error)}.") from error
 
