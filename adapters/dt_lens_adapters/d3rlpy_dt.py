@@ -45,7 +45,7 @@ class _Layout(Layout):
         act_dim, d = tensors.size("_output.weight")
         # All of them, so that one that is missing is missed.
         self.discrete = not any(key in tensors for key in ("_action_embed.bias", "_output.bias", "_embed_ln.weight"))
-        by_window = GLOBAL in tensors
+        by_window = GLOBAL in tensors or WINDOW in tensors
         self.table = GLOBAL if by_window else TABLE
         rows = tensors.size(self.table)[0]
         mask = tensors.tensors.get("_gpt2._transformer.0._attention._mask")
@@ -93,9 +93,9 @@ class _Layout(Layout):
         last = _act(given.get("encoder_last_act", act), "encoder_last_act")
         self.last_acts = tuple(name for name in (last, self.embed_act) if name != "none")
         self.inner_acts = () if act == "none" else (act,)
-        self.convs = _numbered(tensors, r"_encoder\._cnn_layers\.(\d+)\.(?:weight|bias)")
+        self.convs = _numbered(tensors, r"_encoder\._cnn_layers\.(\d+)\.", 4)
         if not self.convs:
-            self.linears = _numbered(tensors, r"_encoder\._layers\.(\d+)\.(?:weight|bias)")
+            self.linears = _numbered(tensors, r"_encoder\._layers\.(\d+)\.", 2)
             if not self.linears:
                 tensors.size("_encoder._layers.0.weight")
             self.widths = [tensors.size(f"{self.linears[0]}.weight")[1]]
@@ -260,9 +260,18 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
         return said | _of_encoder(model._encoder)
 
 
-def _numbered(tensors: Tensors, pattern: str) -> list[str]:
-    """Keys of layers, without what follows their number, in the order of their numbers."""
-    found = {int(match[1]): key.rpartition(".")[0] for key in tensors.tensors if (match := re.fullmatch(pattern, key))}
+def _numbered(tensors: Tensors, pattern: str, ndim: int) -> list[str]:
+    """Keys of layers, without what follows their number, in the order of their numbers.
+
+    A layer has a weight of so many sizes, or a bias whose weight is missing.
+    """
+    found: dict[int, str] = {}
+    for key in tensors.tensors:
+        match = re.fullmatch(pattern + "(?:weight|bias)", key, re.ASCII)
+        layer = key.rpartition(".")[0]
+        weight = tensors.tensors.get(f"{layer}.weight")
+        if match and len(match[1]) < 10 and (weight is None or weight.ndim == ndim):
+            found[int(match[1])] = layer
     return [found[number] for number in sorted(found)]
 
 

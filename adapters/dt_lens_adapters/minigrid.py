@@ -82,7 +82,7 @@ class MiniGridLayout(Layout):
                 "This model has a linear time embedding ('time_embedding.bias'); dt-lens reads those that have a table."
             )
         # A part that is anywhere must be everywhere, so that one that is missing is missed.
-        self.normed = tensors.holds(r"transformer\.(blocks\.\d+\.ln[12]|ln_final)\.[wb]")
+        self.normed = tensors.holds(r"transformer\.(blocks\.\d{1,6}\.ln[12]|ln_final)\.[wb]")
         self.gated = tensors.holds(BLOCK + r"mlp\.W_gate")
         self.n_layers = tensors.count(BLOCK)
         tensors.size(self.keys["action"])

@@ -54,7 +54,7 @@ class Tensors:
     def count(self, pattern: str) -> int:
         """How many blocks there are, whose numbers ``pattern`` finds in the keys."""
         named = [match[1] for key in self.tensors if (match := re.match(pattern, key, re.ASCII))]
-        found = {int(number) for number in named if len(number) < 7}  # a longer one is in a key of nobody's
+        found = {int(number) for number in named if len(number) < 10}  # a longer one is in a key of nobody's
         missing = next((number for number in range(len(found)) if number not in found), None)
         if missing is not None:
             raise DtLensError(

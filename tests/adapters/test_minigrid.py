@@ -250,7 +250,7 @@ def test_a_field_that_does_nothing_can_be_ignored(tmp_path: Path) -> None:
     ("key", "change", "message"),
     [
         ("transformer.blocks.1.attn.b_O", None, r"no tensor 'transformer\.blocks\.1\.attn\.b_O'"),
-        ("transformer.blocks.0.mlp.W_gate", None, "gated_mlp=True and its tensors False"),
+        ("transformer.blocks.0.mlp.W_gate", None, r"no tensor 'transformer\.blocks\.0\.mlp\.W_gate'"),
         ("transformer.blocks.1.mlp.W_gate", None, r"no tensor 'transformer\.blocks\.1\.mlp\.W_gate'"),
         ("state_embedding.weight", None, r"no tensor 'state_embedding\.weight'"),
         ("state_predictor.bias", None, r"no tensor 'state_predictor\.bias'"),
