@@ -41,7 +41,8 @@ class _Layout(Layout):
 
     def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
         d, state_dim = tensors.size("state_emb.weight")
-        if given.get("max_action", 1.0) != 1.0:
+        most = given.get("max_action", 1.0)
+        if not isinstance(most, (int, float)) or most != 1.0:
             raise DtLensError(
                 f"This CORL model multiplies its actions by max_action={given['max_action']!r}; dt-lens has actions in "
                 "-1 to 1 only, as CORL's own settings have in every environment."

@@ -162,7 +162,8 @@ def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str
     if not isinstance(act_fn, str) or act_fn not in NAMES:
         raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn), NAMES))
     rows = shape("embed_timestep.weight")[0]
-    if given.get("max_ep_len", rows) != rows:
+    longest = given.get("max_ep_len", rows)
+    if not isinstance(longest, int) or longest != rows:
         raise DtLensError(
             f"max_ep_len={given['max_ep_len']} does not fit the checkpoint, whose timestep table has {rows} rows."
         )

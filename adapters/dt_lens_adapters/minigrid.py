@@ -278,8 +278,9 @@ def _either(key: str) -> str:
 
 def _read(name: str, value: Any) -> dict[str, Any]:
     try:
-        values = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError) as error:
+        # A mapping that stands there as it is has to be plain too.
+        values = json.loads(value if isinstance(value, str) else json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
         raise DtLensError(f"The checkpoint's {name} is no JSON: {because(error)}.") from error
     if not isinstance(values, Mapping):
         raise DtLensError(f"The checkpoint's {name} holds a {type(values).__name__}; expected named fields.")
