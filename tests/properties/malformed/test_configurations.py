@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import dt_lens
 from dt_lens import DtLensError
+from dt_lens.language_model.original import NOT_OF_NUMBERS
 
-SIZES = [pytest.param(12, id="short"), pytest.param(600, id="long", marks=pytest.mark.acceptance)]
+SIZES = [pytest.param(12, id="short"), pytest.param(120, id="long", marks=pytest.mark.acceptance)]
 SETTINGS = settings(deadline=None, database=None, phases=[Phase.generate, Phase.shrink])
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 10**9, 10**30, 0.5, 2.0, -1e-5, 1e300, math.nan, math.inf, "", "x", "2", "relu",
@@ -62,12 +63,14 @@ def test_fields_of_any_value(made: Any, scratch: Any, law: Any, said: Any, name:
             path = made.write(folder, made.tensors)
             values = json.loads((path / name).read_text())
             key = data.draw(st.sampled_from(sorted(values) + (NAMES if name == "config.json" else ["unheard_of"])))
+            # What is not of the numbers changes no answer; to write out 10**9 labels is their class's own affair.
+            known = made.theirs(path, made.tensors) if key in NOT_OF_NUMBERS else None
             if data.draw(st.integers(0, 9)):
                 values[key] = data.draw(st.sampled_from(ODD))
             else:
                 values.pop(key, None)
             (path / name).write_text(json.dumps(values))
-            law(made, path, expected=lambda: as_they_read_it(made, path))
+            law(made, path, expected=lambda: as_they_read_it(made, path) if known is None else known)
             if made.opens:
                 try:
                     opened = dt_lens.open_checkpoint(path)

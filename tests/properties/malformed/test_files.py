@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import dt_lens
 from dt_lens import DtLensError
 
-SIZES = [pytest.param(6, id="short"), pytest.param(400, id="long", marks=pytest.mark.acceptance)]
+SIZES = [pytest.param(6, id="short"), pytest.param(80, id="long", marks=pytest.mark.acceptance)]
 SETTINGS = settings(deadline=None, database=None, phases=[Phase.generate, Phase.shrink])
 
 

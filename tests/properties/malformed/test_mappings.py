@@ -13,7 +13,7 @@ import dt_lens
 from dt_lens import DtLensError
 from dt_lens.matrices import catalogue
 
-SIZES = [pytest.param(6, id="short"), pytest.param(300, id="long", marks=pytest.mark.acceptance)]
+SIZES = [pytest.param(6, id="short"), pytest.param(80, id="long", marks=pytest.mark.acceptance)]
 SETTINGS = settings(deadline=None, database=None, phases=[Phase.generate, Phase.shrink])
 WAYS = ("transposed", "heads", "features", "scaled", "negative", "one entry")
 

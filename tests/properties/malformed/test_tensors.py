@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dt_lens import DtLensError
 
-SIZES = [pytest.param(6, id="short"), pytest.param(300, id="long", marks=pytest.mark.acceptance)]
+SIZES = [pytest.param(6, id="short"), pytest.param(80, id="long", marks=pytest.mark.acceptance)]
 
 SETTINGS = settings(deadline=None, database=None, phases=[Phase.generate, Phase.shrink])
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
