@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dt_lens.decision_transformer.facts import FACTS, given_facts, refuse_unknown
 from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.files import Checkpoint
 from dt_lens_adapters.hf_decision_transformer import (
@@ -49,6 +50,8 @@ class KZLDecisionTransformer:
         checkpoint.require_finite(key for key in checkpoint.tensors if not MASK.fullmatch(_rename(key)))
         tensors = _renamed(checkpoint.tensors)
         with _in_kzls_words():
+            # Before a row of positions is made like one of them.
+            require_computable({key: tensor for key, tensor in tensors.items() if not MASK.fullmatch(key)})
             config = _config(tensors, given)
             tensors.setdefault(POSITION, _no_position(tensors))
             return HFDecisionTransformer().build(tensors, config, None, **_facts(tensors, given))

@@ -8,7 +8,8 @@ Two spellings are known, ``transformer.h.{l}.`` with ``wte`` and ``wpe``, and ``
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +92,10 @@ class NanoGPT:
             given: ``n_heads=``, where the file does not tell; ``act_fn=`` (exact GELU when omitted); ``tokenizer=``.
         """
         refuse_unknown(given, OPTIONS)
+        with _in_the_files_words(checkpoint):
+            return self._load(checkpoint, given)
+
+    def _load(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> HookedLanguageModel:
         tensors = _tensors(checkpoint)
         require_computable(tensors)
         cfg, values = _config(checkpoint, tensors, given)
@@ -106,6 +111,18 @@ class NanoGPT:
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedLanguageModel:
         raise DtLensError("A live model of this kind is not known; save its state_dict() and dt_lens.load the file.")
+
+
+@contextmanager
+def _in_the_files_words(checkpoint: Checkpoint) -> Iterator[None]:
+    """Tensors are called in errors what the file calls them, where it has them; there is no config.json."""
+    try:
+        yield
+    except DtLensError as error:
+        said = str(error).replace("config.json says", f"{checkpoint.path} or what was given says")
+        for key in checkpoint.tensors:
+            said = said.replace(repr(_renamed(key)), repr(key))
+        raise DtLensError(said) from error
 
 
 def _renamed(key: str) -> str | None:
