@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.decompose import EPS, decompose
+from dt_lens.decompose import EPS, KRYLOV, decompose
 from dt_lens.embeddings import Embedding
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, Weighted
@@ -152,7 +152,7 @@ def decompose_matrix(
     folded = fold_layernorm and matrix.foldable
     factors = matrix.folded(lens) if folded else matrix.raw(lens)
     try:
-        found = decompose(factors, rank, _floor(lens, matrix, folded), _unknown(lens, matrix, folded))
+        found = decompose(factors, rank, _floor(lens, matrix, folded), _unknown(lens, matrix, rank, folded))
     except DtLensError as error:
         raise DtLensError(f"{matrix.name}: {error}") from error
     sign_side = found.left if matrix.left in RESIDUAL else found.right
@@ -176,15 +176,19 @@ def _floor(lens: Snapshot, matrix: Matrix, folded: bool) -> float:
     return size
 
 
-def _unknown(lens: Snapshot, matrix: Matrix, folded: bool) -> float:
-    """The spectral norm of what rounding the weights does to the matrix, about; 0 for a circuit, which is small.
+def _unknown(lens: Snapshot, matrix: Matrix, rank: int | None, folded: bool) -> float:
+    """The spectral norm of what rounding the weights does to the matrix, about; 0 where nobody would use it.
+
+    That is where no Krylov space is looked for: in a circuit, in a small matrix, or when all directions are wanted.
 
     Independent errors of one standard deviation, ``m x n``, have a norm of about ``sqrt(m) + sqrt(n)`` times that
     (Vershynin, "High-Dimensional Probability", 2018, section 7.3).
     """
-    if len(matrix.factors) > 1:
+    if len(matrix.factors) > 1 or rank is None:
         return 0.0
     weight = matrix.factors[0].view(lens.weights)
+    if min(weight.shape) <= KRYLOV:
+        return 0.0
     rows, _ = _variances(weight)
     if folded and matrix.left_norm:
         rows = rows * lens.weights[f"{matrix.left_norm}.w"].to(rows).square()

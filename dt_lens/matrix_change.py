@@ -6,7 +6,6 @@ again, and of small numbers where the change is small, so that nothing cancels.
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,9 +18,9 @@ from torch import Tensor
 from dt_lens.decompose import EPS
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.errors import DtLensError
-from dt_lens.matrices import Matrix, Snapshot, weight_bytes
+from dt_lens.matrices import Matrix, Snapshot
 
-__all__ = ["Measured", "change_factors", "fingerprint_of", "haar_angle", "leading", "measure", "sizes"]
+__all__ = ["Measured", "change_factors", "haar_angle", "leading", "measure", "sizes"]
 
 Array = NDArray[np.float64]
 LARGE = 1024  # from this short side on only the leading directions are computed, and the spectrum without directions
@@ -99,17 +98,6 @@ def leading(lens: Snapshot, matrix: Matrix, k: int | None, fold: bool) -> Decomp
     shape = matrix.factors[0].view(lens.weights).shape
     cut = k is not None and len(matrix.factors) == 1 and min(shape) >= LARGE
     return decompose_matrix(lens, matrix, k + SPARE if cut and k is not None else None, fold)
-
-
-def fingerprint_of(lens: Snapshot, matrix: Matrix) -> bytes:
-    """A hash of the bits of this matrix, of a head's only that head's, and of its LayerNorms' scales."""
-    digest = hashlib.blake2b(digest_size=16)
-    for factor in matrix.factors:
-        digest.update(weight_bytes(factor.view(lens.weights)))
-    for norm in (matrix.left_norm, matrix.right_norm):
-        if norm is not None:
-            digest.update(weight_bytes(lens.weights[f"{norm}.w"]))
-    return digest.digest()
 
 
 @lru_cache(maxsize=256)

@@ -17,8 +17,8 @@ from dt_lens.direction_matching import match_directions
 from dt_lens.directions import Decomposition, rounding_noise
 from dt_lens.errors import DtLensError
 from dt_lens.label_changes import By, Owner, label_changes
-from dt_lens.matrices import Matrix, SideName, Snapshot, catalogue, find_matrix, select_matrices
-from dt_lens.matrix_change import change_factors, common_boundary, fingerprint_of, leading, measure
+from dt_lens.matrices import Matrix, SideName, Snapshot, catalogue, find_matrix, fingerprint, select_matrices
+from dt_lens.matrix_change import change_factors, common_boundary, leading, measure
 from dt_lens.progress import Tell, reporting
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def compare(
             found = measure(before, after, matrix, k, fold_layernorm)
             rows.append(found.row)
             spectra[matrix.name] = (found.sigma_a, found.sigma_b, found.sigma_change)
-            states[matrix.name] = (fingerprint_of(before, matrix), fingerprint_of(after, matrix))
+            states[matrix.name] = (fingerprint(before, matrix), fingerprint(after, matrix))
     table = pd.DataFrame(rows)
     table["head"] = table["head"].astype("Int64")
     table.attrs = {"fold_layernorm": fold_layernorm, "k": k, "names": list(names)}
@@ -300,7 +300,7 @@ class Comparison:
         matrix = find_matrix(lenses[0], name)
         if name not in self._states:
             raise DtLensError(f"{name} was not compared; call compare with it among the matrices.")
-        if tuple(fingerprint_of(lens, matrix) for lens in lenses) != self._states[name]:
+        if tuple(fingerprint(lens, matrix) for lens in lenses) != self._states[name]:
             raise DtLensError(f"The weights of {name} have changed since they were compared; call compare again.")
         return matrix
 

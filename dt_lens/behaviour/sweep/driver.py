@@ -54,7 +54,8 @@ class Sweep:
         matrices: names or shell patterns, such as ``"*.W_in"``; all matrices by default.
         sv: which singular directions of each, one edit for each: an index, ``"0-9"``, ``"all"``, or a sequence of
             these; negative ones count from the smallest sigma.
-        sides: which sides are edited, such as ``["write"]``; by default every side on the residual stream.
+        sides: which sides are edited, such as ``["write"]``; by default every side on the residual stream, and one of
+            them where the edit only scales sigma and is the same on each.
         edits: what the singular vector becomes: values of ``SingularEdit``, numbers or ``"scale:0.5"``.
         controls: random edits of the same energy per edit: ``edit.control(seed)``, ``edit.control(seed + 1)``, ...
         episodes: of every arm.

@@ -164,6 +164,11 @@ def sides_of(matrix: Matrix, wanted: Sequence[str] | None) -> list[SideName]:
     return found
 
 
+def _scales_sigma(value: str | float) -> bool:
+    """Whether the edit multiplies sigma and leaves both vectors their directions, so that it is one on every side."""
+    return not isinstance(value, str) or value in ("zero", "flip")
+
+
 def make_arms(
     model: Lens,
     matrices: Sequence[str] | str | None,
@@ -194,8 +199,11 @@ def make_arms(
     for matrix in select_matrices(bare, matrices):
         k = len(decompose_matrix(bare, matrix, None, fold_layernorm).sigma)
         for index in resolve_sv(sv, k, matrix.name):
-            for side in sides_of(matrix, sides):
+            chosen = sides_of(matrix, sides)
+            for side in chosen:
                 for text, value in parsed.items():
+                    if sides is None and side != chosen[0] and _scales_sigma(value):
+                        continue
                     record = {
                         "kind": "singular",
                         "matrix": matrix.name,

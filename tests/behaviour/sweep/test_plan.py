@@ -63,7 +63,7 @@ def test_units_are_nearly_alike(episodes: int) -> None:
 
 
 def test_arms_and_units(make_sweep: Make, agent: Any) -> None:
-    plan = make_sweep(matrices=["*.0.attn.OV.1", "*.1.mlp.W_out"], sv="0,-1", edits="flip,scale:2", controls=2).plan
+    plan = make_sweep(matrices=["*.0.attn.OV.1", "*.1.mlp.W_out"], sv="0,-1", edits="constant,random", controls=2).plan
     assert [arm.number for arm in plan.arms] == list(range(len(plan.arms)))
     kinds = [arm.kind for arm in plan.arms]
     assert kinds == ["baseline"] + ["edit", "control", "control"] * (2 * 2 * 2 + 2 * 2)
@@ -79,6 +79,16 @@ def test_arms_and_units(make_sweep: Make, agent: Any) -> None:
     assert len(blocks) == 2 * len(plan.arms)
     uneven = make_sweep(episodes=7).plan
     assert [block.episodes for block in uneven.blocks()][:3] == [3, 3, 1]
+
+
+def test_what_only_scales_sigma_is_not_measured_once_for_each_side(make_sweep: Make) -> None:
+    def edits(**options: Any) -> list[tuple[str | None, str | None]]:
+        arms = make_sweep(matrices="*.0.attn.OV.1", edits="zero,flip,scale:2,constant", controls=0, **options).plan.arms
+        return [(arm.value, arm.side) for arm in arms if arm.kind == "edit"]
+
+    both = [("constant", "read"), ("constant", "write")]
+    assert edits() == [("zero", "read"), ("flip", "read"), ("scale:2", "read"), *both]
+    assert len(edits(sides=["read", "write"])) == 8  # asked for
 
 
 @pytest.mark.parametrize(
