@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.special import betaincc, betainccinv
-from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum", "q_values"]
+__all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum"]
 
 Array = NDArray[np.float64]
 Floats = NDArray[Any]  # float32 or float64
@@ -68,6 +67,10 @@ class HaarMaximum:
         mean, std: of the best match under the null.
     """
 
+    assumes: ClassVar[str] = (
+        "A direction that means nothing points anywhere with equal chance, in all dimensions of the residual stream."
+    )
+
     n_labels: int
     dimension: int
     span: int
@@ -103,7 +106,7 @@ class HaarMaximum:
         if isinstance(labels, LabelBlocks):
             n, dimension = labels.n, labels.dimension
         else:
-            E = _unit_rows(labels)
+            E = unit_labels(labels)
             n, dimension = len(E), dimension or E.shape[1]
         if n == 0 or span >= dimension:
             # Without labels the best match is 0, and the whole space matches everything.
@@ -157,7 +160,7 @@ class HaarMaximum:
         return above / self.std if self.std > 0 else np.zeros_like(above)
 
 
-def _unit_rows(labels: ArrayLike) -> Array:
+def unit_labels(labels: ArrayLike) -> Array:
     E = np.asarray(labels, dtype=np.float64)
     if E.ndim != 2 or not np.isfinite(E).all():
         raise DtLensError(f"Labels have shape {list(E.shape)}; a null takes finite directions in rows, [n, d].")
@@ -299,7 +302,7 @@ def frame_maximum(
     This is the null for "the strongest match in the whole matrix". Returns ``[samples]``, sorted. Monte Carlo: with
     ``B`` draws the smallest p-value is ``1 / (B + 1)``.
     """
-    E = _unit_rows(labels)
+    E = unit_labels(labels)
     dimension = dimension or E.shape[1]
     if not len(E):
         return np.zeros(samples)
@@ -315,13 +318,3 @@ def frame_maximum(
         corner = drawn[:inside] if count <= inside else drawn[:count].T
         best[i] = np.abs(C @ corner.astype(np.float32)).max()
     return np.sort(best)
-
-
-def q_values(p_values: ArrayLike) -> Array:
-    """Benjamini and Hochberg's (1995) adjusted p-values: the share of false discoveries over the whole table.
-
-    >>> [round(float(q), 3) for q in q_values([0.01, 0.02, 0.9])]
-    [0.03, 0.03, 0.9]
-    """
-    p = np.asarray(p_values, dtype=np.float64)
-    return np.asarray(false_discovery_control(p, method="bh")) if p.size else p
