@@ -14,6 +14,8 @@ from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
 if TYPE_CHECKING:
+    from dt_lens.activations import Activations
+    from dt_lens.behaviour.activations import collect_activations
     from dt_lens.behaviour.evaluate import evaluate
     from dt_lens.certification import certify
     from dt_lens.decision_transformer.checkpoint import save_pretrained
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
 # Where each public name lives. They are imported when first used: torch and TransformerLens take seconds, and neither
 # `dt-lens --help` nor a rollout worker has any use for all of them.
 _HOMES = {
+    "Activations": "activations",
     "Embedding": "embeddings",
     "EmbeddingRegistry": "embeddings",
     "HookedDecisionTransformer": "decision_transformer.model",
     "SingularEdit": "edits",
     "WeightSVD": "svd",
     "certify": "certification",
+    "collect_activations": "behaviour.activations",
     "compare": "model_comparison",
     "evaluate": "behaviour.evaluate",
     "load": "lens",
@@ -47,6 +51,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Activations",
     "DtLensError",
     "Embedding",
     "EmbeddingRegistry",
@@ -55,6 +60,7 @@ __all__ = [
     "WeightSVD",
     "__version__",
     "certify",
+    "collect_activations",
     "compare",
     "evaluate",
     "load",
