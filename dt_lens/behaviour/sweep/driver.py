@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,22 +18,21 @@ from dt_lens.behaviour.evaluate import (
 )
 from dt_lens.behaviour.lanes import LEAST_LANES
 from dt_lens.behaviour.outcomes import Evaluation, FailureRule
-from dt_lens.behaviour.sweep.engine import Engine, Event
+from dt_lens.behaviour.sweep.arms import SV, make_arms
+from dt_lens.behaviour.sweep.engine import Engine
+from dt_lens.behaviour.sweep.halving import parse_halving
 from dt_lens.behaviour.sweep.local import LocalEngine
 from dt_lens.behaviour.sweep.packing import Packer
-from dt_lens.behaviour.sweep.plan import FORMAT, SV, Block, Plan, block_size_of, make_arms, software
+from dt_lens.behaviour.sweep.plan import FORMAT, Plan, block_size_of, software, unite
 from dt_lens.behaviour.sweep.results import SweepResults
+from dt_lens.behaviour.sweep.running import Drive
 from dt_lens.behaviour.sweep.store import FILE, Store
-from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.behaviour.workers import one_thread
 from dt_lens.errors import DtLensError
+from dt_lens.matrices import catalogue
 from dt_lens.progress import Tell, reporting
 
 __all__ = ["Sweep"]
-
-TRIES = 3  # a unit whose workers die so often is given up in this run
-WAIT_SECONDS = 0.5
-TELL_SECONDS = 1.0
 
 
 class Sweep:
@@ -47,6 +42,12 @@ class Sweep:
     the same arguments, a sweep goes on where it was, and its table is the same to the bit as if it had never stopped:
     what a unit (one arm with one block of seeds) gives depends on nothing but itself, and is written whole or not at
     all.
+
+    A file can grow: a sweep of more matrices, directions, edits, controls or episodes in the same folder runs what is
+    not there yet, and the table is then that of the larger sweep, to the bit, as if it had been asked for at once. The
+    arms are numbered anew in its order. Arms that the file holds and that are not asked for any more stay in the file
+    and its table; they are not run further. Model, environment, target return, time limit, first seed, folding and
+    halving are the file's.
 
     Args:
         model: a ``HookedDecisionTransformer`` on the CPU, without hooks.
@@ -61,7 +62,10 @@ class Sweep:
         episodes: of every arm.
         seed: of the first episode, of the controls, and of ``"random"`` edits.
         environment, environment_kwargs, target_return, max_steps: as for ``evaluate``.
-        block_size: episodes of a unit; about 16 by default.
+        block_size: episodes of a unit; about 16 by default. Changes no number.
+        halving: successive halving: the episodes of each rung before the last, such as ``[4, 8]``. Every edit runs 4
+            episodes, the stronger half 8 more, and half of those, with their controls, all ``episodes`` on fresh
+            seeds. See ``SweepResults.table`` for what the numbers are then.
         baseline: run the unedited agent too, which differences need.
         fold_layernorm: as for ``SingularEdit``.
         workers: processes, each on one core; one a core by default. Changes nothing but the time.
@@ -87,6 +91,7 @@ class Sweep:
         target_return: float | None = None,
         max_steps: int | None = None,
         block_size: int | None = None,
+        halving: str | int | Sequence[int] | None = None,
         baseline: bool = True,
         fold_layernorm: bool = True,
         workers: int | None = None,
@@ -99,6 +104,9 @@ class Sweep:
         for name, size in (("max_steps", max_steps), ("block_size", block_size), ("workers", workers)):
             if size is not None:
                 _check_count(name, size, 1)
+        rungs = parse_halving(halving)
+        if rungs is not None and not baseline:
+            raise DtLensError("halving selects by the difference from the unedited agent; it needs the baseline.")
         if getattr(model, "active_edits", ()):
             raise DtLensError("The model has an edit in force; end it first: a sweep makes its own.")
         self.model = model
@@ -125,32 +133,23 @@ class Sweep:
                 baseline,
                 fold_layernorm,
             )
-        directions: dict[str, list[int]] = {}
-        for arm in arms:
-            if arm.kind == "edit" and arm.matrix is not None and arm.sv is not None:
-                directions.setdefault(arm.matrix, [])
-                if arm.sv not in directions[arm.matrix]:
-                    directions[arm.matrix].append(arm.sv)
         options: dict[str, Any] = {
             "format": FORMAT,
             "model": model_id(model),
-            "matrices": list(directions),
-            "sv": directions,
-            "sides": sorted({arm.side for arm in arms if arm.side is not None}),
-            "edits": list(dict.fromkeys(arm.value for arm in arms if arm.value is not None)),
-            "controls": int(controls),
             "episodes": int(episodes),
             "seed": int(seed),
+            "halving": rungs,
             "environment": setting.environment,
             "environment_kwargs": setting.environment_kwargs,
             "target_return": setting.target_return,
             "time_limit": setting.task.time_limit,
             "block_size": block_size_of(int(episodes), block_size),
-            "baseline": baseline,
             "fold_layernorm": fold_layernorm,
+            "activations": None,
             **software(),
         }
-        self.plan = Plan(options, arms)
+        names = list(catalogue(model, per_head=True))
+        self.plan = Plan(options, unite(arms, (), names), names, block_size)
 
     def run(self, progress: bool | Tell = False, engine: Engine | None = None) -> Self:
         """Run what is not done yet.
@@ -167,9 +166,10 @@ class Sweep:
         if model_id(self.model) != self.plan.options["model"]:
             raise DtLensError("The model's weights have changed since this sweep was planned; make the Sweep again.")
         with reporting(progress) as tell, Store.open(self.file, self.plan) as store:
-            todo = store.todo()
+            todo, units = store.advance()
             if todo:
-                _Drive(self, store, todo, tell).run(engine or LocalEngine(min(self.workers or _cores(), len(todo))))
+                drive = Drive(store, Packer(self.model), todo, units, tell)
+                drive.run(engine or LocalEngine(min(self.workers or _cores(), len(todo))), self._job)
         return self
 
     @property
@@ -188,118 +188,3 @@ class Sweep:
     def evaluations(self) -> dict[int, Evaluation]:
         """An ``Evaluation`` for every arm that has episodes, by its number in the table."""
         return self.results.evaluations()
-
-
-class _Drive:
-    """One run of the driver."""
-
-    def __init__(self, sweep: Sweep, store: Store, todo: Sequence[Block], tell: Tell) -> None:
-        self.sweep, self.store, self.tell = sweep, store, tell
-        self.todo = deque(todo)
-        self.packer = Packer(sweep.model)
-        self.running: dict[int, tuple[Block, int]] = {}  # by unit: what, and the number of its run
-        self.tries: Counter[int] = Counter()
-        self.all = sum(1 for _ in sweep.plan.blocks())
-        self.episodes = self.before = sweep.plan.options["episodes"] * len(sweep.plan.arms) - sum(
-            block.episodes for block in todo
-        )
-        self.began = self.told = time.monotonic()
-
-    def run(self, engine: Engine) -> None:
-        self._report(force=True)
-        try:
-            engine.start(self.sweep._job)
-            while self.todo or self.running:
-                for unit in self._begun(engine.free):
-                    engine.submit(unit)
-                self._look_ahead()
-                self._report()
-                events = engine.wait(WAIT_SECONDS)
-                if events:
-                    with self.store.writing():
-                        for event in events:
-                            self._keep(event)
-        except KeyboardInterrupt:
-            left = len(self.todo) + len(self.running)
-            raise KeyboardInterrupt(
-                f"Stopped with {self.all - left} of {self.all} units done; the same command goes on from there."
-            ) from None
-        finally:
-            engine.stop()
-        self._report(force=True)
-
-    def _begun(self, free: int) -> list[Unit]:
-        """The next units, as many as can be begun, logged as begun."""
-        began: list[Unit] = []
-        if free and self.todo:
-            with self.store.writing():
-                while self.todo and len(began) < free:
-                    block = self.todo.popleft()
-                    unit = self._packed(block)
-                    if unit is not None:
-                        self.running[block.number] = (block, self.store.begin(block.number))
-                        began.append(unit)
-        return began
-
-    def _keep(self, event: Event) -> None:
-        block, run = self.running.pop(event.unit)
-        if event.kind == "done":
-            self.store.finish(run, event)
-            self.episodes += block.episodes
-            return
-        self.store.end(run, event)
-        self.tries[event.unit] += 1
-        if event.kind == "refused":
-            self.store.fail(event.unit, event.said)
-        elif self.tries[event.unit] < TRIES:
-            self.todo.appendleft(block)
-        else:
-            self.store.fail(event.unit, f"The workers that ran it died {TRIES} times, last by {event.said}.")
-
-    def _packed(self, block: Block) -> Unit | None:
-        """The unit as it travels; ``None`` where the arm's edit cannot be put in force, which is kept."""
-        try:
-            packed = self.packer.pack(self.sweep.plan.arms[block.arm])
-        except DtLensError as error:
-            self.store.void(block.arm, str(error))
-            self.todo = deque(other for other in self.todo if other.arm != block.arm)
-            return None
-        known = self.store.model_id_of(block.arm)
-        if known is None:
-            self.store.describe(block.arm, packed.energy, packed.model_id, packed.note)
-        elif known != packed.model_id:
-            raise DtLensError(
-                f"Arm {block.arm} of the sweep comes out with other bits here than where it was begun; "
-                "go on with it on that machine, or begin anew in another folder."
-            )
-        return Unit(block.number, packed.change, block.seed, block.episodes)
-
-    def _look_ahead(self) -> None:
-        """Make the next edit while the workers are busy, so that none waits for it."""
-        if self.todo:
-            with suppress(DtLensError):  # said when its turn comes
-                self.packer.pack(self.sweep.plan.arms[self.todo[0].arm])
-
-    def _report(self, force: bool = False) -> None:
-        now = time.monotonic()
-        if not force and now < self.told + TELL_SECONDS:
-            return
-        self.told = now
-        left = len(self.todo) + len(self.running)
-        total = self.sweep.plan.options["episodes"] * len(self.sweep.plan.arms)
-        new, elapsed = self.episodes - self.before, now - self.began
-        text = f"{self.all - left} of {self.all} units"
-        if new and elapsed > 0:
-            rate = new / elapsed
-            text += f"  {rate:.2g} episodes/s, {_duration((total - self.episodes) / rate)} left"
-        self.tell(text, (self.all - left) / self.all)
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(42), _duration(600), _duration(8000)
-    ('42 s', '10 min', '2.2 h')
-    """
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

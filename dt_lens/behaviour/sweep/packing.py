@@ -24,6 +24,7 @@ class Packed(NamedTuple):
 
     change: bytes  # the weights that differ, as safetensors
     energy: float  # 0 for the baseline
+    output_energy: float | None  # of the change of the output on real inputs, where some are known
     model_id: str
     note: str
 
@@ -60,4 +61,4 @@ class Packer:
             weights = acting_weights(self._model)
             changed = {n: w.detach().contiguous() for n, w in weights.items() if hash_of(w) != self._base[n]}
             change, identity = save(changed) if changed else b"", model_id(self._model)
-        return Packed(change, 0.0 if edit is None else edit.energy, identity, "" if edit is None else edit.note)
+        return Packed(change, 0.0 if edit is None else edit.energy, None, identity, "" if edit is None else edit.note)

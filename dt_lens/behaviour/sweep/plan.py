@@ -1,35 +1,40 @@
-"""What a sweep will do, worked out before anything runs: its arms, its units, and the options that identify it."""
+"""What a sweep will do, worked out before anything runs: its arms, its episodes, and the options that identify it."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from dt_lens.behaviour.lanes import MOST_LANES
-from dt_lens.directions import decompose_matrix
-from dt_lens.edits import VALUES
-from dt_lens.errors import DtLensError, nearest
-from dt_lens.lens import Lens
-from dt_lens.matrices import Matrix, SideName, Snapshot, select_matrices
 
-__all__ = ["Arm", "Block", "Plan", "make_arms", "parse_value", "resolve_sv"]
+__all__ = ["Arm", "Block", "Plan", "block_size_of", "contents", "cut", "identity_of", "software", "unite"]
 
-FORMAT = 1
-RANGE = re.compile(r"(-?\d+)-(-?\d+)")
+FORMAT = 2
 SOFTWARE = ("torch", "gymnasium", "mujoco", "numpy")  # another version of these may give other bits
+SIDES = ("query", "key", "read", "neuron", "head", "write")  # left of a matrix before right, for any matrix
 
-SV = int | str | Sequence[int | str]
+# What all arms of a file share. A file can take up more arms and more episodes, but none of another kind.
+IDENTITY = (
+    "model",
+    "environment",
+    "environment_kwargs",
+    "target_return",
+    "time_limit",
+    "seed",
+    "fold_layernorm",
+    "halving",
+    *(f"version of {name}" for name in SOFTWARE),
+)
 
 
 class Arm(NamedTuple):
-    """One condition: the unedited model, an edit, or a control of one."""
+    """One condition: the unedited model, an edit, or a control of one. It is what its record says."""
 
-    number: int
+    number: int  # its place in the table
     kind: str  # baseline, edit, control
     of: int | None = None  # the edit whose control this is
     matrix: str | None = None
@@ -39,6 +44,8 @@ class Arm(NamedTuple):
     sv: int | None = None
     value: str | None = None
     control: int | None = None  # the control's seed
+    match: str | None = None  # what a control has in common with its edit: frobenius, output
+    directions: str | None = None  # plain, activation
     record: dict[str, Any] | None = None  # of the edit, as its to_dict gives it
 
 
@@ -57,22 +64,20 @@ class Plan:
 
     options: Mapping[str, Any]  # plain JSON values
     arms: Sequence[Arm]
-
-    def blocks(self) -> Iterator[Block]:
-        """The units in the order in which they are begun: each arm's side by side, a baseline first."""
-        first, episodes, size = (self.options[name] for name in ("seed", "episodes", "block_size"))
-        number = 0
-        for arm in self.arms:
-            for start in range(0, episodes, size):
-                yield Block(number, arm.number, first + start, min(size, episodes - start))
-                number += 1
+    catalogue: Sequence[str] = ()  # names of all matrices, in the order of a table
+    block_size: int | None = None  # as asked for
 
     def difference(self, other: Mapping[str, Any]) -> str | None:
-        """How the options of another plan differ from these, in words; ``None`` where they do not."""
+        """Why a file with the options ``other`` cannot take up this plan, in words; ``None`` where it can."""
         mine = json.loads(json.dumps(self.options))
-        for name in (*mine, *(name for name in other if name not in mine)):
+        if not isinstance(other["format"], int) or other["format"] > FORMAT:
+            return f"its format is {_short(other['format'])} and this version of dt-lens writes {FORMAT}"
+        for name in IDENTITY:
             if mine.get(name) != other.get(name):
                 return f"its {name} is {_short(other.get(name))} and this one's {_short(mine.get(name))}"
+        both = mine.get("activations"), other.get("activations")
+        if None not in both and both[0]["digest"] != both[1]["digest"]:
+            return f"its activations are {both[1]['digest'][:16]} and this one's {both[0]['digest'][:16]}"
         return None
 
 
@@ -95,128 +100,72 @@ def block_size_of(episodes: int, wanted: int | None) -> int:
     return min(episodes, wanted) if wanted else math.ceil(episodes / math.ceil(episodes / MOST_LANES))
 
 
-def parse_value(value: Any) -> tuple[str, str | float]:
-    """An edit's value as text, and as ``SingularEdit`` takes it.
+def cut(seeds: Iterable[int], wanted: int | None) -> Iterator[tuple[int, int]]:
+    """Units that cover ``seeds``: the first seed and the number of episodes of each, none across a gap.
 
-    >>> parse_value("scale:0.5"), parse_value(2), parse_value("zero")
-    (('scale:0.5', 0.5), ('scale:2', 2.0), ('zero', 'zero'))
+    >>> list(cut([0, 1, 2, 3, 4, 9], 3)), list(cut(range(20), None))
+    ([(0, 3), (3, 2), (9, 1)], [(0, 10), (10, 10)])
     """
-    if isinstance(value, str) and value in VALUES:
-        return value, value
-    try:
-        number = float(value.removeprefix("scale:") if isinstance(value, str) else value)
-        if not math.isfinite(number):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise DtLensError(
-            f"edits holds {value!r}; it must be one of {', '.join(VALUES)}, or scale: with a number, such as scale:0.5."
-            + (nearest(value, VALUES) if isinstance(value, str) else "")
-        ) from None
-    return f"scale:{number:.17g}" if float(f"{number:g}") != number else f"scale:{number:g}", number
-
-
-def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
-    """Which of the ``k`` directions of matrix ``name`` are meant, ascending.
-
-    ``sv`` is an index, ``"all"``, a range with both ends (``"0-9"``), text with several of these and commas, or a
-    sequence of them; a negative index counts from the smallest sigma.
-
-    >>> resolve_sv("0,2-4,-1", 10, "M"), resolve_sv(["-2--1"], 10, "M"), resolve_sv("all", 3, "M")
-    ([0, 2, 3, 4, 9], [8, 9], [0, 1, 2])
-
-    Raises:
-        DtLensError: for text that is none of these, or an index that the matrix has not.
-    """
-    parts: list[Any] = [sv] if isinstance(sv, (int, str)) else list(sv)
-    parts = [p.strip() for part in parts for p in (part.split(",") if isinstance(part, str) else [str(part)])]
-    chosen: set[int] = set()
-    for part in parts:
-        match = RANGE.fullmatch(part)
-        if part == "all":
-            chosen.update(range(k))
+    ordered, first = sorted(seeds), 0
+    for end in range(1, len(ordered) + 1):
+        if end < len(ordered) and ordered[end] == ordered[end - 1] + 1:
             continue
-        try:
-            ends = [int(end) for end in (match.groups() if match else (part, part))]
-        except ValueError:
-            raise DtLensError(
-                f"sv holds {part!r}; it must be an index, a range such as 0-9, 'all', or several with commas."
-            ) from None
-        for end in ends:
-            if not -k <= end < k:
-                raise DtLensError(f"sv={end} is out of range: {name} has {k} directions, 0 to {k - 1}.")
-        low, high = (end % k for end in ends)
-        if low > high:
-            raise DtLensError(f"sv holds {part!r}, which is empty: {name} has {k} directions, 0 to {k - 1}.")
-        chosen.update(range(low, high + 1))
-    if not chosen:
-        raise DtLensError("sv names no direction; give an index, a range such as 0-9, or 'all'.")
-    return sorted(chosen)
+        size = block_size_of(end - first, wanted)
+        for start in range(first, end, size):
+            yield ordered[start], min(size, end - start)
+        first = end
 
 
-def sides_of(matrix: Matrix, wanted: Sequence[str] | None) -> list[SideName]:
-    """The sides of ``matrix`` that are edited: the wanted ones that it has; by default all on the residual stream."""
-    if wanted is None:
-        return list(matrix.residual_sides)
-    both: list[SideName] = [matrix.left, matrix.right]
-    found = [side for side in both if side in wanted]
-    if not found:
-        raise DtLensError(f"{matrix.name} has none of the sides {', '.join(wanted)}; it has {both[0]} and {both[1]}.")
-    return found
+def identity_of(record: Mapping[str, Any] | None) -> str:
+    """What makes two arms one, in whichever run they were asked for: the edit's record; the baseline has none."""
+    return json.dumps(record, sort_keys=True)
 
 
-def _scales_sigma(value: str | float) -> bool:
-    """Whether the edit multiplies sigma and leaves both vectors their directions, so that it is one on every side."""
-    return not isinstance(value, str) or value in ("zero", "flip")
+def unite(arms: Iterable[Arm], kept: Iterable[Arm], catalogue: Sequence[str]) -> list[Arm]:
+    """The arms of both, each once, in the order in which one plan of them all has them, and numbered so.
 
-
-def make_arms(
-    model: Lens,
-    matrices: Sequence[str] | str | None,
-    sv: SV,
-    sides: Sequence[str] | None,
-    values: Sequence[Any],
-    controls: int,
-    seed: int,
-    baseline: bool,
-    fold_layernorm: bool,
-) -> list[Arm]:
-    """The arms of a sweep: a baseline, then each edit followed by its controls.
-
-    Edits of one matrix come together and with ascending directions, so that they share decompositions.
-
-    Raises:
-        DtLensError: for matrices, directions, sides or values that there are not.
+    The baseline comes first, then matrices as in ``catalogue``, ascending directions, sides, values in the order of
+    ``arms``, and each edit is followed by its controls.
     """
-    bare = Snapshot.of(model)
-    parsed = dict(parse_value(value) for value in values)
-    if not parsed:
-        raise DtLensError("edits is empty; give at least one value, such as constant.")
-    known = {side for matrix in select_matrices(bare) for side in (matrix.left, matrix.right)}
-    for side in sides or ():
-        if side not in known:
-            raise DtLensError(f"The model has no side {side!r}; sides are {', '.join(sorted(known))}.")
-    arms = [Arm(0, "baseline")] if baseline else []
-    for matrix in select_matrices(bare, matrices):
-        k = len(decompose_matrix(bare, matrix, None, fold_layernorm).sigma)
-        for index in resolve_sv(sv, k, matrix.name):
-            chosen = sides_of(matrix, sides)
-            for side in chosen:
-                for text, value in parsed.items():
-                    if sides is None and side != chosen[0] and _scales_sigma(value):
-                        continue
-                    record = {
-                        "kind": "singular",
-                        "matrix": matrix.name,
-                        "sv": [index],
-                        "side": side,
-                        "value": value,
-                        "seed": seed,
-                        "fold_layernorm": fold_layernorm or not matrix.foldable,
-                    }
-                    place = (matrix.name, matrix.layer, matrix.head, side, index, text)
-                    edit = Arm(len(arms), "edit", None, *place, None, record)
-                    arms.append(edit)
-                    for draw in range(seed, seed + controls):
-                        of = {"kind": "control", "seed": draw, "of": record}
-                        arms.append(Arm(len(arms), "control", edit.number, *place, draw, of))
-    return arms
+    arms, kept = list(arms), list(kept)
+    named = {name: place for place, name in enumerate(catalogue)}
+    values = {value: place for place, value in enumerate(dict.fromkeys(arm.value for arm in (*arms, *kept)))}
+
+    def place(arm: Arm) -> tuple[Any, ...]:
+        if arm.matrix is None or arm.side is None:
+            return (-1,)
+        control = arm.kind == "control", arm.match or "", arm.control or 0
+        where = named[arm.matrix], arm.directions != "plain", arm.sv, SIDES.index(arm.side), values[arm.value]
+        return (*where, *control)
+
+    every = {identity_of(arm.record): arm for arm in (*kept, *arms)}
+    ordered = sorted(every.items(), key=lambda item: place(item[1]))
+    numbers = {identity: number for number, (identity, _) in enumerate(ordered)}
+    return [
+        arm._replace(
+            number=number,
+            of=numbers[identity_of(arm.record["of"])] if arm.kind == "control" and arm.record is not None else None,
+        )
+        for number, (_, arm) in enumerate(ordered)
+    ]
+
+
+def contents(arms: Sequence[Arm]) -> dict[str, Any]:
+    """What arms there are, as options tell it."""
+    directions: dict[str, dict[int, None]] = {}
+    controls: dict[int, int] = {}
+    for arm in arms:
+        if arm.kind == "edit" and arm.matrix is not None and arm.sv is not None:
+            directions.setdefault(arm.matrix, {})[arm.sv] = None
+        elif arm.of is not None:
+            controls[arm.of] = controls.get(arm.of, 0) + 1
+    return {
+        "matrices": list(directions),
+        "sv": {name: list(chosen) for name, chosen in directions.items()},
+        "sides": sorted({arm.side for arm in arms if arm.side is not None}),
+        "edits": list(dict.fromkeys(arm.value for arm in arms if arm.value is not None)),
+        "controls": max(controls.values(), default=0),
+        "control_match": sorted({arm.match for arm in arms if arm.match is not None}),
+        "directions": sorted({arm.directions for arm in arms if arm.directions is not None}),
+        "baseline": any(arm.kind == "baseline" for arm in arms),
+    }

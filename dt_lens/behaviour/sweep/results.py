@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,15 @@ import pandas as pd
 from dt_lens.behaviour.outcomes import Evaluation, FailureRule
 from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.statistics import wilson
+from dt_lens.behaviour.sweep.halving import read_standing, rungs_of
 from dt_lens.behaviour.sweep.store import FILE, in_words
 from dt_lens.errors import DtLensError
 from dt_lens.nulls import q_values
 
 __all__ = ["SweepResults"]
 
-PLACE = ("kind", "of", "matrix", "layer", "head", "side", "sv", "value", "control", "energy")
+PLACE = ("kind", "of", "matrix", "layer", "head", "side", "sv", "value", "directions", "control", "match")
+ENERGIES = ("energy", "output_energy")
 NUMBERS = ("of", "layer", "head", "sv", "control")
 NAN = float("nan")
 
@@ -47,14 +49,24 @@ class SweepResults:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The file as it is at one moment."""
         with in_words(self.file):
-            db = sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro", uri=True, timeout=10)
+            db = sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro", uri=True, timeout=10, isolation_level=None)
             try:
+                db.execute("BEGIN")
                 yield db
             except (TypeError, ValueError) as error:
                 raise sqlite3.DatabaseError("its plan cannot be read") from error
             finally:
                 db.close()
+
+    def _columns(self, *names: str) -> str:
+        """Columns of arms for a SELECT, those that came with format 2 also where a file has them not."""
+        if self.options["format"] > 1:
+            return ", ".join(f"arms.{name}" for name in names)
+        match = "CASE kind WHEN 'control' THEN 'frobenius' END AS match"
+        absent = {"match": match, "directions": "'plain' AS directions", "output_energy": "NULL AS output_energy"}
+        return ", ".join(absent.get(name, f"arms.{name}") for name in names)
 
     def status(self) -> dict[str, int]:
         """Units by status: ``todo``, ``done``, ``failed`` (tried again by the next run), ``void`` (see ``table``)."""
@@ -71,8 +83,8 @@ class SweepResults:
     def episodes(self) -> pd.DataFrame:
         """A row per episode: arm, what identifies the arm, seed, return, length, terminated, truncated."""
         query = f"""
-            SELECT arm, {", ".join(PLACE[:-1])}, episodes.seed, return, length, terminated, truncated
-            FROM episodes JOIN units USING (unit) JOIN arms USING (arm) ORDER BY arm, episodes.seed
+            SELECT arms.arm, {self._columns(*PLACE)}, episodes.seed, return, length, terminated, truncated
+            FROM episodes JOIN units USING (unit) JOIN arms USING (arm) ORDER BY arms.arm, episodes.seed
         """
         with self._reading() as db:
             frame = pd.read_sql_query(query, db)
@@ -80,13 +92,16 @@ class SweepResults:
         return _typed(frame.astype({"terminated": bool, "truncated": bool}))
 
     def evaluations(self, failure: FailureRule | None = None) -> dict[int, Evaluation]:
-        """An ``Evaluation`` for every arm that has episodes, by the arm's number."""
+        """An ``Evaluation`` for every arm that has episodes, by the arm's number; of all of its episodes."""
         with self._reading() as db:
-            arms = db.execute("SELECT arm, kind, record, model_id FROM arms ORDER BY arm").fetchall()
-            rows = db.execute(
-                "SELECT arm, episodes.seed, return, length, terminated, truncated "
-                "FROM episodes JOIN units USING (unit) ORDER BY arm, episodes.seed"
-            ).fetchall()
+            return self._evaluations(db, failure)
+
+    def _evaluations(self, db: sqlite3.Connection, failure: FailureRule | None) -> dict[int, Evaluation]:
+        arms = db.execute("SELECT arm, record, model_id FROM arms ORDER BY arm").fetchall()
+        rows = db.execute(
+            "SELECT arm, episodes.seed, return, length, terminated, truncated "
+            "FROM episodes JOIN units USING (unit) ORDER BY arm, episodes.seed"
+        )
         outcomes: dict[int, list[Outcome]] = {}
         for arm, seed, total, length, terminated, truncated in rows:
             outcomes.setdefault(arm, []).append(
@@ -102,7 +117,7 @@ class SweepResults:
                 edits=() if record is None else (json.loads(record),),
                 **shared,
             )
-            for arm, _, record, model_id in arms
+            for arm, record, model_id in arms
             if arm in outcomes
         }
 
@@ -114,7 +129,8 @@ class SweepResults:
         """A row per edit and control, in the order of the plan, indexed by the arm's number.
 
         ``kind`` (edit or control), ``of`` (a control's edit), ``matrix``, ``layer``, ``head``, ``side``, ``sv``,
-        ``value``, ``control`` (a control's seed) and ``energy`` say what the arm is. Then ``episodes``,
+        ``value``, ``directions``, ``control`` (a control's seed), ``match`` (what it has in common with its edit),
+        ``energy`` and ``output_energy`` (where activations are known) say what the arm is. Then ``episodes``,
         ``mean_return``; ``difference`` (mean paired difference of the return from the unedited agent), its bootstrap
         interval and ``p_value`` (sign flips), as ``Comparison`` gives them; ``q_value`` (Benjamini-Hochberg over the
         edits; none for controls); ``failure_rate`` with its Wilson interval; ``mean_length``; ``survival`` (Kaplan and
@@ -123,24 +139,52 @@ class SweepResults:
 
         Before the sweep is finished, numbers are of the episodes that are there, differences of the pairs.
 
+        With successive halving there is a column ``rung``, the one that an edit has come to. The numbers of an edit
+        that came to the last one, and of its controls, are of the last rung's seeds, which the selection did not see.
+        Those of an edit that was stopped are of the seeds that it was selected by, its p-values are 1, and it counts in
+        ``q_value`` as it is. One of which nothing is decided yet has no p-value.
+
         Args:
             failure: what counts as failing, as for ``Evaluation``.
             confidence: of the intervals.
         """
         with self._reading() as db:
-            columns = ("arm", *PLACE, "trim(coalesce(note, '') || ' ' || coalesce(error, '')) AS said")
-            arms = pd.read_sql_query(f"SELECT {', '.join(columns)} FROM arms WHERE kind <> 'baseline' ORDER BY arm", db)
-        evaluations = self.evaluations(failure)
+            columns = self._columns(*PLACE, *ENERGIES)
+            said = "trim(coalesce(note, '') || ' ' || coalesce(error, '')) AS said"
+            query = f"SELECT arm, {columns}, {said} FROM arms WHERE kind <> 'baseline' ORDER BY arm"
+            arms = pd.read_sql_query(query, db)
+            evaluations = self._evaluations(db, failure)
+            rungs = rungs_of(self.options)
+            standing = read_standing(db, rungs)
         baseline = evaluations.get(0) if self.options["baseline"] else None
-        numbers = [_numbers(evaluations.get(arm), baseline, confidence) for arm in arms["arm"]]
-        table = pd.concat([arms, pd.DataFrame(numbers, index=arms.index)], axis=1)
-        table["energy"] = table["energy"].astype(np.float64)
+        rows = []
+        for arm, of in zip(arms["arm"], arms["of"], strict=True):
+            evaluation = evaluations.get(arm)
+            rung = standing.reached[arm if pd.isna(of) else int(of)]
+            if len(rungs) > 1 and evaluation is not None:
+                evaluation = _shown(evaluation, rungs, rung, control=not pd.isna(of))
+            row = _numbers(evaluation, baseline, confidence)
+            if rung < len(rungs) - 1:
+                p = 1.0 if arm in standing.stopped and row["episodes"] else NAN
+                row |= {"p_value": p, "survival_p_value": p}
+            rows.append(row | ({"rung": rung} if len(rungs) > 1 else {}))
+        table = pd.concat([arms, pd.DataFrame(rows, index=arms.index)], axis=1)
+        for energy in ENERGIES:
+            table[energy] = table[energy].astype(np.float64)
         edits = (table["kind"] == "edit") & table["p_value"].notna()
         q = pd.Series(NAN, index=table.index)
         q[edits] = q_values(table.loc[edits, "p_value"])
         table.insert(list(table).index("p_value") + 1, "q_value", q)
         table["note"] = table.pop("said")
         return _typed(table).set_index("arm")
+
+
+def _shown(evaluation: Evaluation, rungs: Sequence[range], rung: int, control: bool) -> Evaluation | None:
+    """The episodes that an arm's numbers are of: those of the last rung, or those that stopped it before."""
+    last = rung == len(rungs) - 1
+    seeds = rungs[-1] if last else range(0 if control else rungs[rung].stop)
+    found = np.intersect1d(evaluation.seeds, seeds)
+    return _at(evaluation, found) if len(found) else None
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:

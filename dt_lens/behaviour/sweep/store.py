@@ -7,100 +7,25 @@ with two companions beside it and a third that holds the lock; when it ends, in 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from dt_lens.behaviour.sweep.engine import Event
-from dt_lens.behaviour.sweep.plan import Block, Plan
+from dt_lens.behaviour.sweep.file_lock import Lock, unwritable
+from dt_lens.behaviour.sweep.halving import Standing, read_standing, rungs_of
+from dt_lens.behaviour.sweep.packing import Packed
+from dt_lens.behaviour.sweep.plan import FORMAT, Block, Plan, contents, cut, identity_of, unite
+from dt_lens.behaviour.sweep.schema import APPLICATION, add_arms, create, read_arms, renumber, upgrade
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["FILE", "Lock", "Store", "in_words"]
+__all__ = ["FILE", "Store", "in_words"]
 
 FILE = "sweep.sqlite"
-APPLICATION = 0x64_74_6C_73  # "dtls"
-
-SCHEMA = """
-CREATE TABLE plan (options TEXT NOT NULL);
-CREATE TABLE arms (
-    arm INTEGER PRIMARY KEY, kind TEXT NOT NULL, of INTEGER REFERENCES arms, matrix TEXT, layer INTEGER, head INTEGER,
-    side TEXT, sv INTEGER, value TEXT, control INTEGER, record TEXT,
-    energy REAL, model_id TEXT, note TEXT, error TEXT
-);
-CREATE TABLE units (
-    unit INTEGER PRIMARY KEY, arm INTEGER NOT NULL REFERENCES arms, seed INTEGER NOT NULL, episodes INTEGER NOT NULL,
-    status TEXT NOT NULL DEFAULT 'todo' CHECK (status IN ('todo', 'done', 'failed', 'void')), error TEXT
-);
-CREATE TABLE episodes (
-    unit INTEGER NOT NULL REFERENCES units, seed INTEGER NOT NULL, return REAL, length INTEGER NOT NULL,
-    terminated INTEGER NOT NULL, truncated INTEGER NOT NULL, PRIMARY KEY (unit, seed)
-) WITHOUT ROWID;
-CREATE TABLE runs (
-    run INTEGER PRIMARY KEY, unit INTEGER NOT NULL REFERENCES units, driver INTEGER NOT NULL,
-    began TEXT NOT NULL, ended TEXT, worker TEXT, result TEXT
-);
-CREATE INDEX unit_arm ON units (arm);
-"""
-
-
-class Lock:
-    """Held by the one driver of a file, and by the system for it: it ends with the process, however that ends."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file.with_name(f"{file.name}.lock")
-        self._sweep = file
-
-    def __enter__(self) -> Self:
-        while True:
-            try:
-                self._handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:
-                raise _unwritable(self._sweep, error) from error
-            try:
-                _lock(self._handle)
-                # The last driver may have removed the file between the two lines above.
-                if os.fstat(self._handle).st_ino == self.file.stat().st_ino:
-                    return self
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                os.close(self._handle)
-                if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                    raise _unwritable(self._sweep, error) from error
-                raise DtLensError(
-                    f"Another process is running the sweep in {self._sweep}; wait for it, or give another folder."
-                ) from None
-            os.close(self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        if os.name == "posix":
-            self.file.unlink(missing_ok=True)  # while it is still held, so that nobody holds a file that is gone
-            os.close(self._handle)
-        else:
-            os.close(self._handle)
-            with contextlib.suppress(OSError):
-                self.file.unlink()
-
-
-def _lock(handle: int) -> None:
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-
-
-def _unwritable(file: Path, error: Exception) -> DtLensError:
-    why = getattr(error, "strerror", None) or because(error)
-    return DtLensError(f"{file} cannot be written: {why}; choose another folder or make room.")
 
 
 @contextlib.contextmanager
@@ -112,7 +37,7 @@ def in_words(file: Path) -> Iterator[None]:
         said = str(error)
         if isinstance(error, sqlite3.OperationalError):
             if "no such" not in said and "locked" not in said:
-                raise _unwritable(file, error) from error
+                raise unwritable(file, error) from error
             if "locked" in said:
                 raise DtLensError(f"Another program holds {file}; close it and give the same command again.") from error
         raise DtLensError(
@@ -123,7 +48,11 @@ def in_words(file: Path) -> Iterator[None]:
 class Store:
     """The file, open for its driver. Make one with ``Store.open``.
 
-    Every method that writes must stand inside ``with store.writing():``.
+    Every method that writes must stand inside ``with store.writing():``, but for ``advance``.
+
+    Attributes:
+        arms: those of the file, which holds what all commands so far asked for.
+        options: of the file.
     """
 
     def __init__(self, file: Path, plan: Plan) -> None:
@@ -147,7 +76,7 @@ class Store:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(file, error) from error
+            raise unwritable(file, error) from error
         with Lock(file):
             store = cls(file, plan)
             try:
@@ -163,37 +92,50 @@ class Store:
             raise DtLensError(f"{self.file} is a database of something else; give the sweep another folder.")
         if tables and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(found)
-        if tables:
-            self._require_same_plan()
+        kept = self._kept_options() if tables else None
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-        if not tables:
-            with self.writing():
-                self._create()
+        with self.writing():
+            self._take_up(kept)
 
-    def _require_same_plan(self) -> None:
+    def _kept_options(self) -> dict[str, Any]:
+        """The options in the file; what it holds and what the plan asks for must be able to stand in one table."""
         try:
-            (options,) = self._db.execute("SELECT options FROM plan").fetchone()
-            difference = self.plan.difference(json.loads(options))
-        except (TypeError, ValueError) as error:
+            (text,) = self._db.execute("SELECT options FROM plan").fetchone()
+            options: dict[str, Any] = json.loads(text)
+            difference = self.plan.difference(options)
+        except (TypeError, ValueError, KeyError) as error:
             raise sqlite3.DatabaseError("its plan cannot be read") from error
         if difference is not None:
             raise DtLensError(
                 f"{self.file} holds another sweep: {difference}; give the same options to go on with it, or another "
                 "folder."
             )
+        return options
 
-    def _create(self) -> None:
-        db = self._db
-        for statement in SCHEMA.split(";\n"):
-            if statement.strip():
-                db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION}")
-        db.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.plan.options),))
-        columns = "arm, kind, of, matrix, layer, head, side, sv, value, control, record"
-        arms = ((*arm[:-1], None if arm.record is None else json.dumps(arm.record)) for arm in self.plan.arms)
-        db.executemany(f"INSERT INTO arms ({columns}) VALUES (?,?,?,?,?,?,?,?,?,?,?)", arms)
-        db.executemany("INSERT INTO units (unit, arm, seed, episodes) VALUES (?,?,?,?)", self.plan.blocks())
+    def _take_up(self, kept: dict[str, Any] | None) -> None:
+        """Make the file one of all that it holds and all that the plan asks for, as if both had been asked at once."""
+        db, options = self._db, dict(self.plan.options)
+        if kept is None:
+            create(db)
+        elif kept["format"] < FORMAT:
+            upgrade(db)
+        before = read_arms(db)
+        self.arms = unite(self.plan.arms, before, self.plan.catalogue)
+        if kept is not None:
+            options["episodes"] = max(options["episodes"], kept["episodes"])
+            options["activations"] = options.get("activations") or kept.get("activations")
+        self.options = {**options, **contents(self.arms)}
+        if self.options != kept:
+            db.execute("DELETE FROM plan")
+            db.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options),))
+        if self.arms != before:
+            by_identity = {identity_of(arm.record): arm for arm in self.arms}
+            known = {arm.number: by_identity.pop(identity_of(arm.record)) for arm in before}
+            renumber(db, known)
+            add_arms(db, list(by_identity.values()))
+        if db.execute("SELECT 1 FROM units WHERE status = 'failed' LIMIT 1").fetchone():
+            db.execute("UPDATE units SET status = 'todo' WHERE status = 'failed'")  # they get another chance
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -216,13 +158,75 @@ class Store:
             self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
 
-    def todo(self) -> list[Block]:
-        """The units that have no outcomes yet, those that failed in an earlier run included."""
+    @property
+    def rungs(self) -> list[range]:
+        """The seeds of each rung, as many in the last one as the plan asks for."""
+        return rungs_of(self.options, self.plan.options["episodes"])
+
+    def standing(self) -> Standing:
+        """How far the sweep has come."""
         with in_words(self.file):
-            rows = self._db.execute(
-                "SELECT unit, arm, seed, episodes FROM units WHERE status IN ('todo', 'failed') ORDER BY unit"
-            )
-            return [Block(*row) for row in rows]
+            return read_standing(self._db, self.rungs)
+
+    def advance(self) -> tuple[list[Block], int]:
+        """What can be run now, and how many units the plan has up to now.
+
+        Arms of the file that the plan does not ask for are left as they are, unless all are needed to select among.
+        """
+        wanted = self._wanted()
+        with in_words(self.file):
+            rows = self._db.execute("SELECT unit, arm, seed, episodes, status FROM units").fetchall()
+        uncovered = {arm: set(seeds) for arm, seeds in wanted.items()}
+        for _, arm, seed, episodes, _ in rows:
+            if arm in uncovered:
+                uncovered[arm].difference_update(range(seed, seed + episodes))
+        number = 1 + max((row[0] for row in rows), default=-1)
+        new = [(arm, *unit) for arm, seeds in uncovered.items() for unit in cut(seeds, self.plan.block_size)]
+        added = [(number + i, *unit) for i, unit in enumerate(new)]
+        if added:
+            with self.writing():
+                self._db.executemany("INSERT INTO units (unit, arm, seed, episodes) VALUES (?,?,?,?)", added)
+        found = [(Block(*row), status) for *row, status in rows] + [(Block(*row), "todo") for row in added]
+        mine = [
+            (block, status)
+            for block, status in found
+            if block.arm in wanted
+            and block.seed < wanted[block.arm].stop
+            and block.seed + block.episodes > wanted[block.arm].start
+        ]
+        todo = [block for block, status in mine if status == "todo"]
+        return sorted(todo, key=lambda block: (block.arm, block.seed)), len(mine)
+
+    def later(self) -> int:
+        """How many episodes the rungs after this one will have."""
+        rungs = self.rungs
+        if len(rungs) == 1:
+            return 0
+        standing, edits = self.standing(), sum(arm.kind == "edit" for arm in self.arms)
+        controls = sum(arm.kind == "control" for arm in self.arms) / max(edits, 1)
+        going = len(standing.reached) - len(standing.stopped)
+        episodes = 0.0
+        for rung in range(standing.rung + 1, len(rungs)):
+            going = -(-going // 2)
+            episodes += going * len(rungs[rung]) * (1 + controls * (rung == len(rungs) - 1))
+        return round(episodes)
+
+    def _wanted(self) -> dict[int, range]:
+        """The seeds that each arm should have by now."""
+        rungs = self.rungs
+        every = range(rungs[0].start, rungs[-1].stop)
+        if len(rungs) == 1:
+            mine = {identity_of(arm.record) for arm in self.plan.arms}
+            return {arm.number: every for arm in self.arms if identity_of(arm.record) in mine}
+        reached = self.standing().reached
+        wanted = {}
+        for arm in self.arms:
+            if arm.of is None:
+                up_to = rungs[reached.get(arm.number, -1)]  # the baseline runs all
+                wanted[arm.number] = range(every.start, up_to.stop)
+            elif reached[arm.of] == len(rungs) - 1:
+                wanted[arm.number] = rungs[-1]
+        return wanted
 
     def model_id_of(self, arm: int) -> str | None:
         """The ``model_id`` with which an arm's first unit was begun; ``None`` where none was."""
@@ -230,10 +234,11 @@ class Store:
             found: str | None = self._db.execute("SELECT model_id FROM arms WHERE arm = ?", (arm,)).fetchone()[0]
             return found
 
-    def describe(self, arm: int, energy: float, model_id: str, note: str) -> None:
+    def describe(self, arm: int, packed: Packed) -> None:
         """Keep what is known of an arm once its edit is made."""
         self._db.execute(
-            "UPDATE arms SET energy = ?, model_id = ?, note = ? WHERE arm = ?", (energy, model_id, note, arm)
+            "UPDATE arms SET energy = ?, output_energy = ?, model_id = ?, note = ? WHERE arm = ?",
+            (packed.energy, packed.output_energy, packed.model_id, packed.note, arm),
         )
 
     def void(self, arm: int, error: str) -> None:

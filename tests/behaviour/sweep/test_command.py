@@ -45,8 +45,8 @@ def test_it_leaves_one_file_and_refuses_another_plan(agent: Any, tmp_path: Path)
     written, table = pd.read_csv(tmp_path / "table.csv"), results.table()
     assert len(written) == len(table) == 12
     assert list(written["difference"]) == list(table["difference"])
-    other = dt_lens(*words, "--episodes", "7")
+    other = dt_lens(*words, "--episodes", "6", "--target-return", "5")
     assert other.returncode == 2 and "Traceback" not in other.stderr
     sentence = other.stderr.strip().splitlines()[-1]
     assert sentence.startswith("dt-lens: ") and sentence.endswith(".")
-    assert "holds another sweep: its episodes is 6 and this one's 7" in sentence
+    assert "holds another sweep: its target_return is 200.0 and this one's 5.0" in sentence

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dt_lens.behaviour.sweep.plan import block_size_of, parse_value, resolve_sv
+from dt_lens.behaviour.sweep.arms import parse_value, resolve_sv
+from dt_lens.behaviour.sweep.plan import block_size_of, cut, unite
 from dt_lens.edits import load_edit
 from dt_lens.errors import DtLensError
 
@@ -74,11 +75,8 @@ def test_arms_and_units(make_sweep: Make, agent: Any) -> None:
         edit = load_edit(agent, json.loads(json.dumps(arm.record)))
         assert edit.to_dict() == arm.record
         assert edit.matrix.name == arm.matrix
-    blocks = list(plan.blocks())
-    assert [(block.seed, block.episodes) for block in blocks[:2]] == [(3, 3), (6, 3)]
-    assert len(blocks) == 2 * len(plan.arms)
-    uneven = make_sweep(episodes=7).plan
-    assert [block.episodes for block in uneven.blocks()][:3] == [3, 3, 1]
+    assert unite(plan.arms, (), plan.catalogue) == list(plan.arms)
+    assert list(cut(range(3, 10), 3)) == [(3, 3), (6, 3), (9, 1)]
 
 
 def test_what_only_scales_sigma_is_not_measured_once_for_each_side(make_sweep: Make) -> None:

@@ -13,8 +13,9 @@ import torch
 
 from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.behaviour.sweep import SweepResults
+from dt_lens.behaviour.sweep.file_lock import Lock
 from dt_lens.behaviour.sweep.local import LocalEngine
-from dt_lens.behaviour.sweep.store import FILE, Lock, Store
+from dt_lens.behaviour.sweep.store import FILE, Store
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.edits import SingularEdit
 from dt_lens.errors import DtLensError
@@ -101,23 +102,28 @@ def test_without_baseline_or_controls(make_sweep: Make, inline: Make) -> None:
     assert table["mean_return"].notna().all() and table["difference"].isna().all()
 
 
-def test_another_plan_is_refused(make_sweep: Make, inline: Make, make_model: Make) -> None:
+def test_another_plan_is_refused(make_sweep: Make, inline: Make, make_model: Make, tmp_path: Path) -> None:
     make_sweep().run(engine=inline())
     for options, words in (
-        ({"episodes": 7}, "its episodes is 6 and this one's 7"),
         ({"seed": 4}, "its seed is 3 and this one's 4"),
-        ({"sv": "0,1"}, "its sv is"),
-        ({"edits": "flip"}, 'its edits is ["zero"] and this one\'s ["flip"]'),
-        ({"controls": 0}, "its controls is 1"),
         ({"target_return": 5.0}, "its target_return is 200"),
         ({"max_steps": 8}, "its time_limit is 9"),
         ({"fold_layernorm": False}, "its fold_layernorm is true"),
         ({"model": make_model("Pendulum-v1", seed=1)}, "its model is"),
+        ({"halving": 2}, "its halving is null and this one's [2]"),
     ):
         with pytest.raises(DtLensError) as caught:
             make_sweep(**options).run(engine=inline())
         assert words in str(caught.value) and "\n" not in str(caught.value)
         assert "holds another sweep" in str(caught.value)
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.execute("UPDATE plan SET options = json_set(options, '$.format', 99)")
+    db.close()
+    with pytest.raises(DtLensError, match="its format is 99 and this version of dt-lens writes 2"):
+        make_sweep().run(engine=inline())
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.execute("UPDATE plan SET options = json_set(options, '$.format', 2)")
+    db.close()
     make_sweep(sv="0-0", matrices=["blocks.?.mlp.W_in", "blocks.0.mlp.W_out"]).run()  # said in other words
 
 

@@ -1,0 +1,152 @@
+"""One run of a sweep: units out to an engine, outcomes into the store."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+from dt_lens.behaviour.sweep.engine import Engine, Event
+from dt_lens.behaviour.sweep.packing import Packer
+from dt_lens.behaviour.sweep.plan import Block
+from dt_lens.behaviour.sweep.store import Store
+from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.behaviour.workers import Job
+from dt_lens.errors import DtLensError
+from dt_lens.progress import Tell
+
+__all__ = ["Drive"]
+
+TRIES = 3  # a unit whose workers die so often is given up in this run
+WAIT_SECONDS = 0.5
+TELL_SECONDS = 1.0
+
+
+class Drive:
+    """One run of the driver, from what the store has to what it can have.
+
+    Args:
+        store: open.
+        packer: makes the arms' edits.
+        todo: what ``store.advance()`` gave.
+        units: how many units there are up to now, those that are done included.
+        tell: the progress.
+    """
+
+    def __init__(self, store: Store, packer: Packer, todo: Sequence[Block], units: int, tell: Tell) -> None:
+        self.store, self.packer, self.tell = store, packer, tell
+        self.todo, self.all = deque(todo), units
+        self.running: dict[int, tuple[Block, int]] = {}  # by unit: what, and the number of its run
+        self.tries: Counter[int] = Counter()
+        self.episodes = 0  # run here
+        self.began = self.told = time.monotonic()
+
+    def run(self, engine: Engine, job: Job) -> None:
+        """Run everything that can be run."""
+        self._report(force=True)
+        try:
+            engine.start(job)
+            while self.todo:
+                while self.todo or self.running:
+                    for unit in self._begun(engine.free):
+                        engine.submit(unit)
+                    self._look_ahead()
+                    self._report()
+                    events = engine.wait(WAIT_SECONDS)
+                    if events:
+                        with self.store.writing():
+                            for event in events:
+                                self._keep(event)
+                blocks, self.all = self.store.advance()  # the next rung
+                self.todo.extend(blocks)
+        except KeyboardInterrupt:
+            left = len(self.todo) + len(self.running)
+            raise KeyboardInterrupt(
+                f"Stopped with {self.all - left} of {self.all} units done; the same command goes on from there."
+            ) from None
+        finally:
+            engine.stop()
+        self._report(force=True)
+
+    def _begun(self, free: int) -> list[Unit]:
+        """The next units, as many as can be begun, logged as begun."""
+        began: list[Unit] = []
+        if free and self.todo:
+            with self.store.writing():
+                while self.todo and len(began) < free:
+                    block = self.todo.popleft()
+                    unit = self._packed(block)
+                    if unit is not None:
+                        self.running[block.number] = (block, self.store.begin(block.number))
+                        began.append(unit)
+        return began
+
+    def _keep(self, event: Event) -> None:
+        block, run = self.running.pop(event.unit)
+        if event.kind == "done":
+            self.store.finish(run, event)
+            self.episodes += block.episodes
+            return
+        self.store.end(run, event)
+        self.tries[event.unit] += 1
+        if event.kind == "refused":
+            self.store.fail(event.unit, event.said)
+        elif self.tries[event.unit] < TRIES:
+            self.todo.appendleft(block)
+        else:
+            self.store.fail(event.unit, f"The workers that ran it died {TRIES} times, last by {event.said}.")
+
+    def _packed(self, block: Block) -> Unit | None:
+        """The unit as it travels; ``None`` where the arm's edit cannot be put in force, which is kept."""
+        try:
+            packed = self.packer.pack(self.store.arms[block.arm])
+        except DtLensError as error:
+            self.store.void(block.arm, str(error))
+            self.todo = deque(other for other in self.todo if other.arm != block.arm)
+            return None
+        known = self.store.model_id_of(block.arm)
+        if known is None:
+            self.store.describe(block.arm, packed)
+        elif known != packed.model_id:
+            raise DtLensError(
+                f"Arm {block.arm} of the sweep comes out with other bits here than where it was begun; "
+                "go on with it on that machine, or begin anew in another folder."
+            )
+        return Unit(block.number, packed.change, block.seed, block.episodes)
+
+    def _look_ahead(self) -> None:
+        """Make the next edit while the workers are busy, so that none waits for it."""
+        if self.todo:
+            with suppress(DtLensError):  # said when its turn comes
+                self.packer.pack(self.store.arms[self.todo[0].arm])
+
+    def _report(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now < self.told + TELL_SECONDS:
+            return
+        self.told = now
+        blocks = [*self.todo, *(block for block, _ in self.running.values())]
+        left, later = sum(block.episodes for block in blocks), self.store.later()
+        done = self.all - len(blocks)
+        rungs = len(self.store.rungs)
+        text = f"rung {self.store.standing().rung + 1} of {rungs}: " if rungs > 1 else ""
+        text += f"{done} of {self.all} units"
+        elapsed = now - self.began
+        if self.episodes and elapsed > 0:
+            rate = self.episodes / elapsed
+            text += f"  {rate:.2g} episodes/s, {duration((left + later) / rate)} left"
+        per_unit = left / len(blocks) if blocks else 1.0
+        ahead = later / per_unit  # units that are not there yet
+        self.tell(text, done / (self.all + ahead))
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(42), duration(600), duration(8000)
+    ('42 s', '10 min', '2.2 h')
+    """
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

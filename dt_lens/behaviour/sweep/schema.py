@@ -1,0 +1,79 @@
+"""The tables of a sweep's file, and how a file of an earlier format becomes one of this."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+
+from dt_lens.behaviour.sweep.plan import Arm
+
+__all__ = ["APPLICATION", "COLUMNS", "add_arms", "create", "read_arms", "renumber", "upgrade"]
+
+APPLICATION = 0x64_74_6C_73  # "dtls"
+
+SCHEMA = """
+CREATE TABLE plan (options TEXT NOT NULL);
+CREATE TABLE arms (
+    arm INTEGER PRIMARY KEY, kind TEXT NOT NULL, of INTEGER REFERENCES arms, matrix TEXT, layer INTEGER, head INTEGER,
+    side TEXT, sv INTEGER, value TEXT, control INTEGER, record TEXT,
+    energy REAL, model_id TEXT, note TEXT, error TEXT,
+    match TEXT, directions TEXT, output_energy REAL
+);
+CREATE TABLE units (
+    unit INTEGER PRIMARY KEY, arm INTEGER NOT NULL REFERENCES arms, seed INTEGER NOT NULL, episodes INTEGER NOT NULL,
+    status TEXT NOT NULL DEFAULT 'todo' CHECK (status IN ('todo', 'done', 'failed', 'void')), error TEXT
+);
+CREATE TABLE episodes (
+    unit INTEGER NOT NULL REFERENCES units, seed INTEGER NOT NULL, return REAL, length INTEGER NOT NULL,
+    terminated INTEGER NOT NULL, truncated INTEGER NOT NULL, PRIMARY KEY (unit, seed)
+) WITHOUT ROWID;
+CREATE TABLE runs (
+    run INTEGER PRIMARY KEY, unit INTEGER NOT NULL REFERENCES units, driver INTEGER NOT NULL,
+    began TEXT NOT NULL, ended TEXT, worker TEXT, result TEXT
+);
+CREATE INDEX unit_arm ON units (arm);
+"""
+COLUMNS = Arm._fields[1:]
+SINCE_2 = {"match": "TEXT", "directions": "TEXT", "output_energy": "REAL"}
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Empty tables."""
+    for statement in SCHEMA.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+    db.execute(f"PRAGMA application_id = {APPLICATION}")
+
+
+def upgrade(db: sqlite3.Connection) -> None:
+    """Give a file of format 1 the columns of format 2; what they hold was true of every arm then."""
+    present = {row[1] for row in db.execute("PRAGMA table_info(arms)")}
+    for column, kind in SINCE_2.items():
+        if column not in present:
+            db.execute(f"ALTER TABLE arms ADD COLUMN {column} {kind}")
+    db.execute("UPDATE arms SET match = 'frobenius' WHERE kind = 'control' AND match IS NULL")
+    db.execute("UPDATE arms SET directions = 'plain' WHERE kind <> 'baseline' AND directions IS NULL")
+
+
+def read_arms(db: sqlite3.Connection) -> list[Arm]:
+    """The arms of a file, by number."""
+    rows = db.execute(f"SELECT arm, {', '.join(COLUMNS)} FROM arms ORDER BY arm")
+    return [Arm(*row[:-1], None if row[-1] is None else json.loads(row[-1])) for row in rows]
+
+
+def add_arms(db: sqlite3.Connection, arms: Sequence[Arm]) -> None:
+    """Arms whose numbers are free."""
+    marks = ", ".join("?" * (1 + len(COLUMNS)))
+    rows = ((*arm[:-1], None if arm.record is None else json.dumps(arm.record)) for arm in arms)
+    db.executemany(f"INSERT INTO arms (arm, {', '.join(COLUMNS)}) VALUES ({marks})", rows)
+
+
+def renumber(db: sqlite3.Connection, numbers: dict[int, Arm]) -> None:
+    """Give the arms with these numbers those of the ``Arm``; their units stay theirs."""
+    # By way of negative numbers, so that none is taken while they change places.
+    moved = [(-1 - arm.number, old) for old, arm in numbers.items()]
+    for table in ("arms", "units"):
+        db.executemany(f"UPDATE {table} SET arm = ? WHERE arm = ?", moved)
+        db.execute(f"UPDATE {table} SET arm = -1 - arm WHERE arm < 0")
+    db.executemany("UPDATE arms SET of = ? WHERE arm = ?", [(arm.of, arm.number) for arm in numbers.values()])
