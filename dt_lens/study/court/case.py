@@ -1,0 +1,147 @@
+"""What is tried: a model's directions and labels, as they should be computed and as the note's code computed them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dt_lens.directions import Decomposition
+from dt_lens.embeddings import Embedding
+from dt_lens.label_rows import unit_rows
+from dt_lens.matrices import Matrix, Snapshot, select_matrices
+from dt_lens.study.court.claims import NotApplicable, Way
+from dt_lens.svd import WeightSVD
+
+__all__ = ["FIRST", "Case", "Labels"]
+
+Array = NDArray[np.float64]
+FIRST = 40  # directions that are looked at, as many as the note did
+
+
+class Labels(NamedTuple):
+    """Unit rows ``[n, d_model]`` and the dimension of the space that they and the directions lie in."""
+
+    rows: Array
+    dimension: int
+
+    def turned(self, rng: np.random.Generator) -> Labels:
+        """The same labels after one random rotation of their space, as a control."""
+        d = self.rows.shape[1]
+        basis = np.eye(d)
+        if self.dimension < d:  # orthogonal to the constant vector
+            basis = np.linalg.qr(np.column_stack([np.ones(d), np.eye(d)[:, 1:]]))[0][:, 1:]
+        turn = np.linalg.qr(rng.standard_normal((basis.shape[1], basis.shape[1])))[0]
+        return Labels(self.rows @ basis @ turn @ basis.T, self.dimension)
+
+
+class Case:
+    """One model before the court.
+
+    Args:
+        model: a wrapped model.
+        seed: of everything that is drawn.
+        draws: of a null.
+    """
+
+    def __init__(self, model: Any, seed: int = 0, draws: int = 4000) -> None:
+        self.model, self.seed, self.draws = model, seed, draws
+        self._svd = WeightSVD(model)
+        self._note: dict[str, Array] = {}
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether tokens stand in the place of actions and states."""
+        return hasattr(self.model, "tokenizer")
+
+    def matrices(self, kind: str, layer: int | None = None) -> list[Matrix]:
+        """The matrices of a kind (``"W_in"``, ``"W_out"``, ``"OV"``), of all blocks or of one.
+
+        Raises:
+            NotApplicable: where there is none.
+        """
+        found = [m for m in select_matrices(self.model) if m.kind == kind and layer in (None, m.layer)]
+        if not found:
+            raise NotApplicable(f"the model has no {kind}")
+        return found
+
+    def decomposition(self, name: str) -> Decomposition:
+        """The folded decomposition."""
+        return self._svd[name]
+
+    def vectors(self, matrix: Matrix, way: Way, side: str | None = None) -> Array:
+        """Unit vectors ``[k, d_model]``, largest sigma first.
+
+        As the note's code had them: raw; of ``W_out`` the rows of V where rows of V^T are the directions, so coordinate
+        ``i`` of all directions; of OV the rows of V^T, which is the write side, whatever ``side`` says.
+
+        Raises:
+            NotApplicable: where the note's rows are no vectors of the stream.
+        """
+        if way == "proper":
+            chosen = matrix.left if matrix.side(side) == "left" else matrix.right
+            return np.asarray(self._svd[matrix.name].side(chosen).cpu().numpy())
+        if matrix.name not in self._note:
+            raw = matrix.dense(Snapshot.of(self.model), fold_layernorm=False).cpu().numpy()
+            if matrix.kind in ("W_in", "W_gate"):
+                # With the stream on its right, as torch.nn.Linear keeps it.
+                found = np.linalg.svd(raw.T, full_matrices=False)[2]
+            elif matrix.kind == "W_out":
+                found = np.linalg.svd(raw, full_matrices=False)[2].T
+            else:
+                found = np.linalg.svd(raw, full_matrices=False)[2]
+            self._note[matrix.name] = found
+        found = self._note[matrix.name]
+        if found.shape[1] != self.model.cfg.d_model:
+            raise NotApplicable(
+                f"what the note's code reads of {matrix.name} has {found.shape[1]} entries and the stream "
+                f"{self.model.cfg.d_model}"
+            )
+        return found
+
+    def labels(self, embedding: Embedding, way: Way, matrix: Matrix, side: str | None = None) -> Labels:
+        """An embedding as a side of a matrix meets it, or raw unit rows as the note had them."""
+        folded = way == "proper"
+        centred = folded and matrix.centred(matrix.side(side))
+        rows = np.asarray(unit_rows(embedding, slice(None), folded, centred).numpy())
+        return Labels(rows, rows.shape[1] - int(centred))
+
+    def embedding(self, kind: str) -> Embedding:
+        """``"output"`` and ``"input"`` (of an agent its actions and states, of a language model its tokens),
+        ``"reward"`` or ``"time"``.
+
+        Raises:
+            NotApplicable: where the model has none.
+        """
+        tokens = self.is_language_model
+        wanted = {
+            "output": ("token_out" if tokens else "action_out", "an action output"),
+            "input": ("token_in" if tokens else "state_in", "a state input"),
+            "reward": ("reward_in", "a reward embedding"),
+            "time": ("timestep_in", "a timestep embedding"),
+        }[kind]
+        if wanted[0] not in self.model.embeddings:
+            raise NotApplicable(f"the model has not {wanted[1]}")
+        return self.model.embeddings[wanted[0]]
+
+    def untrained(self, kind: str) -> Embedding | None:
+        """A head of a kind that no loss ever reached; ``None`` where there is none. ``"any"`` takes the largest."""
+        found = [e for e in self.model.embeddings.values() if not e.trained and kind in ("any", e.kind)]
+        return max(found, key=len, default=None)
+
+    def control(
+        self, kind: str, instead: Embedding, way: Way, matrix: Matrix, side: str | None = None
+    ) -> tuple[Labels, str]:
+        """Labels that mean nothing, and their name: an untrained head's, else those of ``instead`` turned at random."""
+        head = self.untrained(kind)
+        if head is not None:
+            return self.labels(head, way, matrix, side), f"the untrained {head.name}"
+        turn = np.random.default_rng([self.seed, 99])
+        return self.labels(instead, way, matrix, side).turned(turn), "the labels turned at random"
+
+    @property
+    def gated(self) -> str:
+        """What a sentence about ``W_in`` has to add on a gated MLP."""
+        gated = any(m.kind == "W_gate" for m in select_matrices(self.model))
+        return " The MLP is gated, and its W_gate was not tried." if gated else ""

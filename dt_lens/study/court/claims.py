@@ -1,0 +1,144 @@
+"""The seven claims, what is found of one, and the rule that makes a verdict of it: ``docs/court.md`` as code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["ALPHA", "CLAIMS", "WAYS", "Claim", "Found", "NotApplicable", "Verdict", "Way", "holm", "verdict_of"]
+
+Way = Literal["proper", "note"]
+Verdict = Literal["supported", "not supported", "undecided", "not applicable"]
+WAYS: tuple[Way, ...] = ("proper", "note")
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the note: its number, what it says, and whether weights or behaviour decide it."""
+
+    number: int
+    title: str
+    words: str
+    about: Literal["weights", "behaviour"]
+    statistic: str
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        1,
+        "W_in matches the action output more than W_out does",
+        "Cosines are generally high with the action output for K; V shows much lower ones.",
+        "weights",
+        "mean over actions of the best |cosine| of any direction, W_in less W_out",
+    ),
+    Claim(
+        2,
+        "The first direction of W_in is the most common action",
+        "The first singular vector seems to correspond with the most common output actions.",
+        "weights",
+        "|cosine| with the most common action less that with the others",
+    ),
+    Claim(
+        3,
+        "Editing W_in hurts more than editing W_out, at equal energy",
+        "Editing K has a very significant effect, and the effects appear much smaller for V.",
+        "behaviour",
+        "share of the return lost by an edit of typical energy, W_in less W_out",
+    ),
+    Claim(
+        4,
+        "W_in and OV of the first block read the state input",
+        "The state input shows in the K weights and in the OV circuit of the first block.",
+        "weights",
+        "mean over inputs of the best |cosine| of any direction, over chance's, less one; the smaller of W_in and OV",
+    ),
+    Claim(
+        5,
+        "The reward embedding's best match beats chance",
+        "The cosine is only 0.24, which is still more than one would expect of a random vector of length 128.",
+        "weights",
+        "largest |cosine| with the reward input anywhere",
+    ),
+    Claim(
+        6,
+        "W_out of the first block follows time",
+        "V of the first block reacts to the time embedding; there does not seem to be any structure to it.",
+        "weights",
+        "smoothness over time of its directions' cosines",
+    ),
+    Claim(
+        7,
+        "The cosine with actions predicts damage",
+        "Where the cosine with actions is stronger, edits cause the agent to fail; elsewhere they do not.",
+        "behaviour",
+        "Spearman's correlation of |cosine| with damage",
+    ),
+)
+
+
+class NotApplicable(Exception):
+    """A claim cannot be tried on this model; the message is the reason, to follow "not applicable: "."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one way of computing a claim's statistic gives.
+
+    Attributes:
+        statistic: in the claim's own unit.
+        low, high: for weights the null's central 95 %, for behaviour the statistic's 95 % interval.
+        effect: what is compared with the margin: for weights the excess over the null's mean, for behaviour the
+            statistic itself.
+        margin: the smallest effect of interest.
+        p_value: one-sided, before Holm's correction.
+        critical: for weights the null's 95 % point less its mean; ``nan`` for behaviour.
+        quiet: whether the control stayed as a control should.
+        said: a sentence with the numbers.
+        numbers: whatever else was computed.
+    """
+
+    statistic: float
+    low: float
+    high: float
+    effect: float
+    margin: float
+    p_value: float
+    critical: float = math.nan
+    quiet: bool = True
+    said: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+def verdict_of(about: str, found: Found, p_value: float) -> Verdict:
+    """The verdict on a claim about ``"weights"`` or ``"behaviour"``, with Holm's ``p_value``.
+
+    >>> strong = Found(0.5, 0.1, 0.2, effect=0.3, margin=0.1, p_value=0.001, critical=0.05)
+    >>> verdict_of("weights", strong, 0.007), verdict_of("weights", strong, 0.2)
+    ('supported', 'undecided')
+    >>> verdict_of("behaviour", Found(0.01, -0.01, 0.03, effect=0.01, margin=0.05, p_value=0.3), 1.0)
+    'not supported'
+    """
+    sure = p_value < ALPHA and found.quiet
+    if about == "weights":
+        if found.effect >= found.margin:
+            return "supported" if sure else "undecided"
+        return "not supported" if found.effect < found.margin and found.critical <= found.margin else "undecided"
+    if found.high < found.margin:
+        return "not supported"
+    return "supported" if sure and found.low > 0 else "undecided"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values: any of the claims wrongly supported with a chance of at most alpha.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, worst = [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted

@@ -1,0 +1,170 @@
+"""The court's page: the verdicts, both ways side by side, and what each claim rests on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from dt_lens.report.page import Note, Plot, Section, Table, write_report
+from dt_lens.report.style import finish, plain
+from dt_lens.study.court.claims import CLAIMS, WAYS, Way
+
+if TYPE_CHECKING:
+    from dt_lens.study.court.pipeline import CourtResult, Ruling
+
+__all__ = ["effects_figure", "sentences", "write_court"]
+
+NAMES: dict[Way, str] = {"proper": "as it should be", "note": "as the note's code computed it"}
+FARTHEST = 6.0  # margins that the figure shows
+
+
+def sentences(result: CourtResult) -> list[str]:
+    """One line per claim: its verdict and the numbers behind it."""
+    return [
+        f"**{claim.number}. {claim.title}: {result.ruling(claim.number).verdict}.** "
+        f"{result.ruling(claim.number).sentence}"
+        for claim in CLAIMS
+    ]
+
+
+def write_court(path: Path, result: CourtResult) -> Path:
+    """Write the page; see ``write_report``."""
+    shown = {name: value for name, value in result.facts.items() if name != "command" and value is not None}
+    return write_report(
+        path,
+        f"The seven claims, tried on {result.facts.get('model', 'the model')}",
+        [_verdicts(result), *(_claim(result, claim.number) for claim in CLAIMS), _rules(result)],
+        verdict=sentences(result),
+        facts={name.replace("_", " "): value for name, value in shown.items()},
+        command=str(result.facts.get("command", "")),
+    )
+
+
+def _verdicts(result: CourtResult) -> Section:
+    table = result.table
+    columns = {
+        "claim": "", "title": "claim", "verdict": "verdict", "effect": "effect", "margin": "margin",
+        "p_value": "p (Holm)", "note_verdict": "note's way: verdict", "note_effect": "note's way: effect",
+        "note_margin": "note's way: margin", "note_p_value": "note's way: p (Holm)",
+    }  # fmt: skip
+    return Section(
+        "Verdicts",
+        [
+            Plot(effects_figure(result)),
+            Table(table[list(columns)], "Each claim's effect is in its own unit, told below.", headings=columns),
+        ],
+    )
+
+
+def effects_figure(result: CourtResult) -> go.Figure:
+    """Every claim's effect in units of its margin, both ways: the null's range about 0, or the effect's interval."""
+    figure = go.Figure()
+    for place, way in enumerate(WAYS):
+        x, y, low, high, text, cut = [], [], [], [], [], 0
+        for claim in CLAIMS:
+            found = result.ruling(claim.number, way).found
+            if found is None or not math.isfinite(found.effect) or not found.margin > 0:
+                continue
+            shift = found.statistic - found.effect  # the null's mean; 0 for behaviour
+            ends = [(end - shift) / found.margin for end in (found.low, found.high)]
+            value = found.effect / found.margin
+            cut += abs(value) > FARTHEST
+            x.append(max(-FARTHEST, min(FARTHEST, value)))
+            y.append(claim.number + (0.16 if place else -0.16))
+            low.append(max(-FARTHEST, ends[0]))
+            high.append(min(FARTHEST, ends[1]))
+            text.append(
+                f"{plain(claim.title)}<br>{NAMES[way]}: {result.ruling(claim.number, way).verdict}<br>"
+                f"{value:+.2f} margins"
+            )
+        for i in range(len(x)):
+            figure.add_trace(
+                go.Scatter(
+                    x=[low[i], high[i]], y=[y[i], y[i]], mode="lines", showlegend=False, hoverinfo="skip",
+                    line={"width": 5, "color": ("rgba(31,119,180,0.3)", "rgba(214,120,40,0.3)")[place]},
+                )
+            )  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                x=x, y=y, mode="markers", name=NAMES[way], text=text, hovertemplate="%{text}<extra></extra>",
+                marker={"size": 10, "symbol": ("circle", "diamond-open")[place],
+                        "color": ("rgb(31,119,180)", "rgb(214,120,40)")[place]},
+            )
+        )  # fmt: skip
+    figure.add_vline(x=0, line_width=1)
+    figure.add_vline(x=1, line_width=1, line_dash="dot")
+    figure.update_xaxes(title_text="effect, in units of the margin", range=[-FARTHEST - 0.3, FARTHEST + 0.3])
+    figure.update_yaxes(
+        tickvals=[claim.number for claim in CLAIMS],
+        ticktext=[f"{claim.number}. {plain(claim.title)}" for claim in CLAIMS],
+        autorange="reversed",
+        automargin=True,
+    )
+    figure.update_layout(legend={"orientation": "h", "y": -0.18})
+    subtitle = (
+        "bars: for 1, 2, 4, 5, 6 the central 95 % of chance, for 3 and 7 the effect's 95 % interval; dotted: the "
+        "margin; "
+        f"effects beyond {FARTHEST:g} margins stand at the edge"
+    )
+    return finish(figure, "How far each claim's effect goes", subtitle, height=460, wide=720, labels_above=True)
+
+
+def _claim(result: CourtResult, number: int) -> Section:
+    claim = next(claim for claim in CLAIMS if claim.number == number)
+    rulings = [result.ruling(number, way) for way in WAYS]
+    rows = [_row(ruling) for ruling in rulings]
+    blocks: list[object] = [f"The note: “{claim.words}” The statistic: {claim.statistic}."]
+    blocks += [f"**{NAMES[ruling.way].capitalize()}: {ruling.verdict}.** {ruling.sentence}" for ruling in rulings]
+    if any(ruling.found is not None for ruling in rulings):
+        range_of = "the central 95 % of chance" if claim.about == "weights" else "the statistic's 95 % interval"
+        blocks.append(Table(pd.DataFrame(rows), f"The range beside a statistic is {range_of}."))
+    if any(ruling.found is not None and not ruling.found.quiet for ruling in rulings):
+        blocks.append(Note("The control was not quiet, so that “supported” is not to be had.", "warning"))
+    return Section(f"{number}. {claim.title}", blocks)  # type: ignore[arg-type]
+
+
+def _row(ruling: Ruling) -> dict[str, object]:
+    found = ruling.found
+    names = ("statistic", "low", "high", "effect", "margin", "critical")
+    numbers = {name: math.nan if found is None else float(getattr(found, name)) for name in names}
+    return {
+        "computed": NAMES[ruling.way],
+        "statistic": numbers["statistic"],
+        "statistic_low": numbers["low"],
+        "statistic_high": numbers["high"],
+        "effect": numbers["effect"],
+        "margin": numbers["margin"],
+        "critical effect": numbers["critical"],
+        "p_value": math.nan if found is None else found.p_value,
+        "holm_p": ruling.p_value,
+        "control": "–" if found is None else "quiet" if found.quiet else "not quiet",
+        "verdict": ruling.verdict,
+    }
+
+
+def _rules(result: CourtResult) -> Section:
+    return Section(
+        "How verdicts are made",
+        [
+            (
+                "Statistic, null, control, margin and the rule of every claim were written down before any was tried "
+                "(docs/court.md). p is one-sided, and Holm's correction runs over the applicable claims of each way."
+            ),
+            (
+                "A claim about weights is supported where its excess over chance reaches the margin, p is below 0.05 "
+                "and the control is quiet; it is not supported where the excess stays below the margin and the test "
+                "would have seen an excess of that size. A claim about behaviour is supported where its interval lies "
+                "above zero, p is below 0.05 and the control is quiet; it is not supported where its interval ends "
+                "below the margin. Everything else is undecided."
+            ),
+            Note(
+                "This is one checkpoint, and for what agents do one target return. A verdict is about the stated "
+                "statistic; “supported” does not say that a direction means its label.",
+                "warning",
+            ),
+        ],
+    )

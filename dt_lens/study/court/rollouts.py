@@ -1,0 +1,262 @@
+"""The episodes that the claims about behaviour rest on: few edits, each with its control, all on the same seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dt_lens.behaviour.evaluate import Setting, model_id
+from dt_lens.behaviour.outcomes import Evaluation
+from dt_lens.behaviour.recording import record_actions
+from dt_lens.behaviour.sweep.driver import Sweep
+from dt_lens.behaviour.sweep.results import SweepResults
+from dt_lens.behaviour.sweep.store import FILE
+from dt_lens.errors import DtLensError
+from dt_lens.matrices import select_matrices
+from dt_lens.progress import Tell
+from dt_lens.study.court.claims import NotApplicable
+
+__all__ = ["DIRECTIONS", "Arm", "Arms", "Rollouts", "arms_of", "common_action", "sweep_arms"]
+
+DIRECTIONS = (0, 2)  # the note's first and third
+EDIT = "constant"
+OWN = 10  # episodes in which the most common action is looked for
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One edit: what it is, how its episodes went, and those of its controls, at the baseline's seeds."""
+
+    matrix: str
+    kind: str
+    side: str
+    sv: int
+    energy: float
+    record: Mapping[str, Any]
+    returns: NDArray[np.float64]  # [episode]
+    controls: NDArray[np.float64]  # [control, episode]
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Edits over one set of seeds.
+
+    Attributes:
+        baseline: the unedited agent's evaluation.
+        edits: of the folded matrices, with controls.
+        raw: of the raw ``W_in``, for the note's way; the very edits of ``edits`` where there is no LayerNorm.
+        folded: whether ``edits`` are of folded matrices.
+    """
+
+    baseline: Evaluation
+    edits: Sequence[Arm]
+    raw: Sequence[Arm]
+    folded: bool = True
+
+    @property
+    def scale(self) -> float:
+        """The unedited mean return, of which damage is a share.
+
+        Raises:
+            NotApplicable: where it is not above zero.
+        """
+        if not self.baseline.mean > 0:
+            raise NotApplicable(
+                f"the unedited agent returns {self.baseline.mean:.3g} on average, and damage is a share of it"
+            )
+        return self.baseline.mean
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """How the court's episodes are run; ``run`` does it, and goes on where it was stopped.
+
+    Args:
+        out: the folder; the sweeps' files lie in ``arms/folded`` and ``arms/raw``.
+        episodes, seed, environment, environment_kwargs, target_return, max_steps, workers: as for ``Sweep``.
+    """
+
+    model: Any
+    out: Path
+    episodes: int = 200
+    seed: int = 0
+    environment: str | None = None
+    environment_kwargs: Mapping[str, Any] | None = None
+    target_return: float | None = None
+    max_steps: int | None = None
+    workers: int | None = None
+
+    def run(self, tell: Tell) -> Arms:
+        """All arms.
+
+        Raises:
+            DtLensError: as ``Sweep`` does.
+            KeyboardInterrupt: on Ctrl-C; what was finished is kept.
+        """
+        matrices = [m for m in select_matrices(self.model) if m.kind in ("W_in", "W_out")]
+        directions = f"{DIRECTIONS[0]},{DIRECTIONS[1]}"
+        names = [m.name for m in matrices]
+        folds = any(m.foldable for m in matrices)
+        share = 0.7 if folds else 1.0
+        main = self._sweep(
+            "folded", tell, (0.0, share), matrices=names, sv=directions, edits=EDIT, controls=1, sides=None
+        )
+        arms = arms_of(main)
+        if not folds:
+            return Arms(arms[0], arms[1], [arm for arm in arms[1] if arm.kind == "W_in"], folded=False)
+        inward = [m.name for m in matrices if m.kind == "W_in"]
+        raw = self._sweep(
+            "raw", tell, (share, 1.0), matrices=inward, sv=directions, edits=EDIT, controls=0, baseline=False,
+            fold_layernorm=False,
+        )  # fmt: skip
+        return Arms(arms[0], arms[1], arms_of(raw, arms[0])[1])
+
+    def _sweep(self, name: str, tell: Tell, part: tuple[float, float], **options: Any) -> SweepResults:
+        def share(what: str, done: float) -> None:
+            tell(f"running edits  {what}", part[0] + (part[1] - part[0]) * done)
+
+        folder = self.out / "arms" / name
+        finished = self._finished(folder, **options)
+        if finished is not None:
+            return finished
+        setting = {
+            "episodes": self.episodes, "seed": self.seed, "environment": self.environment, "workers": self.workers,
+            "environment_kwargs": self.environment_kwargs, "target_return": self.target_return,
+            "max_steps": self.max_steps,
+        }  # fmt: skip
+        return Sweep(self.model, folder, **setting, **options).run(share).results
+
+    def _finished(self, folder: Path, **options: Any) -> SweepResults | None:
+        """The file where it is finished and of these arms: read then, whatever software ran it."""
+        if not (folder / FILE).is_file():
+            return None
+        found = SweepResults(folder)
+        wanted = {
+            "model": model_id(self.model), "episodes": self.episodes, "seed": self.seed, "edits": [EDIT],
+            "matrices": options["matrices"], "controls": options["controls"],
+            "fold_layernorm": options.get("fold_layernorm", True),
+        }  # fmt: skip
+        given = {"environment": self.environment, "environment_kwargs": self.environment_kwargs}
+        given |= {"target_return": self.target_return, "time_limit": self.max_steps}
+        wanted |= {key: value for key, value in given.items() if value is not None}
+        left = found.status()
+        same = all(found.options.get(key) == value for key, value in wanted.items())
+        return found if same and not left["todo"] + left["failed"] else None
+
+
+def arms_of(results: SweepResults, baseline: Evaluation | None = None) -> tuple[Evaluation, list[Arm]]:
+    """The baseline and every edit of a sweep that ran all of the baseline's seeds, with its controls.
+
+    Args:
+        results: a sweep's file.
+        baseline: of another sweep over the same seeds, where this one has none.
+
+    Raises:
+        DtLensError: when there is no baseline.
+    """
+    evaluations = results.evaluations()
+    if baseline is None:
+        if not results.options["baseline"] or 0 not in evaluations:
+            raise DtLensError(f"The sweep in {results.file} has no unedited agent; run one with its baseline.")
+        baseline = evaluations[0]
+    seeds = baseline.seeds
+    places = _places(results)
+    controls: dict[int, list[NDArray[np.float64]]] = {}
+    for arm, place in places.items():
+        if place["kind"] == "control" and arm in evaluations and np.array_equal(evaluations[arm].seeds, seeds):
+            controls.setdefault(int(place["of"]), []).append(evaluations[arm].returns)
+    found = []
+    for arm, place in places.items():
+        if place["kind"] != "edit" or arm not in evaluations or not np.array_equal(evaluations[arm].seeds, seeds):
+            continue
+        (record,) = evaluations[arm].edits
+        kind = place["matrix"].split(".")[3] if ".OV." in place["matrix"] else place["matrix"].rpartition(".")[2]
+        beside = np.array(controls.get(arm, [])).reshape(-1, len(seeds))
+        found.append(
+            Arm(place["matrix"], kind, place["side"], int(place["sv"]), float(place["energy"]), record,
+                evaluations[arm].returns, beside)
+        )  # fmt: skip
+    return baseline, found
+
+
+def _places(results: SweepResults) -> dict[int, dict[str, Any]]:
+    episodes = results.episodes().drop_duplicates("arm").set_index("arm")
+    columns = ["kind", "of", "matrix", "side", "sv", "energy"]
+    return {int(arm): row for arm, row in episodes[columns].to_dict("index").items()}  # type: ignore[misc,call-overload]
+
+
+def sweep_arms(source: str | Path, model: Any) -> tuple[Arms, str]:
+    """The edits of a finished sweep of this model, removals where it has several kinds; and the kind taken.
+
+    Raises:
+        DtLensError: when it is another model's, or has no edit with a control.
+    """
+    results = SweepResults(source)
+    if results.options["model"] != model_id(model):
+        raise DtLensError(f"The sweep in {results.file} is of another model; give the model it was made with.")
+    folded = bool(results.options["fold_layernorm"])
+    if not folded and any(matrix.foldable for matrix in select_matrices(model)):
+        raise DtLensError(f"The sweep in {results.file} is of raw matrices; give one of folded matrices.")
+    baseline, edits = arms_of(results)
+    values = results.options["edits"]
+    taken = "zero" if "zero" in values else "constant" if "constant" in values else values[0]
+    kept = [arm for arm in edits if len(arm.controls) and _text(arm.record["value"]) == taken]
+    if not kept:
+        raise DtLensError(
+            f"The sweep in {results.file} has no finished edit with a control beside it; run one with --controls 1."
+        )
+    return Arms(baseline, kept, kept, folded), taken
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"scale:{value:g}"
+
+
+def common_action(model: Any, setting: Setting, out: Path | None, tell: Tell) -> int:
+    """The most common action in ten of the agent's own episodes: a kind of action, or the coordinate of largest mean
+    |action|. Kept in ``out/actions.json``.
+    """
+    identity = [model_id(model), setting.target_return, setting.environment, setting.task.time_limit]
+    file = None if out is None else out / "actions.json"
+    kept = _kept(file, identity)
+    if kept is not None:
+        return kept
+    where = Evaluation.from_outcomes(
+        [], environment=setting.environment, environment_kwargs=setting.environment_kwargs,
+        target_return=setting.target_return, time_limit=setting.task.time_limit,
+    )  # fmt: skip
+    sizes = np.zeros(model.cfg.act_dim)
+    for seed in range(OWN):
+        tell(f"looking at actions  episode {seed + 1} of {OWN}", 0.1)
+        actions = record_actions(model, where, seed)
+        if model.cfg.discrete_actions:
+            kinds = actions.astype(np.int64) - int(getattr(setting.task.action_space, "start", 0))
+            sizes += np.bincount(kinds, minlength=len(sizes))
+        else:
+            sizes += np.abs(actions).sum(0)
+    found = {"of": identity, "episodes": OWN, "sizes": sizes.tolist(), "most_common": int(sizes.argmax())}
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DtLensError(
+                f"{file} cannot be written: {error.strerror or error}; choose another folder or make room."
+            ) from error
+    return int(sizes.argmax())
+
+
+def _kept(file: Path | None, identity: list[Any]) -> int | None:
+    if file is None or not file.is_file():
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return int(kept["most_common"]) if kept["of"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # worked out again
