@@ -1,0 +1,301 @@
+"""Figures of the atlas: what removing each direction does, beside what it looks like. Pure functions of its tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.subplots import make_subplots
+
+from dt_lens.report.style import BASELINE, CONTROL, PALETTE, columns_of, empty, finish, natural, plain, ticks
+
+__all__ = ["Looks", "along_the_spectrum", "damage_against", "shares", "sizes_against_damage"]
+
+Looks = tuple[str, str]  # a kind of matrix, and the column of what its directions look like
+Array = NDArray[np.float64]
+DAMAGE = {
+    "damage": "return lost",
+    "damage_per_energy": "return lost per unit energy",
+    "damage_per_output_energy": "return lost per unit output energy",
+    "beyond": "return lost beyond the control",
+}
+
+
+def damage_against(
+    directions: pd.DataFrame,
+    looks: Sequence[Looks],
+    *,
+    response: str = "damage_per_energy",
+    said: Sequence[str] = (),
+    title: str = "Does what a direction looks like say what it does?",
+) -> go.Figure:
+    """A panel for each kind of matrix: the damage of each removal against the cosine of its best match.
+
+    Losses span many orders of magnitude and both signs, so the axis is that of the inverse hyperbolic sine: linear
+    around 0, logarithmic further out.
+
+    Args:
+        directions: an atlas's.
+        looks: for each panel the kind of matrix, and the column of cosines, such as ``("W_out", "write action_out")``.
+        response: the column of the damage.
+        said: a line for the head of each panel, such as its rank correlation.
+        title: the figure's.
+
+    Raises:
+        DtLensError: for a missing column.
+    """
+    columns_of(directions, ["kind", "layer", "q_value", response, *(column for _, column in looks)], "The atlas")
+    shown = [(kind, column) for kind, column in looks if (directions["kind"] == kind).any()]
+    if not shown:
+        return empty(title, "No direction was measured.")
+    heads = [
+        f"<b>{plain(kind)}</b>" + (f"<br><span style='font-size:12px'>{plain(line)}</span>" if line else "")
+        for (kind, _), line in zip(shown, [*said, *[""] * len(shown)], strict=False)
+    ]
+    figure = make_subplots(1, len(shown), shared_yaxes=True, subplot_titles=heads, horizontal_spacing=0.03)
+    scale, values, names = _bent(directions[response].to_numpy(dtype=np.float64))
+    layers = sorted(directions["layer"].dropna().unique())
+    colour = {layer: PALETTE[number % len(PALETTE)] for number, layer in enumerate(layers)}
+    figure.add_hline(y=0, line={"width": 1.5, "color": BASELINE})
+    for layer in layers:  # the legend's markers; those of the points are open or filled
+        marker = {"color": colour[layer], "size": 9}
+        name = f"block {layer}"
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=name, legendgroup=name, marker=marker)
+    for number, (kind, column) in enumerate(shown, 1):
+        of_kind = directions[directions["kind"] == kind]
+        for layer, rows in of_kind.groupby("layer"):
+            sure = rows["q_value"].to_numpy() < 0.05
+            figure.add_scatter(
+                x=rows[column],
+                y=np.arcsinh(rows[response].to_numpy(dtype=np.float64) / scale),
+                mode="markers",
+                name=f"block {layer}",
+                legendgroup=f"block {layer}",
+                showlegend=False,
+                marker={
+                    "color": [colour[layer] if s else "rgba(0,0,0,0)" for s in sure],
+                    "size": [9 if s else 6 for s in sure],
+                    "line": {"color": colour[layer], "width": [1.2 if s else 0.8 for s in sure]},
+                    "opacity": 0.85,
+                },
+                customdata=[_told(row) for row in rows.to_dict("records")],
+                hovertemplate="%{customdata}<extra></extra>",
+                row=1,
+                col=number,
+            )
+        side, _, embedding = column.partition(" ")
+        about = f"|cosine| with {plain(embedding)}<br>{plain(side)} side"
+        figure.update_xaxes(title_text=about, rangemode="tozero", row=1, col=number)
+    figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
+    figure.update_yaxes(title_text=DAMAGE.get(response, response), col=1)
+    # The filled and the open markers of the legend are one; what they mean is said above.
+    about = f"one point a direction removed · filled: the return changes at q < 0.05 · logarithmic beyond ±{scale:g}"
+    finished = finish(figure, title, about, height=520, wide=260 * len(shown))
+    finished.update_layout(margin_t=130)
+    return finished
+
+
+def _bent(values: Array) -> tuple[float, list[float], list[str]]:
+    """The scale of an inverse hyperbolic sine axis, and its ticks: (scale, positions, texts).
+
+    >>> _bent(np.array([-3.0, 1.0, 2.0, 900.0]))[0]
+    2.0
+    >>> _bent(np.array([-3.0, 1.0, 2.0, 900.0]))[2]
+    ['−10', '0', '10', '100', '1,000']
+    """
+    finite = values[np.isfinite(values)]
+    middle = float(np.median(np.abs(finite))) if len(finite) else 1.0
+    scale = 10.0 ** math.floor(math.log10(middle)) if middle > 0 else 1.0
+    scale *= next(digit for digit in (5, 2, 1) if middle >= digit * scale) if middle > 0 else 1
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    first = math.ceil(math.log10(scale) + 1e-9)
+    marks = [0.0]
+    for sign, end in ((1, high), (-1, -low)):
+        if end > scale:
+            last = max(first, math.ceil(math.log10(end) - 0.3))
+            marks += [sign * 10.0**power for power in range(first, last + 1)]
+    marks.sort()
+    names = [f"{mark:,.10g}".replace("-", "−") for mark in marks]
+    return scale, [math.asinh(mark / scale) for mark in marks], names
+
+
+def _told(row: dict[str, Any]) -> str:
+    text = f"<b>{plain(row['matrix'])} sv={row['sv']}</b><br>sigma {row['sigma']:.3g} · energy {row['energy']:.3g}"
+    text += f"<br>return {row['mean_return']:,.0f} (lost {row['damage']:,.0f}, q = {row['q_value']:.2g})"
+    if row.get("control_damage") == row.get("control_damage") and "control_damage" in row:
+        text += f"<br>its control lost {row['control_damage']:,.0f}"
+    return text
+
+
+def along_the_spectrum(
+    directions: pd.DataFrame, mean: float, *, title: str = "What removing each direction leaves"
+) -> go.Figure:
+    """The agent's return without each direction, from the largest sigma to the smallest: a panel for each matrix.
+
+    Args:
+        directions: an atlas's; ``control_damage`` is drawn where it is known.
+        mean: the unedited agent's mean return.
+        title: the figure's.
+
+    Raises:
+        DtLensError: for a missing column.
+    """
+    columns_of(directions, ["matrix", "kind", "layer", "sv", "mean_return", "q_value"], "The atlas")
+    if directions.empty:
+        return empty(title, "No direction was measured.")
+    kinds = list(dict.fromkeys(directions["kind"]))
+    layers = sorted(directions["layer"].dropna().unique())
+    figure = make_subplots(
+        len(layers),
+        len(kinds),
+        shared_xaxes=True,
+        shared_yaxes=True,
+        column_titles=[f"<b>{plain(kind)}</b>" for kind in kinds],
+        row_titles=[f"block {layer}" for layer in layers],
+        horizontal_spacing=0.02,
+        vertical_spacing=0.03,
+    )
+    figure.add_hline(y=mean, line={"width": 1.2, "color": BASELINE, "dash": "dot"})
+    named: set[str] = set()
+
+    def draw(name: str, x: Any, y: Any, marker: dict[str, Any], place: tuple[int, int], told: list[str]) -> None:
+        figure.add_scatter(
+            x=x,
+            y=y,
+            mode="markers",
+            name=name,
+            legendgroup=name,
+            showlegend=name not in named,
+            marker=marker,
+            customdata=told,
+            hovertemplate="%{customdata}<extra></extra>",
+            row=place[0],
+            col=place[1],
+        )
+        named.add(name)
+
+    for matrix in sorted(dict.fromkeys(directions["matrix"]), key=natural):
+        rows = directions[directions["matrix"] == matrix]
+        place = layers.index(rows["layer"].iloc[0]) + 1, kinds.index(rows["kind"].iloc[0]) + 1
+        if "control_damage" in rows and rows["control_damage"].notna().any():
+            control = mean - rows["control_damage"].to_numpy(dtype=np.float64)
+            marker = {"color": "rgba(0,0,0,0)", "size": 5, "line": {"color": CONTROL, "width": 0.8}}
+            draw("its control", rows["sv"], control, marker, place, [_told(row) for row in rows.to_dict("records")])
+        for sure, name, colour in ((False, "removed", "#b98a5e"), (True, "removed, q < 0.05", PALETTE[1])):
+            part = rows[(rows["q_value"] < 0.05) == sure]
+            if len(part):
+                marker = {"color": colour, "size": 6 if sure else 4}
+                draw(
+                    name,
+                    part["sv"],
+                    part["mean_return"],
+                    marker,
+                    place,
+                    [_told(row) for row in part.to_dict("records")],
+                )
+    figure.update_xaxes(title_text="direction, largest sigma first", row=len(layers))
+    figure.update_yaxes(title_text="mean return", col=1, rangemode="tozero")
+    finished = finish(
+        figure, title, "dotted: the unedited agent", height=180 + 170 * len(layers), wide=230 * len(kinds)
+    )
+    finished.update_layout(margin_t=110)
+    return finished
+
+
+def shares(table: pd.DataFrame, *, title: str = "How many directions matter") -> go.Figure:
+    """For each matrix the share of directions whose removal costs return at q < 0.05, with Wilson's interval.
+
+    Args:
+        table: an atlas's ``shares``; its rows of single matrices are drawn.
+
+    Raises:
+        DtLensError: for a missing column.
+    """
+    columns_of(table, ["what", "kind", "share", "share_low", "share_high", "hurts", "directions"], "The shares")
+    rows = table[table["what"] != table["kind"]]
+    if rows.empty:
+        return empty(title, "No matrix was measured.")
+    rows = rows.iloc[sorted(range(len(rows)), key=lambda i: natural(str(rows["what"].iloc[i])), reverse=True)]
+    kinds = list(dict.fromkeys(rows["kind"]))
+    figure = go.Figure()
+    for kind in kinds:
+        part = rows[rows["kind"] == kind]
+        figure.add_bar(
+            x=part["share"],
+            y=part["what"],
+            orientation="h",
+            name=plain(kind),
+            marker_color=PALETTE[kinds.index(kind) % len(PALETTE)],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": part["share_high"] - part["share"],
+                "arrayminus": part["share"] - part["share_low"],
+                "thickness": 1.2,
+                "width": 3,
+            },
+            customdata=[f"{hurts} of {n}" for hurts, n in zip(part["hurts"], part["directions"], strict=True)],
+            hovertemplate="%{y}: %{customdata} directions (%{x:.0%})<extra></extra>",
+        )
+    figure.update_xaxes(tickformat=".0%", title_text="share of the matrix's directions", rangemode="tozero")
+    figure.update_yaxes(categoryorder="array", categoryarray=list(rows["what"]))
+    return finish(figure, title, "removal costs return at q < 0.05 · bars: 95 % intervals", height=140 + 32 * len(rows))
+
+
+def sizes_against_damage(
+    directions: pd.DataFrame, predictors: Sequence[str], *, title: str = "Does size say what a direction does?"
+) -> go.Figure:
+    """The return lost against sigma, and against what the direction puts out on real inputs: a panel for each.
+
+    Args:
+        directions: an atlas's.
+        predictors: columns, such as ``["sigma", "output_energy"]``.
+
+    Raises:
+        DtLensError: for a missing column.
+    """
+    columns_of(directions, ["kind", "damage", "q_value", *predictors], "The atlas")
+    if directions.empty or not predictors:
+        return empty(title, "No direction was measured.")
+    figure = make_subplots(1, len(predictors), shared_yaxes=True, horizontal_spacing=0.03)
+    scale, values, names = _bent(directions["damage"].to_numpy(dtype=np.float64))
+    figure.add_hline(y=0, line={"width": 1.5, "color": BASELINE})
+    kinds = list(dict.fromkeys(directions["kind"]))
+    for kind in kinds:
+        marker = {"color": PALETTE[kinds.index(kind) % len(PALETTE)], "size": 9}
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=plain(kind), legendgroup=kind, marker=marker)
+    for number, predictor in enumerate(predictors, 1):
+        positive = directions[directions[predictor] > 0]
+        for kind in kinds:
+            rows = positive[positive["kind"] == kind]
+            colour = PALETTE[kinds.index(kind) % len(PALETTE)]
+            sure = rows["q_value"].to_numpy() < 0.05
+            figure.add_scatter(
+                x=rows[predictor],
+                y=np.arcsinh(rows["damage"].to_numpy(dtype=np.float64) / scale),
+                mode="markers",
+                name=plain(kind),
+                legendgroup=kind,
+                showlegend=False,
+                marker={
+                    "color": [colour if s else "rgba(0,0,0,0)" for s in sure],
+                    "size": [8 if s else 5 for s in sure],
+                    "line": {"color": colour, "width": 0.9},
+                },
+                customdata=[_told(row) for row in rows.to_dict("records")],
+                hovertemplate="%{customdata}<extra></extra>",
+                row=1,
+                col=number,
+            )
+        if len(positive):
+            axis = ticks(float(positive[predictor].min()), float(positive[predictor].max()))
+            figure.update_xaxes(title_text=predictor.replace("_", " "), row=1, col=number, **axis)
+    figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
+    figure.update_yaxes(title_text="return lost", col=1)
+    about = f"one point a direction removed · filled: q < 0.05 · logarithmic beyond ±{scale:g}"
+    return finish(figure, title, about, height=460, wide=330 * len(predictors))

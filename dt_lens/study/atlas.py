@@ -1,0 +1,301 @@
+"""The atlas: what the removal of each singular direction does to the agent, beside what the direction looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dt_lens.behaviour.evaluate import model_id
+from dt_lens.behaviour.outcomes import Evaluation
+from dt_lens.behaviour.statistics import bootstrap_interval, sign_flip, wilson
+from dt_lens.errors import DtLensError
+from dt_lens.matrices import Snapshot, find_matrix
+from dt_lens.nulls import q_values
+from dt_lens.study.rank_correlation import RankCorrelation, rank_correlation, rank_correlation_difference
+from dt_lens.svd import WeightSVD
+
+if TYPE_CHECKING:
+    from dt_lens.behaviour.sweep.results import SweepResults
+
+__all__ = ["LARGE", "Atlas", "make_atlas"]
+
+LARGE = 0.1  # of the unedited agent's return: a loss that nobody overlooks
+ALPHA = 0.05
+LEAST = 5  # directions to correlate
+PLACE = ["matrix", "kind", "layer", "head", "sv"]
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """What a sweep of removals says about the directions of a model.
+
+    Attributes:
+        directions: a row per direction that was measured. ``matrix kind layer head sv block sigma energy`` (the
+            Frobenius norm of what was removed) and, where known, ``output_energy`` (its root mean square on real
+            inputs); ``mean_return``, ``damage`` (mean return lost to the unedited agent, over paired episodes) with its
+            interval, ``p_value`` and ``q_value``; ``failure_rate``, ``control_damage``, ``beyond`` (return lost beyond
+            the controls at the same seeds) with its interval, ``beyond_p_value``, ``beyond_q_value``;
+            ``damage_per_energy``, ``damage_per_output_energy``; and for each side and embedding the absolute cosine
+            with its best label, as ``"write action_out"``.
+        shares: how many directions matter, for each matrix, each kind of matrix, and all.
+        correlations: for each kind of matrix and each of its matrices, and each side and embedding: the rank
+            correlation of the cosine with ``damage_per_energy``, with ``damage`` when the energy is held fixed, and
+            with ``beyond``; interval, ``p_value``, ``q_value`` over the table.
+        predictors: how well sizes go with damage, and which does better: ``sigma``, and on real inputs
+            ``output_energy``.
+        baseline: the unedited agent.
+        planned: how many directions the sweep has, measured or not.
+        untrained: names of embeddings that no loss ever reached: they should predict nothing.
+        options: the sweep's.
+    """
+
+    directions: pd.DataFrame
+    shares: pd.DataFrame
+    correlations: pd.DataFrame
+    predictors: pd.DataFrame
+    baseline: Evaluation
+    planned: int
+    untrained: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def make_atlas(
+    model: Any, results: SweepResults, activations: Any = None, *, value: str = "zero", seed: int = 0
+) -> Atlas:
+    """The atlas of a sweep, finished or not.
+
+    Args:
+        model: the one that was swept.
+        results: the sweep; it should hold ``value="zero"`` edits, and a baseline.
+        activations: the model's real inputs (``collect_activations``), for energies on them.
+        value: which of the sweep's edits.
+        seed: of the bootstrap and the permutations.
+
+    Raises:
+        DtLensError: when the sweep is of another model, has no such edits, no baseline, or nothing finished.
+    """
+    if model_id(model) != results.options["model"]:
+        raise DtLensError("The sweep is of other weights than this model's; load the model that was swept.")
+    evaluations = results.evaluations()
+    baseline = evaluations.get(0) if results.options["baseline"] else None
+    if baseline is None:
+        raise DtLensError("The sweep has no episodes of the unedited agent; run it with a baseline.")
+    table = results.table()
+    edits = table[(table["kind"] == "edit") & (table["value"] == value)]
+    if edits.empty:
+        known = ", ".join(dict.fromkeys(table["value"]))
+        raise DtLensError(f"The sweep holds no edits with value {value!r}; it has {known}.")
+    edits = edits.drop_duplicates(["matrix", "sv"])
+    rows = [
+        _measured(row, arm, evaluations, baseline, table, seed) for arm, row in edits.iterrows() if arm in evaluations
+    ]
+    if not rows:
+        raise DtLensError("The sweep has not finished a direction yet; run it on.")
+    directions = pd.DataFrame(rows)
+    directions["q_value"] = q_values(directions["p_value"])
+    controlled = directions["beyond_p_value"].notna()
+    directions["beyond_q_value"] = np.nan
+    directions.loc[controlled, "beyond_q_value"] = q_values(directions.loc[controlled, "beyond_p_value"])
+    svd = WeightSVD(model, fold_layernorm=bool(results.options["fold_layernorm"]))
+    directions = _described(directions, svd, activations)
+    directions, sights, untrained = _seen(directions, svd, seed)
+    return Atlas(
+        directions,
+        _shares(directions, baseline.mean),
+        _correlations(directions, sights, seed),
+        _predictors(directions, seed),
+        baseline,
+        len(edits),
+        untrained,
+        dict(results.options),
+    )
+
+
+def _measured(
+    row: pd.Series, arm: Any, evaluations: dict[int, Evaluation], baseline: Evaluation, table: pd.DataFrame, seed: int
+) -> dict[str, Any]:
+    """What the removal of one direction did, and its controls."""
+    edited = evaluations[arm]
+    found = {name: row[name] for name in ("matrix", "layer", "head", "sv", "energy", "episodes", "mean_return")}
+    found |= {
+        "damage": -row["difference"],
+        "damage_low": -row["difference_high"],
+        "damage_high": -row["difference_low"],
+        "p_value": row["p_value"],
+        "failure_rate": row["failure_rate"],
+        "mean_length": row["mean_length"],
+    }
+    found |= dict.fromkeys(
+        ("control_damage", "control_failure_rate", "beyond", "beyond_low", "beyond_high", "beyond_p_value"), np.nan
+    )
+    controls = [evaluations[c] for c in table.index[(table["of"] == arm).fillna(False)] if c in evaluations]
+    seeds = _common([edited, baseline, *controls])
+    if controls and len(seeds):
+        returns = np.mean([_returns(control, seeds) for control in controls], axis=0)
+        lost = returns - _returns(edited, seeds)
+        low, high = bootstrap_interval(lost, seed=seed)
+        found |= {
+            "control_damage": float((_returns(baseline, seeds) - returns).mean()),
+            "control_failure_rate": float(np.mean([control.failed.mean() for control in controls])),
+            "beyond": float(lost.mean()),
+            "beyond_low": low,
+            "beyond_high": high,
+            "beyond_p_value": sign_flip(lost, seed=seed),
+        }
+    return found
+
+
+def _common(evaluations: list[Evaluation]) -> NDArray[np.int64]:
+    seeds = evaluations[0].seeds
+    for other in evaluations[1:]:
+        seeds = np.intersect1d(seeds, other.seeds)
+    return np.asarray(seeds)
+
+
+def _returns(evaluation: Evaluation, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
+    """At ``seeds``; an evaluation's are in ascending order."""
+    return np.asarray(evaluation.returns[np.searchsorted(evaluation.seeds, seeds)])
+
+
+def _described(directions: pd.DataFrame, svd: WeightSVD, activations: Any) -> pd.DataFrame:
+    """With sigma, the block that a direction is of, and its energy on real inputs."""
+    from dt_lens.edits import SingularEdit
+
+    bare = Snapshot.of(svd.model)
+    kinds, sigmas, blocks, outputs = [], [], [], []
+    for name, sv in zip(directions["matrix"], directions["sv"], strict=True):
+        found = svd[name]
+        start, stop = found.block_of(int(sv))
+        kinds.append(find_matrix(bare, name).kind)
+        sigmas.append(float(found.sigma[int(sv)]))
+        blocks.append(stop - start)
+        if activations is not None:
+            side = found.matrix.residual_sides[0]
+            edit = SingularEdit(
+                svd.model,
+                name,
+                int(sv),
+                side=side,
+                value="zero",
+                fold_layernorm=svd.fold_layernorm,
+                decomposition=found,
+            )
+            outputs.append(edit.output_energy(activations))
+    out = directions.assign(kind=kinds, sigma=sigmas, block=blocks)
+    out["damage_per_energy"] = out["damage"] / out["energy"]
+    first = [*PLACE, "block", "sigma", "energy"]
+    if activations is not None:
+        out["output_energy"] = outputs
+        out["damage_per_output_energy"] = out["damage"] / out["output_energy"].where(out["output_energy"] > 0)
+        first.append("output_energy")
+    return out[[*first, *(c for c in out if c not in first)]]
+
+
+class _Sight(NamedTuple):
+    """What a direction may look like: an embedding, met on one side."""
+
+    column: str
+    side: str
+    embedding: str
+
+
+def _seen(directions: pd.DataFrame, svd: WeightSVD, seed: int) -> tuple[pd.DataFrame, list[_Sight], list[str]]:
+    """With a column of absolute cosines for each side and embedding."""
+    scan = svd.scan(list(dict.fromkeys(directions["matrix"])), embeddings="*", seed=seed)
+    starts = [svd[m].block_of(int(sv))[0] for m, sv in zip(directions["matrix"], directions["sv"], strict=True)]
+    out, sights = directions.copy(), []
+    for (side, embedding), rows in scan.groupby(["side", "embedding"], sort=False):
+        sight = _Sight(f"{side} {embedding}", str(side), str(embedding))
+        best = rows.set_index(["matrix", "sv"])["cosine"].abs()
+        out[sight.column] = best.reindex(zip(directions["matrix"], starts, strict=True)).to_numpy(dtype=np.float64)
+        sights.append(sight)
+    return out, sights, list(scan.attrs.get("untrained", []))
+
+
+def _groups(directions: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """All directions, those of each kind of matrix, and of each matrix: (what, its kind, rows)."""
+    yield "all", "all", directions
+    for kind, rows in directions.groupby("kind", sort=False):
+        yield str(kind), str(kind), rows
+    for name, rows in directions.groupby("matrix", sort=False):
+        yield str(name), str(rows["kind"].iloc[0]), rows
+
+
+def _shares(directions: pd.DataFrame, mean: float) -> pd.DataFrame:
+    out = []
+    for what, kind, rows in _groups(directions):
+        n, hurt = len(rows), rows["damage"] > 0
+        matters = (rows["q_value"] < ALPHA) & hurt
+        low, high = wilson(int(matters.sum()), n)
+        controlled = rows["beyond"].notna()
+        beyond = (rows["beyond_q_value"] < ALPHA) & (rows["beyond"] > 0)
+        worst = rows.loc[rows["damage"].idxmax()]
+        out.append(
+            {
+                "what": what,
+                "kind": kind,
+                "directions": n,
+                "hurts": int(matters.sum()),
+                "share": float(matters.mean()),
+                "share_low": low,
+                "share_high": high,
+                "helps": int(((rows["q_value"] < ALPHA) & ~hurt).sum()),
+                "large": int((matters & (rows["damage"] > LARGE * abs(mean))).sum()),
+                "controlled": int(controlled.sum()),
+                "hurts_beyond": int(beyond.sum()) if controlled.any() else np.nan,
+                "control_large": int((rows["control_damage"] > LARGE * abs(mean)).sum())
+                if controlled.any()
+                else np.nan,
+                "worst": f"{worst['matrix']} sv={worst['sv']}",
+                "worst_damage": float(worst["damage"]),
+            }
+        )
+    return pd.DataFrame(out)
+
+
+def _correlations(directions: pd.DataFrame, sights: list[_Sight], seed: int) -> pd.DataFrame:
+    out = []
+    for what, kind, rows in _groups(directions):
+        for sight in sights:
+            if kind == "all" or len(rows) < LEAST or rows[sight.column].isna().all():
+                continue  # cosines of different kinds of matrices are not one quantity
+            for response, given in (("damage_per_energy", None), ("damage", "energy"), ("beyond", None)):
+                if rows[response].isna().all():
+                    continue
+                found = rank_correlation(
+                    rows[sight.column],
+                    rows[response],
+                    rows["matrix"],
+                    None if given is None else rows[given],
+                    seed=seed,
+                )
+                named = response if given is None else f"{response} at equal {given}"
+                place = {"what": what, "kind": kind, "side": sight.side, "embedding": sight.embedding}
+                out.append(place | {"response": named} | found._asdict())
+    table = pd.DataFrame(out)
+    table["q_value"] = q_values(table["p_value"]) if len(table) else []
+    return table
+
+
+def _predictors(directions: pd.DataFrame, seed: int) -> pd.DataFrame:
+    sizes = [name for name in ("sigma", "energy", "output_energy") if name in directions]
+    out = []
+    for what, kind, rows in _groups(directions):
+        if len(rows) < LEAST:
+            continue
+        strata, damage = rows["matrix"], rows["damage"]
+
+        def add(name: str, found: RankCorrelation, what: str = what, kind: str = kind) -> None:
+            out.append({"what": what, "kind": kind, "predictor": name} | found._asdict())
+
+        for name in sizes:
+            add(name, rank_correlation(rows[name], damage, strata, seed=seed))
+        if "output_energy" in rows:
+            better = rank_correlation_difference(rows["output_energy"], rows["sigma"], damage, strata, seed=seed)
+            add("output_energy minus sigma", better)
+    return pd.DataFrame(out)

@@ -1,0 +1,264 @@
+"""An atlas of a sweep whose outcomes are made up, so that what it should say is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dt_lens
+from dt_lens.behaviour.rollouts import Outcome
+from dt_lens.behaviour.sweep.driver import Sweep
+from dt_lens.behaviour.sweep.engine import Event
+from dt_lens.behaviour.sweep.plan import Arm
+from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.cli import app
+from dt_lens.decision_transformer.checkpoint import save_pretrained
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.errors import DtLensError
+from dt_lens.study.atlas import Atlas, make_atlas
+from dt_lens.study.atlas_page import sentences, write_atlas
+from dt_lens.svd import WeightSVD
+
+UNEDITED = 1000.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    cfg = HookedDecisionTransformerConfig(
+        3, 1, d_model=16, n_layers=2, n_heads=2, d_mlp=32, n_ctx=4, max_ep_len=30, discrete_actions=False
+    )
+    model = HookedDecisionTransformer(cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.facts = RunFacts(
+        context=4,
+        environment="Pendulum-v1",
+        state_mean=(0.0,) * 3,
+        state_std=(1.0,) * 3,
+        return_scale=100.0,
+        target_returns=(200.0,),
+    )
+    return save_pretrained(model.eval(), tmp_path_factory.mktemp("agent"))
+
+
+@pytest.fixture(scope="module")
+def agent(folder: Path) -> Any:
+    return dt_lens.load(folder)
+
+
+class Told:
+    """An engine that does not run episodes: their returns are what it is told an arm's are, with a little noise."""
+
+    free = 1
+
+    def __init__(self, sweep: Sweep, lost: Callable[[Arm], float]) -> None:
+        self.arms = {block.number: sweep.plan.arms[block.arm] for block in sweep.plan.blocks()}
+        self.lost, self.events = lost, list[Event]()
+
+    def start(self, job: Any) -> None:
+        pass
+
+    def submit(self, unit: Unit) -> None:
+        arm = self.arms[unit.number]
+        rng = np.random.default_rng(unit.number)
+        outcomes = [
+            Outcome(seed, UNEDITED - self.lost(arm) + rng.normal(), 30, False, True)
+            for seed in range(unit.seed, unit.seed + unit.episodes)
+        ]
+        self.events.append(Event("done", unit.number, "nobody", outcomes))
+
+    def wait(self, seconds: float) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def planted(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """W_out hurts the more the closer it matches the action output; W_in's first direction kills, and no other."""
+    sweep = Sweep(
+        agent,
+        tmp_path_factory.mktemp("planted"),
+        matrices=["*.W_in", "*.W_out"],
+        sv="all",
+        edits="zero",
+        controls=2,
+        episodes=12,
+        block_size=6,
+        workers=1,
+    )
+    svd = WeightSVD(agent)
+    cosine = {
+        name: svd.cosines(name, "action_out", side="write").abs().max(axis=1).to_numpy()
+        for name in dict.fromkeys(arm.matrix for arm in sweep.plan.arms if arm.matrix)
+        if name.endswith("W_out")
+    }
+    energies = {name: svd[name].sigma.tolist() for name in cosine}
+
+    def lost(arm: Arm) -> float:
+        if arm.kind != "edit":
+            return 0.0
+        assert arm.matrix is not None
+        assert arm.sv is not None
+        if arm.matrix in cosine:
+            return float(100 * cosine[arm.matrix][arm.sv] * energies[arm.matrix][arm.sv])
+        return 900.0 if arm.sv == 0 else 0.0
+
+    sweep.run(engine=Told(sweep, lost))
+    return sweep
+
+
+@pytest.fixture(scope="module")
+def atlas(agent: Any, planted: Sweep) -> Atlas:
+    return make_atlas(agent, planted.results)
+
+
+def correlation(atlas: Atlas, what: str, side: str, embedding: str, response: str) -> pd.Series:
+    table = atlas.correlations.set_index(["what", "side", "embedding", "response"])
+    return table.loc[(what, side, embedding, response)]
+
+
+def test_a_row_for_each_direction_with_what_its_removal_did(atlas: Atlas, agent: Any) -> None:
+    table = atlas.directions
+    assert len(table) == atlas.planned == 15 * 2 + 16 * 2
+    assert not table.duplicated(["matrix", "sv"]).any()
+    assert table["energy"].to_numpy() == pytest.approx(_energies(agent, table), rel=1e-6)
+    killed = table[(table["kind"] == "W_in") & (table["sv"] == 0)]
+    assert killed["damage"].to_numpy() == pytest.approx(900, abs=3)
+    assert (killed["damage_low"] > 890).all()
+    assert (killed["q_value"] < 0.05).all()
+    assert (killed["beyond_q_value"] < 0.05).all()
+    assert killed["beyond"].to_numpy() == pytest.approx(900, abs=3)
+    assert killed["control_damage"].to_numpy() == pytest.approx(0, abs=3)
+    assert table["damage_per_energy"].to_numpy() == pytest.approx((table["damage"] / table["energy"]).to_numpy())
+
+
+def _energies(agent: Any, table: pd.DataFrame) -> Any:
+    from dt_lens.edits import SingularEdit
+
+    return [
+        SingularEdit(agent, m, int(sv), value="zero").energy for m, sv in zip(table["matrix"], table["sv"], strict=True)
+    ]
+
+
+def test_cosine_is_said_to_predict_damage_only_where_it_does(atlas: Atlas) -> None:
+    found = correlation(atlas, "W_out", "write", "action_out", "damage_per_energy")
+    assert found["rho"] > 0.95
+    assert found["low"] > 0.8
+    assert found["q_value"] < 0.05
+    assert found["n"] == 32
+    beyond = correlation(atlas, "W_out", "write", "action_out", "beyond")
+    assert beyond["rho"] > 0.5
+    other = correlation(atlas, "W_in", "read", "action_out", "damage_per_energy")
+    assert abs(other["rho"]) < 0.5
+    assert set(atlas.untrained) == {"state_out", "reward_out"}
+    text = " ".join(sentences(atlas))
+    assert "W_out: |cosine| with action_out against damage per unit energy has rank correlation **+" in text
+    assert "a closer match goes with more damage" in text
+
+
+def test_what_is_linear_in_energy_is_no_cosine(agent: Any, tmp_path: Path) -> None:
+    """Damage that is energy alone does not make cosine a predictor at equal energy, and energy is the predictor."""
+    sweep = Sweep(agent, tmp_path, matrices="*.W_out", sv="all", edits="zero", episodes=8, workers=1)
+    svd = WeightSVD(agent)
+
+    def lost(arm: Arm) -> float:
+        sigma = 0.0 if arm.matrix is None else float(svd[arm.matrix].sigma[arm.sv or 0])
+        return 50 * sigma + 5 * float(np.random.default_rng(arm.number).normal())
+
+    sweep.run(engine=Told(sweep, lost))
+    found = make_atlas(agent, sweep.results)
+    predictors = found.predictors.set_index(["what", "predictor"])
+    assert predictors.loc[("W_out", "sigma"), "rho"] > 0.9
+    held = correlation(found, "W_out", "write", "action_out", "damage at equal energy")
+    assert held["low"] < 0 < held["high"] or abs(held["rho"]) < 0.4
+    assert found.directions["beyond"].isna().all()
+    assert np.isnan(found.shares["hurts_beyond"]).all()
+
+
+def test_shares_count_what_hurts(atlas: Atlas) -> None:
+    shares = atlas.shares.set_index("what")
+    assert shares.loc["W_in", "large"] == 2
+    assert shares.loc["W_in", "worst_damage"] == pytest.approx(900, abs=3)
+    assert shares.loc["W_in", "directions"] == 30
+    by_hand = atlas.directions.query("kind == 'W_out' and q_value < 0.05 and damage > 0")
+    assert shares.loc["W_out", "hurts"] == len(by_hand)
+    assert shares.loc["all", "controlled"] == atlas.planned
+    assert shares.loc["all", "control_large"] == 0
+    assert shares.loc["blocks.0.mlp.W_in", "hurts"] <= shares.loc["W_in", "hurts"]
+
+
+def test_an_unfinished_sweep_says_so(agent: Any, tmp_path: Path) -> None:
+    sweep = Sweep(agent, tmp_path, matrices="*.0.mlp.W_out", sv="0-9", edits="zero", episodes=4, workers=1)
+
+    class Stops(Told):
+        def wait(self, seconds: float) -> list[Event]:
+            events = super().wait(seconds)
+            if events and events[0].unit >= 7:
+                raise KeyboardInterrupt
+            return events
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(engine=Stops(sweep, lambda arm: float(arm.sv or 0)))
+    found = make_atlas(agent, sweep.results)
+    assert 5 <= len(found.directions) < found.planned == 10
+    assert f"{len(found.directions)} of 10 directions are measured" in sentences(found)[-1]
+
+
+def test_what_is_no_atlas_is_one_sentence(agent: Any, planted: Sweep, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": 0, "episodes": 2, "workers": 1}
+    flips = Sweep(agent, tmp_path / "flips", edits="flip", **options)
+    flips.run(engine=Told(flips, lambda arm: 1.0))
+    with pytest.raises(DtLensError, match="holds no edits with value 'zero'; it has flip"):
+        make_atlas(agent, flips.results)
+    alone = Sweep(agent, tmp_path / "alone", edits="zero", baseline=False, **options)
+    alone.run(engine=Told(alone, lambda arm: 1.0))
+    with pytest.raises(DtLensError, match="no episodes of the unedited agent"):
+        make_atlas(agent, alone.results)
+    weight = agent.weights["blocks.0.mlp.W_in"]
+    kept = weight.clone()
+    try:
+        weight.mul_(2)
+        with pytest.raises(DtLensError, match="other weights"):
+            make_atlas(agent, planted.results)
+    finally:
+        weight.copy_(kept)
+
+
+def test_the_page_and_the_tables(atlas: Atlas, tmp_path: Path) -> None:
+    page = write_atlas(atlas, tmp_path, "a <small> agent", "dt-lens atlas it").read_text()
+    assert "An atlas of a &lt;small&gt; agent" in page
+    assert "dt-lens atlas it" in page
+    assert page.count("Plotly.newPlot") > 0 or "plotly" in page
+    kept = pd.read_csv(tmp_path / "directions.csv")
+    assert len(kept) == len(atlas.directions)
+    assert kept["damage"].to_numpy() == pytest.approx(atlas.directions["damage"].to_numpy(), rel=1e-4)
+    for name in ("correlations", "shares", "predictors"):
+        assert (tmp_path / f"{name}.csv").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DtLensError, match="cannot be written"):
+        write_atlas(atlas, tmp_path / "file" / "x")
+
+
+def test_the_command(folder: Path, planted: Sweep, tmp_path: Path) -> None:
+    run = CliRunner().invoke(
+        app, ["atlas", str(folder), "--sweep", str(planted.file.parent), "--out", str(tmp_path / "atlas")]
+    )
+    assert run.exit_code == 0, run.output
+    assert "Removing one singular direction costs the agent return" in run.output
+    assert (tmp_path / "atlas" / "atlas.html").is_file()
+    missing = CliRunner().invoke(app, ["atlas", str(folder), "--sweep", str(tmp_path / "none")])
+    assert isinstance(missing.exception, DtLensError)
