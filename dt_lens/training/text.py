@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,19 +18,18 @@ from torch import Tensor, nn
 
 from dt_lens.behaviour.text_windows import cut
 from dt_lens.errors import DtLensError, because
+from dt_lens.training.run import Schedule, TrainingRun
 from dt_lens.training.text_sources import Corpus, read_corpus
 
 __all__ = ["Progress", "TextSettings", "train_text"]
 
-CHECKPOINT = "checkpoint.pt"
-CURVE = "curve.jsonl"
 RECORD = "training.json"
 HELD_OUT = "heldout.txt"
 END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class TextSettings:
+class TextSettings(Schedule):
     """Everything that decides what a training run ends with, beside the text."""
 
     vocabulary: int
@@ -51,13 +48,6 @@ class TextSettings:
     unwrap: bool
     held_out: float
     seed: int
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: a linear warm-up, then half a cosine down to a hundredth."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        along = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * along)) / 2)
 
 
 @dataclass(frozen=True)
@@ -212,13 +202,15 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _Run:
-    """A training run between two steps."""
+class _Run(TrainingRun):
+    """Learns to predict windows of a text."""
+
+    settings: TextSettings
 
     def __init__(self, settings: TextSettings, corpus: Corpus, out: Path, device: torch.device) -> None:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        self.settings, self.corpus, self.out, self.device = settings, corpus, out, device
+        self.corpus = corpus
         self.tokenizer = make_tokenizer(corpus.segments, settings.vocabulary, settings.context)
         end = self.tokenizer.eos_token_id
         encoded = self.tokenizer(list(corpus.segments), add_special_tokens=False, verbose=False)["input_ids"]
@@ -229,7 +221,7 @@ class _Run:
         self.windows = cut([corpus.held_out], self.tokenizer, settings.context)
         torch.manual_seed(settings.seed)
         drop = settings.dropout
-        self.model: Any = GPT2LMHeadModel(
+        model: Any = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=len(self.tokenizer),
                 n_positions=settings.context,
@@ -243,52 +235,38 @@ class _Run:
                 eos_token_id=end,
             )
         ).to(device)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=settings.lr,
             betas=(0.9, 0.95),
             fused=True,
         )
-        self.step = 0
-        self.curve: list[dict[str, Any]] = []
-        self._losses = torch.zeros((), device=device)
-        self._counted = 0
+        super().__init__(settings, {"text": self._text_id()}, out, model, optimizer)
 
     def finish(self, eval_every: int, checkpoint_every: int, report: Callable[[Progress], None]) -> None:
         """Train to the last step, measuring and saving on the way."""
-        steps, began = self.settings.steps, time.monotonic()
-        earlier = self.curve[-1]["seconds"] if self.curve else 0.0
+        steps = self.settings.steps
         while self.step < steps:
-            self._learn()
+            self.learn()
             last = self.step == steps
             if last or (eval_every and self.step % eval_every == 0):
-                self._note(earlier + time.monotonic() - began)
+                self.note(held_out=self.held_out_loss())
             if last or self.step % checkpoint_every == 0:
-                self._save()
+                self.save()
             held_out = self.curve[-1]["held_out"] if self.curve else None
-            report(Progress(self.step, steps, float(self._losses) / max(1, self._counted), held_out))
+            report(Progress(self.step, steps, self.mean_loss, held_out))
         self.model.eval()
         self._write()
 
-    def _learn(self) -> None:
+    def loss(self) -> Tensor:
         settings = self.settings
-        self.model.train()
         starts = torch.randint(len(self.tokens) - settings.context, (settings.batch_size, 1)).to(self.device)
         batch = self.tokens[starts + torch.arange(settings.context + 1, device=self.device)]
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
+        with self.autocast():
             logits = self.model(batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        self.optimizer.step()
-        self.step += 1
-        self._losses += loss.detach()
-        self._counted += 1
+        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
     def held_out_loss(self) -> float:
         """Mean over the held-out windows, in nats per token: what ``evaluate`` finds for ``heldout.txt``."""
@@ -302,19 +280,6 @@ class _Run:
                 total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
                 count += batch[:, 1:].numel()
         return total / count
-
-    def _note(self, seconds: float) -> None:
-        self.curve.append(
-            {
-                "step": self.step,
-                "loss": float(self._losses) / max(1, self._counted),
-                "held_out": self.held_out_loss(),
-                "lr": self.settings.rate(self.step - 1),
-                "seconds": round(seconds, 1),
-            }
-        )
-        self._losses.zero_()
-        self._counted = 0
 
     def _text_id(self) -> str:
         digest = hashlib.sha256(self.tokens.cpu().numpy().astype("<i8").tobytes())
@@ -360,49 +325,3 @@ class _Run:
             (self.out / RECORD).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
         except (OSError, RuntimeError) as error:
             raise DtLensError(f"The model cannot be written to {self.out}: {because(error)}.") from error
-
-    def _save(self) -> None:
-        state = {
-            "settings": json.dumps(asdict(self.settings)),
-            "text": self._text_id(),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "losses": self._losses,
-            "counted": self._counted,
-            "curve": json.dumps(self.curve),
-        }
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            partial = self.out / f"{CHECKPOINT}.partial"
-            torch.save(state, partial)
-            partial.replace(self.out / CHECKPOINT)
-            lines = "".join(json.dumps(row) + "\n" for row in self.curve)
-            (self.out / CURVE).write_text(lines, encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            raise DtLensError(f"The checkpoint cannot be written to {self.out}: {because(error)}.") from error
-
-    def resume(self) -> None:
-        """Continue from the checkpoint in ``out``, where there is one."""
-        file = self.out / CHECKPOINT
-        if not file.exists():
-            return
-        try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
-            settings, text = json.loads(state["settings"]), state["text"]
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise DtLensError(f"{file} cannot be read as a training checkpoint; delete it to start again.") from error
-        mine = json.loads(json.dumps(asdict(self.settings)))
-        other = [name for name, value in mine.items() if settings.get(name) != value]
-        other += ["text"] if text != self._text_id() else []
-        if other:
-            raise DtLensError(
-                f"{self.out} holds a run with another {', '.join(other)}; choose another folder or do not resume."
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
-        self.step = state["step"]
-        self.curve = json.loads(state["curve"])
-        self._losses, self._counted = state["losses"], state["counted"]

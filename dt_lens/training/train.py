@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import pickle
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +19,15 @@ from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
 from dt_lens.training.dataset import Trajectories, Windows, read
+from dt_lens.training.run import Schedule, TrainingRun
 
 __all__ = ["Settings", "train"]
 
-CHECKPOINT = "checkpoint.pt"
-CURVE = "curve.jsonl"
 TARGET_QUANTILES = (0.95, 0.75, 0.55, 0.35, 0.15)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Schedule):
     """Everything that decides what a training run ends with, beside the data."""
 
     dataset: str
@@ -52,13 +47,6 @@ class Settings:
     bf16: bool
     seed: int
     targets: tuple[float, ...]
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: a linear warm-up, then half a cosine down to a hundredth."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        along = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * along)) / 2)
 
 
 @dataclass(frozen=True)
@@ -171,18 +159,17 @@ def _targets(returns: np.ndarray[Any, Any]) -> tuple[float, ...]:
     return tuple(dict.fromkeys(rounded))
 
 
-class _Run:
-    """A training run between two steps."""
+class _Run(TrainingRun):
+    """Learns to act from windows of a data set."""
+
+    model: HookedDecisionTransformer
+    settings: Settings
 
     def __init__(self, settings: Settings, data: Trajectories, out: Path, device: torch.device) -> None:
         torch.manual_seed(settings.seed)
-        self.settings = settings
-        self.data = data
-        self.out = out
-        self.device = device
         longest = max(int(data.lengths.max()), data.time_limit or 0)
         drop = settings.dropout
-        self.model: HookedDecisionTransformer = HookedDecisionTransformer(
+        model: HookedDecisionTransformer = HookedDecisionTransformer(
             HookedDecisionTransformerConfig(
                 state_dim=data.states.shape[1],
                 act_dim=data.actions.shape[1],
@@ -199,48 +186,36 @@ class _Run:
                 resid_dropout=drop,
             )
         ).to(device)
-        self.model.facts = _facts(settings, data)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        model.facts = _facts(settings, data)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
+        super().__init__(settings, {}, out, model, optimizer)
+        self.data = data
         self.windows = Windows(data, settings.context, device)
-        self.step = 0
-        self.curve: list[dict[str, Any]] = []
-        self._losses = torch.zeros((), device=device)
-        self._counted = 0
 
     def finish(self, eval_every: int, eval_episodes: int, checkpoint_every: int, report: Callable[..., None]) -> None:
         """Train to the last step, evaluating and saving on the way."""
-        settings, began = self.settings, time.monotonic()
+        steps = self.settings.steps
         returns: dict[float, float] = {}
-        while self.step < settings.steps:
-            self._learn()
-            last = self.step == settings.steps
+        while self.step < steps:
+            self.learn()
+            last = self.step == steps
             if last or (eval_every and self.step % eval_every == 0):
                 returns = self._evaluate(eval_episodes) if eval_every else {}
-                self._note(returns, time.monotonic() - began)
-                self.model.train()
+                self.note(returns={f"{target:g}": round(value, 1) for target, value in returns.items()})
+                save_pretrained(self.model, self.out)  # as it is
             if last or self.step % checkpoint_every == 0:
-                self._save()
-            report(Progress(self.step, settings.steps, float(self._losses) / max(1, self._counted), returns))
+                self.save()
+            report(Progress(self.step, steps, self.mean_loss, returns))
         self.model.eval()
         save_pretrained(self.model, self.out)
 
-    def _learn(self) -> None:
-        self.model.train()
+    def loss(self) -> Tensor:
         batch = self.windows.sample(self.settings.batch_size, self.settings.early, self.settings.shortened)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
+        with self.autocast():
             predicted = self.model(**batch).action_preds
-        loss = _loss(predicted.float(), batch, self.data.discrete)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimizer.step()
-        self.step += 1
-        self._losses += loss.detach()
-        self._counted += 1
+        return _loss(predicted.float(), batch, self.data.discrete)
 
     def can_evaluate(self, insist: bool) -> bool:
         """Whether the environment is there and fits; said now rather than at the first evaluation."""
@@ -270,65 +245,6 @@ class _Run:
                 )
                 for target in self.settings.targets
             }
-
-    def _note(self, returns: dict[float, float], seconds: float) -> None:
-        """Add a row to the curve and write the model as it is."""
-        self.curve.append(
-            {
-                "step": self.step,
-                "loss": float(self._losses) / max(1, self._counted),
-                "lr": self.settings.rate(self.step - 1),
-                "seconds": round(seconds, 1),
-                "returns": {f"{target:g}": round(value, 1) for target, value in returns.items()},
-            }
-        )
-        self._losses.zero_()
-        self._counted = 0
-        save_pretrained(self.model, self.out)
-
-    def _save(self) -> None:
-        state = {
-            "settings": json.dumps(asdict(self.settings)),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "losses": self._losses,
-            "counted": self._counted,
-            "curve": json.dumps(self.curve),
-        }
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            partial = self.out / f"{CHECKPOINT}.partial"
-            torch.save(state, partial)
-            partial.replace(self.out / CHECKPOINT)
-            lines = "".join(json.dumps(row) + "\n" for row in self.curve)
-            (self.out / CURVE).write_text(lines, encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            raise DtLensError(f"The checkpoint cannot be written to {self.out}: {error}.") from error
-
-    def resume(self) -> None:
-        """Continue from the checkpoint in ``out``, where there is one."""
-        file = self.out / CHECKPOINT
-        if not file.exists():
-            return
-        try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
-            settings = json.loads(state["settings"])
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise DtLensError(f"{file} cannot be read as a training checkpoint; delete it to start again.") from error
-        mine = json.loads(json.dumps(asdict(self.settings)))
-        other = [name for name, value in mine.items() if settings.get(name) != value]
-        if other:
-            raise DtLensError(
-                f"{self.out} holds a run with another {', '.join(other)}; choose another folder or do not resume."
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
-        self.step = state["step"]
-        self.curve = json.loads(state["curve"])
-        self._losses, self._counted = state["losses"], state["counted"]
 
 
 def _loss(predicted: Tensor, batch: dict[str, Tensor], discrete: bool) -> Tensor:
