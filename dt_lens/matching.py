@@ -146,9 +146,14 @@ class MetLabels:
         return found
 
     def null(self, span: int, seed: int) -> HaarMaximum:
-        """The null of the best match of one direction, or of one span of directions."""
+        """The null of the best match of one direction, or of one span of directions, turned at random."""
+        return HaarMaximum.of(self.for_null, self.dimension if self.whole else None, seed, span)
+
+    @property
+    def for_null(self) -> Array | LabelBlocks:
+        """The rows as nulls take them: at once, or a block at a time."""
         if self.whole:
-            return HaarMaximum.of(self._rows, self.dimension, seed, span)
+            return self._rows
         kept = np.concatenate([begin + np.flatnonzero(rows.any(1)) for begin, rows in self._blocks(self.width)])
 
         def rows_of(index: NDArray[np.int64]) -> Array:
@@ -159,5 +164,4 @@ class MetLabels:
             for _, rows in self._blocks(self.width):
                 yield np.asarray(rows[rows.any(1)], dtype=np.float32)
 
-        labels = LabelBlocks(len(kept), self.width, self.centred, rows_of, blocks)
-        return HaarMaximum.of(labels, seed=seed, span=span)
+        return LabelBlocks(len(kept), self.width, self.centred, rows_of, blocks)

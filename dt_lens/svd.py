@@ -6,7 +6,7 @@ import hashlib
 import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError
 from dt_lens.kept_results import KeptResults
 from dt_lens.matching import Best, MetLabels
 from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint, select_matrices
-from dt_lens.nulls import HaarMaximum, frame_maximum, q_values
+from dt_lens.meetings import Meeting
+from dt_lens.nulls import HaarMaximum, Null, q_values
 from dt_lens.progress import Tell, reporting, silent
+from dt_lens.scan_nulls import CovarianceSource, NullSource, Pools, draw_pools, require_null
 
 if TYPE_CHECKING:
     from dt_lens.label_text import Filter, Rule
@@ -32,53 +34,9 @@ __all__ = ["COLUMNS", "Decomposition", "WeightSVD"]
 
 COLUMNS = ["matrix", "layer", "head", "side", "sv", "block", "sigma", "embedding", "label", "cosine"]
 COLUMNS += ["z", "p_value", "q_value"]
-STRONGEST = ["matrix", "side", "embedding", "sv", "label", "cosine", "null_median", "p_value", "q_value"]
-NULLS = ("haar",)
 DECOMPOSING = 0.6  # the share of a scan's time, more or less
 Array = NDArray[np.float64]
 Names = Sequence[str] | str
-
-
-class _Meeting(NamedTuple):
-    """A matrix side on the residual stream, and the labels that it is compared with."""
-
-    found: Decomposition
-    side: SideName
-    labels: MetLabels
-
-    @property
-    def directions(self) -> Array:
-        """``[k, d_model]``."""
-        return np.asarray(self.found.side(self.side).cpu().numpy())
-
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """The first direction of every block."""
-        return np.array([start for start, _ in self.found.blocks], dtype=np.int64)
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """How many directions every block holds."""
-        return np.array([stop - start for start, stop in self.found.blocks], dtype=np.int64)
-
-    def columns(self, cosine: Array, label: NDArray[np.int64], z: Array, p: Array) -> dict[str, Any]:
-        """The columns of the table, an entry for each block."""
-        matrix, embedding, starts = self.found.matrix, self.labels.embedding, self.starts
-        count, names = len(starts), embedding.labels
-        return {
-            "matrix": np.full(count, matrix.name, dtype=object),
-            "layer": np.full(count, matrix.layer),
-            "head": np.full(count, -1 if matrix.head is None else matrix.head),
-            "side": np.full(count, self.side, dtype=object),
-            "sv": starts,
-            "block": self.sizes,
-            "sigma": self.found.sigma.cpu().numpy()[starts],
-            "embedding": np.full(count, embedding.name, dtype=object),
-            "label": np.array([names[i] for i in label], dtype=object),
-            "cosine": cosine,
-            "z": z,
-            "p_value": p,
-        }
 
 
 class WeightSVD:
@@ -156,38 +114,51 @@ class WeightSVD:
     def scan(
         self,
         matrices: Names | None = None,
-        null: str = "haar",
+        null: str | Pools = "haar",
         seed: int = 0,
         embeddings: Names | None = None,
         progress: bool | Tell = False,
+        *,
+        activations: Any = None,
+        draws: int | None = None,
     ) -> pd.DataFrame:
         """What every direction of every matrix matches best, with the chance of a match as good.
 
         A row is one direction, or one block of directions that cannot be told apart, against one embedding: the label
         of largest absolute cosine (for a block, of largest projection on its span, which has no sign), ``z`` and
-        ``p_value`` under the null that the direction or span is rotated at random (the maximum over the labels), and
-        ``q_value`` by Benjamini-Hochberg over the whole table.
+        ``p_value`` of a best match (the maximum over the labels) under the null, and ``q_value`` by Benjamini-Hochberg
+        over the whole table.
 
         Args:
             matrices: shell patterns such as ``"*.W_in"``; every catalogued matrix when ``None``.
-            null: ``"haar"``.
+            null: what a direction without meaning is: ``"haar"``, turned at random; ``"covariance"``, drawn from the
+                Gaussian of what its side of the matrix meets; ``"untrained"`` or ``"shuffled"``, found in a freshly
+                initialised model or in weights whose entries are in random order. Or what ``pools`` gave. The classes
+                in ``dt_lens.nulls`` tell how each is computed.
             seed: of the null's Monte Carlo part.
             embeddings: names (patterns) to compare with on every side; by default input embeddings meet reading sides
                 and output embeddings writing sides.
             progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
+            activations: for ``"covariance"``: what ``dt_lens.collect_activations`` gives, a file of them, or a
+                covariance ``[d_model, d_model]`` to be used on every side.
+            draws: for ``"untrained"`` and ``"shuffled"`` how many models are drawn, 20 by default: with ``B`` pooled
+                matches no p-value is below ``1 / (1 + B)`` (``table.attrs["smallest_p"]``). For ``"covariance"`` how
+                many directions are drawn for each null.
 
         Returns:
             a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value
             q_value``; ``sv`` is the direction, or the first of ``block`` directions that cannot be told apart.
-            ``table.attrs`` tells what was folded, which embeddings are untrained heads, the null and the seed.
+            ``table.attrs`` tells what was folded, which embeddings are untrained heads, the null, what it ``assumes``,
+            and the seed.
 
         Raises:
             DtLensError: for an unknown matrix, embedding or null, or values that are not finite.
         """
-        if null not in NULLS:
-            raise DtLensError(f"Unknown null {null!r}; known are {', '.join(NULLS)}." + nearest(null, NULLS))
         with reporting(progress) as tell:
-            parts = self._parts(self._meetings(matrices, embeddings, tell), seed, tell)
+            require_null(null if not isinstance(null, Pools) else null.name)
+            meetings = self.meetings(matrices, embeddings, tell)
+            source = self._source(null, meetings, seed, activations, draws, tell)
+            parts = self._parts(meetings, source, tell)
         columns: dict[str, Any] = {
             name: np.concatenate([part[name] for part in parts]) if parts else [] for name in COLUMNS[:-1]
         }
@@ -196,19 +167,62 @@ class WeightSVD:
         table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
         table.attrs = {
             "fold_layernorm": self.fold_layernorm,
-            "null": null,
-            "seed": seed,
+            **source.told(),
+            "seed": null.seed if isinstance(null, Pools) else seed,
             "untrained": [e.name for e in self.registry.values() if not e.trained],
         }
         return table
 
-    def _meetings(self, matrices: Names | None, embeddings: Names | None, tell: Tell) -> list[_Meeting]:
+    def pools(
+        self,
+        null: str,
+        matrices: Names | None = None,
+        embeddings: Names | None = None,
+        *,
+        seed: int = 0,
+        draws: int | None = None,
+        progress: bool | Tell = False,
+    ) -> Pools:
+        """The best matches of drawn models, for ``scan(null=pools)`` and ``strongest(null=pools)``.
+
+        Drawing is what takes long; pools of ``"untrained"`` models serve every model of the same shape.
+
+        Args: as for ``scan``.
+
+        Raises:
+            DtLensError: for a null that is not ``"untrained"`` or ``"shuffled"``, and as ``scan`` does.
+        """
+        with reporting(progress) as tell:
+            return draw_pools(self, null, self.meetings(matrices, embeddings), seed, draws, tell)
+
+    def _source(
+        self, null: str | Pools, meetings: list[Meeting], seed: int, activations: Any, draws: int | None, tell: Tell
+    ) -> NullSource:
+        if isinstance(null, Pools):
+            return null
+        if activations is not None and null != "covariance":
+            raise DtLensError(f"activations= are of use for null='covariance', not for {null!r}; leave them out.")
+        if null == "haar":
+            return _Rotations(self, seed)
+        if null == "covariance":
+            lens = Snapshot.of(self.model)
+            return CovarianceSource(lens, activations, self.fold_layernorm, seed, draws, self._kept)
+        return draw_pools(self, null, meetings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
+
+    def like(self, drawn: Any) -> WeightSVD:
+        """The same questions to another model of the same shape."""
+        registry = self._named if self._registry is None else drawn.embeddings
+        return WeightSVD(drawn, self.rank, registry, self.fold_layernorm)
+
+    def meetings(
+        self, matrices: Names | None = None, embeddings: Names | None = None, tell: Tell = silent
+    ) -> list[Meeting]:
         """Every matrix side on the residual stream with every embedding that it is to be compared with."""
         lens = Snapshot.of(self.model)
         named = self._named if embeddings is None else embeddings
         chosen = self.registry.select(named)
         seen: dict[tuple[str, bool], MetLabels] = {}  # the same rows meet many matrices
-        meetings: list[_Meeting] = []
+        meetings: list[Meeting] = []
         wanted = select_matrices(lens, matrices)
         for number, matrix in enumerate(wanted):
             tell(f"decomposing {matrix.name}", DECOMPOSING * number / len(wanted))
@@ -220,10 +234,10 @@ class WeightSVD:
                     key = (embedding.name, self._centred(matrix, side))
                     if key not in seen:
                         seen[key] = MetLabels(embedding, self.fold_layernorm, key[1])
-                    meetings.append(_Meeting(found, side, seen[key]))
+                    meetings.append(Meeting(found, side, seen[key]))
         return meetings
 
-    def _parts(self, meetings: list[_Meeting], seed: int, tell: Tell) -> list[dict[str, Any]]:
+    def _parts(self, meetings: list[Meeting], source: NullSource, tell: Tell) -> list[dict[str, Any]]:
         """The columns of every meeting. All that meet the same labels do so at once: a vocabulary is read once."""
         groups: dict[int, list[int]] = {}
         for place, meeting in enumerate(meetings):
@@ -234,20 +248,20 @@ class WeightSVD:
             share = DECOMPOSING + (1 - DECOMPOSING) * number / len(groups)
             tell(f"comparing with {labels.embedding.name}", share)
             best = self._best(labels, some)
-            sizes = np.concatenate([meeting.sizes for meeting in some])
-            p, z = np.ones(len(sizes)), np.zeros(len(sizes))
-            for size in np.unique(sizes):
-                tell(f"drawing the null of {labels.embedding.name}", share)
-                null, these = self._null(labels, int(size), seed), sizes == size
-                p[these], z[these] = null.p_value(best.length[these]), null.z(best.length[these])
+            tell(f"drawing the null of {labels.embedding.name}", share)
             begin = 0
             for place, meeting in zip(places, some, strict=True):
-                mine = slice(begin, begin + len(meeting.sizes))
-                begin = mine.stop
-                parts[place] = meeting.columns(best.cosine[mine], best.label[mine], z[mine], p[mine])
+                sizes = meeting.sizes
+                mine = slice(begin, begin + len(sizes))
+                begin, lengths = mine.stop, best.length[mine]
+                p, z = np.ones(len(sizes)), np.zeros(len(sizes))
+                for size in np.unique(sizes):
+                    null, these = source.null(meeting, int(size)), sizes == size
+                    p[these], z[these] = null.p_value(lengths[these]), null.z(lengths[these])
+                parts[place] = meeting.columns(best.cosine[mine], best.label[mine], z, p)
         return parts
 
-    def _best(self, labels: MetLabels, meetings: list[_Meeting]) -> Best:
+    def _best(self, labels: MetLabels, meetings: list[Meeting]) -> Best:
         """The best label of every block of directions of these matrix sides, one after the other."""
         directions = np.concatenate([meeting.directions for meeting in meetings])
         before = np.cumsum([0, *(len(meeting.directions) for meeting in meetings)])
@@ -271,7 +285,8 @@ class WeightSVD:
     def _labels(self, matrix: Matrix, side: SideName, embedding: Embedding) -> MetLabels:
         return MetLabels(embedding, self.fold_layernorm, self._centred(matrix, side))
 
-    def _null(self, labels: MetLabels, span: int, seed: int) -> HaarMaximum:
+    def rotations(self, labels: MetLabels, span: int, seed: int) -> HaarMaximum:
+        """The null of a random rotation; kept."""
         key = (labels.digest, labels.dimension, span, seed)
         if key not in self._nulls:
             kept = self._kept if not labels.whole else KeptResults(None)
@@ -285,38 +300,24 @@ class WeightSVD:
         embeddings: Names | None = None,
         samples: int = 1000,
         seed: int = 0,
+        null: str | Pools = "haar",
+        draws: int | None = None,
     ) -> pd.DataFrame:
-        """The best match of each whole matrix with each embedding; all its directions are rotated at once.
+        """The best match of each whole matrix with each embedding: "I looked at every direction and label and saw 0.24".
 
-        The null for "I looked at every direction and every label and saw 0.24". ``p_value`` is the share of ``samples``
-        random rotations with a match as good, or the union bound over the directions where that is smaller: a share
-        cannot be smaller than ``1 / (samples + 1)``.
+        Under ``"haar"`` all directions are rotated at once: ``p_value`` is the share of ``samples`` random rotations
+        with a match as good, or the union bound over the directions where that is smaller, since a share cannot be
+        smaller than ``1 / (samples + 1)``. Under ``"untrained"`` and ``"shuffled"`` it is the share among the matrices
+        of the same kind in ``draws`` models. ``"covariance"`` says nothing of whole frames.
 
         Args: as for ``scan``.
 
         Returns:
             a DataFrame ``matrix side embedding sv label cosine null_median p_value q_value``.
         """
-        draws: dict[tuple[Any, ...], Array] = {}
-        table: list[tuple[Any, ...]] = []
-        for found, side, rows in self._meetings(matrices, embeddings, silent):
-            if not len(found.sigma):
-                continue
-            cosines = rows.cosines(found.side(side).cpu().numpy())
-            sv, label = np.unravel_index(int(np.abs(cosines).argmax()), cosines.shape)
-            key = (rows.digest, len(cosines), rows.dimension)
-            if key not in draws:
-                draws[key] = frame_maximum(rows.directions, len(cosines), rows.dimension, samples, seed)
-            value, drawn = float(cosines[sv, label]), draws[key]
-            share = (1 + int((drawn >= abs(value)).sum())) / (1 + samples)
-            # Both are monotone in the same statistic, so the smaller of the two is as valid as either.
-            p = min(share, len(cosines) * float(self._null(rows, 1, seed).p_value(value)))
-            name, labels = rows.embedding.name, rows.embedding.labels
-            median = float(np.median(drawn))
-            table.append((found.matrix.name, side, name, int(sv), labels[int(label)], value, median, p))
-        frame = pd.DataFrame(table, columns=STRONGEST[:-1])
-        frame["q_value"] = q_values(frame["p_value"].to_numpy(dtype=np.float64))
-        return frame
+        from dt_lens.strongest import strongest
+
+        return strongest(self, matrices, embeddings, samples, seed, null, draws)
 
     def cosines(self, matrix: str, embedding: str, side: SideName | None = None, k: int | None = None) -> pd.DataFrame:
         """The cosines of one matrix's first ``k`` directions (rows, by ``sv``) with one embedding's labels (columns).
@@ -390,3 +391,16 @@ class WeightSVD:
                 f"say {' or '.join(sides)}."
             )
         return side
+
+
+class _Rotations:
+    """The nulls of random rotations, which a ``WeightSVD`` keeps."""
+
+    def __init__(self, svd: WeightSVD, seed: int) -> None:
+        self._svd, self._seed = svd, seed
+
+    def null(self, meeting: Meeting, span: int) -> Null:
+        return self._svd.rotations(meeting.labels, span, self._seed)
+
+    def told(self) -> dict[str, Any]:
+        return {"null": "haar", "assumes": HaarMaximum.assumes}

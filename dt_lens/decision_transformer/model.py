@@ -312,6 +312,22 @@ class HookedDecisionTransformer(SharingModule):
         shape = getattr(self.embed["state"], "state_shape", (self.cfg.state_dim,))
         return random_batch(self.cfg, shape, self.get_parameter("embed.return_to_go.W"), seed)
 
+    def untrained(self, seed: int = 0) -> HookedDecisionTransformer:
+        """A model of the same shape before any training, repeatable by ``seed``.
+
+        Of a state encoder of the user's own every part starts anew that can (``reset_parameters``).
+        """
+        encoder = self.embed["state"]
+        own = None if isinstance(encoder, Linear) else copy.deepcopy(encoder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for part in () if own is None else own.modules():
+                if callable(getattr(part, "reset_parameters", None)):
+                    part.reset_parameters()
+            fresh = HookedDecisionTransformer(self.cfg, own)
+        fresh.facts = self.facts
+        return fresh.eval()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedDecisionTransformer:
         """A copy on memory of its own, looking at no original; edits in force are copied as plain weights."""
         encoder = self.embed["state"]

@@ -231,6 +231,14 @@ class HookedLanguageModel(HookedRootModule):
         if self._check_shared is not None:
             self._check_shared(names)
 
+    def untrained(self, seed: int = 0) -> HookedLanguageModel:
+        """A model of the same class and configuration before any training, repeatable by ``seed``."""
+        model: Any = self.model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = type(model)(copy.deepcopy(model.config)).eval()
+        return HookedLanguageModel(fresh, self.family, self.cfg)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedLanguageModel:
         """A lens on a copy of the model, on memory of its own; edits in force are copied as plain weights."""
         return HookedLanguageModel(copy.deepcopy(self.model, memo), self.family, self.cfg, self.tokenizer)

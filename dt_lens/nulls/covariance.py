@@ -140,7 +140,7 @@ class CovarianceMaximum:
 
 
 def _stretched(t: Array) -> Array:
-    """The scale on which the log of a chance is nearly straight: for a round Gaussian it falls like ``(1 - t^2)^(d/2)``."""
+    """The scale on which the log of a chance is nearly straight; of a round Gaussian's, like ``(1 - t^2)^(d/2)``."""
     return np.asarray(-np.log1p(-np.minimum(np.square(t), 1 - 1e-15)))
 
 
@@ -286,8 +286,8 @@ def _quadrature(grid: Array, fallen: CubicSpline[Any], values: Array) -> tuple[A
 def _at(t: Array, support: Array, z: Array, dz: Array, log_p: Array, fallen: CubicSpline[Any], grid: Array) -> Array:
     """The log of the labels' summed chances at matches ``t [q]``, from what each has on the grid, ``[n, k]``.
 
-    ``log w`` is interpolated as a function of ``z = log(F / (support - F))``, which it equals for a round Gaussian; then
-    the chance's deviation from ``exp(-depth / 2)``, which changes slowly, as a function of ``log w``.
+    ``log w`` is interpolated as a function of ``z = log(F / (support - F))``, which it equals for a round Gaussian;
+    then the chance's deviation from ``exp(-depth / 2)``, which changes slowly, as a function of ``log w``.
     """
     n, last = len(z), len(grid) - 1
     slow = log_p + fallen(grid) / 2
