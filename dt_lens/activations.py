@@ -26,7 +26,7 @@ from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.matrices import Matrix, Weighted, fingerprint
 
 if TYPE_CHECKING:
-    from dt_lens.changes import LowRank
+    from dt_lens.low_rank import LowRank
 
 __all__ = ["Activations", "Moments"]
 

@@ -12,22 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
-from dt_lens.matrices import Factor, Matrix, Snapshot, fingerprint, weight_bytes
+from dt_lens.low_rank import LowRank, Placed, spectrum_of
+from dt_lens.matrices import Matrix, Snapshot, fingerprint, weight_bytes
 
 if TYPE_CHECKING:
+    from dt_lens.activations import Activations
     from dt_lens.directions import Decomposition
     from dt_lens.lens import Lens
 
-__all__ = ["Edit", "LowRank", "spectrum_of", "suspended", "unedited"]
-
-LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
+__all__ = ["Edit", "suspended", "unedited"]
 
 # Where the forward pass shows what a weight does, straight after it.
 SHOWN_AT = {
@@ -39,19 +38,6 @@ SHOWN_AT = {
     "W_gate": "mlp.hook_pre",
     "W_out": "hook_mlp_out",
 }
-
-
-class Placed(NamedTuple):
-    """A change of one weight, ``left @ right`` of a factor of it: kept thin, so that many edits fit in memory."""
-
-    factor: Factor
-    left: Float[Tensor, "d_left r"]
-    right: Float[Tensor, "r d_right"]
-
-    def dense(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The change of the whole weight, float64, on its device."""
-        device = weights[self.factor.weight].device
-        return self.factor.scatter(self.left.to(device) @ self.right.to(device), weights)
 
 
 @dataclass
@@ -173,8 +159,20 @@ class Edit:
         """Whether the edit is in force now."""
         return any(edit is self for edit in state_of(self.model).edits)
 
-    def control(self, seed: int = 0) -> Edit:
-        """A random edit of the same energy and rank at the same place."""
+    def output_energy(self, activations: Activations) -> float:
+        """``sqrt(E ||x @ delta||^2)`` over the real inputs ``x`` of the raw matrix: the size of what the edit changes.
+
+        Raises:
+            DtLensError: when what the matrix reads is not among ``activations``, or they are another model's.
+        """
+        return activations.of(self.matrix, unedited(self.model)).energy(self._delta)
+
+    def control(self, seed: int = 0, activations: Activations | None = None) -> Edit:
+        """A random edit of the same energy and rank at the same place; with ``activations``, of the same output energy.
+
+        Raises:
+            DtLensError: as ``output_energy`` does.
+        """
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -352,10 +350,3 @@ def _shielded() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if pending:
             signal.raise_signal(signal.SIGINT)
-
-
-def spectrum_of(delta: LowRank) -> Float[Tensor, " r"]:
-    """The singular values of ``left @ right``, largest first, without forming the product."""
-    left, right = delta
-    spectrum: Tensor = torch.linalg.svdvals(torch.linalg.qr(left)[1] @ torch.linalg.qr(right.T)[1].T)
-    return spectrum

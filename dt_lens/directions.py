@@ -19,7 +19,7 @@ from dt_lens.embeddings import Embedding
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, Weighted
 
-__all__ = ["MAX_ANGLE", "Decomposition", "decompose_matrix"]
+__all__ = ["MAX_ANGLE", "Decomposition", "blocks_of", "decompose_matrix", "rounding_noise", "with_canonical_signs"]
 
 # Two singular vectors count as told apart when rounding the weights mixes them by less than this many radians ...
 MAX_ANGLE = 0.1
@@ -41,6 +41,9 @@ class Decomposition:
         blocks: the directions in groups, ``[start, stop)``; a group of more than one holds sigmas too close to tell
             apart under rounding of the weights, and only its span means anything.
         error: the largest relative residual, measured; see ``dt_lens.decompose.SVD``.
+        gain: of directions weighted by activations (``dt_lens.weighted_directions``): how long ``M right_i`` is; sigma
+            is then the standard deviation of the output along ``right_i``, and the left rows are not orthogonal.
+        activations: the digest of those activations, or an empty string.
     """
 
     matrix: Matrix
@@ -50,10 +53,18 @@ class Decomposition:
     folded: bool
     blocks: tuple[tuple[int, int], ...]
     error: float
+    gain: Float[Tensor, " k"] | None = None
+    activations: str = ""
+
+    @property
+    def strength(self) -> Float[Tensor, " k"]:
+        """``M right_i = strength_i left_i``: sigma, unless the directions are weighted by activations."""
+        return self.sigma if self.gain is None else self.gain
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the matrix, as tensors that a file can hold."""
-        return {
+        weighted = {} if self.gain is None else {"gain": self.gain, "activations": _text_tensor(self.activations)}
+        return weighted | {
             "sigma": self.sigma,
             "left": self.left,
             "right": self.right,
@@ -66,7 +77,9 @@ class Decomposition:
         """The inverse of ``tensors``."""
         blocks = tuple((start, stop) for start, stop in kept["blocks"].tolist())
         error, folded = kept["error"].tolist()
-        return cls(matrix, kept["sigma"], kept["left"], kept["right"], bool(folded), blocks, error)
+        digest = bytes(kept["activations"].tolist()).decode() if "gain" in kept else ""
+        parts = kept["sigma"], kept["left"], kept["right"]
+        return cls(matrix, *parts, bool(folded), blocks, error, kept.get("gain"), digest)
 
     def side(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
         """The directions on a side by its name (``None``: the only side on the residual stream).
@@ -135,6 +148,7 @@ class Decomposition:
     def __repr__(self) -> str:
         sides = f"{self.matrix.left} [{self.left.shape[1]}] -> {self.matrix.right} [{self.right.shape[1]}]"
         how = "folded" if self.folded else "raw"
+        how += f", weighted by the activations {self.activations}" if self.activations else ""
         return (
             f"Decomposition({self.matrix.name}, {len(self.sigma)} directions, {sides}, {how}, error {self.error:.0e})"
         )
@@ -155,13 +169,24 @@ def decompose_matrix(
         found = decompose(factors, rank, _floor(lens, matrix, folded), _unknown(lens, matrix, rank, folded))
     except DtLensError as error:
         raise DtLensError(f"{matrix.name}: {error}") from error
-    sign_side = found.left if matrix.left in RESIDUAL else found.right
     del factors
-    largest = sign_side.gather(1, sign_side.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(found.sigma)
-    left, right = found.left * signs, found.right * signs
+    left, right = with_canonical_signs(matrix, found.left, found.right)
     noise = rounding_noise(lens, matrix, left, right, folded)
-    return Decomposition(matrix, found.sigma, left, right, folded, _blocks(found.sigma, noise), found.error)
+    return Decomposition(matrix, found.sigma, left, right, folded, blocks_of(found.sigma, noise), found.error)
+
+
+def _text_tensor(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def with_canonical_signs(
+    matrix: Matrix, left: Float[Tensor, "k d_left"], right: Float[Tensor, "k d_right"]
+) -> tuple[Tensor, Tensor]:
+    """The rows turned so that the largest entry of the first side on the residual stream is positive."""
+    sign_side = left if matrix.left in RESIDUAL else right
+    largest = sign_side.gather(1, sign_side.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(left)
+    return left * signs, right * signs
 
 
 def _floor(lens: Snapshot, matrix: Matrix, folded: bool) -> float:
@@ -243,7 +268,7 @@ def _ulp(weight: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, ulp.clamp_min(kind.tiny * kind.eps))
 
 
-def _blocks(sigma: Float[Tensor, " k"], noise: Float[Tensor, " k"]) -> tuple[tuple[int, int], ...]:
+def blocks_of(sigma: Float[Tensor, " k"], noise: Float[Tensor, " k"]) -> tuple[tuple[int, int], ...]:
     """Neighbours share a block when rounding may mix them by more than ``MAX_ANGLE``.
 
     To first order two directions mix by ``(sigma_i a + sigma_j b) / (sigma_i^2 - sigma_j^2)``, where ``a`` and ``b``

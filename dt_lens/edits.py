@@ -6,28 +6,27 @@ rank one, added to the weight; nothing is rebuilt from the full decomposition.
 
 from __future__ import annotations
 
-import hashlib
-import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.changes import Edit, LowRank, Placed, spectrum_of, state_of, unedited
+from dt_lens.changes import Edit, state_of, unedited
+from dt_lens.controls import Control
 from dt_lens.directions import Decomposition, decompose_matrix
-from dt_lens.errors import DtLensError, nearest
-from dt_lens.matrices import Matrix, SideName, Snapshot, find_matrix, fingerprint, unfold
+from dt_lens.errors import DtLensError
+from dt_lens.low_rank import LowRank, carry, lost_to_rounding
+from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint
+from dt_lens.replacements import VALUES, Replacements, Value, whole_number
+from dt_lens.weighted_directions import decompose_weighted
 
 if TYPE_CHECKING:
+    from dt_lens.activations import Activations
     from dt_lens.lens import Lens
 
-__all__ = ["Control", "Edit", "SingularEdit", "load_edit"]
-
-Value = Literal["constant", "zero", "flip", "random"]
-VALUES: tuple[str, ...] = ("constant", "zero", "flip", "random")
+__all__ = ["VALUES", "Control", "Edit", "SingularEdit", "load_edit"]
 
 
 class SingularEdit(Edit):
@@ -40,22 +39,32 @@ class SingularEdit(Edit):
     Args:
         model: a wrapped model.
         matrix: a catalogued name, ``"blocks.0.mlp.W_in"``, ``"blocks.2.attn.OV.0"``.
-        sv: which singular directions, largest sigma first: an index, a list or a slice. The count is that of the
-            unedited matrix, also inside another edit.
+        sv: which singular directions, largest sigma first: an index, a list or a slice; negative ones count from the
+            smallest. The count is that of the unedited matrix, also inside another edit.
         side: the side whose vector is replaced; by default the matrix's only side on the residual stream (OV and QK
             need it said).
         value: what the unit vector becomes: ``"constant"`` (every entry 1/d, the edit this project grew from),
             ``"zero"`` (the direction is removed), ``"flip"``, ``"random"`` (a random unit vector; ``seed=``), a float
             (scales sigma), or a vector ``[d]``. On a folded side the vector's mean is dropped: the LayerNorm would
-            remove it, and the constant edit is a removal there.
+            remove it, and the constant edit is a removal there. On a side that faces the residual stream also a
+            direction of one of the model's embeddings: ``("action_out", "thigh")`` or ``{"replace": ["action_out",
+            "thigh"]}`` takes the vector's place at length one; ``("action_out", "thigh", 30)`` or ``{"towards":
+            ["action_out", "thigh"], "angle": 30}`` turns it by 30 degrees in the plane of the two, past it or away
+            (a negative angle) as far as you like. A label may be a row's number. The embedding's nearer pole is
+            meant, so that turning by less than 90 degrees is the shorter way; with ``fold_layernorm`` its effective
+            direction, as a ``WeightSVD`` compares, else the raw one.
         head: one head's own ``W_Q``, ``W_K``, ``W_V`` or ``W_O``, or which head's ``OV`` or ``QK``.
         seed: of ``value="random"``.
         fold_layernorm: whether directions are those of the folded matrix.
         decomposition: the matrix's ``Decomposition``, to save computing it again.
+        activations: count directions by the spread of the output on these real inputs, as a ``WeightSVD`` with the same
+            activations does: ``M`` is the sum of ``(M v_i) v_i^T`` over the output's principal axes ``v_i``, and
+            removing a direction leaves ``M - (M v_i) v_i^T``. See ``dt_lens.weighted_directions``.
 
     Attributes:
         matrix, sv, side, value, seed: what was asked for, ``sv`` as a list of indices, the matrix as catalogued.
-        sigma: the sigmas of the edited directions.
+        sigma: the sigmas of the edited directions: with ``activations`` the output's standard deviations along them.
+        activations: the digest of the activations by which directions are weighted, or an empty string.
         folded: whether a LayerNorm is folded in.
         note: what a reader of the result has to know, or an empty string.
 
@@ -71,11 +80,12 @@ class SingularEdit(Edit):
         sv: int | Sequence[int] | slice = 0,
         *,
         side: SideName | None = None,
-        value: Value | float | Tensor | Sequence[float] = "constant",
+        value: Value | float | Tensor | Sequence[Any] | Mapping[str, Any] = "constant",
         head: int | None = None,
         seed: int = 0,
         fold_layernorm: bool = True,
         decomposition: Decomposition | None = None,
+        activations: Activations | None = None,
     ) -> None:
         if not hasattr(model, "structure") or not hasattr(model, "weights"):
             raise DtLensError(
@@ -91,20 +101,32 @@ class SingularEdit(Edit):
         where = found.side(side)
         self.side: SideName = found.left if where == "left" else found.right
         self.folded = fold_layernorm and found.foldable
-        self.seed = _whole(seed, "seed")
+        self.seed = whole_number(seed, "seed")
+        self.activations = "" if activations is None else activations.digest
+        rank = _rank_for(sv)
         if decomposition is None:
-            decomposition = _decomposed(model, bare, found, _rank_for(sv), fold_layernorm)
+            decomposition = _decomposed(model, bare, found, rank, fold_layernorm, activations)
         else:
-            _require_fit(decomposition, bare, found, self.folded)
+            _require_fit(decomposition, bare, found, self.folded, self.activations, whole=rank is None)
         self.sv = _indices(sv, len(decomposition.sigma), found.name)
         rows = torch.tensor(self.sv, device=decomposition.sigma.device)
-        sigma, left, right = (part[rows] for part in (decomposition.sigma, decomposition.left, decomposition.right))
+        sigma, strength = decomposition.sigma[rows], decomposition.strength[rows]
+        left, right = decomposition.left[rows], decomposition.right[rows]
         old = left if where == "left" else right
-        self.value: Value | float | list[float]
-        new, self.value = _replacement(value, old, self.seed, self.folded and found.centred(where))
-        step = (new - old) * sigma[:, None]
+        made = Replacements(
+            model.embeddings,
+            folded=fold_layernorm,
+            centred=self.folded and found.centred(where),
+            residual=self.side in RESIDUAL,
+            seed=self.seed,
+        )
+        self.value: Value | float | list[float] | dict[str, Any]
+        new, self.value = made.of(value, old)
+        # A raw embedding and an effective one differ, also where there is no LayerNorm to fold.
+        self._fold_layernorm = fold_layernorm if isinstance(self.value, dict) else self.folded or not found.foldable
+        step = (new - old) * strength[:, None]
         change: LowRank = (step.T, right) if where == "left" else (left.T, step)
-        super().__init__(model, found, *_carry(bare, found, where, change, self.folded))
+        super().__init__(model, found, *carry(bare, found, where, change, self.folded))
         self.sigma: list[float] = sigma.tolist()
         self.blocks = sorted({decomposition.block_of(i) for i in self.sv})
         self.note = " ".join(self._remarks(bare, where))
@@ -135,22 +157,28 @@ class SingularEdit(Edit):
                 f"Heads {first} to {first + shared - 1} share {placed.weight.rpartition('.')[2]}, so the edit changes "
                 "what all of them do."
             )
-        lost = _lost_to_rounding(bare, self._placed)
+        lost = lost_to_rounding(bare, self._placed)
         if lost > 0.1:
             remarks.append(f"Rounding to the weights' precision alters the change by {lost:.0%} of its size.")
         return remarks
 
     def _refuse_overlap(self, edits: Sequence[Edit]) -> None:
         for other in edits:
-            if isinstance(other, SingularEdit) and other.matrix == self.matrix and set(other.sv) & set(self.sv):
+            # Directions of another weighting are others.
+            if not isinstance(other, SingularEdit) or other.activations != self.activations:
+                continue
+            if other.matrix == self.matrix and set(other.sv) & set(self.sv):
                 shared = min(set(other.sv) & set(self.sv))
                 raise DtLensError(
                     f"Direction {shared} of {self.matrix.name} is being edited already; end that edit first."
                 )
 
-    def control(self, seed: int = 0) -> Control:
-        """A random edit of the same energy and rank at the same place: same singular values, random vectors."""
-        return Control(self, seed)
+    def control(self, seed: int = 0, activations: Activations | None = None) -> Control:
+        """A random edit of the same energy and rank at the same place: same singular values, random vectors.
+
+        With ``activations`` of the same output energy on real inputs too; see ``Control``.
+        """
+        return Control(self, seed, activations)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -160,79 +188,45 @@ class SingularEdit(Edit):
             "side": self.side,
             "value": self.value,
             "seed": self.seed,
-            "fold_layernorm": self.folded or not self.matrix.foldable,
+            "fold_layernorm": self._fold_layernorm,
+            **({"activations": self.activations} if self.activations else {}),
         }
 
     @classmethod
-    def from_dict(cls, model: Lens, record: Mapping[str, Any]) -> Edit:
+    def from_dict(cls, model: Lens, record: Mapping[str, Any], activations: Activations | None = None) -> Edit:
         """The edit that a ``to_dict`` record describes, on ``model``; a control's record gives the control.
 
         Raises:
-            DtLensError: for a record that is none, or does not fit the model.
+            DtLensError: for a record that is none, does not fit the model, or names other activations.
         """
-        return load_edit(model, record)
+        return load_edit(model, record, activations)
 
     def __repr__(self) -> str:
-        value = self.value if isinstance(self.value, (str, float)) else "vector"
+        value = self.value if isinstance(self.value, (str, float, dict)) else "vector"
+        weighted = f"activations={self.activations}, " if self.activations else ""
         return (
-            f"SingularEdit({self.matrix.name}, sv={self.sv}, side={self.side!r}, value={value!r}, "
+            f"SingularEdit({self.matrix.name}, sv={self.sv}, side={self.side!r}, value={value!r}, {weighted}"
             f"energy={self.energy:.4g})"
         )
 
 
-class Control(Edit):
-    """A random edit of the same energy and rank at the same place as ``edit``; a function of the edit and the seed.
-
-    The change of the raw matrix keeps its singular values; its singular vectors are Haar-random in the space that the
-    edited weight can reach: everything, or for a circuit, which is edited through one factor, what the other factor
-    leaves open. It tells how much of an effect comes from changing anything at all by that much. Two edits of different
-    directions get different draws from one seed.
-
-    Attributes:
-        of: the edit whose control this is.
-        seed: which draw.
-    """
-
-    def __init__(self, edit: SingularEdit, seed: int = 0) -> None:
-        self.of = edit
-        self.seed = _whole(seed, "seed")
-        bare = unedited(edit.model)
-        matrix, where = edit.matrix, edit.matrix.side(edit.side)
-        spectrum = spectrum_of(edit.delta)
-        spectrum = spectrum[spectrum > spectrum[0] * 1e-12]
-        factors = matrix.raw(bare)
-        left_space = factors[0] if len(factors) == 2 and where == "right" else None
-        right_space = factors[1].T if len(factors) == 2 and where == "left" else None
-        place = f"{self.seed} {matrix.name} {edit.side} {edit.sv}"
-        drawn = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
-        generator = torch.Generator().manual_seed(drawn)
-        left = _random_frame(len(edit.delta[0]), len(spectrum), left_space, generator).to(spectrum)
-        right = _random_frame(len(edit.delta[1].T), len(spectrum), right_space, generator).to(spectrum)
-        super().__init__(edit.model, matrix, *_carry(bare, matrix, where, (left * spectrum, right.T), folded=False))
-
-    def control(self, seed: int = 0) -> Control:
-        """Another control of the same edit."""
-        return Control(self.of, seed)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "control", "seed": self.seed, "of": self.of.to_dict()}
-
-    def __repr__(self) -> str:
-        return f"Control(seed={self.seed}, energy={self.energy:.4g}, of={self.of!r})"
-
-
-def load_edit(model: Lens, record: Mapping[str, Any]) -> Edit:
+def load_edit(model: Lens, record: Mapping[str, Any], activations: Activations | None = None) -> Edit:
     """The edit that a record of ``to_dict`` describes, on ``model``.
 
+    Args:
+        model: a wrapped model.
+        record: the record.
+        activations: those that the record names by their digest, where it names any.
+
     Raises:
-        DtLensError: for a record that is none, or does not fit the model.
+        DtLensError: for a record that is none, does not fit the model, or names other activations.
     """
     try:
         kind = record["kind"]
         if kind == "control":
-            return Control(_singular(model, record["of"]), record["seed"])
+            return Control(_singular(model, record["of"], activations), record["seed"], _named(record, activations))
         if kind == "singular":
-            return _singular(model, record)
+            return _singular(model, record, activations)
     except (KeyError, TypeError, IndexError) as error:
         raise DtLensError(
             f"This is no record of an edit: {error} is missing or wrong; records come from to_dict()."
@@ -240,15 +234,23 @@ def load_edit(model: Lens, record: Mapping[str, Any]) -> Edit:
     raise DtLensError(f"Unknown kind of edit {kind!r}; known are singular and control.")
 
 
-def _singular(model: Lens, record: Mapping[str, Any]) -> SingularEdit:
+def _named(record: Mapping[str, Any], activations: Activations | None) -> Activations | None:
+    """The activations that a record was made with, where it was made with any."""
+    digest = record.get("activations")
+    if digest is None:
+        return None
+    if activations is None or activations.digest != digest:
+        have = "none were given" if activations is None else f"these are {activations.digest}"
+        raise DtLensError(
+            f"The record is of an edit made with the activations {digest}, and {have}; load them with Activations.load."
+        )
+    return activations
+
+
+def _singular(model: Lens, record: Mapping[str, Any], activations: Activations | None) -> SingularEdit:
     names = ("side", "value", "seed", "fold_layernorm")
-    return SingularEdit(model, record["matrix"], record["sv"], **{name: record[name] for name in names})
-
-
-def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise DtLensError(f"{name} is {value!r}; it must be a whole number.")
-    return operator.index(value)
+    options = {name: record[name] for name in names} | {"activations": _named(record, activations)}
+    return SingularEdit(model, record["matrix"], record["sv"], **options)
 
 
 def _rank_for(sv: Any) -> int | None:
@@ -260,26 +262,52 @@ def _rank_for(sv: Any) -> int | None:
     return None
 
 
-def _decomposed(model: Lens, bare: Snapshot, matrix: Matrix, rank: int | None, fold_layernorm: bool) -> Decomposition:
+def _decomposed(
+    model: Lens,
+    bare: Snapshot,
+    matrix: Matrix,
+    rank: int | None,
+    fold_layernorm: bool,
+    activations: Activations | None,
+) -> Decomposition:
     state = state_of(model)
-    key = (matrix, rank, fold_layernorm, fingerprint(bare, matrix))
+    key = (matrix, rank, fold_layernorm, fingerprint(bare, matrix), activations and activations.digest)
     if state.decomposed is None or state.decomposed[0] != key:
-        state.decomposed = (key, decompose_matrix(bare, matrix, rank, fold_layernorm))
+        if activations is None:
+            made = decompose_matrix(bare, matrix, rank, fold_layernorm)
+        else:
+            made = decompose_weighted(bare, matrix, activations, rank, fold_layernorm)
+        state.decomposed = (key, made)
     return state.decomposed[1]
 
 
-def _require_fit(given: Decomposition, bare: Snapshot, matrix: Matrix, folded: bool) -> None:
-    """A decomposition that the user hands over must be that of these weights."""
+def _require_fit(
+    given: Decomposition, bare: Snapshot, matrix: Matrix, folded: bool, activations: str, whole: bool
+) -> None:
+    """A decomposition that the user hands over must be that of these weights, and ``whole`` where all are counted."""
+    if given.activations != activations:
+        have = f"weighted by the activations {given.activations}" if given.activations else "plain"
+        want = f"the activations {activations}" if activations else "none"
+        raise DtLensError(f"The decomposition of {matrix.name} is {have}, and the edit was given {want}.")
     if given.matrix != matrix or given.folded != folded:
         have = f"{given.matrix.name} ({'folded' if given.folded else 'raw'})"
         raise DtLensError(
             f"The decomposition is that of {have}; the edit is of {matrix.name} ({'folded' if folded else 'raw'})."
         )
-    image = given.right.T
-    for factor in reversed(matrix.folded(bare) if folded else matrix.raw(bare)):
+    factors = matrix.folded(bare) if folded else matrix.raw(bare)
+    image, strength = given.right.T, given.strength
+    for factor in reversed(factors):
         image = factor.to(image) @ image
-    if not bool(torch.allclose(image, given.left.T * given.sigma, rtol=0, atol=1e-7 * float(given.sigma[:1].sum()))):
+    size = float(strength.max()) if len(strength) else 0.0
+    if not bool(torch.allclose(image, given.left.T * strength, rtol=0, atol=1e-7 * size)):
         raise DtLensError(f"The decomposition of {matrix.name} is that of other weights; leave it out.")
+    if whole and not activations:
+        M = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+        if float((M - image @ given.right.to(M)).norm()) > 1e-7 * size:
+            raise DtLensError(
+                f"The decomposition holds only the first {len(given.sigma)} directions of {matrix.name}, so none can "
+                "be counted from the last; leave it out."
+            )
 
 
 def _indices(sv: Any, k: int, name: str) -> list[int]:
@@ -290,7 +318,7 @@ def _indices(sv: Any, k: int, name: str) -> list[int]:
     else:
         many = not isinstance(sv, str) and np.ndim(sv) == 1
         try:
-            chosen = [_whole(i, "sv") for i in (sv if many else [sv])]
+            chosen = [whole_number(i, "sv") for i in (sv if many else [sv])]
         except DtLensError:
             raise DtLensError(f"sv is {sv!r}; it must be an index, a list of indices or a slice.") from None
     if not chosen:
@@ -304,88 +332,6 @@ def _indices(sv: Any, k: int, name: str) -> list[int]:
     return chosen
 
 
-def _replacement(
-    value: Any, old: Float[Tensor, "k d"], seed: int, centred: bool
-) -> tuple[Float[Tensor, "k d"], Value | float | list[float]]:
-    """The vectors that take the place of ``old``, without a mean where ``centred``; and the value for a record."""
-    new, kept = _wanted(value, old, seed)
-    if centred and kept == "constant":
-        new = torch.zeros_like(old)  # to the last bit
-    elif centred and (kept == "random" or isinstance(kept, list)):
-        new = new - new.mean(1, keepdim=True)
-    if kept == "random":
-        new = new / new.norm(dim=1, keepdim=True)
-    return new, kept
-
-
-def _wanted(value: Any, old: Float[Tensor, "k d"], seed: int) -> tuple[Tensor, Any]:
-    k, d = old.shape
-    if isinstance(value, str):
-        if value not in VALUES:
-            raise DtLensError(
-                f"value is {value!r}; it must be one of {', '.join(VALUES)}, a number, or a vector of {d} numbers."
-                + nearest(value, VALUES)
-            )
-        if value == "random":
-            return torch.randn(k, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(old), value
-        made = {"constant": torch.full_like(old, 1 / d), "zero": torch.zeros_like(old), "flip": -old}
-        return made[value], value
-    try:
-        given = torch.as_tensor(value).detach()
-        vector = torch.as_tensor(value, dtype=None if given.is_complex() else torch.float64).detach().to(old.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DtLensError(
-            f"value is a {type(value).__name__}; it must be one of {', '.join(VALUES)}, a number, or a vector."
-        ) from error
-    if given.dtype == torch.bool or given.is_complex() or tuple(vector.shape) not in ((), (d,)):
-        raise DtLensError(
-            f"value holds {given.dtype} numbers of shape {list(vector.shape)}; it must be one of {', '.join(VALUES)}, "
-            f"a real number, or a vector of {d} real numbers, the size of this side."
-        )
-    if not bool(torch.isfinite(vector).all()):
-        raise DtLensError("value holds NaN or infinite numbers; all must be finite.")
-    return (vector.expand(k, d) if vector.ndim else old * vector), vector.tolist()
-
-
-def _carry(
-    bare: Snapshot, matrix: Matrix, where: Literal["left", "right"], change: LowRank, folded: bool
-) -> tuple[LowRank, Placed]:
-    """A change of the (folded) matrix as a change of the raw matrix and of the one weight that makes it.
-
-    A circuit ``A B`` is edited in one factor: ``B += pinv(A) delta`` for the right side, ``A += delta pinv(B)`` for the
-    left one. Both are exact, because the side that stays lies in the span of the factor that stays.
-    """
-
-    def raw_left() -> Tensor:
-        norm = matrix.left_norm if folded else None
-        return change[0] if norm is None else unfold(change[0], bare.weights[f"{norm}.w"], norm)
-
-    def raw_right() -> Tensor:
-        norm = matrix.right_norm if folded else None
-        return change[1] if norm is None else unfold(change[1].T, bare.weights[f"{norm}.w"], norm).T
-
-    if len(matrix.factors) == 1:
-        delta = raw_left(), raw_right()
-        return delta, Placed(matrix.factors[0], *delta)
-    # Through the factor that stays, as the stream meets it; the raw matrix changes by the raw factor times the same.
-    raw, seen = matrix.raw(bare), matrix.folded(bare) if folded else matrix.raw(bare)
-    if where == "right":
-        placed = Placed(matrix.factors[1], torch.linalg.pinv(seen[0]) @ change[0], raw_right())
-        return (raw[0] @ placed.left, placed.right), placed
-    placed = Placed(matrix.factors[0], raw_left(), change[1] @ torch.linalg.pinv(seen[1]))
-    return (placed.left, placed.right @ raw[1]), placed
-
-
-def _random_frame(d: int, r: int, space: Tensor | None, generator: torch.Generator) -> Float[Tensor, "d r"]:
-    """``r`` Haar-random orthonormal vectors of ``d`` dimensions, or of the column space of ``space``."""
-    basis = torch.eye(d, dtype=torch.float64) if space is None else torch.linalg.qr(space)[0].cpu()
-    drawn = torch.randn(basis.shape[1], r, generator=generator, dtype=torch.float64)
-    inner, triangle = torch.linalg.qr(drawn)
-    # QR's signs are LAPACK's choice; with a positive diagonal the frame is Haar (Mezzadri, 2007).
-    frame: Tensor = basis @ (inner * triangle.diagonal().sign())
-    return frame
-
-
 def _constants_are_unseen(bare: Snapshot, matrix: Matrix) -> bool:
     """Whether a constant vector written to the stream reaches no reader: all that come later centre what they read."""
     structure, weights, layer = bare.structure, bare.weights, matrix.layer
@@ -397,10 +343,3 @@ def _constants_are_unseen(bare: Snapshot, matrix: Matrix) -> bool:
         return False
     later = [*structure.attn_norm[layer + 1 :], *structure.mlp_norm[layer + (matrix.kind == "W_out") :]]
     return None not in later and "ln_final.w" in weights
-
-
-def _lost_to_rounding(bare: Snapshot, placed: Placed) -> float:
-    """How far the change that the weight's dtype can hold is from the one wanted, relative to its size."""
-    before, change = bare.weights[placed.factor.weight], placed.dense(bare.weights)
-    made = (before.double() + change).to(before.dtype).double() - before.double()
-    return float((made - change).norm() / change.norm().clamp_min(1e-300))

@@ -22,11 +22,15 @@ CHECKED = [
     "dt_lens.decision_transformer.policy",
     "dt_lens.decompose",
     "dt_lens.directions",
+    "dt_lens.controls",
     "dt_lens.edits",
     "dt_lens.embeddings",
     "dt_lens.matrices",
     "dt_lens.nulls",
+    "dt_lens.replacements",
     "dt_lens.svd",
+    "dt_lens.watching",
+    "dt_lens.weighted_directions",
 ]
 SHAPED = re.compile(r"\b(Float|Int|Bool|Shaped|Num)\[")
 

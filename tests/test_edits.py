@@ -348,7 +348,7 @@ W_IN = "blocks.0.mlp.W_in"
         ({"value": None}, "NoneType"),
         ({"value": True}, "bool"),
         ({"value": 1j}, "complex"),
-        ({"value": {"a": 1}}, "dict"),
+        ({"value": {"a": 1}}, r"value is .*with an embedding it must be .*replace"),
         ({"value": "random", "seed": 0.5}, "seed is 0.5"),
     ],
 )

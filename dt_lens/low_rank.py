@@ -1,0 +1,72 @@
+"""Changes of low rank: of a matrix, and of the one weight whose change makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dt_lens.matrices import Factor, Matrix, Snapshot, unfold
+
+__all__ = ["LowRank", "Placed", "carry", "lost_to_rounding", "spectrum_of"]
+
+LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
+
+
+class Placed(NamedTuple):
+    """A change of one weight, ``left @ right`` of a factor of it: kept thin, so that many edits fit in memory."""
+
+    factor: Factor
+    left: Float[Tensor, "d_left r"]
+    right: Float[Tensor, "r d_right"]
+
+    def dense(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The change of the whole weight, float64, on its device."""
+        device = weights[self.factor.weight].device
+        return self.factor.scatter(self.left.to(device) @ self.right.to(device), weights)
+
+
+def spectrum_of(delta: LowRank) -> Float[Tensor, " r"]:
+    """The singular values of ``left @ right``, largest first, without forming the product."""
+    left, right = delta
+    spectrum: Tensor = torch.linalg.svdvals(torch.linalg.qr(left)[1] @ torch.linalg.qr(right.T)[1].T)
+    return spectrum
+
+
+def carry(
+    bare: Snapshot, matrix: Matrix, where: Literal["left", "right"], change: LowRank, folded: bool
+) -> tuple[LowRank, Placed]:
+    """A change of the (folded) matrix as a change of the raw matrix and of the one weight that makes it.
+
+    A circuit ``A B`` is edited in one factor: ``B += pinv(A) delta`` for the right side, ``A += delta pinv(B)`` for the
+    left one. Both are exact, because the side that stays lies in the span of the factor that stays.
+    """
+
+    def raw_left() -> Tensor:
+        norm = matrix.left_norm if folded else None
+        return change[0] if norm is None else unfold(change[0], bare.weights[f"{norm}.w"], norm)
+
+    def raw_right() -> Tensor:
+        norm = matrix.right_norm if folded else None
+        return change[1] if norm is None else unfold(change[1].T, bare.weights[f"{norm}.w"], norm).T
+
+    if len(matrix.factors) == 1:
+        delta = raw_left(), raw_right()
+        return delta, Placed(matrix.factors[0], *delta)
+    # Through the factor that stays, as the stream meets it; the raw matrix changes by the raw factor times the same.
+    raw, seen = matrix.raw(bare), matrix.folded(bare) if folded else matrix.raw(bare)
+    if where == "right":
+        placed = Placed(matrix.factors[1], torch.linalg.pinv(seen[0]) @ change[0], raw_right())
+        return (raw[0] @ placed.left, placed.right), placed
+    placed = Placed(matrix.factors[0], raw_left(), change[1] @ torch.linalg.pinv(seen[1]))
+    return (placed.left, placed.right @ raw[1]), placed
+
+
+def lost_to_rounding(bare: Snapshot, placed: Placed) -> float:
+    """How far the change that the weight's dtype can hold is from the one wanted, relative to its size."""
+    before, change = bare.weights[placed.factor.weight], placed.dense(bare.weights)
+    made = (before.double() + change).to(before.dtype).double() - before.double()
+    return float((made - change).norm() / change.norm().clamp_min(1e-300))
