@@ -145,9 +145,9 @@ class MetLabels:
             found[:, int(numbers[0]) : int(numbers[-1]) + 1] = directions @ rows.numpy().T
         return found
 
-    def null(self, span: int, seed: int) -> HaarMaximum:
+    def null(self, span: int, seed: int, draws: int | None = None) -> HaarMaximum:
         """The null of the best match of one direction, or of one span of directions, turned at random."""
-        return HaarMaximum.of(self.for_null, self.dimension if self.whole else None, seed, span)
+        return HaarMaximum.of(self.for_null, self.dimension if self.whole else None, seed, span, draws)
 
     @property
     def for_null(self) -> Array | LabelBlocks:

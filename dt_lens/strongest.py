@@ -58,10 +58,8 @@ def strongest(
             drawn = draws_of[key]
             share = (1 + int((drawn >= abs(value)).sum())) / (1 + samples)
             # Both are monotone in the same statistic, so the smaller of the two is as valid as either.
-            median, p = (
-                float(np.median(drawn)),
-                min(share, count * float(svd.rotations(labels, 1, seed).p_value(value))),
-            )
+            union = count * float(svd.rotations(labels, 1, seed).p_value(value))
+            median, p = float(np.median(drawn)), min(share, union)
         name, known = meeting.labels.embedding.name, meeting.labels.embedding.labels
         table.append((meeting.matrix.name, meeting.side, name, sv, known[label], value, median, p))
     frame = pd.DataFrame(table, columns=COLUMNS[:-1])

@@ -142,8 +142,8 @@ class WeightSVD:
             activations: for ``"covariance"``: what ``dt_lens.collect_activations`` gives, a file of them, or a
                 covariance ``[d_model, d_model]`` to be used on every side.
             draws: for ``"untrained"`` and ``"shuffled"`` how many models are drawn, 20 by default: with ``B`` pooled
-                matches no p-value is below ``1 / (1 + B)`` (``table.attrs["smallest_p"]``). For ``"covariance"`` how
-                many directions are drawn for each null.
+                matches no p-value is below ``1 / (1 + B)`` (``table.attrs["smallest_p"]``). Otherwise how
+                many directions are drawn for each null that is not exact.
 
         Returns:
             a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value
@@ -203,7 +203,7 @@ class WeightSVD:
         if activations is not None and null != "covariance":
             raise DtLensError(f"activations= are of use for null='covariance', not for {null!r}; leave them out.")
         if null == "haar":
-            return _Rotations(self, seed)
+            return _Rotations(self, seed, draws)
         if null == "covariance":
             lens = Snapshot.of(self.model)
             return CovarianceSource(lens, activations, self.fold_layernorm, seed, draws, self._kept)
@@ -285,12 +285,12 @@ class WeightSVD:
     def _labels(self, matrix: Matrix, side: SideName, embedding: Embedding) -> MetLabels:
         return MetLabels(embedding, self.fold_layernorm, self._centred(matrix, side))
 
-    def rotations(self, labels: MetLabels, span: int, seed: int) -> HaarMaximum:
+    def rotations(self, labels: MetLabels, span: int, seed: int, draws: int | None = None) -> HaarMaximum:
         """The null of a random rotation; kept."""
-        key = (labels.digest, labels.dimension, span, seed)
+        key = (labels.digest, labels.dimension, span, seed, draws)
         if key not in self._nulls:
             kept = self._kept if not labels.whole else KeptResults(None)
-            made = kept.get(f"null {key}", lambda: labels.null(span, seed).tensors())
+            made = kept.get(f"null {key}", lambda: labels.null(span, seed, draws).tensors())
             self._nulls[key] = HaarMaximum.from_tensors(made)
         return self._nulls[key]
 
@@ -303,7 +303,7 @@ class WeightSVD:
         null: str | Pools = "haar",
         draws: int | None = None,
     ) -> pd.DataFrame:
-        """The best match of each whole matrix with each embedding: "I looked at every direction and label and saw 0.24".
+        """The best match of each whole matrix with each embedding: "I looked at everything and saw 0.24".
 
         Under ``"haar"`` all directions are rotated at once: ``p_value`` is the share of ``samples`` random rotations
         with a match as good, or the union bound over the directions where that is smaller, since a share cannot be
@@ -318,6 +318,37 @@ class WeightSVD:
         from dt_lens.strongest import strongest
 
         return strongest(self, matrices, embeddings, samples, seed, null, draws)
+
+    def subspaces(
+        self,
+        matrices: Names | None = None,
+        embeddings: Names | None = None,
+        k: int | Sequence[int] = (1, 2, 4, 8, 16, 32),
+        *,
+        seed: int = 0,
+        progress: bool | Tell = False,
+    ) -> pd.DataFrame:
+        """Spans instead of vectors: the first ``k`` directions of each matrix against all labels of each embedding.
+
+        Args:
+            matrices, embeddings, progress: as for ``scan``.
+            k: one or several; each is moved to the nearest number that cuts no block of near-equal sigmas.
+            seed: of the draws behind ``haar_largest``.
+
+        Returns:
+            a DataFrame ``matrix layer head side k embedding labels dimension largest haar_largest overlap haar_overlap
+            z p_value q_value``. ``labels`` is the dimension ``m`` of the labels' span in a space of ``dimension``;
+            ``largest`` the cosine of the smallest principal angle, ``haar_largest`` its median under a random rotation;
+            ``overlap`` the mean squared cosine of the ``min(k, m)`` principal angles, ``haar_overlap`` its mean under
+            a random rotation, which is exact, like ``p_value`` where ``k`` or ``m`` is 1 (``nulls.SubspaceOverlap``
+            tells how it is approximated otherwise). ``q_value`` is over the whole table.
+
+        Raises:
+            DtLensError: for a ``k`` below 1, and as ``scan`` does.
+        """
+        from dt_lens.subspaces import subspaces
+
+        return subspaces(self, matrices, embeddings, k, seed=seed, progress=progress)
 
     def cosines(self, matrix: str, embedding: str, side: SideName | None = None, k: int | None = None) -> pd.DataFrame:
         """The cosines of one matrix's first ``k`` directions (rows, by ``sv``) with one embedding's labels (columns).
@@ -396,11 +427,11 @@ class WeightSVD:
 class _Rotations:
     """The nulls of random rotations, which a ``WeightSVD`` keeps."""
 
-    def __init__(self, svd: WeightSVD, seed: int) -> None:
-        self._svd, self._seed = svd, seed
+    def __init__(self, svd: WeightSVD, seed: int, draws: int | None) -> None:
+        self._svd, self._seed, self._draws = svd, seed, draws
 
     def null(self, meeting: Meeting, span: int) -> Null:
-        return self._svd.rotations(meeting.labels, span, self._seed)
+        return self._svd.rotations(meeting.labels, span, self._seed, self._draws)
 
     def told(self) -> dict[str, Any]:
         return {"null": "haar", "assumes": HaarMaximum.assumes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ from dt_lens.cli.options import (
     split,
 )
 from dt_lens.cli.output import print_table, progress, written
+from dt_lens.errors import DtLensError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def scan(
@@ -29,6 +33,20 @@ def scan(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Only the first RANK directions of each matrix.")] = None,
     raw: Raw = False,
+    null: Annotated[
+        str,
+        typer.Option(help="What a direction without meaning is: haar, covariance, untrained or shuffled."),
+    ] = "haar",
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="How many models untrained and shuffled draw; 20 by default.")
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(help="For --null covariance: a file of activations; collected from 10 episodes by default."),
+    ] = None,
+    subspaces: Annotated[
+        bool, typer.Option("--subspaces", help="Whole spans of leading directions instead of single ones.")
+    ] = False,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Write the whole table to this .csv file.")] = None,
     weights_only: WeightsOnly = False,
@@ -37,23 +55,51 @@ def scan(
     ] = None,
     given: Given = None,
 ) -> None:
-    """What every singular direction matches best, with p and q values under a random rotation."""
+    """What every singular direction matches best, with p and q values under a null of your choice."""
+    if subspaces and null != "haar":
+        raise DtLensError(f"--subspaces knows the null haar and not {null!r}; leave --null out.")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)
+        from dt_lens.scan_nulls import require_null
         from dt_lens.svd import WeightSVD
 
+        require_null(null)
         svd = WeightSVD(loaded, rank, fold_layernorm=not raw, resume=resume)
-        table = svd.scan(split(matrices), seed=seed, embeddings=split(embeddings), progress=tell)
+        if subspaces:
+            table = svd.subspaces(split(matrices), split(embeddings), seed=seed, progress=tell)
+        else:
+            given_activations: Any = activations
+            if null == "covariance" and activations is None:
+                from dt_lens import collect_activations
+
+                given_activations = collect_activations(loaded, seed=seed, progress=tell)
+            table = svd.scan(
+                split(matrices),
+                null,
+                seed,
+                split(embeddings),
+                progress=tell,
+                activations=given_activations,
+                draws=draws,
+            )
     best = table.sort_values(["z"], ascending=False, kind="stable")
     print_table(best.head(top) if top else best, f"The strongest of {len(table):,} comparisons")
+    _told(table)
+    if out:
+        written(out, lambda: table.to_csv(out, index=False))
+
+
+def _told(table: pd.DataFrame) -> None:
+    """How many discoveries there are, among them with untrained heads, and what the null assumes."""
     found = table["q_value"] < 0.05
     untrained = table["embedding"].isin(table.attrs["untrained"])
     print(f"{int(found.sum()):,} of {len(table):,} comparisons are discoveries at q < 0.05.")
     if untrained.any():
         print(f"With heads that were never trained: {int((found & untrained).sum())} of {int(untrained.sum()):,}.")
-    if out:
-        written(out, lambda: table.to_csv(out, index=False))
+    print(f"Null: {table.attrs['null']}. {table.attrs['assumes']}")
+    if "smallest_p" in table.attrs:
+        print(f"{table.attrs['draws']} models were drawn, so no p-value is below {table.attrs['smallest_p']:.1e}.")
 
 
 def certify(model: Model, seed: Seed = 0, given: Given = None) -> None:
