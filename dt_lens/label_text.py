@@ -16,7 +16,8 @@ import pandas as pd
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["Filter", "Rule", "ascii_only", "at_least", "kept_labels", "spelled", "texts", "whole_words"]
+__all__ = ["Filter", "Rule", "ascii_only", "at_least", "byte_alphabet", "from_bytes", "kept_labels", "spelled", "texts"]
+__all__ += ["whole_words"]
 
 Rule = Callable[[str], bool]
 _ESCAPED = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
@@ -48,19 +49,20 @@ def texts(labels: Sequence[str]) -> list[str]:
     if not marked & {"Ġ", "▁"} or any(" " in label for label in labels):
         return list(labels)
     if "Ġ" in marked:
-        return [_from_bytes(label) for label in labels]
+        return [from_bytes(label) for label in labels]
     return [label.replace("▁", " ") for label in labels]
 
 
-def _from_bytes(label: str) -> str:
-    alphabet = _byte_alphabet()
+def from_bytes(label: str) -> str:
+    """The text of a byte-level token; one with other characters, such as a special token's, as it is spelled."""
+    alphabet = byte_alphabet()
     if not all(character in alphabet for character in label):
-        return label  # a special token, spelled as it is
+        return label
     return bytes(alphabet[character] for character in label).decode("utf-8", errors="backslashreplace")
 
 
 @cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level token stands for: printable Latin-1 itself, others moved up."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in set(plain)]

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Tell", "progress", "reporting", "silent"]
+__all__ = ["Count", "Tell", "counting", "progress", "reporting", "silent"]
 
 Tell = Callable[[str, float], None]  # what is being done, and which share of everything is done
+Count = Callable[[float, int], None]  # how many are done, of how many
 
 
 def silent(what: str, share: float) -> None:
@@ -25,6 +26,37 @@ def reporting(wanted: bool | Tell) -> Iterator[Tell]:
             yield tell
     else:
         yield silent
+
+
+@contextmanager
+def counting(wanted: bool | Count, total: int, what: str) -> Iterator[Callable[[float], None] | None]:
+    """A function of how many of ``total`` are done: ``True`` for a bar of ``what``, a function for itself, or ``None``.
+
+    At the end all are done.
+    """
+    if callable(wanted):
+        told = 0.0
+
+        def tell(done: float) -> None:
+            nonlocal told
+            told = min(done, float(total))
+            wanted(told, total)
+
+        yield tell
+        if told < total:
+            wanted(float(total), total)
+        return
+    if not wanted:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task(what, total=total)
+        yield lambda done: bar.update(row, completed=round(done, 2))
+        bar.update(row, completed=total)
 
 
 @contextmanager

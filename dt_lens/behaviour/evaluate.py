@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
 from dt_lens.errors import DtLensError
+from dt_lens.evaluation_mode import evaluating
+from dt_lens.progress import Count, counting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 __all__ = ["evaluate", "model_id"]
-
-Progress = Callable[[float, int], None]
 
 
 @overload
@@ -43,7 +42,7 @@ def evaluate(
     failure: FailureRule | None = None,
     workers: int | None = None,
     lanes: int | None = None,
-    progress: bool | Progress = False,
+    progress: bool | Count = False,
 ) -> Evaluation: ...
 
 
@@ -56,7 +55,7 @@ def evaluate(
     texts: Texts | None = None,
     context: int | None = None,
     windows: int | None = None,
-    progress: bool | Progress = False,
+    progress: bool | Count = False,
 ) -> TextEvaluation: ...
 
 
@@ -75,7 +74,7 @@ def evaluate(
     texts: Texts | None = None,
     context: int | None = None,
     windows: int | None = None,
-    progress: bool | Progress = False,
+    progress: bool | Count = False,
 ) -> Any:
     """Run ``episodes`` episodes of ``model`` as it is now (edits included) and return how each one went.
 
@@ -143,7 +142,9 @@ def evaluate(
         check_rule(failure)
     setting = setting_of(model, environment, environment_kwargs, target_return, max_steps)
     seeds = range(int(seed), int(seed) + int(episodes))
-    with _reporting(progress, len(seeds)) as report:
+    with counting(progress, len(seeds), "episodes") as count:
+        # Episodes that run count by the share of the time limit that they have run.
+        report = None if count is None else lambda finished, running: count(finished + running)
         outcomes = _run(model, setting.task, setting.conditions, seeds, workers, lanes, report)
     return Evaluation.from_outcomes(
         outcomes,
@@ -299,7 +300,7 @@ def _run(
         return pool.run_job(job, iter(seeds), report) if wanted == 1 else pool.run_in_workers(job, wanted, report)
     context, padding, used = model.facts.context, model.facts.padding, acting_weights(model)
     device = used["predict.action.W"].device
-    with pool.one_thread(), _evaluation_mode(model):
+    with pool.one_thread(), evaluating(model):
         # One width for everything: what hooks do to a batch is theirs, and need not be the same at another width.
         lanes = lanes or (LEAST_LANES if device.type == "cpu" else CUDA_LANES)
         policy: Any
@@ -321,39 +322,8 @@ def _is_plain(model: HookedDecisionTransformer) -> bool:
     return not hooked and slides and type(model.embed["state"]) is Linear
 
 
-@contextmanager
-def _evaluation_mode(model: HookedDecisionTransformer) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _cores() -> int:
     """Processor cores that this process may use, container limits included."""
     from loky import cpu_count
 
     return int(cpu_count())
-
-
-@contextmanager
-def _reporting(progress: bool | Progress, episodes: int) -> Iterator[Callable[[int, float], None] | None]:
-    if progress is False:
-        yield None
-        return
-    if callable(progress):
-        yield lambda finished, running: progress(min(finished + running, float(episodes)), episodes)
-        progress(float(episodes), episodes)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        row = bar.add_task("episodes", total=episodes)
-        yield lambda finished, running: bar.update(row, completed=round(finished + running, 2))
-        bar.update(row, completed=episodes)

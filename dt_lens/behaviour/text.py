@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from dt_lens.behaviour.text_windows import Texts, Windows, cut, read_texts
 from dt_lens.behaviour.workers import one_thread
 from dt_lens.changes import state_of, suspended
 from dt_lens.errors import DtLensError
+from dt_lens.evaluation_mode import evaluating
 from dt_lens.label_text import spelled
 from dt_lens.matrices import weight_bytes
+from dt_lens.progress import Count, counting
 
 __all__ = ["HELD_OUT", "base_and_model_id", "evaluate_text", "is_language_model"]
 
@@ -27,8 +28,6 @@ HELD_OUT = "heldout.txt"  # the text beside a model that it was not trained on
 CONTEXT = 128  # by default: more windows are more evidence, and a window's later tokens are easier
 AT_ONCE = 2**28  # bytes of logits to keep between running without edits and with them
 MOVED = 50  # tokens to keep that gained, and that lost
-
-Progress = Callable[[float, int], None]
 
 
 def is_language_model(model: Any) -> bool:
@@ -42,7 +41,7 @@ def evaluate_text(
     *,
     context: int | None = None,
     windows: int | None = None,
-    progress: bool | Progress = False,
+    progress: bool | Count = False,
 ) -> TextEvaluation:
     """Let ``model`` as it is now (edits included) predict texts, and return how each window of them went.
 
@@ -79,7 +78,7 @@ def evaluate_text(
     read = read_texts(texts)
     cut_up = cut(read, tokenizer, int(context), windows)
     base_id, model_id = base_and_model_id(model)
-    with _reporting(progress, len(cut_up)) as report, one_thread(), _evaluating(model), torch.no_grad():
+    with counting(progress, len(cut_up), "windows") as report, one_thread(), evaluating(model), torch.no_grad():
         rows, moved = _run(model, cut_up, report)
     return TextEvaluation(
         tokens=np.array([len(window) - cut_up.unpredicted for window in cut_up.tokens], dtype=np.int64),
@@ -97,7 +96,7 @@ def evaluate_text(
 
 
 def _run(
-    model: Any, windows: Windows, report: Callable[[int], None]
+    model: Any, windows: Windows, report: Callable[[float], None] | None
 ) -> tuple[list[tuple[float, float]], tuple[Moved, ...]]:
     """(loss, KL) of every window, and the tokens that moved most."""
     edited = bool(state_of(model).edits)
@@ -123,7 +122,8 @@ def _run(
                 before, after, positions = before + q.sum(0), after + p.sum(0), positions + len(p)
             rows.append((loss, kl))
             done += 1
-            report(done)
+            if report is not None:
+                report(done)
     return rows, _moved(before / positions, after / positions, model) if edited else ()
 
 
@@ -208,38 +208,3 @@ def _plain(cfg: Any) -> dict[str, Any]:
     """What a configuration says in plain values; others, such as functions, print an address."""
     values = cfg.to_dict() if hasattr(cfg, "to_dict") else vars(cfg)
     return {str(k): v for k, v in values.items() if isinstance(v, str | int | float | bool | list | None)}
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    modules = [module for part in (model, getattr(model, "original", None)) for module in _modules(part)]
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _modules(model: Any) -> list[torch.nn.Module]:
-    return list(model.modules()) if hasattr(model, "modules") else []
-
-
-@contextmanager
-def _reporting(progress: bool | Progress, windows: int) -> Iterator[Callable[[int], None]]:
-    if progress is False:
-        yield lambda done: None
-        return
-    if callable(progress):
-        yield lambda done: progress(float(done), windows)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        row = bar.add_task("windows", total=windows)
-        yield lambda done: bar.update(row, completed=done)

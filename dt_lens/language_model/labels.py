@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dt_lens.errors import DtLensError, because
+from dt_lens.label_text import byte_alphabet, from_bytes
 
 __all__ = ["token_labels"]
 
@@ -61,28 +62,15 @@ def _texts(tokenizer: Any, d_vocab: int) -> list[str | None]:
         if token is None or i in special:
             found.append(token)
         else:
-            found.append(_from_bytes(token) if byte_level else token.replace("▁", " "))
+            found.append(from_bytes(token) if byte_level else token.replace("▁", " "))
     return found + [None] * (d_vocab - known)
 
 
 def _is_byte_level(tokens: Sequence[str]) -> bool:
     """Whether each character of each token stands for a byte (Radford et al., GPT-2, 2019, section 2.2)."""
     return any(token.startswith("Ġ") for token in tokens) and all(
-        character in _BYTES for token in tokens for character in token
+        character in byte_alphabet() for token in tokens for character in token
     )
-
-
-def _byte_alphabet() -> dict[str, int]:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
-
-
-def _from_bytes(token: str) -> str:
-    return bytes(_BYTES[character] for character in token).decode("utf-8", errors="backslashreplace")
 
 
 def _on_one_line(text: str) -> str:
