@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+from dt_lens.edits import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.files import Checkpoint
 from dt_lens.plugins import adapter_names, named_adapter
@@ -17,6 +19,21 @@ from dt_lens.plugins import adapter_names, named_adapter
 def recognised_by() -> Callable[[Checkpoint | nn.Module], list[str]]:
     """The names of the installed adapters that take a checkpoint or a live model for their own."""
     return lambda source: [name for name in adapter_names() if named_adapter(name).recognises(source)]
+
+
+@pytest.fixture
+def edits_reach() -> Callable[..., None]:
+    """Edits through a lens show in the user's own model, as they do in the lens, and are undone to the bit."""
+
+    def check(lens: Any, original: Callable[[], Tensor], lensed: Callable[[], Tensor]) -> None:
+        before = original()
+        for matrix in ("blocks.0.mlp.W_in", "blocks.1.attn.W_K", "blocks.0.attn.W_O", "blocks.1.attn.OV.1"):
+            with SingularEdit(lens, matrix, side="write" if "OV" in matrix else None):
+                assert not torch.allclose(original(), before, atol=1e-5)
+                torch.testing.assert_close(lensed(), original(), rtol=1e-5, atol=1e-5)
+            assert torch.equal(original(), before)
+
+    return check
 
 
 def _exchanged(weights: dict[str, Tensor], b: str, one: str, other: str) -> None:
