@@ -16,9 +16,11 @@ from dt_lens.cli.output import print_table, progress, written
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
+    from dt_lens.behaviour.sweep.engine import Engine
     from dt_lens.progress import Tell
 
 ROWS = 20  # printed
+HIDDEN = ("of", "layer", "head", "directions", "match", "failure_low", "failure_high", "survival", "note")
 LINE_SECONDS = 10.0  # between lines of a log
 
 
@@ -33,13 +35,40 @@ def sweep(
         ),
     ] = "0",
     edits: Annotated[
-        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, scale:0.5; with commas.")
+        str,
+        typer.Option(
+            help="What a singular vector becomes: constant, zero, flip, random, scale:0.5, replace:EMBEDDING:LABEL, "
+            "towards:EMBEDDING:LABEL:DEGREES; with commas."
+        ),
     ] = "constant",
-    controls: Annotated[int, typer.Option(min=0, help="Random edits of the same energy beside each edit.")] = 0,
+    controls: Annotated[int, typer.Option(min=0, help="Random edits of the same size beside each edit.")] = 0,
+    control_match: Annotated[
+        str,
+        typer.Option(
+            help="What a control has in common with its edit: frobenius (the norm of the change), or output (that and "
+            "what it does to the matrix's output on the agent's own inputs)."
+        ),
+    ] = "frobenius",
+    directions: Annotated[
+        str,
+        typer.Option(
+            help="plain, or activation: weighted by the agent's own inputs, so that sigma is the output's spread."
+        ),
+    ] = "plain",
+    activations: Annotated[
+        Path | None, typer.Option(help="A file of dt-lens activations; collected where needed by default.")
+    ] = None,
     sides: Annotated[
         str | None, typer.Option(help="Which sides to edit, such as read,write; all on the stream by default.")
     ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Episodes of every arm; all arms share their seeds.")] = 20,
+    halving: Annotated[
+        str | None,
+        typer.Option(
+            help="Successive halving: the episodes of each rung before the last, such as 4,8; the stronger half of the "
+            "edits goes on, and those left get --episodes on fresh seeds."
+        ),
+    ] = None,
     seed: Seed = 0,
     environment: Annotated[
         str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
@@ -52,12 +81,21 @@ def sweep(
     table: Annotated[Path | None, typer.Option(help="Write the table, a row per edit, to this .csv file too.")] = None,
     block_size: Annotated[int | None, typer.Option(min=1, help="Episodes of a unit of work; about 16.")] = None,
     workers: Workers = None,
+    engine: Annotated[str, typer.Option(help="What runs the episodes: local, or ray for many machines.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster, such as 10.0.0.5:6379; the one of this machine by default.")
+    ] = None,
     given: Given = None,
 ) -> None:
     """Edit many directions, each beside its controls, over the same seeds, and keep everything in one SQLite file.
 
-    Stopped in any way and started again with the same options, it goes on where it was.
+    Stopped in any way and started again with the same options, it goes on where it was. With more matrices,
+    directions, edits, controls or episodes it runs those too.
     """
+    if engine not in ("local", "ray"):
+        raise DtLensError(f"--engine is {engine!r}; it must be local or ray.")
+    if address is not None and engine != "ray":
+        raise DtLensError("--address is of a Ray cluster; give --engine ray with it.")
     folder = out or Path("dt-lens-sweep") / Path(model).name
     with _telling() as tell:
         tell("loading", 0.0)
@@ -72,7 +110,11 @@ def sweep(
             sides=split(sides),
             edits=split(edits) or [],
             controls=controls,
+            control_match=control_match,
+            directions=directions,
+            activations=activations,
             episodes=episodes,
+            halving=halving,
             seed=seed,
             environment=environment,
             target_return=target_return,
@@ -83,7 +125,7 @@ def sweep(
             workers=workers,
         )
         try:
-            planned.run(tell)
+            planned.run(tell, _engine(engine, address, workers))
         except KeyboardInterrupt as stop:
             print(f"dt-lens: {stop or 'Stopped; the same command goes on from there.'}", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -91,7 +133,7 @@ def sweep(
     unedited = planned.results.baseline()
     if unedited is not None:
         print(f"Unedited: {unedited}\n")
-    shown = found.drop(columns=["of", "layer", "head", "failure_low", "failure_high", "survival", "note"])
+    shown = found.drop(columns=[name for name in HIDDEN if name in found]).dropna(axis=1, how="all")
     largest = found["difference"].abs().sort_values(ascending=False, kind="stable").index[:ROWS]
     title = "Edits and controls" if len(found) <= ROWS else f"The {ROWS} largest differences of {len(found)} arms"
     print_table(shown if len(found) <= ROWS else shown.loc[largest], title)
@@ -105,6 +147,15 @@ def sweep(
         raise DtLensError(
             f"{status['failed']} units could not be run ({failures[0].rstrip('.')}); the same command tries them again."
         )
+
+
+def _engine(name: str, address: str | None, workers: int | None) -> Engine | None:
+    """What was asked for; ``None`` for processes of this machine."""
+    if name == "local":
+        return None
+    from dt_lens.behaviour.sweep.cluster import RayEngine
+
+    return RayEngine(address, workers)
 
 
 @contextmanager

@@ -4,42 +4,95 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dt_lens.activations import Activations
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.directions import decompose_matrix
 from dt_lens.edits import VALUES
+from dt_lens.embeddings import EmbeddingRegistry
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens import Lens
 from dt_lens.matrices import Matrix, SideName, Snapshot, select_matrices
+from dt_lens.weighted_directions import decompose_weighted
 
 __all__ = ["SV", "make_arms", "parse_value", "resolve_sv"]
 
 MATCHES = ("frobenius", "output")
+DIRECTIONS = ("plain", "activation")
 RANGE = re.compile(r"(-?\d+)-(-?\d+)")
 
 SV = int | str | Sequence[int | str]
 
 
-def parse_value(value: Any) -> tuple[str, str | float]:
-    """An edit's value as text, and as ``SingularEdit`` takes it.
+def parse_value(value: Any, embeddings: EmbeddingRegistry | None = None) -> tuple[str, Any]:
+    """An edit's value as text, and as a record of ``SingularEdit`` has it.
+
+    As text an embedding's direction is ``"replace:action_out:thigh"``, and ``"towards:action_out:thigh:30"`` turns by
+    30 degrees.
 
     >>> parse_value("scale:0.5"), parse_value(2), parse_value("zero")
     (('scale:0.5', 0.5), ('scale:2', 2.0), ('zero', 'zero'))
     """
     if isinstance(value, str) and value in VALUES:
         return value, value
+    if isinstance(value, str) and value.startswith("replace:"):
+        value = value.split(":", 2)[1:]
+    elif isinstance(value, str) and value.startswith("towards:") and value.count(":") > 2:
+        name, _, rest = value.removeprefix("towards:").partition(":")
+        label, _, angle = rest.rpartition(":")
+        value = [name, label, _number(angle, value)]
+    if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):
+        return _embedded(value, embeddings)
+    number = _number(value.removeprefix("scale:") if isinstance(value, str) else value, value)
+    return f"scale:{_digits(number)}", number
+
+
+def _number(text: Any, given: Any) -> float:
     try:
-        number = float(value.removeprefix("scale:") if isinstance(value, str) else value)
+        number = float(text)
         if not math.isfinite(number):
             raise ValueError
     except (TypeError, ValueError):
         raise DtLensError(
-            f"edits holds {value!r}; it must be one of {', '.join(VALUES)}, or scale: with a number, such as scale:0.5."
-            + (nearest(value, VALUES) if isinstance(value, str) else "")
+            f"edits holds {given!r}; it must be one of {', '.join(VALUES)}, scale: with a number, such as scale:0.5, "
+            "replace:EMBEDDING:LABEL, or towards:EMBEDDING:LABEL:DEGREES."
+            + (nearest(given, VALUES) if isinstance(given, str) else "")
         ) from None
-    return f"scale:{number:.17g}" if float(f"{number:g}") != number else f"scale:{number:g}", number
+    return number
+
+
+def _digits(number: float) -> str:
+    return f"{number:.17g}" if float(f"{number:g}") != number else f"{number:g}"
+
+
+def _embedded(value: Any, embeddings: EmbeddingRegistry | None) -> tuple[str, dict[str, Any]]:
+    """A direction of an embedding, in whichever form it is given."""
+    try:
+        if isinstance(value, Mapping):
+            (name, label), angle = value.get("replace") or value["towards"], value.get("angle")
+        else:
+            name, label, angle = (*value, None)[:3]
+    except (TypeError, ValueError, KeyError):
+        raise DtLensError(
+            f"edits holds {value!r}; of an embedding it must be (name, label) or (name, label, degrees)."
+        ) from None
+    if embeddings is not None:
+        embedding = embeddings[name]
+        if isinstance(label, str) and label not in embedding.labels and label.isdigit():
+            label = int(label)
+        if isinstance(label, str):
+            embedding.index(label)  # raises for none
+        elif not -len(embedding) <= label < len(embedding):
+            raise DtLensError(f"{name} has {len(embedding)} directions, 0 to {len(embedding) - 1}, and no {label}.")
+        else:
+            row = label % len(embedding)
+            label = embedding.labels[row] if embedding.index(embedding.labels[row]) == row else row
+    if angle is None:
+        return f"replace:{name}:{label}", {"replace": [name, label]}
+    turn = _number(angle, value)
+    return f"towards:{name}:{label}:{_digits(turn)}", {"towards": [name, label], "angle": turn}
 
 
 def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
@@ -91,9 +144,9 @@ def sides_of(matrix: Matrix, wanted: Sequence[str] | None) -> list[SideName]:
     return found
 
 
-def _scales_sigma(value: str | float) -> bool:
+def _scales_sigma(value: Any) -> bool:
     """Whether the edit multiplies sigma and leaves both vectors their directions, so that it is one on every side."""
-    return not isinstance(value, str) or value in ("zero", "flip")
+    return isinstance(value, float) or value in ("zero", "flip")
 
 
 def make_arms(
@@ -107,30 +160,35 @@ def make_arms(
     baseline: bool,
     fold_layernorm: bool,
     control_match: str = "frobenius",
+    directions: str = "plain",
+    activations: Activations | None = None,
 ) -> list[Arm]:
     """The arms of a sweep: a baseline, then each edit followed by its controls.
 
-    Edits of one matrix come together and with ascending directions, so that they share decompositions.
+    Edits of one matrix come together and with ascending directions, so that they share decompositions. Without
+    ``activations`` the arms that take some are only told, and cannot be made.
 
     Raises:
         DtLensError: for matrices, directions, sides or values that there are not.
     """
     bare = Snapshot.of(model)
-    parsed = dict(parse_value(value) for value in values)
+    parsed = dict(parse_value(value, getattr(model, "embeddings", None)) for value in values)
     if not parsed:
         raise DtLensError("edits is empty; give at least one value, such as constant.")
-    if control_match not in MATCHES:
-        raise DtLensError(
-            f"control_match is {control_match!r}; it must be frobenius or output."
-            + nearest(str(control_match), MATCHES)
-        )
+    for name, word, words in (("control_match", control_match, MATCHES), ("directions", directions, DIRECTIONS)):
+        if word not in words:
+            raise DtLensError(f"{name} is {word!r}; it must be one of {', '.join(words)}." + nearest(str(word), words))
+    digest = "" if activations is None else activations.digest
     known = {side for matrix in select_matrices(bare) for side in (matrix.left, matrix.right)}
     for side in sides or ():
         if side not in known:
             raise DtLensError(f"The model has no side {side!r}; sides are {', '.join(sorted(known))}.")
     arms = [Arm(0, "baseline")] if baseline else []
     for matrix in select_matrices(bare, matrices):
-        k = len(decompose_matrix(bare, matrix, None, fold_layernorm).sigma)
+        if directions == "activation" and activations is not None:
+            k = len(decompose_weighted(bare, matrix, activations, None, fold_layernorm).sigma)
+        else:
+            k = len(decompose_matrix(bare, matrix, None, fold_layernorm).sigma)
         for index in resolve_sv(sv, k, matrix.name):
             chosen = sides_of(matrix, sides)
             for side in chosen:
@@ -144,7 +202,8 @@ def make_arms(
                         "side": side,
                         "value": value,
                         "seed": seed,
-                        "fold_layernorm": fold_layernorm or not matrix.foldable,
+                        "fold_layernorm": fold_layernorm or not (matrix.foldable or isinstance(value, dict)),
+                        **({"activations": digest} if directions == "activation" else {}),
                     }
                     edit = Arm(
                         len(arms),
@@ -155,12 +214,13 @@ def make_arms(
                         side=side,
                         sv=index,
                         value=text,
-                        directions="plain",
+                        directions=directions,
                         record=record,
                     )
                     arms.append(edit)
                     for draw in range(seed, seed + controls):
-                        of = {"kind": "control", "seed": draw, "of": record}
+                        matching = {"match": "output", "activations": digest} if control_match == "output" else {}
+                        of = {"kind": "control", "seed": draw, **matching, "of": record}
                         matched = {"number": len(arms), "kind": "control", "of": edit.number, "control": draw}
                         arms.append(edit._replace(**matched, match=control_match, record=of))
     return arms

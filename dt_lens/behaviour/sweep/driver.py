@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import pandas as pd
 
+from dt_lens.activations import Activations
 from dt_lens.behaviour.evaluate import (
     _check_count,
     _check_model,
@@ -24,15 +25,18 @@ from dt_lens.behaviour.sweep.halving import parse_halving
 from dt_lens.behaviour.sweep.local import LocalEngine
 from dt_lens.behaviour.sweep.packing import Packer
 from dt_lens.behaviour.sweep.plan import FORMAT, Plan, block_size_of, software, unite
+from dt_lens.behaviour.sweep.real_inputs import RealInputs
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.running import Drive
 from dt_lens.behaviour.sweep.store import FILE, Store
 from dt_lens.behaviour.workers import one_thread
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import catalogue
-from dt_lens.progress import Tell, reporting
+from dt_lens.progress import Tell, reporting, silent
 
 __all__ = ["Sweep"]
+
+TOGETHER = 64  # arms whose output energies are written at once
 
 
 class Sweep:
@@ -57,8 +61,15 @@ class Sweep:
             these; negative ones count from the smallest sigma.
         sides: which sides are edited, such as ``["write"]``; by default every side on the residual stream, and one of
             them where the edit only scales sigma and is the same on each.
-        edits: what the singular vector becomes: values of ``SingularEdit``, numbers or ``"scale:0.5"``.
-        controls: random edits of the same energy per edit: ``edit.control(seed)``, ``edit.control(seed + 1)``, ...
+        edits: what the singular vector becomes: values of ``SingularEdit``, numbers or ``"scale:0.5"``, and for
+            directions of embeddings also ``"replace:action_out:thigh"`` and ``"towards:action_out:thigh:30"``.
+        controls: random edits of the same size per edit: ``edit.control(seed)``, ``edit.control(seed + 1)``, ...
+        control_match: what a control has in common with its edit: ``"frobenius"``, the norm of the change, or
+            ``"output"``, that and the output energy on the agent's own inputs.
+        directions: ``"plain"``, or ``"activation"`` for those of ``SingularEdit(activations=...)``.
+        activations: those that are meant, or a file of some; by default they are collected, where they are needed,
+            from the agent's first ten episodes, before anything else. They are kept beside the sweep's file, and used
+            by every run that goes on with it.
         episodes: of every arm.
         seed: of the first episode, of the controls, and of ``"random"`` edits.
         environment, environment_kwargs, target_return, max_steps: as for ``evaluate``.
@@ -84,6 +95,9 @@ class Sweep:
         sides: Sequence[str] | str | None = None,
         edits: Sequence[Any] | str | float = ("constant",),
         controls: int = 0,
+        control_match: str = "frobenius",
+        directions: str = "plain",
+        activations: Activations | str | Path | None = None,
         episodes: int = 20,
         seed: int = 0,
         environment: str | None = None,
@@ -120,20 +134,21 @@ class Sweep:
                 "of its own; move it, take its hooks off, or use evaluate."
             )
         self._job = job
+        self._block_size = block_size
         values = edits.split(",") if isinstance(edits, str) else [edits] if isinstance(edits, float | int) else edits
-        with one_thread():
-            arms = make_arms(
-                model,
-                matrices,
-                sv,
-                [sides] if isinstance(sides, str) else sides,
-                list(values),
-                int(controls),
-                int(seed),
-                baseline,
-                fold_layernorm,
-            )
-        options: dict[str, Any] = {
+        self._asked: dict[str, Any] = {
+            "matrices": matrices,
+            "sv": sv,
+            "sides": [sides] if isinstance(sides, str) else sides,
+            "values": [values] if isinstance(values, Mapping) else list(values),
+            "controls": int(controls),
+            "seed": int(seed),
+            "baseline": baseline,
+            "fold_layernorm": fold_layernorm,
+            "control_match": control_match,
+            "directions": directions,
+        }
+        self._options: dict[str, Any] = {
             "format": FORMAT,
             "model": model_id(model),
             "episodes": int(episodes),
@@ -145,11 +160,38 @@ class Sweep:
             "time_limit": setting.task.time_limit,
             "block_size": block_size_of(int(episodes), block_size),
             "fold_layernorm": fold_layernorm,
-            "activations": None,
             **software(),
         }
-        names = list(catalogue(model, per_head=True))
-        self.plan = Plan(options, unite(arms, (), names), names, block_size)
+        with one_thread():
+            self._arms = make_arms(model, **self._asked)
+        self._inputs = RealInputs(
+            model,
+            self.file,
+            activations,
+            needed=directions == "activation" or (control_match == "output" and controls > 0),
+            setting={
+                "seed": int(seed),
+                "environment": setting.environment,
+                "environment_kwargs": setting.environment_kwargs,
+                "target_return": setting.target_return,
+                "max_steps": setting.task.time_limit,
+            },
+        )
+        self._inputs.check(list(dict.fromkeys(arm.matrix for arm in self._arms if arm.matrix is not None)))
+
+    @property
+    def plan(self) -> Plan:
+        """What the sweep will do; activations that this takes are collected now."""
+        return self._planned(silent)
+
+    def _planned(self, tell: Tell) -> Plan:
+        activations, arms = self._inputs.get(tell), self._arms
+        if activations is not None:
+            with one_thread():
+                arms = make_arms(self.model, **self._asked, activations=activations)
+        known = None if activations is None else {**activations.record, "digest": activations.digest}
+        names = list(catalogue(self.model, per_head=True))
+        return Plan({**self._options, "activations": known}, unite(arms, (), names), names, self._block_size)
 
     def run(self, progress: bool | Tell = False, engine: Engine | None = None) -> Self:
         """Run what is not done yet.
@@ -163,14 +205,30 @@ class Sweep:
                 the model has changed since the plan was made, or when no worker can run.
             KeyboardInterrupt: on Ctrl-C, with a sentence; what was finished is kept.
         """
-        if model_id(self.model) != self.plan.options["model"]:
+        if model_id(self.model) != self._options["model"]:
             raise DtLensError("The model's weights have changed since this sweep was planned; make the Sweep again.")
-        with reporting(progress) as tell, Store.open(self.file, self.plan) as store:
-            todo, units = store.advance()
-            if todo:
-                drive = Drive(store, Packer(self.model), todo, units, tell)
-                drive.run(engine or LocalEngine(min(self.workers or _cores(), len(todo))), self._job)
+        with reporting(progress) as tell:
+            plan = self._planned(tell)
+            with Store.open(self.file, plan) as store:
+                self._inputs.keep()
+                packer = Packer(self.model, self._inputs.get())
+                self._listen(store, packer, tell)
+                todo, units = store.advance()
+                if todo:
+                    workers = min(self.workers or _cores(), len(todo))
+                    Drive(store, packer, todo, units, tell).run(engine or LocalEngine(workers), self._job)
         return self
+
+    def _listen(self, store: Store, packer: Packer, tell: Tell) -> None:
+        """Find out the output energies of arms that were begun before activations were known."""
+        arms = store.not_loud() if self._inputs.get() is not None else []
+        for first in range(0, len(arms), TOGETHER):
+            tell("output energies", first / len(arms))
+            found = {arm: packer.output_energy(store.arms[arm]) for arm in arms[first : first + TOGETHER]}
+            with store.writing():
+                for arm, energy in found.items():
+                    if energy is not None:
+                        store.set_output_energy(arm, energy)
 
     @property
     def results(self) -> SweepResults:

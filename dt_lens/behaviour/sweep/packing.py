@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import save
 
+from dt_lens.activations import Activations
 from dt_lens.behaviour.evaluate import acting_weights, model_id
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.workers import one_thread
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.edits import load_edit
+from dt_lens.edits import Edit, load_edit
+from dt_lens.errors import DtLensError
 from dt_lens.matrices import hash_of
 
 __all__ = ["Packed", "Packer"]
@@ -36,8 +39,8 @@ class Packer:
     go on with other bits.
     """
 
-    def __init__(self, model: HookedDecisionTransformer) -> None:
-        self._model = model
+    def __init__(self, model: HookedDecisionTransformer, activations: Activations | None = None) -> None:
+        self._model, self._activations = model, activations
         self._base = {name: hash_of(weight) for name, weight in acting_weights(model).items()}
         self._kept: dict[int, Packed] = {}
 
@@ -56,9 +59,27 @@ class Packer:
         return self._kept[arm.number]
 
     def _pack(self, arm: Arm) -> Packed:
-        edit = None if arm.record is None else load_edit(self._model, arm.record)
+        edit = None if arm.record is None else self._edit(arm.record)
         with edit or nullcontext():
             weights = acting_weights(self._model)
             changed = {n: w.detach().contiguous() for n, w in weights.items() if hash_of(w) != self._base[n]}
             change, identity = save(changed) if changed else b"", model_id(self._model)
-        return Packed(change, 0.0 if edit is None else edit.energy, None, identity, "" if edit is None else edit.note)
+        if edit is None:
+            return Packed(change, 0.0, None, identity, "")
+        return Packed(change, edit.energy, self._loudness(edit), identity, edit.note)
+
+    def _edit(self, record: Mapping[str, Any]) -> Edit:
+        return load_edit(self._model, record, self._activations)
+
+    def _loudness(self, edit: Edit) -> float | None:
+        try:
+            return None if self._activations is None else edit.output_energy(self._activations)
+        except DtLensError:  # activations of some matrices only
+            return None
+
+    def output_energy(self, arm: Arm) -> float | None:
+        """The output energy of an arm's edit on real inputs, where activations are known; it is not put in force."""
+        if arm.record is None or self._activations is None:
+            return None
+        with one_thread():
+            return self._loudness(self._edit(arm.record))

@@ -241,6 +241,18 @@ class Store:
             (packed.energy, packed.output_energy, packed.model_id, packed.note, arm),
         )
 
+    def not_loud(self) -> list[int]:
+        """The arms that were begun without knowing their output energy."""
+        with in_words(self.file):
+            rows = self._db.execute(
+                "SELECT arm FROM arms WHERE model_id IS NOT NULL AND output_energy IS NULL AND kind <> 'baseline'"
+            )
+            return [arm for (arm,) in rows]
+
+    def set_output_energy(self, arm: int, energy: float) -> None:
+        """Keep the output energy of an arm that was begun before activations were known."""
+        self._db.execute("UPDATE arms SET output_energy = ? WHERE arm = ?", (energy, arm))
+
     def void(self, arm: int, error: str) -> None:
         """Keep that an arm's edit cannot be put in force, and why; its units will not be run."""
         self._db.execute("UPDATE arms SET error = ? WHERE arm = ?", (error, arm))
