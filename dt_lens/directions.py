@@ -89,6 +89,20 @@ class Decomposition:
         """
         return self.left if self.matrix.side(side) == "left" else self.right
 
+    def spanning(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
+        """``side``, with the rows of a block orthonormal, so that lengths of projections on its span are right.
+
+        They are, except where activations weigh the directions: then the rows of ``left`` are not orthogonal.
+        """
+        rows = self.side(side)
+        if self.gain is None or self.matrix.side(side) == "right":
+            return rows
+        rows = rows.clone()
+        for start, stop in self.blocks:
+            if stop - start > 1:
+                rows[start:stop] = torch.linalg.qr(rows[start:stop].T)[0].T
+        return rows
+
     def _maybe(self, side: SideName) -> Tensor | None:
         return self.side(side) if side in (self.matrix.left, self.matrix.right) else None
 

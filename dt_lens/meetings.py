@@ -31,7 +31,7 @@ class Meeting(NamedTuple):
     @property
     def directions(self) -> Array:
         """``[k, d_model]``."""
-        return np.asarray(self.found.side(self.side).cpu().numpy())
+        return np.asarray(self.found.spanning(self.side).cpu().numpy())
 
     @property
     def starts(self) -> NDArray[np.int64]:

@@ -57,6 +57,8 @@ def strongest(
                 draws_of[key] = frame_maximum(labels.directions, count, labels.dimension, samples, seed)
             drawn = draws_of[key]
             share = (1 + int((drawn >= abs(value)).sum())) / (1 + samples)
+            if meeting.found.activations and meeting.matrix.side(meeting.side) == "left":
+                share = 1.0  # these directions are not orthogonal as a rotated frame is; the union bound holds for any
             # Both are monotone in the same statistic, so the smaller of the two is as valid as either.
             union = count * float(svd.rotations(labels, 1, seed).p_value(value))
             median, p = float(np.median(drawn)), min(share, union)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from dt_lens.meetings import Meeting
 from dt_lens.nulls import HaarMaximum, Null, q_values
 from dt_lens.progress import Tell, reporting, silent
 from dt_lens.scan_nulls import CovarianceSource, NullSource, Pools, draw_pools, require_null
+from dt_lens.weighted_directions import decompose_weighted
 
 if TYPE_CHECKING:
+    from dt_lens.activations import Activations
     from dt_lens.label_text import Filter, Rule
     from dt_lens.lens import Lens
     from dt_lens.token_tables import TokenTable
@@ -51,6 +54,9 @@ class WeightSVD:
             embedding directions; ``False`` takes raw weights and raw directions.
         resume: a folder where every finished decomposition is kept, and found again when the same is asked for later:
             for models that take long, and runs that may be stopped.
+        activations: what ``dt_lens.collect_activations`` gives: weight the decompositions by the covariance of real
+            inputs, so that ``sigma`` is the standard deviation of the output along a direction. What a direction reads
+            is then ``M v_i`` at unit length, and not orthogonal; see ``dt_lens.weighted_directions``.
 
     Raises:
         DtLensError: for something that is no wrapped model, a registry of another model or of another dimension, or a
@@ -64,6 +70,8 @@ class WeightSVD:
         embeddings: EmbeddingRegistry | Names | None = None,
         fold_layernorm: bool = True,
         resume: str | Path | None = None,
+        *,
+        activations: Activations | None = None,
     ) -> None:
         if not hasattr(model, "structure") or not hasattr(model, "embeddings"):
             raise DtLensError(
@@ -75,6 +83,11 @@ class WeightSVD:
         self.model = model
         self.rank = rank
         self.fold_layernorm = fold_layernorm
+        if activations is not None and not hasattr(activations, "inputs"):
+            raise DtLensError(
+                f"activations is a {type(activations).__name__}; WeightSVD takes what collect_activations gives."
+            )
+        self.activations = activations
         self._registry = embeddings if isinstance(embeddings, EmbeddingRegistry) else None
         own, given = model.embeddings, self._registry
         if given is not None and (given.d_model, given.owner) != (own.d_model, own.owner):
@@ -106,10 +119,16 @@ class WeightSVD:
         matrix = find_matrix(lens, name)
         state = fingerprint(lens, matrix)
         if name not in self._done or self._done[name][0] != state:
-            key = f"svd {name} {state.hex()} {self.rank} {self.fold_layernorm}"
-            kept = self._kept.get(key, lambda: decompose_matrix(lens, matrix, self.rank, self.fold_layernorm).tensors())
+            weighted = "" if self.activations is None else f" {self.activations.digest}"
+            key = f"svd {name} {state.hex()} {self.rank} {self.fold_layernorm}{weighted}"
+            kept = self._kept.get(key, lambda: self._decomposed(lens, matrix).tensors())
             self._done[name] = (state, Decomposition.from_tensors(matrix, kept))
         return self._done[name][1]
+
+    def _decomposed(self, lens: Snapshot, matrix: Matrix) -> Decomposition:
+        if self.activations is None:
+            return decompose_matrix(lens, matrix, self.rank, self.fold_layernorm)
+        return decompose_weighted(lens, matrix, self.activations, self.rank, self.fold_layernorm)
 
     def scan(
         self,
@@ -167,6 +186,7 @@ class WeightSVD:
         table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
         table.attrs = {
             "fold_layernorm": self.fold_layernorm,
+            **({} if self.activations is None else {"weighted_by": self.activations.digest}),
             **source.told(),
             "seed": null.seed if isinstance(null, Pools) else seed,
             "untrained": [e.name for e in self.registry.values() if not e.trained],
@@ -212,7 +232,9 @@ class WeightSVD:
     def like(self, drawn: Any) -> WeightSVD:
         """The same questions to another model of the same shape."""
         registry = self._named if self._registry is None else drawn.embeddings
-        return WeightSVD(drawn, self.rank, registry, self.fold_layernorm)
+        # Other weights, and the same inputs.
+        inputs = None if self.activations is None else replace(self.activations, made_of={})
+        return WeightSVD(drawn, self.rank, registry, self.fold_layernorm, activations=inputs)
 
     def meetings(
         self, matrices: Names | None = None, embeddings: Names | None = None, tell: Tell = silent

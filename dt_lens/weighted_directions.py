@@ -1,7 +1,7 @@
 """Singular directions weighted by what a matrix really reads: sigma is the spread of the output, not of the weights.
 
 For inputs of covariance ``C`` the outputs ``x @ M`` have the covariance ``M^T C M``. Its eigenvectors ``v_i`` are the
-principal axes of the output, ``sigma_i^2 = v_i^T M^T C M v_i`` is the variance along each, and ``M v_i`` is read for it:
+principal axes of the output, ``sigma_i^2 = v_i^T M^T C M v_i`` the variance along each, and ``M v_i`` is read for it:
 ``M = sum_i (M v_i) v_i^T``, a term for every direction in which the output moves. (Principal components of the output,
 Jolliffe, "Principal Component Analysis", 2002; the same as the singular value decomposition of ``C^(1/2) M``.)
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dt_lens.decompose import decompose
+from dt_lens.decompose import EPS, decompose
 from dt_lens.directions import Decomposition, blocks_of, rounding_noise, with_canonical_signs
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import Matrix, Snapshot, Weighted
@@ -58,7 +58,9 @@ def decompose_weighted(
     # On the input side the inputs are as the raw matrix reads them; a norm on the other side is part of the output.
     first = raw[0]
     spread, axes = torch.linalg.eigh(moments.covariance.to(first))
-    spread = spread.clamp_min(0.0).sqrt()
+    # Second moments less squared means: what is left of nothing after the rounding of such a difference is nothing.
+    exact = len(spread) * EPS * float(moments.second.diagonal().sum())
+    spread = torch.where(spread > exact, spread, 0.0).sqrt()
     try:
         found = decompose([spread[:, None] * (axes.T @ first), *seen[1:]], rank, _floor(lens, matrix, activations))
     except DtLensError as error:
