@@ -221,6 +221,6 @@ def make_arms(
                     for draw in range(seed, seed + controls):
                         matching = {"match": "output", "activations": digest} if control_match == "output" else {}
                         of = {"kind": "control", "seed": draw, **matching, "of": record}
-                        matched = {"number": len(arms), "kind": "control", "of": edit.number, "control": draw}
-                        arms.append(edit._replace(**matched, match=control_match, record=of))
+                        control = edit._replace(number=len(arms), kind="control", of=edit.number, record=of)
+                        arms.append(control._replace(control=draw, match=control_match))
     return arms

@@ -75,9 +75,9 @@ class Plan:
         for name in IDENTITY:
             if mine.get(name) != other.get(name):
                 return f"its {name} is {_short(other.get(name))} and this one's {_short(mine.get(name))}"
-        both = mine.get("activations"), other.get("activations")
-        if None not in both and both[0]["digest"] != both[1]["digest"]:
-            return f"its activations are {both[1]['digest'][:16]} and this one's {both[0]['digest'][:16]}"
+        here, there = mine.get("activations") or {}, other.get("activations") or {}
+        if here and there and here["digest"] != there["digest"]:
+            return f"its activations are {there['digest']} and this one's {here['digest']}"
         return None
 
 

@@ -59,7 +59,7 @@ def upgrade(db: sqlite3.Connection) -> None:
 def read_arms(db: sqlite3.Connection) -> list[Arm]:
     """The arms of a file, by number."""
     rows = db.execute(f"SELECT arm, {', '.join(COLUMNS)} FROM arms ORDER BY arm")
-    return [Arm(*row[:-1], None if row[-1] is None else json.loads(row[-1])) for row in rows]
+    return [Arm._make((*row[:-1], None if row[-1] is None else json.loads(row[-1]))) for row in rows]
 
 
 def add_arms(db: sqlite3.Connection, arms: Sequence[Arm]) -> None:

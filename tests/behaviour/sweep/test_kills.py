@@ -65,9 +65,11 @@ def finished(file: Path) -> dict[int, list[tuple[Any, ...]]]:
     return done
 
 
-def check_log(file: Path, units: int) -> None:
+def check_log(file: Path, units: int | None = None) -> None:
     """Every unit was finished once, and not begun again after that."""
     log = query(file, "SELECT unit, result FROM runs ORDER BY run")
+    assert query(file, "SELECT DISTINCT status FROM units") == [("done",)]
+    units = query(file, "SELECT count(*) FROM units")[0][0] if units is None else units
     assert sorted(unit for unit, result in log if result == "done") == list(range(units))
     last = dict(log)
     assert all(result == "done" for result in last.values())
@@ -81,15 +83,34 @@ def same(one: SweepResults, other: SweepResults) -> None:
 SOME = [6, 21, 50]
 MANY = [*range(1, 40, 3), *(random.Random(0).randint(1, 90) for _ in range(17))]
 
+# What is there before the killing begins, and what the sweep is that is killed.
+KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "plain": (None, {}),
+    "grown": ({"matrices": "*.0.mlp.W_in", "controls": 0}, {"episodes": 8}),
+    "by halves": (None, {"sv": "0,1", "episodes": 4, "halving": [2, 2]}),
+}
+slow = pytest.mark.acceptance
 
-@pytest.mark.parametrize("moments", [SOME, pytest.param(MANY, marks=pytest.mark.acceptance)], ids=["some", "many"])
+
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [
+        ("plain", SOME),
+        ("grown", [24]),
+        ("by halves", [80]),
+        pytest.param("plain", MANY, marks=slow),
+        pytest.param("grown", [*range(1, 60, 8), 100], marks=slow),
+        pytest.param("by halves", [*range(5, 180, 25)], marks=slow),
+    ],
+)
 def test_killed_at_any_statement(
-    make_sweep: Make, inline: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: list[int]
+    make_sweep: Make, inline: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, moments: list[int]
 ) -> None:
     """The driver kills itself just before the n-th statement of its run, for many n, in transactions and between."""
-    whole = make_sweep(tmp_path / "whole").run(engine=inline(2))
+    first, options = KINDS[kind]
+    whole = make_sweep(tmp_path / "whole", **options).run(engine=inline(2))
     connect = sqlite3.connect
-    countdown = [0]
+    countdown, kills = [0], 0
 
     def watched(*args: Any, **kwargs: Any) -> sqlite3.Connection:
         db = connect(*args, **kwargs)
@@ -103,8 +124,10 @@ def test_killed_at_any_statement(
         return db
 
     for number, moment in enumerate(moments):
-        sweep = make_sweep(tmp_path / f"killed {number}", seed=3)
-        before: dict[int, Any] = {}
+        if first is not None:
+            make_sweep(tmp_path / f"killed {number}", **first).run(engine=inline(2))
+        sweep = make_sweep(tmp_path / f"killed {number}", **options)
+        before = finished(sweep.file)
         for attempt in range(60):
 
             def run(sweep: Any = sweep, moment: int = moment + attempt) -> None:
@@ -119,9 +142,11 @@ def test_killed_at_any_statement(
             if status == 0:
                 break
             assert status == -signal.SIGKILL
-        check_log(sweep.file, 14)
+            kills += 1
+        check_log(sweep.file, 14 if kind == "plain" else None)
         same(sweep.results, whole.results)
         assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
+    assert kills >= len(moments)
 
 
 def _children(process: int) -> list[int]:
@@ -129,16 +154,25 @@ def _children(process: int) -> list[int]:
     return [int(pid) for pid in listed.split()]
 
 
-def _kill_at_random(make_sweep: Make, tmp_path: Path, moments: int, seed: int) -> Counter[str]:
+def _kill_at_random(
+    make_sweep: Make,
+    tmp_path: Path,
+    moments: int,
+    seed: int,
+    first: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Counter[str]:
     """Real worker processes; kills the driver or one of its workers until there were ``moments`` kills."""
-    options = {"sv": "0,1", "controls": 1, "episodes": 8, "block_size": 2, "max_steps": 60, "workers": 2}
-    units = 4 * 13
+    options = {"sv": "0,1", "controls": 1, "episodes": 8, "block_size": 2, "max_steps": 60, "workers": 2} | (more or {})
+    units = 4 * 13 if more is None else None
     whole = make_sweep(tmp_path / "whole", **options).run()
     draw, killed, round_ = random.Random(seed), Counter[str](), 0
     while killed.total() < moments:
         round_ += 1
+        if first is not None:
+            make_sweep(tmp_path / f"round {round_}", **options | first).run()
         sweep = make_sweep(tmp_path / f"round {round_}", **options)
-        before: dict[int, Any] = {}
+        before = finished(sweep.file)
         while True:
             driver = forked(sweep.run)
             if killed.total() >= moments:
@@ -177,6 +211,18 @@ def test_killed_now_and_then(make_sweep: Make, tmp_path: Path) -> None:
 def test_killed_at_thirty_moments(make_sweep: Make, tmp_path: Path) -> None:
     killed = _kill_at_random(make_sweep, tmp_path, 30, seed=7)
     assert killed.total() >= 30 and min(killed["driver"], killed["worker"]) >= 5
+
+
+@pytest.mark.acceptance
+def test_killed_while_it_grows(make_sweep: Make, tmp_path: Path) -> None:
+    first = {"matrices": "*.0.mlp.W_in", "controls": 0, "episodes": 4}
+    assert _kill_at_random(make_sweep, tmp_path, 6, 3, first, {"block_size": 3}).total() >= 6
+
+
+@pytest.mark.acceptance
+def test_killed_rung_by_rung(make_sweep: Make, tmp_path: Path) -> None:
+    more = {"sv": "0-3", "edits": "zero,flip", "halving": [2, 4], "episodes": 6}
+    assert _kill_at_random(make_sweep, tmp_path, 6, 5, None, more).total() >= 6
 
 
 @pytest.mark.acceptance
