@@ -116,13 +116,13 @@ class Case:
         """
         tokens = self.is_language_model
         wanted = {
-            "output": ("token_out" if tokens else "action_out", "an action output"),
-            "input": ("token_in" if tokens else "state_in", "a state input"),
-            "reward": ("reward_in", "a reward embedding"),
-            "time": ("timestep_in", "a timestep embedding"),
+            "output": ("token_out" if tokens else "action_out", "action output"),
+            "input": ("token_in" if tokens else "state_in", "state input"),
+            "reward": ("reward_in", "reward embedding"),
+            "time": ("timestep_in", "timestep embedding"),
         }[kind]
         if wanted[0] not in self.model.embeddings:
-            raise NotApplicable(f"the model has not {wanted[1]}")
+            raise NotApplicable(f"the model has no {wanted[1]}")
         return self.model.embeddings[wanted[0]]
 
     def untrained(self, kind: str) -> Embedding | None:

@@ -17,8 +17,9 @@ from dt_lens.behaviour.recording import record_actions
 from dt_lens.behaviour.sweep.driver import Sweep
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE
+from dt_lens.edits import load_edit
 from dt_lens.errors import DtLensError
-from dt_lens.matrices import select_matrices
+from dt_lens.matrices import Snapshot, find_matrix, select_matrices
 from dt_lens.progress import Tell
 from dt_lens.study.court.claims import NotApplicable
 
@@ -107,7 +108,7 @@ class Rollouts:
         main = self._sweep(
             "folded", tell, (0.0, share), matrices=names, sv=directions, edits=EDIT, controls=1, sides=None
         )
-        arms = arms_of(main)
+        arms = arms_of(main, self.model)
         if not folds:
             return Arms(arms[0], arms[1], [arm for arm in arms[1] if arm.kind == "W_in"], folded=False)
         inward = [m.name for m in matrices if m.kind == "W_in"]
@@ -115,7 +116,7 @@ class Rollouts:
             "raw", tell, (share, 1.0), matrices=inward, sv=directions, edits=EDIT, controls=0, baseline=False,
             fold_layernorm=False,
         )  # fmt: skip
-        return Arms(arms[0], arms[1], arms_of(raw, arms[0])[1])
+        return Arms(arms[0], arms[1], arms_of(raw, self.model, arms[0])[1])
 
     def _sweep(self, name: str, tell: Tell, part: tuple[float, float], **options: Any) -> SweepResults:
         def share(what: str, done: float) -> None:
@@ -150,11 +151,14 @@ class Rollouts:
         return found if same and not left["todo"] + left["failed"] else None
 
 
-def arms_of(results: SweepResults, baseline: Evaluation | None = None) -> tuple[Evaluation, list[Arm]]:
+def arms_of(results: SweepResults, model: Any, baseline: Evaluation | None = None) -> tuple[Evaluation, list[Arm]]:
     """The baseline and every edit of a sweep that ran all of the baseline's seeds, with its controls.
+
+    Edits of directions that were chosen by activations are left out.
 
     Args:
         results: a sweep's file.
+        model: the model that it is of.
         baseline: of another sweep over the same seeds, where this one has none.
 
     Raises:
@@ -165,30 +169,33 @@ def arms_of(results: SweepResults, baseline: Evaluation | None = None) -> tuple[
         if not results.options["baseline"] or 0 not in evaluations:
             raise DtLensError(f"The sweep in {results.file} has no unedited agent; run one with its baseline.")
         baseline = evaluations[0]
-    seeds = baseline.seeds
-    places = _places(results)
+    columns = ["kind", "of", "matrix", "side", "sv"]
+    rows = results.episodes().drop_duplicates("arm")[["arm", *columns]].to_dict("records")
+    whole = [row for row in rows if np.array_equal(evaluations[row["arm"]].seeds, baseline.seeds)]
     controls: dict[int, list[NDArray[np.float64]]] = {}
-    for arm, place in places.items():
-        if place["kind"] == "control" and arm in evaluations and np.array_equal(evaluations[arm].seeds, seeds):
-            controls.setdefault(int(place["of"]), []).append(evaluations[arm].returns)
+    for row in whole:
+        if row["kind"] == "control":
+            controls.setdefault(int(row["of"]), []).append(evaluations[row["arm"]].returns)
     found = []
-    for arm, place in places.items():
-        if place["kind"] != "edit" or arm not in evaluations or not np.array_equal(evaluations[arm].seeds, seeds):
+    for row in whole:
+        if row["kind"] != "edit":
             continue
-        (record,) = evaluations[arm].edits
-        kind = place["matrix"].split(".")[3] if ".OV." in place["matrix"] else place["matrix"].rpartition(".")[2]
-        beside = np.array(controls.get(arm, [])).reshape(-1, len(seeds))
+        (record,) = evaluations[row["arm"]].edits
+        if record["kind"] != "singular" or record.get("activations"):
+            continue
         found.append(
-            Arm(place["matrix"], kind, place["side"], int(place["sv"]), float(place["energy"]), record,
-                evaluations[arm].returns, beside)
-        )  # fmt: skip
+            Arm(
+                row["matrix"],
+                find_matrix(Snapshot.of(model), row["matrix"]).kind,
+                row["side"],
+                int(row["sv"]),
+                load_edit(model, record).energy,
+                record,
+                evaluations[row["arm"]].returns,
+                np.array(controls.get(row["arm"], [])).reshape(-1, len(baseline)),
+            )
+        )
     return baseline, found
-
-
-def _places(results: SweepResults) -> dict[int, dict[str, Any]]:
-    episodes = results.episodes().drop_duplicates("arm").set_index("arm")
-    columns = ["kind", "of", "matrix", "side", "sv", "energy"]
-    return {int(arm): row for arm, row in episodes[columns].to_dict("index").items()}  # type: ignore[misc,call-overload]
 
 
 def sweep_arms(source: str | Path, model: Any) -> tuple[Arms, str]:
@@ -203,7 +210,7 @@ def sweep_arms(source: str | Path, model: Any) -> tuple[Arms, str]:
     folded = bool(results.options["fold_layernorm"])
     if not folded and any(matrix.foldable for matrix in select_matrices(model)):
         raise DtLensError(f"The sweep in {results.file} is of raw matrices; give one of folded matrices.")
-    baseline, edits = arms_of(results)
+    baseline, edits = arms_of(results, model)
     values = results.options["edits"]
     taken = "zero" if "zero" in values else "constant" if "constant" in values else values[0]
     kept = [arm for arm in edits if len(arm.controls) and _text(arm.record["value"]) == taken]

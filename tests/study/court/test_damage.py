@@ -1,0 +1,174 @@
+"""Claims about behaviour, on episodes made by hand: the right verdict is known."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dt_lens.behaviour.outcomes import Evaluation
+from dt_lens.behaviour.rollouts import Outcome
+from dt_lens.errors import DtLensError
+from dt_lens.study.court.case import Case
+from dt_lens.study.court.claims import Found, NotApplicable, verdict_of
+from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, output_shares
+from dt_lens.study.court.rollouts import Arm, Arms, sweep_arms
+
+EPISODES = 200
+BASE = 100.0
+
+
+def ruled(found: Found) -> str:
+    return verdict_of("behaviour", found, found.p_value)
+
+
+def baseline(mean: float = BASE, spread: float = 10.0) -> Evaluation:
+    returns = mean + spread * np.random.default_rng(0).standard_normal(EPISODES)
+    outcomes = [Outcome(i, float(value), 10, False, True) for i, value in enumerate(returns)]
+    return Evaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=10)
+
+
+def arm(kind: str, loss: float, energy: float, control: float = 0.0, sv: int = 0, layer: int = 0, **more: Any) -> Arm:
+    rng = np.random.default_rng(zlib.crc32(f"{kind} {loss} {sv} {layer}".encode()))
+    base, noise = baseline().returns, 10.0
+    returns = base - loss * BASE + noise * rng.standard_normal(EPISODES)
+    controls = base - control * BASE + noise * rng.standard_normal((1, EPISODES))
+    return Arm(f"blocks.{layer}.mlp.{kind}", kind, "read", sv, energy, more, returns, controls)
+
+
+def arms(inside: list[tuple[float, float]], outside: list[tuple[float, float]], control: float = 0.0) -> Arms:
+    edits = [arm("W_in", loss, energy, control, sv) for sv, (loss, energy) in enumerate(inside)]
+    edits += [arm("W_out", loss, energy, 0.0, sv) for sv, (loss, energy) in enumerate(outside)]
+    return Arms(baseline(), edits, [a for a in edits if a.kind == "W_in"])
+
+
+@pytest.fixture(scope="module")
+def case(plain: Any) -> Case:
+    return Case(plain(n_layers=1), 0, 200)
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "control", "wanted"),
+    [
+        ([(0.8, 1.0), (0.5, 1.0)], [(0.1, 1.0), (0.0, 1.0)], 0.0, "supported"),
+        ([(0.1, 1.0), (0.1, 1.0)], [(0.5, 1.0), (0.5, 1.0)], 0.0, "not supported"),
+        ([(0.3, 1.0), (0.3, 1.0)], [(0.3, 1.0), (0.3, 1.0)], 0.0, "not supported"),
+        ([(0.4, 1.0), (0.4, 1.0)], [(0.3, 1.0), (0.3, 1.0)], 0.0, "supported"),
+        ([(0.8, 8.0), (0.8, 8.0)], [(0.4, 1.0), (0.4, 1.0)], 0.0, "not supported"),  # louder, not worse
+        ([(0.5, 1.0), (0.5, 1.0)], [(0.0, 1.0), (0.0, 1.0)], 0.6, "undecided"),  # random changes hurt as much there
+    ],
+)
+def test_claim_3(case: Case, inside: Any, outside: Any, control: float, wanted: str) -> None:
+    made = arms(inside, outside, control)
+    sizes = [a.energy for a in made.edits]
+    assert ruled(hurts_more(case, "proper", made, {"Frobenius energy": sizes, "output energy": sizes})) == wanted
+
+
+def test_claim_3_takes_the_energy_that_says_less(case: Case) -> None:
+    made = arms([(0.8, 1.0), (0.8, 1.0)], [(0.4, 1.0), (0.4, 1.0)])
+    found = hurts_more(case, "proper", made, {"Frobenius energy": [1.0] * 4, "output energy": [9.0, 9.0, 1.0, 1.0]})
+    assert found.numbers["counts"] == "output energy" and found.statistic < 0 and ruled(found) == "not supported"
+    # Per unit of energy: energies in units of their geometric mean leave a common factor out.
+    one, other = (hurts_more(case, "proper", made, {"F": [s] * 4}).statistic for s in (1.0, 7.0))
+    assert one == pytest.approx(other) and one == pytest.approx(0.4, abs=0.03)
+    # The note's way does not look at energies.
+    assert ruled(hurts_more(case, "note", made, {})) == "supported"
+
+
+def test_few_episodes_are_undecided(case: Case) -> None:
+    made = arms([(0.14, 1.0), (0.14, 1.0)], [(0.1, 1.0), (0.1, 1.0)])
+    few = slice(0, 6)
+    base = made.baseline
+    short = Evaluation.from_outcomes(
+        [Outcome(i, float(value), 10, False, True) for i, value in enumerate(base.returns[few])],
+        environment="E-v0",
+        target_return=1.0,
+        time_limit=10,
+    )
+    edits = [Arm(*[*list(a.__dict__.values())[:6], a.returns[few], a.controls[:, few]]) for a in made.edits]
+    less = Arms(short, edits, [a for a in edits if a.kind == "W_in"])
+    assert ruled(hurts_more(case, "proper", less, {"F": [1.0] * 4})) == "undecided"
+
+
+def test_an_agent_that_returns_nothing_has_nothing_to_lose(case: Case) -> None:
+    made = arms([(0.5, 1.0)] * 2, [(0.1, 1.0)] * 2)
+    outcomes = [Outcome(i, -1.0, 10, False, True) for i in range(EPISODES)]
+    poor = Evaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=10)
+    with pytest.raises(NotApplicable, match="returns -1 on average"):
+        hurts_more(case, "proper", Arms(poor, made.edits, made.raw), {"F": [1.0] * 4})
+
+
+def swept(case: Case, plant: Any, units: Any, damage: Callable[[float, float], float], energies: Any) -> Arms:
+    """Edits of forty directions of W_in whose cosines with one action fall from 0.3 to 0."""
+    actions = units(case.model, "action_out")
+    cosines = [float(np.abs(row @ actions.T).max()) for row in case.vectors(case.matrices("W_in")[0], "proper")]
+    edits = [
+        arm("W_in", damage(cosines[sv], energies[sv]), float(energies[sv]), 0.0, sv, value="zero") for sv in range(40)
+    ]
+    return Arms(baseline(), edits, edits)
+
+
+def test_claim_7(case: Case, plant: Any, units: Any) -> None:
+    energies = np.random.default_rng(5).uniform(1, 2, 40)
+
+    def tried(damage: Callable[[float, float], float], way: Any = "proper") -> Found:
+        return cosine_predicts_damage(case, way, swept(case, plant, units, damage, energies), "made")
+
+    found = tried(lambda cosine, _: 2 * cosine)
+    assert ruled(found) == "supported" and found.statistic > 0.8
+    assert ruled(tried(lambda cosine, _: -2 * cosine)) == "not supported"
+    # Where only the energy does harm, the cosine predicts nothing once it is held fixed.
+    assert ruled(tried(lambda _, energy: 0.5 * energy)) != "supported"
+
+
+def test_claim_7_is_not_fooled_by_energy(case: Case, plant: Any, units: Any) -> None:
+    """Energies that go with the cosines, and damage that goes with energies alone."""
+    actions = units(case.model, "action_out")
+    cosines = np.abs(case.vectors(case.matrices("W_in")[0], "proper")[:40] @ actions.T).max(1)
+    energies = 1 + cosines + 0.05 * np.random.default_rng(6).standard_normal(40)
+    made = swept(case, plant, units, lambda _, energy: energy, energies)
+    found = cosine_predicts_damage(case, "proper", made, "made")
+    assert found.numbers["over all edits"][0] > 0.5 and found.statistic < 0.3 and ruled(found) != "supported"
+    assert ruled(cosine_predicts_damage(case, "note", made, "made")) == "supported"  # it looks at no energy
+
+
+def test_claim_7_wants_edits(case: Case) -> None:
+    with pytest.raises(NotApplicable, match="4 edits, too few"):
+        cosine_predicts_damage(case, "proper", arms([(0.5, 1.0)] * 2, [(0.1, 1.0)] * 2), "made")
+
+
+def test_output_energy_is_a_share(plain: Any) -> None:
+    """Removing every direction changes the whole output; removing one, its own share of it."""
+    import torch
+
+    from dt_lens.activations import Activations, Moments
+
+    model = plain(n_layers=1)
+    case, name = Case(model, 0, 200), "blocks.0.mlp.W_in"
+    x = torch.randn(500, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moments = Moments(len(x), x.mean(0), x.T @ x / len(x))
+    activations = Activations({"p": moments}, {name: "p"}, {})
+
+    def record(sv: list[int]) -> dict[str, Any]:
+        return {
+            "kind": "singular", "matrix": name, "sv": sv, "side": "read", "value": "zero", "seed": 0,
+            "fold_layernorm": True,
+        }  # fmt: skip
+
+    made = [
+        Arm(name, "W_in", "read", 0, 1.0, record(sv), np.zeros(1), np.zeros((0, 1))) for sv in (list(range(64)), [0])
+    ]
+    whole, one = output_shares(case, made, activations)
+    found = case.decomposition(name)
+    wanted = float((x @ found.left[0]).square().mean().sqrt() * found.sigma[0])
+    wanted /= float((x @ model.weights[name].double()).square().sum(1).mean().sqrt())
+    assert whole == pytest.approx(1.0, abs=1e-6) and one == pytest.approx(wanted, rel=1e-6)
+
+
+def test_no_sweep(plain: Any, tmp_path: Path) -> None:
+    with pytest.raises(DtLensError, match="no sweep in"):
+        sweep_arms(tmp_path, plain())

@@ -1,0 +1,173 @@
+"""The whole court on small agents: rows, files, going on, and sentences for what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from dt_lens.behaviour.sweep import Sweep, SweepResults
+from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.errors import DtLensError
+from dt_lens.study.court import CLAIMS, court
+from dt_lens.study.court.rollouts import Rollouts
+
+OPTIONS: dict[str, Any] = {"episodes": 4, "max_steps": 6, "draws": 200, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def agent(plain: Any) -> Any:
+    """An untrained hopper, which gets a reward for every step that it does not fall."""
+    model = plain(n_layers=1, d_model=32, d_mlp=48, embed_ln=True, normalization="pre", final_ln=True)
+    model.facts = RunFacts(context=3, environment="Hopper-v5", target_returns=(100.0,))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tried(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    out = tmp_path_factory.mktemp("court")
+    return court(agent, out, name="small", **OPTIONS), out
+
+
+def test_every_claim_has_a_ruling_both_ways(tried: Any) -> None:
+    result, _ = tried
+    table = result.table
+    assert list(table["claim"]) == [1, 2, 3, 4, 5, 6, 7]
+    known = {"supported", "not supported", "undecided", "not applicable"}
+    assert set(table["verdict"]) | set(table["note_verdict"]) <= known
+    # One block has four edits, too few for a correlation; six steps are too few for a series.
+    assert list(table.loc[table["verdict"] == "not applicable", "claim"]) == [6, 7]
+    applicable = table[table["verdict"] != "not applicable"]
+    assert applicable[["statistic", "margin", "p_value"]].notna().all().all()
+    assert all(sentence.endswith(".") for sentence in [*table["sentence"], *table["note_sentence"]])
+    assert result.facts["arms"] == 11 and result.facts["episodes"] == 4
+
+
+def test_holm_is_over_the_applicable_claims(tried: Any) -> None:
+    result, _ = tried
+    raw = sorted(r.found.p_value for r in result.rulings if r.way == "proper" and r.found is not None)
+    assert min(r.p_value for r in result.rulings if r.way == "proper" and r.found is not None) == pytest.approx(
+        min(1.0, raw[0] * len(raw))
+    )
+
+
+def test_the_files_say_the_same(tried: Any) -> None:
+    result, out = tried
+    read = pd.read_csv(out / "court.csv")
+    assert list(read["verdict"]) == list(result.table["verdict"])
+    kept = json.loads((out / "court.json").read_text())
+    assert len(kept["rulings"]) == 2 * len(CLAIMS) and kept["facts"]["environment"] == "Hopper-v5"
+    page = (out / "court.html").read_text()
+    assert all(claim.title in page for claim in CLAIMS) and "undecided" in page
+
+
+def test_it_goes_on_where_it_was(tried: Any, agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, out = tried
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("what is finished was run again")
+
+    monkeypatch.setattr(Sweep, "run", never)
+    again = court(agent, out, name="small", **OPTIONS)
+    pd.testing.assert_frame_equal(again.table, result.table)
+
+
+def test_the_same_episodes_for_every_arm(tried: Any) -> None:
+    _, out = tried
+    folded, raw = (SweepResults(out / "arms" / name).episodes() for name in ("folded", "raw"))
+    assert folded.groupby("arm")["seed"].apply(list).tolist() == [[0, 1, 2, 3]] * 9
+    assert set(folded["matrix"].dropna()) == {"blocks.0.mlp.W_in", "blocks.0.mlp.W_out"}
+    assert set(folded["sv"].dropna()) == {0, 2} and set(raw["matrix"]) == {"blocks.0.mlp.W_in"}
+    assert set(raw["kind"]) == {"edit"}
+
+
+def test_without_layernorms_raw_edits_are_the_same_edits(plain: Any, tmp_path: Path) -> None:
+    model = plain(n_layers=1, d_model=32, d_mlp=48)
+    model.facts = RunFacts(context=3, environment="Hopper-v5", target_returns=(100.0,))
+    arms = Rollouts(model, tmp_path, episodes=2, max_steps=3, workers=1).run(lambda _what, _share: None)
+    assert not (tmp_path / "arms" / "raw").exists()
+    assert [arm.sv for arm in arms.raw] == [0, 2] and all(arm in arms.edits for arm in arms.raw)
+    assert all(len(arm.controls) == 1 for arm in arms.edits)
+
+
+def test_a_sweep_stands_in_for_claim_7(agent: Any, tried: Any, tmp_path: Path) -> None:
+    setting = {"episodes": 3, "max_steps": 6, "workers": 1}
+    made = Sweep(agent, tmp_path, matrices="*.W_in", sv="0-7", edits="zero,constant", controls=1, **setting).run()
+    _, out = tried
+    result = court(agent, out, sweep=tmp_path, **OPTIONS)
+    found = result.ruling(7).found
+    assert found is not None and "8 of a sweep, zero, 3 episodes each" in found.said
+    other = dataclasses.replace(agent.facts, target_returns=(50.0,))
+    kept, agent.facts = agent.facts, other
+    try:
+        with pytest.raises(DtLensError, match="is of another model"):
+            court(agent, out, sweep=made.file, **OPTIONS)
+    finally:
+        agent.facts = kept
+
+
+def test_a_sweep_without_controls_is_refused(agent: Any, tmp_path: Path) -> None:
+    Sweep(agent, tmp_path, matrices="*.W_in", sv="0-1", edits="zero", episodes=2, max_steps=3, workers=1).run()
+    with pytest.raises(DtLensError, match="no finished edit with a control"):
+        court(agent, tmp_path / "out", sweep=tmp_path, **OPTIONS)
+
+
+def test_what_a_model_lacks_is_said(plain: Any, tmp_path: Path) -> None:
+    model = plain(n_layers=1, d_model=32, d_mlp=48)
+    model.facts = RunFacts(context=3)
+    result = court(model, tmp_path, draws=200)
+    reasons = {r.claim.number: r.reason for r in result.rulings if r.verdict == "not applicable" and r.way == "proper"}
+    assert set(reasons) == {2, 3, 7} and "does not say which environment" in reasons[3]
+    assert math.isnan(result.ruling(3).p_value)
+    left_out = court(
+        model, tmp_path, draws=200, rollouts=False, environment="Hopper-v5", target_return=1.0, max_steps=4
+    )
+    assert left_out.ruling(3).reason == "rollouts were left out" and left_out.ruling(2).found is not None
+
+
+def test_a_language_model(make_lm: Callable[..., Any], tmp_path: Path) -> None:
+    import dt_lens
+
+    result = court(dt_lens.wrap(make_lm("gpt2")), tmp_path, draws=200)
+    reasons = {r.claim.number: r.reason for r in result.rulings if r.verdict == "not applicable" and r.way == "proper"}
+    assert reasons == {
+        2: "no texts were given to find the most common token in",
+        3: "a language model does not act",
+        5: "the model has no reward embedding",
+        6: "the model has no timestep embedding",
+        7: "a language model does not act",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"episodes": 1}, "episodes is 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"draws": 10}, "draws is 10"),
+        ({"environment": "CartPole-v1"}, "CartPole-v1 gives states of 4 numbers"),
+        ({"target_return": float("nan")}, "target_return is nan"),
+        ({"sweep": "nowhere"}, "There is no sweep in nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence(agent: Any, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(DtLensError, match=said) as error:
+        court(agent, tmp_path, **{**OPTIONS, **options})
+    assert str(error.value).count("\n") == 0
+
+
+def test_something_else_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(DtLensError, match="takes a wrapped model, not a str"):
+        court("hopper", tmp_path)
+
+
+def test_a_folder_of_another_court_is_refused(agent: Any, tried: Any) -> None:
+    _, out = tried
+    with pytest.raises(DtLensError, match=r"holds another sweep: its (episodes|seed) is"):
+        court(agent, out, **{**OPTIONS, "seed": 5})
