@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dt_lens.cli.collecting import activations
 from dt_lens.cli.comparing import compare
 from dt_lens.cli.playing import evaluate
 from dt_lens.cli.scanning import certify, scan
@@ -23,6 +24,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
 __all__ = [
+    "activations",
     "app",
     "certify",
     "compare",
@@ -52,6 +54,7 @@ _COMMANDS: list[Callable[..., None]] = [
     compare,
     evaluate,
     sweep,
+    activations,
     certify,
     train,
     train_text,
