@@ -13,8 +13,11 @@ import typer
 
 from dt_lens.cli.collecting import activations
 from dt_lens.cli.comparing import compare
+from dt_lens.cli.judging import court
+from dt_lens.cli.mapping import atlas
 from dt_lens.cli.playing import evaluate
 from dt_lens.cli.scanning import certify, scan
+from dt_lens.cli.steering import steer
 from dt_lens.cli.studying import study
 from dt_lens.cli.sweeping import sweep
 from dt_lens.cli.tables import top
@@ -26,12 +29,15 @@ from dt_lens.version import __version__
 __all__ = [
     "activations",
     "app",
+    "atlas",
     "certify",
     "compare",
+    "court",
     "evaluate",
     "main",
     "record",
     "scan",
+    "steer",
     "study",
     "sweep",
     "top",
@@ -54,6 +60,9 @@ _COMMANDS: list[Callable[..., None]] = [
     compare,
     evaluate,
     sweep,
+    atlas,
+    court,
+    steer,
     activations,
     certify,
     train,

@@ -1,0 +1,88 @@
+"""Directions that may steer, their doses, and a random direction's doses to hold them against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dt_lens.behaviour.outcomes import Evaluation
+from dt_lens.edits import Edit, SingularEdit
+from dt_lens.errors import DtLensError
+from dt_lens.matrices import select_matrices
+from dt_lens.svd import WeightSVD
+
+__all__ = ["Candidate", "candidates_of", "dosed", "slopes"]
+
+Array = NDArray[np.float64]
+FIRST = 40  # directions of a matrix among which matches are looked for
+
+
+class Candidate(NamedTuple):
+    """A direction that may steer, and why it is tried."""
+
+    matrix: str
+    sv: int
+    sigma: float
+    cosine: float  # with the return-to-go input; nan where the model has none
+    why: str
+
+    @property
+    def name(self) -> str:
+        """In a few words."""
+        return f"{self.matrix} sv={self.sv}"
+
+
+def candidates_of(model: Any, count: int) -> list[Candidate]:
+    """Directions that may steer: half of them by their match with the return-to-go input, half by sigma.
+
+    Raises:
+        DtLensError: when no matrix that reads the stream has a direction.
+    """
+    svd, places = WeightSVD(model), [m for m in select_matrices(model) if m.kind in ("W_in", "OV")]
+    wanted = "reward_in" in model.embeddings
+    cosine = {
+        m.name: svd.cosines(m.name, "reward_in", "read").abs().max(axis=1).to_numpy()
+        if wanted
+        else np.full(len(svd[m.name].sigma), np.nan)
+        for m in places
+    }
+    matched = sorted(
+        ((m.name, sv) for m in places for sv in range(min(FIRST, len(svd[m.name].sigma))) if wanted),
+        key=lambda place: -float(cosine[place[0]][place[1]]),
+    )[: (count + 1) // 2]
+    largest = [(m.name, sv) for sv in range(FIRST) for m in places if sv < len(svd[m.name].sigma)]
+    chosen = dict.fromkeys(matched, "matches the return-to-go input")
+    for place in largest:
+        if len(chosen) < count:
+            chosen.setdefault(place, "large sigma")
+    if not chosen:
+        raise DtLensError("The model has no W_in and no OV with a direction to steer by.")
+    return [
+        Candidate(name, sv, float(svd[name].sigma[sv]), float(cosine[name][sv]), why)
+        for (name, sv), why in chosen.items()
+    ]
+
+
+def dosed(model: Any, direction: Candidate, dose: float, control: int | None = None) -> Edit:
+    """A dose of the direction; or, with a control's seed, the same change of sigma given to a random read direction."""
+    if control is None:
+        return SingularEdit(model, direction.matrix, direction.sv, side="read", value=dose)
+    found = WeightSVD(model)[direction.matrix]
+    own = found.side("read")[direction.sv]
+    drawn = torch.randn(len(own), generator=torch.Generator().manual_seed(control), dtype=own.dtype)
+    if found.folded and found.matrix.centred(found.matrix.side("read")):
+        drawn = drawn - drawn.mean()
+    random = drawn / drawn.norm()
+    return SingularEdit(model, direction.matrix, direction.sv, side="read", value=own + (dose - 1) * random)
+
+
+def slopes(arms: Mapping[float, Evaluation]) -> Array:
+    """The least-squares slope of the return per unit of dose for each seed, ``[episode]``."""
+    x = np.array(sorted(arms))
+    y = np.array([arms[dose].returns for dose in x])
+    centred = x - x.mean()
+    return np.asarray(centred @ y / (centred @ centred))

@@ -1,0 +1,301 @@
+"""Is one singular direction a handle on the return? ``docs/steering.md`` says what is done and why.
+
+Directions are chosen on one set of seeds and reported on another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from dt_lens.behaviour.evaluate import _check_count, model_id, setting_of
+from dt_lens.behaviour.outcomes import Evaluation
+from dt_lens.behaviour.statistics import Interval, bootstrap_interval, sign_flip, wilson
+from dt_lens.edits import Edit
+from dt_lens.errors import DtLensError
+from dt_lens.progress import Tell, reporting
+from dt_lens.study.doses import Candidate, candidates_of, dosed, slopes
+from dt_lens.study.trials import Arm, Trials
+
+__all__ = ["DOSES", "Candidate", "SteeringResult", "steer"]
+
+Verdict = Literal["found", "moves the return by failing", "none found", "undecided", "not applicable"]
+DOSES = (0.0, 0.5, 1.5, 2.0)
+FRESH = 1000  # seeds from here on (after the first) report
+REACH = 0.1  # the smallest reach of interest, a share of the curve's range
+RISE = 0.1  # the largest rise in failures that is accepted
+
+
+@dataclass(frozen=True)
+class SteeringResult:
+    """What became of the search.
+
+    Attributes:
+        verdict: see ``docs/steering.md``.
+        sentence: the verdict with its numbers.
+        best: the chosen direction; ``None`` where steering is not applicable.
+        curve: a row per target: ``target mean low high failure_rate``.
+        choosing: a row per candidate: why it was tried, its slope, its rise in failures, and whether it was set aside.
+        table: a row per arm (``chosen``, ``control``) and dose on the fresh seeds: mean return with its interval,
+            failure rate with its interval.
+        numbers: reach, reach beyond the control and rise in failures with their intervals, p, and what was run.
+    """
+
+    verdict: Verdict
+    sentence: str
+    best: Candidate | None
+    curve: pd.DataFrame
+    choosing: pd.DataFrame
+    table: pd.DataFrame
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        frames = {name: getattr(self, name).to_dict("records") for name in ("curve", "choosing", "table")}
+        best = None if self.best is None else self.best._asdict()
+        told = {"verdict": self.verdict, "sentence": self.sentence, "best": best, **frames, **self.numbers}
+        plain: dict[str, Any] = _plain(told)
+        return plain
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``steering.csv``, ``steering.json`` and ``steering.html`` into ``folder``; returns the page.
+
+        Raises:
+            DtLensError: when they cannot be written.
+        """
+        from dt_lens.study.steering_page import write_steering
+
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.table.to_csv(folder / "steering.csv", index=False)
+            (folder / "steering.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DtLensError(
+                f"{folder} cannot be written: {error.strerror or error}; choose another folder or make room."
+            ) from error
+        return write_steering(folder / "steering.html", self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def steer(
+    model: Any,
+    out: str | Path,
+    *,
+    name: str = "the model",
+    episodes: int = 40,
+    choosing: int = 8,
+    candidates: int = 8,
+    doses: Sequence[float] = DOSES,
+    targets: Sequence[float] | None = None,
+    seed: int = 0,
+    environment: str | None = None,
+    max_steps: int | None = None,
+    workers: int | None = None,
+    command: str = "",
+    progress: bool | Tell = False,
+) -> SteeringResult:
+    """Look for a direction whose dose moves the return along the target-return curve, and report it on fresh seeds.
+
+    Every arm is kept below ``out`` when it is finished; stopped and called again, it goes on from there.
+
+    Args:
+        model: a ``HookedDecisionTransformer`` that acts here, with two target returns or more.
+        out: the folder for the arms, ``steering.html``, ``steering.csv`` and ``steering.json``.
+        name: what the page calls the model.
+        episodes: on fresh seeds, for the report.
+        choosing: episodes of an arm while choosing, and of a target.
+        candidates: directions that are tried.
+        doses: what sigma is multiplied by; 1 is the unedited agent, which is there anyway.
+        targets: of the curve, in the environment's units; the model's own by default.
+        seed: of the first episode while choosing; the report begins 1,000 later. Also of the control's direction.
+        environment, max_steps, workers: as for ``evaluate``.
+        command: the command line that does this again, for the page.
+        progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
+
+    Raises:
+        DtLensError: for arguments that make no search, or a model that does not act here.
+        KeyboardInterrupt: on Ctrl-C; finished arms are kept.
+    """
+    if not hasattr(model, "facts"):
+        raise DtLensError(
+            f"steer takes a decision transformer from dt_lens.load or dt_lens.wrap, not a {type(model).__name__}."
+        )
+    for what, value, least in (
+        ("episodes", episodes, 2), ("choosing", choosing, 2), ("candidates", candidates, 1), ("seed", seed, 0),
+    ):  # fmt: skip
+        _check_count(what, value, least)
+    if choosing > FRESH:
+        raise DtLensError(f"choosing is {choosing}; at most {FRESH} episodes lie before the fresh seeds.")
+    grid = sorted({float(dose) for dose in doses} - {1.0})
+    if len(grid) < 2 or not all(math.isfinite(dose) for dose in grid):
+        raise DtLensError(f"doses is {list(doses)!r}; give two finite numbers or more besides 1.")
+    wanted = [float(target) for target in (model.facts.target_returns if targets is None else targets)]
+    if len(set(wanted)) < 2:
+        raise DtLensError(
+            f"There are {len(set(wanted))} target returns; a curve needs two or more: give targets, in the "
+            "environment's units."
+        )
+    search = _Search(model, Path(out), sorted(set(wanted)), grid, seed, environment, max_steps, workers)
+    setting_of(model, environment, None, wanted[0], max_steps, "steer")  # refuses what does not fit, at once
+    with reporting(progress) as tell:
+        result = search.run(episodes, choosing, candidates, tell)
+    facts = {"model": name, "model_id": model_id(model), "command": command}
+    result = SteeringResult(**{**result.__dict__, "numbers": {**facts, **result.numbers}})
+    result.save(out)
+    return result
+
+
+@dataclass
+class _Search:
+    model: Any
+    out: Path
+    targets: list[float]
+    doses: list[float]
+    seed: int
+    environment: str | None
+    max_steps: int | None
+    workers: int | None
+
+    def run(self, episodes: int, choosing: int, count: int, tell: Tell) -> SteeringResult:
+        tell("running the curve", 0.0)
+        at = {}
+        for number, target in enumerate(self.targets):
+            at[target] = self._evaluate(None, target, choosing, self.seed)
+            tell("running the curve", 0.1 * (number + 1) / len(self.targets))
+        means = {target: found.mean for target, found in at.items()}
+        worst, best = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        extent = means[best] - means[worst]
+        curve = pd.DataFrame([{"target": target, **_row(found)} for target, found in at.items()])
+        low, high = bootstrap_interval(at[best].returns - at[worst].returns)
+        numbers: dict[str, Any] = {
+            "environment": at[best].environment, "range": extent, "range_interval": [low, high], "doses": self.doses,
+            "episodes": episodes, "choosing": choosing, "seed": self.seed,
+        }  # fmt: skip
+        if not low > 0:
+            sentence = (
+                f"The target makes no clear difference to the return ({extent:+,.1f} between the best and the worst, "
+                f"95 % {low:,.1f} to {high:,.1f}), so there is no curve to move along."
+            )
+            return SteeringResult("not applicable", sentence, None, curve, pd.DataFrame(), pd.DataFrame(), numbers)
+        target = min(means, key=lambda t: abs(means[t] - (means[best] + means[worst]) / 2))
+        tried = self._choose(at[target], means, target, choosing, count, tell)
+        kept = tried[~tried["set_aside"]]
+        chosen = (
+            kept.loc[kept["slope"].abs().idxmax()]
+            if len(kept)
+            else tried.sort_values(["failure_rise", "slope"], kind="stable").iloc[0]
+        )
+        direction = Candidate(*(chosen[name] for name in Candidate._fields))
+        sign = 1.0 if chosen["slope"] >= 0 else -1.0
+        numbers |= {"operating_target": target, "slope_when_chosen": float(chosen["slope"])}
+        numbers["set_aside_when_chosen"] = bool(chosen["set_aside"])
+        table, found = self._report(direction, target, extent, sign, episodes, tell)
+        verdict, sentence = _verdict(direction, found, extent)
+        return SteeringResult(verdict, sentence, direction, curve, tried, table, {**numbers, **found})
+
+    def _evaluate(self, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
+        trials = Trials(self.model, self.out / "arms", episodes, seed, target, self.workers)
+        trials.settings |= {"environment": self.environment, "max_steps": self.max_steps}
+        return trials.run(Arm("steering", edit))
+
+    def _choose(
+        self, plain: Evaluation, means: Mapping[float, float], target: float, episodes: int, count: int, tell: Tell
+    ) -> pd.DataFrame:
+        rows, found = [], candidates_of(self.model, count)
+        floor, ceiling = min(means.values()), max(means.values())
+        slack = REACH * (ceiling - floor)
+        for number, candidate in enumerate(found):
+            arms = {1.0: plain}
+            for place, dose in enumerate(self.doses):
+                tell(
+                    f"choosing  {candidate.name}",
+                    0.1 + 0.5 * (number + place / len(self.doses)) / len(found),
+                )
+                edit = dosed(self.model, candidate, dose)
+                arms[dose] = self._evaluate(edit, target, episodes, self.seed)
+            base = plain.failed.mean()
+            rise = max(float(arms[dose].failed.mean() - base) for dose in self.doses)
+            off = any(not floor - slack <= arm.mean <= ceiling + slack for arm in arms.values())
+            rows.append(
+                {
+                    **candidate._asdict(),
+                    "slope": float(slopes(arms).mean()),
+                    "lowest": min(arm.mean for arm in arms.values()),
+                    "highest": max(arm.mean for arm in arms.values()),
+                    "failure_rise": rise,
+                    "set_aside": rise > RISE or off,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _report(
+        self, direction: Candidate, target: float, extent: float, sign: float, episodes: int, tell: Tell
+    ) -> tuple[pd.DataFrame, dict[str, Any]]:
+        start, steps = self.seed + FRESH, 2 * len(self.doses) + 1
+        tell("reporting on fresh seeds", 0.6)
+        plain = self._evaluate(None, target, episodes, start)
+        arms, controls, done = {1.0: plain}, {1.0: plain}, 1
+        for kind, place in (("chosen", arms), ("control", controls)):
+            for dose in self.doses:
+                tell(f"reporting on fresh seeds  {kind}", 0.6 + 0.4 * done / steps)
+                edit = dosed(self.model, direction, dose, None if kind == "chosen" else self.seed)
+                place[dose] = self._evaluate(edit, target, episodes, start)
+                done += 1
+        table = pd.DataFrame(
+            [
+                {"arm": kind, "dose": dose, **_row(place[dose])}
+                for kind, place in (("chosen", arms), ("control", controls))
+                for dose in sorted(place)
+            ]
+        )
+        span = (max(arms) - min(arms)) / extent * sign
+        reach, other = slopes(arms) * span, slopes(controls) * span
+        rise = np.mean([arms[dose].failed for dose in self.doses], axis=0) - plain.failed
+        found: dict[str, Any] = {"p_value": sign_flip(reach)}
+        for name, values in (("reach", reach), ("control_reach", other), ("beyond", reach - other), ("rise", rise)):
+            found[name] = float(values.mean())
+            found[f"{name}_interval"] = list(bootstrap_interval(values))
+        return table, found
+
+
+def _row(found: Evaluation) -> dict[str, Any]:
+    failures = int(found.failed.sum())
+    low, high = bootstrap_interval(found.returns)
+    rate = wilson(failures, len(found))
+    return {
+        "mean": found.mean, "mean_low": low, "mean_high": high, "failure_rate": failures / len(found),
+        "failure_rate_low": rate.low, "failure_rate_high": rate.high, "episodes": len(found),
+    }  # fmt: skip
+
+
+def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> tuple[Verdict, str]:
+    reach, beyond, rise = (Interval(*found[f"{name}_interval"]) for name in ("reach", "beyond", "rise"))
+    verdict: Verdict = "undecided"
+    if reach.high < REACH:
+        verdict = "none found"
+    elif reach.low > 0 and beyond.low > 0:
+        verdict = "found" if rise.high <= RISE else "moves the return by failing"
+    said = (
+        f"The best candidate was {direction.name} ({direction.why}). On fresh seeds its doses move the return by "
+        f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, a random "
+        f"direction's by {found['control_reach']:+.0%}, and failures rise by {found['rise']:+.0%} "
+        f"[{rise.low:+.0%}, {rise.high:+.0%}]: {verdict}."
+    )
+    return verdict, said

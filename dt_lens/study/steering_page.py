@@ -1,0 +1,110 @@
+"""The page of a search for a steering direction: the curve, the doses, and what was tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from dt_lens.report.page import Note, Plot, Section, Table, write_report
+from dt_lens.report.style import finish
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dt_lens.study.steering import SteeringResult
+
+__all__ = ["steering_figure", "write_steering"]
+
+COLOURS = {"chosen": "rgb(31,119,180)", "control": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
+
+
+def write_steering(path: Path, result: SteeringResult) -> Path:
+    """Write the page; see ``write_report``."""
+    shown = ("model", "environment", "operating_target", "episodes", "choosing", "seed")
+    sections = [Section("What target and dose do", [Plot(steering_figure(result)), Table(result.curve)])]
+    if len(result.table):
+        sections[0] = Section(
+            "What target and dose do",
+            [
+                Plot(steering_figure(result)),
+                Table(result.table, "Doses on fresh seeds; the control gives the same change to a random direction."),
+                Table(result.curve, "The unedited agent at each target."),
+            ],
+        )
+        sections.append(
+            Section(
+                "How the direction was chosen",
+                [
+                    (
+                        "On seeds of their own: the steepest slope of the return per dose among those whose failures "
+                        "hardly rise and whose returns stay on the curve."
+                    ),
+                    Table(result.choosing),
+                ],
+            )
+        )
+    sections.append(
+        Section(
+            "What this can and cannot tell",
+            [
+                "The rules were written down before anything was run (docs/steering.md).",
+                Note(
+                    "This is one checkpoint at one operating target. “None found” is said of the directions and doses "
+                    "that were tried.",
+                    "warning",
+                ),
+            ],
+        )
+    )
+    facts = {name.replace("_", " "): result.numbers[name] for name in shown if result.numbers.get(name) is not None}
+    title = f"Can one direction steer {result.numbers.get('model', 'the model')}?"
+    verdict = [f"**{result.verdict.capitalize()}.** {result.sentence}"]
+    return write_report(path, title, sections, verdict=verdict, facts=facts, command=result.numbers.get("command", ""))
+
+
+def steering_figure(result: SteeringResult) -> go.Figure:
+    """The mean return by target, by dose beside its control, and the failure rate by dose, with 95 % intervals."""
+    titles = ("by target", "by dose", "failures by dose")
+    figure = make_subplots(1, 3, horizontal_spacing=0.09, subplot_titles=titles)
+    _line(figure, result.curve, "target", "mean", "targets", 1)
+    for arm in ("chosen", "control") if len(result.table) else ():
+        rows = result.table[result.table["arm"] == arm]
+        _line(figure, rows, "dose", "mean", arm, 2)
+        _line(figure, rows, "dose", "failure_rate", arm, 3, legend=False)
+    low, high = result.curve["mean"].min(), result.curve["mean"].max()
+    figure.add_hrect(low, high, row=1, col=2, fillcolor=COLOURS["targets"], opacity=0.1, line_width=0)
+    ends = [*result.curve["mean_low"], *result.curve["mean_high"]]
+    if len(result.table):
+        ends += [*result.table["mean_low"], *result.table["mean_high"]]
+    room = 0.05 * (max(ends) - min(ends) or 1.0)
+    for column in (1, 2):
+        figure.update_yaxes(range=[min(ends) - room, max(ends) + room], row=1, col=column)
+    figure.update_yaxes(title_text="mean return", row=1, col=1)
+    figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], row=1, col=3)
+    figure.update_xaxes(title_text="target return", row=1, col=1)
+    for column in (2, 3):
+        figure.update_xaxes(title_text="dose (sigma times)", row=1, col=column)
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    chosen = "no direction was chosen" if result.best is None else result.best.name
+    return finish(figure, "Target and dose", f"{chosen}; the band is the curve's range", height=420, wide=760)
+
+
+def _line(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, column: int, legend: bool = True) -> None:
+    rows = rows.sort_values(x)
+    bars: dict[str, Any] = {
+        "type": "data",
+        "symmetric": False,
+        "array": rows[f"{y}_high"] - rows[y],
+        "arrayminus": rows[y] - rows[f"{y}_low"],
+    }
+    figure.add_trace(
+        go.Scatter(
+            x=rows[x], y=rows[y], error_y=bars, mode="lines+markers", name=name, showlegend=legend, legendgroup=name,
+            line={"color": COLOURS[name]},
+        ),
+        row=1,
+        col=column,
+    )  # fmt: skip
