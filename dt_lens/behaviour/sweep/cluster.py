@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import time
 from typing import Any
@@ -53,6 +54,7 @@ class RayEngine:
         if not ray.is_initialized():
             try:
                 _knock(self.address)
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray is started here, it reports nothing
                 ray.init(address=self.address, log_to_driver=False, logging_level="error", include_dashboard=None)
             except (OSError, ValueError, RuntimeError) as error:
                 raise DtLensError(

@@ -15,7 +15,7 @@ import pandas as pd
 
 from dt_lens.behaviour.outcomes import Evaluation, FailureRule
 from dt_lens.behaviour.rollouts import Outcome
-from dt_lens.behaviour.statistics import wilson
+from dt_lens.behaviour.statistics import bootstrap_interval, logrank, sign_flip, wilson
 from dt_lens.behaviour.sweep.halving import read_standing, rungs_of
 from dt_lens.behaviour.sweep.store import FILE, in_words
 from dt_lens.errors import DtLensError
@@ -220,11 +220,14 @@ def _numbers(evaluation: Evaluation | None, baseline: Evaluation | None, confide
     row["survival"] = float(evaluation.survival.survival[-1])
     pair = _pair(evaluation, baseline)
     if pair is not None:
-        compared = pair[0].compare(pair[1], confidence=confidence)
-        row["difference"] = compared.difference
-        row["difference_low"], row["difference_high"] = compared.difference_interval
-        row["p_value"] = compared.p_value
-        row["survival_p_value"] = compared.survival_p_value
+        # What Evaluation.compare gives, without the bootstraps that a table has no column for.
+        edited, unedited = pair
+        differences = edited.returns - unedited.returns
+        row["difference"] = float(differences.mean())
+        row["difference_low"], row["difference_high"] = bootstrap_interval(differences, confidence=confidence)
+        row["p_value"] = sign_flip(differences)
+        lengths = edited.lengths, edited.terminated, unedited.lengths, unedited.terminated
+        row["survival_p_value"] = logrank(*lengths)[1]
     return row
 
 
