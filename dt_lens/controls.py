@@ -101,7 +101,8 @@ def _orthonormal(drawn: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
     """The columns one after the other, each freed of those before it."""
     inner, triangle = torch.linalg.qr(drawn)
     # QR's signs are LAPACK's choice; with a positive diagonal the frame is Haar (Mezzadri, 2007).
-    return inner * triangle.diagonal().sign()
+    frame: Tensor = inner * triangle.diagonal().sign()
+    return frame
 
 
 def _tilted_frame(

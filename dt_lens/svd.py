@@ -186,11 +186,12 @@ class WeightSVD:
         table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
         table.attrs = {
             "fold_layernorm": self.fold_layernorm,
-            **({} if self.activations is None else {"weighted_by": self.activations.digest}),
             **source.told(),
             "seed": null.seed if isinstance(null, Pools) else seed,
             "untrained": [e.name for e in self.registry.values() if not e.trained],
         }
+        if self.activations is not None:
+            table.attrs["weighted_by"] = self.activations.digest
         return table
 
     def pools(

@@ -148,9 +148,8 @@ class Watch:
         hook_z, post = f"{block}.attn.hook_z", f"{block}.mlp.hook_post"
         if hook_z in cache:
             z = cache[hook_z]
-            self._count(places, hook_z, rearrange(z, "n t h e -> n t (h e)"), used)
-            for head in range(z.shape[2]):
-                self._count(places, f"{hook_z}.{head}", z[:, :, head], used)
+            if any(place.startswith(hook_z) for place in places):
+                self._sums.setdefault(hook_z, _Sums()).add(rearrange(z, "n t h e -> n t (h e)")[used])
         if post in places:
             self._count(places, post, cache[post], used)
 
@@ -186,9 +185,18 @@ class Watch:
         """
         if not self.tokens:
             raise DtLensError("No token was seen, so there are no activations; give more episodes or texts.")
-        found = tuple({name: sums.moments() for name, sums in kind.items()} for kind in (self._sums, self._stream))
-        for kind in found:
-            for name, moments in kind.items():
+        points, stream = ({name: sums.moments() for name, sums in kind.items()} for kind in (self._sums, self._stream))
+        for found in (points, stream):
+            for name, moments in found.items():
                 if not bool(torch.isfinite(moments.second).all()):
                     raise DtLensError(f"The activations at {name} are not finite; the model cannot run on this.")
-        return found[0], found[1]
+        return {place: self._part(place, points) for place in dict.fromkeys(self.reads.values())}, stream
+
+    def _part(self, place: str, points: Mapping[str, Moments]) -> Moments:
+        """A place's moments; of what one head gathered, a block of those of all heads."""
+        if place in points:
+            return points[place]
+        whole, _, head = place.rpartition(".")
+        d_head = self._lens.weights[f"{whole.removesuffix('.hook_z')}.W_O"].shape[1]
+        mine = slice(int(head) * d_head, (int(head) + 1) * d_head)
+        return Moments(points[whole].count, points[whole].mean[mine].clone(), points[whole].second[mine, mine].clone())

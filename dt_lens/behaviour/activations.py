@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ from dt_lens.behaviour.rollouts import Policy, run_episodes
 from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
 from dt_lens.changes import suspended
 from dt_lens.errors import DtLensError, because
+from dt_lens.evaluation_mode import evaluating
 from dt_lens.progress import Tell, reporting
 from dt_lens.watching import Watch
 
@@ -80,7 +80,7 @@ def collect_activations(
             "Activations come from an agent's episodes or from batches of tokens; leave out episodes, seed and the "
             "environment here."
         )
-    with reporting(progress) as tell, one_thread(), suspended(model), _evaluating(model), torch.no_grad():
+    with reporting(progress) as tell, one_thread(), suspended(model), evaluating(model), torch.no_grad():
         if batches is not None:
             watch = Watch(model, matrices)
             record = _watch_batches(model, watch, batches, tell)
@@ -104,21 +104,6 @@ def collect_activations(
         record |= {"model_id": _identity(model, text), "tokens": watch.tokens}
         points, stream = watch.moments()
     return Activations(points, watch.reads, stream, record, watch.made_of)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, of the wrapped model too, and each module's own mode afterwards."""
-    original = getattr(model, "original", None)
-    modules = [m for part in (model, original) if hasattr(part, "modules") for m in part.modules()]
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _identity(model: Any, text: bool) -> str:
