@@ -196,12 +196,11 @@ class _Search:
             return SteeringResult("not applicable", sentence, None, curve, pd.DataFrame(), pd.DataFrame(), numbers)
         target = min(means, key=lambda t: abs(means[t] - (means[best] + means[worst]) / 2))
         tried = self._choose(at[target], means, target, choosing, count, tell)
-        kept = tried[~tried["set_aside"]]
-        chosen = (
-            kept.loc[kept["slope"].abs().idxmax()]
-            if len(kept)
-            else tried.sort_values(["failure_rise", "slope"], kind="stable").iloc[0]
+        # The steepest of those that are not set aside; where all are, the one of the least rise in failures.
+        order = tried.assign(steep=-tried["slope"].abs()).sort_values(
+            ["set_aside", "steep"] if not tried["set_aside"].all() else ["failure_rise", "steep"], kind="stable"
         )
+        chosen = order.to_dict("records")[0]
         direction = Candidate(*(chosen[name] for name in Candidate._fields))
         sign = 1.0 if chosen["slope"] >= 0 else -1.0
         numbers |= {"operating_target": target, "slope_when_chosen": float(chosen["slope"])}

@@ -123,7 +123,8 @@ class Case:
         }[kind]
         if wanted[0] not in self.model.embeddings:
             raise NotApplicable(f"the model has no {wanted[1]}")
-        return self.model.embeddings[wanted[0]]
+        found: Embedding = self.model.embeddings[wanted[0]]
+        return found
 
     def untrained(self, kind: str) -> Embedding | None:
         """A head of a kind that no loss ever reached; ``None`` where there is none. ``"any"`` takes the largest."""

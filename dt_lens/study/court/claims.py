@@ -7,7 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["ALPHA", "CLAIMS", "WAYS", "Claim", "Found", "NotApplicable", "Verdict", "Way", "holm", "verdict_of"]
+__all__ = [
+    "ALPHA",
+    "CLAIMS",
+    "WAYS",
+    "Claim",
+    "Found",
+    "NotApplicable",
+    "Verdict",
+    "Way",
+    "holm",
+    "verdict_of",
+    "why_undecided",
+]
 
 Way = Literal["proper", "note"]
 Verdict = Literal["supported", "not supported", "undecided", "not applicable"]
@@ -129,6 +141,23 @@ def verdict_of(about: str, found: Found, p_value: float) -> Verdict:
     if found.high < found.margin:
         return "not supported"
     return "supported" if sure and found.low > 0 else "undecided"
+
+
+def why_undecided(about: str, found: Found, p_value: float) -> str:
+    """What kept an undecided claim from a verdict, in one sentence."""
+    if not math.isfinite(found.effect):
+        return "Undecided: the statistic is no number here."
+    reached = found.effect >= found.margin if about == "weights" else found.low > 0
+    if reached and not found.quiet:
+        return "Undecided: the control is not quiet."
+    if reached:
+        return f"Undecided: p = {p_value:.2g} after Holm's correction."
+    if about == "weights":
+        return (
+            f"Undecided: the effect is below the margin of {found.margin:.2g}, but chance reaches {found.critical:.2g} "
+            "one time in 20, so the test could have missed one of that size."
+        )
+    return "Undecided at this number of episodes or edits: the interval holds both nothing and the margin."
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

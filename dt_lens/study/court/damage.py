@@ -77,7 +77,7 @@ def hurts_more(case: Case, way: Way, arms: Arms, energies: Mapping[str, Sequence
         f"beyond their controls {beyond[inward].mean():.0%} and {beyond[~inward].mean():.0%}; of an edit of typical "
         f"energy, W_in less W_out: {parts}."
     )
-    numbers = {"by_energy": {n: list(found) for n, found in tried.items()}, "counts": name}
+    numbers: dict[str, object] = {"by_energy": {n: list(found) for n, found in tried.items()}, "counts": name}
     numbers["beyond_controls_in"] = [float(beyond[inward].mean()), *control]
     return Found(
         value,

@@ -66,7 +66,9 @@ def first_is_common(case: Case, way: Way, action: int) -> Found:
         sizes = np.abs(cosines[:, :, 0])
         return np.asarray(sizes[:, action] - (sizes.sum(1) - sizes[:, action]) / (sizes.shape[1] - 1))
 
-    first, middle, nulls, best = [], [], [], 0
+    first: list[float] = []
+    middle: list[float] = []
+    nulls, best = [], 0
     for matrix in case.matrices("W_in"):
         vectors, labels = case.vectors(matrix, way), case.labels(embedding, way, matrix)
         for values, row in ((first, 0), (middle, len(vectors) // 2)):

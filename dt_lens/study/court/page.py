@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import plotly.graph_objects as go
 
-from dt_lens.report.page import Note, Plot, Section, Table, write_report
+from dt_lens.report.page import Block, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish, plain
 from dt_lens.study.court.claims import CLAIMS, WAYS, Way
 
@@ -49,7 +49,7 @@ def _verdicts(result: CourtResult) -> Section:
     columns = {
         "claim": "", "title": "claim", "verdict": "verdict", "effect": "effect", "margin": "margin",
         "p_value": "p (Holm)", "note_verdict": "note's way: verdict", "note_effect": "note's way: effect",
-        "note_margin": "note's way: margin", "note_p_value": "note's way: p (Holm)",
+"note_p_value": "note's way: p (Holm)",
     }  # fmt: skip
     return Section(
         "Verdicts",
@@ -101,7 +101,7 @@ def effects_figure(result: CourtResult) -> go.Figure:
     figure.update_yaxes(
         tickvals=[claim.number for claim in CLAIMS],
         ticktext=[f"{claim.number}. {plain(claim.title)}" for claim in CLAIMS],
-        autorange="reversed",
+        range=[len(CLAIMS) + 0.6, 0.4],
         automargin=True,
     )
     figure.update_layout(legend={"orientation": "h", "y": -0.18})
@@ -117,14 +117,14 @@ def _claim(result: CourtResult, number: int) -> Section:
     claim = next(claim for claim in CLAIMS if claim.number == number)
     rulings = [result.ruling(number, way) for way in WAYS]
     rows = [_row(ruling) for ruling in rulings]
-    blocks: list[object] = [f"The note: “{claim.words}” The statistic: {claim.statistic}."]
+    blocks: list[Block] = [f"The note: “{claim.words}” The statistic: {claim.statistic}."]
     blocks += [f"**{NAMES[ruling.way].capitalize()}: {ruling.verdict}.** {ruling.sentence}" for ruling in rulings]
     if any(ruling.found is not None for ruling in rulings):
         range_of = "the central 95 % of chance" if claim.about == "weights" else "the statistic's 95 % interval"
         blocks.append(Table(pd.DataFrame(rows), f"The range beside a statistic is {range_of}."))
     if any(ruling.found is not None and not ruling.found.quiet for ruling in rulings):
         blocks.append(Note("The control was not quiet, so that “supported” is not to be had.", "warning"))
-    return Section(f"{number}. {claim.title}", blocks)  # type: ignore[arg-type]
+    return Section(f"Claim {number}: {claim.title}", blocks)
 
 
 def _row(ruling: Ruling) -> dict[str, object]:

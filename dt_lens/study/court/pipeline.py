@@ -19,7 +19,18 @@ from dt_lens.behaviour.text_windows import Texts, cut, read_texts
 from dt_lens.errors import DtLensError
 from dt_lens.progress import Tell, reporting
 from dt_lens.study.court.case import Case
-from dt_lens.study.court.claims import CLAIMS, WAYS, Claim, Found, NotApplicable, Verdict, Way, holm, verdict_of
+from dt_lens.study.court.claims import (
+    CLAIMS,
+    WAYS,
+    Claim,
+    Found,
+    NotApplicable,
+    Verdict,
+    Way,
+    holm,
+    verdict_of,
+    why_undecided,
+)
 from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, output_shares
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance
 from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matches_more
@@ -43,7 +54,10 @@ class Ruling(NamedTuple):
     @property
     def sentence(self) -> str:
         """What was found, or why nothing was."""
-        return f"Not applicable: {self.reason}." if self.found is None else self.found.said
+        if self.found is None:
+            return f"Not applicable: {self.reason}."
+        why = why_undecided(self.claim.about, self.found, self.p_value) if self.verdict == "undecided" else ""
+        return f"{self.found.said} {why}".strip()
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Rollouts:
         finished = self._finished(folder, **options)
         if finished is not None:
             return finished
-        setting = {
+        setting: dict[str, Any] = {
             "episodes": self.episodes, "seed": self.seed, "environment": self.environment, "workers": self.workers,
             "environment_kwargs": self.environment_kwargs, "target_return": self.target_return,
             "max_steps": self.max_steps,
@@ -138,12 +138,12 @@ class Rollouts:
         if not (folder / FILE).is_file():
             return None
         found = SweepResults(folder)
-        wanted = {
+        wanted: dict[str, Any] = {
             "model": model_id(self.model), "episodes": self.episodes, "seed": self.seed, "edits": [EDIT],
             "matrices": options["matrices"], "controls": options["controls"],
             "fold_layernorm": options.get("fold_layernorm", True),
         }  # fmt: skip
-        given = {"environment": self.environment, "environment_kwargs": self.environment_kwargs}
+        given: dict[str, Any] = {"environment": self.environment, "environment_kwargs": self.environment_kwargs}
         given |= {"target_return": self.target_return, "time_limit": self.max_steps}
         wanted |= {key: value for key, value in given.items() if value is not None}
         left = found.status()
