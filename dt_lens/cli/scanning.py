@@ -58,13 +58,14 @@ def scan(
     """What every singular direction matches best, with p and q values under a null of your choice."""
     if subspaces and null != "haar":
         raise DtLensError(f"--subspaces knows the null haar and not {null!r}; leave --null out.")
+    from dt_lens.scan_nulls import require_null
+
+    require_null(null)
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)
-        from dt_lens.scan_nulls import require_null
         from dt_lens.svd import WeightSVD
 
-        require_null(null)
         svd = WeightSVD(loaded, rank, fold_layernorm=not raw, resume=resume)
         if subspaces:
             table = svd.subspaces(split(matrices), split(embeddings), seed=seed, progress=tell)

@@ -13,7 +13,7 @@ from scipy import stats
 from dt_lens import WeightSVD
 from dt_lens.nulls import HaarMaximum, cap_probability, q_values
 
-SCANS = 200
+SCANS = 60  # test_nulls_calibration counts more of them, on smaller models
 
 
 def test_discoveries_under_a_true_null_come_out_at_the_promised_rate(make_dt: Callable[..., Any]) -> None:
@@ -32,7 +32,7 @@ def test_discoveries_under_a_true_null_come_out_at_the_promised_rate(make_dt: Ca
     assert stats.kstest(first, "uniform").pvalue > 1e-3
     pooled = np.concatenate(p_values)
     for level in (0.5, 0.1, 0.01):
-        assert abs(float((pooled < level).mean()) / level - 1) < 0.15
+        assert abs(float((pooled < level).mean()) / level - 1) < 0.3
 
 
 @settings(max_examples=40, deadline=None)

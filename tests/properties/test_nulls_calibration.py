@@ -72,7 +72,7 @@ def test_haar_on_whole_random_matrices() -> None:
     assert low / 2 <= found <= high, found
 
 
-@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("n", [1, pytest.param(6, marks=pytest.mark.acceptance)])
 def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(n: int) -> None:
     """Why there is a covariance null: on directions that lie where the stream does, an even null rejects too much."""
     rng, d = np.random.default_rng(n), 12
@@ -88,9 +88,8 @@ def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(n: int) -> 
         shared = svd
         table = svd.scan(null="haar", embeddings="known")
         even += discovered(table)
-        p = np.array(
-            [float(source.null(m, 1).p_value(c)) for m, c in zip(svd.meetings(), table["cosine"], strict=True)]
-        )
+        met = zip(svd.meetings(), table["cosine"], strict=True)
+        p = np.array([float(source.null(meeting, 1).p_value(cosine)) for meeting, cosine in met])
         found += bool((stats.false_discovery_control(p) < 0.05).any())
         p_values.append(p)
     # The very numbers that a scan gives.
@@ -103,6 +102,7 @@ def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(n: int) -> 
         assert stats.kstest(np.concatenate(p_values), "uniform").pvalue > 1e-3
 
 
+@pytest.mark.acceptance
 def test_untrained_on_models_that_are(make_dt: Callable[..., Any]) -> None:
     """A decision transformer as initialised, against pools of others; five pools, as a pool is a draw itself."""
     found, shape = 0, {"n_layers": 1, "n_heads": 1, "d_model": 8, "d_mlp": 8, "state_dim": 3, "act_dim": 2}
@@ -118,6 +118,7 @@ def test_untrained_on_models_that_are(make_dt: Callable[..., Any]) -> None:
     assert 5 <= found <= high + 5, found
 
 
+@pytest.mark.acceptance
 def test_shuffled_on_weights_in_no_order() -> None:
     """Entries with heavy tails, in no order: the model is one of its own shuffles, and the p-values are exact."""
     rng, found = np.random.default_rng(3), 0

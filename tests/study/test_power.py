@@ -42,10 +42,10 @@ def test_the_critical_value_is_where_the_step_up_procedure_turns() -> None:
     assert critical_values(1000, 200).mean() < 0.05
 
 
-def test_whole_scans_find_what_the_curve_says() -> None:
-    """Matrices with one planted direction, decomposed and scanned, against the curve at the same size."""
-    cosine, scans = 0.68, 120
-    found = 0
+@pytest.mark.parametrize("cosine", [0.62, 0.69])
+def test_whole_scans_find_what_the_curve_says(cosine: float) -> None:
+    """Matrices with one planted direction, decomposed and scanned, before and behind the curve's steep part."""
+    scans, found = 70, 0
     for seed in range(scans):
         model = planted_model(cosine, d_model=24, labels=3, layers=2, directions=12, seed=seed)
         table = WeightSVD(model).scan(embeddings="planted", draws=1000, seed=seed)
@@ -57,11 +57,11 @@ def test_whole_scans_find_what_the_curve_says() -> None:
     # Every scan has labels of its own; so have the curves.
     curve = [
         power(d_models=(24,), labels=(3,), rows=(24,), cosines=[cosine], trials=100, seed=seed)["found"].iloc[0]
-        for seed in range(12)
+        for seed in range(8)
     ]
-    assert 0.1 < np.mean(curve) < 0.97
+    assert np.mean(curve) < 0.3 if cosine < 0.65 else np.mean(curve) > 0.95
     low, high = stats.binomtest(found, scans).proportion_ci(0.999)
-    assert low - 0.05 <= np.mean(curve) <= high + 0.05
+    assert low - 0.03 <= np.mean(curve) <= high + 0.03
 
 
 def test_a_strong_plant_is_found_and_nothing_is_not() -> None:
