@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dt_lens
-from dt_lens import Activations, DtLensError, collect_activations
+from dt_lens import Activations, DtLensError, SingularEdit, collect_activations
 from dt_lens.activations import Moments
 from dt_lens.matrices import catalogue
 
@@ -207,3 +207,18 @@ def test_what_activations_cannot_be_collected_of(make_dt: Make, make_lm: Make) -
         collect_activations(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(DtLensError, match="vocabulary"):
         collect_activations(lm, batches=[torch.full((1, 4), 99)])
+
+
+def test_a_language_model_reads_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dt_lens.behaviour import activations
+
+    monkeypatch.setattr(activations, "TEXT_WINDOWS", 3)
+    model = dt_lens.load("tiny-gpt2", check=False)
+    acts = collect_activations(model, matrices=["*.W_in", "blocks.0.attn.OV.0"])
+    assert acts.record["windows"] == 3
+    assert acts.record["tokens"] == 3 * 128
+    assert acts.record["text"] == "heldout.txt"
+    name = "blocks.0.mlp.W_in"
+    edit = SingularEdit(model, name, value="zero", activations=acts)
+    assert edit.control(0, acts).output_energy(acts) == pytest.approx(edit.output_energy(acts), rel=1e-5)
+    assert collect_activations(model, matrices=["*.W_in", "blocks.0.attn.OV.0"]).digest == acts.digest
