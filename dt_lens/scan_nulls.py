@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["CovarianceSource", "NullSource", "Pools", "draw_pools", "met_covariance", "require_null"]
 
 Array = NDArray[np.float64]
-DRAWS = 20  # drawn models
-SEEDS = 2**32
+POOL = 10_000  # matches that every pool should hold at least,
+DRAWS = (3, 100)  # within so many drawn models
 
 
 class NullSource(Protocol):
@@ -203,7 +203,7 @@ def draw_pools(
     """
     if name not in ("untrained", "shuffled"):
         raise DtLensError(f"Only 'untrained' and 'shuffled' draw models, not {name!r}.")
-    draws = DRAWS if draws is None else draws
+    draws = _enough(meetings) if draws is None else draws
     if draws < 1:
         raise DtLensError(f"draws is {draws!r}; at least one model must be drawn.")
     make, of = (untrained, UntrainedMaximum.of) if name == "untrained" else (shuffled, ShuffledMaximum.of)
@@ -231,6 +231,16 @@ def draw_pools(
         {where: of(found) for where, found in pools.items() if len(found)},
         {where: of(found) for where, found in whole.items()},
     )
+
+
+def _enough(meetings: Sequence[Meeting]) -> int:
+    """How many models fill every pool: with fewer a true discovery has no p-value small enough to be one."""
+    sizes: dict[tuple[str, str, str], int] = {}
+    for meeting in meetings:
+        where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
+        sizes[where] = sizes.get(where, 0) + len(meeting.found.sigma)
+    least = max(1, min(sizes.values(), default=1))
+    return int(np.clip(-(-POOL // least), *DRAWS))
 
 
 def _pairs(

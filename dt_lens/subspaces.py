@@ -83,18 +83,38 @@ def label_span(labels: MetLabels) -> Array:
 def _rows(meeting: Meeting, span: Array, sizes: Sequence[int], seed: int) -> list[tuple[Any, ...]]:
     matrix, found, labels = meeting.matrix, meeting.found, meeting.labels
     rows, directions, seen = [], meeting.directions, set()
+    dimension, constants = labels.dimension, _behind_centring(labels)
+    if constants:
+        # What is written along the constant vector reaches no label: compare in the space that does.
+        directions, dimension = directions - directions.mean(1, keepdims=True), dimension - 1
     for wanted in sizes:
         # Directions that cannot be told apart are in the span together, or not at all.
         k = common_boundary(found, found, min(wanted, len(found.sigma)))
         if k == 0 or k in seen or not len(span):
             continue
         seen.add(k)
-        cosines = np.cos(subspace_angles(directions[:k].T, span.T))
-        null = SubspaceOverlap(k, min(len(span), labels.dimension), labels.dimension)
+        within = _basis(directions[:k])
+        if not len(within):
+            continue
+        cosines = np.cos(subspace_angles(within.T, span.T))
+        null = SubspaceOverlap(len(within), min(len(span), dimension), dimension)
         overlap = float(np.square(cosines).sum())
         few = min(null.k, null.m)
         where = (matrix.name, matrix.layer, matrix.head, meeting.side, k, labels.embedding.name, null.m)
         largest = (float(cosines.max()), null.largest_cosine(SAMPLES, seed))
         shares = (overlap / few, null.mean / few, float(null.z(overlap)), float(null.p_value(overlap)))
-        rows.append((*where, labels.dimension, *largest, *shares))
+        rows.append((*where, dimension, *largest, *shares))
     return rows
+
+
+def _behind_centring(labels: MetLabels) -> bool:
+    """Whether these labels read through a LayerNorm of their own on a side that is not centred itself."""
+    embedding = labels.embedding
+    through = embedding.layernorm is not None and not embedding.rms and embedding.side == "out"
+    return labels.folded and through and not labels.centred
+
+
+def _basis(directions: Array) -> Array:
+    """Orthonormal rows of the same span, from directions that are orthonormal but for a constant taken away."""
+    _, sigma, right = np.linalg.svd(directions, full_matrices=False)
+    return np.asarray(right[sigma > RANK])

@@ -160,9 +160,10 @@ class WeightSVD:
             progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
             activations: for ``"covariance"``: what ``dt_lens.collect_activations`` gives, a file of them, or a
                 covariance ``[d_model, d_model]`` to be used on every side.
-            draws: for ``"untrained"`` and ``"shuffled"`` how many models are drawn, 20 by default: with ``B`` pooled
-                matches no p-value is below ``1 / (1 + B)`` (``table.attrs["smallest_p"]``). Otherwise how
-                many directions are drawn for each null that is not exact.
+            draws: for ``"untrained"`` and ``"shuffled"`` how many models are drawn: with ``B`` pooled matches no
+                p-value is below ``1 / (1 + B)`` (``table.attrs["smallest_p"]``), so by default as many as make ``B``
+                10,000 in every pool, 3 at least and 100 at most. Otherwise how many directions are drawn for each null
+                that is not exact.
 
         Returns:
             a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value
@@ -184,9 +185,10 @@ class WeightSVD:
         table = pd.DataFrame(columns)
         table["head"] = pd.array([None if head < 0 else head for head in table["head"]], dtype="Int64")
         table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
+        told: dict[Any, Any] = source.told()
         table.attrs = {
             "fold_layernorm": self.fold_layernorm,
-            **source.told(),
+            **told,
             "seed": null.seed if isinstance(null, Pools) else seed,
             "untrained": [e.name for e in self.registry.values() if not e.trained],
         }
@@ -360,7 +362,8 @@ class WeightSVD:
 
         Returns:
             a DataFrame ``matrix layer head side k embedding labels dimension largest haar_largest overlap haar_overlap
-            z p_value q_value``. ``labels`` is the dimension ``m`` of the labels' span in a space of ``dimension``;
+            z p_value q_value``. ``labels`` is the dimension ``m`` of the labels' span in a space of ``dimension``
+            (one less where a LayerNorm's centring stands on either side of the comparison);
             ``largest`` the cosine of the smallest principal angle, ``haar_largest`` its median under a random rotation;
             ``overlap`` the mean squared cosine of the ``min(k, m)`` principal angles, ``haar_overlap`` its mean under
             a random rotation, which is exact, like ``p_value`` where ``k`` or ``m`` is 1 (``nulls.SubspaceOverlap``

@@ -112,7 +112,10 @@ def test_spans_behind_a_layernorm_and_blocks(make_dt: Make) -> None:
     table = WeightSVD(model).subspaces(k=(1, 3, 40))
     reading = table[table["side"] != "write"]
     assert (reading["dimension"] == 15).all()
-    assert (table[table["side"] == "write"]["dimension"] == 16).all()
+    # What is written reaches the heads through ln_final, which takes constants out; raw, there is nothing between.
+    assert (table[table["side"] == "write"]["dimension"] == 15).all()
+    raw = WeightSVD(model, fold_layernorm=False).subspaces("*.W_out", k=3)
+    assert (raw["dimension"] == 16).all()
     assert (table[(table["embedding"] == "timestep_in")]["labels"] == 15).all()  # thirty steps fill the space
     full = table[table["labels"] >= table["dimension"]]
     np.testing.assert_allclose(full["p_value"], 1.0)
@@ -140,3 +143,13 @@ def test_spans_are_calibrated() -> None:
         )
         p += WeightSVD(model).subspaces(k=5)["p_value"].tolist()
     assert stats.kstest(p, "uniform").pvalue > 1e-3
+
+
+def test_writes_that_avoid_constants_are_no_discovery(make_dt: Make) -> None:
+    """Twenty state labels behind ln_final fill the space that constants leave: that a span lies in it says nothing."""
+    model = make_dt(seed=3, d_model=16, d_mlp=24, state_dim=20, n_layers=1)
+    W = model.weights["blocks.0.mlp.W_out"]
+    W -= W.mean(1, keepdim=True)
+    table = WeightSVD(model).subspaces("*.W_out", "state_out", k=[2, 8])
+    assert (table["labels"] == 15).all()
+    np.testing.assert_allclose(table["p_value"], 1.0)

@@ -38,7 +38,7 @@ def scan(
         typer.Option(help="What a direction without meaning is: haar, covariance, untrained or shuffled."),
     ] = "haar",
     draws: Annotated[
-        int | None, typer.Option(min=1, help="How many models untrained and shuffled draw; 20 by default.")
+        int | None, typer.Option(min=1, help="How many models untrained and shuffled draw; enough by default.")
     ] = None,
     activations: Annotated[
         Path | None,

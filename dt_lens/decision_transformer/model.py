@@ -322,8 +322,9 @@ class HookedDecisionTransformer(SharingModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for part in () if own is None else own.modules():
-                if callable(getattr(part, "reset_parameters", None)):
-                    part.reset_parameters()
+                reset: Any = getattr(part, "reset_parameters", None)
+                if callable(reset):
+                    reset()
             fresh = HookedDecisionTransformer(self.cfg, own)
         fresh.facts = self.facts
         return fresh.eval()

@@ -149,14 +149,13 @@ class _Blocks:
 
     def __init__(self, labels: Array | LabelBlocks, vectors: Array) -> None:
         self.labels, self.vectors = labels, vectors
-        self.whole = None if isinstance(labels, LabelBlocks) else labels @ vectors
 
     def __iter__(self) -> Iterator[Array]:
         if isinstance(self.labels, LabelBlocks):
             for block in self.labels.blocks():
                 yield block @ self.vectors.astype(block.dtype)
         else:
-            yield self.whole
+            yield self.labels @ self.vectors
 
 
 def _turned(labels: ArrayLike | LabelBlocks, vectors: Array) -> tuple[int, _Blocks]:
