@@ -87,6 +87,24 @@ def test_a_handle_is_found(agent: Any, handle: Candidate, answering: Any, tmp_pa
     assert kept["verdict"] == "found" and "steering" in (tmp_path / "steering.html").read_text()
 
 
+def test_the_report_is_of_other_seeds_than_the_choice(
+    agent: Any, answering: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(lambda *_: (0.0, 0.0))
+    answer, seen = steering._Search._evaluate, list[tuple[bool, int, int]]()
+
+    def watched(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
+        scaling = edit is not None and isinstance(edit.to_dict()["value"], float)
+        seen.append((scaling, seed, seed + episodes))
+        return answer(self, edit, target, episodes, seed)
+
+    monkeypatch.setattr(steering._Search, "_evaluate", watched)
+    tried(agent, tmp_path)
+    choice, report = seen[: 3 + 6 * 4], seen[3 + 6 * 4 :]
+    assert {(begin, end) for _, begin, end in choice} == {(0, 8)}
+    assert {(begin, end) for _, begin, end in report} == {(1000, 1040)} and len(report) == 9
+
+
 def test_downwards_is_a_handle_too(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
     answering(lambda name, sv, dose: (-40 * (dose - 1) * ((name, sv) == (handle.matrix, handle.sv)), 0.0))
     result = tried(agent, tmp_path)
