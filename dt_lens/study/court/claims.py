@@ -146,7 +146,7 @@ def verdict_of(about: str, found: Found, p_value: float) -> Verdict:
 def why_undecided(about: str, found: Found, p_value: float) -> str:
     """What kept an undecided claim from a verdict, in one sentence."""
     if not math.isfinite(found.effect):
-        return "Undecided: the statistic is no number here."
+        return "Undecided: one of the two numbers does not vary, so there is no statistic."
     reached = found.effect >= found.margin if about == "weights" else found.low > 0
     if reached and not found.quiet:
         return "Undecided: the control is not quiet."
