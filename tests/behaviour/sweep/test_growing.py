@@ -114,6 +114,8 @@ def test_what_is_not_asked_for_any_more_stays(make_sweep: Make, inline: Make, tm
     table = other.table()
     assert list(table["episodes"]) == [6, 6, 3, 3, 6, 6, 3, 3]
     assert table.loc[table["value"] == "flip", "difference"].notna().all()
+    again = make_sweep(**both | {"edits": "zero", "matrices": "*.0.mlp.W_in", "sv": 0}).run(engine=inline())
+    assert list(again.table()["episodes"]) == [6, 6, 6, 6, 3, 3, 3, 3]  # 6 are asked for, but not of these
     identical(make_sweep(**both).run(engine=inline()), whole)
 
 
