@@ -292,8 +292,20 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if EAGER not in AttentionInterface._global_mapping:
-        AttentionMaskInterface.register(EAGER, AttentionMaskInterface._global_mapping["eager"])
+        AttentionMaskInterface.register(EAGER, _mask)
         AttentionInterface.register(EAGER, _attend)
+
+
+def _mask(*args: Any, **named: Any) -> Tensor | None:
+    """Hugging Face's own mask of eager attention, in numbers that single precision holds.
+
+    Its softmax is in single precision whatever the model's, where float64's smallest number is -inf; a padded query,
+    which sees nothing but padding, would be NaN, and from the next block on everything.
+    """
+    from transformers import AttentionMaskInterface
+
+    mask: Tensor | None = AttentionMaskInterface._global_mapping["eager"](*args, **named)
+    return None if mask is None else mask.clamp_min(torch.finfo(torch.float32).min)
 
 
 def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:

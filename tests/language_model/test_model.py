@@ -113,6 +113,19 @@ def test_padding_is_passed_on(lens: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_padding_on_the_left_is_no_nan_where_hooks_are(lens: Any, dtype: torch.dtype) -> None:
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    lens.to(dtype)
+    with torch.no_grad():
+        plain = lens(TOKENS, attention_mask=mask)
+        out, cache = lens.run_with_cache(TOKENS, attention_mask=mask)
+    assert not any(x.isnan().any() for x in cache.values())
+    torch.testing.assert_close(out[0, 3:], plain[0, 3:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[1], plain[1], rtol=1e-4, atol=1e-5)
+
+
 def test_the_mode_is_the_models(make_lm: Any) -> None:
     model = make_lm("gpt2")
     lens = dt_lens.wrap(model)
