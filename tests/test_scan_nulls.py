@@ -189,7 +189,13 @@ def test_shuffled_weights_keep_their_entries_and_everything_else(make_dt: Make) 
     assert torch.equal(W.flatten().sort()[0], before.flatten().sort()[0])
     assert torch.equal(W, shuffled(model, model.embeddings, 7).weights["blocks.0.attn.W_Q"])
     assert not torch.equal(W, shuffled(model, model.embeddings, 8).weights["blocks.0.attn.W_Q"])
-    assert not torch.equal(W.flatten().argsort(), found.weights["blocks.0.attn.W_K"].flatten().argsort())
+
+    def order(name: str) -> torch.Tensor:
+        """Which entry of the weight each entry of the shuffled one was."""
+        old, new = (weights[name].flatten().argsort() for weights in (model.weights, found.weights))
+        return torch.empty_like(old).index_put((new,), old)
+
+    assert not torch.equal(order("blocks.0.attn.W_Q"), order("blocks.0.attn.W_K"))
     for name in ("blocks.0.ln1.w", "embed.state.W", "blocks.0.mlp.b_in"):
         assert torch.equal(found.weights[name], model.weights[name])
     assert found.embeddings is model.embeddings
