@@ -67,8 +67,8 @@ def damage_against(
         name = f"block {layer}"
         figure.add_scatter(x=[None], y=[None], mode="markers", name=name, legendgroup=name, marker=marker)
     for number, (kind, column) in enumerate(shown, 1):
-        of_kind = directions[directions["kind"] == kind]
-        for layer, rows in of_kind.groupby("layer"):
+        for layer in layers:
+            rows = directions[(directions["kind"] == kind) & (directions["layer"] == layer)]
             sure = rows["q_value"].to_numpy() < 0.05
             figure.add_scatter(
                 x=rows[column],
@@ -83,7 +83,7 @@ def damage_against(
                     "line": {"color": colour[layer], "width": [1.2 if s else 0.8 for s in sure]},
                     "opacity": 0.85,
                 },
-                customdata=[_told(row) for row in rows.to_dict("records")],
+                customdata=_told(rows),
                 hovertemplate="%{customdata}<extra></extra>",
                 row=1,
                 col=number,
@@ -124,12 +124,15 @@ def _bent(values: Array) -> tuple[float, list[float], list[str]]:
     return scale, [math.asinh(mark / scale) for mark in marks], names
 
 
-def _told(row: dict[str, Any]) -> str:
+def _told(rows: pd.DataFrame) -> list[str]:
+    return [_one({str(key): value for key, value in row.items()}) for row in rows.to_dict("records")]
+
+
+def _one(row: dict[str, Any]) -> str:
     text = f"<b>{plain(row['matrix'])} sv={row['sv']}</b><br>sigma {row['sigma']:.3g} · energy {row['energy']:.3g}"
     text += f"<br>return {row['mean_return']:,.0f} (lost {row['damage']:,.0f}, q = {row['q_value']:.2g})"
-    if row.get("control_damage") == row.get("control_damage") and "control_damage" in row:
-        text += f"<br>its control lost {row['control_damage']:,.0f}"
-    return text
+    control = row.get("control_damage", float("nan"))
+    return text if control != control else f"{text}<br>its control lost {control:,.0f}"
 
 
 def along_the_spectrum(
@@ -185,7 +188,7 @@ def along_the_spectrum(
         if "control_damage" in rows and rows["control_damage"].notna().any():
             control = mean - rows["control_damage"].to_numpy(dtype=np.float64)
             marker = {"color": "rgba(0,0,0,0)", "size": 5, "line": {"color": CONTROL, "width": 0.8}}
-            draw("its control", rows["sv"], control, marker, place, [_told(row) for row in rows.to_dict("records")])
+            draw("its control", rows["sv"], control, marker, place, _told(rows))
         for sure, name, colour in ((False, "removed", "#b98a5e"), (True, "removed, q < 0.05", PALETTE[1])):
             part = rows[(rows["q_value"] < 0.05) == sure]
             if len(part):
@@ -196,7 +199,7 @@ def along_the_spectrum(
                     part["mean_return"],
                     marker,
                     place,
-                    [_told(row) for row in part.to_dict("records")],
+                    _told(part),
                 )
     figure.update_xaxes(title_text="direction, largest sigma first", row=len(layers))
     figure.update_yaxes(title_text="mean return", col=1, rangemode="tozero")
@@ -287,7 +290,7 @@ def sizes_against_damage(
                     "size": [8 if s else 5 for s in sure],
                     "line": {"color": colour, "width": 0.9},
                 },
-                customdata=[_told(row) for row in rows.to_dict("records")],
+                customdata=_told(rows),
                 hovertemplate="%{customdata}<extra></extra>",
                 row=1,
                 col=number,

@@ -86,7 +86,7 @@ def make_atlas(
     if baseline is None:
         raise DtLensError("The sweep has no episodes of the unedited agent; run it with a baseline.")
     table = results.table()
-    edits = table[(table["kind"] == "edit") & (table["value"] == value)]
+    edits = table[(table["kind"] == "edit") & (table["value"] == value) & (table["directions"] == "plain")]
     if edits.empty:
         known = ", ".join(dict.fromkeys(table["value"]))
         raise DtLensError(f"The sweep holds no edits with value {value!r}; it has {known}.")
@@ -133,7 +133,10 @@ def _measured(
     found |= dict.fromkeys(
         ("control_damage", "control_failure_rate", "beyond", "beyond_low", "beyond_high", "beyond_p_value"), np.nan
     )
-    controls = [evaluations[c] for c in table.index[(table["of"] == arm).fillna(False)] if c in evaluations]
+    own = table[(table["of"] == arm).fillna(False)]
+    # The closer match of the two kinds, where a sweep has both.
+    louder = own["match"] == "output"
+    controls = [evaluations[c] for c in own.index[louder if louder.any() else ~louder] if c in evaluations]
     seeds = _common([edited, baseline, *controls])
     if controls and len(seeds):
         returns = np.mean([_returns(control, seeds) for control in controls], axis=0)
@@ -212,7 +215,8 @@ def _seen(directions: pd.DataFrame, svd: WeightSVD, seed: int) -> tuple[pd.DataF
     for (side, embedding), rows in scan.groupby(["side", "embedding"], sort=False):
         sight = _Sight(f"{side} {embedding}", str(side), str(embedding))
         best = rows.set_index(["matrix", "sv"])["cosine"].abs()
-        out[sight.column] = best.reindex(zip(directions["matrix"], starts, strict=True)).to_numpy(dtype=np.float64)
+        places = pd.MultiIndex.from_arrays([directions["matrix"], starts])
+        out[sight.column] = best.reindex(places).to_numpy(dtype=np.float64)
         sights.append(sight)
     return out, sights, list(scan.attrs.get("untrained", []))
 
@@ -234,7 +238,7 @@ def _shares(directions: pd.DataFrame, mean: float) -> pd.DataFrame:
         low, high = wilson(int(matters.sum()), n)
         controlled = rows["beyond"].notna()
         beyond = (rows["beyond_q_value"] < ALPHA) & (rows["beyond"] > 0)
-        worst = rows.loc[rows["damage"].idxmax()]
+        worst = rows.iloc[int(rows["damage"].to_numpy().argmax())]
         out.append(
             {
                 "what": what,
