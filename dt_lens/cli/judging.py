@@ -48,7 +48,7 @@ def court(
             result = try_claims(
                 loaded,
                 folder,
-                name=model,
+                name=Path(model).name,
                 episodes=episodes,
                 seed=seed,
                 environment=environment,

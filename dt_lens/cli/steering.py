@@ -46,7 +46,7 @@ def steer(
             result = look(
                 loaded,
                 folder,
-                name=model,
+                name=Path(model).name,
                 episodes=episodes,
                 choosing=choosing,
                 candidates=candidates,

@@ -229,7 +229,7 @@ def court(
             "time_limit": trial.setting.task.time_limit,
         }
     if trial.arms is not None:
-        facts |= {"episodes": episodes, "unedited_mean_return": trial.arms.baseline.mean}
+        facts |= {"episodes": episodes, "unedited_mean_return": round(trial.arms.baseline.mean, 3)}
         facts["arms"] = 1 + sum(1 + len(arm.controls) for arm in trial.arms.edits)
         facts["arms"] += len(trial.arms.raw) if trial.arms.folded else 0
     if sweep is not None:
