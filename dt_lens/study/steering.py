@@ -266,9 +266,11 @@ class _Search:
         )
         span = (max(arms) - min(arms)) / extent * sign
         reach, other = slopes(arms) * span, slopes(controls) * span
+        # A random direction's sign is a coin's, so the control counts by its size.
+        size = other * np.sign(other.mean())
         rise = np.mean([arms[dose].failed for dose in self.doses], axis=0) - plain.failed
         found: dict[str, Any] = {"p_value": sign_flip(reach)}
-        for name, values in (("reach", reach), ("control_reach", other), ("beyond", reach - other), ("rise", rise)):
+        for name, values in (("reach", reach), ("control_reach", other), ("beyond", reach - size), ("rise", rise)):
             found[name] = float(values.mean())
             found[f"{name}_interval"] = list(bootstrap_interval(values))
         return table, found
