@@ -25,7 +25,10 @@ __all__ = ["Evaluation", "FailureRule"]
 FailureRule = Literal["terminated", "truncated"] | float | Callable[[pd.DataFrame], Any]
 
 # Here the environment ends an episode when the goal is reached, and running out of time is failing.
-_ENDS_IN_SUCCESS = ("MountainCar", "Acrobot", "MiniGrid", "BabyAI", "PointMaze", "AntMaze")
+_ENDS_IN_SUCCESS = ("MountainCar", "Acrobot", "PointMaze", "AntMaze")
+# Here it may end with the goal, with a collision or with the wrong object; the goal alone pays, 0.1 or more.
+_PAYS_FOR_SUCCESS = ("MiniGrid", "BabyAI")
+_PAID = 0.05
 
 _KEPT = ("environment", "environment_kwargs", "target_return", "time_limit", "model_id", "failure")
 
@@ -44,8 +47,9 @@ class Evaluation:
         truncated: ``[n]``, the time limit cut it.
         failure: what counts as failing: ``"terminated"`` (falling: the environment ended the episode before the time
             limit), ``"truncated"`` (a goal not reached in time), a number (a return below it), or a function of
-            ``to_frame()`` that gives a truth value per row. The default is ``"terminated"``, and ``"truncated"`` for
-            the environments known to end in success, such as MountainCar and MiniGrid.
+            ``to_frame()`` that gives a truth value per row. The default is ``"terminated"``; ``"truncated"`` for
+            environments known to end in success, such as MountainCar; and 0.05 for MiniGrid's, where reaching the goal
+            pays 0.1 or more and nothing else pays.
         model_id: hash of the weights and facts that ran, edits included.
         edits: records of the edits that were active.
     """
@@ -70,8 +74,9 @@ class Evaluation:
         """An evaluation of outcomes in any order; ``rest`` are the other attributes."""
         ordered = sorted(outcomes)
         if failure is None:
-            name = environment.rpartition(":")[2]
+            name = environment.rpartition(":")[2].rpartition("/")[2]
             failure = "truncated" if name.startswith(_ENDS_IN_SUCCESS) else "terminated"
+            failure = _PAID if name.startswith(_PAYS_FOR_SUCCESS) else failure
         check_rule(failure)
         return cls(
             seeds=np.array([o.seed for o in ordered], dtype=np.int64),

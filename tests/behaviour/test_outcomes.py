@@ -64,6 +64,8 @@ def test_failure_rules() -> None:
     assert short.failed.tolist() == (LENGTHS < 300).tolist()
     assert e.failed.sum() == 30  # the original is as it was
     assert _evaluation([1.0], environment="MountainCar-v0").failure == "truncated"
+    maze = _evaluation([0.0, -1.0, 0.1, 0.9], environment="a.module:Flat/MiniGrid-Dynamic-Obstacles-8x8-v0")
+    assert maze.failed.tolist() == [True, True, False, False]  # the goal pays, and a collision ends it too
     with pytest.raises(DtLensError, match="one per episode"):
         _ = e.with_failure(lambda frame: [True]).failed
     with pytest.raises(DtLensError, match="failure is True"):
