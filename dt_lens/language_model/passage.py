@@ -305,7 +305,7 @@ def _mask(*args: Any, **named: Any) -> Tensor | None:
     from transformers import AttentionMaskInterface
 
     mask: Tensor | None = AttentionMaskInterface._global_mapping["eager"](*args, **named)
-    return None if mask is None else mask.clamp_min(torch.finfo(torch.float32).min)
+    return mask.clamp_min(torch.finfo(torch.float32).min) if mask is not None and mask.dtype == torch.float64 else mask
 
 
 def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:
