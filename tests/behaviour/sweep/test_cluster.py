@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -89,16 +90,27 @@ def test_a_node_is_killed_in_the_middle(
     assert len(first) < 12
 
     class Deadly(RayEngine):
-        """Kills the second node once units run on both."""
+        """Kills the second node, its processes with it, as soon as units run on both and all cores are busy."""
 
-        submitted = 0
+        alive = True
+
+        def wait(self, seconds: float) -> list[Event]:
+            events = super().wait(seconds)
+            for event in events:
+                node, _, process = event.worker.removeprefix("node ").partition(", process ")
+                processes.setdefault(node, set()).add(int(process or 0))
+            return events
 
         def submit(self, unit: Unit) -> None:
             super().submit(unit)
-            self.submitted += 1
-            if self.submitted == 12:
+            others = set(processes) - {self._ray.get_runtime_context().get_node_id()[:8]}
+            if self.alive and others and not self.free:
+                self.alive = False
+                for process in processes[others.pop()]:
+                    os.kill(process, signal.SIGKILL)
                 two_nodes.remove_node(two_nodes.list_all_nodes()[1], allow_graceful=False)
 
+    processes: dict[str, set[int]] = {}
     sweep.run(engine=Deadly(two_nodes.address))
     same(sweep.table(), whole.table(), check_exact=True)
     same(sweep.episodes(), whole.episodes(), check_exact=True)
