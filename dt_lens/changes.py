@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
+from dt_lens.evaluation_mode import evaluating
 from dt_lens.low_rank import LowRank, Placed, spectrum_of
 from dt_lens.matrices import Matrix, Snapshot, fingerprint, weight_bytes
 
@@ -268,7 +269,7 @@ class Edit:
         kind = self._weight.rpartition(".")[2]
         gated = kind == "W_in" and f"blocks.{self.matrix.layer}.mlp.W_gate" in self.model.weights
         name = f"blocks.{self.matrix.layer}.{'mlp.hook_pre_linear' if gated else SHOWN_AT[kind]}"
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             _, cache = self.model.run_with_cache(**self.model.probe(), names_filter=name)
         shown: Tensor = cache[name]
         return torch.nan_to_num(shown.detach().clone())
@@ -311,18 +312,6 @@ def _writable(weight: Tensor) -> Iterator[None]:
     """Weights made in inference mode may only be written there, and others only outside of autograd."""
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         yield
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dt_lens.cli.options import Given, Matrices, Model, Seed, Target, load_model, split
+from dt_lens.cli.options import Environment, Given, Matrices, MaxSteps, Model, Seed, Target, load_model, split
 from dt_lens.cli.output import print_table, progress, written
 
 if TYPE_CHECKING:
@@ -21,11 +21,9 @@ def activations(
     out: Annotated[Path, typer.Option(help="The file to write, such as hopper.safetensors.")],
     episodes: Annotated[int, typer.Option(min=1, help="How many; episode i starts from seed + i.")] = 10,
     seed: Seed = 0,
-    environment: Annotated[
-        str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
-    ] = None,
+    environment: Environment = None,
     target_return: Target = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Cut episodes after so many steps.")] = None,
+    max_steps: MaxSteps = None,
     matrices: Matrices = None,
     given: Given = None,
 ) -> None:

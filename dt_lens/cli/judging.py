@@ -9,19 +9,17 @@ from typing import Annotated
 
 import typer
 
-from dt_lens.cli.options import Given, Model, Seed, Target, Workers, load_model
-from dt_lens.cli.output import print_table, progress
+from dt_lens.cli.options import Environment, Given, MaxSteps, Model, Seed, Target, Workers, load_model
+from dt_lens.cli.output import print_table, progress, resumable
 
 
 def court(
     model: Model,
     episodes: Annotated[int, typer.Option(min=2, help="Paired episodes of every arm.")] = 200,
     seed: Seed = 0,
-    environment: Annotated[
-        str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
-    ] = None,
+    environment: Environment = None,
     target_return: Target = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Cut episodes after this many steps.")] = None,
+    max_steps: MaxSteps = None,
     sweep: Annotated[
         Path | None, typer.Option(help="A finished sweep of this model, with controls, for claim 7.")
     ] = None,
@@ -44,7 +42,7 @@ def court(
         from dt_lens.study.court.page import sentences
         from dt_lens.study.court.pipeline import court as try_claims
 
-        try:
+        with resumable():
             result = try_claims(
                 loaded,
                 folder,
@@ -62,9 +60,6 @@ def court(
                 command=shlex.join(["dt-lens", *sys.argv[1:]]),
                 progress=tell,
             )
-        except KeyboardInterrupt as stop:
-            print(f"dt-lens: {stop or 'Stopped; the same command goes on from there.'}", file=sys.stderr)
-            raise typer.Exit(130) from None
     shown = ["claim", "title", "verdict", "effect", "margin", "p_value", "note_verdict", "note_effect", "note_p_value"]
     print_table(result.table[shown], "Verdicts, as it should be and as the note's code computed it")
     print()

@@ -27,12 +27,13 @@ def atlas(
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
+        from dt_lens.activations import Activations
         from dt_lens.behaviour.sweep.results import SweepResults
         from dt_lens.study.atlas import make_atlas
         from dt_lens.study.atlas_page import sentences, table_of, write_atlas
 
         results = SweepResults(sweep)
-        inputs = _inputs(results.file.parent, activations)
+        inputs = None if activations is None else Activations.load(activations)
         tell("comparing", 0.2)
         found = make_atlas(loaded, results, inputs, seed=seed)
         folder = out or results.file.parent
@@ -41,12 +42,3 @@ def atlas(
     for sentence in sentences(found):
         print(sentence.replace("**", ""))
     print(f"\nThe atlas: {page}")
-
-
-def _inputs(folder: Path, named: Path | None) -> object | None:
-    beside = folder / "activations.safetensors"
-    if named is None and not beside.is_file():
-        return None
-    from dt_lens.activations import Activations
-
-    return Activations.load(named or beside)

@@ -10,8 +10,10 @@ import typer
 from dt_lens.errors import DtLensError
 
 __all__ = [
+    "Environment",
     "Given",
     "Matrices",
+    "MaxSteps",
     "Model",
     "Raw",
     "Seed",
@@ -40,6 +42,10 @@ Matrices = Annotated[
 Seed = Annotated[int, typer.Option(min=0, help="Everything that samples repeats exactly with the same seed.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core by default.")]
 Target = Annotated[float | None, typer.Option(help="The return to ask for, in the environment's units.")]
+Environment = Annotated[
+    str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
+]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cut episodes after this many steps.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Weights and embeddings as stored, no LayerNorm folded in.")]
 WeightsOnly = Annotated[
     bool,

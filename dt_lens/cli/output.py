@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from dt_lens.errors import DtLensError
 from dt_lens.progress import progress
@@ -13,7 +16,17 @@ from dt_lens.progress import progress
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["print_table", "progress", "written"]
+__all__ = ["print_table", "progress", "resumable", "written"]
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C inside is one sentence, that of the interrupt where it has one, and exit status 130: nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"dt-lens: {stop or 'Stopped; the same command goes on from there.'}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def written(file: Path, write: Callable[[], object]) -> None:

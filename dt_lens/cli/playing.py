@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dt_lens.cli.options import (
+    Environment,
     Given,
     Model,
     Seed,
@@ -23,9 +24,7 @@ from dt_lens.errors import DtLensError
 
 def evaluate(
     model: Model,
-    environment: Annotated[
-        str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
-    ] = None,
+    environment: Environment = None,
     episodes: Annotated[int, typer.Option(min=1, help="How many episodes; episode i starts from seed + i.")] = 100,
     seed: Seed = 0,
     target_return: Target = None,

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from dt_lens.cli.options import Given, Model, Seed, Workers, load_model, split, to_float
-from dt_lens.cli.output import print_table, progress
+from dt_lens.cli.options import Environment, Given, MaxSteps, Model, Seed, Workers, load_model, split, to_float
+from dt_lens.cli.output import print_table, progress, resumable
 
 
 def steer(
@@ -23,10 +23,8 @@ def steer(
         str | None, typer.Option(help="Target returns of the curve, with commas; the model's own by default.")
     ] = None,
     seed: Seed = 0,
-    environment: Annotated[
-        str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Cut episodes after this many steps.")] = None,
+    environment: Environment = None,
+    max_steps: MaxSteps = None,
     out: Annotated[Path | None, typer.Option(help="Folder for everything; dt-lens-steer/MODEL by default.")] = None,
     workers: Workers = None,
     given: Given = None,
@@ -42,7 +40,7 @@ def steer(
         loaded = load_model(model, given)
         from dt_lens.study.steering import steer as look
 
-        try:
+        with resumable():
             result = look(
                 loaded,
                 folder,
@@ -59,9 +57,6 @@ def steer(
                 command=shlex.join(["dt-lens", *sys.argv[1:]]),
                 progress=tell,
             )
-        except KeyboardInterrupt:
-            print("dt-lens: Stopped; the same command goes on from there.", file=sys.stderr)
-            raise typer.Exit(130) from None
     print_table(result.curve, "The unedited agent at each target")
     if len(result.table):
         print_table(result.choosing, "Directions that were tried")

@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dt_lens.cli.options import Given, Matrices, Model, Raw, Seed, Target, Workers, load_model, split
-from dt_lens.cli.output import print_table, progress, written
+from dt_lens.cli.options import (
+    Environment,
+    Given,
+    Matrices,
+    MaxSteps,
+    Model,
+    Raw,
+    Seed,
+    Target,
+    Workers,
+    load_model,
+    split,
+)
+from dt_lens.cli.output import print_table, progress, resumable, written
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
@@ -70,11 +82,9 @@ def sweep(
         ),
     ] = None,
     seed: Seed = 0,
-    environment: Annotated[
-        str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
-    ] = None,
+    environment: Environment = None,
     target_return: Target = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Cut episodes after this many steps.")] = None,
+    max_steps: MaxSteps = None,
     baseline: Annotated[bool, typer.Option(help="Run the unedited agent too; differences need it.")] = True,
     raw: Raw = False,
     out: Annotated[Path | None, typer.Option(help="Folder for sweep.sqlite; dt-lens-sweep/MODEL by default.")] = None,
@@ -124,11 +134,8 @@ def sweep(
             fold_layernorm=not raw,
             workers=workers,
         )
-        try:
+        with resumable():
             planned.run(tell, _engine(engine, address, workers))
-        except KeyboardInterrupt as stop:
-            print(f"dt-lens: {stop or 'Stopped; the same command goes on from there.'}", file=sys.stderr)
-            raise typer.Exit(130) from None
     found = planned.table()
     unedited = planned.results.baseline()
     if unedited is not None:

@@ -72,7 +72,8 @@ def make_atlas(
     Args:
         model: the one that was swept.
         results: the sweep; it should hold ``value="zero"`` edits, and a baseline.
-        activations: the model's real inputs (``collect_activations``), for energies on them.
+        activations: the model's real inputs (``collect_activations``), for energies on them; by default the sweep's
+            own energies, where it has matched controls by them.
         value: which of the sweep's edits.
         seed: of the bootstrap and the permutations.
 
@@ -121,7 +122,10 @@ def _measured(
 ) -> dict[str, Any]:
     """What the removal of one direction did, and its controls."""
     edited = evaluations[arm]
-    found = {name: row[name] for name in ("matrix", "layer", "head", "sv", "energy", "episodes", "mean_return")}
+    found = {
+        name: row[name]
+        for name in ("matrix", "layer", "head", "sv", "energy", "output_energy", "episodes", "mean_return")
+    }
     found |= {
         "damage": -row["difference"],
         "damage_low": -row["difference_high"],
@@ -178,24 +182,21 @@ def _described(directions: pd.DataFrame, svd: WeightSVD, activations: Any) -> pd
         sigmas.append(float(found.sigma[int(sv)]))
         blocks.append(stop - start)
         if activations is not None:
-            side = found.matrix.residual_sides[0]
+            side, folded = found.matrix.residual_sides[0], svd.fold_layernorm
             edit = SingularEdit(
-                svd.model,
-                name,
-                int(sv),
-                side=side,
-                value="zero",
-                fold_layernorm=svd.fold_layernorm,
-                decomposition=found,
+                svd.model, name, int(sv), side=side, value="zero", fold_layernorm=folded, decomposition=found
             )
             outputs.append(edit.output_energy(activations))
     out = directions.assign(kind=kinds, sigma=sigmas, block=blocks)
-    out["damage_per_energy"] = out["damage"] / out["energy"]
-    first = [*PLACE, "block", "sigma", "energy"]
     if activations is not None:
         out["output_energy"] = outputs
+    out["damage_per_energy"] = out["damage"] / out["energy"]
+    first = [*PLACE, "block", "sigma", "energy"]
+    if out["output_energy"].notna().any():
         out["damage_per_output_energy"] = out["damage"] / out["output_energy"].where(out["output_energy"] > 0)
         first.append("output_energy")
+    else:
+        del out["output_energy"]
     return out[[*first, *(c for c in out if c not in first)]]
 
 

@@ -5,7 +5,6 @@ Directions are chosen on one set of seeds and reported on another.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.progress import Tell, reporting
 from dt_lens.study.doses import Candidate, candidates_of, dosed, slopes
 from dt_lens.study.trials import Arm, Trials
+from dt_lens.study.written import plain, write_tables
 
 __all__ = ["DOSES", "Candidate", "SteeringResult", "steer"]
 
@@ -61,8 +61,7 @@ class SteeringResult:
         frames = {name: getattr(self, name).to_dict("records") for name in ("curve", "choosing", "table")}
         best = None if self.best is None else self.best._asdict()
         told = {"verdict": self.verdict, "sentence": self.sentence, "best": best, **frames, **self.numbers}
-        plain: dict[str, Any] = _plain(told)
-        return plain
+        return dict(plain(told))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``steering.csv``, ``steering.json`` and ``steering.html`` into ``folder``; returns the page.
@@ -73,25 +72,8 @@ class SteeringResult:
         from dt_lens.study.steering_page import write_steering
 
         folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.table.to_csv(folder / "steering.csv", index=False)
-            (folder / "steering.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DtLensError(
-                f"{folder} cannot be written: {error.strerror or error}; choose another folder or make room."
-            ) from error
+        write_tables(folder, "steering", self.table, self.to_dict())
         return write_steering(folder / "steering.html", self)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def steer(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -35,6 +33,7 @@ from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, outpu
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance
 from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matches_more
 from dt_lens.study.court.rollouts import Arms, Rollouts, common_action, sweep_arms
+from dt_lens.study.written import plain, write_tables
 
 __all__ = ["CourtResult", "Ruling", "court"]
 
@@ -114,8 +113,7 @@ class CourtResult:
                     **kept,
                 }
             )
-        plain: dict[str, Any] = _plain({"facts": dict(self.facts), "rulings": rulings})
-        return plain
+        return dict(plain({"facts": dict(self.facts), "rulings": rulings}))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``court.csv``, ``court.json`` and ``court.html`` into ``folder``; returns the page.
@@ -126,25 +124,8 @@ class CourtResult:
         from dt_lens.study.court.page import write_court
 
         folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.table.to_csv(folder / "court.csv", index=False)
-            (folder / "court.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DtLensError(
-                f"{folder} cannot be written: {error.strerror or error}; choose another folder or make room."
-            ) from error
+        write_tables(folder, "court", self.table, self.to_dict())
         return write_court(folder / "court.html", self)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def court(
