@@ -429,7 +429,13 @@ def law() -> Callable[..., str | None]:
         wanted = made.theirs(path, made.tensors if tensors is None else tensors) if expected is None else expected()
         if not bool(torch.isfinite(wanted).all()):
             return None  # the code base itself has no answer
-        got = made.mine(lens)
+        try:
+            got = made.mine(lens)
+        except DtLensError as error:
+            # max_position_embeddings below the question's length: rotary models of transformers answer all the same.
+            message = sentence(error)
+            assert "context" in message, message
+            return message
         assert got.shape == wanted.shape
         off, size = float((got - wanted).abs().max()), max(1.0, float(wanted.abs().max()))
         assert off <= 1e-4 * size, f"a wrong answer: off by {off}, of {size}"
