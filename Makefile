@@ -8,11 +8,12 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help demo test clean
+.PHONY: help demo test fuzz clean
 
 help:
 	@echo "make demo    study the bundled Hopper agent; ARGS='--episodes 100 --seed 1' is passed on, OUT=DIR says where to"
 	@echo "make test    ruff, mypy --strict, pytest with doctests"
+	@echo "make fuzz    the properties alone, with examples never tried before, and many of them"
 	@echo "make clean   remove .venv and caches"
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with"
 
@@ -24,6 +25,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical
+
+fuzz: $(INSTALLED)
+	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/pytest -n logical -m "acceptance or not acceptance" tests/properties
 
 # torch comes first and by name: pip then settles on one build of it before anything else asks for just any torch.
 $(INSTALLED): pyproject.toml constraints.txt

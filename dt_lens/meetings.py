@@ -11,7 +11,9 @@ from dt_lens.directions import Decomposition
 from dt_lens.matching import MetLabels
 from dt_lens.matrices import Matrix, SideName
 
-__all__ = ["Meeting"]
+__all__ = ["DECOMPOSING", "Meeting"]
+
+DECOMPOSING = 0.6  # the share of a scan's time that goes into decompositions, more or less
 
 Array = NDArray[np.float64]
 

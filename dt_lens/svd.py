@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError
 from dt_lens.kept_results import KeptResults
-from dt_lens.matching import Best, MetLabels
+from dt_lens.matching import MetLabels
 from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint, select_matrices
-from dt_lens.meetings import Meeting
-from dt_lens.nulls import HaarMaximum, Null, q_values
+from dt_lens.meetings import DECOMPOSING, Meeting
+from dt_lens.nulls import HaarMaximum
 from dt_lens.progress import Tell, reporting, silent
-from dt_lens.scan_nulls import CovarianceSource, NullSource, Pools, draw_pools, require_null
+from dt_lens.scan_nulls import Pools, draw_pools
 from dt_lens.weighted_directions import decompose_weighted
 
 if TYPE_CHECKING:
@@ -33,11 +30,8 @@ if TYPE_CHECKING:
     from dt_lens.lens import Lens
     from dt_lens.token_tables import TokenTable
 
-__all__ = ["COLUMNS", "Decomposition", "WeightSVD"]
+__all__ = ["Decomposition", "WeightSVD"]
 
-COLUMNS = ["matrix", "layer", "head", "side", "sv", "block", "sigma", "embedding", "label", "cosine"]
-COLUMNS += ["z", "p_value", "q_value"]
-DECOMPOSING = 0.6  # the share of a scan's time, more or less
 Array = NDArray[np.float64]
 Names = Sequence[str] | str
 
@@ -100,7 +94,7 @@ class WeightSVD:
             own.select(self._named)
         self._done: dict[str, tuple[bytes, Decomposition]] = {}
         self._nulls: dict[tuple[Any, ...], HaarMaximum] = {}
-        self._kept = KeptResults(resume)
+        self.kept = KeptResults(resume)  # what takes long, and is found again
 
     @property
     def registry(self) -> EmbeddingRegistry:
@@ -121,7 +115,7 @@ class WeightSVD:
         if name not in self._done or self._done[name][0] != state:
             weighted = "" if self.activations is None else f" {self.activations.digest}"
             key = f"svd {name} {state.hex()} {self.rank} {self.fold_layernorm}{weighted}"
-            kept = self._kept.get(key, lambda: self._decomposed(lens, matrix).tensors())
+            kept = self.kept.get(key, lambda: self._decomposed(lens, matrix).tensors())
             self._done[name] = (state, Decomposition.from_tensors(matrix, kept))
         return self._done[name][1]
 
@@ -174,27 +168,10 @@ class WeightSVD:
         Raises:
             DtLensError: for an unknown matrix, embedding or null, or values that are not finite.
         """
+        from dt_lens.scan_table import scan_table
+
         with reporting(progress) as tell:
-            require_null(null if not isinstance(null, Pools) else null.name)
-            meetings = self.meetings(matrices, embeddings, tell)
-            source = self._source(null, meetings, seed, activations, draws, tell)
-            parts = self._parts(meetings, source, tell)
-        columns: dict[str, Any] = {
-            name: np.concatenate([part[name] for part in parts]) if parts else [] for name in COLUMNS[:-1]
-        }
-        table = pd.DataFrame(columns)
-        table["head"] = pd.array([None if head < 0 else head for head in table["head"]], dtype="Int64")
-        table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
-        told: dict[Any, Any] = source.told()
-        table.attrs = {
-            "fold_layernorm": self.fold_layernorm,
-            **told,
-            "seed": null.seed if isinstance(null, Pools) else seed,
-            "untrained": [e.name for e in self.registry.values() if not e.trained],
-        }
-        if self.activations is not None:
-            table.attrs["weighted_by"] = self.activations.digest
-        return table
+            return scan_table(self, matrices, null, seed, embeddings, activations, draws, tell)
 
     def pools(
         self,
@@ -217,20 +194,6 @@ class WeightSVD:
         """
         with reporting(progress) as tell:
             return draw_pools(self, null, self.meetings(matrices, embeddings), seed, draws, tell)
-
-    def _source(
-        self, null: str | Pools, meetings: list[Meeting], seed: int, activations: Any, draws: int | None, tell: Tell
-    ) -> NullSource:
-        if isinstance(null, Pools):
-            return null
-        if activations is not None and null != "covariance":
-            raise DtLensError(f"activations= are of use for null='covariance', not for {null!r}; leave them out.")
-        if null == "haar":
-            return _Rotations(self, seed, draws)
-        if null == "covariance":
-            lens = Snapshot.of(self.model)
-            return CovarianceSource(lens, activations, self.fold_layernorm, seed, draws, self._kept)
-        return draw_pools(self, null, meetings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
 
     def like(self, drawn: Any) -> WeightSVD:
         """The same questions to another model of the same shape."""
@@ -262,48 +225,6 @@ class WeightSVD:
                     meetings.append(Meeting(found, side, seen[key]))
         return meetings
 
-    def _parts(self, meetings: list[Meeting], source: NullSource, tell: Tell) -> list[dict[str, Any]]:
-        """The columns of every meeting. All that meet the same labels do so at once: a vocabulary is read once."""
-        groups: dict[int, list[int]] = {}
-        for place, meeting in enumerate(meetings):
-            groups.setdefault(id(meeting.labels), []).append(place)
-        parts: list[dict[str, Any]] = [{}] * len(meetings)
-        for number, places in enumerate(groups.values()):
-            labels, some = meetings[places[0]].labels, [meetings[place] for place in places]
-            share = DECOMPOSING + (1 - DECOMPOSING) * number / len(groups)
-            tell(f"comparing with {labels.embedding.name}", share)
-            best = self._best(labels, some)
-            tell(f"drawing the null of {labels.embedding.name}", share)
-            begin = 0
-            for place, meeting in zip(places, some, strict=True):
-                sizes = meeting.sizes
-                mine = slice(begin, begin + len(sizes))
-                begin, lengths = mine.stop, best.length[mine]
-                p, z = np.ones(len(sizes)), np.zeros(len(sizes))
-                for size in np.unique(sizes):
-                    null, these = source.null(meeting, int(size)), sizes == size
-                    p[these], z[these] = null.p_value(lengths[these]), null.z(lengths[these])
-                parts[place] = meeting.columns(best.cosine[mine], best.label[mine], z, p)
-        return parts
-
-    def _best(self, labels: MetLabels, meetings: list[Meeting]) -> Best:
-        """The best label of every block of directions of these matrix sides, one after the other."""
-        directions = np.concatenate([meeting.directions for meeting in meetings])
-        before = np.cumsum([0, *(len(meeting.directions) for meeting in meetings)])
-        starts = np.concatenate([meeting.starts + first for meeting, first in zip(meetings, before, strict=False)])
-        if not len(starts):
-            return Best(np.empty(0), np.empty(0), np.empty(0, np.int64))
-
-        def make() -> dict[str, Tensor]:
-            found = labels.best(directions, starts)._asdict()
-            return {name: torch.from_numpy(value) for name, value in found.items()}
-
-        if labels.whole or self._kept.folder is None:
-            return labels.best(directions, starts)
-        state = hashlib.blake2b(directions.tobytes() + starts.tobytes(), digest_size=16).hexdigest()
-        kept = self._kept.get(f"best {labels.digest.hex()} {state}", make)
-        return Best(*(kept[name].numpy() for name in Best._fields))
-
     def _centred(self, matrix: Matrix, side: SideName) -> bool:
         return self.fold_layernorm and matrix.centred(matrix.side(side))
 
@@ -314,7 +235,7 @@ class WeightSVD:
         """The null of a random rotation; kept."""
         key = (labels.digest, labels.dimension, span, seed, draws)
         if key not in self._nulls:
-            kept = self._kept if not labels.whole else KeptResults(None)
+            kept = self.kept if not labels.whole else KeptResults(None)
             made = kept.get(f"null {key}", lambda: labels.null(span, seed, draws).tensors())
             self._nulls[key] = HaarMaximum.from_tensors(made)
         return self._nulls[key]
@@ -448,16 +369,3 @@ class WeightSVD:
                 f"say {' or '.join(sides)}."
             )
         return side
-
-
-class _Rotations:
-    """The nulls of random rotations, which a ``WeightSVD`` keeps."""
-
-    def __init__(self, svd: WeightSVD, seed: int, draws: int | None) -> None:
-        self._svd, self._seed, self._draws = svd, seed, draws
-
-    def null(self, meeting: Meeting, span: int) -> Null:
-        return self._svd.rotations(meeting.labels, span, self._seed, self._draws)
-
-    def told(self) -> dict[str, Any]:
-        return {"null": "haar", "assumes": HaarMaximum.assumes}

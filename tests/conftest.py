@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from beartype import beartype
@@ -34,6 +35,11 @@ CHECKED = [
 ]
 SHAPED = re.compile(r"\b(Float|Int|Bool|Shaped|Num)\[")
 
+
+# What decides whether a change may land answers the same each time; `make fuzz` looks in new places.
+hypothesis.settings.register_profile("steady", derandomize=True, database=None)
+hypothesis.settings.register_profile("random", print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 # A shell starts its background jobs with Ctrl-C ignored, and so would be every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,7 +18,7 @@ from dt_lens.drawn_models import Drawn, shuffled, untrained
 from dt_lens.matrices import Snapshot, catalogue, find_matrix, fingerprint
 from dt_lens.nulls import NULLS, PooledMaximum, ShuffledMaximum, UntrainedMaximum, q_values
 from dt_lens.scan_nulls import met_covariance
-from dt_lens.svd import COLUMNS
+from dt_lens.scan_table import COLUMNS
 
 Make = Callable[..., Any]
 SMALL: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "d_model": 16, "d_mlp": 24}

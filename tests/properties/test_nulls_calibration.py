@@ -17,6 +17,8 @@ from scipy import stats
 from dt_lens import Embedding, EmbeddingRegistry, WeightSVD
 from dt_lens.drawn_models import Drawn
 from dt_lens.matrices import Structure
+from dt_lens.progress import silent
+from dt_lens.scan_table import null_source
 
 SCANS = 500
 Array = NDArray[Any]
@@ -84,7 +86,7 @@ def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(n: int) -> 
         svd = WeightSVD(model_of(lone_directions(rng.standard_normal((5, d)) @ root.T, rng), labels))
         if shared is not None:  # the nulls depend on the labels alone
             svd._nulls = shared._nulls
-        source = svd._source("covariance", [], 0, S, None, lambda what, share: None) if shared is None else source
+        source = null_source(svd, "covariance", [], 0, S, None, silent) if shared is None else source
         shared = svd
         table = svd.scan(null="haar", embeddings="known")
         even += discovered(table)

@@ -55,7 +55,7 @@ def test_fields_of_any_value(made: Any, scratch: Any, law: Any, said: Any, name:
         if not (made.write(folder, made.tensors) / name).exists():
             return
 
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -109,7 +109,7 @@ def test_settings_inside_a_file(formats: Any, scratch: Any, law: Any, size: int)
     tensors = [torch.zeros(2), torch.zeros(5), torch.full((5,), math.nan), torch.eye(3).to_sparse()]
     odd = st.sampled_from([*ODD, *tensors, *TEXTS, {"d_model": torch.zeros(2)}, {"a": [1], "b": {}}, {"²": "a"}])
 
-    @settings(SETTINGS, max_examples=2 * size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=2 * size)
     @given(data=st.data(), kind=st.sampled_from(sorted(beside)))
     def check(data: st.DataObject, kind: str) -> None:
         made = formats[kind]
@@ -138,7 +138,7 @@ def test_options_of_any_value(made: Any, scratch: Any, law: Any, size: int) -> N
         "adapter", "environment_kwargs", "state_labels",
     ]  # fmt: skip
 
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(name=st.sampled_from(names), value=st.sampled_from([*ODD, (), torch.zeros(2), object, print, b"x"]))
     def check(name: str, value: Any) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -42,7 +42,7 @@ def little_memory(most: int = 2**28) -> Iterator[None]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_file_that_was_cut_off(made: Any, scratch: Any, law: Any, size: int) -> None:
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         with scratch() as folder:
@@ -60,7 +60,7 @@ def test_a_file_that_was_cut_off(made: Any, scratch: Any, law: Any, size: int) -
 def test_damaged_bytes(made: Any, scratch: Any, law: Any, size: int) -> None:
     """A zip has checksums, so that it is refused or none the worse; safetensors is what its header says that it is."""
 
-    @settings(SETTINGS, max_examples=2 * size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=2 * size)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         with scratch() as folder:
@@ -85,7 +85,7 @@ def test_damaged_bytes(made: Any, scratch: Any, law: Any, size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_bytes_of_anything(made: Any, scratch: Any, law: Any, size: int) -> None:
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(data=st.data(), content=st.binary(max_size=400), start=st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02"]))
     def check(data: st.DataObject, content: bytes, start: bytes) -> None:
         with scratch() as folder:
@@ -245,7 +245,7 @@ def test_an_index_of_shards(opened: Any, scratch: Any, law: Any, said: Any, size
          "model.safetensors", "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", 3, None, [], {}]
     )  # fmt: skip
 
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(data=st.data(), name=names, whole=st.booleans())
     def check(data: st.DataObject, name: Any, whole: bool) -> None:
         with scratch() as folder:

@@ -47,7 +47,7 @@ def test_one_weight_that_is_mapped_wrongly(made: Any, scratch: Any, said: Any, s
     lens.__class__ = type("Disguised", (type(lens),), {"weights": property(lambda self: shown)})
     dt_lens.certify(lens)
 
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(data=st.data(), name=st.sampled_from(names), way=st.sampled_from([*WAYS, "another"]))
     def check(data: st.DataObject, name: str, way: str) -> None:
         alike = [other for other in names if right[other].shape == right[name].shape and other != name]

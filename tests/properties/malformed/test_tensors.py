@@ -76,7 +76,7 @@ def test_as_it_should_be(made: Any, scratch: Any, law: Any) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_missing_tensor_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(key=st.sampled_from(sorted(made.tensors)), insist=st.booleans())
     def check(key: str, insist: bool) -> None:
         tensors = {k: t for k, t in made.tensors.items() if k != key}
@@ -101,7 +101,7 @@ def test_a_tensor_too_many_is_named(made: Any, scratch: Any, law: Any, size: int
         st.builds(lambda key, end: key + end, st.sampled_from(sorted(made.tensors)), st.sampled_from(["s", ".", "2"])),
     ).filter(lambda key: key not in made.tensors and not any(0xD800 <= ord(c) < 0xE000 for c in key))
 
-    @settings(SETTINGS, max_examples=2 * size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=2 * size)
     @given(key=keys, number=st.booleans())
     def check(key: str, number: bool) -> None:
         tensors = {**made.tensors, key: torch.ones(()) if number else torch.ones(16, 16)}
@@ -117,7 +117,7 @@ def test_a_tensor_too_many_is_named(made: Any, scratch: Any, law: Any, size: int
 
 @pytest.mark.parametrize("size", SIZES)
 def test_another_shape_is_told(made: Any, scratch: Any, law: Any, size: int) -> None:
-    @settings(SETTINGS, max_examples=2 * size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=2 * size)
     @given(data=st.data(), key=st.sampled_from(sorted(made.tensors)))
     def check(data: st.DataObject, key: str) -> None:
         tensors = {**made.tensors, key: reshaped(data, made.tensors[key])}
@@ -145,7 +145,7 @@ def test_another_shape_is_told(made: Any, scratch: Any, law: Any, size: int) -> 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_no_number_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(data=st.data(), key=st.sampled_from(sorted(made.tensors)))
     def check(data: st.DataObject, key: str) -> None:
         bad = made.tensors[key].clone()
@@ -166,7 +166,7 @@ def test_what_is_no_number_is_named(made: Any, scratch: Any, law: Any, size: int
 
 @pytest.mark.parametrize("size", SIZES)
 def test_another_type_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(key=st.sampled_from(sorted(made.tensors)), dtype=st.sampled_from(OTHERS + FLOATS))
     def check(key: str, dtype: torch.dtype) -> None:
         if made.tensors[key].dtype == dtype:
@@ -201,7 +201,7 @@ def test_all_of_one_type(made: Any, scratch: Any, said: Any, dtype: torch.dtype)
 def test_other_numbers_are_another_model(made: Any, scratch: Any, law: Any, size: int) -> None:
     """Transposed squares, exchanged tensors, heads in another order: a valid file, and the answer is right for it."""
 
-    @settings(SETTINGS, max_examples=size, derandomize=size < 100)
+    @settings(SETTINGS, max_examples=size)
     @given(data=st.data(), key=st.sampled_from(made.used))
     def check(data: st.DataObject, key: str) -> None:
         tensor = made.tensors[key]
