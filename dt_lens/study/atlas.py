@@ -47,9 +47,11 @@ class Atlas:
             correlation of the cosine with ``damage_per_energy``, with ``damage`` when the energy is held fixed, and
             with ``beyond``; interval, ``p_value``, ``q_value`` over the table.
         predictors: how well sizes go with damage, and which does better: ``sigma``, and on real inputs
-            ``output_energy``.
+            ``output_energy``; and where the sweep removed activation-aware directions too, their ``sigma`` and the
+            plain one, each with the damage of its own directions, of the same matrices and numbers.
+        weighted: as ``directions``, of the activation-aware directions that were removed; mostly none.
         baseline: the unedited agent.
-        planned: how many directions the sweep has, measured or not.
+        planned: how many plain directions the sweep has, measured or not.
         untrained: names of embeddings that no loss ever reached: they should predict nothing.
         options: the sweep's.
     """
@@ -58,6 +60,7 @@ class Atlas:
     shares: pd.DataFrame
     correlations: pd.DataFrame
     predictors: pd.DataFrame
+    weighted: pd.DataFrame
     baseline: Evaluation
     planned: int
     untrained: list[str] = field(default_factory=list)
@@ -78,7 +81,8 @@ def make_atlas(
         seed: of the bootstrap and the permutations.
 
     Raises:
-        DtLensError: when the sweep is of another model, has no such edits, no baseline, or nothing finished.
+        DtLensError: when the sweep is of another model, has no such edits, no baseline, or nothing finished, or when
+            activation-aware directions were swept and their activations are not there.
     """
     if model_id(model) != results.options["model"]:
         raise DtLensError("The sweep is of other weights than this model's; load the model that was swept.")
@@ -87,37 +91,63 @@ def make_atlas(
     if baseline is None:
         raise DtLensError("The sweep has no episodes of the unedited agent; run it with a baseline.")
     table = results.table()
-    edits = table[(table["kind"] == "edit") & (table["value"] == value) & (table["directions"] == "plain")]
-    if edits.empty:
-        known = ", ".join(dict.fromkeys(table["value"]))
-        raise DtLensError(f"The sweep holds no edits with value {value!r}; it has {known}.")
-    edits = edits.drop_duplicates(["matrix", "sv"])
-    rows = [
-        _measured(row, arm, evaluations, baseline, table, seed) for arm, row in edits.iterrows() if arm in evaluations
-    ]
-    if not rows:
+    edits = table[(table["kind"] == "edit") & (table["value"] == value)].drop_duplicates(["matrix", "sv", "directions"])
+    plain, weighted = (edits[edits["directions"] == which] for which in ("plain", "activation"))
+    if plain.empty:
+        known = ", ".join(dict.fromkeys(table["value"] if edits.empty else edits["directions"] + " directions"))
+        wanted = f"edits with value {value!r}" if edits.empty else "plain directions"
+        raise DtLensError(f"The sweep holds no {wanted}; it has {known}.")
+    directions, more = (_measured(some, evaluations, baseline, table, seed) for some in (plain, weighted))
+    if directions.empty:
         raise DtLensError("The sweep has not finished a direction yet; run it on.")
-    directions = pd.DataFrame(rows)
-    directions["q_value"] = q_values(directions["p_value"])
-    controlled = directions["beyond_p_value"].notna()
-    directions["beyond_q_value"] = np.nan
-    directions.loc[controlled, "beyond_q_value"] = q_values(directions.loc[controlled, "beyond_p_value"])
-    svd = WeightSVD(model, fold_layernorm=bool(results.options["fold_layernorm"]))
+    folded = bool(results.options["fold_layernorm"])
+    svd = WeightSVD(model, fold_layernorm=folded)
     directions = _described(directions, svd, activations)
     directions, sights, untrained = _seen(directions, svd, seed)
+    if len(more):
+        aware = WeightSVD(model, fold_layernorm=folded, activations=_swept_with(results, activations))
+        more, _, _ = _seen(_described(more, aware, None), aware, seed)
     return Atlas(
         directions,
         _shares(directions, baseline.mean),
         _correlations(directions, sights, seed),
-        _predictors(directions, seed),
+        _predictors(directions, more, seed),
+        more,
         baseline,
-        len(edits),
+        len(plain),
         untrained,
         dict(results.options),
     )
 
 
+def _swept_with(results: SweepResults, given: Any) -> Any:
+    """The activations that the sweep's directions were weighted by."""
+    digest = results.options["activations"]["digest"]
+    for found in (results.activations(), given):
+        if found is not None and found.digest == digest:
+            return found
+    raise DtLensError(
+        f"The sweep's activation-aware directions are weighted by activations {digest}, which are not beside it; give "
+        "their file."
+    )
+
+
 def _measured(
+    edits: pd.DataFrame, evaluations: dict[int, Evaluation], baseline: Evaluation, table: pd.DataFrame, seed: int
+) -> pd.DataFrame:
+    """A row for each of ``edits`` that has episodes."""
+    found = pd.DataFrame(
+        [_removed(row, arm, evaluations, baseline, table, seed) for arm, row in edits.iterrows() if arm in evaluations]
+    )
+    if len(found):
+        found["q_value"] = q_values(found["p_value"])
+        controlled = found["beyond_p_value"].notna()
+        found["beyond_q_value"] = np.nan
+        found.loc[controlled, "beyond_q_value"] = q_values(found.loc[controlled, "beyond_p_value"])
+    return found
+
+
+def _removed(
     row: pd.Series, arm: Any, evaluations: dict[int, Evaluation], baseline: Evaluation, table: pd.DataFrame, seed: int
 ) -> dict[str, Any]:
     """What the removal of one direction did, and its controls."""
@@ -287,20 +317,35 @@ def _correlations(directions: pd.DataFrame, sights: list[_Sight], seed: int) -> 
     return table
 
 
-def _predictors(directions: pd.DataFrame, seed: int) -> pd.DataFrame:
+def _predictors(directions: pd.DataFrame, weighted: pd.DataFrame, seed: int) -> pd.DataFrame:
     sizes = [name for name in ("sigma", "energy", "output_energy") if name in directions]
-    out = []
+    both = pd.DataFrame()
+    if len(weighted):
+        place, numbers = ["matrix", "kind", "sv"], ["sigma", "damage"]
+        both = directions[place + numbers].merge(weighted[place + numbers], on=place, suffixes=("", " aware"))
+    out: list[dict[str, Any]] = []
+
+    def add(what: str, kind: str, name: str, found: RankCorrelation) -> None:
+        out.append({"what": what, "kind": kind, "predictor": name} | found._asdict())
+
     for what, kind, rows in _groups(directions):
         if len(rows) < LEAST:
             continue
         strata, damage = rows["matrix"], rows["damage"]
-
-        def add(name: str, found: RankCorrelation, what: str = what, kind: str = kind) -> None:
-            out.append({"what": what, "kind": kind, "predictor": name} | found._asdict())
-
         for name in sizes:
-            add(name, rank_correlation(rows[name], damage, strata, seed=seed))
+            add(what, kind, name, rank_correlation(rows[name], damage, strata, seed=seed))
         if "output_energy" in rows:
             better = rank_correlation_difference(rows["output_energy"], rows["sigma"], damage, strata, seed=seed)
-            add("output_energy minus sigma", better)
+            add(what, kind, "output_energy minus sigma", better)
+        if both.empty:
+            continue
+        same = both[both["matrix"].isin(rows["matrix"])]
+        if len(same) >= LEAST:
+            plain, aware = ((same[f"sigma{of}"], same[f"damage{of}"]) for of in ("", " aware"))
+            add(what, kind, "plain sigma", rank_correlation(*plain, same["matrix"], seed=seed))
+            add(what, kind, "activation-aware sigma", rank_correlation(*aware, same["matrix"], seed=seed))
+            better = rank_correlation_difference(
+                aware[0], plain[0], aware[1], same["matrix"], second_y=plain[1], seed=seed
+            )
+            add(what, kind, "activation-aware minus plain", better)
     return pd.DataFrame(out)

@@ -20,6 +20,23 @@ __all__ = ["SIGHTS", "sentences", "write_atlas"]
 # and is compared with the action output all the same, because that is the claim to be tested.
 SIGHTS = {"W_in": "read action_out", "W_gate": "read action_out", "W_out": "write action_out", "OV": "write action_out"}
 RESPONSES = ("damage_per_energy", "damage at equal energy", "beyond")
+# Two sizes to hold against damage: how each is spoken of, their rows in the table, and that of their difference.
+PREDICTORS = (
+    (
+        "Sigma",
+        "the output energy on the agent's own inputs",
+        "sigma",
+        "output_energy",
+        "output_energy minus sigma",
+    ),
+    (
+        "Sigma of plain directions",
+        "that of as many activation-aware directions",
+        "plain sigma",
+        "activation-aware sigma",
+        "activation-aware minus plain",
+    ),
+)
 SHOWN = 40
 
 
@@ -44,6 +61,7 @@ def sentences(atlas: Atlas) -> list[str]:
         row, held = (_correlation(atlas, kind, sight, response) for response in RESPONSES[:2])
         if row is not None and held is not None:
             said.append(_predicts(row, held))
+    said += [_better(atlas, *names) for names in PREDICTORS if _is_told(atlas, names[-1])]
     if len(atlas.directions) < atlas.planned:
         said.append(f"The sweep is not finished: {n} of {atlas.planned} directions are measured.")
     return said
@@ -71,6 +89,31 @@ def _predicts(row: dict[str, Any], held: dict[str, Any]) -> str:
     )
 
 
+def _predictor(atlas: Atlas, name: str) -> dict[str, Any] | None:
+    """Over all matrices."""
+    table = atlas.predictors
+    rows = table[(table["what"] == "all") & (table["predictor"] == name)] if len(table) else table
+    return None if rows.empty else {str(key): value for key, value in rows.iloc[0].to_dict().items()}
+
+
+def _is_told(atlas: Atlas, name: str) -> bool:
+    found = _predictor(atlas, name)
+    return found is not None and bool(np.isfinite(found["rho"]))
+
+
+def _better(atlas: Atlas, first: str, second: str, *names: str) -> str:
+    one, other, difference = (_predictor(atlas, name) or {} for name in names)
+    if difference["low"] > 0:
+        verdict = "the second predicts better"
+    else:
+        verdict = "the first predicts better" if difference["high"] < 0 else "neither is seen to predict better"
+    return (
+        f"{first} against damage has rank correlation **{_signed(one['rho'])}** {_interval(one)}, {second} "
+        f"**{_signed(other['rho'])}** {_interval(other)}; the difference is {_signed(difference['rho'])} "
+        f"{_interval(difference)}: {verdict}."
+    )
+
+
 def _interval(row: dict[str, Any]) -> str:
     return f"[{_signed(row['low'])}, {_signed(row['high'])}]"
 
@@ -86,14 +129,17 @@ def _signed(value: float) -> str:
 
 
 def write_atlas(atlas: Atlas, out: Path, name: str = "the model", command: str = "") -> Path:
-    """Write ``atlas.html``, ``directions.csv``, ``correlations.csv`` and ``shares.csv``; returns the page.
+    """Write ``atlas.html`` and its tables as CSV; returns the page.
+
+    ``weighted.csv`` is there only where activation-aware directions were removed.
 
     Raises:
         DtLensError: when the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for what in ("directions", "correlations", "shares", "predictors"):
+        tables = ["directions", "correlations", "shares", "predictors"] + ["weighted"] * bool(len(atlas.weighted))
+        for what in tables:
             getattr(atlas, what).to_csv(out / f"{what}.csv", index=False, float_format="%.6g")
     except OSError as error:
         raise DtLensError(
@@ -203,6 +249,12 @@ def _sizes(atlas: Atlas) -> Section:
             0,
             "Sigma is what the weights do to inputs of every direction alike; the output energy is the root mean "
             "square of what the direction puts out on the agent's own inputs.",
+        )
+    if len(atlas.weighted):
+        blocks.append(
+            f"{len(atlas.weighted)} activation-aware directions were removed as well: those of the decomposition in "
+            "which sigma is the standard deviation of the output on the agent's own inputs. They and the plain ones "
+            "of the same matrices and numbers are held against the damage of their own removals."
         )
     return Section("Does size predict damage?", blocks)
 

@@ -91,16 +91,18 @@ def rank_correlation_difference(
     y: ArrayLike,
     strata: ArrayLike | None = None,
     *,
+    second_y: ArrayLike | None = None,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RankCorrelation:
     """How much better ``first [n]`` goes with ``y [n]`` than ``second [n]`` does: the difference of their correlations.
 
-    The interval is a percentile bootstrap over the same resampled triples for both, inside strata. ``p_value`` is twice
+    With ``second_y [n]`` that is what ``second`` is to go with.
+    The interval is a percentile bootstrap over the same resampled rows for both, inside strata. ``p_value`` is twice
     the smaller share of resamples on either side of 0, the data counting as one.
     """
-    columns = [np.asarray(v, dtype=np.float64) for v in (first, second, y)]
+    columns = [np.asarray(v, dtype=np.float64) for v in (first, second, y, y if second_y is None else second_y)]
     groups = list(_groups(columns, strata))
     n = sum(group.shape[1] for group in groups)
     if not groups:
@@ -108,13 +110,13 @@ def rank_correlation_difference(
     rng = np.random.default_rng(seed)
 
     def difference(pairs: list[Array]) -> Array:
-        ours, theirs = (sum(_moments(group[[i, 2]]) for group in pairs) for i in (0, 1))
+        ours, theirs = (sum(_moments(group[[i, i + 2]]) for group in pairs) for i in (0, 1))
         return _rho(ours) - _rho(theirs)
 
     found = float(difference([group[:, None] for group in groups])[0])
     if not np.isfinite(found):
         return NONE._replace(n=n)
-    step = max(1, CHUNK // (3 * n))
+    step = max(1, CHUNK // (4 * n))
     drawn = np.concatenate(
         [
             difference([g[:, rng.integers(0, g.shape[1], (min(step, resamples - start), g.shape[1]))] for g in groups])

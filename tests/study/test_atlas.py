@@ -72,8 +72,9 @@ class Told:
 
     def submit(self, unit: Unit) -> None:
         with closing(sqlite3.connect(self.sweep.file)) as db:
-            (number,) = db.execute("SELECT arm FROM units WHERE unit = ?", (unit.number,)).fetchone()
-        arm = self.sweep.plan.arms[number]
+            query = "SELECT arm, kind, matrix, sv, directions FROM units JOIN arms USING (arm) WHERE unit = ?"
+            number, kind, matrix, sv, directions = db.execute(query, (unit.number,)).fetchone()
+        arm = Arm(number, kind, matrix=matrix, sv=sv, directions=directions)
         rng = np.random.default_rng(unit.number)
         outcomes = [
             Outcome(seed, UNEDITED - self.lost(arm) + rng.normal(), 30, False, True)
@@ -192,6 +193,49 @@ def test_what_is_linear_in_energy_is_no_cosine(agent: Any, tmp_path: Path) -> No
     assert held["low"] < 0 < held["high"] or abs(held["rho"]) < 0.4
     assert found.directions["beyond"].isna().all()
     assert np.isnan(found.shares["hurts_beyond"]).all()
+
+
+def test_which_sigma_tells_what_its_own_directions_do(agent: Any, tmp_path: Path) -> None:
+    """Planted: what a direction does is what it puts out on real inputs, which only one of two sigmas is."""
+    activations = dt_lens.collect_activations(agent, episodes=2, max_steps=10)
+    options: dict[str, Any] = {"matrices": "*.W_in", "sv": "all", "edits": "zero", "episodes": 6, "workers": 1}
+    aware = WeightSVD(agent, activations=activations)
+
+    def lost(arm: Arm) -> float:
+        if arm.matrix is None or arm.sv is None:
+            return 0.0
+        if arm.directions == "plain":
+            return float(50 * np.random.default_rng(arm.number).random())
+        return float(50 * aware[arm.matrix].sigma[arm.sv])
+
+    Sweep(agent, tmp_path, **options).run(engine=Told(plain := Sweep(agent, tmp_path, **options), lost))
+    before = make_atlas(agent, plain.results)
+    assert before.weighted.empty
+    assert not before.predictors["predictor"].str.contains("aware").any()
+    sweep = Sweep(agent, tmp_path, directions="activation", activations=activations, **options)
+    sweep.run(engine=Told(sweep, lost))
+    found = make_atlas(agent, sweep.results)
+    pd.testing.assert_frame_equal(
+        found.directions[before.directions.columns.drop("output_energy", errors="ignore")],
+        before.directions.drop(columns="output_energy", errors="ignore"),
+    )
+    sigmas = [float(aware[m].sigma[sv]) for m, sv in zip(found.weighted["matrix"], found.weighted["sv"], strict=True)]
+    assert found.weighted["sigma"].to_numpy() == pytest.approx(sigmas)
+    told = found.predictors.query("what == 'W_in'").set_index("predictor")
+    assert told.loc["activation-aware sigma", "rho"] > 0.9
+    assert abs(told.loc["plain sigma", "rho"]) < 0.6
+    assert told.loc["activation-aware minus plain", "low"] > 0
+    assert "the second predicts better" in " ".join(sentences(found))
+    write_atlas(found, tmp_path / "page")
+    assert len(pd.read_csv(tmp_path / "page" / "weighted.csv")) == len(found.weighted)
+    sweep.file.with_name("activations.safetensors").unlink()
+    with pytest.raises(DtLensError, match="which are not beside it"):
+        make_atlas(agent, sweep.results)
+    assert len(make_atlas(agent, sweep.results, activations).weighted) == len(found.weighted)
+    only = Sweep(agent, tmp_path / "only", directions="activation", activations=activations, **options)
+    only.run(engine=Told(only, lost))
+    with pytest.raises(DtLensError, match="holds no plain directions; it has activation directions"):
+        make_atlas(agent, only.results)
 
 
 def test_shares_count_what_hurts(atlas: Atlas) -> None:

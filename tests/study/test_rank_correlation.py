@@ -75,6 +75,19 @@ def test_the_better_predictor_is_told() -> None:
     assert (same.rho, same.p_value) == (0.0, 1.0)
 
 
+def test_each_predictor_with_what_it_predicts_itself() -> None:
+    rng = np.random.default_rng(5)
+    strata = np.repeat(np.arange(2), 50)
+    first, second = rng.standard_normal((2, 100))
+    y, other = first + 0.3 * rng.standard_normal(100), second + 3 * rng.standard_normal(100)
+    found = rank_correlation_difference(first, second, y, strata, second_y=other)
+    one, two = rank_correlation(first, y, strata).rho, rank_correlation(second, other, strata).rho
+    assert found.rho == pytest.approx(one - two, abs=1e-12)
+    assert found.low > 0.3
+    # Held against the first's, the second would have nothing to say.
+    assert abs(rank_correlation(second, y, strata).rho) < abs(two)
+
+
 @pytest.mark.parametrize(
     ("x", "y"), [([], []), ([1, 2], [2, 1]), ([1, 1, 1, 1], [1, 2, 3, 4]), ([np.nan] * 5, [1] * 5)]
 )

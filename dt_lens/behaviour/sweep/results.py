@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,12 @@ from dt_lens.behaviour.outcomes import Evaluation, FailureRule
 from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.statistics import bootstrap_interval, logrank, sign_flip, wilson
 from dt_lens.behaviour.sweep.halving import read_standing, rungs_of
-from dt_lens.behaviour.sweep.store import FILE, in_words
+from dt_lens.behaviour.sweep.store import FILE, KEPT, in_words
 from dt_lens.errors import DtLensError
 from dt_lens.nulls import q_values
+
+if TYPE_CHECKING:
+    from dt_lens.activations import Activations
 
 __all__ = ["SweepResults"]
 
@@ -67,6 +70,13 @@ class SweepResults:
         match = "CASE kind WHEN 'control' THEN 'frobenius' END AS match"
         absent = {"match": match, "directions": "'plain' AS directions", "output_energy": "NULL AS output_energy"}
         return ", ".join(absent.get(name, f"arms.{name}") for name in names)
+
+    def activations(self) -> Activations | None:
+        """The activations kept beside the file; ``None`` where the sweep took none, or where they are gone."""
+        from dt_lens.activations import Activations
+
+        kept = self.file.with_name(KEPT)
+        return Activations.load(kept) if self.options.get("activations") and kept.is_file() else None
 
     def status(self) -> dict[str, int]:
         """Units by status: ``todo``, ``done``, ``failed`` (tried again by the next run), ``void`` (see ``table``)."""

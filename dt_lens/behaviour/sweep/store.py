@@ -23,9 +23,10 @@ from dt_lens.behaviour.sweep.plan import FORMAT, Block, Plan, contents, cut, ide
 from dt_lens.behaviour.sweep.schema import APPLICATION, add_arms, create, read_arms, renumber, upgrade
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["FILE", "Store", "in_words"]
+__all__ = ["FILE", "KEPT", "Store", "in_words"]
 
 FILE = "sweep.sqlite"
+KEPT = "activations.safetensors"  # beside it
 
 
 @contextlib.contextmanager

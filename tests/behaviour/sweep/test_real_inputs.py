@@ -15,8 +15,7 @@ from dt_lens.activations import Activations
 from dt_lens.behaviour.activations import collect_activations
 from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.behaviour.sweep.arms import parse_value
-from dt_lens.behaviour.sweep.real_inputs import KEPT
-from dt_lens.behaviour.sweep.store import FILE
+from dt_lens.behaviour.sweep.store import FILE, KEPT
 from dt_lens.edits import SingularEdit, load_edit
 from dt_lens.errors import DtLensError
 
