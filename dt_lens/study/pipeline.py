@@ -81,6 +81,11 @@ class Study:
         Raises:
             DtLensError: for settings or a model that make no study, or a folder that cannot be written.
         """
+        if not hasattr(self.model, "facts"):
+            raise DtLensError(
+                "A study takes a decision transformer from dt_lens.load or dt_lens.wrap, not a "
+                f"{type(self.model).__name__}; of a language model, scan the weights and evaluate its texts."
+            )
         if self.episodes < 2:
             raise DtLensError(
                 f"episodes is {self.episodes}; a study compares at least 2, and 50 or more say something."

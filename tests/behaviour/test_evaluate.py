@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import dt_lens
 from dt_lens.behaviour.evaluate import evaluate, model_id
 from dt_lens.errors import DtLensError
 
@@ -86,6 +87,11 @@ def test_bad_input_is_one_sentence(
 def test_another_kind_of_model_must_be_wrapped() -> None:
     with pytest.raises(DtLensError, match=r"not a Linear; wrap it first: dt_lens.wrap"):
         evaluate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_only_an_agent_has_a_model_id() -> None:
+    with pytest.raises(DtLensError, match=r"takes a decision transformer .*, not a HookedLanguageModel; "):
+        model_id(dt_lens.load("tiny-gpt2", check=False))
 
 
 def test_weights_that_are_not_finite_are_noticed_in_workers_too(make_model: Make) -> None:
