@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -51,7 +52,8 @@ class KeptResults:
             save_file({name: tensor.contiguous() for name, tensor in made.items()}, partial)
             partial.replace(file)  # whole or not at all
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where there is no such folder, there is nothing to take away
+                partial.unlink()
             raise DtLensError(
                 f"Results cannot be kept in {self.folder}: {because(error)}; give another folder, or none."
             ) from error
