@@ -198,9 +198,12 @@ def _markdown(table: pd.DataFrame) -> Iterator[str]:
         told = " | ".join("beyond the curve" if np.isnan(cosine) else f"{cosine:.2f}" for cosine in needed)
         yield f"| {d_model} | {n} | {rows:,} | {told} |"
     yield ""
-    yield "![The share found against the cosine, in tables of 10,000 rows](power.png)"
+    yield (
+        f"[The share found against the cosine](power.html), in tables of {int(table['rows'].max()):,} rows; the curves "
+        "are in [power.csv](power.csv)."
+    )
     yield ""
-    yield "Made by `python -m dt_lens.study.power FOLDER`; the curves are in `power.csv`."
+    yield "Made by `python -m dt_lens.study.power FOLDER`."
 
 
 if __name__ == "__main__":

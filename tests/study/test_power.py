@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,9 @@ def test_what_is_written(tmp_path: Path) -> None:
     files = {file.name: file for file in write_power(tmp_path / "made", table)}
     assert set(files) == {"power.csv", "power.html", "power.md"}
     assert files["power.csv"].read_text().splitlines()[0] == ",".join(COLUMNS)
-    assert "| 16 | 1 | 20 | 0." in files["power.md"].read_text()
+    page = files["power.md"].read_text()
+    assert "| 16 | 1 | 20 | 0." in page and "in tables of 50 rows" in page
+    assert set(re.findall(r"\]\(([^)]+)\)", page)) == {"power.csv", "power.html"}  # what was written beside it
     figure = power_curves(table)
     assert len(figure.data) == 2
     assert list(figure.data[1].x) == [0.2, 0.5, 0.9]
