@@ -203,6 +203,11 @@ class Activations:
                     if second.shape != (*mean.shape, *mean.shape) or second.dtype != torch.float64:
                         raise DtLensError(f"{wrong}: {key!r} has moments of shape {list(second.shape)}.")
                     kinds[kind][name] = Moments(count, mean, second)
+        except FileNotFoundError as error:
+            raise DtLensError(
+                f"There is no file of activations {str(path)!r}; Activations.save and dt-lens activations write such "
+                "files."
+            ) from error
         except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
             raise DtLensError(f"{wrong} that can be read: {because(error)}.") from error
         missing = set(reads.values()) - kinds["point"].keys()

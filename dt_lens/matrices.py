@@ -325,7 +325,10 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
         matched = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
         matched = matched or [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
-            raise DtLensError(f"No matrix of the model matches {pattern!r}." + nearest(pattern, everything))
+            near = nearest(pattern, everything)
+            kinds = ", ".join(dict.fromkeys(f"'*.{m.kind}{'' if m.head is None else '.*'}'" for m in listed.values()))
+            known = f"; give names, such as {next(iter(listed), 'none')}, or patterns, such as {kinds}."
+            raise DtLensError(f"No matrix of the model matches {pattern!r}" + (f".{near}" if near else known))
         chosen.update(matched)
     return [matrix for name, matrix in everything.items() if name in chosen]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,12 @@ def test_patterns(make_dt: Make) -> None:
     assert find_matrix(model, "blocks.0.attn.W_Q", head=1).name == "blocks.0.attn.W_Q.1"
     with pytest.raises(DtLensError, match=r"No matrix of the model matches 'W_on'"):
         chosen(["*.W_in", "W_on"])
+    with pytest.raises(
+        DtLensError, match=r"'nope'; give names, such as blocks.0.attn.W_Q, or patterns, such as '"
+    ) as said:
+        chosen("nope")
+    patterns = re.findall(r"'(\*[^']*)'", str(said.value))
+    assert len(patterns) == 8 and len(chosen(patterns)) == 20
 
 
 def test_a_fingerprint_tells_every_bit(make_dt: Make) -> None:

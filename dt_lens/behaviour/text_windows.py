@@ -83,8 +83,12 @@ def _names_a_file(text: str) -> bool:
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DtLensError(f"There is no text file {str(file)!r}; check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DtLensError(f"{file} cannot be read as UTF-8 text: {because(error)}.") from error
+        raise DtLensError(
+            f"{file} cannot be read as UTF-8 text: {because(error)}; give a text file in UTF-8."
+        ) from error
 
 
 def cut(texts: Sequence[str], tokenizer: Any, context: int, limit: int | None = None) -> Windows:

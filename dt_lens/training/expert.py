@@ -25,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because
 
 __all__ = ["Episode", "LinearPolicy", "SearchSettings", "Searcher", "environment", "evenly", "in_order", "rollout"]
 
@@ -116,8 +116,11 @@ def environment(name: str) -> gym.Env[Any, Any]:
     if name not in _worker_env:
         try:
             made = gym.make(name, disable_env_checker=True)
-        except gym.error.Error as error:
-            raise DtLensError(f"Gymnasium cannot make the environment {name!r}: {error}.") from error
+        except (gym.error.Error, ImportError) as error:
+            raise DtLensError(
+                f"Gymnasium cannot make the environment {name!r}: {because(error)}; give the id of one that is "
+                "installed, such as 'Hopper-v5'."
+            ) from error
         if not isinstance(made.action_space, gym.spaces.Box) or not isinstance(made.observation_space, gym.spaces.Box):
             raise DtLensError(
                 f"{name!r} does not have flat continuous observations and actions, which recording needs."

@@ -103,8 +103,12 @@ def _read(file: Path) -> tuple[str, bool]:
     try:
         data = file.read_bytes()
         text = (gzip.decompress(data) if packed else data).decode("utf-8")
+    except FileNotFoundError as error:
+        raise DtLensError(f"There is no text file {str(file)!r}; check the path.") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DtLensError(f"{file} cannot be read as UTF-8 text: {because(error)}.") from error
+        raise DtLensError(
+            f"{file} cannot be read as UTF-8 text: {because(error)}; give a text file in UTF-8."
+        ) from error
     if kind.lower() not in (".html", ".htm"):
         return text, False
     parser = _Text()

@@ -129,7 +129,7 @@ def test_record_is_read_back_and_survives_an_interruption(minari_root: Path, mon
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"environment_id": "NoSuch-v5"}, "NoSuch-v5"),
+        ({"environment_id": "NoSuch-v5"}, r"'NoSuch-v5': .*[^.]; give the id of one"),
         ({"environment_id": "CartPole-v1"}, "continuous"),
         ({"dataset_id": "no version"}, "no Minari id"),
         ({"noises": ()}, "noises"),

@@ -209,7 +209,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     for name, words in (
         ("latin.txt", "UTF-8"), ("half.gz", "half.gz"), ("no.gz", "no.gz"), ("short.txt", "5 characters"),
-        ("none.txt", "none.txt"),
+        ("none.txt", "There is no text file"),
     ):  # fmt: skip
         with pytest.raises(DtLensError, match=words):
             read_corpus([tmp_path / name], unwrap=False, held_out=0.1, seed=0)
