@@ -40,7 +40,7 @@ def activations(
             environment=environment,
             target_return=target_return,
             max_steps=max_steps,
-            matrices=split(matrices),
+            matrices=split(matrices, "matrices"),
             progress=tell,
         )
     print_table(_table(found), f"{model}: what its matrices read")

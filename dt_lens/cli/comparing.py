@@ -35,7 +35,7 @@ def compare(
         names = (Path(a).name, Path(b).name)
         if names[0] == names[1]:
             names = (a, b)
-        found = run(one, two, split(matrices), k=k, fold_layernorm=not raw, names=names, progress=tell)
+        found = run(one, two, split(matrices, "matrices"), k=k, fold_layernorm=not raw, names=names, progress=tell)
         page = found.save(out, shlex.join(["dt-lens", *sys.argv[1:]])) if out else None
     table = found.most_changed(top or len(found.table))
     shown = table[SHOWN].copy()

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from dt_lens.cli.options import Given, Model, Seed, load_model
+from dt_lens.cli.options import Agent, Given, Seed, load_model
 from dt_lens.cli.output import print_table, progress
 
 
 def atlas(
-    model: Model,
+    model: Agent,
     sweep: Annotated[Path, typer.Option(help="The folder of a sweep that removed directions (--edits zero).")],
     out: Annotated[Path | None, typer.Option(help="Folder for atlas.html and its tables; the sweep's own.")] = None,
     activations: Annotated[

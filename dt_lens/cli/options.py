@@ -10,6 +10,7 @@ import typer
 from dt_lens.errors import DtLensError
 
 __all__ = [
+    "Agent",
     "Environment",
     "Given",
     "Matrices",
@@ -30,6 +31,7 @@ __all__ = [
 Model = Annotated[
     str, typer.Argument(help="A bundled model (hopper, tiny-gpt2), a file or folder, or a Hugging Face hub id.")
 ]
+Agent = Annotated[str, typer.Argument(help="A bundled agent (hopper), a file or folder, or a Hugging Face hub id.")]
 Given = Annotated[
     list[str] | None,
     typer.Option(
@@ -70,8 +72,16 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
     return open_checkpoint(model, **values) if weights_only else load(model, check=check, **values)
 
 
-def split(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+def split(text: str | None, option: str) -> list[str] | None:
+    """The parts between commas; ``None`` where the option was not given."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise DtLensError(
+            f"--{option} is {text!r}, which names nothing; name one or several with commas, or leave it out."
+        )
+    return parts
 
 
 def to_float(text: str, option: str) -> float:

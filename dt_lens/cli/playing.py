@@ -21,11 +21,13 @@ from dt_lens.cli.options import (
 from dt_lens.cli.output import progress, written
 from dt_lens.errors import DtLensError
 
+EPISODES = 100
+
 
 def evaluate(
     model: Model,
     environment: Environment = None,
-    episodes: Annotated[int, typer.Option(min=1, help="How many episodes; episode i starts from seed + i.")] = 100,
+    episodes: Annotated[int, typer.Option(min=1, help="How many episodes; episode i starts from seed + i.")] = EPISODES,
     seed: Seed = 0,
     target_return: Target = None,
     edit: Annotated[
@@ -59,8 +61,16 @@ def evaluate(
     unit = "windows" if reads else "episodes"
     if not reads:
         options["seed"] = seed
-    elif environment is not None:
-        raise DtLensError("This is a language model, which has no environment; give it a --text.")
+    _require_fit(
+        reads,
+        {
+            "--environment": environment is not None,
+            "--episodes": episodes != EPISODES,
+            "--target-return": target_return is not None,
+            "--workers": workers is not None,
+        },
+        {"--text": text is not None, "--context": context is not None, "--windows": windows is not None},
+    )
 
     def measured(what: str) -> Any:
         with progress() as tell:
@@ -89,3 +99,12 @@ def evaluate(
 
         table = frames["unedited"] if change is None else pd.concat(frames, names=["arm"]).reset_index(level=0)
         written(out, lambda: table.to_csv(out, index=False))
+
+
+def _require_fit(reads: bool, of_agents: dict[str, bool], of_readers: dict[str, bool]) -> None:
+    """Refuse options that were given and are of the other kind of model."""
+    wrong = [name for name, given in (of_agents if reads else of_readers).items() if given]
+    if not wrong:
+        return
+    what = "a language model, which reads a --text" if reads else "an agent, which runs in an environment"
+    raise DtLensError(f"This is {what}; leave out {' and '.join(wrong)}.")

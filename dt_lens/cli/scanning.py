@@ -38,11 +38,18 @@ def scan(
         typer.Option(help="What a direction without meaning is: haar, covariance, untrained or shuffled."),
     ] = "haar",
     draws: Annotated[
-        int | None, typer.Option(min=1, help="How many models untrained and shuffled draw; enough by default.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many models untrained and shuffled draw, and how many directions the others; enough by default.",
+        ),
     ] = None,
     activations: Annotated[
         Path | None,
-        typer.Option(help="For --null covariance: a file of activations; collected from 10 episodes by default."),
+        typer.Option(
+            help="For --null covariance: a file of activations; collected from 10 episodes by default, or from a "
+            "language model's held-out text."
+        ),
     ] = None,
     subspaces: Annotated[
         bool, typer.Option("--subspaces", help="Whole spans of leading directions instead of single ones.")
@@ -58,6 +65,10 @@ def scan(
     """What every singular direction matches best, with p and q values under a null of your choice."""
     if subspaces and null != "haar":
         raise DtLensError(f"--subspaces knows the null haar and not {null!r}; leave --null out.")
+    for option, value in (("draws", draws), ("activations", activations)):
+        if subspaces and value is not None:
+            raise DtLensError(f"--{option} is for single directions, and --subspaces has no use for it; leave one out.")
+    names, sets = split(matrices, "matrices"), split(embeddings, "embeddings")
     from dt_lens.scan_nulls import require_null
 
     require_null(null)
@@ -68,18 +79,20 @@ def scan(
 
         svd = WeightSVD(loaded, rank, fold_layernorm=not raw, resume=resume)
         if subspaces:
-            table = svd.subspaces(split(matrices), split(embeddings), seed=seed, progress=tell)
+            table = svd.subspaces(names, sets, seed=seed, progress=tell)
         else:
             given_activations: Any = activations
             if null == "covariance" and activations is None:
                 from dt_lens import collect_activations
 
-                given_activations = collect_activations(loaded, seed=seed, progress=tell)
+                # A language model reads its held-out text, where nothing is drawn.
+                seeds = {} if hasattr(loaded, "tokenizer") else {"seed": seed}
+                given_activations = collect_activations(loaded, progress=tell, **seeds)
             table = svd.scan(
-                split(matrices),
+                names,
                 null,
                 seed,
-                split(embeddings),
+                sets,
                 progress=tell,
                 activations=given_activations,
                 draws=draws,

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from dt_lens.cli.options import Environment, Given, MaxSteps, Model, Seed, Workers, load_model, split, to_float
+from dt_lens.cli.options import Agent, Environment, Given, MaxSteps, Seed, Workers, load_model, split, to_float
 from dt_lens.cli.output import print_table, progress, resumable
 
 
 def steer(
-    model: Model,
+    model: Agent,
     episodes: Annotated[int, typer.Option(min=2, help="Episodes of every arm of the report, on fresh seeds.")] = 40,
     choosing: Annotated[int, typer.Option(min=2, help="Episodes of every arm while choosing, and of a target.")] = 8,
     candidates: Annotated[int, typer.Option(min=1, help="Directions that are tried.")] = 8,
@@ -35,6 +35,7 @@ def steer(
     options, it goes on where it was.
     """
     folder = out or Path("dt-lens-steer") / Path(model).name
+    goals = split(targets, "targets")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
@@ -48,8 +49,8 @@ def steer(
                 episodes=episodes,
                 choosing=choosing,
                 candidates=candidates,
-                doses=[to_float(dose, "doses") for dose in split(doses) or []],
-                targets=None if targets is None else [to_float(target, "targets") for target in split(targets) or []],
+                doses=[to_float(dose, "doses") for dose in split(doses, "doses") or []],
+                targets=None if goals is None else [to_float(goal, "targets") for goal in goals],
                 seed=seed,
                 environment=environment,
                 max_steps=max_steps,

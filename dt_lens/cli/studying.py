@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from dt_lens.cli.options import (
+    Agent,
     Given,
-    Model,
     Seed,
     Target,
     Workers,
@@ -23,7 +23,7 @@ from dt_lens.cli.output import print_table, progress
 
 
 def study(
-    model: Model,
+    model: Agent,
     episodes: Annotated[int, typer.Option(min=2, help="Paired episodes of every arm.")] = 50,
     matrices: Annotated[str, typer.Option(help="Which matrices to scan and to choose from.")] = "*.W_in,*.W_out,*.OV.*",
     edits: Annotated[int, typer.Option(min=1, help="Strong directions to edit, each with a weak one as contrast.")] = 2,
@@ -53,7 +53,7 @@ def study(
             loaded,
             folder,
             model,
-            split(matrices) or [],
+            split(matrices, "matrices") or [],
             episodes,
             edits,
             number(value),

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.cli.options import (
+    Agent,
     Environment,
     Given,
     Matrices,
     MaxSteps,
-    Model,
     Raw,
     Seed,
     Target,
@@ -37,7 +37,7 @@ LINE_SECONDS = 10.0  # between lines of a log
 
 
 def sweep(
-    model: Model,
+    model: Agent,
     matrices: Matrices = None,
     sv: Annotated[
         str,
@@ -115,10 +115,10 @@ def sweep(
         planned = Sweep(
             loaded,
             folder,
-            matrices=split(matrices),
+            matrices=split(matrices, "matrices"),
             sv=sv,
-            sides=split(sides),
-            edits=split(edits) or [],
+            sides=split(sides, "sides"),
+            edits=split(edits, "edits") or [],
             controls=controls,
             control_match=control_match,
             directions=directions,

@@ -30,14 +30,20 @@ def top(
     counts: Annotated[
         Path | None, typer.Option(help="A .csv file of labels and counts (two columns); see --at-least.")
     ] = None,
-    at_least: Annotated[float, typer.Option(help="Only labels that --counts has so often.")] = 1,
+    at_least: Annotated[
+        float | None, typer.Option(help="Only labels that --counts has so often; once by default.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the table as a page to this .html file.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the rows to this .csv file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the rows to this .csv file, or the page to this .html file.")
+    ] = None,
     raw: Raw = False,
     weights_only: WeightsOnly = False,
     given: Given = None,
 ) -> None:
     """The labels that a matrix's first directions point towards and away from."""
+    if at_least is not None and counts is None:
+        raise DtLensError("--at-least is of the counts of labels; give --counts with it, a .csv of labels and counts.")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)
@@ -47,7 +53,7 @@ def top(
         rules: list[Any] = [label_text.ascii_only] if ascii_only else []
         rules += [label_text.whole_words] if words else []
         if counts is not None:
-            rules.append(label_text.at_least(_counts(counts), at_least))
+            rules.append(label_text.at_least(_counts(counts), 1 if at_least is None else at_least))
         tell("decomposing and comparing", 0.5)
         # All directions of a small matrix come at the price of a few; of a large one they do not.
         svd = WeightSVD(loaded, k + 8 if weights_only else None, fold_layernorm=not raw)

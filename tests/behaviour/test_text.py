@@ -256,7 +256,7 @@ def test_what_cannot_be_paired_is_refused(lens: Any) -> None:
         ({"texts": []}, "empty"),
         ({"texts": 3}, "int"),
         ({"texts": "nowhere/text.txt"}, "no text file"),
-        ({"texts": Path("nowhere.txt")}, "cannot be read"),
+        ({"texts": Path("nowhere.txt")}, "There is no text file 'nowhere.txt'; check"),
         ({}, "heldout.txt"),
         ({"texts": TEXT, "episodes": 3}, "language model"),
         ({"texts": TEXT, "target_return": 3.0}, "language model"),
@@ -364,9 +364,16 @@ def test_the_command_line_reads_with_a_language_model(tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text(TEXT)
     assert "own.txt: 1 window" in run("--text", str(text)).output
-    for arguments in (["--env", "Hopper-v5"], ["--episodes", "3"], ["--text", str(tmp_path / "none.txt")]):
+    for arguments, words in (
+        (["--env", "Hopper-v5", "--episodes", "3"], "which reads a --text; leave out --environment and --episodes."),
+        (["--workers", "2"], "leave out --workers."),
+        (["--text", str(tmp_path / "none.txt")], "There is no text file"),
+    ):
         failed = run(*arguments)
         assert isinstance(failed.exception, DtLensError), arguments
+        assert words in str(failed.exception)
+    agent = CliRunner().invoke(app, ["evaluate", "hopper", "--text", str(text), "--windows", "2"])
+    assert "runs in an environment; leave out --text and --windows." in str(agent.exception)
 
 
 class TestSuspended:

@@ -61,6 +61,14 @@ def test_covariance_takes_a_file_of_activations(saved: Path, tmp_path: Path) -> 
         scan(saved, "--null", "covariance", "--activations", tmp_path / "none")
 
 
+def test_covariance_of_a_language_model_takes_any_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dt_lens.behaviour import activations
+
+    monkeypatch.setattr(activations, "TEXT_WINDOWS", 2)
+    few = ("--matrices", "blocks.0.mlp.W_out", "--embeddings", "position_in", "--rank", 2, "--draws", 20)
+    assert "Null: covariance." in scan("tiny-gpt2", "--null", "covariance", "--seed", 1, *few)
+
+
 def test_subspaces(saved: Path, tmp_path: Path) -> None:
     said = scan(saved, "--subspaces", "--matrices", "*.W_in", "--top", 3, "--out", tmp_path / "spans.csv")
     assert "Null: haar. A subspace that means nothing" in said
@@ -75,6 +83,10 @@ def test_subspaces(saved: Path, tmp_path: Path) -> None:
         (("--null", "shuffld"), "shuffled"),
         (("--null", "shuffled", "--subspaces"), "leave --null out"),
         (("--activations", "acts.safetensors"), "leave them out"),
+        (("--subspaces", "--draws", "5"), "--draws is for single directions"),
+        (("--subspaces", "--activations", "none"), "--activations is for single directions"),
+        (("--matrices", ""), "--matrices is '', which names nothing"),
+        (("--embeddings", " , "), "--embeddings is ' , ', which names nothing"),
     ],
 )
 def test_what_does_not_go_together(saved: Path, options: tuple[str, ...], told: str) -> None:
