@@ -29,8 +29,8 @@ SV = int | str | Sequence[int | str]
 def parse_value(value: Any, embeddings: EmbeddingRegistry | None = None) -> tuple[str, Any]:
     """An edit's value as text, and as a record of ``SingularEdit`` has it.
 
-    As text an embedding's direction is ``"replace:action_out:thigh"``, and ``"towards:action_out:thigh:30"`` turns by
-    30 degrees.
+    As text an embedding's direction is ``"replace:action_out:thigh_joint torque"``, by its label or the number of its
+    row, and ``"towards:action_out:thigh_joint torque:30"`` turns by 30 degrees.
 
     >>> parse_value("scale:0.5"), parse_value(2), parse_value("zero")
     (('scale:0.5', 0.5), ('scale:2', 2.0), ('zero', 'zero'))

@@ -62,7 +62,8 @@ class Sweep:
         sides: which sides are edited, such as ``["write"]``; by default every side on the residual stream, and one of
             them where the edit only scales sigma and is the same on each.
         edits: what the singular vector becomes: values of ``SingularEdit``, numbers or ``"scale:0.5"``, and for
-            directions of embeddings also ``"replace:action_out:thigh"`` and ``"towards:action_out:thigh:30"``.
+            directions of embeddings also, by a label or the number of its row,
+            ``"replace:action_out:thigh_joint torque"`` and ``"towards:action_out:thigh_joint torque:30"``.
         controls: random edits of the same size per edit: ``edit.control(seed)``, ``edit.control(seed + 1)``, ...
         control_match: what a control has in common with its edit: ``"frobenius"``, the norm of the change, or
             ``"output"``, that and the output energy on the agent's own inputs.
