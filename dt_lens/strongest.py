@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dt_lens.errors import DtLensError
 from dt_lens.meetings import Meeting
-from dt_lens.nulls import frame_maximum, q_values
+from dt_lens.nulls import frame_maximum, q_values, tail_or_share
 from dt_lens.progress import silent
 from dt_lens.scan_nulls import Pools, draw_pools, require_null
 
@@ -57,11 +57,10 @@ def strongest(
                 draws_of[key] = frame_maximum(labels.directions, count, labels.dimension, samples, seed)
             drawn = draws_of[key]
             share = (1 + int((drawn >= abs(value)).sum())) / (1 + samples)
-            if meeting.found.activations and meeting.matrix.side(meeting.side) == "left":
-                share = 1.0  # these directions are not orthogonal as a rotated frame is; the union bound holds for any
-            # Both are monotone in the same statistic, so the smaller of the two is as valid as either.
             union = count * float(svd.rotations(labels, 1, seed).p_value(value))
-            median, p = float(np.median(drawn)), min(share, union)
+            # These directions are not orthogonal as a rotated frame is; the union bound holds for any.
+            skewed = bool(meeting.found.activations) and meeting.matrix.side(meeting.side) == "left"
+            median, p = float(np.median(drawn)), union if skewed else tail_or_share(union, share, samples)
         name, known = meeting.labels.embedding.name, meeting.labels.embedding.labels
         table.append((meeting.matrix.name, meeting.side, name, sv, known[label], value, median, p))
     frame = pd.DataFrame(table, columns=COLUMNS[:-1])

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from dt_lens.nulls.covariance import CovarianceMaximum
 from dt_lens.nulls.haar import Array, HaarMaximum, LabelBlocks, cap_probability, frame_maximum
-from dt_lens.nulls.multiplicity import q_values
+from dt_lens.nulls.multiplicity import q_values, tail_or_share
 from dt_lens.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
 from dt_lens.nulls.subspaces import SubspaceOverlap
 
@@ -36,6 +36,7 @@ __all__ = [
     "cap_probability",
     "frame_maximum",
     "q_values",
+    "tail_or_share",
 ]
 
 

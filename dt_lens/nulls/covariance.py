@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dt_lens.errors import DtLensError
 from dt_lens.nulls.haar import LabelBlocks, unit_labels
+from dt_lens.nulls.multiplicity import tail_or_share
 
 __all__ = ["CovarianceMaximum"]
 
@@ -46,10 +47,11 @@ FLAT = 1e-12  # an eigenvalue below so much of the largest is none
 class CovarianceMaximum:
     """The distribution of the best match of a direction drawn from ``N(0, S)`` with a set of labels.
 
-    For one label p is exact, up to quadrature (about six digits). For several it is the smaller of two valid p-values:
-    the share of ``B`` draws, ``(1 + #) / (1 + B)``, and the sum of the single labels' probabilities (the union bound),
-    which is close in the tail where labels are far apart and too large where they are alike. For spans, drawn as the
-    span of so many independent vectors, it is the share of draws alone, which is never below ``1 / (1 + B)``.
+    For one label p is exact, up to quadrature (about six digits). For several it is the share of ``B`` draws,
+    ``(1 + #) / (1 + B)``, and far in the tail, below a tenth of the smallest share, the sum of the single labels'
+    probabilities (the union bound), which is close where labels are far apart and too large where they are alike. For
+    spans, drawn as the span of so many independent vectors, it is the share of draws alone, which is never below
+    ``1 / (1 + B)``.
 
     Attributes:
         n_labels: how many labels.
@@ -118,7 +120,7 @@ class CovarianceMaximum:
         if self.n_labels == 1 and self.span == 1:
             return np.asarray(union)
         above = len(self._drawn) - np.searchsorted(self._drawn, t)
-        return np.asarray(np.minimum(union, (1 + above) / (1 + len(self._drawn))))
+        return tail_or_share(union, (1 + above) / (1 + len(self._drawn)), len(self._drawn))
 
     def z(self, cosine: ArrayLike) -> Array:
         """How many of the null's standard deviations the best match lies above the null's mean; 0 where it has none."""

@@ -30,7 +30,7 @@ def damage_against(
     directions: pd.DataFrame,
     looks: Sequence[Looks],
     *,
-    response: str = "damage_per_energy",
+    response: str = "damage",
     said: Sequence[str] = (),
     title: str = "Does what a direction looks like say what it does?",
 ) -> go.Figure:
@@ -211,7 +211,7 @@ def along_the_spectrum(
 
 
 def shares(table: pd.DataFrame, *, title: str = "How many directions matter") -> go.Figure:
-    """For each matrix the share of directions whose removal costs return at q < 0.05, with Wilson's interval.
+    """For each matrix the share of directions whose removal costs return at q < 0.05.
 
     Args:
         table: an atlas's ``shares``; its rows of single matrices are drawn.
@@ -219,7 +219,7 @@ def shares(table: pd.DataFrame, *, title: str = "How many directions matter") ->
     Raises:
         DtLensError: for a missing column.
     """
-    columns_of(table, ["what", "kind", "share", "share_low", "share_high", "hurts", "directions"], "The shares")
+    columns_of(table, ["what", "kind", "share", "hurts", "directions"], "The shares")
     rows = table[table["what"] != table["kind"]]
     if rows.empty:
         return empty(title, "No matrix was measured.")
@@ -234,20 +234,12 @@ def shares(table: pd.DataFrame, *, title: str = "How many directions matter") ->
             orientation="h",
             name=plain(kind),
             marker_color=PALETTE[kinds.index(kind) % len(PALETTE)],
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": part["share_high"] - part["share"],
-                "arrayminus": part["share"] - part["share_low"],
-                "thickness": 1.2,
-                "width": 3,
-            },
             customdata=[f"{hurts} of {n}" for hurts, n in zip(part["hurts"], part["directions"], strict=True)],
             hovertemplate="%{y}: %{customdata} directions (%{x:.0%})<extra></extra>",
         )
     figure.update_xaxes(tickformat=".0%", title_text="share of the matrix's directions", rangemode="tozero")
     figure.update_yaxes(categoryorder="array", categoryarray=list(rows["what"]))
-    return finish(figure, title, "removal costs return at q < 0.05 · bars: 95 % intervals", height=140 + 32 * len(rows))
+    return finish(figure, title, "removal costs return at q < 0.05", height=140 + 32 * len(rows))
 
 
 def sizes_against_damage(

@@ -12,11 +12,16 @@ from numpy.typing import NDArray
 
 from dt_lens.behaviour.evaluate import model_id
 from dt_lens.behaviour.outcomes import Evaluation
-from dt_lens.behaviour.statistics import bootstrap_interval, sign_flip, wilson
+from dt_lens.behaviour.statistics import bootstrap_interval, sign_flip
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import Snapshot, find_matrix
 from dt_lens.nulls import q_values
-from dt_lens.study.rank_correlation import RankCorrelation, rank_correlation, rank_correlation_difference
+from dt_lens.study.rank_correlation import (
+    RankCorrelation,
+    at_equal_size,
+    rank_correlation,
+    rank_correlation_difference,
+)
 from dt_lens.svd import WeightSVD
 
 if TYPE_CHECKING:
@@ -27,6 +32,8 @@ __all__ = ["LARGE", "Atlas", "make_atlas"]
 LARGE = 0.1  # of the unedited agent's return: a loss that nobody overlooks
 ALPHA = 0.05
 LEAST = 5  # directions to correlate
+AT_EQUAL = " at equal size"
+RESPONSES = ("damage", f"damage{AT_EQUAL}", "beyond", "damage_per_energy")
 PLACE = ["matrix", "kind", "layer", "head", "sv"]
 
 
@@ -39,13 +46,17 @@ class Atlas:
             Frobenius norm of what was removed) and, where known, ``output_energy`` (its root mean square on real
             inputs); ``mean_return``, ``damage`` (mean return lost to the unedited agent, over paired episodes) with its
             interval, ``p_value`` and ``q_value``; ``failure_rate``, ``control_damage``, ``beyond`` (return lost beyond
-            the controls at the same seeds) with its interval, ``beyond_p_value``, ``beyond_q_value``;
-            ``damage_per_energy``, ``damage_per_output_energy``; and for each side and embedding the absolute cosine
-            with its best label, as ``"write action_out"``.
-        shares: how many directions matter, for each matrix, each kind of matrix, and all.
+            the controls at the same seeds) with its interval and ``beyond_p_value``, both of which are about those very
+            controls and not about random changes at large; ``damage_per_energy``, ``damage_per_output_energy``; and for
+            each side and embedding the absolute cosine with its best label, as ``"write action_out"``.
+        shares: how many directions matter, for each matrix, each kind of matrix, and all; and what directions cost
+            beyond their controls on average, with an interval and ``beyond_p_value`` over directions, each of which
+            has a random change of its own.
         correlations: for each kind of matrix and each of its matrices, and each side and embedding: the rank
-            correlation of the cosine with ``damage_per_energy``, with ``damage`` when the energy is held fixed, and
-            with ``beyond``; interval, ``p_value``, ``q_value`` over the table.
+            correlation of the cosine with ``damage``, with ``damage at equal size`` (among directions of near-equal
+            energy, on real inputs where that is known), and with ``beyond``; interval, ``p_value``, ``q_value`` over
+            the table. Those with ``damage_per_energy`` have no p: all damages share the unedited agent's luck, which
+            divided by the energy goes with whatever goes with the energy.
         predictors: how well sizes go with damage, and which does better: ``sigma``, and on real inputs
             ``output_energy``; and where the sweep removed activation-aware directions too, their ``sigma`` and the
             plain one, each with the damage of its own directions, of the same matrices and numbers.
@@ -109,7 +120,7 @@ def make_atlas(
         more, _, _ = _seen(_described(more, aware, None), aware, seed)
     return Atlas(
         directions,
-        _shares(directions, baseline.mean),
+        _shares(directions, baseline.mean, seed),
         _correlations(directions, sights, seed),
         _predictors(directions, more, seed),
         more,
@@ -140,11 +151,15 @@ def _measured(
         [_removed(row, arm, evaluations, baseline, table, seed) for arm, row in edits.iterrows() if arm in evaluations]
     )
     if len(found):
-        found["q_value"] = q_values(found["p_value"])
-        controlled = found["beyond_p_value"].notna()
-        found["beyond_q_value"] = np.nan
-        found.loc[controlled, "beyond_q_value"] = q_values(found.loc[controlled, "beyond_p_value"])
+        found["q_value"] = _q_values(found["p_value"])
     return found
+
+
+def _q_values(p: pd.Series) -> pd.Series:
+    """Over those that there are: a direction on which successive halving has not decided has none yet."""
+    q = pd.Series(np.nan, index=p.index)
+    q[p.notna()] = q_values(p[p.notna()])
+    return q
 
 
 def _removed(
@@ -261,14 +276,15 @@ def _groups(directions: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]
         yield str(name), str(rows["kind"].iloc[0]), rows
 
 
-def _shares(directions: pd.DataFrame, mean: float) -> pd.DataFrame:
+def _shares(directions: pd.DataFrame, mean: float, seed: int) -> pd.DataFrame:
     out = []
     for what, kind, rows in _groups(directions):
         n, hurt = len(rows), rows["damage"] > 0
         matters = (rows["q_value"] < ALPHA) & hurt
-        low, high = wilson(int(matters.sum()), n)
         controlled = rows["beyond"].notna()
-        beyond = (rows["beyond_q_value"] < ALPHA) & (rows["beyond"] > 0)
+        beyond = rows.loc[controlled, "beyond"].to_numpy(dtype=np.float64)
+        several = len(beyond) >= LEAST
+        interval = bootstrap_interval(beyond, seed=seed) if several else (np.nan, np.nan)
         worst = rows.iloc[int(rows["damage"].to_numpy().argmax())]
         out.append(
             {
@@ -277,15 +293,14 @@ def _shares(directions: pd.DataFrame, mean: float) -> pd.DataFrame:
                 "directions": n,
                 "hurts": int(matters.sum()),
                 "share": float(matters.mean()),
-                "share_low": low,
-                "share_high": high,
                 "helps": int(((rows["q_value"] < ALPHA) & ~hurt).sum()),
                 "large": int((matters & (rows["damage"] > LARGE * abs(mean))).sum()),
-                "controlled": int(controlled.sum()),
-                "hurts_beyond": int(beyond.sum()) if controlled.any() else np.nan,
-                "control_large": int((rows["control_damage"] > LARGE * abs(mean)).sum())
-                if controlled.any()
-                else np.nan,
+                "controlled": len(beyond),
+                "control_large": int((rows["control_damage"] > LARGE * abs(mean)).sum()) if len(beyond) else np.nan,
+                "beyond": float(beyond.mean()) if several else np.nan,
+                "beyond_low": interval[0],
+                "beyond_high": interval[1],
+                "beyond_p_value": sign_flip(beyond, seed=seed) if several else np.nan,
                 "worst": f"{worst['matrix']} sv={worst['sv']}",
                 "worst_damage": float(worst["damage"]),
             }
@@ -299,26 +314,26 @@ def _correlations(directions: pd.DataFrame, sights: list[_Sight], seed: int) -> 
         for sight in sights:
             if kind == "all" or len(rows) < LEAST or rows[sight.column].isna().all():
                 continue  # cosines of different kinds of matrices are not one quantity
-            for response, given in (("damage_per_energy", None), ("damage", "energy"), ("beyond", None)):
-                if rows[response].isna().all():
+            for response in RESPONSES:
+                lost = rows[response.removesuffix(AT_EQUAL)]
+                if lost.isna().all():
                     continue
-                found = rank_correlation(
-                    rows[sight.column],
-                    rows[response],
-                    rows["matrix"],
-                    None if given is None else rows[given],
-                    seed=seed,
-                )
-                named = response if given is None else f"{response} at equal {given}"
+                if response.endswith(AT_EQUAL):
+                    size = rows["output_energy" if "output_energy" in rows else "energy"]
+                    found = at_equal_size(rows[sight.column], lost, size, rows["matrix"], seed=seed)
+                else:
+                    found = rank_correlation(rows[sight.column], lost, rows["matrix"], seed=seed)
+                    if response == "damage_per_energy":
+                        found = found._replace(p_value=float("nan"))
                 place = {"what": what, "kind": kind, "side": sight.side, "embedding": sight.embedding}
-                out.append(place | {"response": named} | found._asdict())
+                out.append(place | {"response": response} | found._asdict())
     table = pd.DataFrame(out)
-    table["q_value"] = q_values(table["p_value"]) if len(table) else []
+    table["q_value"] = _q_values(table["p_value"]) if len(table) else []
     return table
 
 
 def _predictors(directions: pd.DataFrame, weighted: pd.DataFrame, seed: int) -> pd.DataFrame:
-    sizes = [name for name in ("sigma", "energy", "output_energy") if name in directions]
+    sizes = [name for name in ("sigma", "output_energy") if name in directions]
     both = pd.DataFrame()
     if len(weighted):
         place, numbers = ["matrix", "kind", "sv"], ["sigma", "damage"]

@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-__all__ = ["RankCorrelation", "rank_correlation", "rank_correlation_difference"]
+__all__ = ["RankCorrelation", "at_equal_size", "rank_correlation", "rank_correlation_difference"]
 
 Array = NDArray[np.float64]
 RESAMPLES = 2000
+LEAST = 3  # members of a stratum
+NEIGHBOURS = 6  # members of a bin of near-equal size, and up to twice as many where fewer bins fit
 CHUNK = 4_000_000  # numbers held at a time
 
 
@@ -43,15 +45,17 @@ def rank_correlation(
 
     With one stratum it is Spearman's rho. With several, ranks are scaled to one range and centred in each, so that what
     differs between strata counts for nothing (van Elteren's idea, 1960, for a correlation). With ``given`` it is the
-    partial rank correlation: what is linear in the ranks of ``given`` is taken out of both first (Conover, "Practical
-    Nonparametric Statistics", section 5.4).
+    partial rank correlation: what is linear in the ranks of ``given`` is taken out of both first, with one slope for
+    all strata (Conover, "Practical Nonparametric Statistics", section 5.4). That is right where the relations are
+    monotone and even; ``at_equal_size`` asks for less.
 
-    The interval is a percentile bootstrap that draws pairs inside strata; p is two-sided, by permuting ``x`` (what is
-    left of it) inside strata, the data counting as one permutation.
+    The interval is a bias-corrected percentile bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap",
+    chapter 14) that draws pairs inside strata; p is two-sided, by permuting ``x`` (what is left of it) inside strata,
+    the data counting as one permutation.
 
     Args:
         x, y: numbers; pairs with one that is not finite are left out.
-        strata: a value for each pair; one stratum when omitted.
+        strata: a value for each pair; one stratum when omitted. Strata of fewer than three pairs are left out.
         given: numbers to hold fixed.
 
     >>> rank_correlation([1, 2, 3, 4, 11, 12, 13, 14], [4, 3, 2, 1, 8, 7, 6, 5], [0, 0, 0, 0, 1, 1, 1, 1]).rho
@@ -62,27 +66,54 @@ def rank_correlation(
     n = sum(group.shape[1] for group in groups)
     if not groups:
         return NONE
-    moments = sum(_moments(group[:, None]) for group in groups)
-    rho = float(_rho(moments)[0])
+    ranks = [_ranks(group[:, None]) for group in groups]
+    rho = float(_rho(_moments(ranks))[0])
     if not np.isfinite(rho):
         return NONE._replace(n=n)
     rng = np.random.default_rng(seed)
-    drawn, null = np.zeros((3, resamples)), np.zeros((3, resamples))
-    for group in groups:
-        size = group.shape[1]
-        step = max(1, CHUNK // (size * len(group)))
-        residuals = _residuals(_ranks(group[:, None]))[:, 0]
-        for start in range(0, resamples, step):
-            part = slice(start, min(start + step, resamples))
-            count = part.stop - part.start
-            drawn[:, part] += _moments(group[:, rng.integers(0, size, (count, size))])
-            shuffled = rng.permuted(np.broadcast_to(residuals[0], (count, size)), axis=1)
-            null[:, part] += _products(shuffled, np.broadcast_to(residuals[1], shuffled.shape))
-    tail = (1 - confidence) / 2
-    resampled = _rho(drawn)
-    low, high = np.quantile(resampled[np.isfinite(resampled)], (tail, 1 - tail))
-    p = (int((np.abs(_rho(null)) >= abs(rho) - 1e-12).sum()) + 1) / (resamples + 1)
-    return RankCorrelation(rho, float(low), float(high), p, n)
+    drawn, null = [], []
+    residuals = _residuals(ranks)
+    step = max(1, CHUNK // (n * len(columns)))
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        again = [_ranks(g[:, rng.integers(0, g.shape[1], (count, g.shape[1]))]) for g in groups]
+        drawn.append(_rho(_moments(again)))
+        shuffled = [rng.permuted(np.broadcast_to(x[0], (count, x.shape[-1])), axis=1) for x, _ in residuals]
+        null.append(_rho(sum(_products(x, y) for x, (_, y) in zip(shuffled, residuals, strict=True))))
+    low, high = _interval(np.concatenate(drawn), rho, confidence)
+    p = (int((np.abs(np.concatenate(null)) >= abs(rho) - 1e-12).sum()) + 1) / (resamples + 1)
+    return RankCorrelation(rho, low, high, p, n)
+
+
+def at_equal_size(
+    x: ArrayLike, y: ArrayLike, size: ArrayLike, strata: ArrayLike | None = None, *, seed: int = 0
+) -> RankCorrelation:
+    """The rank correlation of ``x [n]`` and ``y [n]`` among neighbours in ``size [n]``.
+
+    In every stratum pairs are put in the order of ``size`` and cut into bins of about six; ranks and permutations stay
+    inside a bin. So whatever ``x`` and ``y`` have to do with the size, in any form, counts for next to nothing. It is
+    closer to 0 than a correlation over a stratum's whole range of sizes, as ranks among six are coarse. A stratum of
+    fewer than a dozen is one bin.
+
+    The interval is Bonett and Wright's ("Sample size requirements for estimating Pearson, Kendall and Spearman
+    correlations", 2000) with a degree of freedom less for each bin: pairs drawn again from six hold too many ties.
+    """
+    columns = [np.asarray(v, dtype=np.float64) for v in (x, y, size)]
+    labels = np.zeros(len(columns[0])) if strata is None else np.asarray(strata)
+    finite = np.isfinite(np.stack(columns)).all(0)
+    bins = np.full(len(labels), -1)
+    for label in dict.fromkeys(labels[finite].tolist()):
+        mine = np.flatnonzero(finite & (labels == label))
+        order = stats.rankdata(columns[2][mine], method="ordinal") - 1
+        count = max(1, len(mine) // NEIGHBOURS)
+        bins[mine] = bins.max() + 1 + (order * count) // len(mine)
+    found = rank_correlation(columns[0], columns[1], bins, seed=seed)
+    members = [count for label, count in zip(*np.unique(bins, return_counts=True), strict=True) if label >= 0]
+    free = found.n - sum(count >= LEAST for count in members) - 2
+    if not np.isfinite(found.rho) or free < 1:
+        return found._replace(low=float("nan"), high=float("nan"))
+    middle, half = np.arctanh(np.clip(found.rho, -1 + 1e-9, 1 - 1e-9)), 1.96 * np.sqrt((1 + found.rho**2 / 2) / free)
+    return found._replace(low=float(np.tanh(middle - half)), high=float(np.tanh(middle + half)))
 
 
 def rank_correlation_difference(
@@ -99,8 +130,8 @@ def rank_correlation_difference(
     """How much better ``first [n]`` goes with ``y [n]`` than ``second [n]`` does: the difference of their correlations.
 
     With ``second_y [n]`` that is what ``second`` is to go with.
-    The interval is a percentile bootstrap over the same resampled rows for both, inside strata. ``p_value`` is twice
-    the smaller share of resamples on either side of 0, the data counting as one.
+    The interval is a bias-corrected percentile bootstrap over the same resampled rows for both, inside strata.
+    ``p_value`` is twice the smaller share of resamples on either side of 0, the data counting as one.
     """
     columns = [np.asarray(v, dtype=np.float64) for v in (first, second, y, y if second_y is None else second_y)]
     groups = list(_groups(columns, strata))
@@ -109,25 +140,26 @@ def rank_correlation_difference(
         return NONE
     rng = np.random.default_rng(seed)
 
-    def difference(pairs: list[Array]) -> Array:
-        ours, theirs = (sum(_moments(group[[i, i + 2]]) for group in pairs) for i in (0, 1))
-        return _rho(ours) - _rho(theirs)
+    def difference(rows: list[Array]) -> Array:
+        ours, theirs = (_rho(_moments([ranks[[i, i + 2]] for ranks in rows])) for i in (0, 1))
+        return ours - theirs
 
-    found = float(difference([group[:, None] for group in groups])[0])
+    found = float(difference([_ranks(group[:, None]) for group in groups])[0])
     if not np.isfinite(found):
         return NONE._replace(n=n)
     step = max(1, CHUNK // (4 * n))
     drawn = np.concatenate(
         [
-            difference([g[:, rng.integers(0, g.shape[1], (min(step, resamples - start), g.shape[1]))] for g in groups])
+            difference(
+                [_ranks(g[:, rng.integers(0, g.shape[1], (min(step, resamples - start), g.shape[1]))]) for g in groups]
+            )
             for start in range(0, resamples, step)
         ]
     )
     drawn = drawn[np.isfinite(drawn)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn, (tail, 1 - tail))
+    low, high = _interval(drawn, found, confidence)
     p = min(1.0, 2 * (min(int((drawn <= 0).sum()), int((drawn >= 0).sum())) + 1) / (len(drawn) + 1))
-    return RankCorrelation(found, float(low), float(high), p, n)
+    return RankCorrelation(found, low, high, p, n)
 
 
 def _groups(columns: list[Array], strata: ArrayLike | None) -> Iterator[Array]:
@@ -137,7 +169,7 @@ def _groups(columns: list[Array], strata: ArrayLike | None) -> Iterator[Array]:
     finite = np.isfinite(data).all(0)
     for label in dict.fromkeys(labels[finite].tolist()):
         group = data[:, finite & (labels == label)]
-        if group.shape[1] >= 3:
+        if group.shape[1] >= LEAST:
             yield group
 
 
@@ -147,23 +179,22 @@ def _ranks(values: Array) -> Array:
     return np.asarray((stats.rankdata(values, axis=-1) - (n + 1) / 2) / n)
 
 
-def _residuals(ranks: Array) -> Array:
-    """``[2, resample, n]``: the ranks of x and y without what is linear in those of a third row, where there is one."""
-    if len(ranks) == 2:
-        return ranks
-    control = ranks[2]
-    size = np.maximum((control**2).sum(-1, keepdims=True), 1e-300)
-    return np.stack([r - control * (r * control).sum(-1, keepdims=True) / size for r in ranks[:2]])
+def _residuals(strata: list[Array]) -> list[tuple[Array, Array]]:
+    """Ranks of x and y in each stratum, without what is linear in those of a third row, where there is one."""
+    if len(strata[0]) == 2:
+        return [(ranks[0], ranks[1]) for ranks in strata]
+    size = np.maximum(sum((ranks[2] ** 2).sum(-1) for ranks in strata), 1e-300)
+    slopes = [sum((ranks[i] * ranks[2]).sum(-1) for ranks in strata) / size for i in (0, 1)]
+    return [(ranks[0] - slopes[0][:, None] * ranks[2], ranks[1] - slopes[1][:, None] * ranks[2]) for ranks in strata]
 
 
-def _moments(group: Array) -> Array:
-    """``[3, resample]``: the sums of xy, xx and yy of what is correlated, for ``[column, resample, n]``."""
-    x, y = _residuals(_ranks(group))
-    return _products(x, y)
+def _moments(strata: list[Array]) -> Array:
+    """``[3, resample]``: the sums of xy, xx and yy of what is correlated, for ranks ``[column, resample, n]``."""
+    return np.asarray(sum(_products(x, y) for x, y in _residuals(strata)))
 
 
 def _products(x: Array, y: Array) -> Array:
-    return np.stack([(x * y).sum(-1), (x * x).sum(-1), (y * y).sum(-1)])
+    return np.stack(np.broadcast_arrays((x * y).sum(-1), (x * x).sum(-1), (y * y).sum(-1)))
 
 
 def _rho(moments: Array | int) -> Array:
@@ -172,3 +203,15 @@ def _rho(moments: Array | int) -> Array:
         rho = xy / np.sqrt(xx * yy)
     # What is left of x when it is the control itself is rounding.
     return np.where((xx > 1e-12) & (yy > 1e-12), rho, np.nan)
+
+
+def _interval(drawn: Array, found: float, confidence: float) -> tuple[float, float]:
+    """Bias-corrected percentiles: ties among resampled pairs pull every rank correlation towards 0."""
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return float("nan"), float("nan")
+    below = ((drawn < found).sum() + (drawn == found).sum() / 2) / len(drawn)
+    shift = 2 * stats.norm.ppf(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn)))
+    tail = stats.norm.ppf((1 - confidence) / 2)
+    low, high = np.quantile(drawn, stats.norm.cdf([shift + tail, shift - tail]))
+    return float(low), float(high)

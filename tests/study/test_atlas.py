@@ -146,7 +146,7 @@ def test_a_row_for_each_direction_with_what_its_removal_did(atlas: Atlas, agent:
     assert killed["damage"].to_numpy() == pytest.approx(900, abs=3)
     assert (killed["damage_low"] > 890).all()
     assert (killed["q_value"] < 0.05).all()
-    assert (killed["beyond_q_value"] < 0.05).all()
+    assert (killed["beyond_p_value"] < 0.05).all()
     assert killed["beyond"].to_numpy() == pytest.approx(900, abs=3)
     assert killed["control_damage"].to_numpy() == pytest.approx(0, abs=3)
     assert table["damage_per_energy"].to_numpy() == pytest.approx((table["damage"] / table["energy"]).to_numpy())
@@ -161,19 +161,38 @@ def _energies(agent: Any, table: pd.DataFrame) -> Any:
 
 
 def test_cosine_is_said_to_predict_damage_only_where_it_does(atlas: Atlas) -> None:
-    found = correlation(atlas, "W_out", "write", "action_out", "damage_per_energy")
-    assert found["rho"] > 0.95
-    assert found["low"] > 0.8
+    found = correlation(atlas, "W_out", "write", "action_out", "damage")
+    assert found["low"] > 0
     assert found["q_value"] < 0.05
     assert found["n"] == 32
+    held = correlation(atlas, "W_out", "write", "action_out", "damage at equal size")
+    assert held["low"] > 0
+    assert held["q_value"] < 0.05
     beyond = correlation(atlas, "W_out", "write", "action_out", "beyond")
     assert beyond["rho"] > 0.5
-    other = correlation(atlas, "W_in", "read", "action_out", "damage_per_energy")
+    other = correlation(atlas, "W_in", "read", "action_out", "damage")
     assert abs(other["rho"]) < 0.5
+    # What is planted is exactly this, and it is told without a test all the same.
+    per = correlation(atlas, "W_out", "write", "action_out", "damage_per_energy")
+    assert per["rho"] > 0.95
+    assert np.isnan(per["p_value"])
+    assert np.isnan(per["q_value"])
     assert set(atlas.untrained) == {"state_out", "reward_out"}
     text = " ".join(sentences(atlas))
-    assert "W_out: |cosine| with action_out against damage per unit energy has rank correlation **+" in text
+    assert "W_out: |cosine| with action_out against damage has rank correlation **+" in text
     assert "a closer match goes with more damage" in text
+
+
+def test_what_a_removal_costs_beyond_its_control_is_tested_over_directions(atlas: Atlas) -> None:
+    """Each direction has one random change beside it, so that a pair is a direction, and not an episode."""
+    shares: Any = atlas.shares.set_index("what")
+    beyond = atlas.directions.query("kind == 'W_out'")["beyond"]
+    assert shares.loc["W_out", "beyond"] == pytest.approx(beyond.mean())
+    assert shares.loc["W_out", "beyond_low"] > 0
+    assert shares.loc["W_out", "beyond_p_value"] < 0.01
+    # Two of thirty kill, and the others do nothing: that removal costs more on average is not shown.
+    assert shares.loc["W_in", "beyond"] == pytest.approx(60, abs=2)
+    assert "beyond a random change (p =" in " ".join(sentences(atlas))
 
 
 def test_what_is_linear_in_energy_is_no_cosine(agent: Any, tmp_path: Path) -> None:
@@ -189,10 +208,11 @@ def test_what_is_linear_in_energy_is_no_cosine(agent: Any, tmp_path: Path) -> No
     found = make_atlas(agent, sweep.results)
     (sigma,) = found.predictors.query("what == 'W_out' and predictor == 'sigma'")["rho"].tolist()
     assert sigma > 0.9
-    held = correlation(found, "W_out", "write", "action_out", "damage at equal energy")
-    assert held["low"] < 0 < held["high"] or abs(held["rho"]) < 0.4
+    held = correlation(found, "W_out", "write", "action_out", "damage at equal size")
+    assert held["low"] < 0 < held["high"]
+    assert held["p_value"] > 0.05
     assert found.directions["beyond"].isna().all()
-    assert np.isnan(found.shares["hurts_beyond"]).all()
+    assert np.isnan(found.shares["beyond"]).all()
 
 
 def test_which_sigma_tells_what_its_own_directions_do(agent: Any, tmp_path: Path) -> None:
@@ -248,6 +268,25 @@ def test_shares_count_what_hurts(atlas: Atlas) -> None:
     assert shares.loc["all", "controlled"] == atlas.planned
     assert shares.loc["all", "control_large"] == 0
     assert shares.loc["blocks.0.mlp.W_in", "hurts"] <= shares.loc["W_in", "hurts"]
+
+
+def test_an_unfinished_halving_sweep_has_an_atlas_too(agent: Any, tmp_path: Path) -> None:
+    """Directions on which nothing is decided have no p-value yet."""
+    options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": "0-9", "edits": "zero", "workers": 1}
+    sweep = Sweep(agent, tmp_path, episodes=8, halving=[2, 2], **options)
+
+    class Stops(Told):
+        def wait(self, seconds: float) -> list[Event]:
+            events = super().wait(seconds)
+            if events and events[0].unit >= 5:
+                raise KeyboardInterrupt
+            return events
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(engine=Stops(sweep, lambda arm: float(arm.sv or 0)))
+    found = make_atlas(agent, sweep.results)
+    assert found.directions["q_value"].isna().all()
+    assert sentences(found)
 
 
 def test_an_unfinished_sweep_says_so(agent: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dt_lens.study.rank_correlation import rank_correlation, rank_correlation_difference
+from dt_lens.study.rank_correlation import at_equal_size, rank_correlation, rank_correlation_difference
 
 
 def test_without_strata_it_is_spearmans() -> None:
@@ -42,6 +42,47 @@ def test_what_is_given_is_held_fixed() -> None:
     assert partial.rho == pytest.approx((a - b * c) / np.sqrt((1 - b**2) * (1 - c**2)), abs=1e-12)
     assert abs(partial.rho) < 0.2
     assert np.isnan(rank_correlation(x, y, given=x).rho)
+
+
+SHAPES = {
+    "even": (lambda s: 2 * s, lambda s: 2 * s),
+    "the largest twenty stand out": (lambda s: 3.0 * (s > 0.85), lambda s: 3.0 * (s > 0.85)),
+    "a valley and a threshold": (lambda s: 12 * (s - 0.5) ** 2, lambda s: 3.0 * (s > 0.85)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_at_equal_size_nothing_is_left_of_what_is_size(shape: str) -> None:
+    """A partial correlation takes out what is even in ranks, and finds a relation where the size has any other part."""
+    rng, trials, rejected = np.random.default_rng(6), 60, 0
+    size, strata = np.tile(np.linspace(0, 1, 127), 2), np.repeat([0, 1], 127)
+    of_x, of_y = (part(size) for part in SHAPES[shape])
+    linear = 0
+    for seed in range(trials):
+        x, y = rng.standard_normal((2, 254))
+        found = at_equal_size(of_x + x, of_y + y, size, strata, seed=seed)
+        assert found.n == 254
+        rejected += found.p_value <= 0.05
+        linear += rank_correlation(of_x + x, of_y + y, strata, given=size, resamples=200, seed=seed).p_value <= 0.05
+    assert stats.binomtest(rejected, trials, 0.05, alternative="greater").pvalue > 1e-3
+    assert shape == "even" or linear > trials / 2
+
+
+def test_at_equal_size_what_is_there_is_found() -> None:
+    rng, covered = np.random.default_rng(7), 0
+    size = np.linspace(0, 1, 254)
+    found = []
+    for seed in range(60):
+        x, y = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 254).T
+        found.append(at_equal_size(x + 9 * size, y + 9 * size, size, seed=seed))
+    mean = np.mean([f.rho for f in found])
+    assert 0.4 < mean < 0.6  # ranks among six are coarse
+    covered = sum(f.low <= mean <= f.high for f in found)
+    assert covered >= 52
+    assert max(f.p_value for f in found) < 0.05
+    few = at_equal_size([1, 2, 3], [1, 2, 3], [3, 1, 2])
+    assert (few.rho, few.n) == (1.0, 3)
+    assert np.isnan(few.low)
 
 
 def test_p_is_uniform_and_intervals_cover_under_the_null() -> None:
