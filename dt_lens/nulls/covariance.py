@@ -47,9 +47,9 @@ FLAT = 1e-12  # an eigenvalue below so much of the largest is none
 class CovarianceMaximum:
     """The distribution of the best match of a direction drawn from ``N(0, S)`` with a set of labels.
 
-    For one label p is exact, up to quadrature (about six digits). For several it is the share of ``B`` draws,
-    ``(1 + #) / (1 + B)``, and far in the tail, below a tenth of the smallest share, the sum of the single labels'
-    probabilities (the union bound), which is close where labels are far apart and too large where they are alike. For
+    For one label p is exact, up to quadrature (about six digits). For several it is the sum of the single labels'
+    probabilities (the union bound) where that is below ``100 / (1 + B)``, which is close where labels are far apart
+    and too large where they are alike, and elsewhere the share of ``B`` draws, ``(1 + #) / (1 + B)``. For
     spans, drawn as the span of so many independent vectors, it is the share of draws alone, which is never below
     ``1 / (1 + B)``.
 

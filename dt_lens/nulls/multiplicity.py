@@ -25,11 +25,11 @@ def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.
     """An exact upper bound on the p-value in the far tail, and elsewhere the share of ``draws`` random draws.
 
     The smaller of the two would not do: at ``1 / (draws + 1)``, the smallest share, it holds for 37 % more statistics
-    than it should, those for which either is small. So the draws do not decide which is taken: the bound is where it is
-    below a tenth of the smallest share.
+    than it should, those for which either is small. So the bound is taken where it says that fewer than 100 of the
+    draws would do as well, whatever they did, and a share there can hardly be as small.
 
-    >>> tail_or_share([1e-6, 0.0005, 0.03], [0.001, 0.001, 0.02], 999).tolist()
-    [1e-06, 0.001, 0.02]
+    >>> tail_or_share([1e-6, 0.0005, 0.3], [0.001, 0.001, 0.2], 999).tolist()
+    [1e-06, 0.0005, 0.2]
     """
     exact = np.asarray(bound, dtype=np.float64)
-    return np.where(exact < 0.1 / (draws + 1), exact, share)
+    return np.where(exact < 100 / (draws + 1), exact, share)

@@ -63,7 +63,7 @@ class Study:
     """
 
     model: Any
-    out: Path
+    out: str | Path
     name: str = "the model"
     matrices: Sequence[str] = MATRICES
     episodes: int = 50
@@ -74,6 +74,11 @@ class Study:
     workers: int | None = None
     video: bool = True
     command: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """``out``, as a path."""
+        return Path(self.out)
 
     def run(self, report: Report | None = None) -> StudyResult:
         """Do the study and write ``report.html``, ``scan.csv`` and ``verdicts.csv``.
@@ -120,7 +125,7 @@ class Study:
                 for arm in (Arm(f"edit {i}", e), Arm(f"control {i}", e.control(self.seed + i)))
             ),
         ]
-        trials = Trials(self.model, self.out / "trials", self.episodes, self.seed, self.target_return, self.workers)
+        trials = Trials(self.model, self.folder / "trials", self.episodes, self.seed, self.target_return, self.workers)
         results = []
         for number, arm in enumerate(arms):
             with _labelled(tell, arm, number, len(arms)) as progress:
@@ -141,7 +146,7 @@ class Study:
             edits,
             (rho[0], (rho[1][0], rho[1][1]), rho[2]),
             video,
-            self.out / "report.html",
+            self.folder / "report.html",
         )
         self._write(result, svd)
         tell("done", 1.0)
@@ -149,14 +154,14 @@ class Study:
 
     def _require_writable(self) -> None:
         """Find out now, not after minutes of rollouts, that the results cannot be written."""
-        probe = self.out / "trials" / ".writable"
+        probe = self.folder / "trials" / ".writable"
         try:
             probe.parent.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"0" * 4096)
             probe.unlink()
         except OSError as error:
             raise DtLensError(
-                f"The folder {self.out} cannot be written: {error.strerror or error}; choose another with --out."
+                f"The folder {self.folder} cannot be written: {error.strerror or error}; choose another with --out."
             ) from error
 
     def _video(
@@ -178,7 +183,7 @@ class Study:
             unedited,
             hit,
             seed=seed,
-            file=self.out / "worst.mp4",
+            file=self.folder / "worst.mp4",
             captions=("unedited", f"{row['matrix']} sv={row['sv']} edited"),
             environment_kwargs=baseline.environment_kwargs,
             ended="fell",
@@ -188,11 +193,11 @@ class Study:
         from dt_lens.study.page import write_study
 
         try:
-            result.table.to_csv(self.out / "scan.csv", index=False)
-            result.verdicts.to_csv(self.out / "verdicts.csv", index=False)
+            result.table.to_csv(self.folder / "scan.csv", index=False)
+            result.verdicts.to_csv(self.folder / "verdicts.csv", index=False)
         except OSError as error:
             raise DtLensError(
-                f"The tables cannot be written to {self.out}: {error.strerror or error}; make room and run it again."
+                f"The tables cannot be written to {self.folder}: {error.strerror or error}; make room and run it again."
             ) from error
         write_study(self, result, svd)
 

@@ -15,4 +15,4 @@ def test_a_language_model_is_refused_at_once(tmp_path: Path) -> None:
     study = Study(dt_lens.load("tiny-gpt2", check=False), str(tmp_path / "out"))
     with pytest.raises(DtLensError, match=r"takes a decision transformer .*, not a HookedLanguageModel; "):
         study.run()
-    assert not (str(tmp_path / "out")).exists()
+    assert study.folder == tmp_path / "out" and not study.folder.exists()

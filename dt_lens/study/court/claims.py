@@ -86,7 +86,7 @@ CLAIMS: tuple[Claim, ...] = (
         "The cosine with actions predicts damage",
         "Where the cosine with actions is stronger, edits cause the agent to fail; elsewhere they do not.",
         "behaviour",
-        "Spearman's correlation of |cosine| with damage",
+        "rank correlation of |cosine| with damage, inside kinds of matrices or matrices",
     ),
 )
 

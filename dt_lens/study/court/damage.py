@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -16,14 +17,14 @@ from dt_lens.matrices import find_matrix
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.claims import Found, NotApplicable, Way
 from dt_lens.study.court.rollouts import Arm, Arms
-from dt_lens.study.rank_correlation import RankCorrelation, rank_correlation
+from dt_lens.study.rank_correlation import RankCorrelation, at_equal_size, rank_correlation
 
 __all__ = ["cosine_predicts_damage", "hurts_more", "output_shares"]
 
 Array = NDArray[np.float64]
 MORE = 0.05  # margin of claim 3, a share of the return
 PREDICTS = 0.2  # margin of claim 7, a correlation
-FEW = 6  # edits for a correlation
+FEW = 12  # edits for a correlation: with fewer, intervals of a partial one cover too little
 RESAMPLES = 10_000
 
 
@@ -102,31 +103,32 @@ def _one_sided(p: float, value: float) -> float:
     return p / 2 if value > 0 else 1 - p / 2
 
 
-def cosine_predicts_damage(case: Case, way: Way, arms: Arms, source: str) -> Found:
-    """Claim 7: Spearman's correlation, over edits, of the best |cosine| with actions and the damage.
+def cosine_predicts_damage(
+    case: Case, way: Way, arms: Arms, source: str, energies: Sequence[float] | None = None
+) -> Found:
+    """Claim 7: the rank correlation, over edits, of the best |cosine| with actions and the damage.
+
+    Ranks are taken inside each kind of matrix: what one kind matches more and another is hurt more by, claims 1 and 3
+    say. With a dozen edits of every matrix, as in a sweep, they are taken inside each matrix.
 
     Args:
         source: in words, whose edits they are.
+        energies: of ``arms.edits``, on real inputs; their Frobenius norms when omitted.
     """
     edits = list(arms.edits)
     if way == "note" and arms.raw is not arms.edits:
         edits = [*arms.raw, *(arm for arm in arms.edits if arm.kind != "W_in")]
     if len(edits) < FEW:
-        raise NotApplicable(f"there are {len(edits)} edits, too few for a correlation")
-    base, scale, energy = arms.baseline.returns, arms.scale, [arm.energy for arm in edits]
+        raise NotApplicable(f"there are {len(edits)} edits, fewer than the {FEW} that a correlation takes")
+    base, scale = arms.baseline.returns, arms.scale
     if way == "note":
         damage = [float((base - arm.returns).mean() / scale) for arm in edits]
-        tried = {"over all edits": _correlate(_cosines(case, way, edits, False), damage, None)}
+        tried = {"over all edits": rank_correlation(_cosines(case, way, edits, False), damage, resamples=RESAMPLES)}
         quiet, other = True, float("nan")
     else:
+        size = [arm.energy for arm in edits] if energies is None else energies
         damage = [float((arm.controls.mean(0) - arm.returns).mean() / scale) for arm in edits]
-        tried, others = (
-            {
-                "over all edits": _correlate(cosines, damage, None),
-                "given the energy": _correlate(cosines, damage, energy),
-            }
-            for cosines in (_cosines(case, way, edits, control) for control in (False, True))
-        )
+        tried, others = (_inside(_cosines(case, way, edits, control), damage, size, edits) for control in (False, True))
         weaker = min(others.values(), key=lambda found: found.rho)
         quiet, other = not weaker.low > 0, weaker.rho
     name = min(tried, key=lambda name: tried[name].rho)
@@ -140,8 +142,19 @@ def cosine_predicts_damage(case: Case, way: Way, arms: Arms, source: str) -> Fou
     return Found(rho, low, high, effect=rho, margin=PREDICTS, p_value=p, quiet=quiet, said=said, numbers=numbers)
 
 
-def _correlate(x: Sequence[float], y: Sequence[float], given: Sequence[float] | None) -> RankCorrelation:
-    return rank_correlation(x, y, given=given, resamples=RESAMPLES)
+def _inside(
+    cosines: Sequence[float], damage: Sequence[float], size: Sequence[float], edits: Sequence[Arm]
+) -> dict[str, RankCorrelation]:
+    matrices, kinds = [arm.matrix for arm in edits], [arm.kind for arm in edits]
+    if min(Counter(matrices).values()) >= FEW:
+        return {
+            "inside matrices": rank_correlation(cosines, damage, matrices, resamples=RESAMPLES),
+            "at equal energy": at_equal_size(cosines, damage, size, matrices),
+        }
+    return {
+        "inside kinds": rank_correlation(cosines, damage, kinds, resamples=RESAMPLES),
+        "given the energy": rank_correlation(cosines, damage, kinds, size, resamples=RESAMPLES),
+    }
 
 
 def _cosines(case: Case, way: Way, edits: Sequence[Arm], control: bool) -> list[float]:

@@ -15,6 +15,7 @@ from dt_lens.activations import Activations
 from dt_lens.behaviour.evaluate import Setting, _check_count, model_id, setting_of
 from dt_lens.behaviour.text_windows import Texts, cut, read_texts
 from dt_lens.errors import DtLensError
+from dt_lens.matrices import select_matrices
 from dt_lens.progress import Tell, reporting
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.claims import (
@@ -293,10 +294,14 @@ class _Trial:
         return hurts_more(self.case, way, arms, energies)
 
     def _predicts(self, way: Way) -> Found:
-        if self.swept is not None:
-            return cosine_predicts_damage(self.case, way, *self.swept)
-        arms = self._required_arms()
-        return cosine_predicts_damage(self.case, way, arms, f"this court's own, {len(arms.baseline)} episodes each")
+        arms, source = self.swept or (None, "")
+        # A sweep's directions are of folded matrices, the note's of raw ones: number 5 of one is not number 5 of both.
+        if arms is None or (way == "note" and any(matrix.foldable for matrix in select_matrices(self.case.model))):
+            arms = self._required_arms()
+            source = f"this court's own, {len(arms.baseline)} episodes each"
+        heard = way == "proper" and self.setting is not None
+        energies = output_shares(self.case, arms.edits, self._activations()) if heard else None
+        return cosine_predicts_damage(self.case, way, arms, source, energies)
 
     def _activations(self) -> Activations:
         from dt_lens.behaviour.activations import collect_activations

@@ -98,11 +98,11 @@ def test_without_layernorms_raw_edits_are_the_same_edits(plain: Any, tmp_path: P
 
 def test_a_sweep_stands_in_for_claim_7(agent: Any, tried: Any, tmp_path: Path) -> None:
     setting = {"episodes": 3, "max_steps": 6, "workers": 1}
-    made = Sweep(agent, tmp_path, matrices="*.W_in", sv="0-7", edits="zero,constant", controls=1, **setting).run()
+    made = Sweep(agent, tmp_path, matrices="*.W_in", sv="0-11", edits="zero,constant", controls=1, **setting).run()
     _, out = tried
     result = court(agent, out, sweep=tmp_path, **OPTIONS)
     found = result.ruling(7).found
-    assert found is not None and "8 of a sweep, zero, 3 episodes each" in found.said
+    assert found is not None and "12 of a sweep, zero, 3 episodes each" in found.said
     other = dataclasses.replace(agent.facts, target_returns=(50.0,))
     kept, agent.facts = agent.facts, other
     try:
