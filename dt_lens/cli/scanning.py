@@ -86,8 +86,8 @@ def scan(
                 from dt_lens import collect_activations
 
                 # A language model reads its held-out text, where nothing is drawn.
-                seeds = {} if hasattr(loaded, "tokenizer") else {"seed": seed}
-                given_activations = collect_activations(loaded, progress=tell, **seeds)
+                episodes_from = 0 if hasattr(loaded, "tokenizer") else seed
+                given_activations = collect_activations(loaded, seed=episodes_from, progress=tell)
             table = svd.scan(
                 names,
                 null,
