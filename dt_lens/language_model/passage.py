@@ -269,7 +269,8 @@ class _Passage:
         own = config._attn_implementation
         if self.methods and own not in (None, "eager"):
             raise DtLensError(
-                f"This model's attention is {own!r}, which shows no pattern; load it with attn_implementation='eager'."
+                f"This model's attention is {own!r}, which shows no pattern; load it with Hugging Face's "
+                "from_pretrained(..., attn_implementation='eager') and wrap it again."
             )
         token = _cores.set(self.cores)
         try:
