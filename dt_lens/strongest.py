@@ -60,7 +60,7 @@ def strongest(
             union = count * float(svd.rotations(labels, 1, seed).p_value(value))
             # These directions are not orthogonal as a rotated frame is; the union bound holds for any.
             skewed = bool(meeting.found.activations) and meeting.matrix.side(meeting.side) == "left"
-            median, p = float(np.median(drawn)), union if skewed else tail_or_share(union, share, samples)
+            median, p = float(np.median(drawn)), union if skewed else float(tail_or_share(union, share, samples))
         name, known = meeting.labels.embedding.name, meeting.labels.embedding.labels
         table.append((meeting.matrix.name, meeting.side, name, sv, known[label], value, median, p))
     frame = pd.DataFrame(table, columns=COLUMNS[:-1])

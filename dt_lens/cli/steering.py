@@ -61,5 +61,5 @@ def steer(
     print_table(result.curve, "The unedited agent at each target")
     if len(result.table):
         print_table(result.choosing, "Directions that were tried")
-        print_table(result.table, "The chosen one and its control, on fresh seeds")
+        print_table(result.table, "The chosen one, on fresh seeds")
     print(f"\n{result.sentence}\n\nThe page: {folder / 'steering.html'}")

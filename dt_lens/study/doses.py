@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dt_lens.activations import Activations
 from dt_lens.behaviour.outcomes import Evaluation
-from dt_lens.edits import Edit, SingularEdit
+from dt_lens.edits import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import select_matrices
 from dt_lens.svd import WeightSVD
 
-__all__ = ["Candidate", "candidates_of", "dosed", "slopes"]
+__all__ = ["Candidate", "candidates_of", "dosed", "loudness", "slopes"]
 
 Array = NDArray[np.float64]
 FIRST = 40  # directions of a matrix among which matches are looked for
@@ -67,17 +68,27 @@ def candidates_of(model: Any, count: int) -> list[Candidate]:
     ]
 
 
-def dosed(model: Any, direction: Candidate, dose: float, control: int | None = None) -> Edit:
-    """A dose of the direction; or, with a control's seed, the same change of sigma given to a random read direction."""
-    if control is None:
+def dosed(model: Any, direction: Candidate, dose: float, random: int | None = None, scale: float = 1.0) -> SingularEdit:
+    """A dose of the direction; or, with a seed, ``scale`` times that change given to a random read direction."""
+    if random is None:
         return SingularEdit(model, direction.matrix, direction.sv, side="read", value=dose)
     found = WeightSVD(model)[direction.matrix]
     own = found.side("read")[direction.sv]
-    drawn = torch.randn(len(own), generator=torch.Generator().manual_seed(control), dtype=own.dtype)
+    drawn = torch.randn(len(own), generator=torch.Generator().manual_seed(random), dtype=own.dtype)
     if found.folded and found.matrix.centred(found.matrix.side("read")):
         drawn = drawn - drawn.mean()
-    random = drawn / drawn.norm()
-    return SingularEdit(model, direction.matrix, direction.sv, side="read", value=own + (dose - 1) * random)
+    value = own + scale * (dose - 1) * drawn / drawn.norm()
+    return SingularEdit(model, direction.matrix, direction.sv, side="read", value=value)
+
+
+def loudness(model: Any, direction: Candidate, random: int, activations: Activations) -> float:
+    """The scale at which a random read direction's doses put out as much on real inputs as the direction's own.
+
+    A random direction meets far less of what the stream holds than one that the model reads: at the same norm it would
+    be a control that hardly speaks.
+    """
+    own, other = (dosed(model, direction, 2.0, seed).output_energy(activations) for seed in (None, random))
+    return own / other
 
 
 def slopes(arms: Mapping[float, Evaluation]) -> Array:

@@ -213,5 +213,5 @@ def _interval(drawn: Array, found: float, confidence: float) -> tuple[float, flo
     below = ((drawn < found).sum() + (drawn == found).sum() / 2) / len(drawn)
     shift = 2 * stats.norm.ppf(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn)))
     tail = stats.norm.ppf((1 - confidence) / 2)
-    low, high = np.quantile(drawn, stats.norm.cdf([shift + tail, shift - tail]))
-    return float(low), float(high)
+    ends = np.quantile(drawn, stats.norm.cdf(np.array([shift + tail, shift - tail])))
+    return float(ends[0]), float(ends[1])

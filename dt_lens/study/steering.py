@@ -7,30 +7,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from dt_lens.activations import Activations
+from dt_lens.behaviour.activations import collect_activations
 from dt_lens.behaviour.evaluate import _check_count, model_id, setting_of
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.statistics import Interval, bootstrap_interval, sign_flip, wilson
 from dt_lens.edits import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.progress import Tell, reporting
-from dt_lens.study.doses import Candidate, candidates_of, dosed, slopes
+from dt_lens.study.doses import Candidate, candidates_of, dosed, loudness, slopes
 from dt_lens.study.trials import Arm, Trials
 from dt_lens.study.written import plain, write_tables
 
 __all__ = ["DOSES", "Candidate", "SteeringResult", "steer"]
 
-Verdict = Literal["found", "moves the return by failing", "none found", "undecided", "not applicable"]
+Verdict = Literal[
+    "found", "moves the return by failing", "no more than random", "none found", "undecided", "not applicable"
+]
 DOSES = (0.0, 0.5, 1.5, 2.0)
 FRESH = 1000  # seeds from here on (after the first) report
 REACH = 0.1  # the smallest reach of interest, a share of the curve's range
 RISE = 0.1  # the largest rise in failures that is accepted
+RANDOM = 19  # random directions: none of them may reach as far for p = 0.05
+ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,16 @@ class SteeringResult:
         verdict: see ``docs/steering.md``.
         sentence: the verdict with its numbers.
         best: the chosen direction; ``None`` where steering is not applicable.
-        curve: a row per target: ``target mean low high failure_rate``.
+        curve: a row per target: ``target mean mean_low mean_high failure_rate failure_rate_low failure_rate_high
+            episodes``.
         choosing: a row per candidate: why it was tried, its slope, its rise in failures, and whether it was set aside.
-        table: a row per arm (``chosen``, ``control``) and dose on the fresh seeds: mean return with its interval,
-            failure rate with its interval.
-        numbers: reach, reach beyond the control and rise in failures with their intervals, p, and what was run.
+        table: a row per dose of the chosen direction on the fresh seeds: mean return with its interval, failure rate
+            with its interval.
+        randoms: a row per random direction, read as loudly as the chosen one: its ``seed``, its ``scale`` (how much
+            larger its change's norm is), the least and the largest dose's ``lowest`` and ``highest`` mean returns, its
+            ``reach``, and its ``failure_rise``. The first row, with no seed, is the chosen direction's, over the same
+            doses and episodes.
+        numbers: reach and rise in failures with their intervals, p, and what was run.
     """
 
     verdict: Verdict
@@ -54,11 +67,12 @@ class SteeringResult:
     curve: pd.DataFrame
     choosing: pd.DataFrame
     table: pd.DataFrame
+    randoms: pd.DataFrame
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        frames = {name: getattr(self, name).to_dict("records") for name in ("curve", "choosing", "table")}
+        frames = {name: getattr(self, name).to_dict("records") for name in ("curve", "choosing", "table", "randoms")}
         best = None if self.best is None else self.best._asdict()
         told = {"verdict": self.verdict, "sentence": self.sentence, "best": best, **frames, **self.numbers}
         return dict(plain(told))
@@ -102,11 +116,12 @@ def steer(
         out: the folder for the arms, ``steering.html``, ``steering.csv`` and ``steering.json``.
         name: what the page calls the model.
         episodes: on fresh seeds, for the report.
-        choosing: episodes of an arm while choosing, and of a target.
+        choosing: episodes of an arm while choosing, of a target, and of a random direction.
         candidates: directions that are tried.
         doses: what sigma is multiplied by; 1 is the unedited agent, which is there anyway.
         targets: of the curve, in the environment's units; the model's own by default.
-        seed: of the first episode while choosing; the report begins 1,000 later. Also of the control's direction.
+        seed: of the first episode while choosing; the report begins 1,000 later. Also of the
+            random directions.
         environment, max_steps, workers: as for ``evaluate``.
         command: the command line that does this again, for the page.
         progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
@@ -165,17 +180,18 @@ class _Search:
         worst, best = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
         extent = means[best] - means[worst]
         curve = pd.DataFrame([{"target": target, **_row(found)} for target, found in at.items()])
-        low, high = bootstrap_interval(at[best].returns - at[worst].returns)
+        p = _differ(np.array([found.returns for found in at.values()]), self.seed)
         numbers: dict[str, Any] = {
-            "environment": at[best].environment, "range": extent, "range_interval": [low, high], "doses": self.doses,
+            "environment": at[best].environment, "range": extent, "range_p_value": p, "doses": self.doses,
             "episodes": episodes, "choosing": choosing, "seed": self.seed,
         }  # fmt: skip
-        if not low > 0:
+        if p >= ALPHA:
             sentence = (
                 f"The target makes no clear difference to the return ({extent:+,.1f} between the best and the worst, "
-                f"95 % {low:,.1f} to {high:,.1f}), so there is no curve to move along."
+                f"p = {p:.2g}), so there is no curve to move along."
             )
-            return SteeringResult("not applicable", sentence, None, curve, pd.DataFrame(), pd.DataFrame(), numbers)
+            empty = pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
+            return SteeringResult("not applicable", sentence, None, curve, *empty, numbers)
         target = min(means, key=lambda t: abs(means[t] - (means[best] + means[worst]) / 2))
         tried = self._choose(at[target], means, target, choosing, count, tell)
         # The steepest of those that are not set aside; where all are, the one of the least rise in failures.
@@ -187,9 +203,11 @@ class _Search:
         sign = 1.0 if chosen["slope"] >= 0 else -1.0
         numbers |= {"operating_target": target, "slope_when_chosen": float(chosen["slope"])}
         numbers["set_aside_when_chosen"] = bool(chosen["set_aside"])
-        table, found = self._report(direction, target, extent, sign, episodes, tell)
+        table, arms, found = self._report(direction, target, extent, sign, episodes, tell)
+        randoms, more = self._randoms(direction, target, extent, arms, choosing, tell)
+        found |= more
         verdict, sentence = _verdict(direction, found, extent)
-        return SteeringResult(verdict, sentence, direction, curve, tried, table, {**numbers, **found})
+        return SteeringResult(verdict, sentence, direction, curve, tried, table, randoms, {**numbers, **found})
 
     def _evaluate(self, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
         trials = Trials(self.model, self.out / "arms", episodes, seed, target, self.workers)
@@ -228,34 +246,95 @@ class _Search:
 
     def _report(
         self, direction: Candidate, target: float, extent: float, sign: float, episodes: int, tell: Tell
-    ) -> tuple[pd.DataFrame, dict[str, Any]]:
-        start, steps = self.seed + FRESH, 2 * len(self.doses) + 1
-        tell("reporting on fresh seeds", 0.6)
+    ) -> tuple[pd.DataFrame, dict[float, Evaluation], dict[str, Any]]:
+        start = self.seed + FRESH
         plain = self._evaluate(None, target, episodes, start)
-        arms, controls, done = {1.0: plain}, {1.0: plain}, 1
-        for kind, place in (("chosen", arms), ("control", controls)):
-            for dose in self.doses:
-                tell(f"reporting on fresh seeds  {kind}", 0.6 + 0.4 * done / steps)
-                edit = dosed(self.model, direction, dose, None if kind == "chosen" else self.seed)
-                place[dose] = self._evaluate(edit, target, episodes, start)
-                done += 1
-        table = pd.DataFrame(
-            [
-                {"arm": kind, "dose": dose, **_row(place[dose])}
-                for kind, place in (("chosen", arms), ("control", controls))
-                for dose in sorted(place)
-            ]
-        )
-        span = (max(arms) - min(arms)) / extent * sign
-        reach, other = slopes(arms) * span, slopes(controls) * span
-        # A random direction's sign is a coin's, so the control counts by its size.
-        size = other * np.sign(other.mean())
+        arms = {1.0: plain}
+        for done, dose in enumerate(self.doses):
+            tell("reporting on fresh seeds", 0.5 + 0.2 * (done + 1) / (len(self.doses) + 1))
+            arms[dose] = self._evaluate(dosed(self.model, direction, dose), target, episodes, start)
+        table = pd.DataFrame([{"dose": dose, **_row(arms[dose])} for dose in sorted(arms)])
+        reach = slopes(arms) * (max(arms) - min(arms)) / extent * sign
         rise = np.mean([arms[dose].failed for dose in self.doses], axis=0) - plain.failed
         found: dict[str, Any] = {"p_value": sign_flip(reach)}
-        for name, values in (("reach", reach), ("control_reach", other), ("beyond", reach - size), ("rise", rise)):
+        for name, values in (("reach", reach), ("rise", rise)):
             found[name] = float(values.mean())
             found[f"{name}_interval"] = list(bootstrap_interval(values))
-        return table, found
+        return table, arms, found
+
+    def _randoms(
+        self,
+        direction: Candidate,
+        target: float,
+        extent: float,
+        arms: Mapping[float, Evaluation],
+        episodes: int,
+        tell: Tell,
+    ) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """How far random directions reach that the same place reads as loudly, by the two outermost doses."""
+        ends, start = (min(self.doses), max(self.doses)), self.seed + FRESH
+        inputs, few = self._inputs(target, tell), slice(0, min(episodes, len(arms[1.0])))
+
+        def row(seed: int | None, scale: float, one: Evaluation, other: Evaluation) -> dict[str, Any]:
+            returns, fails = ([f(found)[few] for found in (one, other)] for f in (_returns, _failed))
+            low, high = (float(values.mean()) for values in returns)
+            rise = max(float(values.mean()) for values in fails) - float(arms[1.0].failed[few].mean())
+            place = {"seed": seed, "scale": scale, "lowest": low, "highest": high}
+            return place | {"reach": (high - low) / extent, "failure_rise": rise}
+
+        rows = [row(None, 1.0, *(arms[dose] for dose in ends))]
+        for number in range(RANDOM):
+            tell(f"random directions  {number + 1} of {RANDOM}", 0.7 + 0.3 * number / RANDOM)
+            seed = self.seed + number
+            scale = loudness(self.model, direction, seed, inputs)
+            edits = (dosed(self.model, direction, dose, seed, scale) for dose in ends)
+            rows.append(row(seed, scale, *(self._evaluate(edit, target, few.stop, start) for edit in edits)))
+        table = pd.DataFrame(rows)
+        table["seed"] = table["seed"].astype("Int64")
+        size, ours = table["reach"].abs()[1:], abs(float(table["reach"][0]))
+        # One that moves the return by failing is no rival.
+        as_far = int(((size >= ours) & (table["failure_rise"][1:] <= RISE)).sum())
+        told = {"random_directions": RANDOM, "random_as_far": as_far, "random_p_value": (1 + as_far) / (1 + RANDOM)}
+        return table, {**told, "random_median": float(size.median())}
+
+    def _inputs(self, target: float, tell: Tell) -> Activations:
+        """What the matrices read while the unedited agent plays for the operating target."""
+        file = self.out / "activations.safetensors"
+        setting = setting_of(self.model, self.environment, None, target, self.max_steps, "steer")
+        wanted = {"model_id": model_id(self.model), "target_return": target, "environment": setting.environment}
+        if file.is_file():
+            with suppress(DtLensError):  # damaged: collected again
+                kept = Activations.load(file)
+                if all(kept.record.get(name) == value for name, value in wanted.items()):
+                    return kept
+        tell("collecting activations", 0.7)
+        found = collect_activations(
+            self.model,
+            seed=self.seed,
+            environment=self.environment,
+            max_steps=self.max_steps,
+            target_return=target,
+        )
+        found.save(file)
+        return found
+
+
+def _returns(found: Evaluation) -> NDArray[np.float64]:
+    return found.returns
+
+
+def _failed(found: Evaluation) -> NDArray[np.bool_]:
+    return found.failed
+
+
+def _differ(returns: NDArray[np.float64], seed: int, draws: int = 9999) -> float:
+    """The chance of a range of means as large where targets make no difference: ``[target, episode]``, paired.
+
+    By permuting each episode's returns over the targets; best and worst are looked for again in every permutation.
+    """
+    rng, range_of = np.random.default_rng(seed), np.ptp(returns.mean(1))
+    drawn = np.array([np.ptp(rng.permuted(returns, axis=0).mean(1)) for _ in range(draws)])
+    return (1 + int((drawn >= range_of * (1 - 1e-12)).sum())) / (1 + draws)
 
 
 def _row(found: Evaluation) -> dict[str, Any]:
@@ -269,16 +348,18 @@ def _row(found: Evaluation) -> dict[str, Any]:
 
 
 def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> tuple[Verdict, str]:
-    reach, beyond, rise = (Interval(*found[f"{name}_interval"]) for name in ("reach", "beyond", "rise"))
+    reach, rise = (Interval(*found[f"{name}_interval"]) for name in ("reach", "rise"))
     verdict: Verdict = "undecided"
     if reach.high < REACH:
         verdict = "none found"
-    elif reach.low > 0 and beyond.low > 0:
-        verdict = "found" if rise.high <= RISE else "moves the return by failing"
+    elif reach.low > 0 and rise.high > RISE:
+        verdict = "moves the return by failing"
+    elif reach.low > 0:
+        verdict = "found" if found["random_p_value"] <= ALPHA else "no more than random"
     said = (
         f"The best candidate was {direction.name} ({direction.why}). On fresh seeds its doses move the return by "
-        f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, a random "
-        f"direction's by {found['control_reach']:+.0%}, and failures rise by {found['rise']:+.0%} "
-        f"[{rise.low:+.0%}, {rise.high:+.0%}]: {verdict}."
+        f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, and "
+        f"failures rise by {found['rise']:+.0%} [{rise.low:+.0%}, {rise.high:+.0%}]; of {found['random_directions']} "
+        f"random directions read as loudly {found['random_as_far']} move it as far without failing: {verdict}."
     )
     return verdict, said

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dt_lens.report.page import Note, Plot, Section, Table, write_report
+from dt_lens.report.page import Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from dt_lens.study.steering import SteeringResult
 
-__all__ = ["steering_figure", "write_steering"]
+__all__ = ["randoms_figure", "steering_figure", "write_steering"]
 
-COLOURS = {"chosen": "rgb(31,119,180)", "control": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
+COLOURS = {"chosen": "rgb(31,119,180)", "random": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
 
 
 def write_steering(path: Path, result: SteeringResult) -> Path:
@@ -30,9 +30,27 @@ def write_steering(path: Path, result: SteeringResult) -> Path:
             "What target and dose do",
             [
                 Plot(steering_figure(result)),
-                Table(result.table, "Doses on fresh seeds; the control gives the same change to a random direction."),
+                Table(result.table, "Doses of the chosen direction on fresh seeds."),
                 Table(result.curve, "The unedited agent at each target."),
             ],
+        )
+        sections.append(
+            Section(
+                "Is it more than a random direction?",
+                [
+                    (
+                        f"{result.numbers['random_directions']} random directions in the place of the chosen one, each "
+                        "given as much as makes it as loud on the agent's own inputs. None may reach as far, without "
+                        "failing, for p = 0.05."
+                    ),
+                    Plot(randoms_figure(result)),
+                    Folded("The numbers", [Table(result.randoms)]),
+                    Note(
+                        "The chosen direction was the best of those that were tried, and each of these was drawn once: "
+                        "p is that of a direction named beforehand."
+                    ),
+                ],
+            )
         )
         sections.append(
             Section(
@@ -66,14 +84,13 @@ def write_steering(path: Path, result: SteeringResult) -> Path:
 
 
 def steering_figure(result: SteeringResult) -> go.Figure:
-    """The mean return by target, by dose beside its control, and the failure rate by dose, with 95 % intervals."""
+    """The mean return by target and by dose, and the failure rate by dose, with 95 % intervals."""
     titles = ("by target", "by dose", "failures by dose")
     figure = make_subplots(1, 3, horizontal_spacing=0.09, subplot_titles=titles)
     _line(figure, result.curve, "target", "mean", "targets", 1)
-    for arm in ("chosen", "control") if len(result.table) else ():
-        rows = result.table[result.table["arm"] == arm]
-        _line(figure, rows, "dose", "mean", arm, 2)
-        _line(figure, rows, "dose", "failure_rate", arm, 3, legend=False)
+    if len(result.table):
+        _line(figure, result.table, "dose", "mean", "chosen", 2)
+        _line(figure, result.table, "dose", "failure_rate", "chosen", 3, legend=False)
     low, high = result.curve["mean"].min(), result.curve["mean"].max()
     figure.add_hrect(low, high, row=1, col=2, fillcolor=COLOURS["targets"], opacity=0.1, line_width=0)
     ends = [*result.curve["mean_low"], *result.curve["mean_high"]]
@@ -90,6 +107,29 @@ def steering_figure(result: SteeringResult) -> go.Figure:
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     chosen = "no direction was chosen" if result.best is None else result.best.name
     return finish(figure, "Target and dose", f"{chosen}; the band is the curve's range", height=420, wide=760)
+
+
+def randoms_figure(result: SteeringResult) -> go.Figure:
+    """Every direction's mean return at the least dose against that at the largest; on the diagonal, no reach."""
+    figure, table = go.Figure(), result.randoms
+    ends = [*result.curve["mean_low"], *result.curve["mean_high"], *table["lowest"], *table["highest"]]
+    span = [min(ends), max(ends)]
+    figure.add_trace(
+        go.Scatter(x=span, y=span, mode="lines", showlegend=False, line={"color": "rgb(200,200,200)", "dash": "dot"})
+    )
+    chosen = table["seed"].isna()
+    for name, rows in (("random", table[~chosen]), ("chosen", table[chosen])):
+        marker = {
+            "color": COLOURS[name],
+            "size": 12 if name == "chosen" else 8,
+            "symbol": ["x" if rise > 0 else "circle" for rise in rows["failure_rise"]],
+        }
+        figure.add_trace(
+            go.Scatter(x=rows["lowest"], y=rows["highest"], mode="markers", name=name, marker=marker, hoverinfo="x+y")
+        )
+    figure.update_xaxes(title_text="mean return at the least dose")
+    figure.update_yaxes(title_text="mean return at the largest dose")
+    return finish(figure, "Random directions, as loud", "a cross: failures rise", height=420, wide=760)
 
 
 def _line(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, column: int, legend: bool = True) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+import dt_lens
 from dt_lens.behaviour.evaluate import model_id
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.rollouts import Outcome
@@ -18,7 +20,7 @@ from dt_lens.changes import Edit
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
 from dt_lens.study import steering
-from dt_lens.study.doses import Candidate, candidates_of, dosed, slopes
+from dt_lens.study.doses import Candidate, candidates_of, dosed, loudness, slopes
 from dt_lens.study.steering import SteeringResult, steer
 from dt_lens.svd import WeightSVD
 
@@ -34,10 +36,13 @@ def agent(make_dt: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, Any], None]:
-    """Replace episodes by ``target + change + noise``; an edit that is no scaling is the control and does nothing."""
+def answering(agent: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, Any], None]:
+    """Replace episodes by ``target + change + noise``; an edit that is no scaling is random and does nothing."""
 
-    def put(answer: Answer, obeys: float = 1.0, control: Answer | None = None) -> None:
+    inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
+    monkeypatch.setattr(steering._Search, "_inputs", lambda *_: inputs)
+
+    def put(answer: Answer, obeys: float = 1.0, random: Callable[[Edit], tuple[float, float]] | None = None) -> None:
         def evaluate(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
             change, fails, key = 0.0, 0.0, 0
             if edit is not None:
@@ -46,8 +51,8 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, Any], None]:
                 if isinstance(value, float):
                     change, fails = answer(record["matrix"], sv, value)
                     key = int(1000 * value) + sv
-                elif control is not None:
-                    change, fails = control(record["matrix"], sv, float(np.linalg.norm(value)))
+                elif random is not None:
+                    change, fails = random(edit)
             outcomes = []
             for i in range(seed, seed + episodes):
                 own = np.random.default_rng([i, 1]).standard_normal()  # what the pair shares
@@ -82,7 +87,10 @@ def test_a_handle_is_found(agent: Any, handle: Candidate, answering: Any, tmp_pa
     assert (result.best.matrix, result.best.sv) == (handle.matrix, handle.sv)
     assert result.numbers["reach"] == pytest.approx(80 / 200, abs=0.03)  # doses 0 to 2, of a range of 200
     assert result.numbers["operating_target"] == 200
-    assert len(result.table) == 10 and set(result.table["episodes"]) == {40}
+    assert len(result.table) == 5 and set(result.table["episodes"]) == {40}
+    assert len(result.randoms) == 20 and result.numbers["random_p_value"] == 0.05
+    assert result.randoms["reach"][0] == pytest.approx(80 / 200, abs=0.05)
+    assert result.randoms["reach"][1:].abs().max() < 0.1
     kept = json.loads((tmp_path / "steering.json").read_text())
     assert kept["verdict"] == "found" and "steering" in (tmp_path / "steering.html").read_text()
 
@@ -102,7 +110,8 @@ def test_the_report_is_of_other_seeds_than_the_choice(
     tried(agent, tmp_path)
     choice, report = seen[: 3 + 6 * 4], seen[3 + 6 * 4 :]
     assert {(begin, end) for _, begin, end in choice} == {(0, 8)}
-    assert {(begin, end) for _, begin, end in report} == {(1000, 1040)} and len(report) == 9
+    assert {(begin, end) for _, begin, end in report[:5]} == {(1000, 1040)}
+    assert {(begin, end) for _, begin, end in report[5:]} == {(1000, 1008)} and len(report) == 5 + 2 * 19
 
 
 def test_downwards_is_a_handle_too(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
@@ -149,20 +158,35 @@ def test_a_handle_that_fails_is_called_so(agent: Any, handle: Candidate, answeri
 
 
 def test_what_any_direction_does_is_no_handle(agent: Any, answering: Any, tmp_path: Path) -> None:
-    """The control's returns move with the size of its vector; the chosen one's no more than they do."""
+    """As loud, a random direction moves the return as far; where that is by failing, it is no rival."""
     answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0))
-    base = tried(agent, tmp_path / "quiet")
-    assert base.verdict == "found"
+    assert tried(agent, tmp_path / "quiet").verdict == "found"
+    own = WeightSVD(agent)
 
-    made: list[float] = []
+    def random(fails: float) -> Callable[[Edit], tuple[float, float]]:
+        def answer(edit: Edit) -> tuple[float, float]:
+            record: Any = edit.to_dict()
+            vector = own[record["matrix"]].side("read")[record["sv"][0]]
+            change = torch.as_tensor(record["value"], dtype=vector.dtype) - vector
+            drawn = torch.randn(len(change), generator=torch.Generator().manual_seed(3), dtype=vector.dtype)
+            drawn -= drawn.mean()
+            return float(60 * torch.sign(change @ drawn)), fails  # the larger dose moves it one way, the smaller back
 
-    def control(_name: str, _sv: int, _size: float) -> tuple[float, float]:
-        made.append(_size)
-        dose = (0.0, 0.5, 1.5, 2.0)[len(made) - 1]
-        return 30 * (dose - 1), 0.0
+        return answer
 
-    answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), control=control)
-    assert tried(agent, tmp_path / "loud").verdict != "found"
+    answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.0))
+    loud = tried(agent, tmp_path / "loud")
+    assert loud.verdict == "no more than random" and loud.numbers["random_as_far"] == 19
+    answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.9))
+    assert tried(agent, tmp_path / "failing").verdict == "found"
+
+
+def test_a_target_that_does_nothing_is_seldom_a_curve() -> None:
+    """Best and worst are picked after looking, in the permutations as in the data."""
+    rng, trials = np.random.default_rng(8), 200
+    found = sum(steering._differ(rng.standard_normal((5, 8)), seed, 199) < 0.05 for seed in range(trials))
+    assert stats.binomtest(found, trials, 0.05).pvalue > 1e-3
+    assert steering._differ(rng.standard_normal((5, 8)) + 2 * np.arange(5)[:, None], 0) < 0.001
 
 
 def test_an_agent_that_ignores_its_target_has_no_curve(agent: Any, answering: Any, tmp_path: Path) -> None:
@@ -182,14 +206,18 @@ def test_slopes() -> None:
 
 
 @pytest.mark.parametrize("dose", [0.0, 0.5, 2.0])
-def test_the_control_is_as_large_and_points_elsewhere(agent: Any, handle: Candidate, dose: float) -> None:
-    edit, control = dosed(agent, handle, dose), dosed(agent, handle, dose, 7)
-    assert control.effective_energy == pytest.approx(edit.effective_energy, rel=1e-6)
-    mine, other = (left @ right for left, right in (edit.delta, control.delta))
-    assert abs(float((mine * other).sum() / mine.norm() / other.norm())) < 0.6
+def test_a_random_direction_is_as_loud_and_points_elsewhere(agent: Any, handle: Candidate, dose: float) -> None:
+    inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
+    scale = loudness(agent, handle, 7, inputs)
+    edit, other = dosed(agent, handle, dose), dosed(agent, handle, dose, 7, scale)
+    assert other.output_energy(inputs) == pytest.approx(edit.output_energy(inputs), rel=1e-5)
+    same = dosed(agent, handle, dose, 7)
+    assert same.effective_energy == pytest.approx(edit.effective_energy, rel=1e-6)
+    mine, theirs = (left @ right for left, right in (edit.delta, other.delta))
+    assert abs(float((mine * theirs).sum() / mine.norm() / theirs.norm())) < 0.6
     # Twice as far is twice as much, in the same random direction.
-    left, right = dosed(agent, handle, 1 + 2 * (dose - 1), 7).delta
-    torch.testing.assert_close(left @ right, 2 * other, rtol=1e-5, atol=1e-9)
+    left, right = dosed(agent, handle, 1 + 2 * (dose - 1), 7, scale).delta
+    torch.testing.assert_close(left @ right, 2 * theirs, rtol=1e-5, atol=1e-9)
 
 
 def test_candidates(agent: Any) -> None:
@@ -206,7 +234,7 @@ def test_real_episodes_are_kept(agent: Any, tmp_path: Path, monkeypatch: pytest.
     options = {"episodes": 2, "choosing": 2, "candidates": 1, "doses": (0.0, 2.0), "max_steps": 4, "workers": 1}
     result = steer(agent, tmp_path, **options)
     files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()}
-    assert len(files) == (3 if result.verdict == "not applicable" else 10)
+    assert len(files) == (3 if result.verdict == "not applicable" else 3 + 2 + 3 + 38)
     again = steer(agent, tmp_path, **options)
     assert again.to_dict() == result.to_dict()
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()} == files
