@@ -252,8 +252,9 @@ class WeightSVD:
         """The best match of each whole matrix with each embedding: "I looked at everything and saw 0.24".
 
         Under ``"haar"`` all directions are rotated at once: ``p_value`` is the share of ``samples`` random rotations
-        with a match as good, or the union bound over the directions where that is below ``100 / (samples + 1)``. Under ``"untrained"`` and ``"shuffled"`` it is the share among the matrices
-        of the same kind in ``draws`` models. ``"covariance"`` says nothing of whole frames.
+        with a match as good, or the union bound over the directions where that is below ``100 / (samples + 1)``. Under
+        ``"untrained"`` and ``"shuffled"`` it is the share among the matrices of the same kind in ``draws`` models.
+        ``"covariance"`` says nothing of whole frames.
 
         Args: as for ``scan``.
 

@@ -23,7 +23,6 @@ __all__ = [
     "logrank",
     "mcnemar",
     "sign_flip",
-    "spearman",
     "wilson",
 ]
 
@@ -153,41 +152,6 @@ def cohen_dz(differences: ArrayLike) -> float:
     if np.ptp(d) == 0:
         return 0.0 if mean == 0 else float(np.copysign(np.inf, mean))
     return mean / std
-
-
-def spearman(
-    x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, Interval, float]:
-    """Spearman's rank correlation of ``x [n]`` and ``y [n]``, a percentile bootstrap interval over pairs, and p.
-
-    p is two-sided, by permuting ``y`` against ``x``; the data count as one permutation. Where either is constant the
-    correlation is undefined: ``(nan, (nan, nan), 1.0)``.
-    """
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if len(a) != len(b):
-        raise ValueError(f"x has {len(a)} values and y {len(b)}; they must be pairs")
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan"), _NONE, 1.0
-    rng = np.random.default_rng(seed)
-    rho = float(_rank_correlation(a[None], b[None])[0])
-    draws = rng.integers(0, len(a), size=(resamples, len(a)))
-    resampled = _rank_correlation(a[draws], b[draws])
-    resampled = resampled[np.isfinite(resampled)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled, (tail, 1 - tail)) if len(resampled) else _NONE
-    shuffled = rng.permuted(np.broadcast_to(b, (resamples, len(b))), axis=1)
-    null = _rank_correlation(np.broadcast_to(a, shuffled.shape), shuffled)
-    p = (int((np.abs(null) >= abs(rho) - 1e-12).sum()) + 1) / (resamples + 1)
-    return rho, Interval(float(low), float(high)), p
-
-
-def _rank_correlation(x: Float, y: Float) -> Float:
-    """Row by row, ``nan`` where a row is constant: ``[row, n]``, ``[row, n]`` -> ``[row]``."""
-    a, b = (stats.rankdata(v, axis=1) for v in (x, y))
-    a, b = (v - v.mean(axis=1, keepdims=True) for v in (a, b))
-    with np.errstate(invalid="ignore"):
-        rho: Float = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    return rho
 
 
 class SurvivalCurve(NamedTuple):

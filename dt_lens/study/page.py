@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from dt_lens.behaviour.statistics import wilson
@@ -94,20 +95,23 @@ def sentences(result: StudyResult) -> list[str]:
         f"The worst edit, {worst['matrix']} sv={worst['sv']}, changes the return by **{_signed(worst['difference'])}** "
         f"and its control by {_signed(worst['control_difference'])}."
     )
-    rho, (low, high), p = result.spearman
-    if rho != rho:
-        said.append("Whether cosine predicts damage cannot be said from these edits: one of the two does not vary.")
+    found = result.spearman
+    if np.isnan(found.rho):
+        why = "one of the two does not vary" if len(table) > 2 else f"there are {len(table)}"
+        said.append(f"Whether cosine predicts damage cannot be said from these edits: {why}.")
     else:
+        # Not by the interval: of a handful of pairs a bootstrap's is too short.
         clear = (
-            "so cosine predicts damage here"
-            if low > 0
+            "so whether cosine predicts damage stays undecided at this number of edits"
+            if found.p_value >= 0.05
+            else "so cosine predicts damage here"
+            if found.rho > 0
             else "so larger cosines do less damage here"
-            if high < 0
-            else "so whether cosine predicts damage stays undecided at this number of edits"
         )
         said.append(
             f"Across the {len(table)} edits, Spearman's correlation of |cosine| with damage beyond the control is "
-            f"**{_signed(rho, 2)}** [{_signed(low, 2)}, {_signed(high, 2)}], p = {p:.2g}, {clear}."
+            f"**{_signed(found.rho, 2)}** [{_signed(found.low, 2)}, {_signed(found.high, 2)}], p = {found.p_value:.2g}"
+            f", {clear}."
         )
     return said
 
@@ -219,7 +223,7 @@ def _effects(result: StudyResult) -> Section:
     table = result.verdicts
     shown = table[list(VERDICT_COLUMNS)]
     notes = [Note(note) for note in dict.fromkeys(table["note"]) if note]
-    rho, interval, _ = result.spearman
+    rho, interval = result.spearman.rho, (result.spearman.low, result.spearman.high)
     return Section(
         "What editing them does",
         [

@@ -12,10 +12,10 @@ import pandas as pd
 
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.recording import record_actions
-from dt_lens.behaviour.statistics import spearman
 from dt_lens.behaviour.video import SideBySide, side_by_side
 from dt_lens.edits import Edit, SingularEdit
 from dt_lens.errors import DtLensError
+from dt_lens.study.rank_correlation import RankCorrelation, rank_correlation
 from dt_lens.study.selection import choose_directions
 from dt_lens.study.trials import Arm, Trials, verdicts
 from dt_lens.svd import WeightSVD
@@ -37,7 +37,7 @@ class StudyResult:
     edited: list[Evaluation]
     controls: list[Evaluation]
     edits: list[Edit]
-    spearman: tuple[float, tuple[float, float], float]  # |cosine| against damage beyond control: rho, interval, p
+    spearman: RankCorrelation  # |cosine| against damage beyond control
     video: SideBySide
     report: Path
 
@@ -135,7 +135,7 @@ class Study:
         tell("drawing the video", 0.96)
         video = self._video(summary, edits, baseline, edited)
         tell("writing the report", 0.99)
-        rho = spearman(summary["cosine"].abs(), summary["damage_beyond_control"], seed=self.seed)
+        rho = rank_correlation(summary["cosine"].abs(), summary["damage_beyond_control"], seed=self.seed)
         result = StudyResult(
             table,
             strongest,
@@ -144,7 +144,7 @@ class Study:
             edited,
             controls,
             edits,
-            (rho[0], (rho[1][0], rho[1][1]), rho[2]),
+            rho,
             video,
             self.folder / "report.html",
         )
