@@ -57,7 +57,7 @@ def strongest(
                 draws_of[key] = frame_maximum(labels.directions, count, labels.dimension, samples, seed)
             drawn = draws_of[key]
             share = (1 + int((drawn >= abs(value)).sum())) / (1 + samples)
-            union = count * float(svd.rotations(labels, 1, seed).p_value(value))
+            union = min(1.0, count * float(svd.rotations(labels, 1, seed).p_value(value)))
             # These directions are not orthogonal as a rotated frame is; the union bound holds for any.
             skewed = bool(meeting.found.activations) and meeting.matrix.side(meeting.side) == "left"
             median, p = float(np.median(drawn)), union if skewed else float(tail_or_share(union, share, samples))

@@ -26,10 +26,11 @@ def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.
 
     The smaller of the two would not do: at ``1 / (draws + 1)``, the smallest share, it holds for 37 % more statistics
     than it should, those for which either is small. So the bound is taken where it says that fewer than 100 of the
-    draws would do as well, whatever they did, and a share there can hardly be as small.
+    draws would do as well, whatever they did, and a share there can hardly be as small. Of
+    fewer than 100 draws nothing is taken.
 
     >>> tail_or_share([1e-6, 0.0005, 0.3], [0.001, 0.001, 0.2], 999).tolist()
     [1e-06, 0.0005, 0.2]
     """
     exact = np.asarray(bound, dtype=np.float64)
-    return np.where(exact < 100 / (draws + 1), exact, share)
+    return np.where(exact < 100 / (draws + 1), np.minimum(exact, 1.0), share)
