@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,14 +17,14 @@ from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
 from dt_lens.changes import suspended
 from dt_lens.errors import DtLensError, because
 from dt_lens.evaluation_mode import evaluating
-from dt_lens.progress import Tell, reporting
+from dt_lens.progress import Tell, reporting, silent
 from dt_lens.watching import Watch
 
 if TYPE_CHECKING:
     from dt_lens.behaviour.evaluate import Setting
     from dt_lens.lens import Lens
 
-__all__ = ["collect_activations"]
+__all__ = ["collect_activations", "kept_activations"]
 
 TOGETHER = 16  # episodes whose windows run side by side
 PLAYING = 0.25  # the share of the time that the episodes take, the rest being to look at their windows
@@ -279,3 +281,30 @@ def _real(cache: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
         return torch.ones(shape, dtype=torch.bool, device=cache["blocks.0.hook_resid_pre"].device)
     per_step = -(-shape[1] // mask.shape[1])  # an agent's step is three tokens, of which the last action's may lack
     return mask.bool().repeat_interleave(per_step, 1)[:, : shape[1]]
+
+
+def kept_activations(model: Any, file: Path, setting: Setting, seed: int = 0, tell: Tell = silent) -> Activations:
+    """The activations in ``file`` where they are this agent's in this setting; else they are collected, and kept there.
+
+    Raises:
+        DtLensError: as ``collect_activations`` does, or when the file cannot be written.
+    """
+    from dt_lens.behaviour.evaluate import model_id
+
+    wanted = {"model_id": model_id(model), "target_return": setting.target_return, "environment": setting.environment}
+    if file.is_file():
+        with suppress(DtLensError):  # damaged: collected again
+            kept = Activations.load(file)
+            if all(kept.record.get(name) == value for name, value in wanted.items()):
+                return kept
+    tell("collecting activations", 0.0)
+    found = collect_activations(
+        model,
+        seed=seed,
+        environment=setting.environment,
+        environment_kwargs=setting.environment_kwargs,
+        target_return=setting.target_return,
+        max_steps=setting.task.time_limit,
+    )
+    found.save(file)
+    return found

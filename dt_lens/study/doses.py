@@ -84,8 +84,8 @@ def dosed(model: Any, direction: Candidate, dose: float, random: int | None = No
 def loudness(model: Any, direction: Candidate, random: int, activations: Activations) -> float:
     """The scale at which a random read direction's doses put out as much on real inputs as the direction's own.
 
-    A random direction meets far less of what the stream holds than one that the model reads: at the same norm it would
-    be a control that hardly speaks.
+    A random direction mostly meets less of what the stream holds than one that the model reads, and at the same norm
+    it would be a quieter control.
     """
     own, other = (dosed(model, direction, 2.0, seed).output_energy(activations) for seed in (None, random))
     return own / other

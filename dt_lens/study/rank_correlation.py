@@ -78,11 +78,9 @@ def rank_correlation(
         count = min(step, resamples - start)
         again = [_ranks(g[:, rng.integers(0, g.shape[1], (count, g.shape[1]))]) for g in groups]
         drawn.append(_rho(_moments(again)))
-        shuffled = [rng.permuted(np.broadcast_to(x[0], (count, x.shape[-1])), axis=1) for x, _ in residuals]
-        null.append(_rho(sum(_products(x, y) for x, (_, y) in zip(shuffled, residuals, strict=True))))
+        null.append(_permuted(residuals, count, rng))
     low, high = _interval(np.concatenate(drawn), rho, confidence)
-    p = (int((np.abs(np.concatenate(null)) >= abs(rho) - 1e-12).sum()) + 1) / (resamples + 1)
-    return RankCorrelation(rho, low, high, p, n)
+    return RankCorrelation(rho, low, high, _share_as_far(np.concatenate(null), rho), n)
 
 
 def at_equal_size(
@@ -98,22 +96,30 @@ def at_equal_size(
     The interval is Bonett and Wright's ("Sample size requirements for estimating Pearson, Kendall and Spearman
     correlations", 2000) with a degree of freedom less for each bin: pairs drawn again from six hold too many ties.
     """
-    columns = [np.asarray(v, dtype=np.float64) for v in (x, y, size)]
-    labels = np.zeros(len(columns[0])) if strata is None else np.asarray(strata)
-    finite = np.isfinite(np.stack(columns)).all(0)
-    bins = np.full(len(labels), -1)
-    for label in dict.fromkeys(labels[finite].tolist()):
-        mine = np.flatnonzero(finite & (labels == label))
+    columns = np.stack([np.asarray(v, dtype=np.float64) for v in (x, y, size)])
+    labels = np.zeros(columns.shape[1]) if strata is None else np.asarray(strata)
+    finite = np.isfinite(columns).all(0)
+    columns, labels = columns[:, finite], labels[finite]
+    bins = np.zeros(len(labels), np.int64)
+    for label in dict.fromkeys(labels.tolist()):
+        mine = np.flatnonzero(labels == label)
         order = stats.rankdata(columns[2][mine], method="ordinal") - 1
         count = max(1, len(mine) // NEIGHBOURS)
         bins[mine] = bins.max() + 1 + (order * count) // len(mine)
-    found = rank_correlation(columns[0], columns[1], bins, seed=seed)
-    members = [count for label, count in zip(*np.unique(bins, return_counts=True), strict=True) if label >= 0]
-    free = found.n - sum(count >= LEAST for count in members) - 2
-    if not np.isfinite(found.rho) or free < 1:
-        return found._replace(low=float("nan"), high=float("nan"))
-    middle, half = np.arctanh(np.clip(found.rho, -1 + 1e-9, 1 - 1e-9)), 1.96 * np.sqrt((1 + found.rho**2 / 2) / free)
-    return found._replace(low=float(np.tanh(middle - half)), high=float(np.tanh(middle + half)))
+    groups = list(_groups([columns[0], columns[1]], bins))
+    n = sum(group.shape[1] for group in groups)
+    ranks = [_ranks(group[:, None]) for group in groups]
+    rho = float(_rho(_moments(ranks))[0]) if groups else float("nan")
+    if not np.isfinite(rho):
+        return NONE._replace(n=n)
+    rng, step = np.random.default_rng(seed), max(1, CHUNK // (2 * n))
+    parts = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
+    p = _share_as_far(np.concatenate([_permuted(_residuals(ranks), count, rng) for count in parts]), rho)
+    free = n - len(groups) - 2
+    if free < 1:
+        return RankCorrelation(rho, float("nan"), float("nan"), p, n)
+    middle, half = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9)), 1.96 * np.sqrt((1 + rho**2 / 2) / free)
+    return RankCorrelation(rho, float(np.tanh(middle - half)), float(np.tanh(middle + half)), p, n)
 
 
 def rank_correlation_difference(
@@ -203,6 +209,17 @@ def _rho(moments: Array | int) -> Array:
         rho = xy / np.sqrt(xx * yy)
     # What is left of x when it is the control itself is rounding.
     return np.where((xx > 1e-12) & (yy > 1e-12), rho, np.nan)
+
+
+def _permuted(residuals: list[tuple[Array, Array]], count: int, rng: np.random.Generator) -> Array:
+    """``count`` correlations of what is left of y with what is left of x in a random order inside each stratum."""
+    shuffled = [rng.permuted(np.broadcast_to(x[0], (count, x.shape[-1])), axis=1) for x, _ in residuals]
+    return _rho(sum(_products(x, y) for x, (_, y) in zip(shuffled, residuals, strict=True)))
+
+
+def _share_as_far(null: Array, found: float) -> float:
+    """The two-sided p of ``found``, the data counting as one permutation."""
+    return (int((np.abs(null) >= abs(found) - 1e-12).sum()) + 1) / (len(null) + 1)
 
 
 def _interval(drawn: Array, found: float, confidence: float) -> tuple[float, float]:

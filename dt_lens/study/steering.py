@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.activations import Activations
-from dt_lens.behaviour.activations import collect_activations
+from dt_lens.behaviour.activations import kept_activations
 from dt_lens.behaviour.evaluate import _check_count, model_id, setting_of
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.statistics import Interval, bootstrap_interval, sign_flip, wilson
@@ -276,9 +275,8 @@ class _Search:
         inputs, few = self._inputs(target, tell), slice(0, min(episodes, len(arms[1.0])))
 
         def row(seed: int | None, scale: float, one: Evaluation, other: Evaluation) -> dict[str, Any]:
-            returns, fails = ([f(found)[few] for found in (one, other)] for f in (_returns, _failed))
-            low, high = (float(values.mean()) for values in returns)
-            rise = max(float(values.mean()) for values in fails) - float(arms[1.0].failed[few].mean())
+            low, high = (float(found.returns[few].mean()) for found in (one, other))
+            rise = max(float(found.failed[few].mean() - arms[1.0].failed[few].mean()) for found in (one, other))
             place = {"seed": seed, "scale": scale, "lowest": low, "highest": high}
             return place | {"reach": (high - low) / extent, "failure_rise": rise}
 
@@ -299,32 +297,9 @@ class _Search:
 
     def _inputs(self, target: float, tell: Tell) -> Activations:
         """What the matrices read while the unedited agent plays for the operating target."""
-        file = self.out / "activations.safetensors"
         setting = setting_of(self.model, self.environment, None, target, self.max_steps, "steer")
-        wanted = {"model_id": model_id(self.model), "target_return": target, "environment": setting.environment}
-        if file.is_file():
-            with suppress(DtLensError):  # damaged: collected again
-                kept = Activations.load(file)
-                if all(kept.record.get(name) == value for name, value in wanted.items()):
-                    return kept
-        tell("collecting activations", 0.7)
-        found = collect_activations(
-            self.model,
-            seed=self.seed,
-            environment=self.environment,
-            max_steps=self.max_steps,
-            target_return=target,
-        )
-        found.save(file)
-        return found
-
-
-def _returns(found: Evaluation) -> NDArray[np.float64]:
-    return found.returns
-
-
-def _failed(found: Evaluation) -> NDArray[np.bool_]:
-    return found.failed
+        file = self.out / "activations.safetensors"
+        return kept_activations(self.model, file, setting, self.seed, lambda what, _: tell(what, 0.7))
 
 
 def _differ(returns: NDArray[np.float64], seed: int, draws: int = 9999) -> float:

@@ -64,8 +64,8 @@ class Told:
 
     free = 1
 
-    def __init__(self, sweep: Sweep, lost: Callable[[Arm], float]) -> None:
-        self.sweep, self.lost, self.events = sweep, lost, list[Event]()
+    def __init__(self, sweep: Sweep, lost: Callable[[Arm], float], stops: int | None = None) -> None:
+        self.sweep, self.lost, self.stops, self.events = sweep, lost, stops, list[Event]()
 
     def start(self, job: Any) -> None:
         pass
@@ -84,6 +84,8 @@ class Told:
 
     def wait(self, seconds: float) -> list[Event]:
         events, self.events = self.events, []
+        if self.stops is not None and events and events[0].unit >= self.stops:
+            raise KeyboardInterrupt  # as Ctrl-C does
         return events
 
     def stop(self) -> None:
@@ -275,15 +277,8 @@ def test_an_unfinished_halving_sweep_has_an_atlas_too(agent: Any, tmp_path: Path
     options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": "0-9", "edits": "zero", "workers": 1}
     sweep = Sweep(agent, tmp_path, episodes=8, halving=[2, 2], **options)
 
-    class Stops(Told):
-        def wait(self, seconds: float) -> list[Event]:
-            events = super().wait(seconds)
-            if events and events[0].unit >= 5:
-                raise KeyboardInterrupt
-            return events
-
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(engine=Stops(sweep, lambda arm: float(arm.sv or 0)))
+        sweep.run(engine=Told(sweep, lambda arm: float(arm.sv or 0), stops=5))
     found = make_atlas(agent, sweep.results)
     assert found.directions["q_value"].isna().all()
     assert sentences(found)
@@ -292,15 +287,8 @@ def test_an_unfinished_halving_sweep_has_an_atlas_too(agent: Any, tmp_path: Path
 def test_an_unfinished_sweep_says_so(agent: Any, tmp_path: Path) -> None:
     sweep = Sweep(agent, tmp_path, matrices="*.0.mlp.W_out", sv="0-9", edits="zero", episodes=4, workers=1)
 
-    class Stops(Told):
-        def wait(self, seconds: float) -> list[Event]:
-            events = super().wait(seconds)
-            if events and events[0].unit >= 7:
-                raise KeyboardInterrupt
-            return events
-
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(engine=Stops(sweep, lambda arm: float(arm.sv or 0)))
+        sweep.run(engine=Told(sweep, lambda arm: float(arm.sv or 0), stops=7))
     found = make_atlas(agent, sweep.results)
     assert 5 <= len(found.directions) < found.planned == 10
     assert f"{len(found.directions)} of 10 directions are measured" in sentences(found)[-1]

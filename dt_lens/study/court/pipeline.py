@@ -304,25 +304,11 @@ class _Trial:
         return cosine_predicts_damage(self.case, way, arms, source, energies)
 
     def _activations(self) -> Activations:
-        from dt_lens.behaviour.activations import collect_activations
+        from dt_lens.behaviour.activations import kept_activations
 
         assert self.setting is not None
-        file, model = self.out / "activations.safetensors", self.case.model
-        if file.is_file():
-            try:
-                kept = Activations.load(file)
-                if kept.record.get("model_id") == model_id(model):
-                    return kept
-            except DtLensError:
-                pass  # collected again
-        self.tell("collecting activations", 0.92)
-        setting = self.setting
-        found = collect_activations(
-            model, environment=setting.environment, environment_kwargs=setting.environment_kwargs,
-            target_return=setting.target_return, max_steps=setting.task.time_limit,
-        )  # fmt: skip
-        found.save(file)
-        return found
+        file = self.out / "activations.safetensors"
+        return kept_activations(self.case.model, file, self.setting, tell=lambda what, _: self.tell(what, 0.92))
 
 
 def common_token(model: Any, texts: Texts) -> int:
