@@ -64,6 +64,17 @@ class Moments:
         shares = shares / shares.sum()
         return float(torch.special.entr(shares).sum().exp())
 
+    def through(self, weight: Float[Tensor, "d e"], bias: Float[Tensor, " e"] | None = None) -> Moments:
+        """Of ``x @ weight + bias``."""
+        weight = weight.to(self.second)
+        mean, second = self.mean @ weight, weight.T @ self.second @ weight
+        if bias is not None:
+            bias = bias.to(self.second)
+            cross = torch.outer(mean, bias)
+            second = second + cross + cross.T + torch.outer(bias, bias)
+            mean = mean + bias
+        return Moments(self.count, mean, (second + second.T) / 2)
+
     def energy(self, change: LowRank) -> float:
         """``sqrt(E ||x @ left @ right||^2)`` for a change of the matrix that reads ``x``."""
         left, right = (part.to(self.second) for part in change)
@@ -153,6 +164,20 @@ class Activations:
                 f"{width}; collect this model's own with dt_lens.collect_activations."
             )
         return moments
+
+    def between(self, matrix: Matrix, lens: Weighted) -> Moments:
+        """What the second factor of a circuit is applied to: what it reads, through the first, with the first's bias.
+
+        Of ``OV`` that is what the head gathers, of ``QK`` the head's queries, before any rotation by position.
+
+        Raises:
+            DtLensError: as ``of`` does.
+        """
+        first, weights = matrix.factors[0], lens.weights
+        bias = weights.get(first.weight.replace(".attn.W_", ".attn.b_"))
+        if bias is not None and first.head is not None:
+            bias = bias[first.head]
+        return self.of(matrix, lens).through(first.view(weights), bias)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, whole or not at all.

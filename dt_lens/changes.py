@@ -163,10 +163,16 @@ class Edit:
     def output_energy(self, activations: Activations) -> float:
         """``sqrt(E ||x @ delta||^2)`` over the real inputs ``x`` of the raw matrix: the size of what the edit changes.
 
+        An edit of a circuit's ``write`` or ``key`` side changes its second factor, ``W_O`` or ``W_K``, which is also
+        applied to the bias of the first: ``x`` then stands for the inputs with what makes that bias.
+
         Raises:
             DtLensError: when what the matrix reads is not among ``activations``, or they are another model's.
         """
-        return activations.of(self.matrix, unedited(self.model)).energy(self._delta)
+        bare = unedited(self.model)
+        if self._placed.factor in self.matrix.factors[1:]:
+            return activations.between(self.matrix, bare).energy((self._placed.left, self._placed.right))
+        return activations.of(self.matrix, bare).energy(self._delta)
 
     def control(self, seed: int = 0, activations: Activations | None = None) -> Edit:
         """A random edit of the same energy and rank at the same place; with ``activations``, of the same output energy.

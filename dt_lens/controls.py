@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +13,17 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from dt_lens.changes import Edit, unedited
-from dt_lens.low_rank import carry, spectrum_of
+from dt_lens.low_rank import carry, remarks_on, spectrum_of
 from dt_lens.replacements import whole_number
 
 if TYPE_CHECKING:
-    from dt_lens.activations import Activations, Moments
+    from dt_lens.activations import Activations
     from dt_lens.edits import SingularEdit
 
 __all__ = ["Control"]
 
 MATCHED = 1e-7  # relative to the edit's output energy
+ROUNDED = 1e-6  # relative to the edit's energy: what the arithmetic may lose
 FLAT = 1e-14  # of the largest eigenvalue: below this one direction is as quiet as another
 STEEPEST = 300.0  # the natural logarithm of the largest ratio between two coordinates that a tilt makes
 
@@ -29,16 +31,17 @@ STEEPEST = 300.0  # the natural logarithm of the largest ratio between two coord
 class Control(Edit):
     """A random edit of the same energy and rank at the same place as ``edit``; a function of the edit and the seed.
 
-    The change of the raw matrix keeps its singular values; its singular vectors are Haar-random in the space that the
-    edited weight can reach: everything, or for a circuit, which is edited through one factor, what the other factor
-    leaves open. It tells how much of an effect comes from changing anything at all by that much. Two edits of different
-    directions get different draws from one seed.
+    The change of the raw matrix keeps its singular values. Its singular vectors are Haar-random, but for those of a
+    circuit on the side of the factor that is not edited: they are what that factor makes of Gaussian vectors, made
+    orthonormal, as the circuit's own are its images. Haar-random ones would be what the factor hardly passes on, and
+    take a change of the edited weight many times the edit's. A control tells how much of an effect comes from changing
+    anything at all by that much. Two edits of different directions get different draws from one seed.
 
-    With ``activations`` the output energy on real inputs, ``sqrt(E ||x @ delta||^2)``, is the edit's too. Then the left
-    vectors are drawn in the eigenbasis of ``E[x x^T]``, a Gaussian tilted towards louder or quieter inputs by a power
+    With ``activations`` the output energy on real inputs (see ``Edit.output_energy``) is the edit's too. Then the left
+    vectors are drawn in the eigenbasis of the inputs' second moments, tilted towards louder or quieter ones by a power
     of the eigenvalues, and made orthonormal; the power is found by root finding, so that the sum over all singular
-    vectors is matched exactly. The right vectors stay Haar. An energy that no draw reaches is matched as nearly as can
-    be, and the ``note`` says so.
+    vectors is matched exactly. The right vectors stay. An energy that no draw reaches is matched as nearly as can be,
+    and the ``note`` says so.
 
     Attributes:
         of: the edit whose control this is.
@@ -52,29 +55,53 @@ class Control(Edit):
         self.activations = "" if activations is None else activations.digest
         bare = unedited(edit.model)
         matrix, where = edit.matrix, edit.matrix.side(edit.side)
-        spectrum = spectrum_of(edit.delta)
+        spectrum = spectrum_of(edit.delta).cpu()
         spectrum = spectrum[spectrum > spectrum[0] * 1e-12]
-        factors = matrix.raw(bare)
-        left_space = factors[0] if len(factors) == 2 and where == "right" else None
-        right_space = factors[1].T if len(factors) == 2 and where == "left" else None
+        rank, factors = len(spectrum), matrix.raw(bare)
         place = f"{self.seed} {matrix.name} {edit.side} {edit.sv}"
         drawn = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
         generator = torch.Generator().manual_seed(drawn)
-        moments = None if activations is None else activations.of(matrix, bare)
-        target = 0.0 if moments is None else moments.energy(edit.delta)
-        if moments is None:
-            left = _random_frame(len(edit.delta[0]), len(spectrum), left_space, generator).to(spectrum)
+        left_images = right_images = None
+        if len(factors) == 2:
+            kept, precision = factors[where == "left"], torch.finfo(bare.weights[matrix.factors[0].weight].dtype).eps
+            if where == "right":
+                left_images = _Images.of(kept, rank, precision)
+            else:
+                right_images = _Images.of(kept.T, rank, precision)
+
+        def draw(d: int, images: _Images | None) -> Tensor:
+            scales = torch.ones(d, dtype=torch.float64) if images is None else images.scales
+            return scales[:, None] * torch.randn(len(scales), rank, generator=generator, dtype=torch.float64)
+
+        left = draw(len(edit.delta[0]), left_images)
+        target = 0.0
+        if activations is None:
+            left = _orthonormal(left)
         else:
-            left = _tilted_frame(moments, spectrum.cpu(), left_space, target, generator).to(spectrum)
-        right = _random_frame(len(edit.delta[1].T), len(spectrum), right_space, generator).to(spectrum)
-        super().__init__(edit.model, matrix, *carry(bare, matrix, where, (left * spectrum, right.T), folded=False))
-        if moments is not None:
-            reached = moments.energy(self.delta)
+            target = edit.output_energy(activations)
+            if left_images is None:
+                seen = activations.of(matrix, bare).second
+            else:
+                seen = left_images.back.T @ activations.between(matrix, bare).second @ left_images.back
+            left = _tilted_frame(seen, left, spectrum, target)
+        right = _orthonormal(draw(edit.delta[1].shape[1], right_images))
+        left = left if left_images is None else left_images.basis @ left
+        right = right if right_images is None else right_images.basis @ right
+        change = ((left * spectrum).to(edit.delta[0]), right.T.to(edit.delta[1]))
+        super().__init__(edit.model, matrix, *carry(bare, matrix, where, change, folded=False))
+        remarks = remarks_on(bare, matrix, self._placed)
+        if abs(self.energy - edit.energy) > ROUNDED * edit.energy:
+            remarks.append(
+                f"{matrix.name} has too small a rank for an energy of {edit.energy:.4g} here: {self.energy:.4g}."
+            )
+        if activations is not None:
+            reached = self.output_energy(activations)
             if abs(reached - target) > MATCHED * target:
-                self.note = (
+                remarks.append(
                     f"No change of this norm that this seed draws has the edit's output energy of {target:.4g}: "
                     f"the nearest has {reached:.4g}."
                 )
+        self.note = " ".join(remarks)
 
     def control(self, seed: int = 0, activations: Activations | None = None) -> Control:
         """Another control of the same edit."""
@@ -89,12 +116,26 @@ class Control(Edit):
         return f"Control(seed={self.seed}{matched}, energy={self.energy:.4g}, of={self.of!r})"
 
 
-def _random_frame(d: int, r: int, space: Tensor | None, generator: torch.Generator) -> Float[Tensor, "d r"]:
-    """``r`` Haar-random orthonormal vectors of ``d`` dimensions, or of the column space of ``space``."""
-    basis = torch.eye(d, dtype=torch.float64) if space is None else torch.linalg.qr(space)[0].cpu()
-    drawn = torch.randn(basis.shape[1], r, generator=generator, dtype=torch.float64)
-    frame: Tensor = basis @ _orthonormal(drawn)
-    return frame
+@dataclass(frozen=True)
+class _Images:
+    """What one factor of a circuit makes of vectors, where it makes something of them.
+
+    Attributes:
+        basis: orthonormal, ``[d, n]``.
+        scales: the lengths that unit vectors get along each of ``basis``, ``[n]``.
+        back: the factor's inverse on ``basis``, ``[e, n]``.
+    """
+
+    basis: Float[Tensor, "d n"]
+    scales: Float[Tensor, " n"]
+    back: Float[Tensor, "e n"]
+
+    @classmethod
+    def of(cls, factor: Float[Tensor, "d e"], least: int, precision: float) -> _Images:
+        """In ``least`` dimensions or more: below ``precision`` a factor holds nothing but rounding."""
+        U, s, Vt = torch.linalg.svd(factor.cpu(), full_matrices=False)
+        n = max(least, int((s > precision * s[0]).sum()))
+        return cls(U[:, :n], s[:n], Vt[:n].T / s[:n])
 
 
 def _orthonormal(drawn: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
@@ -106,25 +147,19 @@ def _orthonormal(drawn: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
 
 
 def _tilted_frame(
-    moments: Moments,
-    spectrum: Float[Tensor, " r"],
-    space: Tensor | None,
-    target: float,
-    generator: torch.Generator,
+    seen: Float[Tensor, "d d"], drawn: Float[Tensor, "d r"], spectrum: Float[Tensor, " r"], target: float
 ) -> Float[Tensor, "d r"]:
-    """Random orthonormal ``a_i`` with ``sum_i spectrum_i^2 a_i^T E[x x^T] a_i = target^2``, in the space of ``space``.
+    """Random orthonormal ``a_i`` with ``sum_i spectrum_i^2 a_i^T seen a_i = target^2``.
 
-    In the eigenbasis of ``E[x x^T]`` the entries are Gaussian, times ``eigenvalue^(t / 2)``. With ``t`` the sum goes
-    from its least to its largest value: orthonormalised in the order of the spectrum, the columns tend to the quietest
-    and to the loudest eigenvectors in that order, which are the extremes (von Neumann's trace inequality; Horn and
-    Johnson, "Matrix Analysis", 2013, section 7.4.1). For one vector it rises all the way.
+    In the eigenbasis of ``seen``, the inputs' second moments, the rows of ``drawn`` are multiplied by
+    ``eigenvalue^(t / 2)``. With ``t`` the sum goes from its least to its largest value: orthonormalised in the order of
+    the spectrum, the columns tend to the quietest and to the loudest eigenvectors in that order, which are the extremes
+    (von Neumann's trace inequality; Horn and Johnson, "Matrix Analysis", 2013, section 7.4.1). For one vector it rises
+    all the way.
     """
-    basis = None if space is None else torch.linalg.qr(space)[0].cpu()
-    seen = moments.second if basis is None else basis.T @ moments.second @ basis
     loudness, axes = torch.linalg.eigh(seen)
     loudness = loudness.clamp_min(0.0)
-    axes = axes if basis is None else basis @ axes
-    drawn = torch.randn(len(loudness), len(spectrum), generator=generator, dtype=torch.float64)
+    drawn = axes.T @ drawn
     top = float(loudness[-1])
     if top <= 0:
         untilted: Tensor = axes @ _orthonormal(drawn)
@@ -147,9 +182,8 @@ def _tilted_frame(
     def excess(tilt: float) -> float:
         return float((loudness @ frame(tilt).square()) @ weights) - wanted
 
-    tilt = _root(excess)
-    made: Tensor = axes @ frame(tilt)
-    return made
+    found: Tensor = axes @ frame(_root(excess))
+    return found
 
 
 def _root(excess: Callable[[float], float]) -> float:

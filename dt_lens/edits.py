@@ -17,7 +17,7 @@ from dt_lens.changes import Edit, state_of, unedited
 from dt_lens.controls import Control
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.errors import DtLensError
-from dt_lens.low_rank import LowRank, carry, lost_to_rounding
+from dt_lens.low_rank import LowRank, carry, remarks_on
 from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint
 from dt_lens.replacements import VALUES, Replacements, Value, whole_number
 from dt_lens.weighted_directions import decompose_weighted
@@ -150,17 +150,7 @@ class SingularEdit(Edit):
                 f"Directions {cut[0][0]} to {cut[0][1] - 1} cannot be told apart at the weights' precision; only "
                 "editing all of them means anything."
             )
-        placed, shared = self._placed.factor, bare.structure.queries_per_key
-        if self.matrix.kind in ("OV", "QK") and shared > 1 and placed.weight.endswith(("W_K", "W_V")):
-            first = (self.matrix.head or 0) // shared * shared
-            remarks.append(
-                f"Heads {first} to {first + shared - 1} share {placed.weight.rpartition('.')[2]}, so the edit changes "
-                "what all of them do."
-            )
-        lost = lost_to_rounding(bare, self._placed)
-        if lost > 0.1:
-            remarks.append(f"Rounding to the weights' precision alters the change by {lost:.0%} of its size.")
-        return remarks
+        return remarks + remarks_on(bare, self.matrix, self._placed)
 
     def _refuse_overlap(self, edits: Sequence[Edit]) -> None:
         for other in edits:

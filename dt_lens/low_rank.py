@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dt_lens.matrices import Factor, Matrix, Snapshot, unfold
 
-__all__ = ["LowRank", "Placed", "carry", "lost_to_rounding", "spectrum_of"]
+__all__ = ["LowRank", "Placed", "carry", "remarks_on", "spectrum_of"]
 
 LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
 
@@ -65,8 +65,35 @@ def carry(
     return (placed.left, placed.right @ raw[1]), placed
 
 
-def lost_to_rounding(bare: Snapshot, placed: Placed) -> float:
-    """How far the change that the weight's dtype can hold is from the one wanted, relative to its size."""
-    before, change = bare.weights[placed.factor.weight], placed.dense(bare.weights)
-    made = (before.double() + change).to(before.dtype).double() - before.double()
-    return float((made - change).norm() / change.norm().clamp_min(1e-300))
+def remarks_on(bare: Snapshot, matrix: Matrix, placed: Placed) -> list[str]:
+    """What a reader has to know about a change because of the one weight that is written to make it."""
+    remarks, factor, shared = [], placed.factor, bare.structure.queries_per_key
+    if matrix.kind in ("OV", "QK") and shared > 1 and factor.weight.endswith(("W_K", "W_V")):
+        first = (matrix.head or 0) // shared * shared
+        remarks.append(
+            f"Heads {first} to {first + shared - 1} share {factor.weight.rpartition('.')[2]}, so the edit changes "
+            "what all of them do."
+        )
+    lost = _lost_to_rounding(bare, matrix, placed)
+    if lost > 0.1:
+        remarks.append(f"Rounding to the weights' precision alters the change by {lost:.0%} of its size.")
+    return remarks
+
+
+def _lost_to_rounding(bare: Snapshot, matrix: Matrix, placed: Placed) -> float:
+    """How far the change of the matrix that the weight's dtype can hold is from the one wanted, relative to its size.
+
+    A circuit's other factor may pass on little of a large change of the weight, and all of what rounding adds to it.
+    """
+    name, factors = placed.factor.weight, matrix.raw(bare)
+    before, wanted = bare.weights[name].double(), placed.dense(bare.weights)
+    made = (before + wanted).to(bare.weights[name].dtype).double() - before
+
+    def size(change: Tensor) -> float:
+        part = placed.factor.view({name: change})
+        if len(factors) == 2:
+            right = placed.factor == matrix.factors[1]
+            part = torch.linalg.qr(factors[0])[1] @ part if right else part @ torch.linalg.qr(factors[1].T)[1].T
+        return float(part.norm())
+
+    return size(made - wanted) / max(size(wanted), 1e-300)

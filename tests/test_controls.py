@@ -105,10 +105,6 @@ def test_output_energy_is_what_the_forward_pass_shows(make_dt: Make) -> None:
             with change:
                 moved = seen(hook) - before
             shown = float(moved.square().sum(1).mean().sqrt())
-            if "OV" in name and "W_O" in change._weight:
-                # W_O also passes the value bias on.
-                bias = model.weights["blocks.1.attn.b_V"][1] @ (change._placed.left @ change._placed.right)
-                shown = float((moved - bias).square().sum(1).mean().sqrt())
             assert change.output_energy(acts) == pytest.approx(shown, rel=1e-9)
 
 
@@ -162,7 +158,8 @@ def test_every_energy_that_there_is_is_reached(r: int, condition: float) -> None
     least = float(spectrum.square() @ loudness.flip(0)[:r])
     for share in (1e-3, 0.1, 0.5, 0.9, 0.999):
         target = (least ** (1 - share) * most**share) ** 0.5
-        frame = _tilted_frame(moments, spectrum, None, target, generator)
+        drawn = torch.randn(d, r, generator=generator, dtype=torch.float64)
+        frame = _tilted_frame(moments.second, drawn, spectrum, target)
         torch.testing.assert_close(frame.T @ frame, torch.eye(r).double(), rtol=0, atol=1e-12)
         reached = moments.energy((frame * spectrum, torch.eye(r).double()))
         assert reached == pytest.approx(target, rel=1e-7), (share, condition)
@@ -176,8 +173,9 @@ def test_without_a_tilt_the_draw_is_haar_and_with_one_it_leans(make_dt: Make) ->
     generator = torch.Generator().manual_seed(0)
     n = 250
     for target, shares in ((1.5, 1 / 6), (3.0, 2 / 3)):
+        gaussian = [torch.randn(d, 1, generator=generator, dtype=torch.float64) for _ in range(n)]
         drawn = torch.stack(
-            [_tilted_frame(moments, torch.ones(1).double(), None, target**0.5, generator)[:, 0] for _ in range(n)]
+            [_tilted_frame(moments.second, x, torch.ones(1).double(), target**0.5)[:, 0] for x in gaussian]
         )
         squares = drawn.square().mean(0)
         # a^T C a = 1 + 3 a_0^2 is held exactly; the others share the rest alike, and either sign is as likely.
@@ -250,3 +248,97 @@ def test_a_matched_control_stays_within_what_the_edit_can_reach(make_dt: Make) -
         with control:
             after = find_matrix(model, name).dense(model, fold_layernorm=False)
         torch.testing.assert_close(after - before, control.delta[0] @ control.delta[1], rtol=0, atol=1e-10)
+
+
+def conditioned(model: Any, weight: str, condition: float) -> None:
+    """Every head's part of ``weight`` with singular values from 1 down to ``1 / condition``."""
+    with torch.no_grad():
+        for part in model.weights[weight]:
+            U, s, Vt = torch.linalg.svd(part.double(), full_matrices=False)
+            part.copy_(U * torch.logspace(0, -float(torch.tensor(condition).log10()), len(s)) @ Vt)
+
+
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize(
+    ("circuit", "side", "stays"),
+    [("OV", "read", "W_O"), ("OV", "write", "W_V"), ("QK", "query", "W_K"), ("QK", "key", "W_Q")],
+)
+def test_a_circuits_control_changes_the_weight_by_as_much_as_an_edit_does(
+    make_dt: Make, circuit: str, side: Any, stays: str, matched: bool
+) -> None:
+    """Where the factor that stays passes some directions on a thousand times less than others."""
+    model = make_dt(dtype=torch.float64)
+    conditioned(model, f"blocks.1.attn.{stays}", 1e3)
+    acts = collected(model)
+    edits = [SingularEdit(model, f"blocks.1.attn.{circuit}.0", sv, side=side, value="zero") for sv in range(3)]
+
+    def size(change: Any) -> float:
+        return float((change._placed.left @ change._placed.right).norm()) / change.energy
+
+    # What the factor hardly passes on would ask for hundreds of times as much.
+    most = max(size(edit) for edit in edits)
+    sizes = [size(edit.control(seed, acts if matched else None)) for edit in edits[:2] for seed in range(20)]
+    assert sorted(sizes)[len(sizes) // 2] < 5 * most
+    assert max(sizes) < 100 * most
+
+
+def test_a_control_shows_on_the_key_side_with_the_queries_bias(make_dt: Make) -> None:
+    """A change of W_K meets whole queries, what makes b_Q included: the scores move by that much."""
+    model = make_dt(dtype=torch.float64)
+    acts = collected(model)
+    x = torch.cat([_normalized(model, seed) for seed in range(4)])
+    q = x @ model.weights["blocks.1.attn.W_Q"][0] + model.weights["blocks.1.attn.b_Q"][0]
+    edit = SingularEdit(model, "blocks.1.attn.QK.0", [0, 2], side="key", value="flip")
+    for change in (edit, edit.control(1), edit.control(1, acts)):
+        before = model.weights["blocks.1.attn.W_K"][0].clone()
+        with change:
+            moved = q @ (model.weights["blocks.1.attn.W_K"][0] - before).T
+        assert change.output_energy(acts) == pytest.approx(float(moved.square().sum(1).mean().sqrt()), rel=1e-9)
+
+
+def _normalized(model: Any, seed: int) -> Tensor:
+    """What the second block's attention reads of a probe batch: real tokens as rows."""
+    batch = model.probe(seed)
+    with torch.no_grad():
+        x = model.run_with_cache(**batch)[1]["blocks.1.ln1.hook_normalized"]
+    norm = "blocks.1.ln1"
+    rows = x * model.weights[f"{norm}.w"] + model.weights[f"{norm}.b"]
+    return rows[batch["attention_mask"].bool().repeat_interleave(3, 1)]
+
+
+def test_a_control_says_what_the_edit_would(make_dt: Make, make_lm: Make) -> None:
+    """That heads share the weight it changes, and that the weights' precision cannot hold it."""
+    lens = dt_lens.wrap(make_lm("llama"), check=False)
+    edit = SingularEdit(lens, "blocks.0.attn.OV.1", side="read", value="zero")
+    assert "Heads 0 to 1 share W_V" in edit.control(0).note
+    model = make_dt()
+    conditioned(model, "blocks.0.attn.W_O", 1e4)
+    model = model.to(torch.bfloat16)
+    edit = SingularEdit(model, "blocks.0.attn.OV.0", -1, side="read", value="zero")
+    assert "Rounding to the weights' precision alters the change by" in edit.note
+    for seed in range(5):
+        control = edit.control(seed)
+        before = find_matrix(model, "blocks.0.attn.OV.0").dense(model, fold_layernorm=False)
+        with control:
+            made = find_matrix(model, "blocks.0.attn.OV.0").dense(model, fold_layernorm=False) - before
+        lost = float((made - control.delta[0] @ control.delta[1]).norm()) / control.energy
+        assert ("Rounding" in control.note) == (lost > 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("side", "stays"), [("read", "W_O"), ("write", "W_V")])
+def test_controls_leave_alone_what_a_factor_does_not_pass_on(make_dt: Make, side: Any, stays: str, dtype: Any) -> None:
+    """Dimensions in which the factor holds nothing, or nothing but the rounding of an edit that was kept."""
+    model = make_dt(dtype=torch.float64)
+    with torch.no_grad():
+        weight = model.weights[f"blocks.0.attn.{stays}"][0]
+        U, s, Vt = torch.linalg.svd(weight, full_matrices=False)
+        weight.copy_(U[:, :4] * s[:4] @ Vt[:4])
+    model = model.to(dtype)
+    for sv in (0, [0, 1, 2]):
+        edit = SingularEdit(model, "blocks.0.attn.OV.0", sv, side=side, value="flip")
+        for seed in range(5):
+            control = edit.control(seed)
+            assert control.energy == pytest.approx(edit.energy, rel=1e-6)
+            assert float((control._placed.left @ control._placed.right).norm()) < 100 * edit.energy
+            assert control.note == ""

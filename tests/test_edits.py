@@ -261,11 +261,12 @@ def test_controls_are_haar(make_dt: Make, name: str, side: str) -> None:
     edit = SingularEdit(model, name, side=side, value="flip")  # type: ignore[arg-type]
     n = 1500
     lefts, rights, pairs = [], [], []
-    # A circuit's fixed side is held in what the other factor can pass on.
-    basis = torch.eye(16).double() if "OV" not in name else torch.linalg.qr(find_matrix(model, name).raw(model)[0])[0]
+    # A circuit's fixed side is what the other factor makes of directions that are all alike.
+    back = torch.eye(16).double() if "OV" not in name else torch.linalg.pinv(find_matrix(model, name).raw(model)[0])
     for seed in range(n):
         left, right = edit.control(seed).delta
-        u, v = basis.T @ (left[:, 0] / left.norm()), right[0] / right.norm()
+        u, v = back @ left[:, 0], right[0] / right.norm()
+        u = u / u.norm()
         lefts.append(u)
         rights.append(v)
         pairs.append(u[0] * v[0])
