@@ -129,7 +129,7 @@ class Activations:
         Behind a LayerNorm that is the norm's output, scale and bias included. ``W_out`` reads the MLP's activations,
         ``W_O`` the values that all heads gathered, side by side, and one head's ``W_O.h`` its own. The circuit ``OV.h``
         reads what its head attends to: the attention-weighted sum of what ``W_V`` reads. ``QK.h`` is told on its
-        query side. Asking for a matrix that was not watched is a ``DtLensError``.
+        query side; ``keys`` has the other. Asking for a matrix that was not watched is a ``DtLensError``.
         """
         return _Inputs(self.points, self.reads)
 
@@ -164,6 +164,19 @@ class Activations:
                 f"{width}; collect this model's own with dt_lens.collect_activations."
             )
         return moments
+
+    def keys(self, matrix: Matrix, lens: Weighted) -> Moments:
+        """What the key side of a ``QK`` circuit reads: every token that a query may attend to.
+
+        Raises:
+            DtLensError: as ``of`` does.
+        """
+        self.of(matrix, lens)
+        # In an agent's last block only the last state's token asks.
+        place = self.reads[matrix.name].removesuffix(".query")
+        if place not in self.points:
+            raise DtLensError(f"These activations hold nothing of the keys of {matrix.name}; collect them anew.")
+        return self.points[place]
 
     def between(self, matrix: Matrix, lens: Weighted) -> Moments:
         """What the second factor of a circuit is applied to: what it reads, through the first, with the first's bias.

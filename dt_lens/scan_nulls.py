@@ -116,7 +116,8 @@ def met_covariance(lens: Snapshot, matrix: Matrix, side: SideName, activations: 
     """The covariance ``[d_model, d_model]`` of what one side of a matrix meets.
 
     A reading side meets what the matrix reads; with folding, the stream as its LayerNorm leaves it before scale and
-    bias. A writing side meets the stream that it is added to, as it is before. As if one more input had been of the
+    bias. The key side of a ``QK`` circuit meets what keys are made of. A writing side meets the stream that it is added
+    to, as it is before, of the tokens whose output is used. As if one more input had been of the
     same size and without direction, ``trace / (d (n + 1))`` is added to each variance: what ``n`` inputs have not shown
     is not impossible. An array is taken as it is.
 
@@ -129,9 +130,13 @@ def met_covariance(lens: Snapshot, matrix: Matrix, side: SideName, activations: 
         # Attention and MLP add to the same stream where they stand side by side.
         early = ".attn." in matrix.name or lens.structure.parallel
         place = f"blocks.{matrix.layer}.hook_resid_{'pre' if early else 'mid'}"
+        if early and f"blocks.{matrix.layer}.attn_in.query" in activations.points:
+            place += ".query"
         if place not in activations.stream:
             raise DtLensError(f"These activations hold nothing of the stream at {place}; collect them anew.")
         moments = activations.stream[place]
+    elif side == "key":
+        moments = activations.keys(matrix, lens)
     else:
         moments = activations.of(matrix, lens)
     S = moments.covariance.double().cpu().numpy()

@@ -71,6 +71,8 @@ class Watch:
         every = catalogue(lens, per_head=True)
         wanted = [m for m in every.values() if m.name in chosen or m.name.rpartition(".")[0] in chosen]
         self.reads = {matrix.name: self._place(matrix) for matrix in wanted}
+        # A QK circuit meets keys too, which are more tokens than the queries.
+        self._places = {*self.reads.values(), *(f"blocks.{m.layer}.attn_in" for m in wanted if m.kind == "QK")}
         self.made_of = {matrix.name: fingerprint(lens, matrix).hex() for matrix in wanted}
         self.hooks = self._hooks()
         self._sums: dict[str, _Sums] = {}
@@ -96,7 +98,7 @@ class Watch:
 
     def _hooks(self) -> frozenset[str]:
         structure, hooks = self._lens.structure, set[str]()
-        places = set(self.reads.values())
+        places = self._places
         for layer in range(structure.n_layers):
             block = f"blocks.{layer}"
             hooks |= {f"{block}.{name}" for name in STREAM}
@@ -130,7 +132,10 @@ class Watch:
         for name, rows in zip((f"{block}.{name}" for name in STREAM), (real, used, used), strict=True):
             if name in cache:
                 self._stream.setdefault(name, _Sums()).add(cache[name][rows])
-        places = {place for place in self.reads.values() if place.startswith(f"{block}.")}
+        if layer == self._narrow and f"{block}.{STREAM[0]}" in cache:
+            # What attention adds to, where it matters.
+            self._stream.setdefault(f"{block}.{STREAM[0]}.query", _Sums()).add(cache[f"{block}.{STREAM[0]}"][used])
+        places = {place for place in self._places if place.startswith(f"{block}.")}
         attn_in, query, mlp_in = (f"{block}.{name}" for name in ("attn_in", "attn_in.query", "mlp_in"))
         gathered = sorted(place for place in places if ".gathered." in place)
         if gathered or places & {attn_in, query}:
@@ -190,7 +195,9 @@ class Watch:
             for name, moments in found.items():
                 if not bool(torch.isfinite(moments.second).all()):
                     raise DtLensError(f"The activations at {name} are not finite; the model cannot run on this.")
-        return {place: self._part(place, points) for place in dict.fromkeys(self.reads.values())}, stream
+        return {
+            place: self._part(place, points) for place in dict.fromkeys((*self.reads.values(), *sorted(self._places)))
+        }, stream
 
     def _part(self, place: str, points: Mapping[str, Moments]) -> Moments:
         """A place's moments; of what one head gathered, a block of those of all heads."""

@@ -19,6 +19,7 @@ from dt_lens.matrices import Snapshot, catalogue, find_matrix, fingerprint
 from dt_lens.nulls import NULLS, PooledMaximum, ShuffledMaximum, UntrainedMaximum, q_values
 from dt_lens.scan_nulls import met_covariance
 from dt_lens.scan_table import COLUMNS
+from dt_lens.watching import Watch
 
 Make = Callable[..., Any]
 SMALL: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "d_model": 16, "d_mlp": 24}
@@ -123,6 +124,39 @@ def test_the_covariance_that_each_side_meets(make_dt: Make) -> None:
     assert met_covariance(lens, find_matrix(lens, "blocks.0.mlp.W_in"), "read", given, True) is given
     with pytest.raises(DtLensError, match="another model's"):
         met_covariance(Snapshot.of(model), find_matrix(model, "blocks.0.mlp.W_in"), "read", acts, True)
+
+
+@pytest.mark.parametrize("patterns", [None, ["*.QK.*", "*.attn.W_O"]])
+def test_in_the_last_block_keys_are_of_all_tokens_and_outputs_of_the_one_used(make_dt: Make, patterns: Any) -> None:
+    model = make_dt(2, **{**SMALL, "n_layers": 2})
+    watch, batch = Watch(model, patterns, last_narrows=True), model.probe()
+    with torch.no_grad():
+        cache = model.run_with_cache(**batch)[1]
+    real = batch["attention_mask"].bool().repeat_interleave(3, 1)
+    used = torch.zeros_like(real)
+    used[:, -2] = True
+    watch.add(cache, real, used)
+    acts, lens = Activations(*_parts(watch)), Snapshot.of(model)
+
+    def covariance(x: torch.Tensor) -> Any:
+        return np.cov(x.double().numpy().T, bias=True)
+
+    for block, rows in (0, real), (1, used):
+        read = cache[f"blocks.{block}.ln1.hook_normalized"]
+        written = cache[f"blocks.{block}.hook_resid_pre"]
+        for name, side, wanted in (
+            (f"blocks.{block}.attn.QK.0", "query", read[rows]),
+            (f"blocks.{block}.attn.QK.0", "key", read[real]),
+            (f"blocks.{block}.attn.W_O", "write", written[rows]),
+        ):
+            S = met_covariance(lens, find_matrix(lens, name), side, acts, True)  # type: ignore[arg-type]
+            S = S - np.eye(len(S)) * np.trace(covariance(wanted)) / (len(S) * (len(wanted) + 1))
+            np.testing.assert_allclose(S, covariance(wanted), rtol=0, atol=1e-5)
+
+
+def _parts(watch: Watch) -> tuple[Any, ...]:
+    points, stream = watch.moments()
+    return points, watch.reads, stream, {}, watch.made_of
 
 
 def test_a_covariance_from_an_array_and_from_a_file(make_dt: Make, tmp_path: Path) -> None:
