@@ -13,7 +13,7 @@ from dt_lens.errors import DtLensError
 
 __all__ = ["TINY", "row_blocks", "unit_rows"]
 
-TINY = 1e-12  # of its own length, or the rounding of its dtype: what centring leaves of a direction is no direction
+TINY = 1e-12  # where centring leaves no more of a direction than this, or than its dtype's rounding, none is left
 BLOCK = 2**23  # numbers held at a time, several times over in float64
 
 
@@ -41,19 +41,15 @@ def unit_rows(
     # A copy, as what follows works in place, and in order: a head's directions are columns of its weight.
     picked = embedding.directions[rows].detach()
     E = picked.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-    whole = E.norm(dim=1, keepdim=True)
-    if not bool(torch.isfinite(whole).all()):
+    if not bool(torch.isfinite(E.norm(dim=1)).all()):
         raise DtLensError(f"The embedding {embedding.name!r} holds NaN or infinite values; every entry must be finite.")
-    E = _on_stream(E, embedding, folded, centred)
-    if folded and embedding.layernorm is not None:
-        whole *= embedding.layernorm.detach().abs().max().to(whole)
+    left = _on_stream(E, embedding, folded, centred)
     lengths = E.norm(dim=1, keepdim=True)
-    tiny = max(TINY, torch.finfo(embedding.directions.dtype).eps)
-    kept = lengths > tiny * whole
+    kept = (left > max(TINY, torch.finfo(embedding.directions.dtype).eps)) & (lengths > 0)
     E.mul_(torch.where(kept, 1 / lengths.clamp_min(1e-30), 0.0))
     if dtype != torch.float64:
         # What nearly vanishes under centring is told from nothing in double precision.
-        unsure = (lengths <= 1e-3 * whole).flatten().nonzero().flatten()
+        unsure = (left <= 1e-3).flatten().nonzero().flatten()
         if len(unsure):
             numbers = torch.arange(len(embedding))[rows] if isinstance(rows, slice) else rows
             E[unsure] = unit_rows(embedding, numbers[unsure], folded, centred).to(dtype)
@@ -61,15 +57,27 @@ def unit_rows(
 
 
 def _on_stream(E: Tensor, embedding: Embedding, folded: bool, centred: bool) -> Tensor:
-    """``Embedding.effective`` and the side's centring, in place and in the rows' own precision."""
+    """``Embedding.effective`` and the side's centring, in place and in the rows' own precision.
+
+    Returns what share of its length centring leaves of each row, ``[n, 1]``. Scaling is no loss, whatever it does to
+    the length: a direction may well be small beside the largest scale.
+    """
+    left = E.new_ones(len(E), 1)
+
+    def centre() -> None:
+        before = E.norm(dim=1, keepdim=True)
+        E.sub_(E.mean(-1, keepdim=True))
+        left.mul_(torch.where(before > 0, E.norm(dim=1, keepdim=True) / before, 0.0))
+
     if folded and embedding.layernorm is not None:
-        w = embedding.layernorm.detach().to(E)
         if embedding.side == "in" and not embedding.rms:
-            E = E.sub_(E.mean(-1, keepdim=True))
-        E = E.mul_(w)
+            centre()
+        E.mul_(embedding.layernorm.detach().to(E))
         if embedding.side == "out" and not embedding.rms:
-            E = E.sub_(E.mean(-1, keepdim=True))
-    return E.sub_(E.mean(-1, keepdim=True)) if centred else E
+            centre()
+    if centred:
+        centre()
+    return left
 
 
 def row_blocks(

@@ -64,6 +64,29 @@ def test_what_centring_takes_away_is_no_direction(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(rows[1], wanted, atol=1e-6)  # told in double precision
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_one_large_scale_loses_no_direction(side: str, centred: bool, rms: bool, dtype: torch.dtype) -> None:
+    """In half precision too: only what centring takes away is lost, and a scale takes nothing away."""
+    torch.manual_seed(0)
+    w = torch.ones(64)
+    w[7] = 2000.0
+    directions = torch.randn(300, 64).bfloat16()
+    directions[0] = 0.0
+    directions[1] = 0.7  # constant, and no longer so behind the scale
+    embedding = Embedding(directions, side=side, layernorm=w, rms=rms)  # type: ignore[arg-type]
+    rows = unit_rows(embedding, slice(None), True, centred, dtype)
+    lost = {0, 1} if side == "in" and not rms else {0}
+    assert set((~rows.any(1)).nonzero().flatten().tolist()) == lost
+    wanted = embedding.effective.double()
+    wanted = wanted - wanted.mean(1, keepdim=True) if centred else wanted
+    kept = [row for row in range(300) if row not in lost]
+    wanted = wanted[kept] / wanted[kept].norm(dim=1, keepdim=True)
+    np.testing.assert_allclose(rows[kept], wanted, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
 def test_values_that_are_not_finite_are_named() -> None:
     rows = torch.randn(4, 3)
     embedding = Embedding(rows)
