@@ -156,8 +156,8 @@ class WeightSVD:
                 covariance ``[d_model, d_model]`` to be used on every side.
             draws: for ``"untrained"`` and ``"shuffled"`` how many models are drawn: with ``B`` pooled matches no
                 p-value is below ``1 / (1 + B)`` (``table.attrs["smallest_p"]``), so by default as many as make ``B``
-                10,000 in every pool, 3 at least and 100 at most. Otherwise how many directions are drawn for each null
-                that is not exact.
+                10,000 in every pool of single directions, 3 at least and 100 at most. Otherwise how many directions
+                are drawn for each null that is not exact.
 
         Returns:
             a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value
@@ -288,7 +288,7 @@ class WeightSVD:
             ``largest`` the cosine of the smallest principal angle, ``haar_largest`` its median under a random rotation;
             ``overlap`` the mean squared cosine of the ``min(k, m)`` principal angles, ``haar_overlap`` its mean under
             a random rotation, which is exact, like ``p_value`` where ``k`` or ``m`` is 1 (``nulls.SubspaceOverlap``
-            tells how it is approximated otherwise). ``q_value`` is over the whole table.
+            tells how it is drawn or approximated otherwise). ``q_value`` is over the whole table.
 
         Raises:
             DtLensError: for a ``k`` below 1, and as ``scan`` does.

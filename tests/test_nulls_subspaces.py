@@ -68,6 +68,32 @@ def test_the_matched_beta_against_exact_draws(k: int, m: int, d: int) -> None:
         assert level * (1 - min(slack, 0.12) - noise) <= p <= level * (1 + slack + noise), level
 
 
+@pytest.mark.parametrize(("k", "m", "d"), [(2, 2, 4), (3, 3, 6), (3, 5, 9), (4, 4, 8), (2, 46, 48), (2, 3, 5)])
+def test_subspaces_that_nearly_fill_the_space_are_no_discovery(k: int, m: int, d: int) -> None:
+    """What is drawn under the null has a p-value of alpha or less in a share alpha of cases."""
+    null = SubspaceOverlap(k, m, d)
+    assert null.exact
+    p = null.p_value(null.draws(200_000, seed=3)[0])
+    # A thousandth of 9,999 draws is 10 of them, give or take 3.
+    for level, slack in ((0.5, 0.05), (0.1, 0.12), (0.01, 0.3), (1e-3, 0.7)):
+        assert (p <= level).mean() <= level * (1 + slack), level
+    overlap = np.linspace(max(0, k + m - d), min(k, m), 400)
+    assert (np.diff(null.p_value(overlap)) <= 0).all()
+    assert null.p_value(overlap[0]) == 1
+
+
+@pytest.mark.parametrize(("m", "d"), [(2, 5), (3, 7), (4, 9)])
+def test_far_in_the_tail_the_chance_is_that_of_a_ball(m: int, d: int) -> None:
+    """Of m + 1 and m dimensions in 2 m + 1 the density is flat: near the maximum the bound is the chance itself."""
+    null = SubspaceOverlap(m + 1, m, d)
+    total = null.draws(400_000, seed=4)[0]
+    # A hundredth of all draws are nearer than this, and so 1e-9 of them nearer than a part of it, by volume.
+    near, exponent = float(np.quantile(m - total, 0.01)), m * (d - m - 1) / 2
+    found = float(null.p_value(m - near * (1e-9 / 0.01) ** (1 / exponent)))
+    assert found == pytest.approx(100 * 1e-9, rel=0.1)  # a hundredth of every level is kept for the bound
+    assert float(null.p_value(m)) == 0
+
+
 def test_nothing_to_vary() -> None:
     for null in (SubspaceOverlap(4, 9, 9), SubspaceOverlap(9, 4, 9), SubspaceOverlap(0, 3, 9)):
         assert float(null.p_value(null.mean)) == 1.0

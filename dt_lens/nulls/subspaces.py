@@ -14,14 +14,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincc
+from scipy.special import betaincc, gammaln, multigammaln
 
 from dt_lens.errors import DtLensError
+from dt_lens.nulls.pooled import PooledMaximum
 
 __all__ = ["SubspaceOverlap"]
 
 Array = NDArray[Any]
 HELD = 4_000_000  # numbers held at a time
+STEEP = 100.0  # from this exponent of the tail on, a Beta of the same mean and variance will do
+SAMPLES = 9_999  # draws where it will not
+BOUNDED = 0.01  # the share of every level that the bound on the tail may use up, beside the draws
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,10 @@ class SubspaceOverlap:
 
     Mean and variance are exact: ``k m / d`` and ``2 k m (d-k) (d-m) / (d^2 (d-1) (d+2))``. The distribution is exact
     where either subspace, or the complement of either, is a line: ``cos^2 ~ Beta(m/2, (d-m)/2)``. In between, ``s`` is
-    given the Beta distribution of that mean and variance on its range, ``max(0, k+m-d)`` to ``min(k, m)``; ``draws``
-    makes exact ones to hold it against.
+    given the Beta distribution of that mean and variance on its range, ``max(0, k+m-d)`` to ``min(k, m)``, if that is
+    good enough. Where little room is left its tail is too thin: the chance to come within ``e`` of the maximum goes
+    like ``e^N``, ``N = m (d-k) / 2`` for ``m <= k`` and ``k+m <= d``. For ``N < 100`` an overlap is held against 9,999
+    exact ``draws`` instead, itself counted as one; its p-value is below 0.0001 only where the chance is bounded.
 
     Attributes:
         k, m: dimensions of the two subspaces, each at most ``dimension``.
@@ -79,9 +85,25 @@ class SubspaceOverlap:
 
     @property
     def exact(self) -> bool:
-        """Whether ``p_value`` is no approximation."""
+        """Whether ``p_value`` is no approximation: the distribution is known, or its draws are (see above)."""
+        return self._known or self._exponent < STEEP
+
+    @property
+    def _known(self) -> bool:
         low, high = self._range
         return high - low <= 1
+
+    @property
+    def _open(self) -> tuple[int, int]:
+        """The dimensions, smaller first, of the two subspaces, or of their complements where the two fill the space."""
+        filled = self.k + self.m > self.dimension
+        k, m = (self.dimension - self.k, self.dimension - self.m) if filled else (self.k, self.m)
+        return min(k, m), max(k, m)
+
+    @property
+    def _exponent(self) -> float:
+        small, large = self._open
+        return small * (self.dimension - large) / 2
 
     def p_value(self, overlap: ArrayLike) -> Array:
         """The chance of a sum of squared cosines of ``overlap`` or more, any shape."""
@@ -89,10 +111,34 @@ class SubspaceOverlap:
         low, high = self._range
         if self.std == 0 or high <= low:
             return np.ones_like(s)
+        if not self._known and self._exponent < STEEP:
+            return self._among_draws(s)
         share, width = np.clip((s - low) / (high - low), 0.0, 1.0), high - low
         centre, spread = (self.mean - low) / width, self.std / width
         weight = centre * (1 - centre) / spread**2 - 1
         return np.asarray(betaincc(centre * weight, (1 - centre) * weight, share))
+
+    def _among_draws(self, s: Array) -> Array:
+        """The smaller of the share of draws with as much overlap and a bound, so weighted that both may err at once."""
+        share = _drawn(self.k, self.m, self.dimension).p_value(s)
+        return np.asarray(np.minimum(1.0, np.minimum(share / (1 - BOUNDED), self._bound(s) / BOUNDED)))
+
+    def _bound(self, s: Array) -> Array:
+        """No less than the chance of ``s`` or more, and the nearer to it the nearer ``s`` comes to its maximum.
+
+        The part of the smaller subspace's basis that lies in the complement of the other is a random ``X [m, d-k]``
+        of density ``c det(1 - X X^T)^((k-m-1)/2)``, and ``|X|^2 = m - s`` (Muirhead, section 3.3). The determinant
+        lies between ``1 - |X|^2`` and 1, so the density is at most ``c``, for ``k = m`` over the root of ``1 - |X|^2``;
+        and the volume of a ball is known.
+        """
+        (m, k), exponent = self._open, self._exponent
+        below = np.clip(self._range[1] - s, 0.0, None)
+        with np.errstate(divide="ignore"):
+            log = multigammaln(self.dimension / 2, m) - multigammaln(k / 2, m) - gammaln(exponent + 1)
+            log = log + exponent * np.log(below)
+            if k == m:
+                log = log - np.log(np.clip(1 - below, 0.0, None)) / 2
+        return np.exp(np.minimum(log, 0.0))
 
     def z(self, overlap: ArrayLike) -> Array:
         """How many standard deviations above the mean; 0 where there is nothing to vary."""
@@ -106,11 +152,8 @@ class SubspaceOverlap:
         with ``max(k, m)`` and ``d - max(k, m)`` degrees of freedom; each is drawn by Bartlett's decomposition
         (Muirhead, theorem 3.2.14). Where the two fill the space, the complements are drawn instead.
         """
-        k, m, d = self.k, self.m, self.dimension
-        forced = max(0, k + m - d)
-        if forced:
-            k, m = d - k, d - m  # tr(PQ) = k + m - d + tr((1-P)(1-Q))
-        small, large = min(k, m), max(k, m)
+        small, large = self._open
+        d, forced = self.dimension, max(0, self.k + self.m - self.dimension)  # tr(PQ) = k + m - d + tr((1-P)(1-Q))
         total, largest = np.full(samples, float(forced)), np.full(samples, float(forced > 0))
         if not small:
             return total, largest
@@ -135,6 +178,11 @@ class SubspaceOverlap:
 @lru_cache(maxsize=1024)
 def _median_largest(k: int, m: int, dimension: int, samples: int, seed: int) -> float:
     return float(np.median(SubspaceOverlap(k, m, dimension).draws(samples, seed)[1]))
+
+
+@lru_cache(maxsize=256)
+def _drawn(k: int, m: int, dimension: int) -> PooledMaximum:
+    return PooledMaximum.of(SubspaceOverlap(k, m, dimension).draws(SAMPLES)[0])
 
 
 def _bartlett(rng: np.random.Generator, count: int, size: int, degrees: int) -> Array:
