@@ -66,7 +66,16 @@ def state_of(model: Lens) -> State:
 
 def unedited(model: Lens) -> Snapshot:
     """A model's weights without the edits in force: what edits are made of, so that ``sv`` always counts alike."""
-    return Snapshot({**model.weights, **state_of(model).untouched}, model.structure)
+    weights = model.weights
+    # By memory, as layers may share one: an edit under one name is in force under the other too.
+    untouched = {_memory(weights[name]): kept for name, kept in state_of(model).untouched.items()}
+    bare = {name: untouched.get(_memory(weight), weight) for name, weight in weights.items()} if untouched else weights
+    return Snapshot(bare, model.structure)
+
+
+def _memory(weight: Tensor) -> tuple[Any, ...]:
+    """The same for two weights that are one."""
+    return weight.data_ptr(), weight.device, weight.shape, weight.stride()
 
 
 @contextmanager
@@ -132,6 +141,14 @@ class Edit:
         self._made_of = fingerprint(bare, matrix)
         left, right = matrix.fold_change(bare, *delta)
         self._folded_delta = left, right
+        memory = _memory(bare.weights[self._weight])
+        also = [name for name, other in bare.weights.items() if name != self._weight and _memory(other) == memory]
+        if also:
+            self._remark(f"{self._weight} is one memory with {', '.join(also)}, so the edit changes all of them.")
+
+    def _remark(self, *sentences: str) -> None:
+        """Add to the note."""
+        self.note = " ".join(filter(None, [self.note, *sentences]))
 
     @property
     def delta(self) -> LowRank:
@@ -204,8 +221,9 @@ class Edit:
 
         Raises:
             DtLensError: when it is in force already, edits a direction that another edit in force edits, was made of
-                other weights than the model has now, changes no bit of the weights or of what they compute, or does
-                not reach the model's forward pass; the model is then as it was.
+                other weights than the model has now, is larger than the weights' dtype can hold, changes no bit of the
+                weights or of what they compute, or does not reach the model's forward pass; the model is then as it
+                was.
         """
         state = state_of(self.model)
         if self.active:
@@ -220,6 +238,11 @@ class Edit:
                 state.edits.append(self)
                 state.untouched.setdefault(self._weight, earlier)
                 _write(self.model)
+                if bool((earlier.isfinite() & ~live.isfinite()).any()):
+                    raise DtLensError(
+                        f"The edit of {self.matrix.name} makes weights that {str(live.dtype).removeprefix('torch.')} "
+                        f"cannot hold (energy {self.energy:.2g}); choose a smaller value."
+                    )
                 if _same_bits(live, earlier):
                     raise DtLensError(
                         f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); "
@@ -265,7 +288,9 @@ class Edit:
         weights, name = self.model.weights, self._weight
         for other in state.untouched:
             if other != name and weights[other].data_ptr() == weights[name].data_ptr():
-                raise DtLensError(f"{name!r} and {other!r} are one memory, and an edit of it is in force already.")
+                raise DtLensError(
+                    f"{name!r} and {other!r} are one memory, and an edit of it is in force already; end it first."
+                )
         check = getattr(self.model, "require_shared", None)
         if check is not None:
             check([name])

@@ -129,7 +129,7 @@ class SingularEdit(Edit):
         super().__init__(model, found, *carry(bare, found, where, change, self.folded))
         self.sigma: list[float] = sigma.tolist()
         self.blocks = sorted({decomposition.block_of(i) for i in self.sv})
-        self.note = " ".join(self._remarks(bare, where))
+        self._remark(*self._remarks(bare, where))
 
     def _remarks(self, bare: Snapshot, where: Literal["left", "right"]) -> list[str]:
         remarks = []
@@ -152,12 +152,17 @@ class SingularEdit(Edit):
             )
         return remarks + remarks_on(bare, self.matrix, self._placed)
 
+    @property
+    def _counted(self) -> tuple[Matrix, bool, str]:
+        """What ``sv`` counts: directions of this matrix, folded or not, by these activations."""
+        return self.matrix, self.folded, self.activations
+
     def _refuse_overlap(self, edits: Sequence[Edit]) -> None:
         for other in edits:
-            # Directions of another weighting are others.
-            if not isinstance(other, SingularEdit) or other.activations != self.activations:
+            # Directions of another weighting are others, and so are those of the raw matrix and of the folded one.
+            if not isinstance(other, SingularEdit) or other._counted != self._counted:
                 continue
-            if other.matrix == self.matrix and set(other.sv) & set(self.sv):
+            if set(other.sv) & set(self.sv):
                 shared = min(set(other.sv) & set(self.sv))
                 raise DtLensError(
                     f"Direction {shared} of {self.matrix.name} is being edited already; end that edit first."
@@ -289,7 +294,9 @@ def _require_fit(
     for factor in reversed(factors):
         image = factor.to(image) @ image
     size = float(strength.max()) if len(strength) else 0.0
-    if not bool(torch.allclose(image, given.left.T * strength, rtol=0, atol=1e-7 * size)):
+    # What is computed of a large matrix in low precision is computed no better than that is known.
+    fits = max(1e-7, 2 * given.error)
+    if not bool(torch.allclose(image, given.left.T * strength, rtol=0, atol=fits * size)):
         raise DtLensError(f"The decomposition of {matrix.name} is that of other weights; leave it out.")
     if whole and not activations:
         M = factors[0] if len(factors) == 1 else factors[0] @ factors[1]

@@ -289,16 +289,36 @@ def test_an_edit_goes_once(make_dt: Make) -> None:
         pass
 
 
-def test_weights_that_are_one_memory(make_dt: Make) -> None:
-    model = make_dt()
-    model.blocks[1].mlp.W_in = model.blocks[0].mlp.W_in
-    weights = {**model.weights, "blocks.1.mlp.W_in": model.weights[W_IN]}
-    type(model).weights.fget  # noqa: B018  # a property of the class: patched on an instance's own class
-    model.__class__ = type("Tied", (type(model),), {"weights": property(lambda self: weights)})
-    with SingularEdit(model, W_IN), pytest.raises(DtLensError, match="are one memory"):
-        SingularEdit(model, "blocks.1.mlp.W_in", 1).apply()
-    with nothing_changes(model), SingularEdit(model, "blocks.1.mlp.W_in", 1):
+def test_layers_that_are_one_memory(make_lm: Make) -> None:
+    """Tied blocks: the edit of one is an edit of both, says so, and is no part of what the other's directions are."""
+    original = make_lm("gpt2")
+    original.transformer.h[1].mlp = original.transformer.h[0].mlp
+    model = dt_lens.wrap(original, check=False)
+    other = "blocks.1.mlp.W_in"
+    alone, outside = SingularEdit(model, other, fold_layernorm=False), SingularEdit(model, other, 1)
+    edit = SingularEdit(model, W_IN, value="zero", fold_layernorm=False)
+    for told in (edit, edit.control(), SingularEdit(model, "blocks.0.mlp.W_in", side="neuron")):
+        assert "blocks.0.mlp.W_in is one memory with blocks.1.mlp.W_in" in told.note
+    assert "one memory" not in SingularEdit(model, "blocks.0.attn.W_Q").note
+    with nothing_changes(model), edit:
+        assert torch.equal(model.weights[other], model.weights[W_IN])
+        inside = SingularEdit(model, other, fold_layernorm=False)
+        assert inside.sigma == alone.sigma
+        assert torch.equal(inside.delta[0] @ inside.delta[1], alone.delta[0] @ alone.delta[1])
+        for second in (inside, outside):
+            with pytest.raises(DtLensError, match="are one memory, and an edit of it is in force already"):
+                second.apply()
+    with nothing_changes(model), outside:
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_edit_too_large_for_the_weights_is_an_error(make_dt: Make, dtype: torch.dtype) -> None:
+    model = make_dt(dtype=dtype)
+    edits = [SingularEdit(model, W_IN, value=value) for value in (1e42, -1e300, [1e42, *[0.0] * 15])]
+    for edit in (*edits, edits[0].control(), SingularEdit(model, "blocks.0.attn.OV.0", side="write", value=1e42)):
+        with nothing_changes(model), pytest.raises(DtLensError, match=r"weights that \w+ cannot hold"), edit:
+            pass
 
 
 def test_a_model_cast_inside_an_edit_cannot_be_restored_and_says_so(make_dt: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -401,6 +402,25 @@ def test_a_decomposition_handed_over_is_that_of_the_matrix(make_dt: Make) -> Non
     assert SingularEdit(model, "blocks.0.attn.QK.1", side="key", decomposition=qk).sv == [0]
 
 
+def test_a_decomposition_fits_as_well_as_it_was_computed(make_dt: Make) -> None:
+    """Of a large matrix in low precision directions are known to six digits: still its own, and no other's."""
+    model = make_dt()
+    found = WeightSVD(model)[W_IN]
+
+    def moved(by: float) -> Any:
+        return replace(found, right=found.right + by * torch.eye(*found.right.shape))
+
+    rough = replace(moved(1e-6), error=4e-6)
+    given = SingularEdit(model, W_IN, [0, 2], value="zero", decomposition=rough)
+    for mine, own in zip(given.delta, SingularEdit(model, W_IN, [0, 2], value="zero").delta, strict=True):
+        torch.testing.assert_close(mine, own, rtol=0, atol=1e-5)
+    with pytest.raises(DtLensError, match="that of other weights"):
+        SingularEdit(model, W_IN, 0, decomposition=moved(1e-6))
+    model.weights[W_IN][3, 5] += 1e-3
+    with pytest.raises(DtLensError, match="that of other weights"):
+        SingularEdit(model, W_IN, 0, decomposition=rough)
+
+
 def test_overlapping_edits_are_refused(make_dt: Make) -> None:
     model = make_dt()
     with SingularEdit(model, W_IN, [0, 1]):
@@ -409,6 +429,8 @@ def test_overlapping_edits_are_refused(make_dt: Make) -> None:
         with SingularEdit(model, W_IN, 2), SingularEdit(model, "blocks.1.mlp.W_in", 0):
             pass
         with SingularEdit(model, W_IN, [1, 2], value="flip").control():
+            pass
+        with SingularEdit(model, W_IN, 1, fold_layernorm=False):  # another direction, of the raw matrix
             pass
     with SingularEdit(model, "blocks.0.attn.OV.0", 0, side="read"):
         with pytest.raises(DtLensError, match="Direction 0"):
