@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from dt_lens.arguments import require_activations
 from dt_lens.errors import DtLensError
 from dt_lens.evaluation_mode import evaluating
 from dt_lens.low_rank import LowRank, Placed, spectrum_of
-from dt_lens.matrices import Matrix, Snapshot, fingerprint, weight_bytes
+from dt_lens.matrices import Matrix, Snapshot, fingerprint, memory_of, weight_bytes
 
 if TYPE_CHECKING:
     from dt_lens.activations import Activations
@@ -68,14 +69,9 @@ def unedited(model: Lens) -> Snapshot:
     """A model's weights without the edits in force: what edits are made of, so that ``sv`` always counts alike."""
     weights = model.weights
     # By memory, as layers may share one: an edit under one name is in force under the other too.
-    untouched = {_memory(weights[name]): kept for name, kept in state_of(model).untouched.items()}
-    bare = {name: untouched.get(_memory(weight), weight) for name, weight in weights.items()} if untouched else weights
+    untouched = {memory_of(weights[name]): kept for name, kept in state_of(model).untouched.items()}
+    bare = {name: untouched.get(memory_of(weight), weight) for name, weight in weights.items()}
     return Snapshot(bare, model.structure)
-
-
-def _memory(weight: Tensor) -> tuple[Any, ...]:
-    """The same for two weights that are one."""
-    return weight.data_ptr(), weight.device, weight.shape, weight.stride()
 
 
 @contextmanager
@@ -141,14 +137,6 @@ class Edit:
         self._made_of = fingerprint(bare, matrix)
         left, right = matrix.fold_change(bare, *delta)
         self._folded_delta = left, right
-        memory = _memory(bare.weights[self._weight])
-        also = [name for name, other in bare.weights.items() if name != self._weight and _memory(other) == memory]
-        if also:
-            self._remark(f"{self._weight} is one memory with {', '.join(also)}, so the edit changes all of them.")
-
-    def _remark(self, *sentences: str) -> None:
-        """Add to the note."""
-        self.note = " ".join(filter(None, [self.note, *sentences]))
 
     @property
     def delta(self) -> LowRank:
@@ -184,8 +172,9 @@ class Edit:
         applied to the bias of the first: ``x`` then stands for the inputs with what makes that bias.
 
         Raises:
-            DtLensError: when what the matrix reads is not among ``activations``, or they are another model's.
+            DtLensError: when what the matrix reads is not among ``activations``, or they are none or another model's.
         """
+        require_activations(activations)
         bare = unedited(self.model)
         if self._placed.factor in self.matrix.factors[1:]:
             return activations.between(self.matrix, bare).energy((self._placed.left, self._placed.right))

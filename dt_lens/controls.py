@@ -12,9 +12,9 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
+from dt_lens.arguments import whole_number
 from dt_lens.changes import Edit, unedited
 from dt_lens.low_rank import carry, remarks_on, spectrum_of
-from dt_lens.replacements import whole_number
 
 if TYPE_CHECKING:
     from dt_lens.activations import Activations

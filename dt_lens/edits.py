@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dt_lens.arguments import require_activations, whole_number, whole_numbers
 from dt_lens.changes import Edit, state_of, unedited
 from dt_lens.controls import Control
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.errors import DtLensError
 from dt_lens.low_rank import LowRank, carry, remarks_on
 from dt_lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint
-from dt_lens.replacements import VALUES, Replacements, Value, whole_number
+from dt_lens.replacements import VALUES, Replacements, Value
 from dt_lens.weighted_directions import decompose_weighted
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ class SingularEdit(Edit):
         where = found.side(side)
         self.side: SideName = found.left if where == "left" else found.right
         self.folded = fold_layernorm and found.foldable
-        self.seed = whole_number(seed, "seed")
+        if activations is not None:
+            require_activations(activations)
+        self.seed = whole_number(seed, "seed", -(2**63), 2**63 - 1)
         self.activations = "" if activations is None else activations.digest
         rank = _rank_for(sv)
         if decomposition is None:
@@ -129,7 +131,7 @@ class SingularEdit(Edit):
         super().__init__(model, found, *carry(bare, found, where, change, self.folded))
         self.sigma: list[float] = sigma.tolist()
         self.blocks = sorted({decomposition.block_of(i) for i in self.sv})
-        self._remark(*self._remarks(bare, where))
+        self.note = " ".join(self._remarks(bare, where))
 
     def _remarks(self, bare: Snapshot, where: Literal["left", "right"]) -> list[str]:
         remarks = []
@@ -173,6 +175,8 @@ class SingularEdit(Edit):
 
         With ``activations`` of the same output energy on real inputs too; see ``Control``.
         """
+        if activations is not None:
+            require_activations(activations)
         return Control(self, seed, activations)
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,6 +284,8 @@ def _require_fit(
     given: Decomposition, bare: Snapshot, matrix: Matrix, folded: bool, activations: str, whole: bool
 ) -> None:
     """A decomposition that the user hands over must be that of these weights, and ``whole`` where all are counted."""
+    if not isinstance(given, Decomposition):
+        raise DtLensError(f"decomposition is a {type(given).__name__}; it must be what WeightSVD gives for a matrix.")
     if given.activations != activations:
         have = f"weighted by the activations {given.activations}" if given.activations else "plain"
         want = f"the activations {activations}" if activations else "none"
@@ -310,14 +316,10 @@ def _require_fit(
 def _indices(sv: Any, k: int, name: str) -> list[int]:
     if k == 0:
         raise DtLensError(f"{name} is zero: it has no singular direction to edit.")
-    if isinstance(sv, slice):
-        chosen = list(range(k))[sv]
-    else:
-        many = not isinstance(sv, str) and np.ndim(sv) == 1
-        try:
-            chosen = [whole_number(i, "sv") for i in (sv if many else [sv])]
-        except DtLensError:
-            raise DtLensError(f"sv is {sv!r}; it must be an index, a list of indices or a slice.") from None
+    try:
+        chosen = list(range(k))[sv] if isinstance(sv, slice) else whole_numbers(sv, "sv")
+    except (DtLensError, TypeError, ValueError):
+        raise DtLensError(f"sv is {sv!r}; it must be an index, a list of indices or a slice.") from None
     if not chosen:
         raise DtLensError(f"sv={sv!r} chooses no direction of {name}, which has {k}.")
     for i in chosen:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dt_lens.arguments import names
 from dt_lens.errors import DtLensError, nearest
 
 __all__ = ["Embedding", "EmbeddingRegistry"]
@@ -130,7 +131,7 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
     _sets: dict[str, Embedding] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Embedding:
-        if name not in self._sets:
+        if not isinstance(name, str) or name not in self._sets:
             raise DtLensError(
                 f"There is no embedding {name!r}; there are {', '.join(self._sets)}." + nearest(name, self._sets)
             )
@@ -183,12 +184,12 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
         """The sets whose names match any shell-style pattern; all of them for ``None``.
 
         Raises:
-            DtLensError: for a pattern that matches nothing, with the nearest name.
+            DtLensError: for what is no pattern, or one that matches nothing, with the nearest name.
         """
         if patterns is None:
             return list(self._sets.values())
         chosen: dict[str, Embedding] = {}
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for pattern in names(patterns, "embeddings"):
             matched = [name for name in self._sets if fnmatch.fnmatchcase(name, pattern)]
             chosen |= {name: self[name] for name in matched or [self[pattern].name]}
         return list(chosen.values())

@@ -28,13 +28,13 @@ def because(error: BaseException) -> str:
     return (said if len(said) <= 200 else f"{said[:200]}...").rstrip(". ")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string.
+def nearest(name: object, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string, as for what is no text.
 
     >>> nearest("blocks.0.mlp.Win", ["blocks.0.mlp.W_in", "blocks.0.mlp.W_out"])
     " Did you mean 'blocks.0.mlp.W_in'?"
     >>> nearest("zzz", ["blocks.0.mlp.W_in"])
     ''
     """
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4) if isinstance(name, str) else []
     return f" Did you mean {match[0]!r}?" if match else ""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.matrices import Factor, Matrix, Snapshot, unfold
+from dt_lens.matrices import Factor, Matrix, Snapshot, memory_of, unfold
 
 __all__ = ["LowRank", "Placed", "carry", "remarks_on", "spectrum_of"]
 
@@ -68,6 +68,10 @@ def carry(
 def remarks_on(bare: Snapshot, matrix: Matrix, placed: Placed) -> list[str]:
     """What a reader has to know about a change because of the one weight that is written to make it."""
     remarks, factor, shared = [], placed.factor, bare.structure.queries_per_key
+    memory = memory_of(bare.weights[factor.weight])
+    also = [name for name, other in bare.weights.items() if name != factor.weight and memory_of(other) == memory]
+    if also:
+        remarks.append(f"{factor.weight} is one memory with {', '.join(also)}, so the edit changes all of them.")
     if matrix.kind in ("OV", "QK") and shared > 1 and factor.weight.endswith(("W_K", "W_V")):
         first = (matrix.head or 0) // shared * shared
         remarks.append(

@@ -15,13 +15,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from dt_lens.arguments import names
 from dt_lens.errors import DtLensError, nearest
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "fingerprint",
     "fold",
     "hash_of",
+    "memory_of",
     "select_matrices",
     "unfold",
 ]
@@ -293,6 +295,8 @@ def find_matrix(lens: Weighted, name: str, head: int | None = None) -> Matrix:
     Raises:
         DtLensError: for a name that is not in the catalogue, with the nearest that is.
     """
+    if not isinstance(name, str):
+        raise DtLensError(f"A matrix is named by text, such as 'blocks.0.mlp.W_in', not {name!r}.")
     lens = Snapshot.of(lens)
     known = catalogue(lens, per_head=True)
     wanted = name if head is None else f"{name}.{head}"
@@ -312,7 +316,7 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
     """The catalogued matrices that match any of the shell-style ``patterns`` (all when ``None``), in forward order.
 
     Raises:
-        DtLensError: for a pattern that matches nothing, with the nearest name.
+        DtLensError: for what is no pattern, or one that matches nothing, with the nearest name.
     """
     lens = Snapshot.of(lens)
     listed = catalogue(lens)
@@ -320,7 +324,7 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
         return list(listed.values())
     everything = catalogue(lens, per_head=True)
     chosen: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in names(patterns, "matrices"):
         # A star means the listed ones; heads of W_Q and its kin are named in full.
         matched = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
         matched = matched or [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
@@ -354,6 +358,11 @@ def hash_of(tensor: Tensor) -> bytes:
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {order}".encode(), digest_size=16)
     digest.update(tensor.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def memory_of(weight: Tensor) -> tuple[Any, ...]:
+    """The same for two weights that are one: layers may share them."""
+    return weight.data_ptr(), weight.device, weight.shape, weight.stride()
 
 
 def weight_bytes(weight: Tensor) -> bytes:

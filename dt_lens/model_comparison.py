@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from dt_lens.arguments import whole_number
 from dt_lens.decompose import decompose
 from dt_lens.direction_matching import match_directions
 from dt_lens.directions import Decomposition, rounding_noise
@@ -78,8 +79,7 @@ def compare(
                 f"compare takes two wrapped models, not a {type(model).__name__}; call dt_lens.load or dt_lens.wrap "
                 "first."
             )
-    if not isinstance(k, int) or k < 1:
-        raise DtLensError(f"k is {k!r}; it must be a whole number of at least 1.")
+    k = whole_number(k, "k", 1)
     before, after = Snapshot.of(a), Snapshot.of(b)
     chosen = _comparable(before, after, matrices, fold_layernorm)
     notes = _notes(_precisions(before, after, chosen), names)

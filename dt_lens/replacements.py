@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.embeddings import EmbeddingRegistry
+from dt_lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.label_rows import unit_rows
 
-__all__ = ["VALUES", "Replacements", "Value", "whole_number"]
+__all__ = ["VALUES", "Replacements", "Value", "embedded_direction", "find_direction"]
 
 Value = Literal["constant", "zero", "flip", "random"]
 VALUES: tuple[str, ...] = ("constant", "zero", "flip", "random")
 FORMS = "{'replace': [embedding, label]} or {'towards': [embedding, label], 'angle': degrees}"
 PARALLEL = 1e-6  # the sine of an angle too small to tell a plane by
-
-
-def whole_number(value: Any, name: str) -> int:
-    """``value`` as an int, if it is one of any kind.
-
-    Raises:
-        DtLensError: for anything else, under its ``name``.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise DtLensError(f"{name} is {value!r}; it must be a whole number.")
-    return operator.index(value)
 
 
 class Replacements:
@@ -57,7 +46,7 @@ class Replacements:
         Raises:
             DtLensError: for a value that is none.
         """
-        meant = _direction(value)
+        meant = embedded_direction(value)
         if meant is not None:
             return self._towards(meant, old)
         new, kept = _wanted(value, old, self._seed)
@@ -70,7 +59,7 @@ class Replacements:
         return new, kept
 
     def _towards(
-        self, meant: tuple[Any, Any, float | None], old: Float[Tensor, "k d"]
+        self, meant: tuple[str, str | int, float | None], old: Float[Tensor, "k d"]
     ) -> tuple[Float[Tensor, "k d"], dict[str, Any]]:
         name, label, angle = meant
         unit, label = self._unit(name, label)
@@ -91,34 +80,31 @@ class Replacements:
         turned = math.cos(turn) * old + math.sin(turn) * across / lengths
         return turned, {"towards": [name, label], "angle": angle}
 
-    def _unit(self, name: Any, label: Any) -> tuple[Float[Tensor, " d"], str | int]:
+    def _unit(self, name: str, label: str | int) -> tuple[Float[Tensor, " d"], str | int]:
         """A label's unit direction as this side meets it; and the label, or its row where others are called so too."""
         if not self._residual:
             raise DtLensError(
                 f"This side does not face the residual stream, where the embedding {name!r} is; edit the other side or "
                 "give a vector."
             )
-        embedding = self._embeddings[name] if isinstance(name, str) else None
-        if embedding is None:
-            raise DtLensError(f"An embedding is named by text, such as 'action_out', not {name!r}.")
-        if isinstance(label, bool) or not isinstance(label, str | int):
-            raise DtLensError(f"A label of {name} is text, or the number of its row, not {label!r}.")
-        row = embedding.index(label) if isinstance(label, str) else label
-        if not -len(embedding) <= row < len(embedding):
-            raise DtLensError(f"{name} has {len(embedding)} directions, 0 to {len(embedding) - 1}, and no {row}.")
-        row %= len(embedding)
-        told = embedding.labels[row]
+        embedding, row, told = find_direction(self._embeddings, name, label)
         (unit,) = unit_rows(embedding, torch.tensor([row]), self._folded, self._centred)
         if not bool(unit.any()):
             raise DtLensError(
-                f"The direction {told!r} of {name} is zero where this side meets it (a LayerNorm removes constants); "
-                "name another."
+                f"The direction {embedding.labels[row]!r} of {name} is zero where this side meets it (a LayerNorm "
+                "removes constants); name another."
             )
-        return unit, told if embedding.index(told) == row else row
+        return unit, told
 
 
-def _direction(value: Any) -> tuple[Any, Any, float | None] | None:
-    """(embedding, label, angle) of a value that means an embedding's direction; no angle where it takes the place."""
+def embedded_direction(value: Any) -> tuple[str, str | int, float | None] | None:
+    """What a value means that names an embedding's direction: (embedding, label or row, angle); ``None`` for others.
+
+    There is no angle where the direction takes the vector's place.
+
+    Raises:
+        DtLensError: for a value that names a direction, and not as it should.
+    """
     if isinstance(value, Mapping):
         keys, angle = set(value), value.get("angle")
         if keys not in ({"replace"}, {"towards", "angle"}):
@@ -133,11 +119,36 @@ def _direction(value: Any) -> tuple[Any, Any, float | None] | None:
         return None
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
         raise DtLensError(f"value names {pair!r}; with an embedding it must be {FORMS}.")
+    name, label = pair
+    if not isinstance(name, str):
+        raise DtLensError(f"An embedding is named by text, such as 'action_out', not {name!r}.")
+    if isinstance(label, bool) or not isinstance(label, str | Integral):
+        raise DtLensError(f"A label of {name} is text, or the number of its row, not {label!r}.")
+    label = label if isinstance(label, str) else int(label)
     if "replace" in keys:
-        return pair[0], pair[1], None
-    if isinstance(angle, bool) or not isinstance(angle, int | float) or not math.isfinite(angle):
+        return name, label, None
+    try:
+        turn = math.nan if isinstance(angle, bool) or not isinstance(angle, Real) else float(angle)
+    except OverflowError:
+        turn = math.inf
+    if not math.isfinite(turn):
         raise DtLensError(f"The angle is {angle!r}; it must be a number of degrees.")
-    return pair[0], pair[1], float(angle)
+    return name, label, turn
+
+
+def find_direction(embeddings: EmbeddingRegistry, name: str, label: str | int) -> tuple[Embedding, int, str | int]:
+    """The embedding, the row of a label in it, and the label, or its row where an earlier one is called so too.
+
+    Raises:
+        DtLensError: for an embedding, a label or a row that there is not.
+    """
+    embedding = embeddings[name]
+    row = embedding.index(label) if isinstance(label, str) else label
+    if not -len(embedding) <= row < len(embedding):
+        raise DtLensError(f"{name} has {len(embedding)} directions, 0 to {len(embedding) - 1}, and no {row}.")
+    row %= len(embedding)
+    told = embedding.labels[row]
+    return embedding, row, told if embedding.index(told) == row else row
 
 
 def _wanted(value: Any, old: Float[Tensor, "k d"], seed: int) -> tuple[Tensor, Any]:

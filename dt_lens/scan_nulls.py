@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dt_lens.activations import Activations
+from dt_lens.arguments import whole_number
 from dt_lens.drawn_models import shuffled, untrained
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.kept_results import KeptResults
@@ -45,8 +47,8 @@ class NullSource(Protocol):
 
 def require_null(name: object) -> None:
     """Raise ``DtLensError`` for a null that there is not."""
-    if name not in NULLS:
-        raise DtLensError(f"Unknown null {name!r}; known are {', '.join(NULLS)}." + nearest(str(name), NULLS))
+    if not isinstance(name, str) or name not in NULLS:
+        raise DtLensError(f"Unknown null {name!r}; known are {', '.join(NULLS)}." + nearest(name, NULLS))
 
 
 class CovarianceSource:
@@ -76,6 +78,8 @@ class CovarianceSource:
         if isinstance(activations, (str, Path)):
             activations = Activations.load(activations)
         if not hasattr(activations, "inputs"):
+            if isinstance(activations, Tensor):
+                activations = activations.detach().cpu()
             try:
                 activations = np.asarray(activations, dtype=np.float64)
             except (TypeError, ValueError) as error:
@@ -204,13 +208,12 @@ def draw_pools(
     Each drawn model is decomposed as the model itself is, whole; its blocks are consecutive directions.
 
     Raises:
-        DtLensError: for another null than ``"untrained"`` and ``"shuffled"``, or fewer than one draw.
+        DtLensError: for another null than ``"untrained"`` and ``"shuffled"``, fewer than one draw, or a seed below 0.
     """
     if name not in ("untrained", "shuffled"):
         raise DtLensError(f"Only 'untrained' and 'shuffled' draw models, not {name!r}.")
-    draws = _enough(meetings) if draws is None else draws
-    if draws < 1:
-        raise DtLensError(f"draws is {draws!r}; at least one model must be drawn.")
+    seed = whole_number(seed, "seed", 0)
+    draws = _enough(meetings) if draws is None else whole_number(draws, "draws", 1)
     make, of = (untrained, UntrainedMaximum.of) if name == "untrained" else (shuffled, ShuffledMaximum.of)
     matrices = list(dict.fromkeys(meeting.matrix.name for meeting in meetings))
     embeddings = list(dict.fromkeys(meeting.labels.embedding.name for meeting in meetings))

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.matching import Best, MetLabels
 from dt_lens.matrices import Snapshot
@@ -40,6 +41,8 @@ def scan_table(
 ) -> pd.DataFrame:
     """See ``WeightSVD.scan``."""
     require_null(null if not isinstance(null, Pools) else null.name)
+    seed = whole_number(seed, "seed", 0)
+    draws = None if draws is None else whole_number(draws, "draws", 1)
     meetings = svd.meetings(matrices, embeddings, tell)
     source = null_source(svd, null, meetings, seed, activations, draws, tell)
     parts = _parts(svd, meetings, source, tell)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.meetings import Meeting
 from dt_lens.nulls import frame_maximum, q_values, tail_or_share
@@ -39,6 +40,7 @@ def strongest(
             "null='covariance' draws single directions and says nothing of a whole matrix's; use "
             "scan(null='covariance') or another null."
         )
+    samples, seed = whole_number(samples, "samples", 1), whole_number(seed, "seed", 0)
     meetings = [meeting for meeting in svd.meetings(matrices, embeddings) if len(meeting.found.sigma)]
     pools = null if isinstance(null, Pools) else None
     if null in ("untrained", "shuffled"):

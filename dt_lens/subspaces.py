@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.linalg import subspace_angles
 
+from dt_lens.arguments import whole_number, whole_numbers
 from dt_lens.errors import DtLensError
 from dt_lens.matching import MetLabels
 from dt_lens.matrix_change import common_boundary
@@ -43,9 +44,9 @@ def subspaces(
     progress: bool | Tell = False,
 ) -> pd.DataFrame:
     """See ``WeightSVD.subspaces``."""
-    sizes = [k] if isinstance(k, int) else list(k)
-    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes):
-        raise DtLensError(f"k is {k!r}; it must be a whole number of at least 1, or several.")
+    sizes, seed = whole_numbers(k, "k", 1), whole_number(seed, "seed", 0)
+    if not sizes:
+        raise DtLensError("k holds no number; give a whole number of at least 1, or several.")
     rows: list[tuple[Any, ...]] = []
     spans: dict[bytes, Array] = {}
     with reporting(progress) as tell:

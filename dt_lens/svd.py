@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dt_lens.arguments import require_activations, whole_number
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError
@@ -72,15 +72,11 @@ class WeightSVD:
                 f"WeightSVD takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load "
                 "first."
             )
-        if rank is not None and (not hasattr(rank, "__index__") or operator.index(rank) < 1):
-            raise DtLensError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for all directions.")
         self.model = model
-        self.rank = rank
+        self.rank = None if rank is None else whole_number(rank, "rank", 1)
         self.fold_layernorm = fold_layernorm
-        if activations is not None and not hasattr(activations, "inputs"):
-            raise DtLensError(
-                f"activations is a {type(activations).__name__}; WeightSVD takes what collect_activations gives."
-            )
+        if activations is not None:
+            require_activations(activations)
         self.activations = activations
         self._registry = embeddings if isinstance(embeddings, EmbeddingRegistry) else None
         own, given = model.embeddings, self._registry
@@ -166,7 +162,8 @@ class WeightSVD:
             and the seed.
 
         Raises:
-            DtLensError: for an unknown matrix, embedding or null, or values that are not finite.
+            DtLensError: for an unknown matrix, embedding or null, values that are not finite, a seed below 0, or fewer
+                than one draw.
         """
         from dt_lens.scan_table import scan_table
 
@@ -291,7 +288,7 @@ class WeightSVD:
             tells how it is drawn or approximated otherwise). ``q_value`` is over the whole table.
 
         Raises:
-            DtLensError: for a ``k`` below 1, and as ``scan`` does.
+            DtLensError: for a ``k`` that is no whole number of at least 1, and as ``scan`` does.
         """
         from dt_lens.subspaces import subspaces
 
@@ -302,11 +299,13 @@ class WeightSVD:
 
         Args:
             side: by default the side where the embedding is met, reading sides for input embeddings.
+            k: all of them when ``None``.
 
         Raises:
-            DtLensError: for an unknown matrix or embedding, a side that is not on the residual stream, or QK without a
-                side.
+            DtLensError: for an unknown matrix or embedding, a side that is not on the residual stream, QK without a
+                side, or a negative ``k``.
         """
+        k = None if k is None else whole_number(k, "k", 0)
         found, labelled = self[matrix], self.registry[embedding]
         side = self._side(found.matrix, labelled, side)
         values = self._labels(found.matrix, side, labelled).cosines(found.side(side)[:k].cpu().numpy())
@@ -323,9 +322,10 @@ class WeightSVD:
             neither pole is the right one.
 
         Raises:
-            DtLensError: as ``cosines`` does.
+            DtLensError: as ``cosines`` does, and for a negative number of labels.
         """
-        table, found = self.cosines(matrix, embedding, side, max(k, 0)), self[matrix]
+        labels = whole_number(labels, "labels", 0)
+        table, found = self.cosines(matrix, embedding, side, k), self[matrix]
         names, rows = list(table.columns), []
         for sv, values in enumerate(table.to_numpy()):
             start, stop = found.block_of(sv)

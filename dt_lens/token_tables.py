@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dt_lens.arguments import whole_number
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding
 from dt_lens.errors import DtLensError
@@ -143,9 +144,7 @@ def token_table(
     Raises:
         DtLensError: for an unknown matrix, embedding or side, a filter that nothing passes, or a count below 1.
     """
-    for name, count in (("k", k), ("n", n)):
-        if not isinstance(count, int) or count < 1:
-            raise DtLensError(f"{name} is {count!r}; it must be a whole number of at least 1.")
+    k, n = whole_number(k, "k", 1), whole_number(n, "n", 1)
     chosen = svd.registry.select(embeddings)
     named = embeddings is not None
     kept = {embedding.name: kept_labels(list(embedding.labels), where) for embedding in chosen}

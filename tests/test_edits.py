@@ -340,6 +340,17 @@ W_IN = "blocks.0.mlp.W_in"
         ({"sv": [0, 1.0]}, "must be an index"),
         ({"sv": True}, "must be an index"),
         ({"sv": None}, "must be an index"),
+        ({"sv": [[0], [1, 2]]}, "must be an index"),
+        ({"sv": np.zeros((2, 2), int)}, "must be an index"),
+        ({"sv": slice("a", None)}, "must be an index"),
+        ({"sv": slice(None, None, 0)}, "must be an index"),
+        ({"matrix": None}, "named by text, such as 'blocks.0.mlp.W_in', not None"),
+        ({"matrix": 5}, "named by text"),
+        ({"matrix": [W_IN]}, "named by text"),
+        ({"decomposition": "x"}, "decomposition is a str; it must be what WeightSVD gives"),
+        ({"activations": "x"}, "activations is a str; it must be what collect_activations gives"),
+        ({"value": "random", "seed": 2**70}, "seed is 1180591620717411303424; it must be a whole number of at least"),
+        ({"value": ("action_out", 0, 10**400)}, "it must be a number of degrees"),
         ({"value": "constan"}, "Did you mean 'constant'"),
         ({"value": "nonsense"}, "must be one of constant, zero, flip, random, a number, or a vector of 16 numbers"),
         ({"value": float("nan")}, "NaN"),
@@ -366,6 +377,11 @@ def test_more_of_what_is_no_edit(make_dt: Make) -> None:
         SingularEdit(torch.nn.Linear(2, 2), W_IN)  # type: ignore[arg-type]
     with pytest.raises(DtLensError, match="seed is 'a'"):
         SingularEdit(model, W_IN).control("a")  # type: ignore[arg-type]
+    for wrong in (None, "x"):
+        with pytest.raises(DtLensError, match="it must be what collect_activations gives"):
+            SingularEdit(model, W_IN).output_energy(wrong)  # type: ignore[arg-type]
+    with pytest.raises(DtLensError, match="activations is a str"):
+        SingularEdit(model, W_IN).control(0, "x")  # type: ignore[arg-type]
     model.weights[W_IN].zero_()
     with pytest.raises(DtLensError, match=r"blocks.0.mlp.W_in is zero"):
         SingularEdit(model, W_IN)

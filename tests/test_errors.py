@@ -14,6 +14,7 @@ def test_the_class_is_public() -> None:
 
 def test_nearest() -> None:
     assert nearest("hoper", ["hopper", "walker"]) == " Did you mean 'hopper'?"
+    assert nearest(5, ["5", "hopper"]) == "" and nearest(None, ["None"]) == "" and nearest(["a"], ["a"]) == ""
     assert nearest("xyzzy", ["hopper", "walker"]) == "" and nearest("x", []) == ""
 
 

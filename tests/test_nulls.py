@@ -178,6 +178,15 @@ def test_zero_rows_and_nothing_to_match() -> None:
     assert float(whole.z(1.0)) == 0.0
     with pytest.raises(DtLensError, match="finite directions in rows"):
         HaarMaximum.of(np.full((2, 3), np.nan))
+    for few in (4, 0, -1, 2.5):  # five labels of sixteen dimensions lie in no fewer than five
+        with pytest.raises(DtLensError, match=r"do not lie in 4 dimensions|dimension is"):
+            HaarMaximum.of(np.eye(5, 16), dimension=few)  # type: ignore[arg-type]
+        with pytest.raises(DtLensError, match=r"do not lie in 4 dimensions|dimension is"):
+            frame_maximum(np.eye(5, 16), 2, dimension=few)  # type: ignore[arg-type]
+    assert HaarMaximum.of(np.eye(5, 16), dimension=5).dimension == 5
+    for wrong in ({"samples": 0}, {"span": 0}, {"seed": -1}):
+        with pytest.raises(DtLensError, match="must be a whole number"):
+            HaarMaximum.of(np.eye(5, 16), **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("n", "d", "k", "centred"), [(1, 12, 5, False), (3, 12, 12, False), (30, 12, 5, True)])

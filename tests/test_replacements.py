@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -148,6 +149,9 @@ def test_a_label_that_two_rows_share_is_told_by_its_row(make_dt: Make) -> None:
     assert first.value == {"replace": ["action_out", "b"]}
     assert second.value == {"replace": ["action_out", 2]}
     torch.testing.assert_close(load_edit(model, second.to_dict()).delta, second.delta)
+    # A number is one of any kind.
+    again = SingularEdit(model, "blocks.0.mlp.W_out", value=("action_out", np.int64(2), np.float32(30)))
+    assert json.loads(json.dumps(again.value)) == {"towards": ["action_out", 2], "angle": 30.0}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

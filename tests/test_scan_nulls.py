@@ -210,7 +210,7 @@ def test_blocks_are_held_against_blocks_of_their_size(make_dt: Make) -> None:
         svd.scan("*.W_out", pools)
     with pytest.raises(DtLensError, match="Only 'untrained'"):
         svd.pools("haar")
-    with pytest.raises(DtLensError, match="at least one"):
+    with pytest.raises(DtLensError, match="draws is 0; it must be a whole number of at least 1"):
         svd.pools("shuffled", draws=0)
 
 
@@ -255,6 +255,12 @@ def test_untrained_models_are_initialised_as_the_architecture_is(make_dt: Make, 
     assert float(drawn.weights["blocks.0.mlp.W_in"].std()) == pytest.approx(0.02, rel=0.1)
     table = WeightSVD(lm).scan(["*.W_in", "*.OV.*"], "untrained", draws=2)
     assert {"token_in", "token_out"} <= set(table["embedding"])
+
+
+def test_a_covariance_that_a_gradient_flows_to(make_dt: Make) -> None:
+    svd, S = WeightSVD(make_dt(9, **SMALL)), torch.eye(16)
+    taken = svd.scan("*.0.mlp.W_in", "covariance", activations=S.clone().requires_grad_())
+    pd.testing.assert_frame_equal(taken, svd.scan("*.0.mlp.W_in", "covariance", activations=S.numpy()))
 
 
 def test_a_model_without_an_initialisation_has_gaussian_entries(make_dt: Make) -> None:

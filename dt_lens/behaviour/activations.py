@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dt_lens.activations import Activations
+from dt_lens.arguments import whole_number
 from dt_lens.behaviour.rollouts import Policy, run_episodes
 from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
 from dt_lens.changes import suspended
@@ -90,14 +91,14 @@ def collect_activations(
             watch = Watch(model, matrices)
             record = _watch_text(model, watch, tell)
         else:
-            from dt_lens.behaviour.evaluate import _check_count, _check_model, setting_of
+            from dt_lens.behaviour.evaluate import _check_model, setting_of
 
             agent: Any = model
             _check_model(agent)
             for name, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
-                _check_count(name, value, least)
+                whole_number(value, name, least)
             if max_steps is not None:
-                _check_count("max_steps", max_steps, 1)
+                whole_number(max_steps, "max_steps", 1)
             setting = setting_of(
                 agent, environment, environment_kwargs, target_return, max_steps, "collect_activations"
             )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
+from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.evaluation_mode import evaluating
 from dt_lens.progress import Count, counting
@@ -133,11 +134,11 @@ def evaluate(
         raise DtLensError(
             "This is an agent, and evaluate runs it in an environment; leave out texts, context and windows."
         )
-    _check_count("episodes", episodes, 1)
-    _check_count("seed", seed, 0)
+    whole_number(episodes, "episodes", 1)
+    whole_number(seed, "seed", 0)
     for name, value, least in (("max_steps", max_steps, 1), ("workers", workers, 1), ("lanes", lanes, LEAST_LANES)):
         if value is not None:
-            _check_count(name, value, least)
+            whole_number(value, name, least)
     if failure is not None:
         check_rule(failure)
     setting = setting_of(model, environment, environment_kwargs, target_return, max_steps)
@@ -269,11 +270,6 @@ def _check_model(model: Any) -> None:
             f"evaluate takes a decision transformer from dt_lens.load or dt_lens.wrap, not a {type(model).__name__}; "
             "wrap it first: dt_lens.wrap(model)."
         )
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise DtLensError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
 
 
 def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dt_lens.arguments import whole_number
 from dt_lens.behaviour.text_outcomes import Moved, TextEvaluation
 from dt_lens.behaviour.text_windows import Texts, Windows, cut, read_texts
 from dt_lens.behaviour.workers import one_thread
@@ -68,8 +69,8 @@ def evaluate_text(
     longest = int(model.cfg.n_ctx)
     context = min(longest, CONTEXT) if context is None else context
     for name, value, least in (("context", context, 2), ("windows", windows, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
-            raise DtLensError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        if value is not None:
+            whole_number(value, name, least)
     if context > longest:
         raise DtLensError(
             f"context is {context}, and the model looks at no more than {longest} tokens; give at most that."

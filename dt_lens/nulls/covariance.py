@@ -30,6 +30,7 @@ from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.optimize import brentq
 from torch import Tensor
 
+from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.nulls.haar import LabelBlocks, unit_labels
 from dt_lens.nulls.multiplicity import tail_or_share
@@ -96,12 +97,15 @@ class CovarianceMaximum:
 
         Raises:
             DtLensError: for labels or a covariance that are not finite or do not fit one another, a covariance that is
-                not symmetric and positive semidefinite, or one that is zero.
+                not symmetric and positive semidefinite, or one that is zero, and for numbers below 1 (a seed below 0).
         """
         width = labels.width if isinstance(labels, LabelBlocks) else np.shape(labels)[-1]
         values, vectors = _eigen(covariance, width, centred)
         n, blocks = _turned(labels, vectors)
-        samples = samples or max(2000, int(min(20_000, 4e9 / max(1, n * len(values)))) // span)
+        seed, span = whole_number(seed, "seed", 0), whole_number(span, "span", 1)
+        if samples is None:
+            samples = max(2000, int(min(20_000, 4e9 / max(1, n * len(values)))) // span)
+        samples = whole_number(samples, "samples", 1)
         rng = np.random.default_rng([seed, n, len(values), span])
         if n == 0:
             return cls(0, len(values), span, 0.0, 0.0, np.zeros(1), np.array([0.0, 1.0]), np.zeros(2))

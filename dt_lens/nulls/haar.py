@@ -19,6 +19,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import betaincc, betainccinv
 from torch import Tensor
 
+from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
 
 __all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum"]
@@ -26,6 +27,7 @@ __all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum"]
 Array = NDArray[np.float64]
 Floats = NDArray[Any]  # float32 or float64
 CHUNK = 4_000_000  # numbers held at a time
+OUTSIDE = 1e-6  # the share of labels' squared lengths that may lie outside the space they are said to lie in
 
 
 def cap_probability(cosine: ArrayLike, dimension: int, span: int = 1) -> Array:
@@ -101,13 +103,18 @@ class HaarMaximum:
             seed: of the Monte Carlo part.
             span: of how many dimensions the random subspace is.
             samples: draws, by default 5,000 (fewer for more than 800 labels, and for spans; at least 800).
+
+        Raises:
+            DtLensError: for labels that are not finite or do not lie in so few dimensions, or numbers below 1 (a seed
+                below 0).
         """
+        seed, span = whole_number(seed, "seed", 0), whole_number(span, "span", 1)
         E: Array | None = None
         if isinstance(labels, LabelBlocks):
             n, dimension = labels.n, labels.dimension
         else:
             E = unit_labels(labels)
-            n, dimension = len(E), dimension or E.shape[1]
+            n, dimension = len(E), _dimension(E, dimension)
         if n == 0 or span >= dimension:
             # Without labels the best match is 0, and the whole space matches everything.
             flat = np.full(2, -np.log(max(n, 1)))
@@ -116,7 +123,9 @@ class HaarMaximum:
         grid = np.unique(np.concatenate([tail, tail[-1] + (1 - tail[-1]) * np.sin(np.linspace(0, np.pi / 2, 10))]))
         share, drawn = np.ones_like(grid), np.empty(0)
         if n > 1:
-            samples = samples or max(800, int(min(4e6 / n, 5000)) // span)
+            if samples is None:
+                samples = max(800, int(min(4e6 / n, 5000)) // span)
+            samples = whole_number(samples, "samples", 1)
             rng = np.random.default_rng([seed, n, dimension, span])
             C = labels if isinstance(labels, LabelBlocks) else _Whole(_coordinates(np.asarray(E), dimension))
             share, drawn = _shares(C, span, grid, samples, rng), _best_matches(C, span, samples, rng)
@@ -168,6 +177,11 @@ def unit_labels(labels: ArrayLike) -> Array:
     return np.asarray(E[norms > 0] / norms[norms > 0, None])
 
 
+def _dimension(E: Array, dimension: int | None) -> int:
+    """The dimension of the space of the labels ``[n, d]``: ``d`` unless it is told."""
+    return E.shape[1] if dimension is None else whole_number(dimension, "dimension", 1)
+
+
 def _coordinates(E: Array, dimension: int) -> Array:
     """The labels ``[n, d]`` in coordinates that depend on their angles alone, ``[n, dimension]``.
 
@@ -178,7 +192,10 @@ def _coordinates(E: Array, dimension: int) -> Array:
         # The Cholesky factor is unique; the tiny ridge keeps labels that coincide from breaking it.
         inside = np.linalg.cholesky(E @ E.T + 1e-12 * np.eye(n))
     else:
-        inside = E @ np.linalg.eigh(E.T @ E)[1][:, ::-1][:, :dimension]
+        squares, axes = np.linalg.eigh(E.T @ E)
+        if squares[:-dimension].sum() > OUTSIDE * n:
+            raise DtLensError(f"The labels do not lie in {dimension} dimensions; leave dimension out, or give more.")
+        inside = E @ axes[:, ::-1][:, :dimension]
         inside = inside * np.where(inside[np.abs(inside).argmax(0), np.arange(inside.shape[1])] < 0, -1.0, 1.0)
     return np.pad(inside, ((0, 0), (0, dimension - inside.shape[1])))
 
@@ -301,9 +318,12 @@ def frame_maximum(
 
     This is the null for "the strongest match in the whole matrix". Returns ``[samples]``, sorted. Monte Carlo: with
     ``B`` draws the smallest p-value is ``1 / (B + 1)``.
+
+    Raises:
+        DtLensError: as ``HaarMaximum.of`` does.
     """
     E = unit_labels(labels)
-    dimension = dimension or E.shape[1]
+    dimension = _dimension(E, dimension)
     if not len(E):
         return np.zeros(samples)
     C = _coordinates(E, dimension)

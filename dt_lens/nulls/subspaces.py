@@ -133,12 +133,12 @@ class SubspaceOverlap:
         """
         (m, k), exponent = self._open, self._exponent
         below = np.clip(self._range[1] - s, 0.0, None)
+        constant = multigammaln(self.dimension / 2, m) - multigammaln(k / 2, m) - gammaln(exponent + 1)
         with np.errstate(divide="ignore"):
-            log = multigammaln(self.dimension / 2, m) - multigammaln(k / 2, m) - gammaln(exponent + 1)
-            log = log + exponent * np.log(below)
+            log: Array = constant + exponent * np.log(below)
             if k == m:
                 log = log - np.log(np.clip(1 - below, 0.0, None)) / 2
-        return np.exp(np.minimum(log, 0.0))
+        return np.asarray(np.exp(np.minimum(log, 0.0)))
 
     def z(self, overlap: ArrayLike) -> Array:
         """How many standard deviations above the mean; 0 where there is nothing to vary."""

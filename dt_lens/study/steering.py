@@ -16,8 +16,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.activations import Activations
+from dt_lens.arguments import whole_number
 from dt_lens.behaviour.activations import kept_activations
-from dt_lens.behaviour.evaluate import _check_count, model_id, setting_of
+from dt_lens.behaviour.evaluate import model_id, setting_of
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.statistics import Interval, bootstrap_interval, sign_flip, wilson
 from dt_lens.edits import Edit
@@ -136,7 +137,7 @@ def steer(
     for what, value, least in (
         ("episodes", episodes, 2), ("choosing", choosing, 2), ("candidates", candidates, 1), ("seed", seed, 0),
     ):  # fmt: skip
-        _check_count(what, value, least)
+        whole_number(value, what, least)
     if choosing > FRESH:
         raise DtLensError(f"choosing is {choosing}; at most {FRESH} episodes lie before the fresh seeds.")
     grid = sorted({float(dose) for dose in doses} - {1.0})

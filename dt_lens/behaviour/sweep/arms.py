@@ -15,6 +15,7 @@ from dt_lens.embeddings import EmbeddingRegistry
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens import Lens
 from dt_lens.matrices import Matrix, SideName, Snapshot, select_matrices
+from dt_lens.replacements import embedded_direction, find_direction
 from dt_lens.weighted_directions import decompose_weighted
 
 __all__ = ["SV", "make_arms", "parse_value", "resolve_sv"]
@@ -31,6 +32,9 @@ def parse_value(value: Any, embeddings: EmbeddingRegistry | None = None) -> tupl
 
     As text an embedding's direction is ``"replace:action_out:thigh_joint torque"``, by its label or the number of its
     row, and ``"towards:action_out:thigh_joint torque:30"`` turns by 30 degrees.
+
+    Raises:
+        DtLensError: for what is none of these, or a label that the embedding has not.
 
     >>> parse_value("scale:0.5"), parse_value(2), parse_value("zero")
     (('scale:0.5', 0.5), ('scale:2', 2.0), ('zero', 'zero'))
@@ -51,14 +55,13 @@ def parse_value(value: Any, embeddings: EmbeddingRegistry | None = None) -> tupl
 
 def _number(text: Any, given: Any) -> float:
     try:
-        number = float(text)
+        number = math.nan if isinstance(text, bool) else float(text)
         if not math.isfinite(number):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DtLensError(
             f"edits holds {given!r}; it must be one of {', '.join(VALUES)}, scale: with a number, such as scale:0.5, "
-            "replace:EMBEDDING:LABEL, or towards:EMBEDDING:LABEL:DEGREES."
-            + (nearest(given, VALUES) if isinstance(given, str) else "")
+            "replace:EMBEDDING:LABEL, or towards:EMBEDDING:LABEL:DEGREES." + nearest(given, VALUES)
         ) from None
     return number
 
@@ -69,30 +72,18 @@ def _digits(number: float) -> str:
 
 def _embedded(value: Any, embeddings: EmbeddingRegistry | None) -> tuple[str, dict[str, Any]]:
     """A direction of an embedding, in whichever form it is given."""
-    try:
-        if isinstance(value, Mapping):
-            (name, label), angle = value.get("replace") or value["towards"], value.get("angle")
-        else:
-            name, label, angle = (*value, None)[:3]
-    except (TypeError, ValueError, KeyError):
-        raise DtLensError(
-            f"edits holds {value!r}; of an embedding it must be (name, label) or (name, label, degrees)."
-        ) from None
+    meant = embedded_direction(value)
+    if meant is None:
+        raise DtLensError(f"edits holds {value!r}; of an embedding it must be (name, label) or (name, label, degrees).")
+    name, label, angle = meant
     if embeddings is not None:
-        embedding = embeddings[name]
-        if isinstance(label, str) and label not in embedding.labels and label.isdigit():
+        # As text a row's number looks like a label.
+        if isinstance(label, str) and label.isdecimal() and label not in embeddings[name].labels:
             label = int(label)
-        if isinstance(label, str):
-            embedding.index(label)  # raises for none
-        elif not -len(embedding) <= label < len(embedding):
-            raise DtLensError(f"{name} has {len(embedding)} directions, 0 to {len(embedding) - 1}, and no {label}.")
-        else:
-            row = label % len(embedding)
-            label = embedding.labels[row] if embedding.index(embedding.labels[row]) == row else row
+        label = find_direction(embeddings, name, label)[2]
     if angle is None:
         return f"replace:{name}:{label}", {"replace": [name, label]}
-    turn = _number(angle, value)
-    return f"towards:{name}:{label}:{_digits(turn)}", {"towards": [name, label], "angle": turn}
+    return f"towards:{name}:{label}:{_digits(angle)}", {"towards": [name, label], "angle": angle}
 
 
 def resolve_sv(sv: SV, k: int, name: str) -> list[int]:

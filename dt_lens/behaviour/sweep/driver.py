@@ -9,8 +9,8 @@ from typing import Any, Self
 import pandas as pd
 
 from dt_lens.activations import Activations
+from dt_lens.arguments import whole_number
 from dt_lens.behaviour.evaluate import (
-    _check_count,
     _check_model,
     _cores,
     model_id,
@@ -115,10 +115,10 @@ class Sweep:
             raise DtLensError("This is a language model, and a sweep runs agents; use evaluate for its texts.")
         _check_model(model)
         for name, value, least in (("controls", controls, 0), ("episodes", episodes, 1), ("seed", seed, 0)):
-            _check_count(name, value, least)
+            whole_number(value, name, least)
         for name, size in (("max_steps", max_steps), ("block_size", block_size), ("workers", workers)):
             if size is not None:
-                _check_count(name, size, 1)
+                whole_number(size, name, 1)
         rungs = parse_halving(halving)
         if rungs is not None and not baseline:
             raise DtLensError("halving selects by the difference from the unedited agent; it needs the baseline.")

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from dt_lens.activations import Activations
-from dt_lens.behaviour.evaluate import Setting, _check_count, model_id, setting_of
+from dt_lens.arguments import whole_number
+from dt_lens.behaviour.evaluate import Setting, model_id, setting_of
 from dt_lens.behaviour.text_windows import Texts, cut, read_texts
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import select_matrices
@@ -178,7 +179,7 @@ def court(
             f"court takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
         )
     for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
-        _check_count(what, value, least)
+        whole_number(value, what, least)
     out, case = Path(out), Case(model, seed, draws)
     trial = _Trial(case, out, texts)
     if not case.is_language_model and not getattr(model, "weights_only", False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,22 @@ def test_directions_by_their_output_and_towards_labels(make_sweep: Make, inline:
         ("replace:action_out:nobody", "nobody"),
         ("replace:action_out:7", "has 1 directions"),
         ("towards:action_out:0:far", "edits holds 'towards:action_out:0:far'"),
-        ({"replace": ["action_out"]}, "must be .name, label"),
+        ({"replace": ["action_out"]}, "with an embedding it must be"),
+        ({"replace": ["action_out", 0], "angle": 30}, "with an embedding it must be"),
+        ({"towards": ["action_out", 0]}, "with an embedding it must be"),
+        ({"replace": ["action_out", 0], "towards": ["state_out", 1], "angle": 5}, "with an embedding it must be"),
+        (["action_out", True], "text, or the number of its row, not True"),
+        (["action_out", None], "text, or the number of its row, not None"),
+        (["action_out", 1.5], "text, or the number of its row, not 1.5"),
+        (["action_out", 0, True], "a number of degrees"),
+        ([0.1, 0.2, 0.3], "must be .name, label"),
+        ("replace:action_out:²", "no label '²'"),
+        (True, "edits holds True"),
     ],
 )
 def test_labels_that_there_are_not(agent: Any, value: Any, sentence: str) -> None:
     with pytest.raises(DtLensError, match=sentence):
         parse_value(value, agent.embeddings)
+    if isinstance(value, Mapping | list):  # an edit takes what a sweep takes, and nothing more
+        with pytest.raises(DtLensError):
+            SingularEdit(agent, "blocks.1.mlp.W_out", value=value)

@@ -1,0 +1,68 @@
+"""What a caller passed in, made sure of at the door: whole numbers, names, activations."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from dt_lens.errors import DtLensError
+
+__all__ = ["names", "require_activations", "whole_number", "whole_numbers"]
+
+
+def whole_number(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
+    """``value`` as an int, if it is one of any kind, numpy's too, from ``least`` to ``most``.
+
+    Raises:
+        DtLensError: for anything else, under its ``name``.
+
+    >>> whole_number(3, "k", 1)
+    3
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least) or (most is not None and number > most):
+        lower = "" if least is None else f" of at least {least}"
+        upper = "" if most is None else f"{' and' if lower else ' of'} at most {most}"
+        raise DtLensError(f"{name} is {value!r}; it must be a whole number{lower}{upper}.")
+    return number
+
+
+def whole_numbers(value: Any, name: str, least: int | None = None) -> list[int]:
+    """One whole number or several, in a list, an array or a tensor; raises as ``whole_number`` does.
+
+    >>> whole_numbers(3, "k"), whole_numbers(range(2), "k")
+    ([3], [0, 1])
+    """
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    several = isinstance(plain, Sequence) and not isinstance(plain, str | bytes)
+    return [whole_number(one, name, least) for one in (plain if several else [plain])]
+
+
+def names(value: Any, name: str) -> list[str]:
+    """One name (or pattern of names) or several.
+
+    Raises:
+        DtLensError: for what is no text, under its ``name``.
+
+    >>> names("*.W_in", "matrices")
+    ['*.W_in']
+    """
+    if isinstance(value, str):
+        return [value]
+    try:
+        several = list(value)
+    except TypeError:
+        several = [None]
+    if not all(isinstance(one, str) for one in several):
+        raise DtLensError(f"{name} is {value!r}; it must be a name or pattern, as text, or several.")
+    return several
+
+
+def require_activations(given: Any) -> None:
+    """Raise ``DtLensError`` for what is not what ``dt_lens.collect_activations`` gives."""
+    if not hasattr(given, "inputs"):
+        raise DtLensError(f"activations is a {type(given).__name__}; it must be what collect_activations gives.")
