@@ -286,8 +286,8 @@ def _real(cache: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
 def kept_activations(model: Any, file: Path, setting: Setting, seed: int = 0, tell: Tell = silent) -> Activations:
     """The activations in ``file`` where they are this agent's in this setting; else they are collected, and kept there.
 
-    A file that does not say what it is of in some respect is taken at its word in the others; model, environment and
-    target return it must say.
+    A file must say its model, environment and target return; of its environment's options, its time limit and its seed
+    it may be silent, as older ones are.
 
     Raises:
         DtLensError: as ``collect_activations`` does, or when the file cannot be written.

@@ -151,7 +151,7 @@ def _looks(atlas: Atlas) -> Section:
     ]
     text = (
         f"{len(tested)} tests of kinds of matrices with every embedding on every side. At q < {ALPHA} "
-        f"(Benjamini-Hochberg over all, single matrices included): {joined(counts)}."
+        f"(Benjamini-Hochberg over all, single matrices included): {joined(counts) or 'none'}."
     )
     if atlas.untrained:
         text += (

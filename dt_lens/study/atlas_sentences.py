@@ -111,12 +111,12 @@ def covered(atlas: Atlas) -> str:
 
 
 def joined(words: list[str]) -> str:
-    """One word or more as a list in a sentence.
+    """Words as a list in a sentence.
 
     >>> joined(["W_in", "W_out", "OV"])
     'W_in, W_out and OV'
     """
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _lost(atlas: Atlas, value: float) -> str:
