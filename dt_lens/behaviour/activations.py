@@ -287,16 +287,25 @@ def _real(cache: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
 def kept_activations(model: Any, file: Path, setting: Setting, seed: int = 0, tell: Tell = silent) -> Activations:
     """The activations in ``file`` where they are this agent's in this setting; else they are collected, and kept there.
 
+    A file must say its model, environment and target return; of its environment's options, its time limit and its seed
+    it may be silent, as older ones are.
+
     Raises:
         DtLensError: as ``collect_activations`` does, or when the file cannot be written.
     """
     from dt_lens.behaviour.evaluate import model_id
 
     wanted = {"model_id": model_id(model), "target_return": setting.target_return, "environment": setting.environment}
+    wanted_if_said = {
+        "environment_kwargs": dict(setting.environment_kwargs),
+        "time_limit": setting.task.time_limit,
+        "seed": seed,
+    }
     if file.is_file():
         with suppress(DtLensError):  # damaged: collected again
             kept = Activations.load(file)
-            if all(kept.record.get(name) == value for name, value in wanted.items()):
+            said = {name: value for name, value in wanted_if_said.items() if name in kept.record}
+            if all(kept.record.get(name) == value for name, value in (wanted | said).items()):
                 return kept
     tell("collecting activations", 0.0)
     found = collect_activations(

@@ -30,7 +30,8 @@ def atlas(
         from dt_lens.activations import Activations
         from dt_lens.behaviour.sweep.results import SweepResults
         from dt_lens.study.atlas import make_atlas
-        from dt_lens.study.atlas_page import sentences, table_of, write_atlas
+        from dt_lens.study.atlas_page import table_of, write_atlas
+        from dt_lens.study.atlas_sentences import sentences
 
         results = SweepResults(sweep)
         inputs = None if activations is None else Activations.load(activations)

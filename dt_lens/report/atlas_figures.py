@@ -18,6 +18,7 @@ __all__ = ["Looks", "along_the_spectrum", "damage_against", "shares", "sizes_aga
 
 Looks = tuple[str, str]  # a kind of matrix, and the column of what its directions look like
 Array = NDArray[np.float64]
+LEAST = 3  # ticks on an axis
 DAMAGE = {
     "damage": "return lost",
     "damage_per_energy": "return lost per unit energy",
@@ -107,6 +108,8 @@ def _bent(values: Array) -> tuple[float, list[float], list[str]]:
     2.0
     >>> _bent(np.array([-3.0, 1.0, 2.0, 900.0]))[2]
     ['−10', '0', '10', '100', '1,000']
+    >>> _bent(np.array([30.0, 80.0, 120.0, 500.0]))[2]
+    ['50', '100', '200', '500']
     """
     finite = values[np.isfinite(values)]
     middle = float(np.median(np.abs(finite))) if len(finite) else 1.0
@@ -119,9 +122,31 @@ def _bent(values: Array) -> tuple[float, list[float], list[str]]:
         if end > scale:
             last = max(first, math.ceil(math.log10(end) - 0.3))
             marks += [sign * 10.0**power for power in range(first, last + 1)]
+    if low < high and sum(low <= mark <= high for mark in marks) < LEAST:
+        marks = [float(mark) for mark in _between(low, high, scale)]
     marks.sort()
     names = [f"{mark:,.10g}".replace("-", "−") for mark in marks]
     return scale, [math.asinh(mark / scale) for mark in marks], names
+
+
+def _between(low: float, high: float, scale: float) -> Array:
+    """Marks at 0 and at 1, 2 and 5 times powers of ten; where too few of them lie there, evenly spaced round ones.
+
+    >>> _between(30.0, 500.0, 100.0).tolist()
+    [50.0, 100.0, 200.0, 500.0]
+    >>> _between(310.0, 350.0, 200.0).tolist()
+    [310.0, 320.0, 330.0, 340.0, 350.0]
+    """
+    powers = range(math.floor(math.log10(scale)) - 1, math.ceil(math.log10(max(-low, high, scale))) + 1)
+    round_ones = np.array([digit * 10.0**power for power in powers for digit in (1, 2, 5)])
+    round_ones = round_ones[round_ones >= scale / 2]  # nearer to 0 they would crowd
+    marks = np.concatenate([-round_ones[::-1], [0.0], round_ones])
+    marks = marks[(low <= marks) & (marks <= high)]
+    if len(marks) >= LEAST:
+        return marks
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(digit * power for digit in (5, 2, 1) if (high - low) / 4 >= digit * power)
+    return np.asarray(np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step)
 
 
 def _told(rows: pd.DataFrame) -> list[str]:
@@ -140,6 +165,8 @@ def along_the_spectrum(
 ) -> go.Figure:
     """The agent's return without each direction, from the largest sigma to the smallest: a panel for each matrix.
 
+    Rows are blocks, columns are kinds of matrices, and heads where a kind has several.
+
     Args:
         directions: an atlas's; ``control_damage`` is drawn where it is known.
         mean: the unedited agent's mean return.
@@ -148,10 +175,11 @@ def along_the_spectrum(
     Raises:
         DtLensError: for a missing column.
     """
-    columns_of(directions, ["matrix", "kind", "layer", "sv", "mean_return", "q_value"], "The atlas")
+    columns_of(directions, ["matrix", "kind", "layer", "head", "sv", "mean_return", "q_value"], "The atlas")
     if directions.empty:
         return empty(title, "No direction was measured.")
-    kinds = list(dict.fromkeys(directions["kind"]))
+    columns = _columns(directions)
+    kinds = list(dict.fromkeys(columns))
     layers = sorted(directions["layer"].dropna().unique())
     figure = make_subplots(
         len(layers),
@@ -184,7 +212,10 @@ def along_the_spectrum(
 
     for matrix in sorted(dict.fromkeys(directions["matrix"]), key=natural):
         rows = directions[directions["matrix"] == matrix]
-        place = layers.index(rows["layer"].iloc[0]) + 1, kinds.index(rows["kind"].iloc[0]) + 1
+        place = (
+            layers.index(rows["layer"].iloc[0]) + 1,
+            kinds.index(columns[directions["matrix"] == matrix].iloc[0]) + 1,
+        )
         if "control_damage" in rows and rows["control_damage"].notna().any():
             control = mean - rows["control_damage"].to_numpy(dtype=np.float64)
             marker = {"color": "rgba(0,0,0,0)", "size": 5, "line": {"color": CONTROL, "width": 0.8}}
@@ -201,13 +232,19 @@ def along_the_spectrum(
                     place,
                     _told(part),
                 )
-    figure.update_xaxes(title_text="direction, largest sigma first", row=len(layers))
+    figure.update_xaxes(title_text="sv", row=len(layers))
     figure.update_yaxes(title_text="mean return", col=1, rangemode="tozero")
-    finished = finish(
-        figure, title, "dotted: the unedited agent", height=180 + 170 * len(layers), wide=230 * len(kinds)
-    )
+    about = "sv 0 has the largest sigma · dotted: the unedited agent"
+    finished = finish(figure, title, about, height=180 + 170 * len(layers), wide=230 * len(kinds))
     finished.update_layout(margin_t=110)
     return finished
+
+
+def _columns(directions: pd.DataFrame) -> pd.Series[str]:
+    """Each direction's kind of matrix, with the head where the kind has several."""
+    heads = directions.groupby("kind")["head"].transform("nunique")
+    kinds = directions["kind"].astype(str)
+    return kinds.where(heads < 2, kinds + "." + directions["head"].astype("Int64").astype(str))
 
 
 def shares(table: pd.DataFrame, *, title: str = "How many directions matter") -> go.Figure:

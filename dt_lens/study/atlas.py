@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,14 @@ from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.statistics import bootstrap_interval, sign_flip
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import Snapshot, find_matrix
-from dt_lens.nulls import q_values
-from dt_lens.study.rank_correlation import (
-    RankCorrelation,
-    at_equal_size,
-    rank_correlation,
-    rank_correlation_difference,
+from dt_lens.study.atlas_tables import (
+    LARGE,
+    Sight,
+    correlations_of,
+    predictors_of,
+    q_where_known,
+    reliability_of,
+    shares_of,
 )
 from dt_lens.svd import WeightSVD
 
@@ -29,11 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGE", "Atlas", "make_atlas"]
 
-LARGE = 0.1  # of the unedited agent's return: a loss that nobody overlooks
-ALPHA = 0.05
-LEAST = 5  # directions to correlate
-AT_EQUAL = " at equal size"
-RESPONSES = ("damage", f"damage{AT_EQUAL}", "beyond", "damage_per_energy")
 PLACE = ["matrix", "kind", "layer", "head", "sv"]
 
 
@@ -45,24 +42,38 @@ class Atlas:
         directions: a row per direction that was measured. ``matrix kind layer head sv block sigma energy`` (the
             Frobenius norm of what was removed) and, where known, ``output_energy`` (its root mean square on real
             inputs); ``mean_return``, ``damage`` (mean return lost to the unedited agent, over paired episodes) with its
-            interval, ``p_value`` and ``q_value``; ``failure_rate``, ``control_damage``, ``beyond`` (return lost beyond
-            the controls at the same seeds) with its interval and ``beyond_p_value``, both of which are about those very
-            controls and not about random changes at large; ``damage_per_energy``, ``damage_per_output_energy``; and for
-            each side and embedding the absolute cosine with its best label, as ``"write action_out"``.
-        shares: how many directions matter, for each matrix, each kind of matrix, and all; and what directions cost
-            beyond their controls on average, with an interval and ``beyond_p_value`` over directions, each of which
-            has a random change of its own.
+            interval, ``p_value`` and ``q_value``, and ``damage_odd`` and ``damage_even``, the same over the episodes of
+            odd and of even seed (none with successive halving, which selects by damage); ``failure_rate``;
+            ``controls``, the random changes that were measured beside it, ``controls_large``, how many of them lost
+            more than a tenth of ``unit``, ``control_damage``, their mean; ``beyond`` (return lost beyond the controls
+            at the same seeds) with its interval and ``beyond_p_value``, both of which are about those very controls
+            and not about random changes at large; ``damage_per_energy``, ``damage_per_output_energy``; and for each
+            side and embedding the absolute cosine with its best label, as ``"write action_out"``.
+        shares: how many directions matter, for each matrix, each kind of matrix, and all: ``hurts`` at q < 0.05,
+            ``large`` those of them that cost more than a tenth of ``unit``. Of the ``controlled`` directions, which
+            have random changes beside them, ``controlled_large`` cost as much, and of their ``controls``
+            ``controls_large``, both counted at the same seeds and without q; and what those directions cost
+            ``beyond`` their controls on average, with an interval and ``beyond_p_value`` over directions, each of
+            which has random changes of its own.
         correlations: for each kind of matrix and each of its matrices, and each side and embedding: the rank
             correlation of the cosine with ``damage``, with ``damage at equal size`` (among directions of near-equal
             energy, on real inputs where that is known), and with ``beyond``; interval, ``p_value``, ``q_value`` over
             the table. Those with ``damage_per_energy`` have no p: all damages share the unedited agent's luck, which
-            divided by the energy goes with whatever goes with the energy.
+            divided by the energy goes with whatever goes with the energy. There is no row of fewer than five pairs.
+        reliability: how well damage repeats: the rank correlation of odd and even episodes (``halves``), and what
+            Spearman and Brown's formula makes of it for all episodes (``reliability``), with an interval; ``inside``
+            matrices, and among directions of equal size. A correlation with damage is about the one with what
+            directions truly cost, times its square root.
         predictors: how well sizes go with damage, and which does better: ``sigma``, and on real inputs
             ``output_energy``; and where the sweep removed activation-aware directions too, their ``sigma`` and the
             plain one, each with the damage of its own directions, of the same matrices and numbers.
         weighted: as ``directions``, of the activation-aware directions that were removed; mostly none.
         baseline: the unedited agent.
         planned: how many plain directions the sweep has, measured or not.
+        planned_controls: how many of them are to have random changes beside them; those that successive halving
+            stopped are not.
+        unit: the size of the unedited agent's mean return, of which losses are shares; ``nan`` where 0 lies in that
+            mean's interval, so that shares of it say nothing.
         untrained: names of embeddings that no loss ever reached: they should predict nothing.
         options: the sweep's.
     """
@@ -70,10 +81,13 @@ class Atlas:
     directions: pd.DataFrame
     shares: pd.DataFrame
     correlations: pd.DataFrame
+    reliability: pd.DataFrame
     predictors: pd.DataFrame
     weighted: pd.DataFrame
     baseline: Evaluation
     planned: int
+    planned_controls: int
+    unit: float
     untrained: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -108,9 +122,14 @@ def make_atlas(
         known = ", ".join(dict.fromkeys(table["value"] if edits.empty else edits["directions"] + " directions"))
         wanted = f"edits with value {value!r}" if edits.empty else "plain directions"
         raise DtLensError(f"The sweep holds no {wanted}; it has {known}.")
-    directions, more = (_measured(some, evaluations, baseline, table, seed) for some in (plain, weighted))
+    controls, unit = results.controls(), _unit(baseline, seed)
+    directions, more = (_measured(some, evaluations, baseline, controls, unit, seed) for some in (plain, weighted))
     if directions.empty:
         raise DtLensError("The sweep has not finished a direction yet; run it on.")
+    awaited, halving = plain, results.options.get("halving")
+    if halving:  # it selects by damage, and runs no controls of what it stops
+        directions[["damage_odd", "damage_even"]] = np.nan
+        awaited = plain[(plain["rung"] == len(halving)) | plain["p_value"].isna()]
     folded = bool(results.options["fold_layernorm"])
     svd = WeightSVD(model, fold_layernorm=folded)
     directions = _described(directions, svd, activations)
@@ -120,12 +139,15 @@ def make_atlas(
         more, _, _ = _seen(_described(more, aware, None), aware, seed)
     return Atlas(
         directions,
-        _shares(directions, baseline.mean, seed),
-        _correlations(directions, sights, seed),
-        _predictors(directions, more, seed),
+        shares_of(directions, unit, seed),
+        correlations_of(directions, sights, seed),
+        reliability_of(directions, seed),
+        predictors_of(directions, more, seed),
         more,
         baseline,
         len(plain),
+        sum(arm in controls for arm in awaited.index),
+        unit,
         untrained,
         dict(results.options),
     )
@@ -143,30 +165,35 @@ def _swept_with(results: SweepResults, given: Any) -> Any:
     )
 
 
+def _unit(baseline: Evaluation, seed: int) -> float:
+    low, high = bootstrap_interval(baseline.returns, seed=seed)
+    return float("nan") if low <= 0 <= high or not baseline.mean else abs(baseline.mean)
+
+
 def _measured(
-    edits: pd.DataFrame, evaluations: dict[int, Evaluation], baseline: Evaluation, table: pd.DataFrame, seed: int
+    edits: pd.DataFrame,
+    evaluations: dict[int, Evaluation],
+    baseline: Evaluation,
+    controls: Mapping[int, Sequence[int]],
+    unit: float,
+    seed: int,
 ) -> pd.DataFrame:
     """A row for each of ``edits`` that has episodes."""
-    found = pd.DataFrame(
-        [_removed(row, arm, evaluations, baseline, table, seed) for arm, row in edits.iterrows() if arm in evaluations]
-    )
+    rows = []
+    for arm, row in edits.iterrows():
+        if arm in evaluations:
+            own = [evaluations[control] for control in controls.get(arm, ()) if control in evaluations]
+            rows.append(_removed(row, evaluations[arm], baseline, own, unit, seed))
+    found = pd.DataFrame(rows)
     if len(found):
-        found["q_value"] = _q_values(found["p_value"])
+        found["q_value"] = q_where_known(found["p_value"])
     return found
 
 
-def _q_values(p: pd.Series) -> pd.Series:
-    """Over those that there are: a direction on which successive halving has not decided has none yet."""
-    q = pd.Series(np.nan, index=p.index)
-    q[p.notna()] = q_values(p[p.notna()])
-    return q
-
-
 def _removed(
-    row: pd.Series, arm: Any, evaluations: dict[int, Evaluation], baseline: Evaluation, table: pd.DataFrame, seed: int
+    row: pd.Series, edited: Evaluation, baseline: Evaluation, controls: list[Evaluation], unit: float, seed: int
 ) -> dict[str, Any]:
     """What the removal of one direction did, and its controls."""
-    edited = evaluations[arm]
     found = {
         name: row[name]
         for name in ("matrix", "layer", "head", "sv", "energy", "output_energy", "episodes", "mean_return")
@@ -179,20 +206,33 @@ def _removed(
         "failure_rate": row["failure_rate"],
         "mean_length": row["mean_length"],
     }
+    seeds = _common([edited, baseline])
+    for name, odd in (("damage_odd", 1), ("damage_even", 0)):
+        half = seeds[seeds % 2 == odd]
+        found[name] = float((_returns(baseline, half) - _returns(edited, half)).mean()) if len(half) else np.nan
+    found["controls"] = 0
     found |= dict.fromkeys(
-        ("control_damage", "control_failure_rate", "beyond", "beyond_low", "beyond_high", "beyond_p_value"), np.nan
+        (
+            "controls_large",
+            "control_damage",
+            "control_failure_rate",
+            "beyond",
+            "beyond_low",
+            "beyond_high",
+            "beyond_p_value",
+        ),
+        np.nan,
     )
-    own = table[(table["of"] == arm).fillna(False)]
-    # The closer match of the two kinds, where a sweep has both.
-    louder = own["match"] == "output"
-    controls = [evaluations[c] for c in own.index[louder if louder.any() else ~louder] if c in evaluations]
     seeds = _common([edited, baseline, *controls])
     if controls and len(seeds):
-        returns = np.mean([_returns(control, seeds) for control in controls], axis=0)
-        lost = returns - _returns(edited, seeds)
+        returns = np.array([_returns(control, seeds) for control in controls])
+        costs = (_returns(baseline, seeds) - returns).mean(1)
+        lost = returns.mean(0) - _returns(edited, seeds)
         low, high = bootstrap_interval(lost, seed=seed)
         found |= {
-            "control_damage": float((_returns(baseline, seeds) - returns).mean()),
+            "controls": len(controls),
+            "controls_large": int((costs > LARGE * unit).sum()) if np.isfinite(unit) else np.nan,
+            "control_damage": float(costs.mean()),
             "control_failure_rate": float(np.mean([control.failed.mean() for control in controls])),
             "beyond": float(lost.mean()),
             "beyond_low": low,
@@ -245,122 +285,15 @@ def _described(directions: pd.DataFrame, svd: WeightSVD, activations: Any) -> pd
     return out[[*first, *(c for c in out if c not in first)]]
 
 
-class _Sight(NamedTuple):
-    """What a direction may look like: an embedding, met on one side."""
-
-    column: str
-    side: str
-    embedding: str
-
-
-def _seen(directions: pd.DataFrame, svd: WeightSVD, seed: int) -> tuple[pd.DataFrame, list[_Sight], list[str]]:
+def _seen(directions: pd.DataFrame, svd: WeightSVD, seed: int) -> tuple[pd.DataFrame, list[Sight], list[str]]:
     """With a column of absolute cosines for each side and embedding."""
     scan = svd.scan(list(dict.fromkeys(directions["matrix"])), embeddings="*", seed=seed)
     starts = [svd[m].block_of(int(sv))[0] for m, sv in zip(directions["matrix"], directions["sv"], strict=True)]
     out, sights = directions.copy(), []
     for (side, embedding), rows in scan.groupby(["side", "embedding"], sort=False):
-        sight = _Sight(f"{side} {embedding}", str(side), str(embedding))
+        sight = Sight(f"{side} {embedding}", str(side), str(embedding))
         best = rows.set_index(["matrix", "sv"])["cosine"].abs()
         places = pd.MultiIndex.from_arrays([directions["matrix"], starts])
         out[sight.column] = best.reindex(places).to_numpy(dtype=np.float64)
         sights.append(sight)
     return out, sights, list(scan.attrs.get("untrained", []))
-
-
-def _groups(directions: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """All directions, those of each kind of matrix, and of each matrix: (what, its kind, rows)."""
-    yield "all", "all", directions
-    for kind, rows in directions.groupby("kind", sort=False):
-        yield str(kind), str(kind), rows
-    for name, rows in directions.groupby("matrix", sort=False):
-        yield str(name), str(rows["kind"].iloc[0]), rows
-
-
-def _shares(directions: pd.DataFrame, mean: float, seed: int) -> pd.DataFrame:
-    out = []
-    for what, kind, rows in _groups(directions):
-        n, hurt = len(rows), rows["damage"] > 0
-        matters = (rows["q_value"] < ALPHA) & hurt
-        controlled = rows["beyond"].notna()
-        beyond = rows.loc[controlled, "beyond"].to_numpy(dtype=np.float64)
-        several = len(beyond) >= LEAST
-        interval = bootstrap_interval(beyond, seed=seed) if several else (np.nan, np.nan)
-        worst = rows.iloc[int(rows["damage"].to_numpy().argmax())]
-        out.append(
-            {
-                "what": what,
-                "kind": kind,
-                "directions": n,
-                "hurts": int(matters.sum()),
-                "share": float(matters.mean()),
-                "helps": int(((rows["q_value"] < ALPHA) & ~hurt).sum()),
-                "large": int((matters & (rows["damage"] > LARGE * abs(mean))).sum()),
-                "controlled": len(beyond),
-                "control_large": int((rows["control_damage"] > LARGE * abs(mean)).sum()) if len(beyond) else np.nan,
-                "beyond": float(beyond.mean()) if several else np.nan,
-                "beyond_low": interval[0],
-                "beyond_high": interval[1],
-                "beyond_p_value": sign_flip(beyond, seed=seed) if several else np.nan,
-                "worst": f"{worst['matrix']} sv={worst['sv']}",
-                "worst_damage": float(worst["damage"]),
-            }
-        )
-    return pd.DataFrame(out)
-
-
-def _correlations(directions: pd.DataFrame, sights: list[_Sight], seed: int) -> pd.DataFrame:
-    out = []
-    for what, kind, rows in _groups(directions):
-        for sight in sights:
-            if kind == "all" or len(rows) < LEAST or rows[sight.column].isna().all():
-                continue  # cosines of different kinds of matrices are not one quantity
-            for response in RESPONSES:
-                lost = rows[response.removesuffix(AT_EQUAL)]
-                if lost.isna().all():
-                    continue
-                if response.endswith(AT_EQUAL):
-                    size = rows["output_energy" if "output_energy" in rows else "energy"]
-                    found = at_equal_size(rows[sight.column], lost, size, rows["matrix"], seed=seed)
-                else:
-                    found = rank_correlation(rows[sight.column], lost, rows["matrix"], seed=seed)
-                    if response == "damage_per_energy":
-                        found = found._replace(p_value=float("nan"))
-                place = {"what": what, "kind": kind, "side": sight.side, "embedding": sight.embedding}
-                out.append(place | {"response": response} | found._asdict())
-    table = pd.DataFrame(out)
-    table["q_value"] = _q_values(table["p_value"]) if len(table) else []
-    return table
-
-
-def _predictors(directions: pd.DataFrame, weighted: pd.DataFrame, seed: int) -> pd.DataFrame:
-    sizes = [name for name in ("sigma", "output_energy") if name in directions]
-    both = pd.DataFrame()
-    if len(weighted):
-        place, numbers = ["matrix", "kind", "sv"], ["sigma", "damage"]
-        both = directions[place + numbers].merge(weighted[place + numbers], on=place, suffixes=("", " aware"))
-    out: list[dict[str, Any]] = []
-
-    def add(what: str, kind: str, name: str, found: RankCorrelation) -> None:
-        out.append({"what": what, "kind": kind, "predictor": name} | found._asdict())
-
-    for what, kind, rows in _groups(directions):
-        if len(rows) < LEAST:
-            continue
-        strata, damage = rows["matrix"], rows["damage"]
-        for name in sizes:
-            add(what, kind, name, rank_correlation(rows[name], damage, strata, seed=seed))
-        if "output_energy" in rows:
-            better = rank_correlation_difference(rows["output_energy"], rows["sigma"], damage, strata, seed=seed)
-            add(what, kind, "output_energy minus sigma", better)
-        if both.empty:
-            continue
-        same = both[both["matrix"].isin(rows["matrix"])]
-        if len(same) >= LEAST:
-            plain, aware = ((same[f"sigma{of}"], same[f"damage{of}"]) for of in ("", " aware"))
-            add(what, kind, "plain sigma", rank_correlation(*plain, same["matrix"], seed=seed))
-            add(what, kind, "activation-aware sigma", rank_correlation(*aware, same["matrix"], seed=seed))
-            better = rank_correlation_difference(
-                aware[0], plain[0], aware[1], same["matrix"], second_y=plain[1], seed=seed
-            )
-            add(what, kind, "activation-aware minus plain", better)
-    return pd.DataFrame(out)

@@ -1,4 +1,4 @@
-"""What the atlas says, in sentences, and the page that shows it."""
+"""The page that shows an atlas."""
 
 from __future__ import annotations
 
@@ -11,125 +11,20 @@ import pandas as pd
 from dt_lens.errors import DtLensError
 from dt_lens.report import atlas_figures as figures
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, write_report
-from dt_lens.study.atlas import LARGE, Atlas
+from dt_lens.study.atlas import Atlas
+from dt_lens.study.atlas_sentences import SIGHTS, correlation_of, covered, joined, sentences, shares_for, signed
+from dt_lens.study.atlas_tables import ALPHA
 from dt_lens.version import __version__
 
-__all__ = ["SIGHTS", "sentences", "write_atlas"]
+__all__ = ["table_of", "write_atlas"]
 
-# What the directions of each kind of matrix are said to look like: the embedding on the side that meets it. W_in reads,
-# and is compared with the action output all the same, because that is the claim to be tested.
-SIGHTS = {"W_in": "read action_out", "W_gate": "read action_out", "W_out": "write action_out", "OV": "write action_out"}
-# Two sizes to hold against damage: how each is spoken of, their rows in the table, and that of their difference.
-PREDICTORS = (
-    (
-        "Sigma",
-        "the output energy on the agent's own inputs",
-        "sigma",
-        "output_energy",
-        "output_energy minus sigma",
-    ),
-    (
-        "Sigma of plain directions",
-        "that of as many activation-aware directions",
-        "plain sigma",
-        "activation-aware sigma",
-        "activation-aware minus plain",
-    ),
-)
+# What damage is tested as, and how that is spoken of.
+TESTED = {
+    "damage": "with damage as it is",
+    "damage at equal size": "among directions of equal size",
+    "beyond": "with damage beyond the controls",
+}
 SHOWN = 40
-
-
-def sentences(atlas: Atlas) -> list[str]:
-    """The answer in a few plain sentences."""
-    shares, n = atlas.shares.set_index("what"), len(atlas.directions)
-    everything = shares.loc["all"]
-    said = [
-        (
-            f"Removing one singular direction costs the agent return (q < 0.05) for **{everything['hurts']:.0f} of "
-            f"{n}** directions ({everything['share']:.1%}), and more than {LARGE:.0%} of it for "
-            f"**{everything['large']:.0f}**."
-        )
-    ]
-    if everything["controlled"]:
-        said.append(
-            f"Of {everything['controlled']:.0f} random changes of the same size in the same places "
-            f"**{everything['control_large']:.0f}** cost more than {LARGE:.0%}."
-        )
-    if np.isfinite(everything["beyond"]):
-        lost, low, high = (everything[name] / atlas.baseline.mean for name in ("beyond", "beyond_low", "beyond_high"))
-        said.append(
-            f"On average over directions, removal costs **{lost:+.1%}** of the return [{low:+.1%}, {high:+.1%}] beyond "
-            f"a random change (p = {everything['beyond_p_value']:.2g}, a pair for each direction)."
-        )
-    for kind, sight in SIGHTS.items():
-        row, held = (_correlation(atlas, kind, sight, response) for response in ("damage", "damage at equal size"))
-        if row is not None and held is not None:
-            said.append(_predicts(row, held))
-    said += [_better(atlas, *names) for names in PREDICTORS if _is_told(atlas, names[-1])]
-    if len(atlas.directions) < atlas.planned:
-        said.append(f"The sweep is not finished: {n} of {atlas.planned} directions are measured.")
-    return said
-
-
-def _correlation(atlas: Atlas, kind: str, sight: str, response: str) -> dict[str, Any] | None:
-    table = atlas.correlations
-    if table.empty:
-        return None
-    side, _, embedding = sight.partition(" ")
-    rows = table[
-        (table["what"] == kind)
-        & (table["side"] == side)
-        & (table["embedding"] == embedding)
-        & (table["response"] == response)
-    ]
-    return None if rows.empty else {str(key): value for key, value in rows.iloc[0].to_dict().items()}
-
-
-def _predicts(row: dict[str, Any], held: dict[str, Any]) -> str:
-    return (
-        f"{row['kind']}: |cosine| with {row['embedding']} against damage has rank correlation "
-        f"**{_signed(row['rho'])}** {_interval(row)} over {row['n']} directions: {_relation(row)}. Among directions of "
-        f"equal size it is **{_signed(held['rho'])}** {_interval(held)}: {_relation(held)}."
-    )
-
-
-def _predictor(atlas: Atlas, name: str) -> dict[str, Any] | None:
-    """Over all matrices."""
-    table = atlas.predictors
-    rows = table[(table["what"] == "all") & (table["predictor"] == name)] if len(table) else table
-    return None if rows.empty else {str(key): value for key, value in rows.iloc[0].to_dict().items()}
-
-
-def _is_told(atlas: Atlas, name: str) -> bool:
-    found = _predictor(atlas, name)
-    return found is not None and bool(np.isfinite(found["rho"]))
-
-
-def _better(atlas: Atlas, first: str, second: str, *names: str) -> str:
-    one, other, difference = (_predictor(atlas, name) or {} for name in names)
-    if difference["low"] > 0:
-        verdict = "the second predicts better"
-    else:
-        verdict = "the first predicts better" if difference["high"] < 0 else "neither is seen to predict better"
-    return (
-        f"{first} against damage has rank correlation **{_signed(one['rho'])}** {_interval(one)}, {second} "
-        f"**{_signed(other['rho'])}** {_interval(other)}; the difference is {_signed(difference['rho'])} "
-        f"{_interval(difference)}: {verdict}."
-    )
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return f"[{_signed(row['low'])}, {_signed(row['high'])}]"
-
-
-def _relation(row: dict[str, Any]) -> str:
-    if row["low"] > 0:
-        return "a closer match goes with more damage"
-    return "a closer match goes with less damage" if row["high"] < 0 else "no relation is seen"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 def write_atlas(atlas: Atlas, out: Path, name: str = "the model", command: str = "") -> Path:
@@ -142,7 +37,8 @@ def write_atlas(atlas: Atlas, out: Path, name: str = "the model", command: str =
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tables = ["directions", "correlations", "shares", "predictors"] + ["weighted"] * bool(len(atlas.weighted))
+        tables = ["directions", "correlations", "shares", "reliability", "predictors"]
+        tables += ["weighted"] * bool(len(atlas.weighted))
         for what in tables:
             getattr(atlas, what).to_csv(out / f"{what}.csv", index=False, float_format="%.6g")
     except OSError as error:
@@ -162,14 +58,26 @@ def write_atlas(atlas: Atlas, out: Path, name: str = "the model", command: str =
             "target return": f"{base.target_return:g}",
             "unedited": f"{base.mean:,.0f} on average",
             "directions": f"{len(atlas.directions):,} of {atlas.planned:,}",
-            "episodes per direction": atlas.options["episodes"],
-            "controls per direction": atlas.options["controls"],
+            "episodes per direction": _episodes(atlas),
+            "random changes": _controls(atlas),
             "seed": atlas.options["seed"],
             "version": f"dt-lens {__version__}",
         },
         command=command,
     )
     return page
+
+
+def _episodes(atlas: Atlas) -> str:
+    counts = atlas.directions["episodes"]
+    return f"{counts.min():,}" + (f" to {counts.max():,}" if counts.max() > counts.min() else "")
+
+
+def _controls(atlas: Atlas) -> str:
+    found = shares_for(atlas, "all")
+    if not found["controlled"]:
+        return "none"
+    return f"{found['controls']:,} beside {found['controlled']:,} of {found['directions']:,} directions{covered(atlas)}"
 
 
 def _looks_of(atlas: Atlas) -> list[figures.Looks]:
@@ -182,10 +90,11 @@ def _damage(atlas: Atlas) -> Section:
     shown: dict[str, Any] = {}
     named = {"damage": "as it is", "damage_per_energy": "per unit energy", "beyond": "beyond the control"}
     for response, what in named.items():
-        if atlas.directions[response].notna().any():
-            shown[what] = figures.damage_against(
-                atlas.directions, looks, response=response, said=[_line(atlas, *look, response) for look in looks]
-            )
+        measured = atlas.directions[atlas.directions[response].notna()]
+        if len(measured):
+            told = [look for look in looks if look[0] in set(measured["kind"])]
+            lines = [_line(atlas, *look, response) for look in told]
+            shown[what] = figures.damage_against(measured, told, response=response, said=lines)
     return Section(
         "Does cosine predict damage?",
         [
@@ -196,16 +105,26 @@ def _damage(atlas: Atlas) -> Section:
                 "goes with the energy goes with them. That correlation is shown and not tested; the one to read is "
                 "that among directions of equal size."
             ),
+            Folded(
+                "How well damage repeats",
+                [
+                    (
+                        "The rank correlation of the damage in episodes of odd and of even seed, and what Spearman and "
+                        "Brown's formula makes of it for all episodes: how far a second such sweep would agree."
+                    ),
+                    Table(atlas.reliability),
+                ],
+            ),
         ],
     )
 
 
 def _line(atlas: Atlas, kind: str, sight: str, response: str) -> str:
-    row = _correlation(atlas, kind, sight, "damage at equal size" if response == "damage" else response)
+    row = correlation_of(atlas, kind, sight, "damage at equal size" if response == "damage" else response)
     if row is None or np.isnan(row["rho"]):
         return ""
     given = " at equal size" if response == "damage" else ""
-    return f"rho{given} {_signed(row['rho'])} [{_signed(row['low'])}, {_signed(row['high'])}]"
+    return f"rho{given} {signed(row['rho'])} [{signed(row['low'])}, {signed(row['high'])}]"
 
 
 def _shares(atlas: Atlas) -> Section:
@@ -225,10 +144,14 @@ def _looks(atlas: Atlas) -> Section:
     if table.empty:
         return Section("What else a direction may look like", ["Too few directions are measured to say."])
     kinds = table[table["what"] == table["kind"]]
-    found = int((kinds["q_value"] < 0.05).sum())
+    tested = kinds[kinds["p_value"].notna()]
+    found = tested[tested["q_value"] < ALPHA]["response"].value_counts()
+    counts = [
+        f"{found.get(response, 0)} {words}" for response, words in TESTED.items() if response in set(tested["response"])
+    ]
     text = (
-        f"{len(kinds)} correlations of kinds of matrices with every embedding on every side; {found} at q < 0.05 "
-        "(Benjamini-Hochberg over all, single matrices included)."
+        f"{len(tested)} tests of kinds of matrices with every embedding on every side. At q < {ALPHA} "
+        f"(Benjamini-Hochberg over all, single matrices included): {joined(counts) or 'none'}."
     )
     if atlas.untrained:
         text += (
@@ -266,20 +189,23 @@ def _sizes(atlas: Atlas) -> Section:
 
 def _method(atlas: Atlas) -> Section:
     options = atlas.options
+    halved = options.get("halving") and (
+        " Successive halving gave more episodes to those that moved the return most; the damage of those that it kept "
+        "is of fresh seeds, and that of the others of the seeds that they were stopped by, with p = 1."
+    )
     return Section(
         "How it was measured",
         [
             (
-                f"Every direction was removed (its sigma set to 0) for {options['episodes']} episodes from seed "
-                f"{options['seed']} on, the same for all, and compared with the unedited agent seed by seed. p is by "
-                "sign flips of the paired differences; q is "
-                "Benjamini-Hochberg over the directions."
+                f"Every direction was removed (its sigma set to 0) for {_episodes(atlas)} episodes, the seeds from "
+                f"{options['seed']} on, and compared with the unedited agent seed by seed. p is by sign flips of the "
+                f"paired differences; q is Benjamini-Hochberg over the directions.{halved or ''}"
             ),
             (
                 "Rank correlations take ranks inside each matrix, so that what differs between matrices counts for "
                 "nothing; intervals are bootstraps over directions, p by permutation inside each matrix. At equal "
                 "size, ranks and permutations stay among about six neighbours in the energy, on real inputs "
-                "where it is known."
+                "where it is known, and intervals are Bonett and Wright's."
             ),
             Note(
                 "This is one checkpoint. Intervals are over its episodes and directions, not over trainings; a "
@@ -292,6 +218,6 @@ def _method(atlas: Atlas) -> Section:
 def table_of(atlas: Atlas) -> pd.DataFrame:
     """The shares as the command line prints them."""
     names = ["what", "directions", "hurts", "share", "large", "worst", "worst_damage"]
-    if atlas.shares["control_large"].notna().any():
-        names[5:5] = ["control_large", "beyond"]
+    if atlas.shares["controls"].gt(0).any():
+        names[5:5] = ["controlled", "controlled_large", "controls", "controls_large", "beyond"]
     return atlas.shares[names]

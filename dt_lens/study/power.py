@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -206,9 +207,19 @@ def _markdown(table: pd.DataFrame) -> Iterator[str]:
     yield "Made by `python -m dt_lens.study.power FOLDER`."
 
 
-if __name__ == "__main__":
+def main(words: Sequence[str] | None = None) -> None:
+    """``python -m dt_lens.study.power FOLDER``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dt_lens.study.power",
+        description="How likely a scan is to find a direction of known cosine: power.csv, power.html and power.md.",
+    )
+    parser.add_argument("folder", type=Path, help="where to write them")
     try:
-        for file in write_power(sys.argv[1] if len(sys.argv) > 1 else "."):
+        for file in write_power(parser.parse_args(words).folder):
             print(f"Written: {file}", file=sys.stderr)
     except DtLensError as error:
-        sys.exit(f"dt-lens: {error}")
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

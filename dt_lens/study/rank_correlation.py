@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-__all__ = ["RankCorrelation", "at_equal_size", "rank_correlation", "rank_correlation_difference"]
+__all__ = ["RankCorrelation", "at_equal_size", "rank_correlation", "rank_correlation_difference", "spearman_brown"]
 
 Array = NDArray[np.float64]
 RESAMPLES = 2000
@@ -166,6 +166,19 @@ def rank_correlation_difference(
     low, high = _interval(drawn, found, confidence)
     p = min(1.0, 2 * (min(int((drawn <= 0).sum()), int((drawn >= 0).sum())) + 1) / (len(drawn) + 1))
     return RankCorrelation(found, low, high, p, n)
+
+
+def spearman_brown(halves: float) -> float:
+    """The reliability of a whole measurement whose two halves correlate by ``halves``; 0 where they do not agree.
+
+    That is the correlation that a second such measurement would have with it (Spearman, "Correlation calculated from
+    faulty data", 1910; Brown, "Some experimental results in the correlation of mental abilities", 1910).
+
+    >>> spearman_brown(1.0), spearman_brown(-0.2)
+    (1.0, 0.0)
+    """
+    agreed = float(np.maximum(halves, 0.0))
+    return 2 * agreed / (1 + agreed)
 
 
 def _groups(columns: list[Array], strata: ArrayLike | None) -> Iterator[Array]:

@@ -183,7 +183,7 @@ class _Search:
         p = _differ(np.array([found.returns for found in at.values()]), self.seed)
         numbers: dict[str, Any] = {
             "environment": at[best].environment, "range": extent, "range_p_value": p, "doses": self.doses,
-            "episodes": episodes, "choosing": choosing, "seed": self.seed,
+            "episodes": episodes, "choosing_episodes": choosing, "seed": self.seed,
         }  # fmt: skip
         if p >= ALPHA:
             sentence = (

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["randoms_figure", "steering_figure", "write_steering"]
 
+DECIDES = ["matrix", "sv", "set_aside"]  # the columns of a wide table that a reader must not miss
 COLOURS = {"chosen": "rgb(31,119,180)", "random": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
 
 
 def write_steering(path: Path, result: SteeringResult) -> Path:
     """Write the page; see ``write_report``."""
-    shown = ("model", "environment", "operating_target", "episodes", "choosing", "seed")
+    shown = ("model", "environment", "operating_target", "episodes", "choosing_episodes", "seed")
     sections = [Section("What target and dose do", [Plot(steering_figure(result)), Table(result.curve)])]
     if len(result.table):
         sections[0] = Section(
@@ -60,7 +61,7 @@ def write_steering(path: Path, result: SteeringResult) -> Path:
                         "On seeds of their own: the steepest slope of the return per dose among those whose failures "
                         "hardly rise and whose returns stay on the curve."
                     ),
-                    Table(result.choosing),
+                    Table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]]),
                 ],
             )
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ import torch
 from torch import Tensor
 
 from dt_lens import DtLensError, SingularEdit, collect_activations, evaluate
+from dt_lens.activations import Activations
 from dt_lens.behaviour import windows as windows_module
+from dt_lens.behaviour.activations import kept_activations
+from dt_lens.behaviour.evaluate import setting_of
 
 Make = Callable[..., Any]
 
@@ -136,6 +141,32 @@ def test_ctrl_c_leaves_everything_as_it_was(make_model: Make, monkeypatch: pytes
         assert all(torch.equal(weight, before[name]) for name, weight in model.weights.items())
         assert edit.active
     assert not any(point.has_hooks() for point in model.hook_dict.values())
+
+
+def test_kept_activations_are_of_this_very_setting(make_model: Make, tmp_path: Path) -> None:
+    """Another time limit, seed or environment is other inputs; a file that is silent on one of them does not differ."""
+    model, file = make_model("CartPole-v1"), tmp_path / "kept.safetensors"
+
+    def kept(max_steps: int = 4, seed: int = 0, kwargs: dict[str, Any] | None = None) -> str:
+        setting = setting_of(model, None, kwargs, None, max_steps, "a test")
+        return kept_activations(model, file, setting, seed).digest
+
+    first = kept()
+    written = file.stat().st_mtime_ns
+    assert kept() == first
+    assert file.stat().st_mtime_ns == written
+    for change in ({"max_steps": 6}, {"seed": 5}, {"kwargs": {"sutton_barto_reward": True}}):
+        kept()
+        was = file.stat().st_mtime_ns
+        kept(**change)
+        assert file.stat().st_mtime_ns != was, change
+    kept()
+    older = Activations.load(file)
+    silent = {name: value for name, value in older.record.items() if name not in ("time_limit", "seed")}
+    dataclasses.replace(older, record=silent).save(file)
+    written = file.stat().st_mtime_ns
+    assert kept(max_steps=6, seed=5) == first
+    assert file.stat().st_mtime_ns == written
 
 
 def test_progress_and_bad_settings(make_model: Make) -> None:

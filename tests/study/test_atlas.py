@@ -2,98 +2,27 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import dt_lens
-from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.sweep.driver import Sweep
-from dt_lens.behaviour.sweep.engine import Event
 from dt_lens.behaviour.sweep.plan import Arm
-from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.cli import app
-from dt_lens.decision_transformer.checkpoint import save_pretrained
-from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import RunFacts
-from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
 from dt_lens.study.atlas import Atlas, make_atlas
-from dt_lens.study.atlas_page import sentences, write_atlas
+from dt_lens.study.atlas_page import write_atlas
+from dt_lens.study.atlas_sentences import sentences
 from dt_lens.svd import WeightSVD
 
-UNEDITED = 1000.0
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    cfg = HookedDecisionTransformerConfig(
-        3, 1, d_model=16, n_layers=2, n_heads=2, d_mlp=32, n_ctx=4, max_ep_len=30, discrete_actions=False
-    )
-    model = HookedDecisionTransformer(cfg)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    model.facts = RunFacts(
-        context=4,
-        environment="Pendulum-v1",
-        state_mean=(0.0,) * 3,
-        state_std=(1.0,) * 3,
-        return_scale=100.0,
-        target_returns=(200.0,),
-    )
-    return save_pretrained(model.eval(), tmp_path_factory.mktemp("agent"))
-
-
-@pytest.fixture(scope="module")
-def agent(folder: Path) -> Any:
-    return dt_lens.load(folder)
-
-
-class Told:
-    """An engine that does not run episodes: their returns are what it is told an arm's are, with a little noise."""
-
-    free = 1
-
-    def __init__(self, sweep: Sweep, lost: Callable[[Arm], float], stops: int | None = None) -> None:
-        self.sweep, self.lost, self.stops, self.events = sweep, lost, stops, list[Event]()
-
-    def start(self, job: Any) -> None:
-        pass
-
-    def submit(self, unit: Unit) -> None:
-        with closing(sqlite3.connect(self.sweep.file)) as db:
-            query = "SELECT arm, kind, matrix, sv, directions FROM units JOIN arms USING (arm) WHERE unit = ?"
-            number, kind, matrix, sv, directions = db.execute(query, (unit.number,)).fetchone()
-        arm = Arm(number, kind, matrix=matrix, sv=sv, directions=directions)
-        rng = np.random.default_rng(unit.number)
-        outcomes = [
-            Outcome(seed, UNEDITED - self.lost(arm) + rng.normal(), 30, False, True)
-            for seed in range(unit.seed, unit.seed + unit.episodes)
-        ]
-        self.events.append(Event("done", unit.number, "nobody", outcomes))
-
-    def wait(self, seconds: float) -> list[Event]:
-        events, self.events = self.events, []
-        if self.stops is not None and events and events[0].unit >= self.stops:
-            raise KeyboardInterrupt  # as Ctrl-C does
-        return events
-
-    def stop(self) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def planted(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+def planted(agent: Any, told: Any, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """W_out hurts the more the closer it matches the action output; W_in's first direction kills, and no other."""
     sweep = Sweep(
         agent,
@@ -123,7 +52,7 @@ def planted(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
             return float(100 * cosine[arm.matrix][arm.sv] * energies[arm.matrix][arm.sv])
         return 900.0 if arm.sv == 0 else 0.0
 
-    sweep.run(engine=Told(sweep, lost))
+    sweep.run(engine=told(sweep, lost))
     return sweep
 
 
@@ -197,7 +126,7 @@ def test_what_a_removal_costs_beyond_its_control_is_tested_over_directions(atlas
     assert "beyond a random change (p =" in " ".join(sentences(atlas))
 
 
-def test_what_is_linear_in_energy_is_no_cosine(agent: Any, tmp_path: Path) -> None:
+def test_what_is_linear_in_energy_is_no_cosine(agent: Any, told: Any, tmp_path: Path) -> None:
     """Damage that is energy alone does not make cosine a predictor at equal energy, and energy is the predictor."""
     sweep = Sweep(agent, tmp_path, matrices="*.W_out", sv="all", edits="zero", episodes=8, workers=1)
     svd = WeightSVD(agent)
@@ -206,7 +135,7 @@ def test_what_is_linear_in_energy_is_no_cosine(agent: Any, tmp_path: Path) -> No
         sigma = 0.0 if arm.matrix is None else float(svd[arm.matrix].sigma[arm.sv or 0])
         return 50 * sigma + 5 * float(np.random.default_rng(arm.number).normal())
 
-    sweep.run(engine=Told(sweep, lost))
+    sweep.run(engine=told(sweep, lost))
     found = make_atlas(agent, sweep.results)
     (sigma,) = found.predictors.query("what == 'W_out' and predictor == 'sigma'")["rho"].tolist()
     assert sigma > 0.9
@@ -217,7 +146,7 @@ def test_what_is_linear_in_energy_is_no_cosine(agent: Any, tmp_path: Path) -> No
     assert np.isnan(found.shares["beyond"]).all()
 
 
-def test_which_sigma_tells_what_its_own_directions_do(agent: Any, tmp_path: Path) -> None:
+def test_which_sigma_tells_what_its_own_directions_do(agent: Any, told: Any, tmp_path: Path) -> None:
     """Planted: what a direction does is what it puts out on real inputs, which only one of two sigmas is."""
     activations = dt_lens.collect_activations(agent, episodes=2, max_steps=10)
     options: dict[str, Any] = {"matrices": "*.W_in", "sv": "all", "edits": "zero", "episodes": 6, "workers": 1}
@@ -230,12 +159,12 @@ def test_which_sigma_tells_what_its_own_directions_do(agent: Any, tmp_path: Path
             return float(50 * np.random.default_rng(arm.number).random())
         return float(50 * aware[arm.matrix].sigma[arm.sv])
 
-    Sweep(agent, tmp_path, **options).run(engine=Told(plain := Sweep(agent, tmp_path, **options), lost))
+    Sweep(agent, tmp_path, **options).run(engine=told(plain := Sweep(agent, tmp_path, **options), lost))
     before = make_atlas(agent, plain.results)
     assert before.weighted.empty
     assert not before.predictors["predictor"].str.contains("aware").any()
     sweep = Sweep(agent, tmp_path, directions="activation", activations=activations, **options)
-    sweep.run(engine=Told(sweep, lost))
+    sweep.run(engine=told(sweep, lost))
     found = make_atlas(agent, sweep.results)
     pd.testing.assert_frame_equal(
         found.directions[before.directions.columns.drop("output_energy", errors="ignore")],
@@ -243,10 +172,10 @@ def test_which_sigma_tells_what_its_own_directions_do(agent: Any, tmp_path: Path
     )
     sigmas = [float(aware[m].sigma[sv]) for m, sv in zip(found.weighted["matrix"], found.weighted["sv"], strict=True)]
     assert found.weighted["sigma"].to_numpy() == pytest.approx(sigmas)
-    told = found.predictors.query("what == 'W_in'").set_index("predictor")
-    assert told.loc["activation-aware sigma", "rho"] > 0.9
-    assert abs(told.loc["plain sigma", "rho"]) < 0.6
-    assert told.loc["activation-aware minus plain", "low"] > 0
+    known = found.predictors.query("what == 'W_in'").set_index("predictor")
+    assert known.loc["activation-aware sigma", "rho"] > 0.9
+    assert abs(known.loc["plain sigma", "rho"]) < 0.6
+    assert known.loc["activation-aware minus plain", "low"] > 0
     assert "the second predicts better" in " ".join(sentences(found))
     write_atlas(found, tmp_path / "page")
     assert len(pd.read_csv(tmp_path / "page" / "weighted.csv")) == len(found.weighted)
@@ -255,7 +184,7 @@ def test_which_sigma_tells_what_its_own_directions_do(agent: Any, tmp_path: Path
         make_atlas(agent, sweep.results)
     assert len(make_atlas(agent, sweep.results, activations).weighted) == len(found.weighted)
     only = Sweep(agent, tmp_path / "only", directions="activation", activations=activations, **options)
-    only.run(engine=Told(only, lost))
+    only.run(engine=told(only, lost))
     with pytest.raises(DtLensError, match="holds no plain directions; it has activation directions"):
         make_atlas(agent, only.results)
 
@@ -268,40 +197,43 @@ def test_shares_count_what_hurts(atlas: Atlas) -> None:
     by_hand = atlas.directions.query("kind == 'W_out' and q_value < 0.05 and damage > 0")
     assert shares.loc["W_out", "hurts"] == len(by_hand)
     assert shares.loc["all", "controlled"] == atlas.planned
-    assert shares.loc["all", "control_large"] == 0
+    assert shares.loc["all", "controls"] == 2 * atlas.planned
+    assert shares.loc["all", "controls_large"] == 0
+    # A loss is large by its size alone here, as it is for controls.
+    assert shares.loc["W_in", "controlled_large"] == 2
     assert shares.loc["blocks.0.mlp.W_in", "hurts"] <= shares.loc["W_in", "hurts"]
 
 
-def test_an_unfinished_halving_sweep_has_an_atlas_too(agent: Any, tmp_path: Path) -> None:
+def test_an_unfinished_halving_sweep_has_an_atlas_too(agent: Any, told: Any, tmp_path: Path) -> None:
     """Directions on which nothing is decided have no p-value yet."""
     options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": "0-9", "edits": "zero", "workers": 1}
     sweep = Sweep(agent, tmp_path, episodes=8, halving=[2, 2], **options)
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(engine=Told(sweep, lambda arm: float(arm.sv or 0), stops=5))
+        sweep.run(engine=told(sweep, lambda arm: float(arm.sv or 0), stops=5))
     found = make_atlas(agent, sweep.results)
     assert found.directions["q_value"].isna().all()
     assert sentences(found)
 
 
-def test_an_unfinished_sweep_says_so(agent: Any, tmp_path: Path) -> None:
+def test_an_unfinished_sweep_says_so(agent: Any, told: Any, tmp_path: Path) -> None:
     sweep = Sweep(agent, tmp_path, matrices="*.0.mlp.W_out", sv="0-9", edits="zero", episodes=4, workers=1)
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(engine=Told(sweep, lambda arm: float(arm.sv or 0), stops=7))
+        sweep.run(engine=told(sweep, lambda arm: float(arm.sv or 0), stops=7))
     found = make_atlas(agent, sweep.results)
     assert 5 <= len(found.directions) < found.planned == 10
     assert f"{len(found.directions)} of 10 directions are measured" in sentences(found)[-1]
 
 
-def test_what_is_no_atlas_is_one_sentence(agent: Any, planted: Sweep, tmp_path: Path) -> None:
+def test_what_is_no_atlas_is_one_sentence(agent: Any, told: Any, planted: Sweep, tmp_path: Path) -> None:
     options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": 0, "episodes": 2, "workers": 1}
     flips = Sweep(agent, tmp_path / "flips", edits="flip", **options)
-    flips.run(engine=Told(flips, lambda arm: 1.0))
+    flips.run(engine=told(flips, lambda arm: 1.0))
     with pytest.raises(DtLensError, match="holds no edits with value 'zero'; it has flip"):
         make_atlas(agent, flips.results)
     alone = Sweep(agent, tmp_path / "alone", edits="zero", baseline=False, **options)
-    alone.run(engine=Told(alone, lambda arm: 1.0))
+    alone.run(engine=told(alone, lambda arm: 1.0))
     with pytest.raises(DtLensError, match="no episodes of the unedited agent"):
         make_atlas(agent, alone.results)
     weight = agent.weights["blocks.0.mlp.W_in"]
@@ -322,7 +254,13 @@ def test_the_page_and_the_tables(atlas: Atlas, tmp_path: Path) -> None:
     kept = pd.read_csv(tmp_path / "directions.csv")
     assert len(kept) == len(atlas.directions)
     assert kept["damage"].to_numpy() == pytest.approx(atlas.directions["damage"].to_numpy(), rel=1e-4)
-    for name in ("correlations", "shares", "predictors"):
+    tests = atlas.correlations.query("what == kind and response != 'damage_per_energy'")
+    sure = tests[tests["q_value"] < 0.05]["response"].value_counts()
+    assert f"{len(tests)} tests of kinds" in page
+    assert f"{sure['damage']} with damage as it is" in page
+    assert f"{sure['damage at equal size']} among directions of equal size" in page
+    assert "Bonett and Wright" in page
+    for name in ("correlations", "shares", "reliability", "predictors"):
         assert (tmp_path / f"{name}.csv").is_file()
     (tmp_path / "file").write_text("")
     with pytest.raises(DtLensError, match="cannot be written"):

@@ -12,7 +12,7 @@ from scipy import stats
 from dt_lens import DtLensError, WeightSVD
 from dt_lens.nulls import q_values
 from dt_lens.report.power_figure import power_curves
-from dt_lens.study.power import COLUMNS, critical_values, needed_cosines, planted_model, power, write_power
+from dt_lens.study.power import COLUMNS, critical_values, main, needed_cosines, planted_model, power, write_power
 
 
 def test_power_rises_with_the_cosine_and_falls_with_labels_and_rows() -> None:
@@ -73,6 +73,17 @@ def test_a_strong_plant_is_found_and_nothing_is_not() -> None:
         planted_model(1.2, d_model=8)
     with pytest.raises(DtLensError, match="at most d_model"):
         planted_model(0.5, d_model=8, directions=9)
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2), (["--nothing"], 2)])
+def test_words_that_are_no_folder_make_none(
+    words: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == code
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_written(tmp_path: Path) -> None:

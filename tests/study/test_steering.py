@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,12 @@ def test_a_handle_is_found(agent: Any, handle: Candidate, answering: Any, tmp_pa
     assert result.randoms["reach"][0] == pytest.approx(80 / 200, abs=0.05)
     assert result.randoms["reach"][1:].abs().max() < 0.1
     kept = json.loads((tmp_path / "steering.json").read_text())
+    assert [(row["matrix"], row["sv"]) for row in kept["choosing"]] == list(
+        result.choosing[["matrix", "sv"]].itertuples(index=False, name=None)
+    )
+    assert not set(result.numbers) & {field.name for field in dataclasses.fields(result)}
+    page = (tmp_path / "steering.html").read_text()
+    assert page.index(">set aside<") < page.index(">why<")
     assert kept["verdict"] == "found" and "steering" in (tmp_path / "steering.html").read_text()
 
 

@@ -24,7 +24,7 @@ from dt_lens.nulls import q_values
 if TYPE_CHECKING:
     from dt_lens.activations import Activations
 
-__all__ = ["SweepResults"]
+__all__ = ["SweepResults", "at_seeds"]
 
 PLACE = ("kind", "of", "matrix", "layer", "head", "side", "sv", "value", "directions", "control", "match")
 ENERGIES = ("energy", "output_energy")
@@ -77,6 +77,18 @@ class SweepResults:
 
         kept = self.file.with_name(KEPT)
         return Activations.load(kept) if self.options.get("activations") and kept.is_file() else None
+
+    def controls(self) -> dict[int, list[int]]:
+        """The controls of each edit that has some, planned or run, by their numbers.
+
+        Where a sweep has both kinds they are those that match the output energy as well, the closer match of the two.
+        """
+        query = f"SELECT arm, of, {self._columns('match')} FROM arms WHERE kind = 'control' ORDER BY arm"
+        found: dict[int, dict[str, list[int]]] = {}
+        with self._reading() as db:
+            for arm, of, match in db.execute(query):
+                found.setdefault(of, {}).setdefault(match, []).append(arm)
+        return {of: by_match.get("output") or by_match["frobenius"] for of, by_match in found.items()}
 
     def status(self) -> dict[str, int]:
         """Units by status: ``todo``, ``done``, ``failed`` (tried again by the next run), ``void`` (see ``table``)."""
@@ -194,7 +206,7 @@ def _shown(evaluation: Evaluation, rungs: Sequence[range], rung: int, control: b
     last = rung == len(rungs) - 1
     seeds = rungs[-1] if last else range(0 if control else rungs[rung].stop)
     found = np.intersect1d(evaluation.seeds, seeds)
-    return _at(evaluation, found) if len(found) else None
+    return at_seeds(evaluation, found) if len(found) else None
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -248,10 +260,11 @@ def _pair(edited: Evaluation, baseline: Evaluation | None) -> tuple[Evaluation, 
     common = np.intersect1d(edited.seeds, baseline.seeds)
     if not len(common):
         return None
-    return _at(edited, common), _at(baseline, common)
+    return at_seeds(edited, common), at_seeds(baseline, common)
 
 
-def _at(evaluation: Evaluation, seeds: Any) -> Evaluation:
+def at_seeds(evaluation: Evaluation, seeds: Any) -> Evaluation:
+    """The episodes of an evaluation that have one of ``seeds``."""
     keep = np.isin(evaluation.seeds, seeds)
     names = ("seeds", "returns", "lengths", "terminated", "truncated")
     return replace(evaluation, **{name: getattr(evaluation, name)[keep] for name in names})

@@ -29,7 +29,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the note: its number, what it says, and whether weights or behaviour decide it."""
+    """One claim of the note: its number, what it says in short, and whether weights or behaviour decide it."""
 
     number: int
     title: str

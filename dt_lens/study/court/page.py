@@ -117,7 +117,7 @@ def _claim(result: CourtResult, number: int) -> Section:
     claim = next(claim for claim in CLAIMS if claim.number == number)
     rulings = [result.ruling(number, way) for way in WAYS]
     rows = [_row(ruling) for ruling in rulings]
-    blocks: list[Block] = [f"The note: “{claim.words}” The statistic: {claim.statistic}."]
+    blocks: list[Block] = [f"What the note says, in short: {claim.words} The statistic: {claim.statistic}."]
     blocks += [f"**{NAMES[ruling.way].capitalize()}: {ruling.verdict}.** {ruling.sentence}" for ruling in rulings]
     if any(ruling.found is not None for ruling in rulings):
         range_of = "the central 95 % of chance" if claim.about == "weights" else "the statistic's 95 % interval"

@@ -170,8 +170,8 @@ def court(
         progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
 
     Raises:
-        DtLensError: for arguments that do not fit the model, files of something else in ``out``, or a sweep of another
-            model.
+        DtLensError: for arguments that do not fit the model, also those that say nothing to one of its sort, files of
+            something else in ``out``, or a sweep of another model.
         KeyboardInterrupt: on Ctrl-C; what was finished is kept.
     """
     if not hasattr(model, "structure") or not hasattr(model, "embeddings"):
@@ -181,6 +181,14 @@ def court(
     for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
         whole_number(value, what, least)
     out, case = Path(out), Case(model, seed, draws)
+    if not getattr(model, "weights_only", False):
+        of_agents: dict[str, Any] = {
+            "environment": environment,
+            "environment_kwargs": environment_kwargs,
+            "sweep": sweep,
+        }
+        of_agents |= {"target_return": target_return, "max_steps": max_steps}
+        _refuse_what_says_nothing(case.is_language_model, {"texts": texts}, of_agents)
     trial = _Trial(case, out, texts)
     if not case.is_language_model and not getattr(model, "weights_only", False):
         try:
@@ -220,6 +228,14 @@ def court(
     result = CourtResult(rulings, facts)
     result.save(out)
     return result
+
+
+def _refuse_what_says_nothing(text: bool, of_text: Mapping[str, Any], of_agents: Mapping[str, Any]) -> None:
+    """An option that a model has no use for is a mistake, and not to be passed over."""
+    given = [name for name, value in (of_agents if text else of_text).items() if value is not None]
+    if given:
+        what, other = ("a language model", "an agent") if text else ("an agent", "a language model")
+        raise DtLensError(f"{given[0]} is for {other}, and this is {what}; leave it out.")
 
 
 @dataclass

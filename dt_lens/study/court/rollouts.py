@@ -15,7 +15,7 @@ from dt_lens.behaviour.evaluate import Setting, model_id
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.recording import record_actions
 from dt_lens.behaviour.sweep.driver import Sweep
-from dt_lens.behaviour.sweep.results import SweepResults
+from dt_lens.behaviour.sweep.results import SweepResults, at_seeds
 from dt_lens.behaviour.sweep.store import FILE
 from dt_lens.edits import load_edit
 from dt_lens.errors import DtLensError
@@ -108,7 +108,9 @@ class Rollouts:
         main = self._sweep(
             "folded", tell, (0.0, share), matrices=names, sv=directions, edits=EDIT, controls=1, sides=None
         )
-        arms = arms_of(main, self.model)
+        # A folder may hold more episodes, of a run that asked for them.
+        asked = range(self.seed, self.seed + self.episodes)
+        arms = arms_of(main, self.model, seeds=asked)
         if not folds:
             return Arms(arms[0], arms[1], [arm for arm in arms[1] if arm.kind == "W_in"], folded=False)
         inward = [m.name for m in matrices if m.kind == "W_in"]
@@ -116,7 +118,7 @@ class Rollouts:
             "raw", tell, (share, 1.0), matrices=inward, sv=directions, edits=EDIT, controls=0, baseline=False,
             fold_layernorm=False,
         )  # fmt: skip
-        return Arms(arms[0], arms[1], arms_of(raw, self.model, arms[0])[1])
+        return Arms(arms[0], arms[1], arms_of(raw, self.model, arms[0], asked)[1])
 
     def _sweep(self, name: str, tell: Tell, part: tuple[float, float], **options: Any) -> SweepResults:
         def share(what: str, done: float) -> None:
@@ -151,7 +153,9 @@ class Rollouts:
         return found if same and not left["todo"] + left["failed"] else None
 
 
-def arms_of(results: SweepResults, model: Any, baseline: Evaluation | None = None) -> tuple[Evaluation, list[Arm]]:
+def arms_of(
+    results: SweepResults, model: Any, baseline: Evaluation | None = None, seeds: range | None = None
+) -> tuple[Evaluation, list[Arm]]:
     """The baseline and every edit of a sweep that ran all of the baseline's seeds, with its controls.
 
     Edits of directions that were chosen by activations are left out.
@@ -160,22 +164,22 @@ def arms_of(results: SweepResults, model: Any, baseline: Evaluation | None = Non
         results: a sweep's file.
         model: the model that it is of.
         baseline: of another sweep over the same seeds, where this one has none.
+        seeds: the episodes to take; all by default.
 
     Raises:
         DtLensError: when there is no baseline.
     """
     evaluations = results.evaluations()
+    if seeds is not None:
+        evaluations = {arm: at_seeds(found, seeds) for arm, found in evaluations.items()}
     if baseline is None:
         if not results.options["baseline"] or 0 not in evaluations:
             raise DtLensError(f"The sweep in {results.file} has no unedited agent; run one with its baseline.")
         baseline = evaluations[0]
-    columns = ["kind", "of", "matrix", "side", "sv"]
+    columns = ["kind", "matrix", "side", "sv"]
     rows = results.episodes().drop_duplicates("arm")[["arm", *columns]].to_dict("records")
     whole = [row for row in rows if np.array_equal(evaluations[row["arm"]].seeds, baseline.seeds)]
-    controls: dict[int, list[NDArray[np.float64]]] = {}
-    for row in whole:
-        if row["kind"] == "control":
-            controls.setdefault(int(row["of"]), []).append(evaluations[row["arm"]].returns)
+    finished, controls = {row["arm"] for row in whole}, results.controls()
     found = []
     for row in whole:
         if row["kind"] != "edit":
@@ -192,7 +196,9 @@ def arms_of(results: SweepResults, model: Any, baseline: Evaluation | None = Non
                 load_edit(model, record).energy,
                 record,
                 evaluations[row["arm"]].returns,
-                np.array(controls.get(row["arm"], [])).reshape(-1, len(baseline)),
+                np.array([evaluations[c].returns for c in controls.get(row["arm"], ()) if c in finished]).reshape(
+                    -1, len(baseline)
+                ),
             )
         )
     return baseline, found

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
+import dt_lens
 from dt_lens.behaviour.sweep import Sweep, SweepResults
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
 from dt_lens.study.court import CLAIMS, court
-from dt_lens.study.court.rollouts import Rollouts
+from dt_lens.study.court.rollouts import Rollouts, sweep_arms
 
 OPTIONS: dict[str, Any] = {"episodes": 4, "max_steps": 6, "draws": 200, "workers": 1}
 
@@ -65,6 +68,37 @@ def test_the_files_say_the_same(tried: Any) -> None:
     assert len(kept["rulings"]) == 2 * len(CLAIMS) and kept["facts"]["environment"] == "Hopper-v5"
     page = (out / "court.html").read_text()
     assert all(claim.title in page for claim in CLAIMS) and "undecided" in page
+
+
+def test_fewer_episodes_than_the_folder_holds_are_those_that_were_asked_for(
+    tried: Any, agent: Any, tmp_path: Path
+) -> None:
+    result, out = tried
+    again = shutil.copytree(out, tmp_path / "again")
+    fewer, fresh = (court(agent, folder, name="small", **{**OPTIONS, "episodes": 2}) for folder in (again, tmp_path))
+    assert fewer.facts["episodes"] == 2
+    pd.testing.assert_frame_equal(fewer.table, fresh.table)
+    assert fewer.facts == fresh.facts
+    assert fewer.facts["unedited_mean_return"] != result.facts["unedited_mean_return"]
+
+
+def test_of_two_kinds_of_controls_the_closer_match_counts(agent: Any, tmp_path: Path) -> None:
+    """As in the atlas; which of two random changes is meant does not depend on who asks."""
+    options: dict[str, Any] = {"matrices": "*.W_in", "sv": "0-1", "edits": "zero", "controls": 1}
+    options |= {"episodes": 2, "max_steps": 3, "workers": 1}
+    Sweep(agent, tmp_path, **options).run()
+    inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=3)
+    results = Sweep(agent, tmp_path, control_match="output", activations=inputs, **options).run().results
+    table = results.table()
+    of_both = table[table["kind"] == "control"].groupby("of")["match"].apply(set)
+    assert of_both.tolist() == [{"frobenius", "output"}] * 2
+    controls = results.controls()
+    assert sorted(controls) == sorted(of_both.index)
+    assert all(list(table.loc[arms, "match"]) == ["output"] for arms in controls.values())
+    arms, _ = sweep_arms(tmp_path, agent)
+    found = results.evaluations()
+    for arm, (chosen,) in zip(arms.edits, controls.values(), strict=True):
+        assert np.array_equal(arm.controls, found[chosen].returns[None])
 
 
 def test_it_goes_on_where_it_was(tried: Any, agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +166,12 @@ def test_what_a_model_lacks_is_said(plain: Any, tmp_path: Path) -> None:
 
 
 def test_a_language_model(make_lm: Callable[..., Any], tmp_path: Path) -> None:
-    import dt_lens
-
-    result = court(dt_lens.wrap(make_lm("gpt2")), tmp_path, draws=200)
+    model = dt_lens.wrap(make_lm("gpt2"))
+    of_agents = {"environment": "Hopper-v5", "target_return": 1.0, "max_steps": 3, "sweep": tmp_path}
+    for option, value in of_agents.items():
+        with pytest.raises(DtLensError, match=f"{option} is for an agent, and this is a language model"):
+            court(model, tmp_path, draws=200, **{option: value})
+    result = court(model, tmp_path, draws=200)
     reasons = {r.claim.number: r.reason for r in result.rulings if r.verdict == "not applicable" and r.way == "proper"}
     assert reasons == {
         2: "no texts were given to find the most common token in",
@@ -154,6 +191,7 @@ def test_a_language_model(make_lm: Callable[..., Any], tmp_path: Path) -> None:
         ({"environment": "CartPole-v1"}, "CartPole-v1 gives states of 4 numbers"),
         ({"target_return": float("nan")}, "target_return is nan"),
         ({"sweep": "nowhere"}, "There is no sweep in nowhere"),
+        ({"texts": "nowhere"}, "texts is for a language model, and this is an agent"),
     ],
 )
 def test_bad_input_is_one_sentence(agent: Any, tmp_path: Path, options: dict[str, Any], said: str) -> None:

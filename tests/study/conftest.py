@@ -1,0 +1,95 @@
+"""A small agent, and sweeps of it whose outcomes are made up, so that what a study should say is known."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dt_lens
+from dt_lens.behaviour.rollouts import Outcome
+from dt_lens.behaviour.sweep.driver import Sweep
+from dt_lens.behaviour.sweep.engine import Event
+from dt_lens.behaviour.sweep.plan import Arm
+from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.decision_transformer.checkpoint import save_pretrained
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.decision_transformer.model import HookedDecisionTransformer
+
+UNEDITED = 1000.0
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    cfg = HookedDecisionTransformerConfig(
+        3, 1, d_model=16, n_layers=2, n_heads=2, d_mlp=32, n_ctx=4, max_ep_len=30, discrete_actions=False
+    )
+    model = HookedDecisionTransformer(cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.facts = RunFacts(
+        context=4,
+        environment="Pendulum-v1",
+        state_mean=(0.0,) * 3,
+        state_std=(1.0,) * 3,
+        return_scale=100.0,
+        target_returns=(200.0,),
+    )
+    return save_pretrained(model.eval(), tmp_path_factory.mktemp("agent"))
+
+
+@pytest.fixture(scope="session")
+def agent(folder: Path) -> Any:
+    return dt_lens.load(folder)
+
+
+class Told:
+    """An engine that does not run episodes: their returns are what it is told an arm costs, with a little noise."""
+
+    free = 1
+
+    def __init__(
+        self, sweep: Sweep, lost: Callable[[Arm], float], stops: int | None = None, unedited: float = UNEDITED
+    ) -> None:
+        self.sweep, self.lost, self.stops, self.unedited = sweep, lost, stops, unedited
+        self.events = list[Event]()
+
+    def start(self, job: Any) -> None:
+        pass
+
+    def submit(self, unit: Unit) -> None:
+        with closing(sqlite3.connect(self.sweep.file)) as db:
+            names = ("matrix", "sv", "directions", "control", "match")
+            query = f"SELECT arm, kind, {', '.join(names)} FROM units JOIN arms USING (arm) WHERE unit = ?"
+            number, kind, *rest = db.execute(query, (unit.number,)).fetchone()
+        arm = Arm(number, kind, **dict(zip(names, rest, strict=True)))
+        rng = np.random.default_rng(unit.number)
+        outcomes = [
+            Outcome(seed, self.unedited - self.lost(arm) + rng.normal(), 30, False, True)
+            for seed in range(unit.seed, unit.seed + unit.episodes)
+        ]
+        self.events.append(Event("done", unit.number, "nobody", outcomes))
+
+    def wait(self, seconds: float) -> list[Event]:
+        events, self.events = self.events, []
+        if self.stops is not None and events and events[0].unit >= self.stops:
+            raise KeyboardInterrupt  # as Ctrl-C does
+        return events
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def told() -> type[Told]:
+    """The engine, to be made with a sweep and what each arm costs."""
+    return Told
