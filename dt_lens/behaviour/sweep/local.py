@@ -9,7 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cloudpickle
 
@@ -22,12 +22,14 @@ from dt_lens.errors import DtLensError
 
 __all__ = ["LocalEngine"]
 
+DRAIN_SECONDS = 1.0  # for what a worker that has ended still said
 STARTS = 3  # so many workers in a row that die before they are ready mean that none will be
 
 
 @dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen[bytes]
+    listener: threading.Thread = field(init=False)  # reads what it says until its pipe ends
     ready: bool = False
     unit: int | None = None
 
@@ -66,13 +68,15 @@ class LocalEngine:
         )
         worker = _Worker(process)
         self._workers.append(worker)
-        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        worker.listener = threading.Thread(target=self._listen, args=(worker,), daemon=True)
+        worker.listener.start()
         self._send(worker, self._job)
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
-        while (frame := read_frame(worker.process.stdout)) is not None:
-            self._inbox.put((worker, frame))
+        with worker.process.stdout as said:
+            while (frame := read_frame(said)) is not None:
+                self._inbox.put((worker, frame))
         self._inbox.put((worker, None))
 
     def _send(self, worker: _Worker, message: bytes) -> None:
@@ -91,6 +95,7 @@ class LocalEngine:
 
     def wait(self, seconds: float) -> list[Event]:
         events: list[Event] = []
+        self._look()
         try:
             worker, frame = self._inbox.get(timeout=seconds)
             while True:
@@ -99,7 +104,17 @@ class LocalEngine:
         except queue.Empty:
             return events
 
+    def _look(self) -> None:
+        """Hear of workers that have ended though their pipe has not: a process that one forked holds it open."""
+        for worker in self._workers:
+            if worker.process.poll() is not None:
+                worker.listener.join(DRAIN_SECONDS)
+                if worker.listener.is_alive():
+                    self._inbox.put((worker, None))
+
     def _heard(self, worker: _Worker, frame: bytes | None) -> list[Event]:
+        if worker not in self._workers:  # its end was heard of already
+            return []
         if frame is None:
             return self._lost(worker)
         kind, *rest = pickle.loads(frame)
@@ -142,8 +157,7 @@ def _end(worker: _Worker) -> str:
     process = worker.process
     process.kill()
     status = process.wait()
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(OSError):
-            pipe.close()
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()  # the other pipe is its listener's to close: it may still be reading
     return f"signal {-status}" if status < 0 else f"exit status {status}"
