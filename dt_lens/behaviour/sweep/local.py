@@ -9,12 +9,13 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import cloudpickle
 
 from dt_lens.behaviour.rollouts import Outcome
-from dt_lens.behaviour.sweep.engine import Event
+from dt_lens.behaviour.sweep.engine import Ear, Event
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.behaviour.sweep.worker import read_frame, write_frame
 from dt_lens.behaviour.workers import Job
@@ -50,6 +51,7 @@ class LocalEngine:
         self._workers: list[_Worker] = []
         self._inbox: queue.SimpleQueue[tuple[_Worker, bytes | None]] = queue.SimpleQueue()
         self._failed_starts = 0
+        self._ear = Ear()
 
     def start(self, job: Job) -> None:
         # Environments that the user's script registers are classes that a worker cannot import.
@@ -94,15 +96,15 @@ class LocalEngine:
         self._send(worker, pickle.dumps(tuple(unit)))
 
     def wait(self, seconds: float) -> list[Event]:
-        events: list[Event] = []
         self._look()
-        try:
+        return self._ear.hear(self._events(seconds))
+
+    def _events(self, seconds: float) -> Iterator[Event]:
+        with contextlib.suppress(queue.Empty):
             worker, frame = self._inbox.get(timeout=seconds)
             while True:
-                events += self._heard(worker, frame)
+                yield from self._heard(worker, frame)
                 worker, frame = self._inbox.get_nowait()
-        except queue.Empty:
-            return events
 
     def _look(self) -> None:
         """Hear of workers that have ended though their pipe has not: a process that one forked holds it open."""

@@ -22,7 +22,7 @@ Make = Callable[..., Any]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 
 # A Pendulum that asks a process forked from its own at every step, as environments with a simulator beside them do.
-HELPED = '''
+HELPED = """
 import multiprocessing, os, pathlib, signal, time
 from gymnasium.envs.classic_control import PendulumEnv
 
@@ -52,7 +52,7 @@ class Helped(PendulumEnv):
         self.helper.terminate()
         self.helper.join()
         super().close()
-'''
+"""
 
 
 @pytest.fixture
