@@ -38,8 +38,9 @@ def serve(pipe, worker, kill):
             pipe.send(pipe.recv())
 
 class Helped(PendulumEnv):
-    def __init__(self, kill="", **options):
+    def __init__(self, kill="", driver=0, **options):
         super().__init__(**options)
+        kill = "" if os.getpid() == driver else kill
         self.pipe, other = fork.Pipe()
         self.helper = fork.Process(target=serve, args=(other, os.getpid(), kill), daemon=True)
         self.helper.start()
@@ -90,7 +91,7 @@ def test_a_process_that_the_environment_forks(make_sweep: Make, inline: Make, tm
 def test_a_worker_is_killed_and_what_it_forked_stays(make_sweep: Make, tmp_path: Path, helped: str) -> None:
     """The pipe of such a worker does not end with it."""
     killed = tmp_path / "killed"
-    options = {"environment": helped, "environment_kwargs": {"kill": str(killed)}}
+    options = {"environment": helped, "environment_kwargs": {"kill": str(killed), "driver": os.getpid()}}
     sweep = make_sweep(**options, matrices="*.0.mlp.W_in", controls=0)
     try:
         sweep.run(engine=Hasty(1))
