@@ -14,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, because, nearest
 
 __all__ = ["ScoreReference", "Task", "make_task", "score_reference"]
 
@@ -108,7 +108,7 @@ def make_task(
     limit = min(spec.max_episode_steps or cfg.max_ep_len, max_steps or 10**9)
     if isinstance(own_limit, int) and own_limit > 0:
         limit = min(limit, own_limit)
-    return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, limit)
+    return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, int(limit))
 
 
 def _find(environment: str) -> EnvSpec:
@@ -116,9 +116,9 @@ def _find(environment: str) -> EnvSpec:
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # a relative name, or whatever the module raises
             raise DtLensError(
-                f"The module {module!r} of the environment {environment!r} cannot be imported: {error}."
+                f"The module {module!r} of the environment {environment!r} cannot be imported: {because(error)}."
             ) from error
     spec = gym.envs.registry.get(name)
     if spec is None:

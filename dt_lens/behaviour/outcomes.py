@@ -280,7 +280,7 @@ class Evaluation:
 def check_rule(failure: FailureRule) -> None:
     """Raise ``DtLensError`` for what is no failure rule."""
     number = isinstance(failure, int | float | np.number) and not isinstance(failure, bool)
-    if not (callable(failure) or number or failure in ("terminated", "truncated")):
+    if not (callable(failure) or number or (isinstance(failure, str) and failure in ("terminated", "truncated"))):
         raise DtLensError(
             f"failure is {failure!r}; it must be 'terminated', 'truncated', a return to fall below, "
             "or a function of the frame."

@@ -18,7 +18,7 @@ from dt_lens.matrices import Matrix, SideName, Snapshot, select_matrices
 from dt_lens.replacements import embedded_direction, find_direction
 from dt_lens.weighted_directions import decompose_weighted
 
-__all__ = ["SV", "make_arms", "parse_value", "resolve_sv"]
+__all__ = ["SV", "listed", "make_arms", "parse_value", "resolve_sv"]
 
 MATCHES = ("frobenius", "output")
 DIRECTIONS = ("plain", "activation")
@@ -86,6 +86,18 @@ def _embedded(value: Any, embeddings: EmbeddingRegistry | None) -> tuple[str, di
     return f"towards:{name}:{label}:{_digits(angle)}", {"towards": [name, label], "angle": angle}
 
 
+def listed(given: Any) -> list[Any]:
+    """What is given as a list: text, a mapping or a single thing alone.
+
+    >>> listed("zero"), listed(("zero", 2)), listed(None)
+    (['zero'], ['zero', 2], [None])
+    """
+    try:
+        return [given] if isinstance(given, str | Mapping) else list(given)
+    except TypeError:  # it cannot be iterated
+        return [given]
+
+
 def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
     """Which of the ``k`` directions of matrix ``name`` are meant, ascending.
 
@@ -98,8 +110,7 @@ def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
     Raises:
         DtLensError: for text that is none of these, or an index that the matrix has not.
     """
-    parts: list[Any] = [sv] if isinstance(sv, (int, str)) else list(sv)
-    parts = [p.strip() for part in parts for p in (part.split(",") if isinstance(part, str) else [str(part)])]
+    parts = [p.strip() for part in listed(sv) for p in (part.split(",") if isinstance(part, str) else [str(part)])]
     chosen: set[int] = set()
     for part in parts:
         match = RANGE.fullmatch(part)
@@ -170,10 +181,12 @@ def make_arms(
         if word not in words:
             raise DtLensError(f"{name} is {word!r}; it must be one of {', '.join(words)}." + nearest(str(word), words))
     digest = "" if activations is None else activations.digest
-    known = {side for matrix in select_matrices(bare) for side in (matrix.left, matrix.right)}
+    known = sorted({side for matrix in select_matrices(bare) for side in (matrix.left, matrix.right)})
     for side in sides or ():
         if side not in known:
-            raise DtLensError(f"The model has no side {side!r}; sides are {', '.join(sorted(known))}.")
+            raise DtLensError(f"The model has no side {side!r}; sides are {', '.join(known)}.")
+    if matrices is not None and not (matrices and all(isinstance(pattern, str) for pattern in matrices)):
+        raise DtLensError(f"matrices is {matrices!r}; it must be names or patterns, such as '*.W_in'; None is all.")
     arms = [Arm(0, "baseline")] if baseline else []
     for matrix in select_matrices(bare, matrices):
         if directions == "activation" and activations is not None:

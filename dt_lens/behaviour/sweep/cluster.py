@@ -6,13 +6,15 @@ import hashlib
 import os
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import cloudpickle
 
 from dt_lens.behaviour.rollouts import Outcome
-from dt_lens.behaviour.sweep.engine import Event
-from dt_lens.behaviour.sweep.node import prove, run_on_node
+from dt_lens.behaviour.sweep.engine import Ear, Event
+from dt_lens.behaviour.sweep.node import run_on_node
+from dt_lens.behaviour.sweep.proof import prove
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.behaviour.workers import Job
 from dt_lens.errors import DtLensError, because
@@ -27,8 +29,9 @@ class RayEngine:
     """Runs units as tasks of a Ray cluster; nodes may come and go while it does.
 
     A unit whose node or process is lost comes back as dead, and the driver sends it again. Every node first runs a few
-    steps of the unedited agent, and must come to the driver's bits: one with another processor or other libraries is
-    refused, because its outcomes would not repeat here.
+    steps of the unedited agent, and must come to the driver's bits: where one with another processor or other libraries
+    does not, nothing of it is kept, because its outcomes would not repeat here, and the sweep ends with a sentence that
+    names it. Without that node the same command goes on.
 
     dt-lens has to be installed on every node, in the driver's version, with whatever package registers the environment.
 
@@ -48,6 +51,7 @@ class RayEngine:
         self._cores = 0
         self._looked = float("-inf")
         self._own = False
+        self._ear = Ear()
 
     def start(self, job: Job) -> None:
         self._ray = ray = _import_ray()
@@ -86,7 +90,7 @@ class RayEngine:
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=seconds)
         if ready:
             ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-        return [self._heard(reference) for reference in ready]
+        return self._ear.hear(map(self._heard, ready))
 
     def _heard(self, reference: Any) -> Event:
         unit, lost = self._running.pop(reference), self._ray.exceptions
@@ -104,8 +108,8 @@ class RayEngine:
         if proof != self._proof:
             why = _apart(proof, self._proof)
             raise DtLensError(
-                f"{node.capitalize()} of the Ray cluster comes to other bits than this machine ({why}); a sweep needs "
-                "nodes of one kind of processor and with the same versions."
+                f"{node.capitalize()} of the Ray cluster comes to other bits than this machine ({why}); take it out of "
+                "the cluster, and the same command goes on."
             )
         if kind == "done":
             return Event("done", unit, node, [Outcome(*row) for row in answer])
@@ -136,7 +140,7 @@ def _import_ray() -> Any:
     return ray
 
 
-def _apart(theirs: dict[str, str], mine: dict[str, str]) -> str:
+def _apart(theirs: Mapping[str, str | None], mine: Mapping[str, str | None]) -> str:
     """The first thing in which two proofs differ.
 
     >>> _apart({"version of torch": "2", "steps": "a"}, {"version of torch": "3", "steps": "b"})

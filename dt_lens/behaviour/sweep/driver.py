@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,23 +21,25 @@ from dt_lens.behaviour.evaluate import (
 )
 from dt_lens.behaviour.lanes import LEAST_LANES
 from dt_lens.behaviour.outcomes import Evaluation, FailureRule
-from dt_lens.behaviour.sweep.arms import SV, make_arms
+from dt_lens.behaviour.sweep.arms import SV, listed, make_arms
 from dt_lens.behaviour.sweep.engine import Engine
-from dt_lens.behaviour.sweep.halving import parse_halving
+from dt_lens.behaviour.sweep.halving import parse_halving, rungs_of
 from dt_lens.behaviour.sweep.local import LocalEngine
 from dt_lens.behaviour.sweep.packing import Packer
-from dt_lens.behaviour.sweep.plan import FORMAT, Plan, block_size_of, software, unite
+from dt_lens.behaviour.sweep.plan import FORMAT, Plan, block_size_of, unite
+from dt_lens.behaviour.sweep.proof import first_steps, registration, software
 from dt_lens.behaviour.sweep.real_inputs import RealInputs
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.running import Drive
 from dt_lens.behaviour.sweep.store import FILE, Store
-from dt_lens.behaviour.workers import one_thread
+from dt_lens.behaviour.workers import Job, one_thread
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import catalogue
 from dt_lens.progress import Tell, reporting, silent
 
 __all__ = ["Sweep"]
 
+LAST_SEED = 2**63 - 1  # that SQLite holds
 TOGETHER = 64  # arms whose output energies are written at once
 
 
@@ -83,7 +87,8 @@ class Sweep:
         workers: processes, each on one core; one a core by default. Changes nothing but the time.
 
     Raises:
-        DtLensError: for arguments that do not fit the model, and for a model that cannot run in other processes.
+        DtLensError: for arguments that do not fit the model, or that the file cannot hold, and for a model that cannot
+            run in other processes.
     """
 
     def __init__(
@@ -128,20 +133,15 @@ class Sweep:
         self.file = Path(out) / FILE
         self.workers = workers
         setting = setting_of(model, environment, environment_kwargs, target_return, max_steps, "the sweep")
-        job = portable_job(model, setting.task, setting.conditions, range(0), LEAST_LANES)
-        if job is None:
-            raise DtLensError(
-                "This agent cannot run in other processes, because it is not on the CPU, has hooks or a state encoder "
-                "of its own; move it, take its hooks off, or use evaluate."
-            )
-        self._job = job
-        self._block_size = block_size
-        values = edits.split(",") if isinstance(edits, str) else [edits] if isinstance(edits, float | int) else edits
+        _check_kwargs(setting.environment_kwargs)
+        self._setting = setting
+        self._job()  # raises where there is none
+        self._block_size = None if block_size is None else int(block_size)
         self._asked: dict[str, Any] = {
-            "matrices": matrices,
+            "matrices": None if matrices is None else listed(matrices),
             "sv": sv,
-            "sides": [sides] if isinstance(sides, str) else sides,
-            "values": [values] if isinstance(values, Mapping) else list(values),
+            "sides": None if sides is None else listed(sides),
+            "values": edits.split(",") if isinstance(edits, str) else listed(edits),
             "controls": int(controls),
             "seed": int(seed),
             "baseline": baseline,
@@ -159,10 +159,13 @@ class Sweep:
             "environment_kwargs": setting.environment_kwargs,
             "target_return": setting.target_return,
             "time_limit": setting.task.time_limit,
-            "block_size": block_size_of(int(episodes), block_size),
+            "block_size": block_size_of(int(episodes), self._block_size),
             "fold_layernorm": fold_layernorm,
+            "registration": registration(setting.task.spec),
             **software(),
         }
+        if max(rungs_of(self._options)[-1].stop - 1, int(seed) + int(controls)) > LAST_SEED:
+            raise DtLensError(f"seed is {seed}; the last episode's must be below 2**63, so give a smaller one.")
         with one_thread():
             self._arms = make_arms(model, **self._asked)
         self._inputs = RealInputs(
@@ -192,7 +195,22 @@ class Sweep:
                 arms = make_arms(self.model, **self._asked, activations=activations)
         known = None if activations is None else {**activations.record, "digest": activations.digest}
         names = list(catalogue(self.model, per_head=True))
-        return Plan({**self._options, "activations": known}, unite(arms, (), names), names, self._block_size)
+        options = {**self._options, "activations": known, "steps": self._steps}
+        return Plan(options, unite(arms, (), names), names, self._block_size)
+
+    @cached_property
+    def _steps(self) -> str | None:
+        return first_steps(self._job())
+
+    def _job(self) -> Job:
+        """What workers are given: the agent as it is now."""
+        job = portable_job(self.model, self._setting.task, self._setting.conditions, range(0), LEAST_LANES)
+        if job is None:
+            raise DtLensError(
+                "This agent cannot run in other processes, because it is not on the CPU, has hooks or a state encoder "
+                "of its own; move it, take its hooks off, or use evaluate."
+            )
+        return job
 
     def run(self, progress: bool | Tell = False, engine: Engine | None = None) -> Self:
         """Run what is not done yet.
@@ -202,12 +220,14 @@ class Sweep:
             engine: what runs the units; worker processes of this machine by default.
 
         Raises:
-            DtLensError: when the file holds another sweep, is damaged, cannot be written or is another driver's, when
-                the model has changed since the plan was made, or when no worker can run.
+            DtLensError: when the file holds another sweep, was begun where the agent's steps come to other bits, is
+                damaged, cannot be written or is another driver's, when the model has changed since the plan was made,
+                or when no worker can run.
             KeyboardInterrupt: on Ctrl-C, with a sentence; what was finished is kept.
         """
         if model_id(self.model) != self._options["model"]:
             raise DtLensError("The model's weights have changed since this sweep was planned; make the Sweep again.")
+        job = self._job()
         with reporting(progress) as tell:
             plan = self._planned(tell)
             with Store.open(self.file, plan) as store:
@@ -217,7 +237,7 @@ class Sweep:
                 todo, units = store.advance()
                 if todo:
                     workers = min(self.workers or _cores(), len(todo))
-                    Drive(store, packer, todo, units, tell).run(engine or LocalEngine(workers), self._job)
+                    Drive(store, packer, todo, units, tell).run(engine or LocalEngine(workers), job)
         return self
 
     def _listen(self, store: Store, packer: Packer, tell: Tell) -> None:
@@ -247,3 +267,14 @@ class Sweep:
     def evaluations(self) -> dict[int, Evaluation]:
         """An ``Evaluation`` for every arm that has episodes, by its number in the table."""
         return self.results.evaluations()
+
+
+def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    for name, value in kwargs.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise DtLensError(
+                f"environment_kwargs holds {name}={value!r}; a sweep's file takes finite numbers, text, true, false, "
+                "None, and lists and dictionaries of these."
+            ) from None

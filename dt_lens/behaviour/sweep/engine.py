@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.behaviour.workers import Job
+from dt_lens.errors import DtLensError
 
-__all__ = ["Engine", "Event"]
+__all__ = ["Ear", "Engine", "Event"]
 
 
 class Event(NamedTuple):
@@ -53,3 +54,24 @@ class Engine(Protocol):
     def stop(self) -> None:
         """End everything that still runs."""
         ...
+
+
+class Ear:
+    """Loses no event to an error after it: what was heard is told first, and the error raised the next time."""
+
+    def __init__(self) -> None:
+        self._error: DtLensError | None = None
+
+    def hear(self, events: Iterable[Event]) -> list[Event]:
+        """The events, up to where they end or raise ``DtLensError``; raises it where there are none before it."""
+        if self._error is not None:
+            raise self._error
+        heard: list[Event] = []
+        try:
+            for event in events:
+                heard.append(event)
+        except DtLensError as error:
+            if not heard:
+                raise
+            self._error = error
+        return heard

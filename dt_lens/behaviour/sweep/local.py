@@ -9,12 +9,13 @@ import queue
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import cloudpickle
 
 from dt_lens.behaviour.rollouts import Outcome
-from dt_lens.behaviour.sweep.engine import Event
+from dt_lens.behaviour.sweep.engine import Ear, Event
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.behaviour.sweep.worker import read_frame, write_frame
 from dt_lens.behaviour.workers import Job
@@ -22,12 +23,14 @@ from dt_lens.errors import DtLensError
 
 __all__ = ["LocalEngine"]
 
+DRAIN_SECONDS = 1.0  # for what a worker that has ended still said
 STARTS = 3  # so many workers in a row that die before they are ready mean that none will be
 
 
 @dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen[bytes]
+    listener: threading.Thread = field(init=False)  # reads what it says until its pipe ends
     ready: bool = False
     unit: int | None = None
 
@@ -48,6 +51,7 @@ class LocalEngine:
         self._workers: list[_Worker] = []
         self._inbox: queue.SimpleQueue[tuple[_Worker, bytes | None]] = queue.SimpleQueue()
         self._failed_starts = 0
+        self._ear = Ear()
 
     def start(self, job: Job) -> None:
         # Environments that the user's script registers are classes that a worker cannot import.
@@ -66,13 +70,15 @@ class LocalEngine:
         )
         worker = _Worker(process)
         self._workers.append(worker)
-        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        worker.listener = threading.Thread(target=self._listen, args=(worker,), daemon=True)
+        worker.listener.start()
         self._send(worker, self._job)
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
-        while (frame := read_frame(worker.process.stdout)) is not None:
-            self._inbox.put((worker, frame))
+        with worker.process.stdout as said:
+            while (frame := read_frame(said)) is not None:
+                self._inbox.put((worker, frame))
         self._inbox.put((worker, None))
 
     def _send(self, worker: _Worker, message: bytes) -> None:
@@ -90,16 +96,27 @@ class LocalEngine:
         self._send(worker, pickle.dumps(tuple(unit)))
 
     def wait(self, seconds: float) -> list[Event]:
-        events: list[Event] = []
-        try:
+        self._look()
+        return self._ear.hear(self._events(seconds))
+
+    def _events(self, seconds: float) -> Iterator[Event]:
+        with contextlib.suppress(queue.Empty):
             worker, frame = self._inbox.get(timeout=seconds)
             while True:
-                events += self._heard(worker, frame)
+                yield from self._heard(worker, frame)
                 worker, frame = self._inbox.get_nowait()
-        except queue.Empty:
-            return events
+
+    def _look(self) -> None:
+        """Hear of workers that have ended though their pipe has not: a process that one forked holds it open."""
+        for worker in self._workers:
+            if worker.process.poll() is not None:
+                worker.listener.join(DRAIN_SECONDS)
+                if worker.listener.is_alive():
+                    self._inbox.put((worker, None))
 
     def _heard(self, worker: _Worker, frame: bytes | None) -> list[Event]:
+        if worker not in self._workers:  # its end was heard of already
+            return []
         if frame is None:
             return self._lost(worker)
         kind, *rest = pickle.loads(frame)
@@ -142,8 +159,7 @@ def _end(worker: _Worker) -> str:
     process = worker.process
     process.kill()
     status = process.wait()
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(OSError):
-            pipe.close()
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()  # the other pipe is its listener's to close: it may still be reading
     return f"signal {-status}" if status < 0 else f"exit status {status}"

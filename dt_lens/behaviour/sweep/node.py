@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,32 +12,14 @@ if TYPE_CHECKING:
 
     from dt_lens.behaviour.workers import Job
 
-__all__ = ["prove", "run_on_node"]
+__all__ = ["run_on_node"]
 
-STEPS = 20
-
-_kept: dict[str, tuple[Job, Mapping[str, Tensor], dict[str, str]]] = {}
+_kept: dict[str, tuple[Job, Mapping[str, Tensor], Mapping[str, str | None]]] = {}
 
 
-def prove(job: Job) -> dict[str, str]:
-    """What tells whether this machine comes to another one's bits: versions, and a few steps of the unedited agent."""
-    from safetensors.torch import load
-
-    from dt_lens.behaviour.sweep.plan import software
-    from dt_lens.behaviour.sweep.units import Unit, run_unit
-    from dt_lens.errors import DtLensError
-    from dt_lens.version import __version__
-
-    short = replace(job, task=replace(job.task, time_limit=min(STEPS, job.task.time_limit)))
-    try:
-        outcomes = repr([(o.total.hex(), o.length) for o in run_unit(short, load(job.weights), Unit(0, b"", 0, 2))])
-    except DtLensError as error:
-        outcomes = str(error)
-    steps = hashlib.sha256(outcomes.encode()).hexdigest()
-    return {"version of dt-lens": __version__, **software(), "steps": steps}
-
-
-def run_on_node(packed: Sequence[Any], token: str, unit: tuple[Any, ...]) -> tuple[str, str, dict[str, str], Any]:
+def run_on_node(
+    packed: Sequence[Any], token: str, unit: tuple[Any, ...]
+) -> tuple[str, str, Mapping[str, str | None], Any]:
     """Run a unit: ``"done"`` with its outcomes or ``"refused"`` with a sentence, and who did it with which proof.
 
     Args:
@@ -51,6 +31,7 @@ def run_on_node(packed: Sequence[Any], token: str, unit: tuple[Any, ...]) -> tup
     import torch
     from safetensors.torch import load
 
+    from dt_lens.behaviour.sweep.proof import prove
     from dt_lens.behaviour.sweep.units import Unit, run_unit
     from dt_lens.errors import DtLensError, because
 

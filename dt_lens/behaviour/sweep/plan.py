@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from dt_lens.behaviour.lanes import MOST_LANES
 
-__all__ = ["Arm", "Block", "Plan", "block_size_of", "contents", "cut", "identity_of", "software", "unite"]
+__all__ = ["SOFTWARE", "Arm", "Block", "Plan", "block_size_of", "contents", "cut", "identity_of", "unite"]
 
 FORMAT = 2
 SOFTWARE = ("torch", "gymnasium", "mujoco", "numpy")  # another version of these may give other bits
@@ -28,7 +27,9 @@ IDENTITY = (
     "fold_layernorm",
     "halving",
     *(f"version of {name}" for name in SOFTWARE),
+    "registration",
 )
+LATER = ("registration",)  # of which older files say nothing: unknown there, and taken up
 
 
 class Arm(NamedTuple):
@@ -73,22 +74,34 @@ class Plan:
         if not isinstance(other["format"], int) or other["format"] > FORMAT:
             return f"its format is {_short(other['format'])} and this version of dt-lens writes {FORMAT}"
         for name in IDENTITY:
-            if mine.get(name) != other.get(name):
-                return f"its {name} is {_short(other.get(name))} and this one's {_short(mine.get(name))}"
+            there, here = _apart(other.get(name), mine.get(name))
+            if there != here and not (name in LATER and there is None):
+                return f"its {name} is {_short(there)} and this one's {_short(here)}"
         here, there = mine.get("activations") or {}, other.get("activations") or {}
         if here and there and here["digest"] != there["digest"]:
             return f"its activations are {there['digest']} and this one's {here['digest']}"
         return None
 
+    def is_at_home(self, other: Mapping[str, Any]) -> bool:
+        """Whether the agent's first steps are here what they were for the file with the options ``other``.
+
+        A file of before they were kept does not say, nor does an agent whose first steps never repeat.
+        """
+        here, there = self.options.get("steps"), other.get("steps")
+        return here is None or there is None or here == there
+
+
+def _apart(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two mappings what they do not have in common; anything else as it is."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return one, other
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
+
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def software() -> dict[str, str]:
-    """Versions of what the bits of an outcome come from."""
-    return {f"version of {name}": version(name) for name in SOFTWARE}
 
 
 def block_size_of(episodes: int, wanted: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from dt_lens.behaviour.outcomes import Evaluation, FailureRule
 from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.statistics import bootstrap_interval, logrank, sign_flip, wilson
 from dt_lens.behaviour.sweep.halving import read_standing, rungs_of
+from dt_lens.behaviour.sweep.schema import decoding, read_options
 from dt_lens.behaviour.sweep.store import FILE, KEPT, in_words
 from dt_lens.errors import DtLensError
 from dt_lens.nulls import q_values
@@ -47,29 +48,30 @@ class SweepResults:
         self.file = path / FILE if path.is_dir() else path
         if not self.file.is_file():
             raise DtLensError(f"There is no sweep in {path}; run it first.")
-        with self._reading() as db:
-            self.options: dict[str, Any] = json.loads(db.execute("SELECT options FROM plan").fetchone()[0])
+        with self._reading():
+            pass
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """The file as it is at one moment."""
-        with in_words(self.file):
+    def _reading(self) -> Iterator[tuple[sqlite3.Connection, dict[str, Any]]]:
+        """The file as it is at one moment, and its options then; nothing but reading it stands inside."""
+        with in_words(self.file, reading=True):
             db = sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro", uri=True, timeout=10, isolation_level=None)
             try:
                 db.execute("BEGIN")
-                yield db
-            except (TypeError, ValueError) as error:
-                raise sqlite3.DatabaseError("its plan cannot be read") from error
+                if db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:  # its driver has only made the file
+                    raise DtLensError(f"The sweep in {self.file} has not begun; run it first.")
+                with decoding():
+                    yield db, read_options(db)
+            except pd.errors.DatabaseError as error:
+                raise error.__cause__ or error from None  # pandas wraps what SQLite raises
             finally:
                 db.close()
 
-    def _columns(self, *names: str) -> str:
-        """Columns of arms for a SELECT, those that came with format 2 also where a file has them not."""
-        if self.options["format"] > 1:
-            return ", ".join(f"arms.{name}" for name in names)
-        match = "CASE kind WHEN 'control' THEN 'frobenius' END AS match"
-        absent = {"match": match, "directions": "'plain' AS directions", "output_energy": "NULL AS output_energy"}
-        return ", ".join(absent.get(name, f"arms.{name}") for name in names)
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the file was asked for up to now, as plain JSON values."""
+        with self._reading() as (_, options):
+            return options
 
     def activations(self) -> Activations | None:
         """The activations kept beside the file; ``None`` where the sweep took none, or where they are gone."""
@@ -92,60 +94,39 @@ class SweepResults:
 
     def status(self) -> dict[str, int]:
         """Units by status: ``todo``, ``done``, ``failed`` (tried again by the next run), ``void`` (see ``table``)."""
-        with self._reading() as db:
+        with self._reading() as (db, _):
             found = dict(db.execute("SELECT status, count(*) FROM units GROUP BY status"))
         return {name: int(found.get(name, 0)) for name in ("todo", "done", "failed", "void")}
 
     def failures(self) -> list[str]:
         """Why units failed, each sentence once."""
-        with self._reading() as db:
+        with self._reading() as (db, _):
             rows = db.execute("SELECT error FROM units WHERE status = 'failed' ORDER BY unit").fetchall()
         return list(dict.fromkeys(error for (error,) in rows))
 
     def episodes(self) -> pd.DataFrame:
         """A row per episode: arm, what identifies the arm, seed, return, length, terminated, truncated."""
-        query = f"""
-            SELECT arms.arm, {self._columns(*PLACE)}, episodes.seed, return, length, terminated, truncated
-            FROM episodes JOIN units USING (unit) JOIN arms USING (arm) ORDER BY arms.arm, episodes.seed
-        """
-        with self._reading() as db:
+        with self._reading() as (db, options):
+            columns = _columns(options, *PLACE)
+            query = f"""
+                SELECT arms.arm, {columns}, episodes.seed, return, length, terminated, truncated
+                FROM episodes JOIN units USING (unit) JOIN arms USING (arm) ORDER BY arms.arm, episodes.seed
+            """
             frame = pd.read_sql_query(query, db)
         frame["return"] = frame["return"].astype(np.float64)  # SQLite keeps a NaN as NULL
         return _typed(frame.astype({"terminated": bool, "truncated": bool}))
 
     def evaluations(self, failure: FailureRule | None = None) -> dict[int, Evaluation]:
         """An ``Evaluation`` for every arm that has episodes, by the arm's number; of all of its episodes."""
-        with self._reading() as db:
-            return self._evaluations(db, failure)
-
-    def _evaluations(self, db: sqlite3.Connection, failure: FailureRule | None) -> dict[int, Evaluation]:
-        arms = db.execute("SELECT arm, record, model_id FROM arms ORDER BY arm").fetchall()
-        rows = db.execute(
-            "SELECT arm, episodes.seed, return, length, terminated, truncated "
-            "FROM episodes JOIN units USING (unit) ORDER BY arm, episodes.seed"
-        )
-        outcomes: dict[int, list[Outcome]] = {}
-        for arm, seed, total, length, terminated, truncated in rows:
-            outcomes.setdefault(arm, []).append(
-                Outcome(seed, NAN if total is None else total, length, bool(terminated), bool(truncated))
-            )
-        shared = {name: self.options[name] for name in ("environment", "environment_kwargs", "target_return")}
-        return {
-            arm: Evaluation.from_outcomes(
-                outcomes[arm],
-                failure=failure,
-                time_limit=self.options["time_limit"],
-                model_id=model_id,
-                edits=() if record is None else (json.loads(record),),
-                **shared,
-            )
-            for arm, record, model_id in arms
-            if arm in outcomes
-        }
+        with self._reading() as (db, options):
+            measured = _measured(db, options)
+        return _judged(measured, failure)
 
     def baseline(self, failure: FailureRule | None = None) -> Evaluation | None:
         """The unedited agent's evaluation; ``None`` where it has no episodes yet, or was left out."""
-        return self.evaluations(failure).get(0) if self.options["baseline"] else None
+        with self._reading() as (db, options):
+            measured = _measured(db, options)
+        return _judged({0: measured[0]}, failure)[0] if options["baseline"] and 0 in measured else None
 
     def table(self, *, failure: FailureRule | None = None, confidence: float = 0.95) -> pd.DataFrame:
         """A row per edit and control, in the order of the plan, indexed by the arm's number.
@@ -170,19 +151,23 @@ class SweepResults:
             failure: what counts as failing, as for ``Evaluation``.
             confidence: of the intervals.
         """
-        with self._reading() as db:
-            columns = self._columns(*PLACE, *ENERGIES)
+        if not (isinstance(confidence, int | float) and 0 < confidence < 1):
+            raise DtLensError(f"confidence is {confidence!r}; it must be a number between 0 and 1, such as 0.95.")
+        with self._reading() as (db, options):
+            columns = _columns(options, *PLACE, *ENERGIES)
             said = "trim(coalesce(note, '') || ' ' || coalesce(error, '')) AS said"
             query = f"SELECT arm, {columns}, {said} FROM arms WHERE kind <> 'baseline' ORDER BY arm"
             arms = pd.read_sql_query(query, db)
-            evaluations = self._evaluations(db, failure)
-            rungs = rungs_of(self.options)
+            measured = _measured(db, options)
+            rungs = rungs_of(options)
             standing = read_standing(db, rungs)
-        baseline = evaluations.get(0) if self.options["baseline"] else None
+            edits = [arm if pd.isna(of) else int(of) for arm, of in zip(arms["arm"], arms["of"], strict=True)]
+            reached = [standing.reached[edit] for edit in edits]
+        evaluations = _judged(measured, failure)
+        baseline = evaluations.get(0) if options["baseline"] else None
         rows = []
-        for arm, of in zip(arms["arm"], arms["of"], strict=True):
+        for arm, of, rung in zip(arms["arm"], arms["of"], reached, strict=True):
             evaluation = evaluations.get(arm)
-            rung = standing.reached[arm if pd.isna(of) else int(of)]
             if len(rungs) > 1 and evaluation is not None:
                 evaluation = _shown(evaluation, rungs, rung, control=not pd.isna(of))
             row = _numbers(evaluation, baseline, confidence)
@@ -193,12 +178,55 @@ class SweepResults:
         table = pd.concat([arms, pd.DataFrame(rows, index=arms.index)], axis=1)
         for energy in ENERGIES:
             table[energy] = table[energy].astype(np.float64)
-        edits = (table["kind"] == "edit") & table["p_value"].notna()
+        if len(rungs) > 1:  # controls that were begun before their edit was overtaken tell no more than others
+            idle = (table["kind"] == "control") & (table["rung"] < len(rungs) - 1)
+            for energy in ENERGIES:
+                table.loc[idle, energy] = NAN
+            table.loc[idle, "said"] = ""
+        tested = (table["kind"] == "edit") & table["p_value"].notna()
         q = pd.Series(NAN, index=table.index)
-        q[edits] = q_values(table.loc[edits, "p_value"])
+        q[tested] = q_values(table.loc[tested, "p_value"])
         table.insert(list(table).index("p_value") + 1, "q_value", q)
         table["note"] = table.pop("said")
         return _typed(table).set_index("arm")
+
+
+def _columns(options: Mapping[str, Any], *names: str) -> str:
+    """Columns of arms for a SELECT, those that came with format 2 also where a file has them not."""
+    if options["format"] > 1:
+        return ", ".join(f"arms.{name}" for name in names)
+    match = "CASE kind WHEN 'control' THEN 'frobenius' END AS match"
+    absent = {"match": match, "directions": "'plain' AS directions", "output_energy": "NULL AS output_energy"}
+    return ", ".join(absent.get(name, f"arms.{name}") for name in names)
+
+
+def _measured(db: sqlite3.Connection, options: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """What ``Evaluation.from_outcomes`` takes, but for the failure rule, of every arm that has episodes."""
+    arms = db.execute("SELECT arm, record, model_id FROM arms ORDER BY arm").fetchall()
+    rows = db.execute(
+        "SELECT arm, episodes.seed, return, length, terminated, truncated "
+        "FROM episodes JOIN units USING (unit) ORDER BY arm, episodes.seed"
+    )
+    outcomes: dict[int, list[Outcome]] = {}
+    for arm, seed, total, length, terminated, truncated in rows:
+        outcomes.setdefault(arm, []).append(
+            Outcome(seed, NAN if total is None else total, length, bool(terminated), bool(truncated))
+        )
+    shared = {name: options[name] for name in ("environment", "environment_kwargs", "target_return", "time_limit")}
+    return {
+        arm: {
+            "outcomes": outcomes[arm],
+            "model_id": model_id,
+            "edits": () if record is None else (json.loads(record),),
+            **shared,
+        }
+        for arm, record, model_id in arms
+        if arm in outcomes
+    }
+
+
+def _judged(measured: Mapping[int, Mapping[str, Any]], failure: FailureRule | None) -> dict[int, Evaluation]:
+    return {arm: Evaluation.from_outcomes(failure=failure, **of_arm) for arm, of_arm in measured.items()}
 
 
 def _shown(evaluation: Evaluation, rungs: Sequence[range], rung: int, control: bool) -> Evaluation | None:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from dt_lens.behaviour.sweep.plan import Arm
 
-__all__ = ["APPLICATION", "COLUMNS", "add_arms", "create", "read_arms", "renumber", "upgrade"]
+__all__ = [
+    "APPLICATION",
+    "COLUMNS",
+    "add_arms",
+    "create",
+    "decoding",
+    "read_arms",
+    "read_options",
+    "renumber",
+    "upgrade",
+]
 
 APPLICATION = 0x64_74_6C_73  # "dtls"
 
@@ -34,6 +46,18 @@ CREATE TABLE runs (
 );
 CREATE INDEX unit_arm ON units (arm);
 """
+NEEDED = (  # options that every format has
+    "format",
+    "model",
+    "episodes",
+    "seed",
+    "environment",
+    "environment_kwargs",
+    "target_return",
+    "time_limit",
+    "fold_layernorm",
+    "baseline",
+)
 COLUMNS = Arm._fields[1:]
 SINCE_2 = {"match": "TEXT", "directions": "TEXT", "output_energy": "REAL"}
 
@@ -56,10 +80,38 @@ def upgrade(db: sqlite3.Connection) -> None:
     db.execute("UPDATE arms SET directions = 'plain' WHERE kind <> 'baseline' AND directions IS NULL")
 
 
+@contextmanager
+def decoding() -> Iterator[None]:
+    """What makes no sense among what a file says, as SQLite's own error; nothing but reading stands inside."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise sqlite3.DatabaseError("its plan or its arms cannot be read") from error
+
+
+def read_options(db: sqlite3.Connection) -> dict[str, Any]:
+    """The options of a file.
+
+    Raises:
+        sqlite3.DatabaseError: where they cannot be read.
+    """
+    with decoding():
+        (text,) = db.execute("SELECT options FROM plan").fetchone()
+        options: dict[str, Any] = json.loads(text)
+        if missing := [name for name in NEEDED if name not in options]:
+            raise KeyError(missing)
+    return options
+
+
 def read_arms(db: sqlite3.Connection) -> list[Arm]:
-    """The arms of a file, by number."""
+    """The arms of a file, by number.
+
+    Raises:
+        sqlite3.DatabaseError: where they cannot be read.
+    """
     rows = db.execute(f"SELECT arm, {', '.join(COLUMNS)} FROM arms ORDER BY arm")
-    return [Arm._make((*row[:-1], None if row[-1] is None else json.loads(row[-1]))) for row in rows]
+    with decoding():
+        return [Arm._make((*row[:-1], None if row[-1] is None else json.loads(row[-1]))) for row in rows]
 
 
 def add_arms(db: sqlite3.Connection, arms: Sequence[Arm]) -> None:

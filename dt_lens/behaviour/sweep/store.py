@@ -20,7 +20,16 @@ from dt_lens.behaviour.sweep.file_lock import Lock, unwritable
 from dt_lens.behaviour.sweep.halving import Standing, read_standing, rungs_of
 from dt_lens.behaviour.sweep.packing import Packed
 from dt_lens.behaviour.sweep.plan import FORMAT, Block, Plan, contents, cut, identity_of, unite
-from dt_lens.behaviour.sweep.schema import APPLICATION, add_arms, create, read_arms, renumber, upgrade
+from dt_lens.behaviour.sweep.schema import (
+    APPLICATION,
+    add_arms,
+    create,
+    decoding,
+    read_arms,
+    read_options,
+    renumber,
+    upgrade,
+)
 from dt_lens.errors import DtLensError, because
 
 __all__ = ["FILE", "KEPT", "Store", "in_words"]
@@ -30,20 +39,27 @@ KEPT = "activations.safetensors"  # beside it
 
 
 @contextlib.contextmanager
-def in_words(file: Path) -> Iterator[None]:
+def in_words(file: Path, reading: bool = False) -> Iterator[None]:
     """SQLite's errors as one sentence that says what to do."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         said = str(error)
         if isinstance(error, sqlite3.OperationalError):
-            if "no such" not in said and "locked" not in said:
-                raise unwritable(file, error) from error
+            if "no such" not in said and "locked" not in said and "decode" not in said:
+                raise _unreadable(file, error) if reading else unwritable(file, error) from error
             if "locked" in said:
                 raise DtLensError(f"Another program holds {file}; close it and give the same command again.") from error
         raise DtLensError(
             f"{file} is damaged, or no sweep's file ({because(error)}); move it away, and the sweep begins anew."
         ) from error
+
+
+def _unreadable(file: Path, error: sqlite3.OperationalError) -> DtLensError:
+    return DtLensError(
+        f"{file} cannot be read: {because(error)}; see that you may read it, or, if its sweep was cut off and the "
+        "folder is read-only, copy the folder to where you can write."
+    )
 
 
 class Store:
@@ -101,16 +117,18 @@ class Store:
 
     def _kept_options(self) -> dict[str, Any]:
         """The options in the file; what it holds and what the plan asks for must be able to stand in one table."""
-        try:
-            (text,) = self._db.execute("SELECT options FROM plan").fetchone()
-            options: dict[str, Any] = json.loads(text)
-            difference = self.plan.difference(options)
-        except (TypeError, ValueError, KeyError) as error:
-            raise sqlite3.DatabaseError("its plan cannot be read") from error
+        options = read_options(self._db)
+        with decoding():
+            difference, at_home = self.plan.difference(options), self.plan.is_at_home(options)
         if difference is not None:
             raise DtLensError(
                 f"{self.file} holds another sweep: {difference}; give the same options to go on with it, or another "
                 "folder."
+            )
+        if not at_home:
+            raise DtLensError(
+                f"The agent's first steps come to other bits here than where {self.file} was begun (another processor, "
+                "build of a library, or state of the environment's code); go on with it there, or give another folder."
             )
         return options
 
@@ -122,7 +140,8 @@ class Store:
         elif kept["format"] < FORMAT:
             upgrade(db)
         before = read_arms(db)
-        self.arms = unite(self.plan.arms, before, self.plan.catalogue)
+        with decoding():  # the plan's own arms are known to go together
+            self.arms = unite(self.plan.arms, before, self.plan.catalogue)
         if kept is not None:
             options["episodes"] = max(options["episodes"], kept["episodes"])
             options["activations"] = options.get("activations") or kept.get("activations")

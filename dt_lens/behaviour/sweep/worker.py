@@ -11,7 +11,6 @@ import pickle
 import queue
 import signal
 import struct
-import sys
 import threading
 from typing import IO, Any
 
@@ -45,10 +44,14 @@ def main() -> None:
     # What an environment prints must not end up among the outcomes.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    # A process that the environment forks closes its sys.stdin, which must not be the one that the thread waits on: the
+    # thread's lock would be held in the fork for ever.
+    orders = os.fdopen(os.dup(0), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
-        while (frame := read_frame(sys.stdin.buffer)) is not None:
+        while (frame := read_frame(orders)) is not None:
             inbox.put(frame)
         os._exit(0)
 

@@ -31,7 +31,7 @@ INSERT INTO old SELECT arm, kind, of, matrix, layer, head, side, sv, value, cont
 DROP TABLE arms;
 ALTER TABLE old RENAME TO arms;
 UPDATE plan SET options = json_remove(json_set(options, '$.format', 1),
-    '$.halving', '$.activations', '$.control_match', '$.directions');
+    '$.halving', '$.activations', '$.control_match', '$.directions', '$.registration', '$.steps');
 """
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dt_lens.behaviour.sweep.arms import parse_value, resolve_sv
@@ -102,9 +103,41 @@ def test_what_only_scales_sigma_is_not_measured_once_for_each_side(make_sweep: M
         ({"controls": -1}, "controls is -1"),
         ({"edits": []}, "edits is empty"),
         ({"environment": "Hopper-v5"}, "this model reads 3"),
+        ({"environment": ".foo:bar"}, "'.foo' of the environment '.foo:bar' cannot be imported: .*relative"),
+        ({"environment_kwargs": {"g": np.float32(9)}}, "environment_kwargs holds g=.*; a sweep's file takes"),
+        ({"environment_kwargs": {"g": float("nan")}}, "environment_kwargs holds g=nan"),
+        ({"seed": 2**63}, "below 2..63, so give a smaller one"),
+        ({"seed": 2**63 - 5}, "below 2..63"),
+        ({"seed": 2**63 - 8, "halving": 4}, "below 2..63"),
+        ({"seed": 2**63 - 7, "controls": 9}, "below 2..63"),
+        ({"sv": 1.5}, "sv holds '1.5'"),
+        ({"sv": None}, "sv holds 'None'"),
+        ({"edits": None}, "edits holds None"),
+        ({"sides": 5}, "has no side 5"),
+        ({"matrices": 3}, r"matrices is \[3\]; it must be names"),
+        ({"matrices": []}, r"matrices is \[\]; it must be names"),
     ],
 )
 def test_bad_options_are_one_sentence(make_sweep: Make, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(DtLensError, match=sentence) as caught:
         make_sweep(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"max_steps": np.int64(9), "block_size": np.int64(3)}, {"max_steps": 9, "block_size": 3}),
+        ({"sv": np.int64(1), "seed": np.int64(5)}, {"sv": 1, "seed": 5}),
+        ({"sv": np.arange(2), "episodes": np.int32(4)}, {"sv": "0,1", "episodes": 4}),
+        ({"edits": np.float32(0.5)}, {"edits": 0.5}),
+        ({"edits": np.int64(2)}, {"edits": "scale:2"}),
+    ],
+)
+def test_numpys_numbers_are_numbers(make_sweep: Make, given: dict[str, Any], plain: dict[str, Any]) -> None:
+    one, other = make_sweep(**given).plan, make_sweep(**plain).plan
+    assert (json.dumps(one.options), one.arms, one.block_size) == (
+        json.dumps(other.options),
+        other.arms,
+        other.block_size,
+    )

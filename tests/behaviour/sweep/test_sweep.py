@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -153,6 +154,73 @@ def test_a_damaged_file_is_refused(make_sweep: Make, inline: Make, tmp_path: Pat
         SweepResults(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        """UPDATE arms SET record = '{"kind" "singular"}' WHERE arm = 2""",
+        """UPDATE arms SET record = replace(record, '"of"', '"if"')""",
+        "UPDATE arms SET matrix = 'blocks.0.mlp.W_im' WHERE arm = 1",
+        "UPDATE arms SET side = 'reed' WHERE arm = 1",
+        "UPDATE plan SET options = replace(options, 'environment', 'environmint')",
+        "UPDATE plan SET options = substr(options, 9)",
+        "UPDATE arms SET value = CAST(x'ff' AS TEXT) WHERE arm = 1",
+        "DELETE FROM plan",
+    ],
+)
+def test_a_file_whose_text_is_damaged_is_refused(make_sweep: Make, inline: Make, damage: str) -> None:
+    sweep = make_sweep().run(engine=inline())
+    results = sweep.results
+    with sqlite3.connect(sweep.file) as db:
+        db.execute(damage)
+    db.close()
+    with pytest.raises(DtLensError, match=r"damaged, or no sweep's file .*; move it away") as caught:
+        make_sweep(matrices="*.1.mlp.W_in").run(engine=inline())
+    assert "\n" not in str(caught.value)
+    for read in (results.table, results.evaluations, results.episodes):
+        try:
+            read()
+        except DtLensError as error:  # where it looks at what is damaged
+            assert "damaged, or no sweep's file" in str(error)
+
+
+def test_a_healthy_file_is_not_called_damaged(make_sweep: Make, inline: Make) -> None:
+    sweep = make_sweep()
+    sweep.file.touch()
+    with pytest.raises(DtLensError, match=r"has not begun; run it first\.$"):
+        SweepResults(sweep.file)
+    sweep.run(engine=inline())
+    with pytest.raises(DtLensError, match="failure is array"):
+        sweep.table(failure=np.array([1, 2]))
+    with pytest.raises(ValueError, match="invalid literal"):  # the function's own
+        sweep.table(failure=lambda frame: int("x"))
+    for confidence in (2, 0.0, "a"):
+        with pytest.raises(DtLensError, match=r"confidence is .*; it must be a number between 0 and 1"):
+            sweep.table(confidence=confidence)
+
+
+def test_a_file_that_cannot_be_opened_is_not_said_to_be_unwritable(
+    make_sweep: Make, inline: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose sweep was cut off, in a folder that is read-only."""
+    results = make_sweep().run(engine=inline()).results
+
+    def closed(*_: Any, **__: Any) -> Any:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(sqlite3, "connect", closed)
+    with pytest.raises(DtLensError, match="cannot be read: unable to open database file; see that you may read it"):
+        results.status()
+
+
+def test_results_are_of_the_file_as_it_is_now(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+    small = make_sweep(baseline=False, sv="0,1", halving=None).run(engine=inline()).results
+    assert small.options["baseline"] is False and small.table()["difference"].isna().all()
+    make_sweep(sv="0,1").run(engine=inline())
+    assert small.baseline() is not None and small.options["baseline"] is True
+    same(small.table(), SweepResults(tmp_path).table(), check_exact=True)
+    assert small.table()["difference"].notna().all()
+
+
 def test_where_nothing_can_be_written(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DtLensError, match=r"cannot be written: .*; choose another folder or make room"):
@@ -203,6 +271,9 @@ def test_a_model_that_cannot_travel(make_sweep: Make, agent: Any) -> None:
     sweep = make_sweep()
     with SingularEdit(agent, "blocks.0.mlp.W_in"), pytest.raises(DtLensError, match="weights have changed"):
         sweep.run()
+    with agent.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x)]), pytest.raises(DtLensError, match="has hooks"):
+        sweep.run()
+    assert not sweep.file.exists()
 
 
 def test_results_can_be_read_meanwhile(make_sweep: Make, inline: Make) -> None:
