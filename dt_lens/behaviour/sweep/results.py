@@ -85,9 +85,9 @@ class SweepResults:
 
         Where a sweep has both kinds they are those that match the output energy as well, the closer match of the two.
         """
-        query = f"SELECT arm, of, {self._columns('match')} FROM arms WHERE kind = 'control' ORDER BY arm"
         found: dict[int, dict[str, list[int]]] = {}
-        with self._reading() as db:
+        with self._reading() as (db, options):
+            query = f"SELECT arm, of, {_columns(options, 'match')} FROM arms WHERE kind = 'control' ORDER BY arm"
             for arm, of, match in db.execute(query):
                 found.setdefault(of, {}).setdefault(match, []).append(arm)
         return {of: by_match.get("output") or by_match["frobenius"] for of, by_match in found.items()}
