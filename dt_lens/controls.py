@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import require_activations, whole_number
 from dt_lens.changes import Edit, unedited
 from dt_lens.low_rank import carry, remarks_on, spectrum_of
 
@@ -50,6 +50,8 @@ class Control(Edit):
     """
 
     def __init__(self, edit: SingularEdit, seed: int = 0, activations: Activations | None = None) -> None:
+        if activations is not None:
+            require_activations(activations)
         self.of = edit
         self.seed = whole_number(seed, "seed")
         self.activations = "" if activations is None else activations.digest
@@ -57,13 +59,14 @@ class Control(Edit):
         matrix, where = edit.matrix, edit.matrix.side(edit.side)
         spectrum = spectrum_of(edit.delta).cpu()
         spectrum = spectrum[spectrum > spectrum[0] * 1e-12]
-        rank, factors = len(spectrum), matrix.raw(bare)
+        rank = len(spectrum)
         place = f"{self.seed} {matrix.name} {edit.side} {edit.sv}"
         drawn = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
         generator = torch.Generator().manual_seed(drawn)
         left_images = right_images = None
-        if len(factors) == 2:
-            kept, precision = factors[where == "left"], torch.finfo(bare.weights[matrix.factors[0].weight].dtype).eps
+        if len(matrix.factors) == 2:
+            kept = matrix.raw(bare)[where == "left"]
+            precision = torch.finfo(bare.weights[matrix.factors[0].weight].dtype).eps
             if where == "right":
                 left_images = _Images.of(kept, rank, precision)
             else:

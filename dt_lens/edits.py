@@ -175,8 +175,6 @@ class SingularEdit(Edit):
 
         With ``activations`` of the same output energy on real inputs too; see ``Control``.
         """
-        if activations is not None:
-            require_activations(activations)
         return Control(self, seed, activations)
 
     def to_dict(self) -> dict[str, Any]:

@@ -89,15 +89,18 @@ def _lost_to_rounding(bare: Snapshot, matrix: Matrix, placed: Placed) -> float:
 
     A circuit's other factor may pass on little of a large change of the weight, and all of what rounding adds to it.
     """
-    name, factors = placed.factor.weight, matrix.raw(bare)
+    name, right = placed.factor.weight, placed.factor in matrix.factors[1:]
     before, wanted = bare.weights[name].double(), placed.dense(bare.weights)
     made = (before + wanted).to(bare.weights[name].dtype).double() - before
+    passed = None
+    if len(matrix.factors) == 2:
+        raw = matrix.raw(bare)
+        passed = torch.linalg.qr(raw[0] if right else raw[1].T)[1]  # what it does to lengths
 
     def size(change: Tensor) -> float:
         part = placed.factor.view({name: change})
-        if len(factors) == 2:
-            right = placed.factor == matrix.factors[1]
-            part = torch.linalg.qr(factors[0])[1] @ part if right else part @ torch.linalg.qr(factors[1].T)[1].T
+        if passed is not None:
+            part = passed @ part if right else part @ passed.T
         return float(part.norm())
 
     return size(made - wanted) / max(size(wanted), 1e-300)
