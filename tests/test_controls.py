@@ -1,4 +1,4 @@
-"""Controls that are as loud as the edit on real inputs: norm and output energy, at the same place, within reach."""
+"""Controls: random, at the same place, within reach, and with activations as loud as the edit on real inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import dt_lens
 from dt_lens import Activations, DtLensError, SingularEdit, collect_activations
 from dt_lens.activations import Moments
-from dt_lens.controls import _tilted_frame
+from dt_lens.controls import Control, _tilted_frame
 from dt_lens.edits import load_edit
 from dt_lens.matrices import find_matrix
 
@@ -342,3 +342,37 @@ def test_controls_leave_alone_what_a_factor_does_not_pass_on(make_dt: Make, side
             assert control.energy == pytest.approx(edit.energy, rel=1e-6)
             assert float((control._placed.left @ control._placed.right).norm()) < 100 * edit.energy
             assert control.note == ""
+
+
+@pytest.mark.parametrize(("name", "side"), [("blocks.0.mlp.W_in", "read"), ("blocks.0.attn.OV.1", "write")])
+def test_controls_are_haar(make_dt: Make, name: str, side: str) -> None:
+    """Every direction alike, either sign alike: first and second moments of the sphere."""
+    model = make_dt(dtype=torch.float64)
+    edit = SingularEdit(model, name, side=side, value="flip")  # type: ignore[arg-type]
+    n = 1500
+    lefts, rights, pairs = [], [], []
+    # A circuit's fixed side is what the other factor makes of directions that are all alike.
+    back = torch.eye(16).double() if "OV" not in name else torch.linalg.pinv(find_matrix(model, name).raw(model)[0])
+    for seed in range(n):
+        left, right = edit.control(seed).delta
+        u, v = back @ left[:, 0], right[0] / right.norm()
+        u = u / u.norm()
+        lefts.append(u)
+        rights.append(v)
+        pairs.append(u[0] * v[0])
+    for drawn in (torch.stack(lefts), torch.stack(rights)):
+        d = drawn.shape[1]
+        torch.testing.assert_close(drawn.norm(dim=1), torch.ones(n).double())
+        assert float(drawn.mean(0).abs().max()) < 4.5 / (n * d) ** 0.5
+        second = drawn.square().mean(0)
+        assert float((second - 1 / d).abs().max()) < 4.5 * (2 / n) ** 0.5 / d
+    size = (len(lefts[0]) * len(rights[0])) ** -0.5
+    assert abs(float(torch.stack(pairs).mean())) < 4.5 * size / n**0.5
+
+
+def test_a_control_of_nothing(make_dt: Make) -> None:
+    control = SingularEdit(make_dt(), "blocks.0.mlp.W_in", value=1.0).control()
+    assert isinstance(control, Control)
+    assert control.energy == 0
+    with pytest.raises(DtLensError, match="changes no bit"):
+        control.apply()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dt_lens import DtLensError, SingularEdit, WeightSVD
-from dt_lens.edits import Control, load_edit
+from dt_lens.edits import load_edit
 from dt_lens.matrices import Snapshot, find_matrix
 
 Make = Callable[..., Any]
@@ -255,32 +255,6 @@ def test_a_control_is_of_the_same_energy_and_rank_at_the_same_place(make_dt: Mak
     assert not torch.allclose(first.delta[0] / first.energy, second.delta[0] / second.energy)
 
 
-@pytest.mark.parametrize(("name", "side"), [("blocks.0.mlp.W_in", "read"), ("blocks.0.attn.OV.1", "write")])
-def test_controls_are_haar(make_dt: Make, name: str, side: str) -> None:
-    """Every direction alike, either sign alike: first and second moments of the sphere."""
-    model = make_dt(dtype=torch.float64)
-    edit = SingularEdit(model, name, side=side, value="flip")  # type: ignore[arg-type]
-    n = 1500
-    lefts, rights, pairs = [], [], []
-    # A circuit's fixed side is what the other factor makes of directions that are all alike.
-    back = torch.eye(16).double() if "OV" not in name else torch.linalg.pinv(find_matrix(model, name).raw(model)[0])
-    for seed in range(n):
-        left, right = edit.control(seed).delta
-        u, v = back @ left[:, 0], right[0] / right.norm()
-        u = u / u.norm()
-        lefts.append(u)
-        rights.append(v)
-        pairs.append(u[0] * v[0])
-    for drawn in (torch.stack(lefts), torch.stack(rights)):
-        d = drawn.shape[1]
-        torch.testing.assert_close(drawn.norm(dim=1), torch.ones(n).double())
-        assert float(drawn.mean(0).abs().max()) < 4.5 / (n * d) ** 0.5
-        second = drawn.square().mean(0)
-        assert float((second - 1 / d).abs().max()) < 4.5 * (2 / n) ** 0.5 / d
-    size = (len(lefts[0]) * len(rights[0])) ** -0.5
-    assert abs(float(torch.stack(pairs).mean())) < 4.5 * size / n**0.5
-
-
 def test_records_go_there_and_back(make_dt: Make) -> None:
     model = make_dt()
     vector = torch.randn(16)
@@ -456,14 +430,6 @@ def test_overlapping_edits_are_refused(make_dt: Make) -> None:
         with SingularEdit(model, "blocks.0.attn.OV.0", 1, side="write") as other:
             moved = dense(model, "blocks.0.attn.OV.0", fold=False) - before
         torch.testing.assert_close(moved, other.delta[0] @ other.delta[1], rtol=0, atol=1e-5)
-
-
-def test_a_control_of_nothing(make_dt: Make) -> None:
-    control = SingularEdit(make_dt(), W_IN, value=1.0).control()
-    assert isinstance(control, Control)
-    assert control.energy == 0
-    with pytest.raises(DtLensError, match="changes no bit"):
-        control.apply()
 
 
 def test_a_study_of_one_matrix_decomposes_it_once(make_dt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
