@@ -18,7 +18,7 @@ from dt_lens.matrices import Matrix, SideName, Snapshot, select_matrices
 from dt_lens.replacements import embedded_direction, find_direction
 from dt_lens.weighted_directions import decompose_weighted
 
-__all__ = ["SV", "listed", "make_arms", "parse_value", "resolve_sv"]
+__all__ = ["SV", "listed", "make_arms", "parse_value", "resolve_sv", "scales_sigma"]
 
 MATCHES = ("frobenius", "output")
 DIRECTIONS = ("plain", "activation")
@@ -146,7 +146,7 @@ def sides_of(matrix: Matrix, wanted: Sequence[str] | None) -> list[SideName]:
     return found
 
 
-def _scales_sigma(value: Any) -> bool:
+def scales_sigma(value: Any) -> bool:
     """Whether the edit multiplies sigma and leaves both vectors their directions, so that it is one on every side."""
     return isinstance(value, float) or value in ("zero", "flip")
 
@@ -197,7 +197,7 @@ def make_arms(
             chosen = sides_of(matrix, sides)
             for side in chosen:
                 for text, value in parsed.items():
-                    if sides is None and side != chosen[0] and _scales_sigma(value):
+                    if sides is None and side != chosen[0] and scales_sigma(value):
                         continue
                     record = {
                         "kind": "singular",

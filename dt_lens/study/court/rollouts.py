@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dt_lens.behaviour.evaluate import Setting, model_id
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.recording import record_actions
+from dt_lens.behaviour.sweep.arms import parse_value, scales_sigma
 from dt_lens.behaviour.sweep.driver import Sweep
 from dt_lens.behaviour.sweep.results import SweepResults, at_seeds
 from dt_lens.behaviour.sweep.store import FILE
@@ -219,16 +220,18 @@ def sweep_arms(source: str | Path, model: Any) -> tuple[Arms, str]:
     baseline, edits = arms_of(results, model)
     values = results.options["edits"]
     taken = "zero" if "zero" in values else "constant" if "constant" in values else values[0]
-    kept = [arm for arm in edits if len(arm.controls) and _text(arm.record["value"]) == taken]
+    # What scales sigma is one edit, on whichever side it was made.
+    one = scales_sigma(parse_value(taken)[1])
+    kept: dict[tuple[str, int, str], Arm] = {}
+    for arm in edits:
+        if len(arm.controls) and parse_value(arm.record["value"])[0] == taken:
+            kept.setdefault((arm.matrix, arm.sv, "" if one else arm.side), arm)
     if not kept:
         raise DtLensError(
             f"The sweep in {results.file} has no finished edit with a control beside it; run one with --controls 1."
         )
-    return Arms(baseline, kept, kept, folded), taken
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else f"scale:{value:g}"
+    found = list(kept.values())
+    return Arms(baseline, found, found, folded), taken
 
 
 def common_action(model: Any, setting: Setting, out: Path | None, tell: Tell) -> int:

@@ -101,6 +101,23 @@ def test_of_two_kinds_of_controls_the_closer_match_counts(agent: Any, tmp_path: 
         assert np.array_equal(arm.controls, found[chosen].returns[None])
 
 
+def test_a_sweep_of_several_kinds_of_edits_gives_each_removal_once(agent: Any, tmp_path: Path) -> None:
+    """A removal is the same on the read and on the write side; values that are no text are passed over."""
+    options: dict[str, Any] = {"matrices": "*.OV.0", "sv": "0-1", "sides": ["read", "write"], "controls": 1}
+    edits = ["replace:action_out:0", 0.5, "zero"]
+    Sweep(agent, tmp_path, edits=edits, episodes=2, max_steps=3, workers=1, **options).run()
+    arms, taken = sweep_arms(tmp_path, agent)
+    assert taken == "zero" and [(arm.sv, arm.side) for arm in arms.edits] == [(0, "read"), (1, "read")]
+    assert all(arm.record["value"] == "zero" for arm in arms.edits)
+
+
+def test_of_edits_that_differ_from_side_to_side_each_counts(agent: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"matrices": "*.OV.0", "sides": ["read", "write"], "controls": 1}
+    Sweep(agent, tmp_path, edits="constant", episodes=2, max_steps=3, workers=1, **options).run()
+    arms, taken = sweep_arms(tmp_path, agent)
+    assert taken == "constant" and [arm.side for arm in arms.edits] == ["read", "write"]
+
+
 def test_it_goes_on_where_it_was(tried: Any, agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     result, out = tried
 
