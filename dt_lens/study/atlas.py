@@ -57,9 +57,11 @@ class Atlas:
             which has random changes of its own.
         correlations: for each kind of matrix and each of its matrices, and each side and embedding: the rank
             correlation of the cosine with ``damage``, with ``damage at equal size`` (among directions of near-equal
-            energy, on real inputs where that is known), and with ``beyond``; interval, ``p_value``, ``q_value`` over
-            the table. Those with ``damage_per_energy`` have no p: all damages share the unedited agent's luck, which
-            divided by the energy goes with whatever goes with the energy. There is no row of fewer than five pairs.
+            energy, on real inputs where that is known), and with ``beyond`` and ``beyond at equal size``: a large
+            direction may cost more than a change as large, and match better, for its size alone; interval, ``p_value``,
+            ``q_value`` over the table. Those with ``damage_per_energy`` have no p: all damages share the unedited
+            agent's luck, which divided by the energy goes with whatever goes with the energy. There is no row of fewer
+            than five pairs.
         reliability: how well damage repeats: the rank correlation of odd and even episodes (``halves``), and what
             Spearman and Brown's formula makes of it for all episodes (``reliability``), with an interval; ``inside``
             matrices, and among directions of equal size. A correlation with damage is about the one with what

@@ -23,6 +23,7 @@ TESTED = {
     "damage": "with damage as it is",
     "damage at equal size": "among directions of equal size",
     "beyond": "with damage beyond the controls",
+    "beyond at equal size": "with that among directions of equal size",
 }
 SHOWN = 40
 
@@ -120,10 +121,10 @@ def _damage(atlas: Atlas) -> Section:
 
 
 def _line(atlas: Atlas, kind: str, sight: str, response: str) -> str:
-    row = correlation_of(atlas, kind, sight, "damage at equal size" if response == "damage" else response)
+    given = "" if response == "damage_per_energy" else " at equal size"
+    row = correlation_of(atlas, kind, sight, f"{response}{given}")
     if row is None or np.isnan(row["rho"]):
         return ""
-    given = " at equal size" if response == "damage" else ""
     return f"rho{given} {signed(row['rho'])} [{signed(row['low'])}, {signed(row['high'])}]"
 
 

@@ -33,7 +33,7 @@ LARGE = 0.1  # of the unedited agent's return: a loss that nobody overlooks
 ALPHA = 0.05
 LEAST = 5  # directions to correlate
 AT_EQUAL = " at equal size"
-RESPONSES = ("damage", f"damage{AT_EQUAL}", "beyond", "damage_per_energy")
+RESPONSES = ("damage", f"damage{AT_EQUAL}", "beyond", f"beyond{AT_EQUAL}", "damage_per_energy")
 
 
 class Sight(NamedTuple):

@@ -18,6 +18,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.study.atlas import Atlas, make_atlas
 from dt_lens.study.atlas_page import write_atlas
 from dt_lens.study.atlas_sentences import sentences
+from dt_lens.study.atlas_tables import Sight, correlations_of
 from dt_lens.svd import WeightSVD
 
 
@@ -146,6 +147,21 @@ def test_what_is_linear_in_energy_is_no_cosine(agent: Any, told: Any, tmp_path: 
     assert np.isnan(found.shares["beyond"]).all()
 
 
+def test_what_grows_with_size_is_no_match_beyond_the_control_either() -> None:
+    """A large direction that costs more than a change as large, and matches better, does both for its size."""
+    rng, size = np.random.default_rng(0), np.linspace(1, 5, 120)
+    rows = pd.DataFrame({"matrix": "blocks.0.mlp.W_in", "kind": "W_in", "energy": size, "damage": size})
+    rows["beyond"] = size + 0.3 * rng.standard_normal(120)
+    rows["damage_per_energy"] = 1.0
+    rows["by size"] = size + 0.3 * rng.standard_normal(120)
+    rows["by itself"] = rows["beyond"] - size
+    sights = [Sight(name, "read", name) for name in ("by size", "by itself")]
+    table = correlations_of(rows, sights, 0).query("what == 'W_in'").set_index(["embedding", "response"])
+    assert table["low"]["by size", "beyond"] > 0.5
+    assert table["low"]["by size", "beyond at equal size"] < 0 < table["high"]["by size", "beyond at equal size"]
+    assert table["low"]["by itself", "beyond at equal size"] > 0.5
+
+
 def test_which_sigma_tells_what_its_own_directions_do(agent: Any, told: Any, tmp_path: Path) -> None:
     """Planted: what a direction does is what it puts out on real inputs, which only one of two sigmas is."""
     activations = dt_lens.collect_activations(agent, episodes=2, max_steps=10)
@@ -259,6 +275,7 @@ def test_the_page_and_the_tables(atlas: Atlas, tmp_path: Path) -> None:
     assert f"{len(tests)} tests of kinds" in page
     assert f"{sure['damage']} with damage as it is" in page
     assert f"{sure['damage at equal size']} among directions of equal size" in page
+    assert f"{sure.get('beyond at equal size', 0)} with that among directions of equal size" in page
     assert "Bonett and Wright" in page
     for name in ("correlations", "shares", "reliability", "predictors"):
         assert (tmp_path / f"{name}.csv").is_file()
