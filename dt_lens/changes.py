@@ -176,7 +176,7 @@ class Edit:
         """
         require_activations(activations)
         bare = unedited(self.model)
-        if self._placed.factor in self.matrix.factors[1:]:
+        if self._placed.is_second_in(self.matrix):
             return activations.between(self.matrix, bare).energy((self._placed.left, self._placed.right))
         return activations.of(self.matrix, bare).energy(self._delta)
 

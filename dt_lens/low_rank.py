@@ -23,6 +23,10 @@ class Placed(NamedTuple):
     left: Float[Tensor, "d_left r"]
     right: Float[Tensor, "r d_right"]
 
+    def is_second_in(self, matrix: Matrix) -> bool:
+        """Whether it changes the second factor of a circuit, which is applied to what the first gives."""
+        return self.factor in matrix.factors[1:]
+
     def dense(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The change of the whole weight, float64, on its device."""
         device = weights[self.factor.weight].device
@@ -89,7 +93,7 @@ def _lost_to_rounding(bare: Snapshot, matrix: Matrix, placed: Placed) -> float:
 
     A circuit's other factor may pass on little of a large change of the weight, and all of what rounding adds to it.
     """
-    name, right = placed.factor.weight, placed.factor in matrix.factors[1:]
+    name, right = placed.factor.weight, placed.is_second_in(matrix)
     before, wanted = bare.weights[name].double(), placed.dense(bare.weights)
     made = (before + wanted).to(bare.weights[name].dtype).double() - before
     passed = None

@@ -220,12 +220,12 @@ def sweep_arms(source: str | Path, model: Any) -> tuple[Arms, str]:
     baseline, edits = arms_of(results, model)
     values = results.options["edits"]
     taken = "zero" if "zero" in values else "constant" if "constant" in values else values[0]
-    # What scales sigma is one edit, on whichever side it was made.
-    one = scales_sigma(parse_value(taken)[1])
     kept: dict[tuple[str, int, str], Arm] = {}
     for arm in edits:
-        if len(arm.controls) and parse_value(arm.record["value"])[0] == taken:
-            kept.setdefault((arm.matrix, arm.sv, "" if one else arm.side), arm)
+        value = arm.record["value"]
+        if len(arm.controls) and parse_value(value)[0] == taken:
+            # What scales sigma is one edit, on whichever side it was made.
+            kept.setdefault((arm.matrix, arm.sv, "" if scales_sigma(value) else arm.side), arm)
     if not kept:
         raise DtLensError(
             f"The sweep in {results.file} has no finished edit with a control beside it; run one with --controls 1."
