@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,12 +19,12 @@ import pytest
 from dt_lens.behaviour.sweep import cluster as clusters
 from dt_lens.behaviour.sweep.cluster import RayEngine
 from dt_lens.behaviour.sweep.engine import Event
-from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.errors import DtLensError
 
 Make = Callable[..., Any]
 
 OPTIONS = {"sv": "0,1", "controls": 1, "episodes": 16, "block_size": 4, "max_steps": 200}
+LONG = 600  # seconds; a unit that waits to be killed
 
 
 def log_of(file: Path) -> list[tuple[int, str, str]]:
@@ -89,28 +90,39 @@ def test_a_node_is_killed_in_the_middle(
     first = [run for run in log_of(sweep.file) if run[2] == "done"]
     assert len(first) < 12
 
-    class Deadly(RayEngine):
-        """Kills the second node, its processes with it, as soon as units run on both and all cores are busy."""
+    # Whatever the machine's load, the second node has finished a unit when it dies, and takes one with it: until the
+    # first is heard of, the other node's units wait, and from then on the second's do.
+    lost, mine = two_nodes.list_all_nodes()[1], clusters.run_on_node
+    lost_id, armed, caught = lost.node_id, tmp_path / "armed", tmp_path / "caught"
 
-        alive = True
+    def held(*arguments: Any) -> Any:
+        import ray
+
+        until = time.monotonic() + LONG
+        if ray.get_runtime_context().get_node_id() != lost_id:
+            while not armed.exists() and time.monotonic() < until:
+                time.sleep(0.02)
+        elif armed.exists():
+            caught.touch()
+            time.sleep(LONG)
+        return mine(*arguments)
+
+    class Deadly(RayEngine):
+        """Kills the second node, its processes with it, while it runs a unit."""
 
         def wait(self, seconds: float) -> list[Event]:
             events = super().wait(seconds)
-            nodes.update(event.worker.partition(",")[0] for event in events)
-            return events
-
-        def submit(self, unit: Unit) -> None:
-            super().submit(unit)
-            if self.alive and len(nodes) == 2 and not self.free:
-                self.alive = False
-                lost = two_nodes.list_all_nodes()[1]
+            if any(lost_id[:8] in event.worker for event in events):
+                armed.touch()
+            if caught.exists() and lost in two_nodes.list_all_nodes():
                 raylet = str(lost.all_processes["raylet"][0].process.pid)
                 listed = subprocess.run(["ps", "-o", "pid=", "--ppid", raylet], capture_output=True, text=True).stdout
                 for process in listed.split():
                     os.kill(int(process), signal.SIGKILL)
                 two_nodes.remove_node(lost, allow_graceful=False)
+            return events
 
-    nodes: set[str] = set()
+    monkeypatch.setattr(clusters, "run_on_node", held)
     sweep.run(engine=Deadly(two_nodes.address))
     same(sweep.table(), whole.table(), check_exact=True)
     same(sweep.episodes(), whole.episodes(), check_exact=True)
@@ -121,8 +133,9 @@ def test_a_node_is_killed_in_the_middle(
     assert len({worker.partition(",")[0] for _, worker, result in log if result == "done"}) == 2
 
     # A node that would come to other bits is refused before anything of it is kept.
-    mine = clusters.prove
-    monkeypatch.setattr(clusters, "prove", lambda job: {**mine(job), "version of torch": "1.0"})
+    monkeypatch.setattr(clusters, "run_on_node", mine)
+    prove = clusters.prove
+    monkeypatch.setattr(clusters, "prove", lambda job: {**prove(job), "version of torch": "1.0"})
     with pytest.raises(
         DtLensError, match=r"comes to other bits than this machine \(version of torch 2\S+, here 1\.0\)"
     ):
