@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.matrices import Matrix, Weighted, fingerprint
 
@@ -198,7 +199,7 @@ class Activations:
         Raises:
             DtLensError: when it cannot be written.
         """
-        path, tensors, counts = Path(path), dict[str, Tensor](), dict[str, int]()
+        path, tensors, counts = local_path(path, "path"), dict[str, Tensor](), dict[str, int]()
         for kind, moments in (("point", self.points), ("stream", self.stream)):
             for name, found in moments.items():
                 key = f"{kind} {name}"

@@ -1,14 +1,16 @@
-"""What a caller passed in, made sure of at the door: whole numbers, names, activations."""
+"""What a caller passed in, made sure of at the door: whole numbers, names, paths, activations."""
 
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["names", "require_activations", "whole_number", "whole_numbers"]
+__all__ = ["local_path", "names", "require_activations", "whole_number", "whole_numbers"]
 
 
 def whole_number(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
@@ -60,6 +62,26 @@ def names(value: Any, name: str) -> list[str]:
     if not all(isinstance(one, str) for one in several):
         raise DtLensError(f"{name} is {value!r}; it must be a name or pattern, as text, or several.")
     return several
+
+
+def local_path(value: Any, name: str) -> Path:
+    """``value`` as the path of a file or folder, which need not be there.
+
+    Raises:
+        DtLensError: for what names no file on any system, under its ``name``.
+
+    >>> local_path("runs/sweep", "out").name
+    'sweep'
+    """
+    try:
+        text = os.fspath(value)
+    except TypeError:
+        text = None
+    if not isinstance(text, str) or "\0" in text:
+        raise DtLensError(
+            f"{name} is {str(value)[:200]!r}; it must be the path of a file or folder, as text or a Path."
+        )
+    return Path(text)
 
 
 def require_activations(given: Any) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, because
 
 __all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "read_index", "read_json"]
@@ -77,7 +78,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         DtLensError: for a path that does not exist or cannot be read as a checkpoint, with the reason.
     """
-    path = Path(path)
+    path = local_path(path, "path")
     try:
         if not path.exists():
             raise DtLensError(f"There is no file or folder {str(path)!r}; give the path of a checkpoint.")

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import local_path, whole_number
 from dt_lens.decompose import decompose
 from dt_lens.direction_matching import match_directions
 from dt_lens.directions import Decomposition, rounding_noise
@@ -270,7 +270,7 @@ class Comparison:
         """
         from dt_lens.report.comparison_page import write_comparison
 
-        return write_comparison(self, Path(folder), command)
+        return write_comparison(self, local_path(folder, "folder"), command)
 
     def embeddings_of_both(self, side: SideName) -> list[str]:
         """The embeddings of both models that are naturally met on a side, and whose labels are of both."""

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, because
 from dt_lens.files import read_index, read_json
 
@@ -32,7 +33,7 @@ class Shards:
     """
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
+        path = local_path(path, "path")
         single = path if path.is_file() else path / SINGLE
         self.folder = path.parent if path.is_file() else path
         if not self.folder.is_dir():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.arguments import require_activations, whole_number
+from dt_lens.arguments import local_path, require_activations, whole_number
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError
@@ -90,7 +90,8 @@ class WeightSVD:
             own.select(self._named)
         self._done: dict[str, tuple[bytes, Decomposition]] = {}
         self._nulls: dict[tuple[Any, ...], HaarMaximum] = {}
-        self.kept = KeptResults(resume)  # what takes long, and is found again
+        # What takes long, and is found again.
+        self.kept = KeptResults(None if resume is None else local_path(resume, "resume"))
 
     @property
     def registry(self) -> EmbeddingRegistry:

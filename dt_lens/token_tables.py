@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import local_path, whole_number
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding
 from dt_lens.errors import DtLensError
@@ -82,7 +82,7 @@ class TokenTable:
         """
         from dt_lens.report.token_html import save_tokens
 
-        return save_tokens(self, Path(file))
+        return save_tokens(self, local_path(file, "file"))
 
     def _repr_html_(self) -> str:
         return self.to_html(limit=12)

@@ -1,4 +1,4 @@
-"""What is passed in is what was asked for, or is refused in a sentence: numbers, names."""
+"""What is passed in is what was asked for, or is refused in a sentence: numbers, names, paths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from dt_lens import DtLensError, WeightSVD
+from dt_lens import DtLensError, WeightSVD, save_pretrained
+from dt_lens.behaviour.sweep import SweepResults
+from dt_lens.files import read_checkpoint
+from dt_lens.nulls import q_values
 
 Make = Callable[..., Any]
 NAME = "blocks.0.mlp.W_in"
@@ -69,3 +72,30 @@ def test_numbers_of_any_kind(make_dt: Make) -> None:
         pd.testing.assert_frame_equal(svd.subspaces(NAME, k=k), svd.subspaces(NAME, k=3))
     assert len(svd.cosines(NAME, "state_in", k=np.int32(2))) == 2
     pd.testing.assert_frame_equal(svd.scan(NAME, seed=np.int64(1)), svd.scan(NAME, seed=1))
+
+
+@pytest.mark.parametrize("path", [3, None, b"here", ["here"], "a\0b"])
+def test_paths_that_are_none(make_dt: Make, path: Any) -> None:
+    """Every door through which a file or folder comes in; ``None`` where it means none is passed over."""
+    model = make_dt()
+    doors: dict[str, Callable[[Any], Any]] = {
+        "source": SweepResults,
+        "folder": lambda given: save_pretrained(model, given),
+        "path": read_checkpoint,
+    }
+    if path is not None:
+        doors["resume"] = lambda given: WeightSVD(model, resume=given)
+    for name, door in doors.items():
+        with pytest.raises(DtLensError, match=f"^{name} is .*; it must be the path of a file or folder") as caught:
+            door(path)
+        assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("p", [[0.1, np.nan], [1.1], [-0.1], 0.5, [[0.1]], ["a"], None, "x", [1j]])
+def test_p_values_that_are_none(p: Any) -> None:
+    with pytest.raises(DtLensError, match="p_values must be a row of numbers between 0 and 1"):
+        q_values(p)
+
+
+def test_no_p_values_are_no_q_values() -> None:
+    assert q_values([]).tolist() == []

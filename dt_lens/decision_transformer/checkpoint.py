@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from dt_lens.arguments import local_path
 from dt_lens.decision_transformer.hf_layout import config_to_hf, hf_from_canonical
 from dt_lens.errors import DtLensError, because
 
@@ -27,7 +28,7 @@ def save_pretrained(model: HookedDecisionTransformer, folder: str | Path) -> Pat
     Raises:
         DtLensError: for a model that Hugging Face's class cannot represent, or a folder that cannot be written.
     """
-    folder = Path(folder)
+    folder = local_path(folder, "folder")
     config = config_to_hf(model.cfg)
     tensors = hf_from_canonical(model.weights, model.cfg)
     config["dtype"] = str(tensors["encoder.wte.weight"].dtype).removeprefix("torch.")

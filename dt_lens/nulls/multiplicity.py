@@ -8,16 +8,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import false_discovery_control
 
+from dt_lens.errors import DtLensError
+
 __all__ = ["q_values", "tail_or_share"]
 
 
 def q_values(p_values: ArrayLike) -> NDArray[Any]:
     """Benjamini and Hochberg's (1995) adjusted p-values: the share of false discoveries over the whole table.
 
+    Args:
+        p_values: a row of them, ``[n]``; what was not tested is left out beforehand.
+
+    Raises:
+        DtLensError: for what is no row of numbers between 0 and 1.
+
     >>> [round(float(q), 3) for q in q_values([0.01, 0.02, 0.9])]
     [0.03, 0.03, 0.9]
     """
-    p = np.asarray(p_values, dtype=np.float64)
+    try:
+        p = np.asarray(p_values, dtype=np.float64)
+    except (TypeError, ValueError):
+        p = np.full((), np.nan)
+    if p.ndim != 1 or not bool(((p >= 0) & (p <= 1)).all()):
+        raise DtLensError("p_values must be a row of numbers between 0 and 1; leave out what was not tested.")
     return np.asarray(false_discovery_control(p, method="bh")) if p.size else p
 
 

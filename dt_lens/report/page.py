@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import pandas as pd
 import plotly.graph_objects as go
 
+from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError
 from dt_lens.report.style import dark, light
 from dt_lens.report.tables import Format, table_html
@@ -121,7 +122,7 @@ def write_report(
     Raises:
         DtLensError: if the file cannot be written (a full disk, a read-only folder, a folder of that name).
     """
-    path = Path(path)
+    path = local_path(path, "path")
     page = _page(title, sections, verdict, facts or {}, command)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

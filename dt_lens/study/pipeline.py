@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from dt_lens.arguments import local_path
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.recording import record_actions
 from dt_lens.behaviour.video import SideBySide, side_by_side
@@ -78,7 +79,7 @@ class Study:
     @property
     def folder(self) -> Path:
         """``out``, as a path."""
-        return Path(self.out)
+        return local_path(self.out, "out")
 
     def run(self, report: Report | None = None) -> StudyResult:
         """Do the study and write ``report.html``, ``scan.csv`` and ``verdicts.csv``.

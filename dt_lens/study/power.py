@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from dt_lens.arguments import local_path
 from dt_lens.behaviour.statistics import wilson
 from dt_lens.drawn_models import Drawn
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
@@ -166,7 +167,7 @@ def write_power(folder: str | Path, table: pd.DataFrame | None = None) -> list[P
     """
     from dt_lens.report.power_figure import power_curves
 
-    table, folder = power() if table is None else table, Path(folder)
+    table, folder = power() if table is None else table, local_path(folder, "folder")
     contents = {
         "power.csv": table.to_csv(index=False, float_format="%.4g"),
         "power.html": power_curves(table).to_html(include_plotlyjs=True),

@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.activations import Activations
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import local_path, whole_number
 from dt_lens.behaviour.activations import kept_activations
 from dt_lens.behaviour.evaluate import model_id, setting_of
 from dt_lens.behaviour.outcomes import Evaluation
@@ -85,7 +85,7 @@ class SteeringResult:
         """
         from dt_lens.study.steering_page import write_steering
 
-        folder = Path(folder)
+        folder = local_path(folder, "folder")
         write_tables(folder, "steering", self.table, self.to_dict())
         return write_steering(folder / "steering.html", self)
 
@@ -149,7 +149,7 @@ def steer(
             f"There are {len(set(wanted))} target returns; a curve needs two or more: give targets, in the "
             "environment's units."
         )
-    search = _Search(model, Path(out), sorted(set(wanted)), grid, seed, environment, max_steps, workers)
+    search = _Search(model, local_path(out, "out"), sorted(set(wanted)), grid, seed, environment, max_steps, workers)
     setting_of(model, environment, None, wanted[0], max_steps, "steer")  # refuses what does not fit, at once
     with reporting(progress) as tell:
         result = search.run(episodes, choosing, candidates, tell)

@@ -21,6 +21,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError
 from dt_lens.training.expert import (
     Episode,
@@ -92,7 +93,7 @@ def record(
     """
     report = report or (lambda *_: None)
     workers = workers or os.cpu_count() or 1
-    where = Path(folder) if folder is not None else Path("runs", "record", dataset_id.replace("/", "-"))
+    where = local_path(folder, "folder") if folder is not None else Path("runs", "record", dataset_id.replace("/", "-"))
     _check(dataset_id, steps=steps, pace_steps=pace_steps, candidates=candidates, episodes=episodes, bins=bins)
     if not noises or min(noises) < 0:
         raise DtLensError(f"noises is {tuple(noises)!r}; give at least one standard deviation, none negative.")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dt_lens.arguments import local_path
 from dt_lens.behaviour.text_windows import cut
 from dt_lens.errors import DtLensError, because
 from dt_lens.training.run import Schedule, TrainingRun
@@ -130,7 +131,7 @@ def train_text(
     _check(settings, eval_every, checkpoint_every)
     corpus = read_corpus(sources, unwrap=unwrap, held_out=held_out, seed=seed)
     with torch.random.fork_rng(devices=[]):
-        run = _Run(settings, corpus, Path(out), torch.device(device))
+        run = _Run(settings, corpus, local_path(out, "out"), torch.device(device))
         if resume:
             run.resume()
         run.finish(eval_every, checkpoint_every, report or (lambda _: None))

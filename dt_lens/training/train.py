@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dt_lens.arguments import local_path
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
@@ -143,7 +144,7 @@ def train(
         warmup, weight_decay, clip, bf16, seed, chosen,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        run = _Run(settings, data, Path(out), torch.device(device))
+        run = _Run(settings, data, local_path(out, "out"), torch.device(device))
         if eval_every and eval_episodes and not run.can_evaluate(insist=environment is not None):
             eval_episodes = 0
         if resume:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import pandas as pd
 
 from dt_lens.activations import Activations
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import local_path, whole_number
 from dt_lens.behaviour.evaluate import (
     _check_model,
     _cores,
@@ -130,7 +130,7 @@ class Sweep:
         if getattr(model, "active_edits", ()):
             raise DtLensError("The model has an edit in force; end it first: a sweep makes its own.")
         self.model = model
-        self.file = Path(out) / FILE
+        self.file = local_path(out, "out") / FILE
         self.workers = workers
         setting = setting_of(model, environment, environment_kwargs, target_return, max_steps, "the sweep")
         _check_kwargs(setting.environment_kwargs)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from dt_lens.arguments import local_path
 from dt_lens.behaviour.outcomes import Evaluation, FailureRule
 from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.statistics import bootstrap_interval, logrank, sign_flip, wilson
@@ -44,7 +45,7 @@ class SweepResults:
     """
 
     def __init__(self, source: str | Path) -> None:
-        path = Path(source)
+        path = local_path(source, "source")
         self.file = path / FILE if path.is_dir() else path
         if not self.file.is_file():
             raise DtLensError(f"There is no sweep in {path}; run it first.")

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from dt_lens.activations import Activations
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import local_path, whole_number
 from dt_lens.behaviour.evaluate import Setting, model_id, setting_of
 from dt_lens.behaviour.text_windows import Texts, cut, read_texts
 from dt_lens.errors import DtLensError
@@ -125,7 +125,7 @@ class CourtResult:
         """
         from dt_lens.study.court.page import write_court
 
-        folder = Path(folder)
+        folder = local_path(folder, "folder")
         write_tables(folder, "court", self.table, self.to_dict())
         return write_court(folder / "court.html", self)
 
@@ -180,7 +180,7 @@ def court(
         )
     for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
         whole_number(value, what, least)
-    out, case = Path(out), Case(model, seed, draws)
+    out, case = local_path(out, "out"), Case(model, seed, draws)
     if not getattr(model, "weights_only", False):
         of_agents: dict[str, Any] = {
             "environment": environment,
