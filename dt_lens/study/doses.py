@@ -1,4 +1,4 @@
-"""Directions that may steer, their doses, and a random direction's doses to hold them against."""
+"""Directions that may steer, their doses, and random directions' doses to hold them against."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dt_lens.activations import Activations
 from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.edits import SingularEdit
 from dt_lens.errors import DtLensError
-from dt_lens.matrices import select_matrices
+from dt_lens.matrices import SideName, find_matrix, select_matrices
 from dt_lens.svd import WeightSVD
 
-__all__ = ["Candidate", "candidates_of", "dosed", "loudness", "slopes"]
+__all__ = ["Candidate", "candidates_of", "dosed", "loudness", "put_side", "slopes"]
 
 Array = NDArray[np.float64]
 FIRST = 40  # directions of a matrix among which matches are looked for
@@ -68,26 +68,42 @@ def candidates_of(model: Any, count: int) -> list[Candidate]:
     ]
 
 
-def dosed(model: Any, direction: Candidate, dose: float, random: int | None = None, scale: float = 1.0) -> SingularEdit:
-    """A dose of the direction; or, with a seed, ``scale`` times that change given to a random read direction."""
+def dosed(
+    model: Any,
+    direction: Candidate,
+    dose: float,
+    random: int | None = None,
+    scale: float = 1.0,
+    side: SideName = "read",
+) -> SingularEdit:
+    """A dose of the direction, ``(dose - 1) sigma v u^T`` more of it, made on one of its sides.
+
+    With a seed, ``scale`` times that change with a random unit vector in the place of the side's own: what is read, or
+    where it is put, is random, and the rest stays.
+    """
     if random is None:
-        return SingularEdit(model, direction.matrix, direction.sv, side="read", value=dose)
+        return SingularEdit(model, direction.matrix, direction.sv, side=side, value=dose)
     found = WeightSVD(model)[direction.matrix]
-    own = found.side("read")[direction.sv]
+    own = found.side(side)[direction.sv]
     drawn = torch.randn(len(own), generator=torch.Generator().manual_seed(random), dtype=own.dtype)
-    if found.folded and found.matrix.centred(found.matrix.side("read")):
+    if found.folded and found.matrix.centred(found.matrix.side(side)):
         drawn = drawn - drawn.mean()
     value = own + scale * (dose - 1) * drawn / drawn.norm()
-    return SingularEdit(model, direction.matrix, direction.sv, side="read", value=value)
+    return SingularEdit(model, direction.matrix, direction.sv, side=side, value=value)
 
 
-def loudness(model: Any, direction: Candidate, random: int, activations: Activations) -> float:
-    """The scale at which a random read direction's doses put out as much on real inputs as the direction's own.
+def put_side(model: Any, direction: Candidate) -> SideName:
+    """The side of the direction's matrix that it does not read on: ``"write"``, or ``"neuron"`` of ``W_in``."""
+    return find_matrix(model, direction.matrix).right
 
-    A random direction mostly meets less of what the stream holds than one that the model reads, and at the same norm
-    it would be a quieter control.
+
+def loudness(model: Any, direction: Candidate, random: int, activations: Activations, side: SideName) -> float:
+    """The scale at which a random direction's doses put out as much on real inputs as the direction's own.
+
+    A random read direction mostly meets less of what the stream holds than one that the model reads, and at the same
+    norm it would be a quieter control. Where only the place is random that what is read is put to, it is 1.
     """
-    own, other = (dosed(model, direction, 2.0, seed).output_energy(activations) for seed in (None, random))
+    own, other = (dosed(model, direction, 2.0, seed, side=side).output_energy(activations) for seed in (None, random))
     return own / other
 
 

@@ -23,8 +23,9 @@ from dt_lens.behaviour.outcomes import Evaluation
 from dt_lens.behaviour.statistics import Interval, bootstrap_interval, sign_flip, wilson
 from dt_lens.edits import Edit
 from dt_lens.errors import DtLensError
+from dt_lens.matrices import SideName
 from dt_lens.progress import Tell, reporting
-from dt_lens.study.doses import Candidate, candidates_of, dosed, loudness, slopes
+from dt_lens.study.doses import Candidate, candidates_of, dosed, loudness, put_side, slopes
 from dt_lens.study.trials import Arm, Trials
 from dt_lens.study.written import plain, write_tables
 
@@ -37,7 +38,8 @@ DOSES = (0.0, 0.5, 1.5, 2.0)
 FRESH = 1000  # seeds from here on (after the first) report
 REACH = 0.1  # the smallest reach of interest, a share of the curve's range
 RISE = 0.1  # the largest rise in failures that is accepted
-RANDOM = 19  # random directions: none of them may reach as far for p = 0.05
+RANDOM = 19  # random directions on either side: none of them may reach as far for p = 0.05
+PUTS = {"write": "writes", "neuron": "gives to the neurons"}
 ALPHA = 0.05
 
 
@@ -54,11 +56,13 @@ class SteeringResult:
         choosing: a row per candidate: why it was tried, its slope, its rise in failures, and whether it was set aside.
         table: a row per dose of the chosen direction on the fresh seeds: mean return with its interval, failure rate
             with its interval.
-        randoms: a row per random direction, read as loudly as the chosen one: its ``seed``, its ``scale`` (how much
-            larger its change's norm is), the least and the largest dose's ``lowest`` and ``highest`` mean returns, its
-            ``reach``, and its ``failure_rise``. The first row, with no seed, is the chosen direction's, over the same
-            doses and episodes.
-        numbers: reach and rise in failures with their intervals, p, and what was run.
+        randoms: a row per random direction, as loud as the chosen one and in its place on one ``side`` (``"read"``, or
+            the one that it puts something to): its ``seed``, its ``scale`` (how much larger its change's norm is), the
+            least and the largest dose's ``lowest`` and ``highest`` mean returns, its ``reach``, and its
+            ``failure_rise``. The first row of a side, with no seed, is the chosen direction's, dosed on that side, over
+            the same doses and episodes.
+        numbers: reach and rise in failures with their intervals, p, and what was run; how many random directions reach
+            as far (``read_as_far``, ``put_as_far``), with p and the median of their reach.
     """
 
     verdict: Verdict
@@ -271,30 +275,42 @@ class _Search:
         episodes: int,
         tell: Tell,
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """How far random directions reach that the same place reads as loudly, by the two outermost doses."""
+        """How far random directions reach in the chosen one's place on either side, by the two outermost doses."""
         ends, start = (min(self.doses), max(self.doses)), self.seed + FRESH
         inputs, few = self._inputs(target, tell), slice(0, min(episodes, len(arms[1.0])))
 
-        def row(seed: int | None, scale: float, one: Evaluation, other: Evaluation) -> dict[str, Any]:
+        def row(side: str, seed: int | None, scale: float, one: Evaluation, other: Evaluation) -> dict[str, Any]:
             low, high = (float(found.returns[few].mean()) for found in (one, other))
             rise = max(float(found.failed[few].mean() - arms[1.0].failed[few].mean()) for found in (one, other))
-            place = {"seed": seed, "scale": scale, "lowest": low, "highest": high}
+            place = {"side": side, "seed": seed, "scale": scale, "lowest": low, "highest": high}
             return place | {"reach": (high - low) / extent, "failure_rise": rise}
 
-        rows = [row(None, 1.0, *(arms[dose] for dose in ends))]
-        for number in range(RANDOM):
-            tell(f"random directions  {number + 1} of {RANDOM}", 0.7 + 0.3 * number / RANDOM)
-            seed = self.seed + number
-            scale = loudness(self.model, direction, seed, inputs)
-            edits = (dosed(self.model, direction, dose, seed, scale) for dose in ends)
-            rows.append(row(seed, scale, *(self._evaluate(edit, target, few.stop, start) for edit in edits)))
+        def run(side: SideName, seed: int | None, scale: float) -> dict[str, Any]:
+            edits = (dosed(self.model, direction, dose, seed, scale, side) for dose in ends)
+            return row(side, seed, scale, *(self._evaluate(edit, target, few.stop, start) for edit in edits))
+
+        put = put_side(self.model, direction)
+        rows = []
+        for half, side in enumerate(("read", put)):
+            # Of a circuit's write side another weight is changed, and the bias passes through it: dosed there anew.
+            own = row(side, None, 1.0, *(arms[dose] for dose in ends)) if side == "read" else run(side, None, 1.0)
+            rows.append(own)
+            for number in range(RANDOM):
+                share = 0.7 + 0.15 * (half + number / RANDOM)
+                tell(f"random directions, {side} side  {number + 1} of {RANDOM}", share)
+                seed = self.seed + number
+                rows.append(run(side, seed, loudness(self.model, direction, seed, inputs, side)))
         table = pd.DataFrame(rows)
         table["seed"] = table["seed"].astype("Int64")
-        size, ours = table["reach"].abs()[1:], abs(float(table["reach"][0]))
-        # One that moves the return by failing is no rival.
-        as_far = int(((size >= ours) & (table["failure_rise"][1:] <= RISE)).sum())
-        told = {"random_directions": RANDOM, "random_as_far": as_far, "random_p_value": (1 + as_far) / (1 + RANDOM)}
-        return table, {**told, "random_median": float(size.median())}
+        told: dict[str, Any] = {"random_directions": RANDOM, "put_side": put}
+        for name, side in (("read", "read"), ("put", put)):
+            of_side = table[table["side"] == side].reset_index(drop=True)
+            size, ours = of_side["reach"].abs()[1:], abs(float(of_side["reach"][0]))
+            # One that moves the return by failing is no rival.
+            as_far = int(((size >= ours) & (of_side["failure_rise"][1:] <= RISE)).sum())
+            told |= {f"{name}_as_far": as_far, f"{name}_p_value": (1 + as_far) / (1 + RANDOM)}
+            told[f"{name}_median"] = float(size.median())
+        return table, told
 
     def _inputs(self, target: float, tell: Tell) -> Activations:
         """What the matrices read while the unedited agent plays for the operating target."""
@@ -331,11 +347,13 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> t
     elif reach.low > 0 and rise.high > RISE:
         verdict = "moves the return by failing"
     elif reach.low > 0:
-        verdict = "found" if found["random_p_value"] <= ALPHA else "no more than random"
+        own = found["read_p_value"] <= ALPHA and found["put_p_value"] <= ALPHA
+        verdict = "found" if own else "no more than random"
     said = (
         f"The best candidate was {direction.name} ({direction.why}). On fresh seeds its doses move the return by "
         f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, and "
         f"failures rise by {found['rise']:+.0%} [{rise.low:+.0%}, {rise.high:+.0%}]; of {found['random_directions']} "
-        f"random directions read as loudly {found['random_as_far']} move it as far without failing: {verdict}."
+        f"random directions as loud, {found['read_as_far']} move it as far without failing in place of what it reads, "
+        f"and {found['put_as_far']} in place of what it {PUTS[found['put_side']]}: {verdict}."
     )
     return verdict, said

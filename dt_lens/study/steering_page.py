@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["randoms_figure", "steering_figure", "write_steering"]
 
 DECIDES = ["matrix", "sv", "set_aside"]  # the columns of a wide table that a reader must not miss
+TITLES = {
+    "read": "random in place of what it reads",
+    "write": "random in place of what it writes",
+    "neuron": "random in place of what it gives to the neurons",
+}
 COLOURS = {"chosen": "rgb(31,119,180)", "random": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
 
 
@@ -40,9 +45,10 @@ def write_steering(path: Path, result: SteeringResult) -> Path:
                 "Is it more than a random direction?",
                 [
                     (
-                        f"{result.numbers['random_directions']} random directions in the place of the chosen one, each "
-                        "given as much as makes it as loud on the agent's own inputs. None may reach as far, without "
-                        "failing, for p = 0.05."
+                        f"{result.numbers['random_directions']} random directions in the place of what the chosen one "
+                        "reads, each given as much as makes it as loud on the agent's own inputs; and as many in the "
+                        "place that it puts that to, of the same length. None may reach as far, without failing, for "
+                        "p = 0.05."
                     ),
                     Plot(randoms_figure(result)),
                     Folded("The numbers", [Table(result.randoms)]),
@@ -112,25 +118,34 @@ def steering_figure(result: SteeringResult) -> go.Figure:
 
 def randoms_figure(result: SteeringResult) -> go.Figure:
     """Every direction's mean return at the least dose against that at the largest; on the diagonal, no reach."""
-    figure, table = go.Figure(), result.randoms
+    table = result.randoms
+    sides = list(dict.fromkeys(table["side"]))
+    titles = [TITLES[side] for side in sides]
+    figure = make_subplots(1, len(sides), horizontal_spacing=0.09, shared_yaxes=True, subplot_titles=titles)
     ends = [*result.curve["mean_low"], *result.curve["mean_high"], *table["lowest"], *table["highest"]]
-    span = [min(ends), max(ends)]
-    figure.add_trace(
-        go.Scatter(x=span, y=span, mode="lines", showlegend=False, line={"color": "rgb(200,200,200)", "dash": "dot"})
-    )
-    chosen = table["seed"].isna()
-    for name, rows in (("random", table[~chosen]), ("chosen", table[chosen])):
-        marker = {
-            "color": COLOURS[name],
-            "size": 12 if name == "chosen" else 8,
-            "symbol": ["x" if rise > 0 else "circle" for rise in rows["failure_rise"]],
-        }
-        figure.add_trace(
-            go.Scatter(x=rows["lowest"], y=rows["highest"], mode="markers", name=name, marker=marker, hoverinfo="x+y")
-        )
-    figure.update_xaxes(title_text="mean return at the least dose")
-    figure.update_yaxes(title_text="mean return at the largest dose")
-    return finish(figure, "Random directions, as loud", "a cross: failures rise", height=420, wide=760)
+    span, room = [min(ends), max(ends)], 0.04 * (max(ends) - min(ends) or 1.0)
+    grey = {"color": "rgb(200,200,200)", "dash": "dot"}
+    for column, side in enumerate(sides, 1):
+        figure.add_trace(go.Scatter(x=span, y=span, mode="lines", showlegend=False, line=grey), row=1, col=column)
+        of_side = table[table["side"] == side]
+        chosen = of_side["seed"].isna()
+        for name, rows in (("random", of_side[~chosen]), ("chosen", of_side[chosen])):
+            marker = {
+                "color": COLOURS[name],
+                "size": 12 if name == "chosen" else 8,
+                "symbol": ["x" if rise > 0 else "circle" for rise in rows["failure_rise"]],
+            }
+            points = go.Scatter(
+                x=rows["lowest"], y=rows["highest"], mode="markers", name=name, marker=marker, hoverinfo="x+y",
+                legendgroup=name, showlegend=column == 1,
+            )  # fmt: skip
+            figure.add_trace(points, row=1, col=column)
+        figure.update_xaxes(title_text="mean return at the least dose", row=1, col=column)
+    figure.update_xaxes(range=[span[0] - room, span[1] + room])
+    figure.update_yaxes(range=[span[0] - room, span[1] + room])
+    figure.update_yaxes(title_text="mean return at the largest dose", row=1, col=1)
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    return finish(figure, "Random directions, as loud", "a cross: failures rise", height=440, wide=760)
 
 
 def _line(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, column: int, legend: bool = True) -> None:

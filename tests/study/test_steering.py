@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dt_lens.changes import Edit
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
 from dt_lens.study import steering
-from dt_lens.study.doses import Candidate, candidates_of, dosed, loudness, slopes
+from dt_lens.study.doses import Candidate, candidates_of, dosed, loudness, put_side, slopes
 from dt_lens.study.steering import SteeringResult, steer
 from dt_lens.svd import WeightSVD
 
@@ -89,9 +89,11 @@ def test_a_handle_is_found(agent: Any, handle: Candidate, answering: Any, tmp_pa
     assert result.numbers["reach"] == pytest.approx(80 / 200, abs=0.03)  # doses 0 to 2, of a range of 200
     assert result.numbers["operating_target"] == 200
     assert len(result.table) == 5 and set(result.table["episodes"]) == {40}
-    assert len(result.randoms) == 20 and result.numbers["random_p_value"] == 0.05
-    assert result.randoms["reach"][0] == pytest.approx(80 / 200, abs=0.05)
-    assert result.randoms["reach"][1:].abs().max() < 0.1
+    assert len(result.randoms) == 40 and list(result.randoms["side"].unique()) == ["read", result.numbers["put_side"]]
+    assert result.numbers["read_p_value"] == result.numbers["put_p_value"] == 0.05
+    chosen = result.randoms["seed"].isna()
+    assert result.randoms["reach"][chosen].tolist() == pytest.approx([80 / 200, 80 / 200], abs=0.05)
+    assert result.randoms["reach"][~chosen].abs().max() < 0.1
     kept = json.loads((tmp_path / "steering.json").read_text())
     assert [(row["matrix"], row["sv"]) for row in kept["choosing"]] == list(
         result.choosing[["matrix", "sv"]].itertuples(index=False, name=None)
@@ -118,7 +120,7 @@ def test_the_report_is_of_other_seeds_than_the_choice(
     choice, report = seen[: 3 + 6 * 4], seen[3 + 6 * 4 :]
     assert {(begin, end) for _, begin, end in choice} == {(0, 8)}
     assert {(begin, end) for _, begin, end in report[:5]} == {(1000, 1040)}
-    assert {(begin, end) for _, begin, end in report[5:]} == {(1000, 1008)} and len(report) == 5 + 2 * 19
+    assert {(begin, end) for _, begin, end in report[5:]} == {(1000, 1008)} and len(report) == 5 + 2 * (19 + 1 + 19)
 
 
 def test_downwards_is_a_handle_too(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
@@ -170,10 +172,12 @@ def test_what_any_direction_does_is_no_handle(agent: Any, answering: Any, tmp_pa
     assert tried(agent, tmp_path / "quiet").verdict == "found"
     own = WeightSVD(agent)
 
-    def random(fails: float) -> Callable[[Edit], tuple[float, float]]:
+    def random(fails: float, sides: Collection[str]) -> Callable[[Edit], tuple[float, float]]:
         def answer(edit: Edit) -> tuple[float, float]:
             record: Any = edit.to_dict()
-            vector = own[record["matrix"]].side("read")[record["sv"][0]]
+            if record["side"] not in sides:
+                return 0.0, 0.0
+            vector = own[record["matrix"]].side(record["side"])[record["sv"][0]]
             change = torch.as_tensor(record["value"], dtype=vector.dtype) - vector
             drawn = torch.randn(len(change), generator=torch.Generator().manual_seed(3), dtype=vector.dtype)
             drawn -= drawn.mean()
@@ -181,10 +185,15 @@ def test_what_any_direction_does_is_no_handle(agent: Any, answering: Any, tmp_pa
 
         return answer
 
-    answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.0))
-    loud = tried(agent, tmp_path / "loud")
-    assert loud.verdict == "no more than random" and loud.numbers["random_as_far"] == 19
-    answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.9))
+    both = ("read", "write", "neuron")
+    for sides, as_far in ((both, (19, 19)), (("read",), (19, 0)), (("write", "neuron"), (0, 19))):
+        answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.0, sides))
+        loud = tried(agent, tmp_path / "loud")
+        assert loud.verdict == "no more than random", sides
+        assert (loud.numbers["read_as_far"], loud.numbers["put_as_far"]) == as_far
+        assert f"{as_far[0]} move it as far without failing in place of what it reads" in loud.sentence
+        assert f"and {as_far[1]} in place of what it" in loud.sentence
+    answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.9, both))
     assert tried(agent, tmp_path / "failing").verdict == "found"
 
 
@@ -215,7 +224,7 @@ def test_slopes() -> None:
 @pytest.mark.parametrize("dose", [0.0, 0.5, 2.0])
 def test_a_random_direction_is_as_loud_and_points_elsewhere(agent: Any, handle: Candidate, dose: float) -> None:
     inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
-    scale = loudness(agent, handle, 7, inputs)
+    scale = loudness(agent, handle, 7, inputs, "read")
     edit, other = dosed(agent, handle, dose), dosed(agent, handle, dose, 7, scale)
     assert other.output_energy(inputs) == pytest.approx(edit.output_energy(inputs), rel=1e-5)
     same = dosed(agent, handle, dose, 7)
@@ -225,6 +234,32 @@ def test_a_random_direction_is_as_loud_and_points_elsewhere(agent: Any, handle: 
     # Twice as far is twice as much, in the same random direction.
     left, right = dosed(agent, handle, 1 + 2 * (dose - 1), 7, scale).delta
     torch.testing.assert_close(left @ right, 2 * theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dose", [0.0, 2.0])
+@pytest.mark.parametrize("name", ["blocks.0.mlp.W_in", "blocks.1.attn.OV.0"])
+def test_a_random_place_gets_what_is_read_and_as_much_of_it(agent: Any, name: str, dose: float) -> None:
+    inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
+    sigma = WeightSVD(agent)[name].sigma[1]
+    place = Candidate(name, 1, float(sigma), 0.0, "")
+    side = put_side(agent, place)
+    assert side == ("neuron" if name.endswith("W_in") else "write")
+    edit, other = dosed(agent, place, dose, side=side), dosed(agent, place, dose, 7, side=side)
+    assert loudness(agent, place, 7, inputs, side) == pytest.approx(1, rel=1e-9)
+    assert other.output_energy(inputs) == pytest.approx(edit.output_energy(inputs), rel=1e-9)
+    assert other.effective_energy == pytest.approx(abs(dose - 1) * float(sigma), rel=1e-9)
+    # What is read is the direction's own, with its sign; where it is put is not.
+    (mine, put), (theirs, elsewhere) = edit.delta, other.delta
+    own, drawn = (
+        torch.linalg.svd(left @ right, full_matrices=False) for left, right in ((mine, put), (theirs, elsewhere))
+    )
+    assert abs(float(own[0][:, 0] @ drawn[0][:, 0])) == pytest.approx(1, abs=1e-6)
+    assert abs(float(own[2][0] @ drawn[2][0])) < 0.6
+    # Dosed on either side it is the same change, but for what the LayerNorm takes out.
+    norm = agent.weights[f"{name.partition('.attn')[0].partition('.mlp')[0]}.{'ln2' if 'mlp' in name else 'ln1'}.w"]
+    left, right = dosed(agent, place, dose).delta
+    seen, same = (norm.double()[:, None] * change for change in (mine @ put, left @ right))
+    torch.testing.assert_close(seen - seen.mean(0), same - same.mean(0), rtol=1e-6, atol=1e-9)
 
 
 def test_candidates(agent: Any) -> None:
@@ -241,7 +276,7 @@ def test_real_episodes_are_kept(agent: Any, tmp_path: Path, monkeypatch: pytest.
     options = {"episodes": 2, "choosing": 2, "candidates": 1, "doses": (0.0, 2.0), "max_steps": 4, "workers": 1}
     result = steer(agent, tmp_path, **options)
     files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()}
-    assert len(files) == (3 if result.verdict == "not applicable" else 3 + 2 + 3 + 38)
+    assert len(files) == (3 if result.verdict == "not applicable" else 3 + 2 + 3 + 2 * 38 + 2)
     again = steer(agent, tmp_path, **options)
     assert again.to_dict() == result.to_dict()
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()} == files
