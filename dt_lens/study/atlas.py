@@ -47,8 +47,11 @@ class Atlas:
             ``controls``, the random changes that were measured beside it, ``controls_large``, how many of them lost
             more than a tenth of ``unit``, ``control_damage``, their mean; ``beyond`` (return lost beyond the controls
             at the same seeds) with its interval and ``beyond_p_value``, both of which are about those very controls
-            and not about random changes at large; ``damage_per_energy``, ``damage_per_output_energy``; and for each
-            side and embedding the absolute cosine with its best label, as ``"write action_out"``.
+            and not about random changes at large; ``controls_as_costly``, how many of them lost as much as the
+            direction or more, and ``rank_p_value``, that and one over ``controls`` and one: the chance of a rank as
+            high for one more random change, which is about random changes at large, and needs many of them;
+            ``damage_per_energy``, ``damage_per_output_energy``; and for each side and embedding the absolute cosine
+            with its best label, as ``"write action_out"``.
         shares: how many directions matter, for each matrix, each kind of matrix, and all: ``hurts`` at q < 0.05,
             ``large`` those of them that cost more than a tenth of ``unit``. Of the ``controlled`` directions, which
             have random changes beside them, ``controlled_large`` cost as much, and of their ``controls``
@@ -216,6 +219,8 @@ def _removed(
     found |= dict.fromkeys(
         (
             "controls_large",
+            "controls_as_costly",
+            "rank_p_value",
             "control_damage",
             "control_failure_rate",
             "beyond",
@@ -230,10 +235,14 @@ def _removed(
         returns = np.array([_returns(control, seeds) for control in controls])
         costs = (_returns(baseline, seeds) - returns).mean(1)
         lost = returns.mean(0) - _returns(edited, seeds)
+        # By the returns themselves: the unedited agent's are the same beside all of them.
+        as_costly = int((returns.mean(1) <= _returns(edited, seeds).mean()).sum())
         low, high = bootstrap_interval(lost, seed=seed)
         found |= {
             "controls": len(controls),
             "controls_large": int((costs > LARGE * unit).sum()) if np.isfinite(unit) else np.nan,
+            "controls_as_costly": as_costly,
+            "rank_p_value": (1 + as_costly) / (1 + len(controls)),
             "control_damage": float(costs.mean()),
             "control_failure_rate": float(np.mean([control.failed.mean() for control in controls])),
             "beyond": float(lost.mean()),

@@ -133,6 +133,8 @@ def _shares(atlas: Atlas) -> Section:
     blocks.append(Plot(figures.along_the_spectrum(atlas.directions, atlas.baseline.mean)))
     worst = atlas.directions.sort_values("damage", ascending=False).head(SHOWN)
     columns = ["matrix", "sv", "sigma", "energy", "mean_return", "damage", "q_value", "failure_rate", "control_damage"]
+    if atlas.directions["controls"].max() > 1:
+        columns += ["controls", "controls_as_costly"]
     intervals = {"damage": ("damage_low", "damage_high")}
     frame = worst[[*columns, "damage_low", "damage_high"]]
     blocks.append(Folded(f"The {len(worst)} most harmful removals", [Table(frame, intervals=intervals)]))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.study.atlas import Atlas
-from dt_lens.study.atlas_tables import LARGE
+from dt_lens.study.atlas_tables import ALPHA, LARGE, RANKED
 
 __all__ = ["SIGHTS", "correlation_of", "covered", "joined", "sentences", "shares_for", "signed"]
 
@@ -88,6 +88,13 @@ def _beside_controls(atlas: Atlas) -> list[str]:
         said.append(
             f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}** {of} [{low}, {high}] "
             f"beyond a random change (p = {found['beyond_p_value']:.2g}, a pair for each direction)."
+        )
+    many = atlas.directions[atlas.directions["controls"] >= RANKED]
+    if len(many):
+        above = (many["rank_p_value"] <= ALPHA).sum()
+        said.append(
+            f"**{above} of {len(many):,}** directions that have {RANKED} random changes or more beside them cost more "
+            f"than those (by rank, p ≤ {ALPHA}); of as many random changes {ALPHA * len(many):.2g} would."
         )
     return said
 

@@ -21,6 +21,7 @@ from dt_lens.study.rank_correlation import (
 __all__ = [
     "ALPHA",
     "LARGE",
+    "RANKED",
     "Sight",
     "correlations_of",
     "predictors_of",
@@ -32,6 +33,7 @@ __all__ = [
 LARGE = 0.1  # of the unedited agent's return: a loss that nobody overlooks
 ALPHA = 0.05
 LEAST = 5  # directions to correlate
+RANKED = 19  # random changes beside a direction: it costs more than each of them with p = 0.05, if it is one of them
 AT_EQUAL = " at equal size"
 RESPONSES = ("damage", f"damage{AT_EQUAL}", "beyond", f"beyond{AT_EQUAL}", "damage_per_energy")
 

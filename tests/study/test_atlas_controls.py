@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest, kstest
 
+from dt_lens.behaviour.outcomes import Evaluation
+from dt_lens.behaviour.rollouts import Outcome
 from dt_lens.behaviour.sweep.driver import Sweep
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.results import SweepResults
-from dt_lens.study.atlas import make_atlas
+from dt_lens.study.atlas import _removed, make_atlas
 from dt_lens.study.atlas_page import write_atlas
 from dt_lens.study.atlas_sentences import sentences
 from dt_lens.study.atlas_tables import reliability_of
@@ -58,6 +61,49 @@ def test_random_changes_are_counted_one_by_one(agent: Any, run: Run) -> None:
     row = found.shares.iloc[0]
     assert (row["controls"], row["controls_large"], row["controlled_large"]) == (32, 16, 0)
     assert "**16 of 32** random changes cost more than 10%, and **0 of 16** of those directions" in sentences(found)[1]
+
+
+def test_a_direction_is_ranked_among_its_random_changes(agent: Any, run: Run, tmp_path: Path) -> None:
+    """Direction 0 costs more than each of nineteen, direction 1 than all but two, the others nothing, as they do."""
+    cost = {0: 300.0, 1: 150.0}
+
+    def lost(arm: Arm) -> float:
+        if arm.kind == "edit":
+            return cost.get(arm.sv or 0, 0.0)
+        return 200.0 if arm.kind == "control" and (arm.control or 0) < 2 else 0.0
+
+    found = make_atlas(agent, run(lost, controls=19, sv="0-5"))
+    rows = found.directions.set_index("sv")
+    assert rows["controls_as_costly"][[0, 1]].tolist() == [0, 2]
+    assert rows["rank_p_value"][[0, 1]].tolist() == pytest.approx([1 / 20, 3 / 20])
+    assert (rows["controls_as_costly"][2:] >= 2).all()
+    (said,) = [sentence for sentence in sentences(found) if "19 random changes or more" in sentence]
+    best = int((rows["rank_p_value"] <= 0.05).sum())
+    assert said.startswith(f"**{best} of 6** directions") and best >= 1 and said.endswith("0.3 would.")
+    page = write_atlas(found, tmp_path / "page").read_text()
+    assert ">controls as costly<" in page
+    few = make_atlas(agent, run(lost, controls=2, sv="0-5"))  # asking for less takes nothing away
+    assert few.directions["controls"].tolist() == [19] * 6
+
+
+def test_a_random_change_has_any_rank_among_random_changes() -> None:
+    """Where a direction is one more draw, its p-value is at most 0.05 as often as that."""
+    rng, episodes = np.random.default_rng(0), np.arange(4)
+    row = pd.Series(dict.fromkeys(("matrix", "layer", "head", "sv", "energy", "output_energy"), 0))
+    row = pd.concat([row, pd.Series(dict.fromkeys(("episodes", "mean_return", "failure_rate", "mean_length"), 0))])
+    row = pd.concat([row, pd.Series(dict.fromkeys(("difference", "difference_low", "difference_high", "p_value"), 0))])
+
+    def arm(cost: float) -> Evaluation:
+        outcomes = [Outcome(int(i), 1000 - cost + rng.standard_normal(), 5, False, True) for i in episodes]
+        return Evaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=5)
+
+    trials = 400
+    p = [
+        _removed(row, arm(c[0]), arm(0.0), [arm(cost) for cost in c[1:]], 1000.0, 0)["rank_p_value"]
+        for c in rng.exponential(100, (trials, 20))
+    ]
+    assert binomtest(sum(value <= 0.05 for value in p), trials, 0.05).pvalue > 1e-3
+    assert kstest(p, "uniform").statistic < 0.1
 
 
 def test_with_controls_beside_some_only_those_are_compared(agent: Any, run: Run, tmp_path: Path) -> None:
