@@ -1,16 +1,19 @@
-"""What a caller passed in, made sure of at the door: whole numbers, names, paths, activations."""
+"""What a caller passed in, made sure of at the door: numbers, names, paths, activations."""
 
 from __future__ import annotations
 
+import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["local_path", "names", "require_activations", "whole_number", "whole_numbers"]
+__all__ = ["finite_numbers", "local_path", "names", "require_activations", "whole_number", "whole_numbers"]
 
 
 def whole_number(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
@@ -42,6 +45,29 @@ def whole_numbers(value: Any, name: str, least: int | None = None) -> list[int]:
     plain = value.tolist() if hasattr(value, "tolist") else value
     several = isinstance(plain, Sequence) and not isinstance(plain, str | bytes)
     return [whole_number(one, name, least) for one in (plain if several else [plain])]
+
+
+def finite_numbers(value: Any, name: str) -> list[float]:
+    """Several numbers, in a list, an array or a tensor, none of them NaN or infinite.
+
+    Raises:
+        DtLensError: for anything else, under its ``name``.
+
+    >>> finite_numbers((1, 2.5), "doses")
+    [1.0, 2.5]
+    """
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    several = plain if isinstance(plain, Iterable) and not isinstance(plain, str | bytes) else [None]
+    found: list[float] = []
+    for one in several:
+        number = math.nan
+        if isinstance(one, Real) and not isinstance(one, bool):
+            with suppress(OverflowError):
+                number = float(one)
+        if not math.isfinite(number):
+            raise DtLensError(f"{name} is {value!r}; it must be several finite numbers.")
+        found.append(number)
+    return found
 
 
 def names(value: Any, name: str) -> list[str]:

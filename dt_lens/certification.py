@@ -84,8 +84,13 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
         the errors: the largest difference, beyond what rounding explains, over the root mean square of the activation.
 
     Raises:
-        DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have.
+        DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; for
+            what is no wrapped model.
     """
+    if not hasattr(model, "weights") or not hasattr(model, "structure"):
+        raise DtLensError(
+            f"certify takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
+        )
     weights = model.weights
     for name, weight in weights.items():
         if not _finite(weight):

@@ -330,6 +330,11 @@ def test_what_is_proven(make_hf: Any) -> None:
     )
 
 
+def test_what_is_no_wrapped_model() -> None:
+    with pytest.raises(DtLensError, match="certify takes a wrapped model, not a int"):
+        dt_lens.certify(3)  # type: ignore[arg-type]
+
+
 def test_matrices_that_nothing_proves_are_refused(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lens = dt_lens.wrap(make_hf())
     right = certification.catalogue

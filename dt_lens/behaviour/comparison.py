@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dt_lens.behaviour.outcomes import html_table, span, text_table
+from dt_lens.behaviour.outcomes import Evaluation, html_table, span, text_table
 from dt_lens.behaviour.statistics import (
     Interval,
     bootstrap_interval,
@@ -20,9 +20,6 @@ from dt_lens.behaviour.statistics import (
     wilson,
 )
 from dt_lens.errors import DtLensError
-
-if TYPE_CHECKING:
-    from dt_lens.behaviour.outcomes import Evaluation
 
 __all__ = ["Comparison"]
 
@@ -177,6 +174,9 @@ def p_text(p: float) -> str:
 
 
 def _check_pairs(edited: Evaluation, baseline: Evaluation) -> None:
+    if not isinstance(baseline, Evaluation):
+        raise DtLensError(f"compare takes another evaluation of an agent, not a {type(baseline).__name__}.")
+
     def rule(e: Evaluation) -> Any:
         return e.failure if callable(e.failure) else str(e.failure)
 

@@ -114,6 +114,8 @@ def make_atlas(
         DtLensError: when the sweep is of another model, has no such edits, no baseline, or nothing finished, or when
             activation-aware directions were swept and their activations are not there.
     """
+    if not hasattr(results, "evaluations"):
+        raise DtLensError(f"make_atlas takes the results of a sweep, not a {type(results).__name__}; see SweepResults.")
     if model_id(model) != results.options["model"]:
         raise DtLensError("The sweep is of other weights than this model's; load the model that was swept.")
     evaluations = results.evaluations()

@@ -5,7 +5,6 @@ Directions are chosen on one set of seeds and reported on another.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.activations import Activations
-from dt_lens.arguments import local_path, whole_number
+from dt_lens.arguments import finite_numbers, local_path, whole_number
 from dt_lens.behaviour.activations import kept_activations
 from dt_lens.behaviour.evaluate import model_id, setting_of
 from dt_lens.behaviour.outcomes import Evaluation
@@ -144,10 +143,10 @@ def steer(
         whole_number(value, what, least)
     if choosing > FRESH:
         raise DtLensError(f"choosing is {choosing}; at most {FRESH} episodes lie before the fresh seeds.")
-    grid = sorted({float(dose) for dose in doses} - {1.0})
-    if len(grid) < 2 or not all(math.isfinite(dose) for dose in grid):
-        raise DtLensError(f"doses is {list(doses)!r}; give two finite numbers or more besides 1.")
-    wanted = [float(target) for target in (model.facts.target_returns if targets is None else targets)]
+    grid = sorted(set(finite_numbers(doses, "doses")) - {1.0})
+    if len(grid) < 2:
+        raise DtLensError(f"doses is {list(doses)!r}; give two numbers or more besides 1.")
+    wanted = finite_numbers(model.facts.target_returns if targets is None else targets, "targets")
     if len(set(wanted)) < 2:
         raise DtLensError(
             f"There are {len(set(wanted))} target returns; a curve needs two or more: give targets, in the "

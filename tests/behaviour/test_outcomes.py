@@ -139,6 +139,8 @@ def test_what_cannot_be_paired_is_said(other: dict[str, Any], what: str) -> None
         _evaluation(GOOD).compare(_evaluation(GOOD, **other))
     with pytest.raises(DtLensError, match=r"other seeds \(40 from 0 and 39 from 0\)"):
         _evaluation(GOOD).compare(_evaluation(GOOD[:39]))
+    with pytest.raises(DtLensError, match="compare takes another evaluation of an agent, not a NoneType"):
+        _evaluation(GOOD).compare(None)  # type: ignore[arg-type]
 
 
 def test_it_reads_well() -> None:

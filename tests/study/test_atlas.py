@@ -248,6 +248,8 @@ def test_what_is_no_atlas_is_one_sentence(agent: Any, told: Any, planted: Sweep,
     flips.run(engine=told(flips, lambda arm: 1.0))
     with pytest.raises(DtLensError, match="holds no edits with value 'zero'; it has flip"):
         make_atlas(agent, flips.results)
+    with pytest.raises(DtLensError, match="make_atlas takes the results of a sweep, not a str"):
+        make_atlas(agent, "flips")  # type: ignore[arg-type]
     alone = Sweep(agent, tmp_path / "alone", edits="zero", baseline=False, **options)
     alone.run(engine=told(alone, lambda arm: 1.0))
     with pytest.raises(DtLensError, match="no episodes of the unedited agent"):

@@ -286,8 +286,13 @@ def test_real_episodes_are_kept(agent: Any, tmp_path: Path, monkeypatch: pytest.
     ("options", "said"),
     [
         ({"episodes": 1}, "episodes is 1"),
-        ({"doses": [1.0, 2.0]}, "give two finite numbers or more besides 1"),
-        ({"doses": [float("nan"), 2.0, 3.0]}, "finite"),
+        ({"doses": [1.0, 2.0]}, "give two numbers or more besides 1"),
+        ({"doses": [float("nan"), 2.0, 3.0]}, "doses is .*; it must be several finite numbers"),
+        ({"doses": "0,2"}, "doses is '0,2'; it must be several finite numbers"),
+        ({"doses": 2.0}, "doses is 2.0"),
+        ({"targets": ["a", "b"]}, r"targets is \['a', 'b'\]; it must be several finite numbers"),
+        ({"targets": [10**400, 1]}, "targets is .*finite"),
+        ({"out": 3}, "out is '3'; it must be the path of a file or folder"),
         ({"targets": [5.0]}, "There are 1 target returns"),
         ({"environment": "Nowhere-v0"}, "no Gymnasium environment 'Nowhere-v0'"),
         ({"choosing": 2000}, "at most 1000"),
@@ -295,7 +300,7 @@ def test_real_episodes_are_kept(agent: Any, tmp_path: Path, monkeypatch: pytest.
 )
 def test_bad_input_is_one_sentence(agent: Any, tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(DtLensError, match=said) as error:
-        tried(agent, tmp_path, **options)
+        steer(agent, **{"out": tmp_path, "candidates": 6, **options})
     assert "\n" not in str(error.value)
     with pytest.raises(DtLensError, match="takes a decision transformer"):
         steer("hopper", tmp_path)
