@@ -170,7 +170,10 @@ def _check(dataset_id: str, **counts: int) -> None:
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
-        raise DtLensError(f"{dataset_id!r} is no Minari id; write name-v0 or namespace/name-v0.") from error
+        raise DtLensError(
+            f"{dataset_id!r} is no Minari id; write name-v0 or namespace/name-v0, of letters, digits, - and _, at "
+            "least two of them in a namespace."
+        ) from error
     if get_dataset_path(dataset_id).exists():
         raise DtLensError(
             f"Minari {minari.__version__} has a data set {dataset_id!r} already; delete it or choose another version."

@@ -142,7 +142,8 @@ class TrainingRun(ABC):
         other += [name for name, value in self._data.items() if data[name] != value]
         if other:
             raise DtLensError(
-                f"{self.out} holds a run with another {', '.join(other)}; choose another folder or do not resume."
+                f"{self.out} holds a run with another {', '.join(other)}; choose another folder, or begin anew "
+                "(--fresh; resume=False)."
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -24,7 +24,7 @@ from dt_lens.errors import DtLensError
 Make = Callable[..., Any]
 
 OPTIONS = {"sv": "0,1", "controls": 1, "episodes": 16, "block_size": 4, "max_steps": 200}
-LONG = 600  # seconds; a unit that waits to be killed
+LONG = 300  # seconds; no unit waits longer, whatever goes wrong
 
 
 def log_of(file: Path) -> list[tuple[int, str, str]]:

@@ -228,14 +228,24 @@ def test_killed_rung_by_rung(make_sweep: Make, tmp_path: Path) -> None:
     assert _kill_at_random(make_sweep, tmp_path, 6, 5, None, more).total() >= 6
 
 
-@pytest.mark.acceptance
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_the_command_goes_on_where_it_was_stopped(agent: Any, tmp_path: Path, how: signal.Signals) -> None:
-    model = save_pretrained(agent, tmp_path / "model")
+@pytest.fixture(scope="module")
+def commanded(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """A command that sweeps, but for its folder; and a folder where it came to its end undisturbed."""
+    folder = tmp_path_factory.mktemp("commanded")
+    model = save_pretrained(agent, folder / "model")
     words = ["sweep", str(model), "--matrices", "*.W_in", "--sv", "0-2", "--edits", "zero,flip", "--episodes", "48"]
     words += ["--controls", "1", "--workers", "2", "--seed", "3", "--out"]
     command = [sys.executable, "-c", "from dt_lens.cli import main; main()", *words]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=300, capture_output=True)
+    subprocess.run([*command, str(folder / "whole")], check=True, timeout=300, capture_output=True)
+    return command, folder / "whole"
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_command_goes_on_where_it_was_stopped(
+    commanded: tuple[list[str], Path], tmp_path: Path, how: signal.Signals
+) -> None:
+    command, whole = commanded
     driver = subprocess.Popen([*command, str(tmp_path / "stopped")], stderr=subprocess.PIPE, text=True)
     file, end = tmp_path / "stopped" / FILE, time.monotonic() + 120
     while time.monotonic() < end and not (file.exists() and len(finished(file)) >= 5):
@@ -252,4 +262,4 @@ def test_the_command_goes_on_where_it_was_stopped(agent: Any, tmp_path: Path, ho
     assert done.returncode == 0, done.stderr
     assert half.items() <= finished(file).items()
     check_log(file, 3 * 25)
-    same(SweepResults(file), SweepResults(tmp_path / "whole"))
+    same(SweepResults(file), SweepResults(whole))
