@@ -39,6 +39,11 @@ REACH = 0.1  # the smallest reach of interest, a share of the curve's range
 RISE = 0.1  # the largest rise in failures that is accepted
 RANDOM = 19  # random directions on either side: none of them may reach as far for p = 0.05
 PUTS = {"write": "writes", "neuron": "gives to the neurons"}
+# Where random directions do as much on one side only, by whether the direction does more than they on either.
+EXCHANGED = {
+    (False, True): " in what it reads, and more in where it puts that",
+    (True, False): " in where it puts what it reads, and more in what that is",
+}
 ALPHA = 0.05
 
 
@@ -341,18 +346,20 @@ def _row(found: Evaluation) -> dict[str, Any]:
 def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> tuple[Verdict, str]:
     reach, rise = (Interval(*found[f"{name}_interval"]) for name in ("reach", "rise"))
     verdict: Verdict = "undecided"
+    which = ""
     if reach.high < REACH:
         verdict = "none found"
     elif reach.low > 0 and rise.high > RISE:
         verdict = "moves the return by failing"
     elif reach.low > 0:
-        own = found["read_p_value"] <= ALPHA and found["put_p_value"] <= ALPHA
-        verdict = "found" if own else "no more than random"
+        own = tuple(found[f"{side}_p_value"] <= ALPHA for side in ("read", "put"))
+        verdict = "found" if all(own) else "no more than random"
+        which = EXCHANGED.get(own, "")
     said = (
         f"The best candidate was {direction.name} ({direction.why}). On fresh seeds its doses move the return by "
         f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, and "
         f"failures rise by {found['rise']:+.0%} [{rise.low:+.0%}, {rise.high:+.0%}]; of {found['random_directions']} "
         f"random directions as loud, {found['read_as_far']} move it as far without failing in place of what it reads, "
-        f"and {found['put_as_far']} in place of what it {PUTS[found['put_side']]}: {verdict}."
+        f"and {found['put_as_far']} in place of what it {PUTS[found['put_side']]}: {verdict}{which}."
     )
     return verdict, said

@@ -193,6 +193,8 @@ def test_what_any_direction_does_is_no_handle(agent: Any, answering: Any, tmp_pa
         assert (loud.numbers["read_as_far"], loud.numbers["put_as_far"]) == as_far
         assert f"{as_far[0]} move it as far without failing in place of what it reads" in loud.sentence
         assert f"and {as_far[1]} in place of what it" in loud.sentence
+        told = {"read": "random in what it reads, and more in", "write": "random in where it puts what it reads, and"}
+        assert [told[side] in loud.sentence for side in told] == [sides == ("read",), sides == ("write", "neuron")]
     answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.9, both))
     assert tried(agent, tmp_path / "failing").verdict == "found"
 
