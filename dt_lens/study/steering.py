@@ -150,7 +150,7 @@ def steer(
         raise DtLensError(f"choosing is {choosing}; at most {FRESH} episodes lie before the fresh seeds.")
     grid = sorted(set(finite_numbers(doses, "doses")) - {1.0})
     if len(grid) < 2:
-        raise DtLensError(f"doses is {list(doses)!r}; give two numbers or more besides 1.")
+        raise DtLensError(f"doses is {list(doses)!r}; give two finite numbers or more besides 1.")
     wanted = finite_numbers(model.facts.target_returns if targets is None else targets, "targets")
     if len(set(wanted)) < 2:
         raise DtLensError(

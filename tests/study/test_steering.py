@@ -288,7 +288,7 @@ def test_real_episodes_are_kept(agent: Any, tmp_path: Path, monkeypatch: pytest.
     ("options", "said"),
     [
         ({"episodes": 1}, "episodes is 1"),
-        ({"doses": [1.0, 2.0]}, "give two numbers or more besides 1"),
+        ({"doses": [1.0, 2.0]}, "give two finite numbers or more besides 1"),
         ({"doses": [float("nan"), 2.0, 3.0]}, "doses is .*; it must be several finite numbers"),
         ({"doses": "0,2"}, "doses is '0,2'; it must be several finite numbers"),
         ({"doses": 2.0}, "doses is 2.0"),
