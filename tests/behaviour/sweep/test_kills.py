@@ -44,12 +44,14 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def query(file: Path, sql: str) -> list[tuple[Any, ...]]:
-    db = sqlite3.connect(file)
+def query(file: Path, *sql: str) -> list[list[tuple[Any, ...]]]:
+    """What each question is answered, all at one moment: a driver may be at work on the file."""
+    db = sqlite3.connect(file, isolation_level=None)
     try:
-        return db.execute(sql).fetchall()
+        db.execute("BEGIN")
+        return [db.execute(one).fetchall() for one in sql]
     except sqlite3.OperationalError:  # killed before there was a table
-        return []
+        return [[] for _ in sql]
     finally:
         db.close()
 
@@ -58,18 +60,25 @@ def finished(file: Path) -> dict[int, list[tuple[Any, ...]]]:
     """The episodes of finished units, by unit."""
     if not file.exists():
         return {}
-    units = query(file, "SELECT unit FROM units WHERE status = 'done'")
+    units, episodes = query(
+        file, "SELECT unit FROM units WHERE status = 'done'", "SELECT * FROM episodes ORDER BY unit, seed"
+    )
     done: dict[int, list[tuple[Any, ...]]] = {unit: [] for (unit,) in units}
-    for row in query(file, "SELECT * FROM episodes ORDER BY unit, seed"):
+    for row in episodes:
         done[row[0]].append(row)  # a KeyError for an episode of a unit that is not finished
     return done
 
 
 def check_log(file: Path, units: int | None = None) -> None:
     """Every unit was finished once, and not begun again after that."""
-    log = query(file, "SELECT unit, result FROM runs ORDER BY run")
-    assert query(file, "SELECT DISTINCT status FROM units") == [("done",)]
-    units = query(file, "SELECT count(*) FROM units")[0][0] if units is None else units
+    log, statuses, ((count,),) = query(
+        file,
+        "SELECT unit, result FROM runs ORDER BY run",
+        "SELECT DISTINCT status FROM units",
+        "SELECT count(*) FROM units",
+    )
+    assert statuses == [("done",)]
+    units = count if units is None else units
     assert sorted(unit for unit, result in log if result == "done") == list(range(units))
     last = dict(log)
     assert all(result == "done" for result in last.values())
