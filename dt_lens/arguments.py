@@ -1,4 +1,4 @@
-"""What a caller passed in, made sure of at the door: numbers, names, paths, activations."""
+"""What a caller passed in, made sure of at the door: numbers, names, paths, models, activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from typing import Any
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["finite_numbers", "local_path", "names", "require_activations", "whole_number", "whole_numbers"]
+__all__ = [
+    "finite_numbers",
+    "local_path",
+    "names",
+    "require_activations",
+    "require_wrapped",
+    "whole_number",
+    "whole_numbers",
+]
 
 
 def whole_number(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
@@ -108,6 +116,14 @@ def local_path(value: Any, name: str) -> Path:
             f"{name} is {str(value)[:200]!r}; it must be the path of a file or folder, as text or a Path."
         )
     return Path(text)
+
+
+def require_wrapped(model: Any, caller: str, *offers: str) -> None:
+    """Raise ``DtLensError`` for a model that does not offer, by name, what ``caller`` needs of a wrapped one."""
+    if not all(hasattr(model, name) for name in offers):
+        raise DtLensError(
+            f"{caller} takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
+        )
 
 
 def require_activations(given: Any) -> None:

@@ -18,6 +18,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from dt_lens.arguments import require_wrapped
 from dt_lens.diagnosis import Check, explain
 from dt_lens.errors import DtLensError, because
 from dt_lens.matrices import Snapshot, catalogue
@@ -87,10 +88,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
         DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; for
             what is no wrapped model.
     """
-    if not hasattr(model, "weights") or not hasattr(model, "structure"):
-        raise DtLensError(
-            f"certify takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
-        )
+    require_wrapped(model, "certify", "structure", "weights")
     weights = model.weights
     for name, weight in weights.items():
         if not _finite(weight):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dt_lens.arguments import require_activations, whole_number, whole_numbers
+from dt_lens.arguments import require_activations, require_wrapped, whole_number, whole_numbers
 from dt_lens.changes import Edit, state_of, unedited
 from dt_lens.controls import Control
 from dt_lens.directions import Decomposition, decompose_matrix
@@ -87,11 +87,7 @@ class SingularEdit(Edit):
         decomposition: Decomposition | None = None,
         activations: Activations | None = None,
     ) -> None:
-        if not hasattr(model, "structure") or not hasattr(model, "weights"):
-            raise DtLensError(
-                f"SingularEdit takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load "
-                "first."
-            )
+        require_wrapped(model, "SingularEdit", "structure", "weights")
         if getattr(model, "weights_only", False):
             raise DtLensError(
                 "This model was opened for its weights only and cannot run; use dt_lens.load for one to edit."

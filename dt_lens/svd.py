@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.arguments import local_path, require_activations, whole_number
+from dt_lens.arguments import local_path, require_activations, require_wrapped, whole_number
 from dt_lens.directions import Decomposition, decompose_matrix
 from dt_lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError
@@ -67,11 +67,7 @@ class WeightSVD:
         *,
         activations: Activations | None = None,
     ) -> None:
-        if not hasattr(model, "structure") or not hasattr(model, "embeddings"):
-            raise DtLensError(
-                f"WeightSVD takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load "
-                "first."
-            )
+        require_wrapped(model, "WeightSVD", "structure", "embeddings")
         self.model = model
         self.rank = None if rank is None else whole_number(rank, "rank", 1)
         self.fold_layernorm = fold_layernorm

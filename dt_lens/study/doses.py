@@ -16,9 +16,11 @@ from dt_lens.errors import DtLensError
 from dt_lens.matrices import SideName, find_matrix, select_matrices
 from dt_lens.svd import WeightSVD
 
-__all__ = ["Candidate", "candidates_of", "dosed", "loudness", "put_side", "slopes"]
+__all__ = ["DOES", "Candidate", "candidates_of", "dosed", "loudness", "put_side", "slopes"]
 
 Array = NDArray[np.float64]
+# What a direction does on each side.
+DOES = {"read": "reads", "write": "writes", "neuron": "gives to the neurons"}
 FIRST = 40  # directions of a matrix among which matches are looked for
 
 

@@ -24,7 +24,7 @@ from dt_lens.edits import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.matrices import SideName
 from dt_lens.progress import Tell, reporting
-from dt_lens.study.doses import Candidate, candidates_of, dosed, loudness, put_side, slopes
+from dt_lens.study.doses import DOES, Candidate, candidates_of, dosed, loudness, put_side, slopes
 from dt_lens.study.trials import Arm, Trials
 from dt_lens.study.written import plain, write_tables
 
@@ -38,7 +38,6 @@ FRESH = 1000  # seeds from here on (after the first) report
 REACH = 0.1  # the smallest reach of interest, a share of the curve's range
 RISE = 0.1  # the largest rise in failures that is accepted
 RANDOM = 19  # random directions on either side: none of them may reach as far for p = 0.05
-PUTS = {"write": "writes", "neuron": "gives to the neurons"}
 # Where random directions do as much on one side only, by whether the direction does more than they on either.
 EXCHANGED = {
     (False, True): " in what it reads, and more in where it puts that",
@@ -360,6 +359,6 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> t
         f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, and "
         f"failures rise by {found['rise']:+.0%} [{rise.low:+.0%}, {rise.high:+.0%}]; of {found['random_directions']} "
         f"random directions as loud, {found['read_as_far']} move it as far without failing in place of what it reads, "
-        f"and {found['put_as_far']} in place of what it {PUTS[found['put_side']]}: {verdict}{which}."
+        f"and {found['put_as_far']} in place of what it {DOES[found['put_side']]}: {verdict}{which}."
     )
     return verdict, said

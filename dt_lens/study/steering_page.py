@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from dt_lens.report.page import Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish
+from dt_lens.study.doses import DOES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["randoms_figure", "steering_figure", "write_steering"]
 
 DECIDES = ["matrix", "sv", "set_aside"]  # the columns of a wide table that a reader must not miss
-TITLES = {
-    "read": "random in place of what it reads",
-    "write": "random in place of what it writes",
-    "neuron": "random in place of what it gives to the neurons",
-}
 COLOURS = {"chosen": "rgb(31,119,180)", "random": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
 
 
@@ -120,7 +116,7 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
     """Every direction's mean return at the least dose against that at the largest; on the diagonal, no reach."""
     table = result.randoms
     sides = list(dict.fromkeys(table["side"]))
-    titles = [TITLES[side] for side in sides]
+    titles = [f"random in place of what it {DOES[side]}" for side in sides]
     figure = make_subplots(1, len(sides), horizontal_spacing=0.09, shared_yaxes=True, subplot_titles=titles)
     ends = [*result.curve["mean_low"], *result.curve["mean_high"], *table["lowest"], *table["highest"]]
     span, room = [min(ends), max(ends)], 0.04 * (max(ends) - min(ends) or 1.0)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from dt_lens.activations import Activations
-from dt_lens.arguments import local_path, whole_number
+from dt_lens.arguments import local_path, require_wrapped, whole_number
 from dt_lens.behaviour.evaluate import Setting, model_id, setting_of
 from dt_lens.behaviour.text_windows import Texts, cut, read_texts
 from dt_lens.errors import DtLensError
@@ -174,10 +174,7 @@ def court(
             something else in ``out``, or a sweep of another model.
         KeyboardInterrupt: on Ctrl-C; what was finished is kept.
     """
-    if not hasattr(model, "structure") or not hasattr(model, "embeddings"):
-        raise DtLensError(
-            f"court takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
-        )
+    require_wrapped(model, "court", "structure", "embeddings")
     for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
         whole_number(value, what, least)
     out, case = local_path(out, "out"), Case(model, seed, draws)
