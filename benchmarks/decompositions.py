@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dt_lens.decompose import decompose
+from dt_lens.svd.solvers import decompose
 
 LEADING = 12  # directions, where not all are asked for
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import dt_lens
-from dt_lens.behaviour.environment import make_task
+from dt_lens.behaviour.agents.environment import make_task
 from dt_lens.decision_transformer.facts import RunFacts
 
 WANTED = 6.0

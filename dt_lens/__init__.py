@@ -14,18 +14,18 @@ from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
 if TYPE_CHECKING:
-    from dt_lens.activations import Activations
-    from dt_lens.behaviour.activations import collect_activations
+    from dt_lens.lens.activations import Activations
+    from dt_lens.behaviour.collect_activations import collect_activations
     from dt_lens.behaviour.evaluate import evaluate
-    from dt_lens.certification import certify
+    from dt_lens.lens.certification import certify
     from dt_lens.decision_transformer.checkpoint import save_pretrained
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
-    from dt_lens.edits import SingularEdit
-    from dt_lens.embeddings import Embedding, EmbeddingRegistry
-    from dt_lens.lens import load, open_checkpoint, wrap
-    from dt_lens.model_comparison import compare
-    from dt_lens.report.plots import plot_heatmap, plot_overview, plot_sigma_against_cosine, plot_spectrum
-    from dt_lens.svd import WeightSVD
+    from dt_lens.edits.singular import SingularEdit
+    from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
+    from dt_lens.lens.loading import load, open_checkpoint, wrap
+    from dt_lens.svd.two_models.comparison import compare
+    from dt_lens.svd.plots import plot_heatmap, plot_overview, plot_sigma_against_cosine, plot_spectrum
+    from dt_lens.svd.weight_svd import WeightSVD
 
 # Where each public name lives. They are imported when first used: torch and TransformerLens take seconds, and neither
 # `dt-lens --help` nor a rollout worker has any use for all of them.

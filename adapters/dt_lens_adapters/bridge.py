@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, because
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.adapter import refuse_unknown
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.model import HookedLanguageModel

@@ -28,7 +28,7 @@ from dt_lens.decision_transformer.state_dicts import (
     steps_of_mask,
 )
 from dt_lens.errors import DtLensError, because
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 
 __all__ = ["CORLDecisionTransformer"]
 

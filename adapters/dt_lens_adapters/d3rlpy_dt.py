@@ -22,7 +22,7 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import activation
 from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, run_facts
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.files import Checkpoint, read_json
+from dt_lens.lens.checkpoints import Checkpoint, read_json
 from dt_lens_adapters.d3rlpy_settings import ACTIVATIONS, said_by_settings
 from dt_lens_adapters.state_encoders import ConvStack, LinearStack, image_side
 

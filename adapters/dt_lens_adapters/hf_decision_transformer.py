@@ -17,7 +17,7 @@ from dt_lens.decision_transformer.hf_layout import canonical_from_hf, config_fro
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.original import NOT_OF_NUMBERS
 
 __all__ = ["HFDecisionTransformer"]

@@ -20,7 +20,7 @@ from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, canonical_from_h
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens_adapters.hf_decision_transformer import (
     HFDecisionTransformer,
     HFReference,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dt_lens.decision_transformer.config import HEADS, Activation, HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, run_facts
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 
 __all__ = ["MiniGridDecisionTransformer", "view_labels"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.adapter import refuse_unknown
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.model import HookedLanguageModel

@@ -13,18 +13,18 @@ import numpy as np
 
 from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
-from dt_lens.evaluation_mode import evaluating
+from dt_lens.lens.forward_mode import evaluating
 from dt_lens.progress import Count, counting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dt_lens.behaviour.environment import Task
-    from dt_lens.behaviour.outcomes import Evaluation, FailureRule
-    from dt_lens.behaviour.rollouts import Conditions, Outcome
-    from dt_lens.behaviour.text_outcomes import TextEvaluation
-    from dt_lens.behaviour.text_windows import Texts
-    from dt_lens.behaviour.workers import Job
+    from dt_lens.behaviour.agents.environment import Task
+    from dt_lens.behaviour.agents.evaluation import Evaluation, FailureRule
+    from dt_lens.behaviour.agents.rollouts import Conditions, Outcome
+    from dt_lens.behaviour.texts.evaluation import TextEvaluation
+    from dt_lens.behaviour.texts.windows import Texts
+    from dt_lens.behaviour.agents.workers import Job
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 __all__ = ["evaluate", "model_id"]
@@ -87,7 +87,7 @@ def evaluate(
     device runs in this process, on one torch thread; what its hooks do is part of the behaviour. Dropout is off.
 
     A language model reads texts instead: ``evaluate(model, texts, context=..., windows=..., progress=...)`` gives a
-    ``TextEvaluation`` of loss and KL per window of tokens; see ``dt_lens.behaviour.text.evaluate_text``.
+    ``TextEvaluation`` of loss and KL per window of tokens; see ``dt_lens.behaviour.texts.reading.evaluate_text``.
 
     Args:
         model: a ``HookedDecisionTransformer``: what ``dt_lens.load`` and ``dt_lens.wrap`` return for one.
@@ -113,7 +113,7 @@ def evaluate(
             "This model was opened for its weights only and cannot run; use dt_lens.load for one that can."
         )
     if hasattr(model, "tokenizer"):
-        from dt_lens.behaviour.text import evaluate_text
+        from dt_lens.behaviour.texts.reading import evaluate_text
 
         of_agents = (target_return, environment_kwargs, max_steps, failure, workers, lanes)
         if (episodes, seed) != (100, 0) or any(value is not None for value in of_agents):
@@ -126,8 +126,8 @@ def evaluate(
         given = environment if texts is None else texts
         return evaluate_text(model, given, context=context, windows=windows, progress=progress)
 
-    from dt_lens.behaviour.lanes import LEAST_LANES
-    from dt_lens.behaviour.outcomes import Evaluation, check_rule
+    from dt_lens.behaviour.agents.lanes import LEAST_LANES
+    from dt_lens.behaviour.agents.evaluation import Evaluation, check_rule
 
     _check_model(model)
     if any(value is not None for value in (texts, context, windows)):
@@ -183,7 +183,7 @@ def setting_of(
         DtLensError: when the environment or the target return is neither given nor among the model's facts, or they do
             not fit the model; the sentence tells what to give ``caller``.
     """
-    from dt_lens.behaviour.environment import make_task
+    from dt_lens.behaviour.agents.environment import make_task
 
     facts = model.facts
     if environment is None:
@@ -220,7 +220,7 @@ def portable_job(
     """
     from safetensors.torch import save
 
-    from dt_lens.behaviour.workers import Job
+    from dt_lens.behaviour.agents.workers import Job
 
     used = acting_weights(model)
     if not _is_plain(model) or used["predict.action.W"].device.type != "cpu":
@@ -273,7 +273,7 @@ def _check_model(model: Any) -> None:
 
 
 def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:
-    from dt_lens.behaviour.rollouts import Conditions
+    from dt_lens.behaviour.agents.rollouts import Conditions
 
     facts, size = model.facts, model.cfg.state_dim
     mean = np.zeros(size) if facts.state_mean is None else np.asarray(facts.state_mean, dtype=np.float64)
@@ -292,10 +292,10 @@ def _run(
     lanes: int | None,
     report: Callable[[int, float], None] | None,
 ) -> list[Outcome]:
-    from dt_lens.behaviour import workers as pool
-    from dt_lens.behaviour.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
-    from dt_lens.behaviour.rollouts import run_episodes
-    from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
+    from dt_lens.behaviour.agents import workers as pool
+    from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
+    from dt_lens.behaviour.agents.rollouts import run_episodes
+    from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
     from dt_lens.decision_transformer.policy import ActingModel
 
     wanted = min(workers or _cores(), math.ceil(len(seeds) / LEAST_LANES))

@@ -11,18 +11,18 @@ from typing import Annotated
 
 import typer
 
-from dt_lens.cli.collecting import activations
-from dt_lens.cli.comparing import compare
-from dt_lens.cli.judging import court
-from dt_lens.cli.mapping import atlas
-from dt_lens.cli.playing import evaluate
-from dt_lens.cli.scanning import certify, scan
-from dt_lens.cli.steering import steer
-from dt_lens.cli.studying import study
-from dt_lens.cli.sweeping import sweep
-from dt_lens.cli.tables import top
-from dt_lens.cli.text_training import train_text
-from dt_lens.cli.training import record, train
+from dt_lens.cli.commands.activations import activations
+from dt_lens.cli.commands.compare import compare
+from dt_lens.cli.commands.court import court
+from dt_lens.cli.commands.atlas import atlas
+from dt_lens.cli.commands.evaluate import evaluate
+from dt_lens.cli.commands.scan import certify, scan
+from dt_lens.cli.commands.steer import steer
+from dt_lens.cli.commands.study import study
+from dt_lens.cli.commands.sweep import sweep
+from dt_lens.cli.commands.top import top
+from dt_lens.cli.commands.train_text import train_text
+from dt_lens.cli.commands.train import record, train
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 

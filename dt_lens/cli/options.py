@@ -67,7 +67,7 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
             values[name.replace("-", "_")] = json.loads(value)
         except ValueError:
             values[name.replace("-", "_")] = value
-    from dt_lens.lens import load, open_checkpoint
+    from dt_lens.lens.loading import load, open_checkpoint
 
     return open_checkpoint(model, **values) if weights_only else load(model, check=check, **values)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.files import read_json
+from dt_lens.lens.checkpoints import read_json
 
 __all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "given_facts", "refuse_unknown"]
 

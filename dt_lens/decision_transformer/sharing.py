@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dt_lens.decision_transformer.hooked import HookedRootModule
+from dt_lens.lens.hooks import HookedRootModule
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.lens import Reference
+from dt_lens.lens.loading import Reference
 
 __all__ = ["SharingModule", "require_computable"]
 

@@ -23,7 +23,7 @@ from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts, ref
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 
 __all__ = ["Layout", "StateDictAdapter", "Tensors", "Trace", "ask_for_heads", "run_facts", "steps_of_mask"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.original import config_values, original
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from dt_lens.language_model.model import HookedLanguageModel
     from dt_lens.language_model.weights_only import WeightsOnly
-    from dt_lens.shards import Shards
+    from dt_lens.lens.shards import Shards
 
 __all__ = ["LanguageModelAdapter", "refuse_unknown"]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from dt_lens.errors import DtLensError
-from dt_lens.matrices import Structure
+from dt_lens.lens.matrices import Structure
 
 __all__ = ["LanguageModelConfig", "Norm", "Position", "Values"]
 

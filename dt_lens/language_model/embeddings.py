@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dt_lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 
 __all__ = ["CENTRED", "TokenEmbeddings", "embeddings_of"]
 

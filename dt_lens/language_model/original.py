@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, because
-from dt_lens.files import Checkpoint
+from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.family import Family
 
 __all__ = ["NOT_OF_NUMBERS", "config_values", "fill", "original"]

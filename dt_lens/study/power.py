@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from dt_lens.arguments import local_path
-from dt_lens.behaviour.statistics import wilson
-from dt_lens.drawn_models import Drawn
-from dt_lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.statistics.outcomes import wilson
+from dt_lens.svd.drawn_models import Drawn
+from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError
-from dt_lens.matrices import Structure
-from dt_lens.nulls import HaarMaximum
+from dt_lens.lens.matrices import Structure
+from dt_lens.statistics.nulls import HaarMaximum
 
 __all__ = ["COLUMNS", "critical_values", "needed_cosines", "planted_model", "power", "write_power"]
 
@@ -165,7 +165,7 @@ def write_power(folder: str | Path, table: pd.DataFrame | None = None) -> list[P
     Raises:
         DtLensError: when the folder cannot be written.
     """
-    from dt_lens.report.power_figure import power_curves
+    from dt_lens.study.power_figure import power_curves
 
     table, folder = power() if table is None else table, local_path(folder, "folder")
     contents = {

@@ -10,7 +10,7 @@ import pandas as pd
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
-    from dt_lens.svd import WeightSVD
+    from dt_lens.svd.weight_svd import WeightSVD
 
 __all__ = ["best_matches", "choose_directions"]
 

@@ -14,11 +14,11 @@ from typing import Any
 import pandas as pd
 
 from dt_lens.behaviour.evaluate import evaluate, model_id
-from dt_lens.behaviour.outcomes import Evaluation
-from dt_lens.behaviour.statistics import bootstrap_interval
-from dt_lens.edits import Edit
+from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.statistics.outcomes import bootstrap_interval
+from dt_lens.edits.singular import Edit
 from dt_lens.errors import DtLensError
-from dt_lens.nulls import q_values
+from dt_lens.statistics.nulls import q_values
 
 __all__ = ["Arm", "Trials", "verdicts"]
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dt_lens.arguments import local_path
-from dt_lens.behaviour.text_windows import cut
+from dt_lens.behaviour.texts.windows import cut
 from dt_lens.errors import DtLensError, because
 from dt_lens.training.run import Schedule, TrainingRun
 from dt_lens.training.text_sources import Corpus, read_corpus

@@ -220,7 +220,7 @@ class _Run(TrainingRun):
 
     def can_evaluate(self, insist: bool) -> bool:
         """Whether the environment is there and fits; said now rather than at the first evaluation."""
-        from dt_lens.behaviour.environment import make_task
+        from dt_lens.behaviour.agents.environment import make_task
 
         if self.data.environment is None:
             return False

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dt_lens.edits import SingularEdit
+from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
-from dt_lens.files import Checkpoint
-from dt_lens.plugins import adapter_names, named_adapter
+from dt_lens.lens.checkpoints import Checkpoint
+from dt_lens.lens.adapters import adapter_names, named_adapter
 
 
 @pytest.fixture

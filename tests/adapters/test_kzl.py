@@ -14,8 +14,8 @@ from torch import nn
 import dt_lens
 from dt_lens import SingularEdit
 from dt_lens.errors import DtLensError
-from dt_lens.files import read_checkpoint
-from dt_lens.matrices import catalogue
+from dt_lens.lens.checkpoints import read_checkpoint
+from dt_lens.lens.matrices import catalogue
 
 OPTIONS = {"n_positions": 1, "activation_function": "relu", "max_ep_len": 40}
 

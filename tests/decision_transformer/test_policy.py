@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dt_lens.behaviour.windows import SlidingPolicy, WindowPolicy
+from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.policy import ActingModel, acting_shapes, last_action

@@ -9,7 +9,7 @@ import torch
 
 import dt_lens
 from dt_lens import SingularEdit, WeightSVD
-from dt_lens.matrices import find_matrix
+from dt_lens.lens.matrices import find_matrix
 
 
 def dense(lens: Any, name: str, folded: bool = True) -> torch.Tensor:

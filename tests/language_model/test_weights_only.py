@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dt_lens
-from dt_lens import DtLensError, SingularEdit, WeightSVD, matching, svd
-from dt_lens.matrices import catalogue
+from dt_lens import DtLensError, SingularEdit, WeightSVD
+from dt_lens.svd import side_labels as matching, weight_svd as svd
+from dt_lens.lens.matrices import catalogue
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 70}
 GPT |= {"bos_token_id": 0, "eos_token_id": 0}
@@ -66,7 +67,7 @@ def test_a_vocabulary_in_blocks(kind: str, tmp_path: Path, monkeypatch: pytest.M
     opened = dt_lens.open_checkpoint(saved(kind, tmp_path))
     whole = WeightSVD(opened).scan(["*.W_in", "*.OV.*"], embeddings=["token_in", "token_out"])
     monkeypatch.setattr(matching, "WHOLE", 0)
-    monkeypatch.setattr("dt_lens.label_rows.BLOCK", 4000)  # a few rows at a time
+    monkeypatch.setattr("dt_lens.svd.label_rows.BLOCK", 4000)  # a few rows at a time
     blocks = WeightSVD(opened).scan(["*.W_in", "*.OV.*"], embeddings=["token_in", "token_out"])
     chances = ["z", "p_value", "q_value"]
     pd.testing.assert_frame_equal(whole.drop(columns=chances), blocks.drop(columns=chances), rtol=1e-9)

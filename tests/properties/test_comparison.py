@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dt_lens
-from dt_lens.direction_matching import match_directions
-from dt_lens.directions import Decomposition, decompose_matrix
-from dt_lens.matrices import find_matrix
-from dt_lens.matrix_change import haar_angle
+from dt_lens.svd.two_models.direction_pairs import match_directions
+from dt_lens.svd.decomposition import Decomposition, decompose_matrix
+from dt_lens.lens.matrices import find_matrix
+from dt_lens.svd.two_models.matrix_change import haar_angle
 
 Make = Callable[..., Any]
 BARE = {"normalization": "none", "embed_ln": False, "final_ln": False}

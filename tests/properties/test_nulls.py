@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dt_lens import WeightSVD
-from dt_lens.nulls import HaarMaximum, cap_probability, q_values
+from dt_lens.statistics.nulls import HaarMaximum, cap_probability, q_values
 
 SCANS = 60  # test_nulls_calibration counts more of them, on smaller models
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import dt_lens
-from dt_lens.behaviour.rollouts import Outcome
-from dt_lens.behaviour.sweep.driver import Sweep
-from dt_lens.behaviour.sweep.engine import Event
+from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.behaviour.sweep.sweep import Sweep
+from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.decision_transformer.checkpoint import save_pretrained

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from dt_lens import DtLensError, WeightSVD
-from dt_lens.nulls import q_values
-from dt_lens.report.power_figure import power_curves
+from dt_lens.statistics.nulls import q_values
+from dt_lens.study.power_figure import power_curves
 from dt_lens.study.power import COLUMNS, critical_values, main, needed_cosines, planted_model, power, write_power
 
 

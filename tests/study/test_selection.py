@@ -10,7 +10,7 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
 from dt_lens.study.selection import SIMILAR, best_matches, choose_directions
-from dt_lens.svd import WeightSVD
+from dt_lens.svd.weight_svd import WeightSVD
 
 
 @pytest.fixture(scope="module")

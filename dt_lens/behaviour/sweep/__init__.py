@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dt_lens.behaviour.sweep.driver import Sweep
+    from dt_lens.behaviour.sweep.sweep import Sweep
     from dt_lens.behaviour.sweep.results import SweepResults
 
 __all__ = ["Sweep", "SweepResults"]

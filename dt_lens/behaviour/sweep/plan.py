@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dt_lens.behaviour.lanes import MOST_LANES
+from dt_lens.behaviour.agents.lanes import MOST_LANES
 
 __all__ = ["SOFTWARE", "Arm", "Block", "Plan", "block_size_of", "contents", "cut", "identity_of", "unite"]
 

@@ -14,17 +14,17 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.arguments import local_path
-from dt_lens.behaviour.outcomes import Evaluation, FailureRule
-from dt_lens.behaviour.rollouts import Outcome
-from dt_lens.behaviour.statistics import bootstrap_interval, logrank, sign_flip, wilson
+from dt_lens.behaviour.agents.evaluation import Evaluation, FailureRule
+from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.statistics.outcomes import bootstrap_interval, logrank, sign_flip, wilson
 from dt_lens.behaviour.sweep.halving import read_standing, rungs_of
 from dt_lens.behaviour.sweep.schema import decoding, read_options
 from dt_lens.behaviour.sweep.store import FILE, KEPT, in_words
 from dt_lens.errors import DtLensError
-from dt_lens.nulls import q_values
+from dt_lens.statistics.nulls import q_values
 
 if TYPE_CHECKING:
-    from dt_lens.activations import Activations
+    from dt_lens.lens.activations import Activations
 
 __all__ = ["SweepResults", "at_seeds"]
 
@@ -76,7 +76,7 @@ class SweepResults:
 
     def activations(self) -> Activations | None:
         """The activations kept beside the file; ``None`` where the sweep took none, or where they are gone."""
-        from dt_lens.activations import Activations
+        from dt_lens.lens.activations import Activations
 
         kept = self.file.with_name(KEPT)
         return Activations.load(kept) if self.options.get("activations") and kept.is_file() else None

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dt_lens.behaviour.sweep.engine import Event
+from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.file_lock import Lock, unwritable
 from dt_lens.behaviour.sweep.halving import Standing, read_standing, rungs_of
 from dt_lens.behaviour.sweep.packing import Packed

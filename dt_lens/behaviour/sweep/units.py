@@ -9,9 +9,9 @@ from typing import NamedTuple
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dt_lens.behaviour.lanes import plan_lanes
-from dt_lens.behaviour.rollouts import Outcome
-from dt_lens.behaviour.workers import Job, run_job
+from dt_lens.behaviour.agents.lanes import plan_lanes
+from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.behaviour.agents.workers import Job, run_job
 
 __all__ = ["Unit", "run_unit"]
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from dt_lens.study.court.claims import CLAIMS, Claim, Found
-from dt_lens.study.court.pipeline import CourtResult, Ruling, court
+from dt_lens.study.court.court import CourtResult, Ruling, court
 
 __all__ = ["CLAIMS", "Claim", "CourtResult", "Found", "Ruling", "court"]

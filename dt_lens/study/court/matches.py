@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.matrices import Matrix
+from dt_lens.lens.matrices import Matrix
 from dt_lens.study.court.case import FIRST, Case, Labels
 from dt_lens.study.court.chance import Chance, best_match, found_of, rotated, weigh
 from dt_lens.study.court.claims import ALPHA, Found, NotApplicable, Way

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dt_lens.behaviour.evaluate import Setting, model_id
-from dt_lens.behaviour.outcomes import Evaluation
-from dt_lens.behaviour.recording import record_actions
+from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.recording import record_actions
 from dt_lens.behaviour.sweep.arms import parse_value, scales_sigma
-from dt_lens.behaviour.sweep.driver import Sweep
+from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.results import SweepResults, at_seeds
 from dt_lens.behaviour.sweep.store import FILE
-from dt_lens.edits import load_edit
+from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
-from dt_lens.matrices import Snapshot, find_matrix, select_matrices
+from dt_lens.lens.matrices import Snapshot, find_matrix, select_matrices
 from dt_lens.progress import Tell
 from dt_lens.study.court.claims import NotApplicable
 

@@ -62,7 +62,7 @@ def test_it_leaves_one_file_and_refuses_another_plan(agent: Any, tmp_path: Path)
 
 
 def test_engines_that_there_are_not() -> None:
-    from dt_lens.cli.sweeping import sweep
+    from dt_lens.cli.commands.sweep import sweep
 
     with pytest.raises(DtLensError, match="--engine is 'moon'; it must be local or ray"):
         sweep("hopper", engine="moon")

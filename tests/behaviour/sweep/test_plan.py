@@ -11,7 +11,7 @@ import pytest
 
 from dt_lens.behaviour.sweep.arms import parse_value, resolve_sv
 from dt_lens.behaviour.sweep.plan import block_size_of, cut, unite
-from dt_lens.edits import load_edit
+from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
 
 Make = Callable[..., Any]

@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dt_lens.activations import Activations
-from dt_lens.behaviour.activations import collect_activations
+from dt_lens.lens.activations import Activations
+from dt_lens.behaviour.collect_activations import collect_activations
 from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.behaviour.sweep.arms import parse_value
 from dt_lens.behaviour.sweep.store import FILE, KEPT
-from dt_lens.edits import SingularEdit, load_edit
+from dt_lens.edits.singular import SingularEdit, load_edit
 from dt_lens.errors import DtLensError
 
 Make = Callable[..., Any]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dt_lens
 from dt_lens import DtLensError
-from dt_lens.matrices import catalogue
+from dt_lens.lens.matrices import catalogue
 
 SIZES = [pytest.param(6, id="short"), pytest.param(80, id="long", marks=pytest.mark.acceptance)]
 SETTINGS = settings(deadline=None, database=None, phases=[Phase.generate, Phase.shrink])

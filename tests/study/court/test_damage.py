@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dt_lens.behaviour.outcomes import Evaluation
-from dt_lens.behaviour.rollouts import Outcome
+from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.errors import DtLensError
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.claims import Found, NotApplicable, verdict_of
@@ -161,7 +161,7 @@ def test_output_energy_is_a_share(plain: Any) -> None:
     """Removing every direction changes the whole output; removing one, its own share of it."""
     import torch
 
-    from dt_lens.activations import Activations, Moments
+    from dt_lens.lens.activations import Activations, Moments
 
     model = plain(n_layers=1)
     case, name = Case(model, 0, 200), "blocks.0.mlp.W_in"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dt_lens.matrices import find_matrix
+from dt_lens.lens.matrices import find_matrix
 from dt_lens.study.court.case import Case, Labels
 from dt_lens.study.court.chance import best_match, rotated, weigh
 from dt_lens.study.court.claims import Found, NotApplicable, holm, verdict_of

@@ -1,0 +1,194 @@
+"""Many episodes side by side: one forward pass gives every lane its action, then every lane's environment steps.
+
+The protocol is Chen et al.'s (2021): states normalised, the return-to-go starts at the target and falls by each reward,
+the last ``context`` steps are in view, padded on the left. What an episode does is a function of its seed alone; which
+lane it ran in, beside whom and after whom, must not show in a single bit of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dt_lens.behaviour.agents.environment import Task
+from dt_lens.errors import DtLensError
+
+__all__ = ["Conditions", "Outcome", "Policy", "run_episodes"]
+
+
+class Outcome(NamedTuple):
+    """How one episode went."""
+
+    seed: int
+    total: float  # undiscounted return, in the environment's units
+    length: int  # steps
+    terminated: bool  # the environment ended it
+    truncated: bool  # the time limit cut it
+
+
+class Conditions(NamedTuple):
+    """What the episodes of one evaluation share."""
+
+    target_return: float  # in the environment's units
+    return_scale: float
+    state_mean: NDArray[np.float64]  # [state_dim]
+    state_std: NDArray[np.float64]  # [state_dim]
+    last_timestep: int  # rows of the timestep table, less one: later steps repeat it
+
+
+class Policy(Protocol):
+    """A batch of ``width`` windows; see ``dt_lens.behaviour.agents.windows``."""
+
+    width: int
+
+    def restart(self, row: int) -> None: ...
+
+    def keep(self, rows: Sequence[int]) -> None: ...
+
+    def act(self, states: Tensor, returns_to_go: Tensor, timesteps: Tensor, previous_actions: Tensor) -> Tensor: ...
+
+
+class _Lane:
+    """One environment and the episode that runs in it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.env = task, task.make()
+        self.seed = self.length = 0
+        self.total = 0.0
+
+    def begin(self, seed: int) -> NDArray[np.float64]:
+        self.seed, self.length, self.total = seed, 0, 0.0
+        observation, _ = self.env.reset(seed=seed)
+        return self.task.state(observation)
+
+    def step(self, action: Any) -> tuple[NDArray[np.float64], bool, bool]:
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.length += 1
+        self.total += float(reward)
+        truncated = bool(truncated) or self.length >= self.task.time_limit
+        return self.task.state(observation), bool(terminated), truncated
+
+    def outcome(self, terminated: bool, truncated: bool) -> Outcome:
+        return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated)
+
+
+class _Inputs:
+    """What the policy is fed next, a row per lane."""
+
+    def __init__(self, width: int, task: Task, conditions: Conditions) -> None:
+        self.conditions = conditions
+        self.states = np.zeros((width, task.state_dim))
+        self.earned = np.zeros((width, 1))
+        self.timesteps = np.zeros(width, np.int64)
+        self.actions = np.zeros((width, task.act_dim), np.float32)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c = self.conditions
+        states = ((self.states - c.state_mean) / c.state_std).astype(np.float32)
+        returns_to_go = ((c.target_return - self.earned) / c.return_scale).astype(np.float32)
+        timesteps = np.minimum(self.timesteps, c.last_timestep)
+        return (
+            torch.from_numpy(states),
+            torch.from_numpy(returns_to_go),
+            torch.from_numpy(timesteps),
+            torch.from_numpy(self.actions),
+        )
+
+    def keep(self, rows: Sequence[int]) -> None:
+        index = np.asarray(rows)
+        self.states, self.earned = self.states[index], self.earned[index]
+        self.timesteps, self.actions = self.timesteps[index], self.actions[index]
+
+
+def run_episodes(
+    policy: Policy,
+    task: Task,
+    conditions: Conditions,
+    seeds: Iterator[int],
+    *,
+    least_width: int | None = None,
+    report: Callable[[int, float], None] | None = None,
+) -> list[Outcome]:
+    """Run an episode for every seed, ``policy.width`` at a time; an episode that ends is replaced by the next seed.
+
+    Args:
+        policy: fresh, with one row for each lane.
+        task: where.
+        conditions: the target return and the units.
+        seeds: handed out in order to lanes as they fall free.
+        least_width: when the seeds run out the batch narrows as lanes fall free, but not below this; when omitted it
+            never narrows and every episode stays in its row. Rows without an episode are computed and thrown away.
+        report: called after every step with the number of episodes finished and the sum of the running ones' shares
+            of the time limit.
+
+    Returns:
+        the outcomes, in the order in which the episodes ended.
+
+    Raises:
+        DtLensError: for an action that is not finite.
+    """
+    inputs = _Inputs(policy.width, task, conditions)
+    lanes: dict[int, _Lane] = {}  # by row
+    outcomes: list[Outcome] = []
+
+    def begin(row: int, seed: int) -> None:
+        inputs.states[row] = lanes[row].begin(seed)
+        inputs.earned[row] = inputs.timesteps[row] = 0
+        policy.restart(row)
+
+    try:
+        for row in range(policy.width):
+            seed = next(seeds, None)
+            if seed is None:
+                break
+            lanes[row] = _Lane(task)
+            begin(row, seed)
+        while lanes:
+            predictions = policy.act(*inputs.tensors()).float().cpu().numpy()
+            _check_finite(predictions, lanes)
+            actions, inputs.actions = task.actions(predictions)
+            for row, lane in list(lanes.items()):
+                state, terminated, truncated = lane.step(actions[row])
+                if not (terminated or truncated):
+                    inputs.states[row] = state
+                    inputs.earned[row] = lane.total
+                    inputs.timesteps[row] = lane.length
+                    continue
+                outcomes.append(lane.outcome(terminated, truncated))
+                seed = next(seeds, None)
+                if seed is None:
+                    lanes.pop(row).env.close()
+                else:
+                    begin(row, seed)
+            if lanes and least_width is not None and max(len(lanes), least_width) < policy.width:
+                lanes = _narrow(policy, inputs, lanes, max(len(lanes), least_width))
+            if report is not None:
+                report(len(outcomes), sum(lane.length for lane in lanes.values()) / task.time_limit)
+    finally:
+        for lane in lanes.values():
+            lane.env.close()
+    return outcomes
+
+
+def _check_finite(predictions: NDArray[np.float32], lanes: Mapping[int, _Lane]) -> None:
+    if np.isfinite(predictions).all():
+        return
+    for row, lane in lanes.items():
+        if not np.isfinite(predictions[row]).all():
+            raise DtLensError(
+                f"The model predicted an action that is not finite ({predictions[row].tolist()}) at step {lane.length} "
+                f"of the episode with seed {lane.seed}; look for NaN or infinity in its weights or in the states."
+            )
+
+
+def _narrow(policy: Policy, inputs: _Inputs, lanes: dict[int, _Lane], width: int) -> dict[int, _Lane]:
+    """Move the busy rows up to the first ones and drop what lies beyond ``width``."""
+    rows = [*lanes, *(row for row in range(policy.width) if row not in lanes)][:width]
+    policy.keep(rows)
+    inputs.keep(rows)
+    return dict(enumerate(lanes.values()))

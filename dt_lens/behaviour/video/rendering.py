@@ -1,0 +1,252 @@
+"""The process that draws a video: replays actions, draws both agents, encodes. Started by ``video.py`` alone.
+
+``python -m dt_lens.behaviour.rendering FOLDER`` reads ``job.pickle`` there and leaves ``video.mp4`` and
+``result.json``; ``stage`` always says in words what it is doing, for whoever finds it dead.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import sys
+import time
+import traceback
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dt_lens.behaviour.video.video import frame_steps
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+_GAP = 4  # pixels between the two pictures
+_STRIP = 26  # pixels of the lines of text above and below
+_FELL = (213, 94, 0)  # the colour of edits in the figures
+_FEWEST = 12  # frames: fewer are no video
+
+Picture = npt.NDArray[np.uint8]  # [height, width, 3]
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """One agent's episode: after each step whether it ended, and the return so far ``[steps + 1]``."""
+
+    returns: npt.NDArray[np.float64]
+    fell: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.returns) - 1
+
+
+def main(place: Path) -> None:
+    """Do the job in ``place``; whatever fails is told in ``result.json``."""
+    try:
+        told = _video(place)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = {"error": (lines[0].rstrip(".") if lines else type(error).__name__)[:300], "opengl": _is_opengl(error)}
+    (place / "result.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def _is_opengl(error: BaseException | None) -> bool:
+    """Whether an error comes from finding or starting OpenGL: it may do so already when MuJoCo is imported."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            name = str(frame.f_globals.get("__name__"))
+            if re.match(
+                r"OpenGL\b|glfw\b|mujoco\.(egl|osmesa|glfw|rendering)\b|gymnasium\.envs\.mujoco\.mujoco_rend", name
+            ):
+                return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _video(place: Path) -> dict[str, Any]:
+    def doing(what: str) -> None:
+        (place / "stage").write_text(what, encoding="utf-8")
+
+    doing("reading the job")
+    job = pickle.loads((place / "job.pickle").read_bytes())
+    doing("making the environment")
+    environments = [_make(job) for _ in range(2)]
+    doing("replaying the actions")
+    replays = [_replay(env, job["seed"], a) for env, a in zip(environments, job["actions"], strict=True)]
+    doing("starting OpenGL")
+    for env in environments:
+        env.reset(seed=job["seed"])
+    _picture(environments[0])  # the first picture also sets everything up
+    begin = time.monotonic()
+    _picture(environments[0])
+    affordable = int(job["budget"] / max(1e-4, 2 * (time.monotonic() - begin)))
+    doing("drawing")
+    frames = min(job["max_frames"], max(_FEWEST, affordable))
+    steps = frame_steps([r.length for r in replays], [r.fell for r in replays], frames)
+    drawn = [
+        _pictures(env, job["seed"], actions, replay, steps, job["size"])
+        for env, actions, replay in zip(environments, job["actions"], replays, strict=True)
+    ]
+    doing("encoding")
+    film = [_frame(job, replays, step, [pictures[i] for pictures in drawn]) for i, step in enumerate(steps)]
+    _encode(place / "video.mp4", film, job["fps"])
+    doing("closing")
+    return {
+        "frames": len(film),
+        "lengths": [r.length for r in replays],
+        "returns": [float(r.returns[-1]) for r in replays],
+    }
+
+
+def _make(job: dict[str, Any]) -> Any:
+    import gymnasium as gym
+
+    kwargs = {**job["kwargs"], "render_mode": "rgb_array"}
+    # MuJoCo's environments draw at the size asked for, and by default from a camera that stays behind while the agent
+    # leaves; their models have another that follows it. Other environments do not know these words.
+    view: dict[str, int | str] = {"width": job["size"], "height": job["size"]}
+    if not {"camera_name", "camera_id", "default_camera_config"} & set(kwargs):
+        view["camera_name"] = "track"
+    try:
+        env = gym.make(job["spec"], disable_env_checker=True, **{**view, **kwargs})
+    except TypeError:
+        env = gym.make(job["spec"], disable_env_checker=True, **kwargs)
+    quality = getattr(getattr(getattr(env.unwrapped, "model", None), "vis", None), "quality", None)
+    if quality is not None:  # a software renderer spends two thirds of its time on shadows and smooth edges
+        quality.shadowsize, quality.offsamples = 1024, 0
+    return env
+
+
+def _action(env: Any, action: npt.NDArray[Any]) -> Any:
+    """A recorded action as the environment takes it."""
+    from gymnasium.spaces import Discrete
+
+    if isinstance(env.action_space, Discrete):
+        return int(action) if action.ndim == 0 else int(env.action_space.start) + int(action.argmax())
+    return np.asarray(action, dtype=env.action_space.dtype)
+
+
+def _replay(env: Any, seed: int, actions: npt.NDArray[Any]) -> _Replay:
+    """An episode's returns and end, nothing drawn."""
+    env.reset(seed=seed)
+    returns, terminated = [0.0], False
+    for action in actions:
+        _, reward, terminated, truncated, _ = env.step(_action(env, action))
+        returns.append(returns[-1] + float(reward))
+        if terminated or truncated:
+            break
+    return _Replay(np.array(returns), bool(terminated))
+
+
+def _pictures(
+    env: Any, seed: int, actions: npt.NDArray[Any], replay: _Replay, steps: list[int], size: int
+) -> list[Picture]:
+    """The same episode again, drawn after each of ``steps``; after its end the last picture stands."""
+    env.reset(seed=seed)
+    now = 0
+    out: list[Picture] = []
+    for step in steps:
+        moved = False
+        while now < min(step, replay.length):
+            env.step(_action(env, actions[now]))
+            now, moved = now + 1, True
+        out.append(_fitted(_picture(env), size) if moved or not out else out[-1])
+    return out
+
+
+def _picture(env: Any) -> Picture:
+    picture = env.render()
+    if not (isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3):
+        raise RuntimeError(f"{env.spec.id} cannot draw itself as an rgb array")
+    return picture.astype(np.uint8)
+
+
+def _fitted(picture: Picture, size: int) -> Picture:
+    """The picture in a square of ``size`` pixels, its proportions kept."""
+    from PIL import Image
+
+    if picture.shape[:2] == (size, size):
+        return picture
+    scale = size / max(picture.shape[:2])
+    small = Image.fromarray(picture).resize(
+        (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))), Image.Resampling.BILINEAR
+    )
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return np.asarray(square, dtype=np.uint8)
+
+
+def _frame(job: dict[str, Any], replays: list[_Replay], step: int, pictures: list[Picture]) -> Picture:
+    """One frame: captions, both pictures, and below each the step and the return so far."""
+    from PIL import Image, ImageDraw
+
+    size = job["size"]
+    frame = Image.new("RGB", (2 * size + _GAP, size + 2 * _STRIP), (24, 27, 32))
+    draw = ImageDraw.Draw(frame)
+    for number, (replay, picture) in enumerate(zip(replays, pictures, strict=True)):
+        x = number * (size + _GAP)
+        over = replay.fell and step >= replay.length
+        image = Image.fromarray(picture)
+        if over:
+            image = Image.blend(image, Image.new("RGB", image.size, (128, 128, 128)), 0.45)
+        frame.paste(image, (x, _STRIP))
+        at = min(step, replay.length)
+        told = f"{job['ended']} at step {at}" if over else f"step {at}"
+        if over:
+            draw.rectangle((x, _STRIP, x + size - 1, _STRIP + size - 1), outline=_FELL, width=5)
+            draw.rectangle((x, _STRIP + size, x + size - 1, size + 2 * _STRIP), fill=_FELL)
+        _write(draw, job["captions"][number], x + size / 2, _STRIP / 2, size)
+        _write(draw, f"{told} · return {replay.returns[at]:,.0f}", x + size / 2, _STRIP * 1.5 + size, size)
+    return np.asarray(frame, dtype=np.uint8)
+
+
+def _write(draw: Any, text: str, x: float, y: float, width: int) -> None:
+    """White text in the middle of a strip, as large as fits."""
+    for points in range(14, 6, -1):
+        font, readable = _font(points, text)
+        if draw.textlength(readable, font=font) <= width - 8 or points == 7:
+            draw.text((x, y), readable, font=font, fill="white", anchor="mm")
+            return
+
+
+def _font(points: int, text: str) -> tuple[FreeTypeFont | ImageFont, str]:
+    """A typeface and the text in what it can write: Pillow's own knows little more than ASCII."""
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", points - 1), text
+    except OSError:
+        swapped = text.replace("σ", "sigma").translate(str.maketrans("×–−—", "x---"))
+        letters = [
+            c if c == "·" else unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() for c in swapped
+        ]
+        return ImageFont.load_default(points), "".join(letters)
+
+
+def _encode(file: Path, film: list[Picture], fps: int) -> None:
+    """H.264 in the pixel format that every browser plays, its index in front."""
+    from imageio_ffmpeg import write_frames
+
+    height, width = film[0].shape[:2]
+    writer = write_frames(
+        str(file),
+        (width, height),
+        fps=fps,
+        codec="libx264",
+        quality=None,
+        macro_block_size=2,
+        output_params=["-crf", "24", "-preset", "veryfast", "-movflags", "+faststart"],
+    )
+    writer.send(None)
+    for picture in film:
+        writer.send(np.ascontiguousarray(picture))
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,71 @@
+"""The command `activations`: what a model's matrices read while it works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dt_lens.cli.options import Environment, Given, Matrices, MaxSteps, Model, Seed, Target, load_model, split
+from dt_lens.cli.output import print_table, progress, written
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dt_lens.lens.activations import Activations
+
+
+def activations(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The file to write, such as hopper.safetensors.")],
+    episodes: Annotated[int, typer.Option(min=1, help="How many; episode i starts from seed + i.")] = 10,
+    seed: Seed = 0,
+    environment: Environment = None,
+    target_return: Target = None,
+    max_steps: MaxSteps = None,
+    matrices: Matrices = None,
+    given: Given = None,
+) -> None:
+    """Collect moments of what every matrix reads: an agent in its own episodes, a language model in its own text."""
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given)
+        from dt_lens.behaviour.collect_activations import collect_activations
+
+        found = collect_activations(
+            loaded,
+            episodes=episodes,
+            seed=seed,
+            environment=environment,
+            target_return=target_return,
+            max_steps=max_steps,
+            matrices=split(matrices, "matrices"),
+            progress=tell,
+        )
+    print_table(_table(found), f"{model}: what its matrices read")
+    print(f"Digest {found.digest}, {found.record['tokens']:,} tokens.")
+    written(out, lambda: found.save(out))
+
+
+def _table(found: Activations) -> pd.DataFrame:
+    """A row per place in the forward pass."""
+    import pandas as pd
+
+    rows = []
+    for place, moments in found.points.items():
+        readers = [name for name, where in found.reads.items() if where == place]
+        # A head's own part of a matrix that all read together says nothing new.
+        readers = [name for name in readers if name.rpartition(".")[0] not in readers]
+        energy = float(moments.second.trace())
+        rows.append(
+            {
+                "read by": ", ".join(name.removeprefix("blocks.") for name in readers[:3])
+                + (f" and {len(readers) - 3} more" if len(readers) > 3 else ""),
+                "entries": len(moments.mean),
+                "tokens": moments.count,
+                "effective rank": moments.effective_rank,
+                "the mean's share": float(moments.mean.square().sum()) / energy if energy else 0.0,
+            }
+        )
+    return pd.DataFrame(rows)

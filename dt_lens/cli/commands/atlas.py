@@ -1,0 +1,45 @@
+"""The command `atlas`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dt_lens.cli.options import Agent, Given, Seed, load_model
+from dt_lens.cli.output import print_table, progress
+
+
+def atlas(
+    model: Agent,
+    sweep: Annotated[Path, typer.Option(help="The folder of a sweep that removed directions (--edits zero).")],
+    out: Annotated[Path | None, typer.Option(help="Folder for atlas.html and its tables; the sweep's own.")] = None,
+    activations: Annotated[
+        Path | None, typer.Option(help="The agent's real inputs, for energies on them; the sweep's own by default.")
+    ] = None,
+    seed: Seed = 0,
+    given: Given = None,
+) -> None:
+    """What a sweep of removals says: which directions matter, and whether what they look like tells."""
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given)
+        from dt_lens.lens.activations import Activations
+        from dt_lens.behaviour.sweep.results import SweepResults
+        from dt_lens.study.atlas.atlas import make_atlas
+        from dt_lens.study.atlas.page import table_of, write_atlas
+        from dt_lens.study.atlas.sentences import sentences
+
+        results = SweepResults(sweep)
+        inputs = None if activations is None else Activations.load(activations)
+        tell("comparing", 0.2)
+        found = make_atlas(loaded, results, inputs, seed=seed)
+        folder = out or results.file.parent
+        page = write_atlas(found, folder, Path(model).name, shlex.join(["dt-lens", *sys.argv[1:]]))
+    print_table(table_of(found), "Directions whose removal matters")
+    for sentence in sentences(found):
+        print(sentence.replace("**", ""))
+    print(f"\nThe atlas: {page}")

@@ -1,0 +1,53 @@
+"""The command `compare`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dt_lens.cli.options import Given, Matrices, Raw, WeightsOnly, load_model, split
+from dt_lens.cli.output import print_table, progress
+
+SHOWN = ["matrix", "relative_change", "change_effective_rank", "spectrum_change", "spectral_norm_change", "k"]
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model: before, say.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="One of the same shape: after.")],
+    matrices: Matrices = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Leading directions whose subspaces are compared.")] = 10,
+    top: Annotated[int, typer.Option(min=0, help="How many of the most changed to print; 0 for all.")] = 20,
+    raw: Raw = False,
+    out: Annotated[Path | None, typer.Option(help="Write comparison.html and comparison.csv to this folder.")] = None,
+    weights_only: WeightsOnly = False,
+    given: Given = None,
+) -> None:
+    """What changed in the weights between two models, before and after fine-tuning for instance."""
+    with progress() as tell:
+        tell("loading", 0.0)
+        one, two = (load_model(source, given, weights_only=weights_only) for source in (a, b))
+        from dt_lens.svd.two_models.comparison import compare as run
+
+        names = (Path(a).name, Path(b).name)
+        if names[0] == names[1]:
+            names = (a, b)
+        found = run(one, two, split(matrices, "matrices"), k=k, fold_layernorm=not raw, names=names, progress=tell)
+        page = found.save(out, shlex.join(["dt-lens", *sys.argv[1:]])) if out else None
+    table = found.most_changed(top or len(found.table))
+    shown = table[SHOWN].copy()
+    for side in ("left", "right"):
+        shown[f"{side}_angle"] = [
+            f"{name} {angle:.1f}°" if angle == angle else name
+            for name, angle in zip(table[f"{side}_side"], table[f"{side}_angle"], strict=True)
+        ]
+    print_table(shown, f"{names[0]} and {names[1]}: the most changed of {len(found.table)} matrices")
+    same = int((found.table["relative_change"] == 0).sum())
+    print(f"{len(found.table) - same} of {len(found.table)} matrices differ.")
+    for note in found.notes:
+        print(note)
+    if page:
+        print(f"\nThe report: {page}")

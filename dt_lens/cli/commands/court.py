@@ -1,0 +1,68 @@
+"""The command `court`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dt_lens.cli.options import Environment, Given, MaxSteps, Model, Seed, Target, Workers, load_model
+from dt_lens.cli.output import print_table, progress, resumable
+
+
+def court(
+    model: Model,
+    episodes: Annotated[int, typer.Option(min=2, help="Paired episodes of every arm.")] = 200,
+    seed: Seed = 0,
+    environment: Environment = None,
+    target_return: Target = None,
+    max_steps: MaxSteps = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="A finished sweep of this model, with controls, for claim 7.")
+    ] = None,
+    texts: Annotated[Path | None, typer.Option(help="A text file, for a language model's most common token.")] = None,
+    rollouts: Annotated[bool, typer.Option(help="Run the edits; without them, only claims about weights.")] = True,
+    draws: Annotated[int, typer.Option(min=200, help="Draws of the nulls.")] = 4000,
+    out: Annotated[Path | None, typer.Option(help="Folder for everything; dt-lens-court/MODEL by default.")] = None,
+    workers: Workers = None,
+    given: Given = None,
+) -> None:
+    """Try seven claims about singular directions, each by a test written down beforehand (docs/court.md).
+
+    Each is computed as it should be and as the code it comes from did; verdicts are supported, not supported,
+    undecided, or not applicable. Stopped and started again with the same options, it goes on where it was.
+    """
+    folder = out or Path("dt-lens-court") / Path(model).name
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given)
+        from dt_lens.study.court.page import sentences
+        from dt_lens.study.court.court import court as try_claims
+
+        with resumable():
+            result = try_claims(
+                loaded,
+                folder,
+                name=Path(model).name,
+                episodes=episodes,
+                seed=seed,
+                environment=environment,
+                target_return=target_return,
+                max_steps=max_steps,
+                sweep=sweep,
+                texts=texts,
+                rollouts=rollouts,
+                draws=draws,
+                workers=workers,
+                command=shlex.join(["dt-lens", *sys.argv[1:]]),
+                progress=tell,
+            )
+    shown = ["claim", "title", "verdict", "effect", "margin", "p_value", "note_verdict", "note_effect", "note_p_value"]
+    print_table(result.table[shown], "Verdicts, as it should be and as the note's code computed it")
+    print()
+    for sentence in sentences(result):
+        print(sentence.replace("**", ""))
+    print(f"\nThe page: {folder / 'court.html'}")

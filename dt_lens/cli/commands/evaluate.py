@@ -1,0 +1,110 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dt_lens.cli.options import (
+    Environment,
+    Given,
+    Model,
+    Seed,
+    Target,
+    Workers,
+    indices,
+    load_model,
+    number,
+)
+from dt_lens.cli.output import progress, written
+from dt_lens.errors import DtLensError
+
+EPISODES = 100
+
+
+def evaluate(
+    model: Model,
+    environment: Environment = None,
+    episodes: Annotated[int, typer.Option(min=1, help="How many episodes; episode i starts from seed + i.")] = EPISODES,
+    seed: Seed = 0,
+    target_return: Target = None,
+    edit: Annotated[
+        str | None, typer.Option(metavar="MATRIX", help="Also measure with this matrix edited, and compare.")
+    ] = None,
+    sv: Annotated[str, typer.Option(help="Which directions to edit: 0 or 0,1.")] = "0",
+    side: Annotated[str | None, typer.Option(help="The side to edit, where the matrix has two.")] = None,
+    value: Annotated[
+        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
+    ] = "constant",
+    workers: Workers = None,
+    text: Annotated[
+        Path | None, typer.Option(help="For a language model: the text file to read; its held-out text by default.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="For a language model: tokens of a window.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="For a language model: the most windows to read.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a row per episode, or window, to this .csv file.")] = None,
+    given: Given = None,
+) -> None:
+    """Run an agent for many episodes, or a language model over text, and say how it does.
+
+    With --edit, also how an edited one does beside it.
+    """
+    loaded = load_model(model, given)
+    from dt_lens.behaviour.evaluate import evaluate as run
+    from dt_lens.edits.singular import SingularEdit
+
+    options: dict[str, Any] = {"episodes": episodes, "target_return": target_return, "workers": workers}
+    options |= {"texts": text, "context": context, "windows": windows}
+    reads = hasattr(loaded, "tokenizer")
+    unit = "windows" if reads else "episodes"
+    if not reads:
+        options["seed"] = seed
+    _require_fit(
+        reads,
+        {
+            "--environment": environment is not None,
+            "--episodes": episodes != EPISODES,
+            "--target-return": target_return is not None,
+            "--workers": workers is not None,
+        },
+        {"--text": text is not None, "--context": context is not None, "--windows": windows is not None},
+    )
+
+    def measured(what: str) -> Any:
+        with progress() as tell:
+            return run(
+                loaded,
+                environment,
+                **options,
+                progress=lambda done, total: tell(what, done / total),
+            )
+
+    change = None
+    if edit is not None:
+        change = SingularEdit(loaded, edit, indices(sv), side=side, value=number(value), seed=seed)  # type: ignore[arg-type]
+    baseline = measured(unit)
+    print(baseline)
+    frames = {"unedited": baseline.to_frame()}
+    if change is not None:
+        with change:
+            edited = measured(f"edited {unit}")
+        print(f"\n{edited.compare(baseline)}")
+        if change.note:
+            print(change.note)
+        frames["edited"] = edited.to_frame()
+    if out:
+        import pandas as pd
+
+        table = frames["unedited"] if change is None else pd.concat(frames, names=["arm"]).reset_index(level=0)
+        written(out, lambda: table.to_csv(out, index=False))
+
+
+def _require_fit(reads: bool, of_agents: dict[str, bool], of_readers: dict[str, bool]) -> None:
+    """Refuse options that were given and are of the other kind of model."""
+    wrong = [name for name, given in (of_agents if reads else of_readers).items() if given]
+    if not wrong:
+        return
+    what = "a language model, which reads a --text" if reads else "an agent, which runs in an environment"
+    raise DtLensError(f"This is {what}; leave out {' and '.join(wrong)}.")

@@ -1,0 +1,131 @@
+"""The commands `scan` and `certify`: what the weights are, and that they are read right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dt_lens.cli.options import (
+    Given,
+    Matrices,
+    Model,
+    Raw,
+    Seed,
+    WeightsOnly,
+    load_model,
+    split,
+)
+from dt_lens.cli.output import print_table, progress, written
+from dt_lens.errors import DtLensError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def scan(
+    model: Model,
+    top: Annotated[int, typer.Option(min=0, help="How many of the strongest matches to print; 0 for all.")] = 20,
+    matrices: Matrices = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Compare every side with these; natural pairings by default.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Only the first RANK directions of each matrix.")] = None,
+    raw: Raw = False,
+    null: Annotated[
+        str,
+        typer.Option(help="What a direction without meaning is: haar, covariance, untrained or shuffled."),
+    ] = "haar",
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many models untrained and shuffled draw, and how many directions the others; enough by default.",
+        ),
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --null covariance: a file of activations; collected from 10 episodes by default, or from a "
+            "language model's held-out text."
+        ),
+    ] = None,
+    subspaces: Annotated[
+        bool, typer.Option("--subspaces", help="Whole spans of leading directions instead of single ones.")
+    ] = False,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the whole table to this .csv file.")] = None,
+    weights_only: WeightsOnly = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep what is finished in this folder, and go on from there.")
+    ] = None,
+    given: Given = None,
+) -> None:
+    """What every singular direction matches best, with p and q values under a null of your choice."""
+    if subspaces and null != "haar":
+        raise DtLensError(f"--subspaces knows the null haar and not {null!r}; leave --null out.")
+    for option, value in (("draws", draws), ("activations", activations)):
+        if subspaces and value is not None:
+            raise DtLensError(f"--{option} is for single directions, and --subspaces has no use for it; leave one out.")
+    names, sets = split(matrices, "matrices"), split(embeddings, "embeddings")
+    from dt_lens.svd.null_sources import require_null
+
+    require_null(null)
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given, weights_only=weights_only)
+        from dt_lens.svd.weight_svd import WeightSVD
+
+        svd = WeightSVD(loaded, rank, fold_layernorm=not raw, resume=resume)
+        if subspaces:
+            table = svd.subspaces(names, sets, seed=seed, progress=tell)
+        else:
+            given_activations: Any = activations
+            if null == "covariance" and activations is None:
+                from dt_lens import collect_activations
+
+                # A language model reads its held-out text, where nothing is drawn.
+                episodes_from = 0 if hasattr(loaded, "tokenizer") else seed
+                given_activations = collect_activations(loaded, seed=episodes_from, progress=tell)
+            table = svd.scan(
+                names,
+                null,
+                seed,
+                sets,
+                progress=tell,
+                activations=given_activations,
+                draws=draws,
+            )
+    best = table.sort_values(["z"], ascending=False, kind="stable")
+    print_table(best.head(top) if top else best, f"The strongest of {len(table):,} comparisons")
+    _told(table)
+    if out:
+        written(out, lambda: table.to_csv(out, index=False))
+
+
+def _told(table: pd.DataFrame) -> None:
+    """How many discoveries there are, among them with untrained heads, and what the null assumes."""
+    found = table["q_value"] < 0.05
+    untrained = table["embedding"].isin(table.attrs["untrained"])
+    print(f"{int(found.sum()):,} of {len(table):,} comparisons are discoveries at q < 0.05.")
+    if untrained.any():
+        print(f"With heads that were never trained: {int((found & untrained).sum())} of {int(untrained.sum()):,}.")
+    print(f"Null: {table.attrs['null']}. {table.attrs['assumes']}")
+    if "smallest_p" in table.attrs:
+        print(f"{table.attrs['draws']} models were drawn, so no p-value is below {table.attrs['smallest_p']:.1e}.")
+
+
+def certify(model: Model, seed: Seed = 0, given: Given = None) -> None:
+    """Prove by a forward pass that every matrix's name, orientation, scale and heads are right."""
+    loaded = load_model(model, given, check=False)
+    from dt_lens.lens.certification import certify as prove
+
+    certificate = prove(loaded, seed)
+    import pandas as pd
+
+    print_table(
+        pd.DataFrame({"matrix": certificate.errors.keys(), "relative error": certificate.errors.values()}),
+        f"{model}: certified",
+    )
+    print(certificate)

@@ -1,0 +1,65 @@
+"""The command `steer`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dt_lens.cli.options import Agent, Environment, Given, MaxSteps, Seed, Workers, load_model, split, to_float
+from dt_lens.cli.output import print_table, progress, resumable
+
+
+def steer(
+    model: Agent,
+    episodes: Annotated[int, typer.Option(min=2, help="Episodes of every arm of the report, on fresh seeds.")] = 40,
+    choosing: Annotated[int, typer.Option(min=2, help="Episodes of every arm while choosing, and of a target.")] = 8,
+    candidates: Annotated[int, typer.Option(min=1, help="Directions that are tried.")] = 8,
+    doses: Annotated[str, typer.Option(help="What sigma is multiplied by, with commas.")] = "0,0.5,1.5,2",
+    targets: Annotated[
+        str | None, typer.Option(help="Target returns of the curve, with commas; the model's own by default.")
+    ] = None,
+    seed: Seed = 0,
+    environment: Environment = None,
+    max_steps: MaxSteps = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for everything; dt-lens-steer/MODEL by default.")] = None,
+    workers: Workers = None,
+    given: Given = None,
+) -> None:
+    """Look for a direction whose dose moves the return as the target does, without making the agent fail.
+
+    It is chosen on some seeds and reported on others (docs/steering.md). Stopped and started again with the same
+    options, it goes on where it was.
+    """
+    folder = out or Path("dt-lens-steer") / Path(model).name
+    goals = split(targets, "targets")
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given)
+        from dt_lens.study.steering.steering import steer as look
+
+        with resumable():
+            result = look(
+                loaded,
+                folder,
+                name=Path(model).name,
+                episodes=episodes,
+                choosing=choosing,
+                candidates=candidates,
+                doses=[to_float(dose, "doses") for dose in split(doses, "doses") or []],
+                targets=None if goals is None else [to_float(goal, "targets") for goal in goals],
+                seed=seed,
+                environment=environment,
+                max_steps=max_steps,
+                workers=workers,
+                command=shlex.join(["dt-lens", *sys.argv[1:]]),
+                progress=tell,
+            )
+    print_table(result.curve, "The unedited agent at each target")
+    if len(result.table):
+        print_table(result.choosing, "Directions that were tried")
+        print_table(result.table, "The chosen one, on fresh seeds")
+    print(f"\n{result.sentence}\n\nThe page: {folder / 'steering.html'}")

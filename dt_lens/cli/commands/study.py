@@ -1,0 +1,84 @@
+"""The command `study`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dt_lens.cli.options import (
+    Agent,
+    Given,
+    Seed,
+    Target,
+    Workers,
+    load_model,
+    number,
+    split,
+)
+from dt_lens.cli.output import print_table, progress
+
+
+def study(
+    model: Agent,
+    episodes: Annotated[int, typer.Option(min=2, help="Paired episodes of every arm.")] = 50,
+    matrices: Annotated[str, typer.Option(help="Which matrices to scan and to choose from.")] = "*.W_in,*.W_out,*.OV.*",
+    edits: Annotated[int, typer.Option(min=1, help="Strong directions to edit, each with a weak one as contrast.")] = 2,
+    value: Annotated[
+        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
+    ] = "constant",
+    target_return: Target = None,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; dt-lens-study/MODEL by default.")] = None,
+    workers: Workers = None,
+    video: Annotated[bool, typer.Option(help="Draw the worst-hit agent beside the unedited one.")] = True,
+    given: Given = None,
+) -> None:
+    """The main job: scan, choose directions by itself, edit them beside controls, measure, report.
+
+    Stopped and started again with the same settings, it goes on where it was.
+    """
+    folder = out or Path("dt-lens-study") / Path(model).name
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given)
+        from dt_lens.study.page import sentences
+        from dt_lens.study.study import Study
+
+        command = shlex.join(["dt-lens", *sys.argv[1:]])
+        result = Study(
+            loaded,
+            folder,
+            model,
+            split(matrices, "matrices") or [],
+            episodes,
+            edits,
+            number(value),
+            seed,
+            target_return,
+            workers,
+            video,
+            command,
+        ).run(tell)
+    shown = [
+        "role",
+        "matrix",
+        "side",
+        "sv",
+        "label",
+        "cosine",
+        "energy",
+        "difference",
+        "control_difference",
+        "q",
+        "verdict",
+    ]
+    print_table(result.verdicts[shown], "Edits and their controls: mean paired difference of the return")
+    for sentence in sentences(result):
+        print(sentence.replace("**", ""))
+    if result.video.reason:
+        print(result.video.reason)
+    print(f"\nThe report: {result.report}")

@@ -1,0 +1,94 @@
+"""The command `top`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dt_lens.cli.options import Given, Model, Raw, WeightsOnly, load_model
+from dt_lens.cli.output import print_table, progress, written
+from dt_lens.errors import DtLensError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def top(
+    model: Model,
+    matrix: Annotated[str, typer.Argument(help="A matrix such as blocks.0.mlp.W_in, or a pattern such as '*.OV.*'.")],
+    embeddings: Annotated[
+        list[str] | None, typer.Argument(help="Embeddings, such as action_out; natural pairings by default.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many directions of each matrix.")] = 8,
+    side: Annotated[str | None, typer.Option(help="read, write, query or key, where the matrix has two.")] = None,
+    labels: Annotated[int, typer.Option("-n", "--n", "--labels", min=1, help="Labels at each pole.")] = 10,
+    ascii_only: Annotated[bool, typer.Option("--ascii", help="Only labels of printable ASCII.")] = False,
+    words: Annotated[bool, typer.Option("--words", help="Only whole words.")] = False,
+    counts: Annotated[
+        Path | None, typer.Option(help="A .csv file of labels and counts (two columns); see --at-least.")
+    ] = None,
+    at_least: Annotated[
+        float | None, typer.Option(help="Only labels that --counts has so often; once by default.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the table as a page to this .html file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the rows to this .csv file, or the page to this .html file.")
+    ] = None,
+    raw: Raw = False,
+    weights_only: WeightsOnly = False,
+    given: Given = None,
+) -> None:
+    """The labels that a matrix's first directions point towards and away from."""
+    if at_least is not None and counts is None:
+        raise DtLensError("--at-least is of the counts of labels; give --counts with it, a .csv of labels and counts.")
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given, weights_only=weights_only)
+        from dt_lens.svd import label_filters as label_text
+        from dt_lens.svd.weight_svd import WeightSVD
+
+        rules: list[Any] = [label_text.ascii_only] if ascii_only else []
+        rules += [label_text.whole_words] if words else []
+        if counts is not None:
+            rules.append(label_text.at_least(_counts(counts), 1 if at_least is None else at_least))
+        tell("decomposing and comparing", 0.5)
+        # All directions of a small matrix come at the price of a few; of a large one they do not.
+        svd = WeightSVD(loaded, k + 8 if weights_only else None, fold_layernorm=not raw)
+        table = svd.tokens(matrix, embeddings or None, k, labels, rules or None, side)  # type: ignore[arg-type]
+    for (name, where), part in table.rows.groupby(["matrix", "side"], sort=False):
+        print_table(_lines(part), f"{name}, {where} side")
+    for file in (html, out):
+        if file is not None:
+            written(file, partial(table.save, file))
+
+
+def _lines(part: pd.DataFrame) -> pd.DataFrame:
+    """A line for each direction and embedding."""
+    import pandas as pd
+
+    from dt_lens.svd.label_filters import spelled, texts
+
+    rows = []
+    for (sv, sigma, block, embedding), found in part.groupby(["sv", "sigma", "block", "embedding"], sort=False):
+        row = {"sv": str(sv) if block == 1 else f"{sv} (1 of {block})", "sigma": sigma, "embedding": embedding}
+        for heading, pole in (("towards", "+"), ("away", "-")):
+            these = found[found["pole"] == pole]
+            said = zip(texts(list(these["label"])), these["cosine"], strict=True)
+            row[heading] = ", ".join(f"{spelled(text)} {cosine:+.2f}" for text, cosine in said)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _counts(file: Path) -> dict[str, float]:
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(file, keep_default_na=False)
+        return dict(zip(table.iloc[:, 0].astype(str), table.iloc[:, 1].astype(float), strict=True))
+    except (OSError, ValueError, IndexError) as error:
+        raise DtLensError(
+            f"{file} cannot be read as a table of labels and counts; give a .csv with two columns."
+        ) from (error)

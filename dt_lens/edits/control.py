@@ -1,0 +1,202 @@
+"""Random edits to hold an edit against: as large as it, at the same place, and, given activations, as loud."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import brentq
+from torch import Tensor
+
+from dt_lens.arguments import require_activations, whole_number
+from dt_lens.edits.edit import Edit, unedited
+from dt_lens.edits.low_rank import carry, remarks_on, spectrum_of
+
+if TYPE_CHECKING:
+    from dt_lens.lens.activations import Activations
+    from dt_lens.edits.singular import SingularEdit
+
+__all__ = ["Control"]
+
+MATCHED = 1e-7  # relative to the edit's output energy
+ROUNDED = 1e-6  # relative to the edit's energy: what the arithmetic may lose
+FLAT = 1e-14  # of the largest eigenvalue: below this one direction is as quiet as another
+STEEPEST = 300.0  # the natural logarithm of the largest ratio between two coordinates that a tilt makes
+
+
+class Control(Edit):
+    """A random edit of the same energy and rank at the same place as ``edit``; a function of the edit and the seed.
+
+    The change of the raw matrix keeps its singular values. Its singular vectors are Haar-random, but for those of a
+    circuit on the side of the factor that is not edited: they are what that factor makes of Gaussian vectors, made
+    orthonormal, as the circuit's own are its images. Haar-random ones would be what the factor hardly passes on, and
+    take a change of the edited weight many times the edit's. A control tells how much of an effect comes from changing
+    anything at all by that much. Two edits of different directions get different draws from one seed.
+
+    With ``activations`` the output energy on real inputs (see ``Edit.output_energy``) is the edit's too. Then the left
+    vectors are drawn in the eigenbasis of the inputs' second moments, tilted towards louder or quieter ones by a power
+    of the eigenvalues, and made orthonormal; the power is found by root finding, so that the sum over all singular
+    vectors is matched exactly. The right vectors stay. An energy that no draw reaches is matched as nearly as can be,
+    and the ``note`` says so.
+
+    Attributes:
+        of: the edit whose control this is.
+        seed: which draw.
+        activations: the digest of the activations, or an empty string.
+    """
+
+    def __init__(self, edit: SingularEdit, seed: int = 0, activations: Activations | None = None) -> None:
+        if activations is not None:
+            require_activations(activations)
+        self.of = edit
+        self.seed = whole_number(seed, "seed")
+        self.activations = "" if activations is None else activations.digest
+        bare = unedited(edit.model)
+        matrix, where = edit.matrix, edit.matrix.side(edit.side)
+        spectrum = spectrum_of(edit.delta).cpu()
+        spectrum = spectrum[spectrum > spectrum[0] * 1e-12]
+        rank = len(spectrum)
+        place = f"{self.seed} {matrix.name} {edit.side} {edit.sv}"
+        drawn = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
+        generator = torch.Generator().manual_seed(drawn)
+        left_images = right_images = None
+        if len(matrix.factors) == 2:
+            kept = matrix.raw(bare)[where == "left"]
+            precision = torch.finfo(bare.weights[matrix.factors[0].weight].dtype).eps
+            if where == "right":
+                left_images = _Images.of(kept, rank, precision)
+            else:
+                right_images = _Images.of(kept.T, rank, precision)
+
+        def draw(d: int, images: _Images | None) -> Tensor:
+            scales = torch.ones(d, dtype=torch.float64) if images is None else images.scales
+            return scales[:, None] * torch.randn(len(scales), rank, generator=generator, dtype=torch.float64)
+
+        left = draw(len(edit.delta[0]), left_images)
+        target = 0.0
+        if activations is None:
+            left = _orthonormal(left)
+        else:
+            target = edit.output_energy(activations)
+            if left_images is None:
+                seen = activations.of(matrix, bare).second
+            else:
+                seen = left_images.back.T @ activations.between(matrix, bare).second @ left_images.back
+            left = _tilted_frame(seen, left, spectrum, target)
+        right = _orthonormal(draw(edit.delta[1].shape[1], right_images))
+        left = left if left_images is None else left_images.basis @ left
+        right = right if right_images is None else right_images.basis @ right
+        change = ((left * spectrum).to(edit.delta[0]), right.T.to(edit.delta[1]))
+        super().__init__(edit.model, matrix, *carry(bare, matrix, where, change, folded=False))
+        remarks = remarks_on(bare, matrix, self._placed)
+        if abs(self.energy - edit.energy) > ROUNDED * edit.energy:
+            remarks.append(
+                f"{matrix.name} has too small a rank for an energy of {edit.energy:.4g} here: {self.energy:.4g}."
+            )
+        if activations is not None:
+            reached = self.output_energy(activations)
+            if abs(reached - target) > MATCHED * target:
+                remarks.append(
+                    f"No change of this norm that this seed draws has the edit's output energy of {target:.4g}: "
+                    f"the nearest has {reached:.4g}."
+                )
+        self.note = " ".join(remarks)
+
+    def control(self, seed: int = 0, activations: Activations | None = None) -> Control:
+        """Another control of the same edit."""
+        return Control(self.of, seed, activations)
+
+    def to_dict(self) -> dict[str, Any]:
+        matched = {"match": "output", "activations": self.activations} if self.activations else {}
+        return {"kind": "control", "seed": self.seed, **matched, "of": self.of.to_dict()}
+
+    def __repr__(self) -> str:
+        matched = f", activations={self.activations}" if self.activations else ""
+        return f"Control(seed={self.seed}{matched}, energy={self.energy:.4g}, of={self.of!r})"
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What one factor of a circuit makes of vectors, where it makes something of them.
+
+    Attributes:
+        basis: orthonormal, ``[d, n]``.
+        scales: the lengths that unit vectors get along each of ``basis``, ``[n]``.
+        back: the factor's inverse on ``basis``, ``[e, n]``.
+    """
+
+    basis: Float[Tensor, "d n"]
+    scales: Float[Tensor, " n"]
+    back: Float[Tensor, "e n"]
+
+    @classmethod
+    def of(cls, factor: Float[Tensor, "d e"], least: int, precision: float) -> _Images:
+        """In ``least`` dimensions or more: below ``precision`` a factor holds nothing but rounding."""
+        U, s, Vt = torch.linalg.svd(factor.cpu(), full_matrices=False)
+        n = max(least, int((s > precision * s[0]).sum()))
+        return cls(U[:, :n], s[:n], Vt[:n].T / s[:n])
+
+
+def _orthonormal(drawn: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
+    """The columns one after the other, each freed of those before it."""
+    inner, triangle = torch.linalg.qr(drawn)
+    # QR's signs are LAPACK's choice; with a positive diagonal the frame is Haar (Mezzadri, 2007).
+    frame: Tensor = inner * triangle.diagonal().sign()
+    return frame
+
+
+def _tilted_frame(
+    seen: Float[Tensor, "d d"], drawn: Float[Tensor, "d r"], spectrum: Float[Tensor, " r"], target: float
+) -> Float[Tensor, "d r"]:
+    """Random orthonormal ``a_i`` with ``sum_i spectrum_i^2 a_i^T seen a_i = target^2``.
+
+    In the eigenbasis of ``seen``, the inputs' second moments, the rows of ``drawn`` are multiplied by
+    ``eigenvalue^(t / 2)``. With ``t`` the sum goes from its least to its largest value: orthonormalised in the order of
+    the spectrum, the columns tend to the quietest and to the loudest eigenvectors in that order, which are the extremes
+    (von Neumann's trace inequality; Horn and Johnson, "Matrix Analysis", 2013, section 7.4.1). For one vector it rises
+    all the way.
+    """
+    loudness, axes = torch.linalg.eigh(seen)
+    loudness = loudness.clamp_min(0.0)
+    drawn = axes.T @ drawn
+    top = float(loudness[-1])
+    if top <= 0:
+        untilted: Tensor = axes @ _orthonormal(drawn)
+        return untilted
+    logs = loudness.clamp_min(FLAT * top).log()
+
+    def frame(tilt: float) -> Tensor:
+        scales = tilt / 2 * logs
+        scales = (scales - scales.max()).clamp_min(-STEEPEST).exp()
+        # Large rows first: then Householder's QR is accurate row by row (Cox and Higham, 1998).
+        order = torch.arange(len(scales)).flip(0) if tilt > 0 else torch.arange(len(scales))
+        found = torch.empty_like(drawn)
+        found[order] = _orthonormal((scales[:, None] * drawn)[order])
+        return found
+
+    weights = spectrum.square()
+    weights = weights / weights.sum()
+    wanted = target**2 / float(spectrum.square().sum())
+
+    def excess(tilt: float) -> float:
+        return float((loudness @ frame(tilt).square()) @ weights) - wanted
+
+    found: Tensor = axes @ frame(_root(excess))
+    return found
+
+
+def _root(excess: Callable[[float], float]) -> float:
+    """Where ``excess`` is zero, or the end where it comes nearest to it."""
+    start = excess(0.0)
+    if start == 0:
+        return 0.0
+    reach = -1.0 if start > 0 else 1.0
+    while abs(reach) < 2.0**24:
+        if excess(reach) * start <= 0:
+            return float(brentq(excess, min(0.0, reach), max(0.0, reach), xtol=1e-300, rtol=1e-15, maxiter=1000))
+        reach *= 2
+    return reach

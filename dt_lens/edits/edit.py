@@ -1,0 +1,361 @@
+"""Low-rank changes of weights that are put in force and taken back bit for bit.
+
+Several changes of a model add up, whatever the order in which they come and go: a weight is always the untouched one
+plus the changes that are in force, rounded once to its dtype.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from dt_lens.arguments import require_activations
+from dt_lens.errors import DtLensError
+from dt_lens.lens.forward_mode import evaluating
+from dt_lens.edits.low_rank import LowRank, Placed, spectrum_of
+from dt_lens.lens.matrices import Matrix, Snapshot, fingerprint, memory_of, weight_bytes
+
+if TYPE_CHECKING:
+    from dt_lens.lens.activations import Activations
+    from dt_lens.svd.decomposition import Decomposition
+    from dt_lens.lens.loading import Lens
+
+__all__ = ["Edit", "suspended", "unedited"]
+
+# Where the forward pass shows what a weight does, straight after it.
+SHOWN_AT = {
+    "W_Q": "attn.hook_q",
+    "W_K": "attn.hook_k",
+    "W_V": "attn.hook_v",
+    "W_O": "hook_attn_out",
+    "W_in": "mlp.hook_pre",
+    "W_gate": "mlp.hook_pre",
+    "W_out": "hook_mlp_out",
+}
+
+
+@dataclass
+class State:
+    """What is in force on one model: its edits, and the untouched weights that they change.
+
+    ``decomposed`` keeps the last decomposition that an edit was made of: edits come in series from one matrix.
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    untouched: dict[str, Tensor] = field(default_factory=dict)
+    decomposed: tuple[tuple[Any, ...], Decomposition] | None = None
+
+
+def state_of(model: Lens) -> State:
+    """The state kept with a model, made when first asked for; ``model.active_edits`` is its list of edits in force."""
+    state: State | None = model.__dict__.get("_edit_state")
+    if state is None:
+        state = State()
+        # Past nn.Module's registration of attributes.
+        object.__setattr__(model, "_edit_state", state)
+        object.__setattr__(model, "active_edits", state.edits)
+    return state
+
+
+def unedited(model: Lens) -> Snapshot:
+    """A model's weights without the edits in force: what edits are made of, so that ``sv`` always counts alike."""
+    weights = model.weights
+    # By memory, as layers may share one: an edit under one name is in force under the other too.
+    untouched = {memory_of(weights[name]): kept for name, kept in state_of(model).untouched.items()}
+    bare = {name: untouched.get(memory_of(weight), weight) for name, weight in weights.items()}
+    return Snapshot(bare, model.structure)
+
+
+@contextmanager
+def suspended(model: Lens) -> Iterator[None]:
+    """The model without its edits inside ``with``, and with them again afterwards, bit for bit, whatever happened.
+
+    Edits stay in ``model.active_edits`` meanwhile. Ctrl-C is held back while weights are being written.
+
+    Raises:
+        DtLensError: when a weight cannot be put back because it was cast or moved meanwhile.
+    """
+    state = state_of(model)
+    edits = list(state.edits)
+    kept = {name: model.weights[name].detach().clone() for name in state.untouched}
+
+    def put_back() -> None:
+        with _shielded():
+            if len(edits) != len(state.edits) or any(a is not b for a, b in zip(edits, state.edits, strict=True)):
+                _write(model)  # an edit came or went meanwhile, so what was kept is no longer what should be there
+                return
+            _copy(model, kept)
+            for name, weight in kept.items():
+                if not _same_bits(model.weights[name], weight):
+                    raise DtLensError(f"The edited weight {name!r} could not be put back bit for bit; load the model.")
+
+    try:
+        with _shielded():
+            _copy(model, state.untouched)
+        yield
+    finally:
+        try:
+            put_back()
+        except KeyboardInterrupt:
+            put_back()  # it came before the shield was up
+            raise
+
+
+def _copy(model: Lens, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        live = model.weights[name]
+        with _writable(live):
+            live.copy_(weight)
+
+
+class Edit:
+    """A low-rank change of one matrix, in force inside ``with``. What ``SingularEdit`` and ``Control`` have in common.
+
+    Attributes:
+        matrix: the catalogued matrix.
+        note: what a reader of the result has to know about this edit, or an empty string.
+    """
+
+    matrix: Matrix
+    note: str = ""
+
+    def __init__(self, model: Lens, matrix: Matrix, delta: LowRank, placed: Placed) -> None:
+        self.model = model
+        self.matrix = matrix
+        self._delta = delta
+        self._placed = placed
+        self._weight = placed.factor.weight
+        bare = unedited(model)
+        self._made_of = fingerprint(bare, matrix)
+        left, right = matrix.fold_change(bare, *delta)
+        self._folded_delta = left, right
+
+    @property
+    def delta(self) -> LowRank:
+        """The change of the matrix, ``M_edited = M + left @ right``: ``[d_left, r]`` and ``[r, d_right]``, float64.
+
+        ``M`` is the raw matrix (for OV and QK the product of the raw factors), also when the LayerNorm is folded for
+        choosing directions.
+        """
+        return self._delta
+
+    @property
+    def energy(self) -> float:
+        """The Frobenius norm of the change of the matrix."""
+        return float(spectrum_of(self._delta).norm())
+
+    @property
+    def effective_energy(self) -> float:
+        """The Frobenius norm of the change of the folded matrix: of what the LayerNorm in front lets through.
+
+        Equal to ``energy`` where there is no LayerNorm.
+        """
+        return float(spectrum_of(self._folded_delta).norm())
+
+    @property
+    def active(self) -> bool:
+        """Whether the edit is in force now."""
+        return any(edit is self for edit in state_of(self.model).edits)
+
+    def output_energy(self, activations: Activations) -> float:
+        """``sqrt(E ||x @ delta||^2)`` over the real inputs ``x`` of the raw matrix: the size of what the edit changes.
+
+        An edit of a circuit's ``write`` or ``key`` side changes its second factor, ``W_O`` or ``W_K``, which is also
+        applied to the bias of the first: ``x`` then stands for the inputs with what makes that bias.
+
+        Raises:
+            DtLensError: when what the matrix reads is not among ``activations``, or they are none or another model's.
+        """
+        require_activations(activations)
+        bare = unedited(self.model)
+        if self._placed.is_second_in(self.matrix):
+            return activations.between(self.matrix, bare).energy((self._placed.left, self._placed.right))
+        return activations.of(self.matrix, bare).energy(self._delta)
+
+    def control(self, seed: int = 0, activations: Activations | None = None) -> Edit:
+        """A random edit of the same energy and rank at the same place; with ``activations``, of the same output energy.
+
+        Raises:
+            DtLensError: as ``output_energy`` does.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """A portable record from which ``SingularEdit.from_dict`` makes the same edit; plain JSON values."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self.apply()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.undo()
+        except KeyboardInterrupt:
+            self.undo()  # it came before the shield was up
+            raise
+
+    def apply(self) -> None:
+        """Put the edit in force until ``undo``.
+
+        Raises:
+            DtLensError: when it is in force already, edits a direction that another edit in force edits, was made of
+                other weights than the model has now, is larger than the weights' dtype can hold, changes no bit of the
+                weights or of what they compute, or does not reach the model's forward pass; the model is then as it
+                was.
+        """
+        state = state_of(self.model)
+        if self.active:
+            raise DtLensError("This edit is in force already; make a second SingularEdit for a second one.")
+        self._refuse_overlap(state.edits)
+        self._require_same_weights(state)
+        before = self._activation()
+        try:
+            with _shielded():
+                live = self.model.weights[self._weight]
+                earlier = live.clone()
+                state.edits.append(self)
+                state.untouched.setdefault(self._weight, earlier)
+                _write(self.model)
+                if bool((earlier.isfinite() & ~live.isfinite()).any()):
+                    raise DtLensError(
+                        f"The edit of {self.matrix.name} makes weights that {str(live.dtype).removeprefix('torch.')} "
+                        f"cannot hold (energy {self.energy:.2g}); choose a smaller value."
+                    )
+                if _same_bits(live, earlier):
+                    raise DtLensError(
+                        f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); "
+                        "it would measure nothing."
+                    )
+                if _same_bits(before, self._activation()):
+                    raise DtLensError(self._why_unseen(before))
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Take the edit out of force; the last one leaves the weights as they were, bit for bit.
+
+        Whatever else was written into the edited weights meanwhile is undone with it. Nothing happens when the edit is
+        not in force.
+
+        Raises:
+            DtLensError: when a weight cannot be restored because it was cast meanwhile.
+        """
+        if not self.active:
+            return
+        with _shielded():
+            state = state_of(self.model)
+            state.edits[:] = [edit for edit in state.edits if edit is not self]
+            _write(self.model)
+            needed = {edit._weight for edit in state.edits}
+            weights = self.model.weights
+            untouched = {name: state.untouched.pop(name) for name in list(state.untouched) if name not in needed}
+            for name, kept in untouched.items():
+                if not _same_bits(weights[name], kept):
+                    raise DtLensError(f"The weight {name!r} could not be restored bit for bit; load the model again.")
+
+    def _refuse_overlap(self, edits: Sequence[Edit]) -> None:
+        pass
+
+    def _require_same_weights(self, state: State) -> None:
+        """The weights are those that the edit was made of, each in one place, and shared with the user's own model."""
+        if fingerprint(unedited(self.model), self.matrix) != self._made_of:
+            raise DtLensError(
+                f"The weights of {self.matrix.name} have changed since this edit was made of them; make the edit again."
+            )
+        weights, name = self.model.weights, self._weight
+        for other in state.untouched:
+            if other != name and weights[other].data_ptr() == weights[name].data_ptr():
+                raise DtLensError(
+                    f"{name!r} and {other!r} are one memory, and an edit of it is in force already; end it first."
+                )
+        check = getattr(self.model, "require_shared", None)
+        if check is not None:
+            check([name])
+
+    def _activation(self) -> Tensor:
+        """What the matrix does to a probe batch, straight after it in the forward pass."""
+        kind = self._weight.rpartition(".")[2]
+        gated = kind == "W_in" and f"blocks.{self.matrix.layer}.mlp.W_gate" in self.model.weights
+        name = f"blocks.{self.matrix.layer}.{'mlp.hook_pre_linear' if gated else SHOWN_AT[kind]}"
+        with evaluating(self.model), torch.no_grad():
+            _, cache = self.model.run_with_cache(**self.model.probe(), names_filter=name)
+        shown: Tensor = cache[name]
+        return torch.nan_to_num(shown.detach().clone())
+
+    def _why_unseen(self, before: Tensor) -> str:
+        """The edit moved no bit of the activation: is it merely small, or is the weight not the one in use?"""
+        live = self.model.weights[self._weight]
+        with _writable(live):
+            live.zero_()
+        reached = not _same_bits(before, self._activation())
+        _write(self.model)
+        if reached:
+            return (
+                f"The edit of {self.matrix.name} moves no activation by a bit at the model's precision (energy "
+                f"{self.energy:.2g}); it would measure nothing."
+            )
+        return (
+            f"The edit of {self.matrix.name} does not reach the model's forward pass: the weight that was written is "
+            "not the one in use (wrap the model again), or a hook puts something else in its place."
+        )
+
+
+def _write(model: Lens) -> None:
+    """Every touched weight becomes the untouched one plus the changes in force, rounded once to its dtype."""
+    state, weights = state_of(model), model.weights
+    for name, untouched in state.untouched.items():
+        live = weights[name]
+        changes = [edit._placed.dense(weights) for edit in state.edits if edit._weight == name]
+        with _writable(live):
+            if changes:
+                # In order of content rather than of arrival, so that the sum is the same whichever edit came first.
+                changes.sort(key=lambda change: (float(change.norm()), float(change.sum())))
+                live.copy_(sum(changes, untouched.double().to(live.device)))
+            else:
+                live.copy_(untouched)  # copied, not computed
+
+
+@contextmanager
+def _writable(weight: Tensor) -> Iterator[None]:
+    """Weights made in inference mode may only be written there, and others only outside of autograd."""
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        yield
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of every bit: tells -0.0 from 0.0, and a NaN equals itself."""
+    return a.shape == b.shape and a.dtype == b.dtype and weight_bytes(a) == weight_bytes(b)
+
+
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """Hold Ctrl-C back while weights are being written; it is delivered at the end."""
+    handler = signal.getsignal(signal.SIGINT)
+    # Signals come to the main thread only, and a handler of somebody's C code could not be put back.
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    pending: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pending.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            signal.raise_signal(signal.SIGINT)

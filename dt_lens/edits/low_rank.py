@@ -1,0 +1,110 @@
+"""Changes of low rank: of a matrix, and of the one weight whose change makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dt_lens.lens.matrices import Factor, Matrix, Snapshot, memory_of, unfold
+
+__all__ = ["LowRank", "Placed", "carry", "remarks_on", "spectrum_of"]
+
+LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
+
+
+class Placed(NamedTuple):
+    """A change of one weight, ``left @ right`` of a factor of it: kept thin, so that many edits fit in memory."""
+
+    factor: Factor
+    left: Float[Tensor, "d_left r"]
+    right: Float[Tensor, "r d_right"]
+
+    def is_second_in(self, matrix: Matrix) -> bool:
+        """Whether it changes the second factor of a circuit, which is applied to what the first gives."""
+        return self.factor in matrix.factors[1:]
+
+    def dense(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The change of the whole weight, float64, on its device."""
+        device = weights[self.factor.weight].device
+        return self.factor.scatter(self.left.to(device) @ self.right.to(device), weights)
+
+
+def spectrum_of(delta: LowRank) -> Float[Tensor, " r"]:
+    """The singular values of ``left @ right``, largest first, without forming the product."""
+    left, right = delta
+    spectrum: Tensor = torch.linalg.svdvals(torch.linalg.qr(left)[1] @ torch.linalg.qr(right.T)[1].T)
+    return spectrum
+
+
+def carry(
+    bare: Snapshot, matrix: Matrix, where: Literal["left", "right"], change: LowRank, folded: bool
+) -> tuple[LowRank, Placed]:
+    """A change of the (folded) matrix as a change of the raw matrix and of the one weight that makes it.
+
+    A circuit ``A B`` is edited in one factor: ``B += pinv(A) delta`` for the right side, ``A += delta pinv(B)`` for the
+    left one. Both are exact, because the side that stays lies in the span of the factor that stays.
+    """
+
+    def raw_left() -> Tensor:
+        norm = matrix.left_norm if folded else None
+        return change[0] if norm is None else unfold(change[0], bare.weights[f"{norm}.w"], norm)
+
+    def raw_right() -> Tensor:
+        norm = matrix.right_norm if folded else None
+        return change[1] if norm is None else unfold(change[1].T, bare.weights[f"{norm}.w"], norm).T
+
+    if len(matrix.factors) == 1:
+        delta = raw_left(), raw_right()
+        return delta, Placed(matrix.factors[0], *delta)
+    # Through the factor that stays, as the stream meets it; the raw matrix changes by the raw factor times the same.
+    raw, seen = matrix.raw(bare), matrix.folded(bare) if folded else matrix.raw(bare)
+    if where == "right":
+        placed = Placed(matrix.factors[1], torch.linalg.pinv(seen[0]) @ change[0], raw_right())
+        return (raw[0] @ placed.left, placed.right), placed
+    placed = Placed(matrix.factors[0], raw_left(), change[1] @ torch.linalg.pinv(seen[1]))
+    return (placed.left, placed.right @ raw[1]), placed
+
+
+def remarks_on(bare: Snapshot, matrix: Matrix, placed: Placed) -> list[str]:
+    """What a reader has to know about a change because of the one weight that is written to make it."""
+    remarks, factor, shared = [], placed.factor, bare.structure.queries_per_key
+    memory = memory_of(bare.weights[factor.weight])
+    also = [name for name, other in bare.weights.items() if name != factor.weight and memory_of(other) == memory]
+    if also:
+        remarks.append(f"{factor.weight} is one memory with {', '.join(also)}, so the edit changes all of them.")
+    if matrix.kind in ("OV", "QK") and shared > 1 and factor.weight.endswith(("W_K", "W_V")):
+        first = (matrix.head or 0) // shared * shared
+        remarks.append(
+            f"Heads {first} to {first + shared - 1} share {factor.weight.rpartition('.')[2]}, so the edit changes "
+            "what all of them do."
+        )
+    lost = _lost_to_rounding(bare, matrix, placed)
+    if lost > 0.1:
+        remarks.append(f"Rounding to the weights' precision alters the change by {lost:.0%} of its size.")
+    return remarks
+
+
+def _lost_to_rounding(bare: Snapshot, matrix: Matrix, placed: Placed) -> float:
+    """How far the change of the matrix that the weight's dtype can hold is from the one wanted, relative to its size.
+
+    A circuit's other factor may pass on little of a large change of the weight, and all of what rounding adds to it.
+    """
+    name, right = placed.factor.weight, placed.is_second_in(matrix)
+    before, wanted = bare.weights[name].double(), placed.dense(bare.weights)
+    made = (before + wanted).to(bare.weights[name].dtype).double() - before
+    passed = None
+    if len(matrix.factors) == 2:
+        raw = matrix.raw(bare)
+        passed = torch.linalg.qr(raw[0] if right else raw[1].T)[1]  # what it does to lengths
+
+    def size(change: Tensor) -> float:
+        part = placed.factor.view({name: change})
+        if passed is not None:
+            part = passed @ part if right else part @ passed.T
+        return float(part.norm())
+
+    return size(made - wanted) / max(size(wanted), 1e-300)

@@ -1,0 +1,151 @@
+"""Find the adapter for a checkpoint or a live model, through the entry-point group ``dt_lens.adapters``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from dt_lens.errors import DtLensError, because, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dt_lens.lens.checkpoints import Checkpoint
+    from dt_lens.lens.loading import Lens
+    from dt_lens.lens.shards import Shards
+
+__all__ = ["GROUP", "Adapter", "adapter_names", "choose", "named_adapter", "opener"]
+
+GROUP = "dt_lens.adapters"
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """What an architecture brings: how it recognises its own, and how it becomes a lens.
+
+    Adapters fail closed: a key or an option that they neither handle nor knowingly ignore is a ``DtLensError`` naming
+    it.
+    """
+
+    name: str
+
+    def recognises(self, source: Checkpoint | nn.Module) -> bool:
+        """Whether this checkpoint (by its keys and config, not its file name) or live model is of this kind."""
+        ...
+
+    def load(self, checkpoint: Checkpoint, **given: Any) -> Lens:
+        """The model of a checkpoint; ``given`` is what the user said that the file does not."""
+        ...
+
+    def wrap(self, model: nn.Module, **given: Any) -> Lens:
+        """The lens on a live model, sharing its storage where the layout allows."""
+        ...
+
+
+def _entries() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.name in found and found[entry.name].value != entry.value:
+            raise DtLensError(
+                f"Two installed packages both bring an adapter {entry.name!r} ({found[entry.name].value} and "
+                f"{entry.value}); uninstall one."
+            )
+        found[entry.name] = entry
+    return found
+
+
+def adapter_names() -> list[str]:
+    """The names of all installed adapters, sorted."""
+    return sorted(_entries())
+
+
+def named_adapter(adapter: str | Adapter | type) -> Adapter:
+    """An adapter from its registered name, from ``module:Class``, or from the class or object itself.
+
+    Raises:
+        DtLensError: for a name that is not known, or an object that is no adapter.
+    """
+    found: Any = adapter
+    if isinstance(adapter, str):
+        known = _entries()
+        if ":" in adapter:
+            module, _, name = adapter.partition(":")
+            found = _imported(adapter, lambda: getattr(importlib.import_module(module), name))
+        elif adapter in known:
+            found = _imported(adapter, known[adapter].load)
+        else:
+            raise DtLensError(
+                f"No adapter is called {adapter!r}; installed are {', '.join(sorted(known))}." + nearest(adapter, known)
+            )
+    return _made(adapter, found)
+
+
+def _made(adapter: str | Adapter | type, found: Any) -> Adapter:
+    if isinstance(found, type):
+        try:
+            found = found()
+        except TypeError as error:
+            raise DtLensError(f"The adapter {adapter!r} cannot be made without arguments: {because(error)}.") from error
+    if not isinstance(found, Adapter):
+        raise DtLensError(f"{adapter!r} is no adapter: it needs a name and the methods recognises, load and wrap.")
+    return found
+
+
+def _imported(name: str, find: Callable[[], Any]) -> Any:
+    try:
+        return find()
+    except Exception as error:  # a third party's module may fail in any way
+        raise DtLensError(f"The adapter {name!r} cannot be imported: {because(error)}.") from error
+
+
+def opener(shards: Shards, adapter: str | Adapter | type | None) -> Any:
+    """The one adapter that reads the weights of these files in place: it has ``opens`` and ``open``.
+
+    Raises:
+        DtLensError: when none or several do, or the one that was asked for cannot.
+    """
+    if adapter is not None:
+        found = named_adapter(adapter)
+        if not hasattr(found, "open"):
+            raise DtLensError(f"The adapter {found.name!r} cannot read weights in place; use dt_lens.load.")
+        return found
+    known = _entries()
+    made: list[Any] = [_made(name, _imported(name, known[name].load)) for name in sorted(known)]
+    able = [found for found in made if hasattr(found, "open")]
+    matches = [found for found in able if found.opens(shards)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(found.name for found in matches)
+        raise DtLensError(f"Several adapters recognise this model ({names}); pass adapter= with one of these names.")
+    kind = shards.config.get("model_type", "not said in a config.json")
+    raise DtLensError(
+        f"No adapter reads the weights of this model in place (its model_type is {kind}); those that can are "
+        f"{', '.join(found.name for found in able)}, and dt_lens.load may know it."
+    )
+
+
+def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None, seen: Iterable[str]) -> Adapter:
+    """The one adapter that recognises ``source``.
+
+    ``seen`` tells the user what was looked at when none or several do.
+    """
+    if adapter is not None:
+        return named_adapter(adapter)
+    known = _entries()
+    adapters = [_made(name, _imported(name, known[name].load)) for name in sorted(known)]
+    matches = [found for found in adapters if found.recognises(source)]
+    if len(matches) == 1:
+        return matches[0]
+    what = ", ".join(list(seen)[:4])
+    if matches:
+        raise DtLensError(
+            f"Several adapters recognise this model ({', '.join(m.name for m in matches)}); pass adapter= with one of "
+            "these names."
+        )
+    raise DtLensError(
+        f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(sorted(known))} (pass "
+        "adapter= to insist on one)."
+    )

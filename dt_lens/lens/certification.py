@@ -1,0 +1,444 @@
+"""Proof by forward pass that every matrix's name, orientation, scale and heads are right.
+
+A wrong reshape raises nothing when d_model equals n_heads * d_head, and a transposed square matrix has every size
+right. So each catalogued matrix is applied to the activation on its one side, and must give the activation on its other
+side, both cached from the original model wherever there is one: a copy of the weights cannot vouch for itself.
+
+Between the matrices, each part of the lens (LayerNorms, attention, activation function, heads) is fed the original's
+activation and must give the original's next one. So no error hides another, and none grows on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from dt_lens.arguments import require_wrapped
+from dt_lens.lens.diagnosis import Check, explain
+from dt_lens.errors import DtLensError, because
+from dt_lens.lens.matrices import Snapshot, catalogue
+
+if TYPE_CHECKING:
+    from dt_lens.lens.loading import Lens
+
+__all__ = ["Certificate", "certify"]
+
+# Relative to the activation's own size: rounding through one part of the model in the weights' dtype.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+# Where the lens's activation is noted and the original's goes on.
+EXCHANGED: tuple[str, ...] = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_q",
+    "hook_k",
+    "hook_v",
+    "hook_pre",
+)
+EXCHANGED += ("hook_pre_linear",)
+# A language model's tables, which are looked up and read off rather than multiplied from stream to stream.
+TABLES = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
+CHUNK = 2**17  # entries of a weight that are brought to float64 at a time: nobody's memory need hold all of it twice
+# What is read off the last activations, and the part whose fault a difference there is.
+READ_OFF = {
+    "hook_final": "ln_final",
+    "hook_action_pre": "predict.action.W",
+    "action_preds": "action_tanh",
+    "state_preds": "predict.state.W",
+    "return_preds": "predict.return_to_go.W",
+    "logits": "the unembedding",
+}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proven: the largest relative error of each part, and whose activations it was held against.
+
+    ``errors`` is keyed by the names of matrices, raw and with the LayerNorm folded, and of the parts between them.
+    """
+
+    errors: Mapping[str, float]
+    against: str  # "the original model" or "the lens's own forward pass"
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of all."""
+        return max(self.errors.values(), default=0.0)
+
+    def __str__(self) -> str:
+        proven = f"{len(self.errors)} matrices and parts reproduce their activations in {self.against}"
+        return f"{proven}; largest relative error {self.worst:.1e}"
+
+
+def certify(model: Lens, seed: int = 0) -> Certificate:
+    """Prove the catalogue on one random batch.
+
+    The order is that of the forward pass and a matrix is only asked about once everything before it holds, so the first
+    failure is the culprit. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores.
+
+    Returns:
+        the errors: the largest difference, beyond what rounding explains, over the root mean square of the activation.
+
+    Raises:
+        DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; for
+            what is no wrapped model.
+    """
+    require_wrapped(model, "certify", "structure", "weights")
+    weights = model.weights
+    for name, weight in weights.items():
+        if not _finite(weight):
+            raise DtLensError(f"certify: the weight {name!r} holds NaN or infinite values; the model is damaged.")
+    dtype = getattr(model, "arithmetic", None) or _arithmetic(next(iter(weights.values())))
+    tolerance = TOLERANCE[dtype]
+    against = "the original model" if model.reference is not None else "the lens's own forward pass"
+    batch = model.probe(seed)
+    try:
+        truth = {} if model.reference is None else _without_padding(model.reference.activations(batch), batch)
+        own = _activations(model, batch, truth)
+    except DtLensError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise DtLensError(f"certify: the model cannot run on a random batch: {because(error)}.") from error
+    for name, tensor in truth.items():
+        if not name.endswith(("hook_pattern", "hook_attn_scores")) and not bool(torch.isfinite(tensor).all()):
+            raise DtLensError(
+                f"certify: {name} of {against} is NaN or infinite on a random batch, so nothing can be held against "
+                "it; bring the model to a wider type with .float()."
+            )
+    errors: dict[str, float] = {}
+    with torch.inference_mode():
+        for check in _Walk(model, truth or own, own, batch, dtype).checks():
+            size = check.error()
+            # "not <=" rather than ">", so that a NaN fails.
+            if not size <= tolerance:
+                raise DtLensError(
+                    f"certify: {check.part} does not reproduce its activation in {against} (relative error "
+                    f"{size:.2g}, allowed {tolerance:.0e}){explain(check, model, tolerance)}; the adapter maps this "
+                    "part wrongly."
+                )
+            errors[check.part] = max(size, errors.get(check.part, 0.0))
+    unproven = [name for name in (*catalogue(model), *(t for t in TABLES if t in weights)) if name not in errors]
+    if unproven:
+        raise DtLensError(
+            f"certify: no activation proves {unproven[0]}; the adapter's reference must give both its sides."
+        )
+    return Certificate(errors, against)
+
+
+def _arithmetic(weight: Tensor) -> torch.dtype:
+    """The type whose rounding the forward pass has."""
+    # On CUDA float32 products may be made of 10 bits (TF32), as many as float16 has.
+    short = weight.dtype == torch.float32 and weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return torch.float16 if short else weight.dtype
+
+
+def _without_padding(truth: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Zeros where there is padding: some implementations compute NaN there, and nobody looks at it."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return dict(truth)
+
+    def blank(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith(("hook_pattern", "hook_attn_scores")):
+            return tensor  # queries by keys: keys that are padding have no weight, and those queries are left out
+        real = mask.bool().repeat_interleave(tensor.shape[1] // mask.shape[1], 1)
+        return tensor.where(rearrange(real, f"n t -> n t{' 1' * (tensor.ndim - 2)}"), 0)
+
+    return {name: blank(name, tensor) for name, tensor in truth.items()}
+
+
+def _activations(model: Lens, batch: Mapping[str, Any], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The lens's activations and outputs, every part fed what the original's was fed."""
+    made: dict[str, Tensor] = {}
+
+    def exchange(x: Tensor, hook: Any) -> Tensor:
+        made[hook.name] = x.detach()
+        given = truth[hook.name]
+        return given.to(x) if given.shape == x.shape else x
+
+    points = [name for name in truth if name.startswith("blocks.") and name.rpartition(".")[2] in EXCHANGED]
+    module: Any = model
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), model.hooks(fwd_hooks=[(name, exchange) for name in points]):
+            out, cache = model.run_with_cache(**batch)
+    finally:
+        module.train(training)
+    outputs = {name: getattr(out, name) for name in READ_OFF if isinstance(getattr(out, name, None), Tensor)}
+    return {name: tensor.detach() for name, tensor in {**cache, **outputs}.items()} | made
+
+
+class _Walk:
+    """All checks that one batch's activations allow, in the order of the forward pass, in float64."""
+
+    def __init__(
+        self,
+        model: Lens,
+        truth: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+        batch: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        self.norm_eps = float(getattr(model.cfg, "eps", 0.0))
+        self.model = Snapshot.of(model)
+        self.weights, self.structure = self.model
+        self.found = catalogue(model)
+        self.truth = truth
+        self.own = own
+        self.mask: Tensor | None = batch.get("attention_mask")
+        self.tokens: Tensor | None = batch.get("tokens")
+        self.eps = torch.finfo(dtype).eps
+
+    def kept(self, tokens: Tensor) -> Tensor:
+        """Real tokens only: what padding computes is nobody's concern and differs between implementations."""
+        if self.mask is None or tokens.shape[0] != self.mask.shape[0]:
+            return tokens.double()
+        per_step = tokens.shape[1] // self.mask.shape[1]
+        return tokens[self.mask.bool().repeat_interleave(per_step, 1)].double()
+
+    def check(
+        self,
+        part: str,
+        computed: Tensor,
+        expected: Tensor,
+        slack: Tensor | float = 0.0,
+        weight: Callable[[], Tensor] | None = None,
+        source: Tensor | None = None,
+    ) -> Check:
+        # Both sides may be rounded, each to half a unit in the last place.
+        return Check(part, computed, expected, slack + self.eps * expected.abs(), weight, source)
+
+    def same(self, part: str, name: str, slack: Tensor | float = 0.0) -> Iterator[Check]:
+        """The lens's own activation against the original's, where both are."""
+        if name in self.truth and name in self.own and self.truth is not self.own:
+            yield self.check(part, self.kept(self.own[name]), self.kept(self.truth[name]), slack)
+
+    def checks(self) -> Iterator[Check]:
+        for name in self.own:
+            if name.startswith("hook_embed_"):
+                weight = f"embed.{name.removeprefix('hook_embed_')}.W"
+                yield from self.same(weight if weight in self.weights else name, name)
+        yield from self.tables()
+        yield from self.same("the order of the tokens", "hook_embed")
+        layers = range(self.structure.n_layers)
+        for layer in layers:
+            before = "embed_ln or embed.position.W" if layer == 0 else f"the sum at the end of block {layer - 1}"
+            yield from self.same(before, f"blocks.{layer}.hook_resid_pre")
+            yield from self.attention(layer)
+            yield from self.same(f"the sum after the attention of block {layer}", f"blocks.{layer}.hook_resid_mid")
+            yield from self.mlp(layer)
+        yield from self.same(f"the sum at the end of block {layers[-1]}", f"blocks.{layers[-1]}.hook_resid_post")
+        yield from self.unembedding()
+        for name, part in READ_OFF.items():
+            yield from self.same(part, name)
+
+    def tables(self) -> Iterator[Check]:
+        """A language model's token and position tables, whose rows are the embeddings."""
+        for name, hook in (("embed.W_E", "hook_embed"), ("pos_embed.W_pos", "hook_pos_embed")):
+            if name in self.weights and hook in self.truth and self.tokens is not None:
+                expected = self.truth[hook].double()
+                rows = self.tokens if name == "embed.W_E" else torch.arange(expected.shape[-2])
+                made = self.weights[name][rows.to(self.weights[name].device)].double().expand_as(expected)
+                yield self.check(name, made, expected)
+
+    def unembedding(self) -> Iterator[Check]:
+        """A language model's logits from what its last norm leaves."""
+        if "unembed.W_U" not in self.weights or not {"hook_final", "logits"} <= set(self.truth):
+            return
+        x = self.truth["hook_final"]
+        if "ln_final.w" in self.weights:
+            yield self.check("ln_final", self.kept(self.normalized("ln_final")), self.kept(x))
+        W_U, b_U, logits = self.weights["unembed.W_U"], self.weights.get("unembed.b_U"), self.truth["logits"]
+        for chosen in _some_columns(W_U):  # logits too are many
+            b = 0.0 if b_U is None else b_U[chosen].double()
+            part = W_U[:, chosen]
+            yield self.product("unembed.W_U", self.kept(x), part, part.double, logits[..., chosen], b)
+
+    def attention(self, layer: int) -> Iterator[Check]:
+        block, attn = f"blocks.{layer}", f"blocks.{layer}.attn"
+        norm = self.structure.attn_norm[layer]
+        yield from self.layernorm(f"{block}.attn_in", norm)
+        x = self.entry(f"{block}.attn_in", norm, f"{block}.hook_resid_pre")
+        for kind, hook in (("W_Q", "hook_q"), ("W_K", "hook_k"), ("W_V", "hook_v")):
+            yield from self.linear(f"{attn}.{kind}", x, norm, self.truth[f"{attn}.{hook}"].flatten(-2))
+            yield from self.same(f"{attn}.{kind}", f"{attn}.{hook}")
+        # Rounded scores: an error of a score is one of the pattern's logarithm.
+        q, k, v = (self.by_query(layer, name) for name in "qkv")
+        scores = 2 * self.eps * einsum(q.norm(dim=-1), k.norm(dim=-1), "n q h, n k h -> n h q k")
+        pattern = self.truth[f"{attn}.hook_pattern"].double()
+        rounded = 2 * abs(self.structure.attn_scale[layer]) * scores.amax(-1, keepdim=True) * pattern
+        yield from self.circuits(layer, x.double(), norm, scores, rounded)
+        slack = self.kept(einsum(rounded, v.abs(), "n h q k, n k h e -> n q h e"))
+        yield from self.same(f"the attention mask of block {layer}", f"{attn}.hook_z", slack)
+        z, out = self.truth[f"{attn}.hook_z"].flatten(-2), self.truth[f"{block}.hook_attn_out"]
+        yield from self.linear(f"{attn}.W_O", z, None, out)
+
+    def mlp(self, layer: int) -> Iterator[Check]:
+        block, mlp = f"blocks.{layer}", f"blocks.{layer}.mlp"
+        norm, parallel = self.structure.mlp_norm[layer], self.structure.parallel
+        entry = f"{block}.attn_in" if parallel else f"{block}.mlp_in"
+        if not parallel:
+            yield from self.layernorm(entry, norm)
+        x = self.entry(entry, norm, f"{block}.hook_resid_{'pre' if parallel else 'mid'}")
+        gated = f"{mlp}.W_gate" in self.weights
+        # Where the gate has a bias both biases are added before the product; elsewhere the one bias comes after it.
+        with_bias = not gated or f"{mlp}.b_gate" in self.weights
+        for kind, hook in (("W_gate", "hook_pre"), ("W_in", "hook_pre_linear")) if gated else (("W_in", "hook_pre"),):
+            yield from self.linear(f"{mlp}.{kind}", x, norm, self.truth[f"{mlp}.{hook}"], with_bias=with_bias)
+            yield from self.same(f"{mlp}.{kind}", f"{mlp}.{hook}")
+        yield from self.same(f"the activation function of block {layer}", f"{mlp}.hook_post")
+        yield from self.linear(
+            f"{mlp}.W_out", self.truth[f"{mlp}.hook_post"], None, self.truth[f"{block}.hook_mlp_out"]
+        )
+
+    def layernorm(self, entry: str, norm: str | None) -> Iterator[Check]:
+        if norm is not None and entry in self.truth:
+            yield self.check(norm, self.kept(self.normalized(norm)), self.kept(self.truth[entry]))
+
+    def bare(self, norm: str) -> Tensor:
+        """The stream centred and divided by its scale, which is all that folding leaves of a LayerNorm."""
+        if f"{norm}.hook_normalized" in self.own:
+            return self.own[f"{norm}.hook_normalized"].double()
+        block, _, which = norm.rpartition(".")
+        last = f"blocks.{self.structure.n_layers - 1}.hook_resid_post"
+        names = {"ln1": f"{block}.hook_resid_pre", "ln2": f"{block}.hook_resid_mid", "ln_final": last}
+        x = self.truth[names[which]].double()
+        if not self.structure.rms:
+            x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
+
+    def normalized(self, norm: str) -> Tensor:
+        """What a norm gives: scaled and, unless it is an RMSNorm, shifted."""
+        return self.bare(norm) * self.weights[f"{norm}.w"].double() + self.shift(norm)
+
+    def shift(self, norm: str) -> Tensor:
+        """The bias of a norm; an RMSNorm has none."""
+        bias = self.weights.get(f"{norm}.b")
+        return torch.zeros_like(self.weights[f"{norm}.w"], dtype=torch.float64) if bias is None else bias.double()
+
+    def entry(self, entry: str, norm: str | None, stream: str) -> Tensor:
+        """What a sublayer's matrices are applied to: the stream, or the stream behind its LayerNorm."""
+        if norm is None:
+            return self.truth[stream]
+        if entry in self.truth:
+            return self.truth[entry]
+        return self.normalized(norm)
+
+    def linear(self, name: str, x: Tensor, norm: str | None, output: Tensor, with_bias: bool = True) -> Iterator[Check]:
+        """A matrix with all its heads side by side, raw and with its LayerNorm folded."""
+        matrix = self.found[name]
+        head, _, leaf = name.rpartition(".")
+        bias = self.weights.get(f"{head}.b{leaf[1:]}") if with_bias else None
+        b = 0.0 if bias is None else bias.double().flatten()
+        (factor,) = matrix.factors
+        W = factor.view(self.weights)
+
+        def whole() -> Tensor:
+            return matrix.dense(self.model, fold_layernorm=False)
+
+        raw = self.product(name, self.kept(x), W, whole, output, b)
+        yield raw
+        if norm is not None:
+            bare, shift = self.kept(self.bare(norm)), self.shift(norm)
+            folded = torch.empty_like(raw.computed)
+            for chosen in _some_columns(W):
+                M = W[:, chosen].double()
+                folded[..., chosen] = bare @ matrix.fold_change(self.model, M)[0] + shift @ M
+            yield Check(f"{name} with its LayerNorm folded", folded + b, raw.expected, raw.slack)
+
+    def product(
+        self, part: str, x: Tensor, W: Tensor, whole: Callable[[], Tensor], output: Tensor, b: Tensor | float
+    ) -> Check:
+        """A weight and its bias, applied to ``x`` a few columns at a time."""
+        # Into one tensor each: results kept one by one would lie between the chunks, whose memory then cannot be used
+        # again.
+        made, terms = (x.new_empty((*x.shape[:-1], W.shape[1])) for _ in range(2))
+        for chosen in _some_columns(W):
+            M = W[:, chosen].double()
+            made[..., chosen] = x @ M
+            terms[..., chosen] = x.abs() @ M.abs()
+        # Where large terms cancel, the sum's rounding goes by the terms (Higham, "Accuracy and Stability of Numerical
+        # Algorithms", section 3.1); products of half-precision numbers are summed in float32.
+        slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * terms
+        return self.check(part, made + b, self.kept(output), slack, whole, x)
+
+    def by_query(self, layer: int, which: str) -> Tensor:
+        """``q``, ``k``, ``v`` or ``z`` in float64 with a head for every query head."""
+        x = self.truth[f"blocks.{layer}.attn.hook_{which}"].double()
+        shared = self.structure.queries_per_key
+        return x if shared == 1 or not which.endswith(("k", "v")) else x.repeat_interleave(shared, 2)
+
+    def circuits(
+        self, layer: int, x: Tensor, norm: str | None, score_slack: Tensor, pattern_slack: Tensor
+    ) -> Iterator[Check]:
+        """QK through the scores, OV through the pattern, head by head, from the catalogue's own products."""
+        attn, scale = f"blocks.{layer}.attn", self.structure.attn_scale[layer]
+        pattern = self.truth[f"{attn}.hook_pattern"].double()
+        q, k, z = (self.by_query(layer, name) for name in "qkz")
+        met = [self.by_query(layer, f"rot_{name}") for name in "qk"] if self.structure.rotary else [q, k]
+        for head in range(self.structure.n_heads):
+            shared = head // self.structure.queries_per_key
+            W_Q, W_O = (self.weights[f"{attn}.W_{letter}"][head].double() for letter in "QO")
+            W_K, W_V = (self.weights[f"{attn}.W_{letter}"][shared].double() for letter in "KV")
+            b_Q = self.head_bias(f"{attn}.b_Q", head, W_Q)
+            b_K, b_V = (self.head_bias(f"{attn}.b_{letter}", shared, W_K) for letter in "KV")
+            QK, OV = self.found[f"{attn}.QK.{head}"], self.found[f"{attn}.OV.{head}"]
+            expected = einsum(q[:, :, head], k[:, :, head], "n q e, n k e -> n q k")
+            scores = einsum(_through(x, QK.raw(self.model)), x, "n q d, n k d -> n q k") + (x @ W_Q @ b_K)[:, :, None]
+            scores = scores + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
+            seen = pattern[:, head] > 0
+            yield self.check(
+                QK.name,
+                self.kept(scores.where(seen, 0)),
+                self.kept(expected.where(seen, 0)),
+                self.kept(score_slack[:, head]),
+            )
+            turned = einsum(met[0][:, :, head], met[1][:, :, head], "n q e, n k e -> n q k")
+            attended = torch.softmax((turned * scale).masked_fill(~seen, float("-inf")), -1)
+            slack = self.kept(pattern_slack[:, head])
+            part = f"the attention scale of block {layer}"
+            yield self.check(part, self.kept(attended), self.kept(pattern[:, head]), slack)
+            moved = einsum(pattern[:, head], _through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
+            yield self.check(OV.name, self.kept(moved + b_V @ W_O), self.kept(z[:, :, head] @ W_O))
+            if norm is not None:
+                # Folding is exact whatever the activations, so the matrices just proven vouch for the folded ones.
+                bare = self.bare(norm)
+                bare = bare if self.structure.rms else bare - bare.mean(-1, keepdim=True)
+                plain = bare * self.weights[f"{norm}.w"].double()
+                expected = einsum(plain @ W_Q, plain @ W_K, "n q e, n k e -> n q k")
+                folded = einsum(_through(bare, QK.folded(self.model)), bare, "n q d, n k d -> n q k")
+                yield self.check(f"{QK.name} with its LayerNorm folded", self.kept(folded), self.kept(expected))
+                folded = _through(bare, OV.folded(self.model))
+                yield self.check(
+                    f"{OV.name} with its LayerNorm folded", self.kept(folded), self.kept(plain @ W_V @ W_O)
+                )
+
+    def head_bias(self, name: str, head: int, W: Tensor) -> Tensor:
+        return self.weights[name][head].double() if name in self.weights else W.new_zeros(W.shape[1])
+
+
+def _through(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``x`` times a circuit, which is never multiplied out."""
+    for factor in factors:
+        x = x @ factor
+    return x
+
+
+def _some_columns(W: Tensor) -> Iterator[slice]:
+    """The columns of a weight, a few at a time."""
+    step = max(1, CHUNK // len(W))
+    for start in range(0, W.shape[1], step):
+        yield slice(start, min(start + step, W.shape[1]))
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether every entry is finite, without the copies that ``isfinite`` makes of a large weight."""
+    outer = max(range(weight.ndim), key=weight.stride)
+    step = max(1, CHUNK * weight.shape[outer] // max(1, weight.numel()))
+    return all(bool(torch.isfinite(end)) for part in torch.split(weight, step, outer) for end in part.aminmax())

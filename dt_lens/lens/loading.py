@@ -1,0 +1,193 @@
+"""What every wrapped model offers, and the two ways to one: ``load`` a checkpoint, ``wrap`` a live model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.lens.checkpoints import SUFFIXES, read_checkpoint
+from dt_lens.lens.adapters import Adapter, choose, opener
+
+if TYPE_CHECKING:
+    from dt_lens.lens.embeddings import EmbeddingRegistry
+    from dt_lens.lens.matrices import Structure
+
+__all__ = ["Lens", "Reference", "load", "open_checkpoint", "wrap"]
+
+# Weights, configuration and tokenizer; a hub repository often holds the same weights in other formats too.
+HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "tokenizer.model"]
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """The original model's own activations, so that ``certify`` proves the adapter and not merely the copy."""
+
+    def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """One forward pass of the original model: its activations under canonical hook names, heads split.
+
+        ``certify`` wants, for every block, ``hook_resid_pre`` (and for the last ``hook_resid_post``), ``attn.hook_q``,
+        ``hook_k``, ``hook_v``, ``hook_pattern``, ``hook_z``, ``hook_attn_out``, ``hook_resid_mid``, ``mlp.hook_pre``,
+        ``hook_post`` and ``hook_mlp_out``; where there are LayerNorms, their outputs as ``blocks.{l}.attn_in`` and
+        ``mlp_in``; and the embeddings and outputs that there are.
+        """
+        ...
+
+
+@runtime_checkable
+class Lens(Protocol):
+    """A wrapped model. Everything in dt-lens after ``load`` or ``wrap`` uses these and nothing else of it."""
+
+    cfg: Any
+    original: nn.Module | None
+    reference: Reference | None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Live weights by canonical name, ``y = x @ W + b``; writing into one edits the model."""
+        ...
+
+    @property
+    def structure(self) -> Structure:
+        """Blocks, heads, and which LayerNorm stands before which matrix."""
+        ...
+
+    @property
+    def embeddings(self) -> EmbeddingRegistry:
+        """Named sets of labelled directions in the residual stream."""
+        ...
+
+    def probe(self, seed: int = 0) -> dict[str, Any]:
+        """A small random batch that exercises every part of the model."""
+        ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's ``run_with_cache``."""
+        ...
+
+    def hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's context manager for hooks."""
+        ...
+
+
+def load(source: str | Path, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
+    """A model from a bundled name, a local file or folder, or a Hugging Face hub id.
+
+    Args:
+        source: ``"hopper"``, ``"runs/walker"``, ``"model.pt"``,
+            ``"edbeeching/decision-transformer-gym-hopper-expert"``.
+        adapter: insist on one by name, ``"module:Class"``, class or object; found by the checkpoint's content when
+            omitted.
+        check: certify the result (a forward pass or two); leave it on.
+        given: what the file does not tell, such as ``n_heads=1``, ``environment="Hopper-v5"``, ``context=20``.
+
+    Returns:
+        the wrapped model, in evaluation mode; for a decision transformer a ``HookedDecisionTransformer``.
+
+    Raises:
+        DtLensError: when there is no such model, the file is damaged, no adapter knows it, or ``certify`` refuses it.
+    """
+    if not isinstance(source, (str, Path)):
+        raise DtLensError(
+            f"load takes a name or a path, not a {type(source).__name__}; use dt_lens.wrap for a live torch model."
+        )
+    checkpoint = read_checkpoint(_locate(source))
+    chosen = choose(checkpoint, adapter, sorted(checkpoint.tensors))
+    return _certified(chosen.load(checkpoint, **given), check)
+
+
+def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
+    """The lens on a live torch model, sharing its storage: an edit made through it is seen by the model itself.
+
+    The arguments are ``load``'s. A model that is moved, cast or loaded anew after wrapping gets other storage: wrap it
+    again (an edit notices and says so).
+    """
+    if not isinstance(model, nn.Module):
+        raise DtLensError(
+            f"wrap takes a torch model, not a {type(model).__name__}; use dt_lens.load for a file, folder or name."
+        )
+    # By what its class offers: asking the object would compute its properties.
+    if all(hasattr(type(model), name) for name in ("weights", "structure", "embeddings", "probe")):
+        if given:
+            raise DtLensError(f"This model is wrapped already, so {next(iter(given))}= comes too late; leave it out.")
+        return model
+    chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
+    return _certified(chosen.wrap(model, **given), check)
+
+
+def open_checkpoint(source: str | Path, *, adapter: str | Adapter | type | None = None, **given: Any) -> Any:
+    """The weights of a language model straight from its safetensors files, for models bigger than memory.
+
+    What comes back can be decomposed, scanned and compared like any wrapped model, and cannot run: it is neither
+    certified nor edited. Files are mapped into memory; a weight is there as long as somebody holds it.
+
+    Args:
+        source: a local folder in Hugging Face's form with ``config.json`` and ``model.safetensors`` or its shards.
+        adapter: insist on one, as for ``load``.
+        given: ``tokenizer=``; the one whose files lie in the folder when left out.
+
+    Returns:
+        a ``WeightsOnly``.
+
+    Raises:
+        DtLensError: when there is no such folder, a shard is missing or cut off, no adapter knows the model or can read
+            it so, or a tensor does not fit.
+    """
+    if not isinstance(source, (str, Path)):
+        raise DtLensError(f"open_checkpoint takes the path of a folder, not a {type(source).__name__}.")
+    from dt_lens.lens.shards import Shards
+
+    shards = Shards(_locate(source))
+    return opener(shards, adapter).open(shards, **given)
+
+
+def _certified(lens: Lens, check: bool) -> Lens:
+    if check:
+        from dt_lens.lens.certification import certify
+
+        certify(lens)
+    return lens
+
+
+def _locate(source: str | Path) -> Path:
+    from dt_lens.zoo import bundled
+
+    name, path = str(source), Path(source)
+    models = bundled()
+    try:
+        # A folder that merely has a bundled model's name, such as a study's results, does not hide the model.
+        if path.exists() and not (name in models and path.is_dir() and not (path / "config.json").exists()):
+            return path
+        # A hub id has the form of a relative path; what looks like a file, or lies in a folder that is here, is one.
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in SUFFIXES and not path.parent.is_dir():
+            return _download(name)
+    except (OSError, ValueError) as error:
+        raise DtLensError(f"{name[:200]!r} cannot be looked at: {because(error)}.") from error
+    if name in models:
+        return models[name]
+    raise DtLensError(
+        f"There is no model {name!r}: it is no local file or folder and none of the bundled models "
+        f"({', '.join(models)})." + nearest(name, models)
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError as error:
+        raise DtLensError(
+            f"There is no local path {hub_id!r}, and no model of that id on the Hugging Face hub that you may read; "
+            "check the name."
+        ) from error
+    except Exception as error:  # each way of being offline has an exception of its own
+        raise DtLensError(
+            f"There is no local path {hub_id!r}, and the Hugging Face hub could not be reached for a model of that id; "
+            "check the name and the connection."
+        ) from error

@@ -1,0 +1,219 @@
+"""What the atlas says, in plain sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dt_lens.study.atlas.atlas import Atlas
+from dt_lens.study.atlas.tables import ALPHA, LARGE, RANKED
+
+__all__ = ["SIGHTS", "correlation_of", "covered", "joined", "sentences", "shares_for", "signed"]
+
+# What the directions of each kind of matrix are said to look like: the embedding on the side that meets it. W_in reads,
+# and is compared with the action output all the same, because that is the claim to be tested.
+SIGHTS = {"W_in": "read action_out", "W_gate": "read action_out", "W_out": "write action_out", "OV": "write action_out"}
+# Two sizes to hold against damage: how each is spoken of, their rows in the table, and that of their difference.
+PREDICTORS = (
+    (
+        "Sigma",
+        "the output energy on the agent's own inputs",
+        "sigma",
+        "output_energy",
+        "output_energy minus sigma",
+    ),
+    (
+        "Sigma of plain directions",
+        "that of as many activation-aware directions",
+        "plain sigma",
+        "activation-aware sigma",
+        "activation-aware minus plain",
+    ),
+)
+
+
+def sentences(atlas: Atlas) -> list[str]:
+    """The answer in a few plain sentences."""
+    everything, n = shares_for(atlas, "all"), len(atlas.directions)
+    large = f", and more than {LARGE:.0%} of it for **{everything['large']:.0f}**" if np.isfinite(atlas.unit) else ""
+    said = [
+        (
+            "Removing one singular direction costs the agent return (q < 0.05) for "
+            f"**{everything['hurts']} of {n:,}** directions ({everything['share']:.1%}){large}."
+        )
+    ]
+    said += _beside_controls(atlas)
+    for kind, sight in SIGHTS.items():
+        row, held = (correlation_of(atlas, kind, sight, response) for response in ("damage", "damage at equal size"))
+        if row is not None and held is not None and np.isfinite(row["rho"]):
+            said.append(_predicts(row, held))
+    said += _repeats(atlas)
+    said += [_better(atlas, *names) for names in PREDICTORS if _is_told(atlas, names[-1])]
+    controlled, awaited = everything["controlled"], atlas.planned_controls
+    if n < atlas.planned or controlled < awaited:
+        missing = f", and random changes beside {controlled:,} of {awaited:,}" if awaited else ""
+        said.append(f"The sweep is not finished: {n:,} of {atlas.planned:,} directions are measured{missing}.")
+    return said
+
+
+def shares_for(atlas: Atlas, what: str) -> dict[str, Any]:
+    """The row of ``Atlas.shares`` for ``"all"``, a kind of matrix or a matrix."""
+    return _row(atlas.shares[atlas.shares["what"] == what]) or {}
+
+
+def _row(rows: pd.DataFrame) -> dict[str, Any] | None:
+    """The first row by its columns."""
+    return None if rows.empty else {str(key): value for key, value in rows.iloc[0].to_dict().items()}
+
+
+def _beside_controls(atlas: Atlas) -> list[str]:
+    """What random changes cost, and what directions cost beyond them: of the directions that have some."""
+    found = shares_for(atlas, "all")
+    n, k = len(atlas.directions), found["controlled"]
+    if not k:
+        return []
+    whose = f"{k:,} of {n:,}" if k < n else f"all {n:,}"
+    beside = f"Beside {whose} directions{covered(atlas)} random changes of the same size were made in the same place"
+    if np.isfinite(atlas.unit):
+        beside += (
+            f": **{found['controls_large']:.0f} of {found['controls']:,}** random changes cost more than {LARGE:.0%}, "
+            f"and **{found['controlled_large']:.0f} of {k:,}** of those directions, counted alike (whatever their q)"
+        )
+    said = [f"{beside}."]
+    if np.isfinite(found["beyond"]):
+        lost, low, high = (_lost(atlas, found[name]) for name in ("beyond", "beyond_low", "beyond_high"))
+        of = "of the return" if np.isfinite(atlas.unit) else "points of return"
+        said.append(
+            f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}** {of} [{low}, {high}] "
+            f"beyond a random change (p = {found['beyond_p_value']:.2g}, a pair for each direction)."
+        )
+    many = atlas.directions[atlas.directions["controls"] >= RANKED]
+    if len(many):
+        above = (many["rank_p_value"] <= ALPHA).sum()
+        said.append(
+            f"**{above} of {len(many):,}** directions that have {RANKED} random changes or more beside them cost more "
+            f"than those (by rank, p ≤ {ALPHA}); of as many random changes {ALPHA * len(many):.2g} would."
+        )
+    return said
+
+
+def covered(atlas: Atlas) -> str:
+    """Whose directions have random changes beside them, in parentheses; nothing where all have."""
+    if atlas.options.get("halving"):
+        return " (those that successive halving kept, selected for moving the return)"
+    whole, parts = list[str](), list[str]()
+    for kind in dict.fromkeys(atlas.directions["kind"]):
+        found = shares_for(atlas, kind)
+        if found["controlled"] == found["directions"]:
+            whole.append(kind)
+        elif found["controlled"]:
+            parts.append(f"{found['controlled']:,} of {kind}'s {found['directions']:,}")
+        else:
+            parts.append(f"none of {kind}")
+    if not parts:
+        return ""
+    return f" ({', '.join(([f'all of {joined(whole)}'] if whole else []) + parts)})"
+
+
+def joined(words: list[str]) -> str:
+    """Words as a list in a sentence.
+
+    >>> joined(["W_in", "W_out", "OV"])
+    'W_in, W_out and OV'
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _lost(atlas: Atlas, value: float) -> str:
+    """A loss as a share of the unedited return, or in points where that is next to nothing."""
+    if np.isfinite(atlas.unit):
+        return f"{value / atlas.unit:+.1%}"
+    return f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.3g}"
+
+
+def _repeats(atlas: Atlas) -> list[str]:
+    """How much of a correlation the noise of the damages takes."""
+    table = atlas.reliability[atlas.reliability["inside"] == "equal size"].set_index("what")
+    kinds = [kind for kind in SIGHTS if kind in table.index]
+    if not kinds:
+        return []
+    told = joined(
+        [
+            f"**{table['reliability'][kind]:.2f}** [{table['reliability_low'][kind]:.2f}, "
+            f"{table['reliability_high'][kind]:.2f}] in {kind}"
+            for kind in kinds
+        ]
+    )
+    sure = [kind for kind in kinds if table["reliability_low"][kind] > 0]
+    times = [f"{table['reliability'][kind] ** -0.5:.1f} times as large in {kind}" for kind in sure]
+    so = f": {joined(times)}" if times else ""
+    return [
+        (
+            f"Damage is measured with noise: among directions of equal size its reliability is {told}. A correlation "
+            f"with what directions truly cost is at most about the one with damage over the root of that{so}."
+        )
+    ]
+
+
+def correlation_of(atlas: Atlas, kind: str, sight: str, response: str) -> dict[str, Any] | None:
+    """The row of ``Atlas.correlations`` for a kind of matrix, a look such as ``"read action_out"`` and a response."""
+    table = atlas.correlations
+    if table.empty:
+        return None
+    side, _, embedding = sight.partition(" ")
+    rows = table[
+        (table["what"] == kind)
+        & (table["side"] == side)
+        & (table["embedding"] == embedding)
+        & (table["response"] == response)
+    ]
+    return _row(rows)
+
+
+def _predicts(row: dict[str, Any], held: dict[str, Any]) -> str:
+    return (
+        f"{row['kind']}: |cosine| with {row['embedding']} against damage has rank correlation "
+        f"**{signed(row['rho'])}** {_interval(row)} over {row['n']} directions: {_relation(row)}. Among directions of "
+        f"equal size it is **{signed(held['rho'])}** {_interval(held)}: {_relation(held)}."
+    )
+
+
+def _predictor(atlas: Atlas, name: str) -> dict[str, Any] | None:
+    """Over all matrices."""
+    table = atlas.predictors
+    rows = table[(table["what"] == "all") & (table["predictor"] == name)] if len(table) else table
+    return _row(rows)
+
+
+def _is_told(atlas: Atlas, name: str) -> bool:
+    found = _predictor(atlas, name)
+    return found is not None and bool(np.isfinite(found["rho"]))
+
+
+def _better(atlas: Atlas, first: str, second: str, *names: str) -> str:
+    one, other, difference = (_predictor(atlas, name) or {} for name in names)
+    if difference["low"] > 0:
+        verdict = "the second predicts better"
+    else:
+        verdict = "the first predicts better" if difference["high"] < 0 else "neither is seen to predict better"
+    return (
+        f"{first} against damage has rank correlation **{signed(one['rho'])}** {_interval(one)}, {second} "
+        f"**{signed(other['rho'])}** {_interval(other)}; the difference is {signed(difference['rho'])} "
+        f"{_interval(difference)}: {verdict}."
+    )
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"[{signed(row['low'])}, {signed(row['high'])}]"
+
+
+def _relation(row: dict[str, Any]) -> str:
+    if row["low"] > 0:
+        return "a closer match goes with more damage"
+    return "a closer match goes with less damage" if row["high"] < 0 else "no relation is seen"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

@@ -1,0 +1,345 @@
+"""``court``: try the seven claims on a model, both ways, and write down what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from dt_lens.lens.activations import Activations
+from dt_lens.arguments import local_path, require_wrapped, whole_number
+from dt_lens.behaviour.evaluate import Setting, model_id, setting_of
+from dt_lens.behaviour.texts.windows import Texts, cut, read_texts
+from dt_lens.errors import DtLensError
+from dt_lens.lens.matrices import select_matrices
+from dt_lens.progress import Tell, reporting
+from dt_lens.study.court.case import Case
+from dt_lens.study.court.claims import (
+    CLAIMS,
+    WAYS,
+    Claim,
+    Found,
+    NotApplicable,
+    Verdict,
+    Way,
+    holm,
+    verdict_of,
+    why_undecided,
+)
+from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, output_shares
+from dt_lens.study.court.inputs import follows_time, reward_beats_chance
+from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matches_more
+from dt_lens.study.court.rollouts import Arms, Rollouts, common_action, sweep_arms
+from dt_lens.study.tables import plain, write_tables
+
+__all__ = ["CourtResult", "Ruling", "court"]
+
+WINDOWS = 64  # of a text, to find the token that is predicted most often
+
+
+class Ruling(NamedTuple):
+    """What became of one claim, computed one way; ``found`` is ``None`` where it is not applicable."""
+
+    claim: Claim
+    way: Way
+    verdict: Verdict
+    found: Found | None
+    p_value: float
+    reason: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What was found, or why nothing was."""
+        if self.found is None:
+            return f"Not applicable: {self.reason}."
+        why = why_undecided(self.claim.about, self.found, self.p_value) if self.verdict == "undecided" else ""
+        return f"{self.found.said} {why}".strip()
+
+
+@dataclass(frozen=True)
+class CourtResult:
+    """The rulings on all claims, both ways.
+
+    Attributes:
+        rulings: in the order of the claims, as it should be and then as the note's code did it.
+        facts: what was run: model, environment, target return, episodes, seed, ...
+    """
+
+    rulings: list[Ruling]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def ruling(self, number: int, way: Way = "proper") -> Ruling:
+        """The ruling on claim ``number``."""
+        return next(r for r in self.rulings if (r.claim.number, r.way) == (number, way))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per claim: ``claim title verdict statistic low high margin p_value``, the same with ``note_`` in front
+        as the note's code computed it, ``unit`` (what the statistic is), and a sentence for each way. ``low`` and
+        ``high`` are the null's central 95 % for claims about weights (``about``), and an interval for behaviour.
+        """
+        rows = []
+        for claim in CLAIMS:
+            row: dict[str, Any] = {"claim": claim.number, "title": claim.title, "about": claim.about}
+            for way, prefix in zip(WAYS, ("", "note_"), strict=True):
+                ruling = self.ruling(claim.number, way)
+                found = ruling.found
+                row[f"{prefix}verdict"] = ruling.verdict
+                for name in ("statistic", "low", "high", "effect", "margin", "critical"):
+                    row[f"{prefix}{name}"] = math.nan if found is None else float(getattr(found, name))
+                row[f"{prefix}p_value"] = ruling.p_value
+                row[f"{prefix}sentence"] = ruling.sentence
+            row["unit"] = claim.statistic
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        rulings = []
+        for ruling in self.rulings:
+            found = ruling.found
+            kept = {} if found is None else {**found.__dict__, "numbers": dict(found.numbers)}
+            rulings.append(
+                {
+                    "claim": ruling.claim.number,
+                    "title": ruling.claim.title,
+                    "way": ruling.way,
+                    "verdict": ruling.verdict,
+                    "p_value_holm": ruling.p_value,
+                    "reason": ruling.reason,
+                    **kept,
+                }
+            )
+        return dict(plain({"facts": dict(self.facts), "rulings": rulings}))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``court.csv``, ``court.json`` and ``court.html`` into ``folder``; returns the page.
+
+        Raises:
+            DtLensError: when they cannot be written.
+        """
+        from dt_lens.study.court.page import write_court
+
+        folder = local_path(folder, "folder")
+        write_tables(folder, "court", self.table, self.to_dict())
+        return write_court(folder / "court.html", self)
+
+
+def court(
+    model: Any,
+    out: str | Path,
+    *,
+    name: str = "the model",
+    episodes: int = 200,
+    seed: int = 0,
+    environment: str | None = None,
+    environment_kwargs: Mapping[str, Any] | None = None,
+    target_return: float | None = None,
+    max_steps: int | None = None,
+    sweep: str | Path | None = None,
+    texts: Texts | None = None,
+    rollouts: bool = True,
+    draws: int = 4000,
+    workers: int | None = None,
+    command: str = "",
+    progress: bool | Tell = False,
+) -> CourtResult:
+    """Try the seven claims on a model, as ``docs/court.md`` lays down, and write the result into ``out``.
+
+    Stopped in whatever way and called again with the same arguments, it goes on where it was: the episodes lie in
+    SQLite files below ``out``.
+
+    Args:
+        model: a wrapped model. An agent that can act here is tried on all claims; others on those that apply.
+        out: the folder for the episodes, ``court.html``, ``court.csv`` and ``court.json``.
+        name: what the page calls the model.
+        episodes: paired episodes of every arm.
+        seed: of the episodes, of the controls and of the nulls.
+        environment, environment_kwargs, target_return, max_steps: as for ``evaluate``.
+        sweep: a finished sweep of this model, with controls, whose edits claim 7 is tried on.
+        texts: for a language model: texts on which the token that it predicts most often is found.
+        rollouts: ``False`` leaves out what has to run more than ten episodes.
+        draws: of the nulls.
+        workers: processes of the rollouts.
+        command: the command line that does this again, for the page.
+        progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
+
+    Raises:
+        DtLensError: for arguments that do not fit the model, also those that say nothing to one of its sort, files of
+            something else in ``out``, or a sweep of another model.
+        KeyboardInterrupt: on Ctrl-C; what was finished is kept.
+    """
+    require_wrapped(model, "court", "structure", "embeddings")
+    for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
+        whole_number(value, what, least)
+    out, case = local_path(out, "out"), Case(model, seed, draws)
+    if not getattr(model, "weights_only", False):
+        of_agents: dict[str, Any] = {
+            "environment": environment,
+            "environment_kwargs": environment_kwargs,
+            "sweep": sweep,
+        }
+        of_agents |= {"target_return": target_return, "max_steps": max_steps}
+        _refuse_what_says_nothing(case.is_language_model, {"texts": texts}, of_agents)
+    trial = _Trial(case, out, texts)
+    if not case.is_language_model and not getattr(model, "weights_only", False):
+        try:
+            trial.setting = setting_of(model, environment, environment_kwargs, target_return, max_steps, "court")
+        except DtLensError as error:
+            if environment is not None or target_return is not None:
+                raise
+            trial.acts_not = _reason(error)
+    if sweep is not None:
+        arms, taken = sweep_arms(sweep, model)
+        trial.swept = arms, f"{len(arms.edits)} of a sweep, {taken}, {len(arms.baseline)} episodes each"
+    with reporting(progress) as tell:
+        trial.tell = tell
+        if trial.setting is not None and rollouts:
+            tell("running edits", 0.0)
+            run = Rollouts(
+                model, out, episodes, seed, environment, environment_kwargs, target_return, max_steps, workers
+            )
+            trial.arms = run.run(lambda what, share: tell(what, 0.9 * share))
+        elif trial.setting is not None:
+            trial.acts_not = "rollouts were left out"
+        rulings = trial.rulings()
+    facts: dict[str, Any] = {"model": name, "seed": seed, "draws": draws, "command": command}
+    if trial.setting is not None:
+        facts |= {
+            "model_id": model_id(model),
+            "environment": trial.setting.environment,
+            "target_return": trial.setting.target_return,
+            "time_limit": trial.setting.task.time_limit,
+        }
+    if trial.arms is not None:
+        facts |= {"episodes": episodes, "unedited_mean_return": round(trial.arms.baseline.mean, 3)}
+        facts["arms"] = 1 + sum(1 + len(arm.controls) for arm in trial.arms.edits)
+        facts["arms"] += len(trial.arms.raw) if trial.arms.folded else 0
+    if sweep is not None:
+        facts["sweep"] = str(sweep)
+    result = CourtResult(rulings, facts)
+    result.save(out)
+    return result
+
+
+def _refuse_what_says_nothing(text: bool, of_text: Mapping[str, Any], of_agents: Mapping[str, Any]) -> None:
+    """An option that a model has no use for is a mistake, and not to be passed over."""
+    given = [name for name, value in (of_agents if text else of_text).items() if value is not None]
+    if given:
+        what, other = ("a language model", "an agent") if text else ("an agent", "a language model")
+        raise DtLensError(f"{given[0]} is for {other}, and this is {what}; leave it out.")
+
+
+@dataclass
+class _Trial:
+    """What the claims are tried with."""
+
+    case: Case
+    out: Path
+    texts: Texts | None = None
+    setting: Setting | None = None
+    acts_not: str = "it does not act in an environment"
+    arms: Arms | None = None
+    swept: tuple[Arms, str] | None = None
+    tell: Tell = lambda _what, _share: None
+
+    def rulings(self) -> list[Ruling]:
+        """Every claim both ways, with Holm's correction over the applicable claims of each way."""
+        tries: dict[int, Callable[[Way], Found]] = {
+            1: lambda way: w_in_matches_more(self.case, way),
+            2: lambda way: first_is_common(self.case, way, self._common()),
+            3: self._hurts_more,
+            4: lambda way: reads_states(self.case, way),
+            5: lambda way: reward_beats_chance(self.case, way),
+            6: lambda way: follows_time(self.case, way, self.setting.task.time_limit if self.setting else None),
+            7: self._predicts,
+        }
+        found: dict[Way, dict[int, Found | str]] = {way: {} for way in WAYS}
+        for claim in CLAIMS:
+            for way in WAYS:
+                self.tell(f"trying claim {claim.number}", 0.9 + 0.1 * (claim.number - 1) / len(CLAIMS))
+                try:
+                    found[way][claim.number] = tries[claim.number](way)
+                except NotApplicable as reason:
+                    found[way][claim.number] = str(reason)
+        ruled: dict[tuple[int, Way], Ruling] = {}
+        for way in WAYS:
+            tried = {number: result for number, result in found[way].items() if isinstance(result, Found)}
+            adjusted = dict(zip(tried, holm([result.p_value for result in tried.values()]), strict=True))
+            for claim in CLAIMS:
+                result = found[way][claim.number]
+                if isinstance(result, str):
+                    ruled[claim.number, way] = Ruling(claim, way, "not applicable", None, math.nan, result)
+                else:
+                    p = adjusted[claim.number]
+                    ruled[claim.number, way] = Ruling(claim, way, verdict_of(claim.about, result, p), result, p)
+        return [ruled[claim.number, way] for claim in CLAIMS for way in WAYS]
+
+    def _common(self) -> int:
+        case = self.case
+        if case.is_language_model:
+            if self.texts is None:
+                raise NotApplicable("no texts were given to find the most common token in")
+            return common_token(case.model, self.texts)
+        if len(case.embedding("output")) < 2:
+            raise NotApplicable("the model has one single action, and there is no other to compare with")
+        if self.setting is None:
+            raise NotApplicable(self.acts_not)
+        return common_action(case.model, self.setting, self.out, self.tell)
+
+    def _required_arms(self) -> Arms:
+        if self.arms is None:
+            raise NotApplicable("a language model does not act" if self.case.is_language_model else self.acts_not)
+        return self.arms
+
+    def _hurts_more(self, way: Way) -> Found:
+        arms = self._required_arms()
+        if way == "note":
+            return hurts_more(self.case, way, arms, {})
+        energies = {
+            "Frobenius energy": [arm.energy for arm in arms.edits],
+            "output energy": output_shares(self.case, arms.edits, self._activations()),
+        }
+        return hurts_more(self.case, way, arms, energies)
+
+    def _predicts(self, way: Way) -> Found:
+        arms, source = self.swept or (None, "")
+        # A sweep's directions are of folded matrices, the note's of raw ones: number 5 of one is not number 5 of both.
+        if arms is None or (way == "note" and any(matrix.foldable for matrix in select_matrices(self.case.model))):
+            arms = self._required_arms()
+            source = f"this court's own, {len(arms.baseline)} episodes each"
+        heard = way == "proper" and self.setting is not None
+        energies = output_shares(self.case, arms.edits, self._activations()) if heard else None
+        return cosine_predicts_damage(self.case, way, arms, source, energies)
+
+    def _activations(self) -> Activations:
+        from dt_lens.behaviour.collect_activations import kept_activations
+
+        assert self.setting is not None
+        file = self.out / "activations.safetensors"
+        return kept_activations(self.case.model, file, self.setting, tell=lambda what, _: self.tell(what, 0.92))
+
+
+def common_token(model: Any, texts: Texts) -> int:
+    """The token that a language model predicts most often, greedily, in the first windows of ``texts``."""
+    if getattr(model, "tokenizer", None) is None:
+        raise NotApplicable("the model has no tokenizer to read texts with")
+    windows = cut(read_texts(texts), model.tokenizer, min(int(model.cfg.n_ctx), 128), WINDOWS)
+    counts = torch.zeros(int(model.cfg.d_vocab))
+    with torch.no_grad():
+        for window in windows.tokens:
+            out = model(torch.from_numpy(window)[None])
+            best = getattr(out, "logits", out)[0, windows.unpredicted - 1 : -1].argmax(-1)
+            counts += torch.bincount(best.cpu(), minlength=len(counts))
+    return int(counts.argmax())
+
+
+def _reason(error: Exception) -> str:
+    """An error's sentence as a reason: without its capital and its full stop."""
+    text = str(error).rstrip(".")
+    return text[:1].lower() + text[1:]

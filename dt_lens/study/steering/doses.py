@@ -1,0 +1,117 @@
+"""Directions that may steer, their doses, and random directions' doses to hold them against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dt_lens.lens.activations import Activations
+from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.edits.singular import SingularEdit
+from dt_lens.errors import DtLensError
+from dt_lens.lens.matrices import SideName, find_matrix, select_matrices
+from dt_lens.svd.weight_svd import WeightSVD
+
+__all__ = ["DOES", "Candidate", "candidates_of", "dosed", "loudness", "put_side", "slopes"]
+
+Array = NDArray[np.float64]
+# What a direction does on each side.
+DOES = {"read": "reads", "write": "writes", "neuron": "gives to the neurons"}
+FIRST = 40  # directions of a matrix among which matches are looked for
+
+
+class Candidate(NamedTuple):
+    """A direction that may steer, and why it is tried."""
+
+    matrix: str
+    sv: int
+    sigma: float
+    cosine: float  # with the return-to-go input; nan where the model has none
+    why: str
+
+    @property
+    def name(self) -> str:
+        """In a few words."""
+        return f"{self.matrix} sv={self.sv}"
+
+
+def candidates_of(model: Any, count: int) -> list[Candidate]:
+    """Directions that may steer: half of them by their match with the return-to-go input, half by sigma.
+
+    Raises:
+        DtLensError: when no matrix that reads the stream has a direction.
+    """
+    svd, places = WeightSVD(model), [m for m in select_matrices(model) if m.kind in ("W_in", "OV")]
+    wanted = "reward_in" in model.embeddings
+    cosine = {
+        m.name: svd.cosines(m.name, "reward_in", "read").abs().max(axis=1).to_numpy()
+        if wanted
+        else np.full(len(svd[m.name].sigma), np.nan)
+        for m in places
+    }
+    matched = sorted(
+        ((m.name, sv) for m in places for sv in range(min(FIRST, len(svd[m.name].sigma))) if wanted),
+        key=lambda place: -float(cosine[place[0]][place[1]]),
+    )[: (count + 1) // 2]
+    largest = [(m.name, sv) for sv in range(FIRST) for m in places if sv < len(svd[m.name].sigma)]
+    chosen = dict.fromkeys(matched, "matches the return-to-go input")
+    for place in largest:
+        if len(chosen) < count:
+            chosen.setdefault(place, "large sigma")
+    if not chosen:
+        raise DtLensError("The model has no W_in and no OV with a direction to steer by.")
+    return [
+        Candidate(name, sv, float(svd[name].sigma[sv]), float(cosine[name][sv]), why)
+        for (name, sv), why in chosen.items()
+    ]
+
+
+def dosed(
+    model: Any,
+    direction: Candidate,
+    dose: float,
+    random: int | None = None,
+    scale: float = 1.0,
+    side: SideName = "read",
+) -> SingularEdit:
+    """A dose of the direction, ``(dose - 1) sigma v u^T`` more of it, made on one of its sides.
+
+    With a seed, ``scale`` times that change with a random unit vector in the place of the side's own: what is read, or
+    where it is put, is random, and the rest stays.
+    """
+    if random is None:
+        return SingularEdit(model, direction.matrix, direction.sv, side=side, value=dose)
+    found = WeightSVD(model)[direction.matrix]
+    own = found.side(side)[direction.sv]
+    drawn = torch.randn(len(own), generator=torch.Generator().manual_seed(random), dtype=own.dtype)
+    if found.folded and found.matrix.centred(found.matrix.side(side)):
+        drawn = drawn - drawn.mean()
+    value = own + scale * (dose - 1) * drawn / drawn.norm()
+    return SingularEdit(model, direction.matrix, direction.sv, side=side, value=value)
+
+
+def put_side(model: Any, direction: Candidate) -> SideName:
+    """The side of the direction's matrix that it does not read on: ``"write"``, or ``"neuron"`` of ``W_in``."""
+    return find_matrix(model, direction.matrix).right
+
+
+def loudness(model: Any, direction: Candidate, random: int, activations: Activations, side: SideName) -> float:
+    """The scale at which a random direction's doses put out as much on real inputs as the direction's own.
+
+    A random read direction mostly meets less of what the stream holds than one that the model reads, and at the same
+    norm it would be a quieter control. Where only the place is random that what is read is put to, it is 1.
+    """
+    own, other = (dosed(model, direction, 2.0, seed, side=side).output_energy(activations) for seed in (None, random))
+    return own / other
+
+
+def slopes(arms: Mapping[float, Evaluation]) -> Array:
+    """The least-squares slope of the return per unit of dose for each seed, ``[episode]``."""
+    x = np.array(sorted(arms))
+    y = np.array([arms[dose].returns for dose in x])
+    centred = x - x.mean()
+    return np.asarray(centred @ y / (centred @ centred))

@@ -1,0 +1,162 @@
+"""The page of a search for a steering direction: the curve, the doses, and what was tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from dt_lens.report.page import Folded, Note, Plot, Section, Table, write_report
+from dt_lens.report.style import finish
+from dt_lens.study.steering.doses import DOES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dt_lens.study.steering.steering import SteeringResult
+
+__all__ = ["randoms_figure", "steering_figure", "write_steering"]
+
+DECIDES = ["matrix", "sv", "set_aside"]  # the columns of a wide table that a reader must not miss
+COLOURS = {"chosen": "rgb(31,119,180)", "random": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
+
+
+def write_steering(path: Path, result: SteeringResult) -> Path:
+    """Write the page; see ``write_report``."""
+    shown = ("model", "environment", "operating_target", "episodes", "choosing_episodes", "seed")
+    sections = [Section("What target and dose do", [Plot(steering_figure(result)), Table(result.curve)])]
+    if len(result.table):
+        sections[0] = Section(
+            "What target and dose do",
+            [
+                Plot(steering_figure(result)),
+                Table(result.table, "Doses of the chosen direction on fresh seeds."),
+                Table(result.curve, "The unedited agent at each target."),
+            ],
+        )
+        sections.append(
+            Section(
+                "Is it more than a random direction?",
+                [
+                    (
+                        f"{result.numbers['random_directions']} random directions in the place of what the chosen one "
+                        "reads, each given as much as makes it as loud on the agent's own inputs; and as many in the "
+                        "place that it puts that to, of the same length. None may reach as far, without failing, for "
+                        "p = 0.05."
+                    ),
+                    Plot(randoms_figure(result)),
+                    Folded("The numbers", [Table(result.randoms)]),
+                    Note(
+                        "The chosen direction was the best of those that were tried, and each of these was drawn once: "
+                        "p is that of a direction named beforehand."
+                    ),
+                ],
+            )
+        )
+        sections.append(
+            Section(
+                "How the direction was chosen",
+                [
+                    (
+                        "On seeds of their own: the steepest slope of the return per dose among those whose failures "
+                        "hardly rise and whose returns stay on the curve."
+                    ),
+                    Table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]]),
+                ],
+            )
+        )
+    sections.append(
+        Section(
+            "What this can and cannot tell",
+            [
+                "The rules were written down before anything was run (docs/steering.md).",
+                Note(
+                    "This is one checkpoint at one operating target. “None found” is said of the directions and doses "
+                    "that were tried.",
+                    "warning",
+                ),
+            ],
+        )
+    )
+    facts = {name.replace("_", " "): result.numbers[name] for name in shown if result.numbers.get(name) is not None}
+    title = f"Can one direction steer {result.numbers.get('model', 'the model')}?"
+    verdict = [f"**{result.verdict.capitalize()}.** {result.sentence}"]
+    return write_report(path, title, sections, verdict=verdict, facts=facts, command=result.numbers.get("command", ""))
+
+
+def steering_figure(result: SteeringResult) -> go.Figure:
+    """The mean return by target and by dose, and the failure rate by dose, with 95 % intervals."""
+    titles = ("by target", "by dose", "failures by dose")
+    figure = make_subplots(1, 3, horizontal_spacing=0.09, subplot_titles=titles)
+    _line(figure, result.curve, "target", "mean", "targets", 1)
+    if len(result.table):
+        _line(figure, result.table, "dose", "mean", "chosen", 2)
+        _line(figure, result.table, "dose", "failure_rate", "chosen", 3, legend=False)
+    low, high = result.curve["mean"].min(), result.curve["mean"].max()
+    figure.add_hrect(low, high, row=1, col=2, fillcolor=COLOURS["targets"], opacity=0.1, line_width=0)
+    ends = [*result.curve["mean_low"], *result.curve["mean_high"]]
+    if len(result.table):
+        ends += [*result.table["mean_low"], *result.table["mean_high"]]
+    room = 0.05 * (max(ends) - min(ends) or 1.0)
+    for column in (1, 2):
+        figure.update_yaxes(range=[min(ends) - room, max(ends) + room], row=1, col=column)
+    figure.update_yaxes(title_text="mean return", row=1, col=1)
+    figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], row=1, col=3)
+    figure.update_xaxes(title_text="target return", row=1, col=1)
+    for column in (2, 3):
+        figure.update_xaxes(title_text="dose (sigma times)", row=1, col=column)
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    chosen = "no direction was chosen" if result.best is None else result.best.name
+    return finish(figure, "Target and dose", f"{chosen}; the band is the curve's range", height=420, wide=760)
+
+
+def randoms_figure(result: SteeringResult) -> go.Figure:
+    """Every direction's mean return at the least dose against that at the largest; on the diagonal, no reach."""
+    table = result.randoms
+    sides = list(dict.fromkeys(table["side"]))
+    titles = [f"random in place of what it {DOES[side]}" for side in sides]
+    figure = make_subplots(1, len(sides), horizontal_spacing=0.09, shared_yaxes=True, subplot_titles=titles)
+    ends = [*result.curve["mean_low"], *result.curve["mean_high"], *table["lowest"], *table["highest"]]
+    span, room = [min(ends), max(ends)], 0.04 * (max(ends) - min(ends) or 1.0)
+    grey = {"color": "rgb(200,200,200)", "dash": "dot"}
+    for column, side in enumerate(sides, 1):
+        figure.add_trace(go.Scatter(x=span, y=span, mode="lines", showlegend=False, line=grey), row=1, col=column)
+        of_side = table[table["side"] == side]
+        chosen = of_side["seed"].isna()
+        for name, rows in (("random", of_side[~chosen]), ("chosen", of_side[chosen])):
+            marker = {
+                "color": COLOURS[name],
+                "size": 12 if name == "chosen" else 8,
+                "symbol": ["x" if rise > 0 else "circle" for rise in rows["failure_rise"]],
+            }
+            points = go.Scatter(
+                x=rows["lowest"], y=rows["highest"], mode="markers", name=name, marker=marker, hoverinfo="x+y",
+                legendgroup=name, showlegend=column == 1,
+            )  # fmt: skip
+            figure.add_trace(points, row=1, col=column)
+        figure.update_xaxes(title_text="mean return at the least dose", row=1, col=column)
+    figure.update_xaxes(range=[span[0] - room, span[1] + room])
+    figure.update_yaxes(range=[span[0] - room, span[1] + room])
+    figure.update_yaxes(title_text="mean return at the largest dose", row=1, col=1)
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    return finish(figure, "Random directions, as loud", "a cross: failures rise", height=440, wide=760)
+
+
+def _line(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, column: int, legend: bool = True) -> None:
+    rows = rows.sort_values(x)
+    bars: dict[str, Any] = {
+        "type": "data",
+        "symmetric": False,
+        "array": rows[f"{y}_high"] - rows[y],
+        "arrayminus": rows[y] - rows[f"{y}_low"],
+    }
+    figure.add_trace(
+        go.Scatter(
+            x=rows[x], y=rows[y], error_y=bars, mode="lines+markers", name=name, showlegend=legend, legendgroup=name,
+            line={"color": COLOURS[name]},
+        ),
+        row=1,
+        col=column,
+    )  # fmt: skip

@@ -1,0 +1,364 @@
+"""Is one singular direction a handle on the return? ``docs/steering.md`` says what is done and why.
+
+Directions are chosen on one set of seeds and reported on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dt_lens.lens.activations import Activations
+from dt_lens.arguments import finite_numbers, local_path, whole_number
+from dt_lens.behaviour.collect_activations import kept_activations
+from dt_lens.behaviour.evaluate import model_id, setting_of
+from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.statistics.outcomes import Interval, bootstrap_interval, sign_flip, wilson
+from dt_lens.edits.singular import Edit
+from dt_lens.errors import DtLensError
+from dt_lens.lens.matrices import SideName
+from dt_lens.progress import Tell, reporting
+from dt_lens.study.steering.doses import DOES, Candidate, candidates_of, dosed, loudness, put_side, slopes
+from dt_lens.study.trials import Arm, Trials
+from dt_lens.study.tables import plain, write_tables
+
+__all__ = ["DOSES", "Candidate", "SteeringResult", "steer"]
+
+Verdict = Literal[
+    "found", "moves the return by failing", "no more than random", "none found", "undecided", "not applicable"
+]
+DOSES = (0.0, 0.5, 1.5, 2.0)
+FRESH = 1000  # seeds from here on (after the first) report
+REACH = 0.1  # the smallest reach of interest, a share of the curve's range
+RISE = 0.1  # the largest rise in failures that is accepted
+RANDOM = 19  # random directions on either side: none of them may reach as far for p = 0.05
+# Where random directions do as much on one side only, by whether the direction does more than they on either.
+EXCHANGED = {
+    (False, True): " in what it reads, and more in where it puts that",
+    (True, False): " in where it puts what it reads, and more in what that is",
+}
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class SteeringResult:
+    """What became of the search.
+
+    Attributes:
+        verdict: see ``docs/steering.md``.
+        sentence: the verdict with its numbers.
+        best: the chosen direction; ``None`` where steering is not applicable.
+        curve: a row per target: ``target mean mean_low mean_high failure_rate failure_rate_low failure_rate_high
+            episodes``.
+        choosing: a row per candidate: why it was tried, its slope, its rise in failures, and whether it was set aside.
+        table: a row per dose of the chosen direction on the fresh seeds: mean return with its interval, failure rate
+            with its interval.
+        randoms: a row per random direction, as loud as the chosen one and in its place on one ``side`` (``"read"``, or
+            the one that it puts something to): its ``seed``, its ``scale`` (how much larger its change's norm is), the
+            least and the largest dose's ``lowest`` and ``highest`` mean returns, its ``reach``, and its
+            ``failure_rise``. The first row of a side, with no seed, is the chosen direction's, dosed on that side, over
+            the same doses and episodes.
+        numbers: reach and rise in failures with their intervals, p, and what was run; how many random directions reach
+            as far (``read_as_far``, ``put_as_far``), with p and the median of their reach.
+    """
+
+    verdict: Verdict
+    sentence: str
+    best: Candidate | None
+    curve: pd.DataFrame
+    choosing: pd.DataFrame
+    table: pd.DataFrame
+    randoms: pd.DataFrame
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        frames = {name: getattr(self, name).to_dict("records") for name in ("curve", "choosing", "table", "randoms")}
+        best = None if self.best is None else self.best._asdict()
+        told = {"verdict": self.verdict, "sentence": self.sentence, "best": best, **frames, **self.numbers}
+        return dict(plain(told))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``steering.csv``, ``steering.json`` and ``steering.html`` into ``folder``; returns the page.
+
+        Raises:
+            DtLensError: when they cannot be written.
+        """
+        from dt_lens.study.steering.page import write_steering
+
+        folder = local_path(folder, "folder")
+        write_tables(folder, "steering", self.table, self.to_dict())
+        return write_steering(folder / "steering.html", self)
+
+
+def steer(
+    model: Any,
+    out: str | Path,
+    *,
+    name: str = "the model",
+    episodes: int = 40,
+    choosing: int = 8,
+    candidates: int = 8,
+    doses: Sequence[float] = DOSES,
+    targets: Sequence[float] | None = None,
+    seed: int = 0,
+    environment: str | None = None,
+    max_steps: int | None = None,
+    workers: int | None = None,
+    command: str = "",
+    progress: bool | Tell = False,
+) -> SteeringResult:
+    """Look for a direction whose dose moves the return along the target-return curve, and report it on fresh seeds.
+
+    Every arm is kept below ``out`` when it is finished; stopped and called again, it goes on from there.
+
+    Args:
+        model: a ``HookedDecisionTransformer`` that acts here, with two target returns or more.
+        out: the folder for the arms, ``steering.html``, ``steering.csv`` and ``steering.json``.
+        name: what the page calls the model.
+        episodes: on fresh seeds, for the report.
+        choosing: episodes of an arm while choosing, of a target, and of a random direction.
+        candidates: directions that are tried.
+        doses: what sigma is multiplied by; 1 is the unedited agent, which is there anyway.
+        targets: of the curve, in the environment's units; the model's own by default.
+        seed: of the first episode while choosing; the report begins 1,000 later. Also of the
+            random directions.
+        environment, max_steps, workers: as for ``evaluate``.
+        command: the command line that does this again, for the page.
+        progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
+
+    Raises:
+        DtLensError: for arguments that make no search, or a model that does not act here.
+        KeyboardInterrupt: on Ctrl-C; finished arms are kept.
+    """
+    if not hasattr(model, "facts"):
+        raise DtLensError(
+            f"steer takes a decision transformer from dt_lens.load or dt_lens.wrap, not a {type(model).__name__}."
+        )
+    for what, value, least in (
+        ("episodes", episodes, 2), ("choosing", choosing, 2), ("candidates", candidates, 1), ("seed", seed, 0),
+    ):  # fmt: skip
+        whole_number(value, what, least)
+    if choosing > FRESH:
+        raise DtLensError(f"choosing is {choosing}; at most {FRESH} episodes lie before the fresh seeds.")
+    grid = sorted(set(finite_numbers(doses, "doses")) - {1.0})
+    if len(grid) < 2:
+        raise DtLensError(f"doses is {list(doses)!r}; give two finite numbers or more besides 1.")
+    wanted = finite_numbers(model.facts.target_returns if targets is None else targets, "targets")
+    if len(set(wanted)) < 2:
+        raise DtLensError(
+            f"There are {len(set(wanted))} target returns; a curve needs two or more: give targets, in the "
+            "environment's units."
+        )
+    search = _Search(model, local_path(out, "out"), sorted(set(wanted)), grid, seed, environment, max_steps, workers)
+    setting_of(model, environment, None, wanted[0], max_steps, "steer")  # refuses what does not fit, at once
+    with reporting(progress) as tell:
+        result = search.run(episodes, choosing, candidates, tell)
+    facts = {"model": name, "model_id": model_id(model), "command": command}
+    result = SteeringResult(**{**result.__dict__, "numbers": {**facts, **result.numbers}})
+    result.save(out)
+    return result
+
+
+@dataclass
+class _Search:
+    model: Any
+    out: Path
+    targets: list[float]
+    doses: list[float]
+    seed: int
+    environment: str | None
+    max_steps: int | None
+    workers: int | None
+
+    def run(self, episodes: int, choosing: int, count: int, tell: Tell) -> SteeringResult:
+        tell("running the curve", 0.0)
+        at = {}
+        for number, target in enumerate(self.targets):
+            at[target] = self._evaluate(None, target, choosing, self.seed)
+            tell("running the curve", 0.1 * (number + 1) / len(self.targets))
+        means = {target: found.mean for target, found in at.items()}
+        worst, best = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        extent = means[best] - means[worst]
+        curve = pd.DataFrame([{"target": target, **_row(found)} for target, found in at.items()])
+        p = _differ(np.array([found.returns for found in at.values()]), self.seed)
+        numbers: dict[str, Any] = {
+            "environment": at[best].environment, "range": extent, "range_p_value": p, "doses": self.doses,
+            "episodes": episodes, "choosing_episodes": choosing, "seed": self.seed,
+        }  # fmt: skip
+        if p >= ALPHA:
+            sentence = (
+                f"The target makes no clear difference to the return ({extent:+,.1f} between the best and the worst, "
+                f"p = {p:.2g}), so there is no curve to move along."
+            )
+            empty = pd.DataFrame(), pd.DataFrame(), pd.DataFrame()
+            return SteeringResult("not applicable", sentence, None, curve, *empty, numbers)
+        target = min(means, key=lambda t: abs(means[t] - (means[best] + means[worst]) / 2))
+        tried = self._choose(at[target], means, target, choosing, count, tell)
+        # The steepest of those that are not set aside; where all are, the one of the least rise in failures.
+        order = tried.assign(steep=-tried["slope"].abs()).sort_values(
+            ["set_aside", "steep"] if not tried["set_aside"].all() else ["failure_rise", "steep"], kind="stable"
+        )
+        chosen = order.to_dict("records")[0]
+        direction = Candidate(*(chosen[name] for name in Candidate._fields))
+        sign = 1.0 if chosen["slope"] >= 0 else -1.0
+        numbers |= {"operating_target": target, "slope_when_chosen": float(chosen["slope"])}
+        numbers["set_aside_when_chosen"] = bool(chosen["set_aside"])
+        table, arms, found = self._report(direction, target, extent, sign, episodes, tell)
+        randoms, more = self._randoms(direction, target, extent, arms, choosing, tell)
+        found |= more
+        verdict, sentence = _verdict(direction, found, extent)
+        return SteeringResult(verdict, sentence, direction, curve, tried, table, randoms, {**numbers, **found})
+
+    def _evaluate(self, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
+        trials = Trials(self.model, self.out / "arms", episodes, seed, target, self.workers)
+        trials.settings |= {"environment": self.environment, "max_steps": self.max_steps}
+        return trials.run(Arm("steering", edit))
+
+    def _choose(
+        self, plain: Evaluation, means: Mapping[float, float], target: float, episodes: int, count: int, tell: Tell
+    ) -> pd.DataFrame:
+        rows, found = [], candidates_of(self.model, count)
+        floor, ceiling = min(means.values()), max(means.values())
+        slack = REACH * (ceiling - floor)
+        for number, candidate in enumerate(found):
+            arms = {1.0: plain}
+            for place, dose in enumerate(self.doses):
+                tell(
+                    f"choosing  {candidate.name}",
+                    0.1 + 0.5 * (number + place / len(self.doses)) / len(found),
+                )
+                edit = dosed(self.model, candidate, dose)
+                arms[dose] = self._evaluate(edit, target, episodes, self.seed)
+            base = plain.failed.mean()
+            rise = max(float(arms[dose].failed.mean() - base) for dose in self.doses)
+            off = any(not floor - slack <= arm.mean <= ceiling + slack for arm in arms.values())
+            rows.append(
+                {
+                    **candidate._asdict(),
+                    "slope": float(slopes(arms).mean()),
+                    "lowest": min(arm.mean for arm in arms.values()),
+                    "highest": max(arm.mean for arm in arms.values()),
+                    "failure_rise": rise,
+                    "set_aside": rise > RISE or off,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _report(
+        self, direction: Candidate, target: float, extent: float, sign: float, episodes: int, tell: Tell
+    ) -> tuple[pd.DataFrame, dict[float, Evaluation], dict[str, Any]]:
+        start = self.seed + FRESH
+        plain = self._evaluate(None, target, episodes, start)
+        arms = {1.0: plain}
+        for done, dose in enumerate(self.doses):
+            tell("reporting on fresh seeds", 0.5 + 0.2 * (done + 1) / (len(self.doses) + 1))
+            arms[dose] = self._evaluate(dosed(self.model, direction, dose), target, episodes, start)
+        table = pd.DataFrame([{"dose": dose, **_row(arms[dose])} for dose in sorted(arms)])
+        reach = slopes(arms) * (max(arms) - min(arms)) / extent * sign
+        rise = np.mean([arms[dose].failed for dose in self.doses], axis=0) - plain.failed
+        found: dict[str, Any] = {"p_value": sign_flip(reach)}
+        for name, values in (("reach", reach), ("rise", rise)):
+            found[name] = float(values.mean())
+            found[f"{name}_interval"] = list(bootstrap_interval(values))
+        return table, arms, found
+
+    def _randoms(
+        self,
+        direction: Candidate,
+        target: float,
+        extent: float,
+        arms: Mapping[float, Evaluation],
+        episodes: int,
+        tell: Tell,
+    ) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """How far random directions reach in the chosen one's place on either side, by the two outermost doses."""
+        ends, start = (min(self.doses), max(self.doses)), self.seed + FRESH
+        inputs, few = self._inputs(target, tell), slice(0, min(episodes, len(arms[1.0])))
+
+        def row(side: str, seed: int | None, scale: float, one: Evaluation, other: Evaluation) -> dict[str, Any]:
+            low, high = (float(found.returns[few].mean()) for found in (one, other))
+            rise = max(float(found.failed[few].mean() - arms[1.0].failed[few].mean()) for found in (one, other))
+            place = {"side": side, "seed": seed, "scale": scale, "lowest": low, "highest": high}
+            return place | {"reach": (high - low) / extent, "failure_rise": rise}
+
+        def run(side: SideName, seed: int | None, scale: float) -> dict[str, Any]:
+            edits = (dosed(self.model, direction, dose, seed, scale, side) for dose in ends)
+            return row(side, seed, scale, *(self._evaluate(edit, target, few.stop, start) for edit in edits))
+
+        put = put_side(self.model, direction)
+        rows = []
+        for half, side in enumerate(("read", put)):
+            # Of a circuit's write side another weight is changed, and the bias passes through it: dosed there anew.
+            own = row(side, None, 1.0, *(arms[dose] for dose in ends)) if side == "read" else run(side, None, 1.0)
+            rows.append(own)
+            for number in range(RANDOM):
+                share = 0.7 + 0.15 * (half + number / RANDOM)
+                tell(f"random directions, {side} side  {number + 1} of {RANDOM}", share)
+                seed = self.seed + number
+                rows.append(run(side, seed, loudness(self.model, direction, seed, inputs, side)))
+        table = pd.DataFrame(rows)
+        table["seed"] = table["seed"].astype("Int64")
+        told: dict[str, Any] = {"random_directions": RANDOM, "put_side": put}
+        for name, side in (("read", "read"), ("put", put)):
+            of_side = table[table["side"] == side].reset_index(drop=True)
+            size, ours = of_side["reach"].abs()[1:], abs(float(of_side["reach"][0]))
+            # One that moves the return by failing is no rival.
+            as_far = int(((size >= ours) & (of_side["failure_rise"][1:] <= RISE)).sum())
+            told |= {f"{name}_as_far": as_far, f"{name}_p_value": (1 + as_far) / (1 + RANDOM)}
+            told[f"{name}_median"] = float(size.median())
+        return table, told
+
+    def _inputs(self, target: float, tell: Tell) -> Activations:
+        """What the matrices read while the unedited agent plays for the operating target."""
+        setting = setting_of(self.model, self.environment, None, target, self.max_steps, "steer")
+        file = self.out / "activations.safetensors"
+        return kept_activations(self.model, file, setting, self.seed, lambda what, _: tell(what, 0.7))
+
+
+def _differ(returns: NDArray[np.float64], seed: int, draws: int = 9999) -> float:
+    """The chance of a range of means as large where targets make no difference: ``[target, episode]``, paired.
+
+    By permuting each episode's returns over the targets; best and worst are looked for again in every permutation.
+    """
+    rng, range_of = np.random.default_rng(seed), np.ptp(returns.mean(1))
+    drawn = np.array([np.ptp(rng.permuted(returns, axis=0).mean(1)) for _ in range(draws)])
+    return (1 + int((drawn >= range_of * (1 - 1e-12)).sum())) / (1 + draws)
+
+
+def _row(found: Evaluation) -> dict[str, Any]:
+    failures = int(found.failed.sum())
+    low, high = bootstrap_interval(found.returns)
+    rate = wilson(failures, len(found))
+    return {
+        "mean": found.mean, "mean_low": low, "mean_high": high, "failure_rate": failures / len(found),
+        "failure_rate_low": rate.low, "failure_rate_high": rate.high, "episodes": len(found),
+    }  # fmt: skip
+
+
+def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> tuple[Verdict, str]:
+    reach, rise = (Interval(*found[f"{name}_interval"]) for name in ("reach", "rise"))
+    verdict: Verdict = "undecided"
+    which = ""
+    if reach.high < REACH:
+        verdict = "none found"
+    elif reach.low > 0 and rise.high > RISE:
+        verdict = "moves the return by failing"
+    elif reach.low > 0:
+        own = tuple(found[f"{side}_p_value"] <= ALPHA for side in ("read", "put"))
+        verdict = "found" if all(own) else "no more than random"
+        which = EXCHANGED.get(own, "")
+    said = (
+        f"The best candidate was {direction.name} ({direction.why}). On fresh seeds its doses move the return by "
+        f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, and "
+        f"failures rise by {found['rise']:+.0%} [{rise.low:+.0%}, {rise.high:+.0%}]; of {found['random_directions']} "
+        f"random directions as loud, {found['read_as_far']} move it as far without failing in place of what it reads, "
+        f"and {found['put_as_far']} in place of what it {DOES[found['put_side']]}: {verdict}{which}."
+    )
+    return verdict, said

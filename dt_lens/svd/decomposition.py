@@ -1,0 +1,297 @@
+"""The singular directions of one named matrix, and which of them the weights' precision can tell apart.
+
+``M = sum_i sigma_i left_i right_i^T``; for ``y = x M`` the left vectors live on the input side, the right ones on the
+output side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dt_lens.svd.solvers import EPS, KRYLOV, decompose
+from dt_lens.lens.embeddings import Embedding
+from dt_lens.errors import DtLensError
+from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, Weighted
+
+__all__ = ["MAX_ANGLE", "Decomposition", "blocks_of", "decompose_matrix", "rounding_noise", "with_canonical_signs"]
+
+# Two singular vectors count as told apart when rounding the weights mixes them by less than this many radians ...
+MAX_ANGLE = 0.1
+# ... allowing for so many standard deviations of what rounding does.
+DEVIATIONS = 3.0
+# A weight of more entries than this is looked at in so many rows and columns to see how it is rounded.
+CHUNK, SAMPLE = 2**18, 256
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """The singular directions of one matrix, largest sigma first, cut at its numerical rank.
+
+    Attributes:
+        sigma: ``[k]``.
+        left, right: ``[k, d_left]``, ``[k, d_right]``, unit rows. Signs are canonical: the entry of largest magnitude
+            on the first side that faces the residual stream is positive.
+        folded: whether the LayerNorm before the matrix is folded in.
+        blocks: the directions in groups, ``[start, stop)``; a group of more than one holds sigmas too close to tell
+            apart under rounding of the weights, and only its span means anything.
+        error: the largest relative residual, measured; see ``dt_lens.svd.solvers.SVD``.
+        gain: of directions weighted by activations (``dt_lens.svd.weighted``): how long ``M right_i`` is; sigma
+            is then the standard deviation of the output along ``right_i``, and the left rows are not orthogonal.
+        activations: the digest of those activations, or an empty string.
+    """
+
+    matrix: Matrix
+    sigma: Float[Tensor, " k"]
+    left: Float[Tensor, "k d_left"]
+    right: Float[Tensor, "k d_right"]
+    folded: bool
+    blocks: tuple[tuple[int, int], ...]
+    error: float
+    gain: Float[Tensor, " k"] | None = None
+    activations: str = ""
+
+    @property
+    def strength(self) -> Float[Tensor, " k"]:
+        """``M right_i = strength_i left_i``: sigma, unless the directions are weighted by activations."""
+        return self.sigma if self.gain is None else self.gain
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the matrix, as tensors that a file can hold."""
+        weighted = {} if self.gain is None else {"gain": self.gain, "activations": _text_tensor(self.activations)}
+        return weighted | {
+            "sigma": self.sigma,
+            "left": self.left,
+            "right": self.right,
+            "blocks": torch.tensor(self.blocks, dtype=torch.long).reshape(-1, 2),
+            "error": torch.tensor([self.error, float(self.folded)], dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_tensors(cls, matrix: Matrix, kept: Mapping[str, Tensor]) -> Decomposition:
+        """The inverse of ``tensors``."""
+        blocks = tuple((start, stop) for start, stop in kept["blocks"].tolist())
+        error, folded = kept["error"].tolist()
+        digest = bytes(kept["activations"].tolist()).decode() if "gain" in kept else ""
+        parts = kept["sigma"], kept["left"], kept["right"]
+        return cls(matrix, *parts, bool(folded), blocks, error, kept.get("gain"), digest)
+
+    def side(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
+        """The directions on a side by its name (``None``: the only side on the residual stream).
+
+        Raises:
+            DtLensError: for a side that the matrix has not, or ``None`` where it has two.
+        """
+        return self.left if self.matrix.side(side) == "left" else self.right
+
+    def spanning(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
+        """``side``, with the rows of a block orthonormal, so that lengths of projections on its span are right.
+
+        They are, except where activations weigh the directions: then the rows of ``left`` are not orthogonal.
+        """
+        rows = self.side(side)
+        if self.gain is None or self.matrix.side(side) == "right":
+            return rows
+        rows = rows.clone()
+        for start, stop in self.blocks:
+            if stop - start > 1:
+                rows[start:stop] = torch.linalg.qr(rows[start:stop].T)[0].T
+        return rows
+
+    def _maybe(self, side: SideName) -> Tensor | None:
+        return self.side(side) if side in (self.matrix.left, self.matrix.right) else None
+
+    @property
+    def read(self) -> Float[Tensor, "k d_model"] | None:
+        """Directions read from the stream; ``None`` where there are none (QK has ``query`` and ``key``)."""
+        return self._maybe("read")
+
+    @property
+    def write(self) -> Float[Tensor, "k d_model"] | None:
+        """Directions written to the stream, or ``None``."""
+        return self._maybe("write")
+
+    @property
+    def neuron(self) -> Float[Tensor, "k d_mlp"] | None:
+        """Directions over the MLP's neurons, or ``None``."""
+        return self._maybe("neuron")
+
+    @property
+    def head(self) -> Float[Tensor, "k d_head"] | None:
+        """Directions inside the attention heads (all heads side by side, or one head's own), or ``None``."""
+        return self._maybe("head")
+
+    @property
+    def query(self) -> Float[Tensor, "k d_model"] | None:
+        """QK's directions on the query's stream, or ``None``."""
+        return self._maybe("query")
+
+    @property
+    def key(self) -> Float[Tensor, "k d_model"] | None:
+        """QK's directions on the key's stream, or ``None``."""
+        return self._maybe("key")
+
+    def block_of(self, sv: int) -> tuple[int, int]:
+        """The group ``[start, stop)`` that direction ``sv`` belongs to.
+
+        Raises:
+            DtLensError: for a direction that is not there.
+        """
+        for block in self.blocks:
+            if block[0] <= sv < block[1]:
+                return block
+        raise DtLensError(f"sv={sv} is out of range: {self.matrix.name} has {len(self.sigma)} directions.")
+
+    def as_embedding(self, side: SideName | None = None, k: int | None = None) -> Embedding:
+        """The first ``k`` directions as an embedding, so that later layers can be compared with what this one writes.
+
+        Raises:
+            DtLensError: for a side that does not face the residual stream.
+        """
+        directions = self.side(side)[:k]
+        if side is not None and side not in RESIDUAL:
+            raise DtLensError(f"The {side} side of {self.matrix.name} is not in the residual stream.")
+        labels = [f"{self.matrix.name}[{i}]" for i in range(len(directions))]
+        return Embedding(directions, labels, kind="direction", side="in")
+
+    def __repr__(self) -> str:
+        sides = f"{self.matrix.left} [{self.left.shape[1]}] -> {self.matrix.right} [{self.right.shape[1]}]"
+        how = "folded" if self.folded else "raw"
+        how += f", weighted by the activations {self.activations}" if self.activations else ""
+        return (
+            f"Decomposition({self.matrix.name}, {len(self.sigma)} directions, {sides}, {how}, error {self.error:.0e})"
+        )
+
+
+def decompose_matrix(
+    lens: Weighted, matrix: Matrix, rank: int | None = None, fold_layernorm: bool = True
+) -> Decomposition:
+    """The decomposition of one catalogued matrix, with canonical signs and blocks.
+
+    Raises:
+        DtLensError: when its weights hold NaN or infinite values, naming the matrix.
+    """
+    lens = Snapshot.of(lens)
+    folded = fold_layernorm and matrix.foldable
+    factors = matrix.folded(lens) if folded else matrix.raw(lens)
+    try:
+        found = decompose(factors, rank, _floor(lens, matrix, folded), _unknown(lens, matrix, rank, folded))
+    except DtLensError as error:
+        raise DtLensError(f"{matrix.name}: {error}") from error
+    del factors
+    left, right = with_canonical_signs(matrix, found.left, found.right)
+    noise = rounding_noise(lens, matrix, left, right, folded)
+    return Decomposition(matrix, found.sigma, left, right, folded, blocks_of(found.sigma, noise), found.error)
+
+
+def _text_tensor(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def with_canonical_signs(
+    matrix: Matrix, left: Float[Tensor, "k d_left"], right: Float[Tensor, "k d_right"]
+) -> tuple[Tensor, Tensor]:
+    """The rows turned so that the largest entry of the first side on the residual stream is positive."""
+    sign_side = left if matrix.left in RESIDUAL else right
+    largest = sign_side.gather(1, sign_side.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(left)
+    return left * signs, right * signs
+
+
+def _floor(lens: Snapshot, matrix: Matrix, folded: bool) -> float:
+    """The sigma that float64's rounding may leave where centring takes everything away."""
+    if not folded:
+        return 0.0
+    size = 8 * EPS
+    for factor in matrix.factors:
+        size *= float(torch.linalg.vector_norm(factor.view(lens.weights), dtype=torch.float64))
+    for norm in (matrix.left_norm, matrix.right_norm):
+        size *= float(lens.weights[f"{norm}.w"].double().abs().max()) if norm else 1.0
+    return size
+
+
+def _unknown(lens: Snapshot, matrix: Matrix, rank: int | None, folded: bool) -> float:
+    """The spectral norm of what rounding the weights does to the matrix, about; 0 where nobody would use it.
+
+    That is where no Krylov space is looked for: in a circuit, in a small matrix, or when all directions are wanted.
+
+    Independent errors of one standard deviation, ``m x n``, have a norm of about ``sqrt(m) + sqrt(n)`` times that
+    (Vershynin, "High-Dimensional Probability", 2018, section 7.3).
+    """
+    if len(matrix.factors) > 1 or rank is None:
+        return 0.0
+    weight = matrix.factors[0].view(lens.weights)
+    if min(weight.shape) <= KRYLOV:
+        return 0.0
+    rows, _ = _variances(weight)
+    if folded and matrix.left_norm:
+        rows = rows * lens.weights[f"{matrix.left_norm}.w"].to(rows).square()
+    m, n = weight.shape
+    return float(rows.mean().sqrt()) * (math.sqrt(m) + math.sqrt(n))
+
+
+def rounding_noise(
+    lens: Weighted,
+    matrix: Matrix,
+    left: Float[Tensor, "k d_left"],
+    right: Float[Tensor, "k d_right"],
+    folded: bool,
+) -> Float[Tensor, " k"]:
+    """The standard deviation of ``left_i^T E right_i``, ``E`` being what rounding the weights does to the matrix.
+
+    Rounding errors are taken as independent and uniform over half a unit in the last place either way, which has the
+    variance ``ulp^2 / 12`` (Higham, "Accuracy and Stability of Numerical Algorithms", section 2.8); a weight's table
+    of variances is approximated by the product of its row and column means. A factor's error reaches the matrix
+    through the LayerNorm and the other factor.
+    """
+    lens = Snapshot.of(lens)
+    ahead, behind = left, right  # the directions as they arrive at the weights from either end
+    if folded and matrix.left_norm:
+        ahead = left * lens.weights[f"{matrix.left_norm}.w"].to(left)
+    if folded and matrix.right_norm:
+        behind = right * lens.weights[f"{matrix.right_norm}.w"].to(right)
+    pairs = [(ahead, behind)]
+    if len(matrix.factors) == 2:
+        seen = matrix.folded(lens) if folded else matrix.raw(lens)
+        pairs = [(ahead, right @ seen[1].T), (left @ seen[0], behind)]
+    total = left.new_zeros(len(left))
+    for factor, (x, y) in zip(matrix.factors, pairs, strict=True):
+        rows, columns = _variances(factor.view(lens.weights))
+        total += (x.square() @ rows) * (y.square() @ columns) / rows.mean().clamp_min(1e-300)
+    return total.sqrt()
+
+
+def _variances(weight: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
+    """The row means and the column means of the variances of rounding; of a large weight, over a sample of entries."""
+    m, n = weight.shape
+    every = [1, 1] if m * n <= CHUNK else [max(1, side // SAMPLE) for side in (m, n)]
+    rows, columns = _ulp(weight[:, :: every[1]]), _ulp(weight[:: every[0]])
+    return rows.square().mean(1) / 12, columns.square().mean(0) / 12
+
+
+def _ulp(weight: Tensor) -> Tensor:
+    """The distance between neighbouring numbers at each entry, in float64; nothing at zero, which is exact."""
+    kind = torch.finfo(weight.dtype)
+    exponent = torch.frexp(weight.double())[1] - 1
+    ulp = kind.eps * torch.exp2(exponent.double())
+    return torch.where(weight == 0, 0.0, ulp.clamp_min(kind.tiny * kind.eps))
+
+
+def blocks_of(sigma: Float[Tensor, " k"], noise: Float[Tensor, " k"]) -> tuple[tuple[int, int], ...]:
+    """Neighbours share a block when rounding may mix them by more than ``MAX_ANGLE``.
+
+    To first order two directions mix by ``(sigma_i a + sigma_j b) / (sigma_i^2 - sigma_j^2)``, where ``a`` and ``b``
+    are the matrix's errors between them (Stewart and Sun, "Matrix Perturbation Theory", 1990, chapter V): at most the
+    noise over the gap.
+    """
+    if not len(sigma):
+        return ()
+    between = torch.maximum(noise[:-1], noise[1:])
+    apart = sigma[:-1] - sigma[1:] > DEVIATIONS * between / MAX_ANGLE
+    starts = [0, *(int(i) + 1 for i in apart.nonzero())]
+    return tuple(zip(starts, [*starts[1:], len(sigma)], strict=True))

@@ -1,0 +1,269 @@
+"""Which null each part of a scan is held against, and what that takes: nothing, activations, or drawn models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dt_lens.lens.activations import Activations
+from dt_lens.arguments import whole_number
+from dt_lens.svd.drawn_models import shuffled, untrained
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.svd.cache import KeptResults
+from dt_lens.svd.side_labels import MetLabels
+from dt_lens.lens.matrices import Matrix, SideName, Snapshot
+from dt_lens.svd.pairings import Meeting
+from dt_lens.statistics.nulls import NULLS, CovarianceMaximum, Null, PooledMaximum, ShuffledMaximum, UntrainedMaximum
+from dt_lens.progress import Tell
+
+if TYPE_CHECKING:
+    from dt_lens.svd.weight_svd import WeightSVD
+
+__all__ = ["CovarianceSource", "NullSource", "Pools", "draw_pools", "met_covariance", "require_null"]
+
+Array = NDArray[np.float64]
+POOL = 10_000  # matches that every pool should hold at least,
+DRAWS = (3, 100)  # within so many drawn models
+
+
+class NullSource(Protocol):
+    """Where a scan finds the null of each of its parts."""
+
+    def null(self, meeting: Meeting, span: int) -> Null:
+        """Of the best match of one direction of this matrix side, or of one span, with these labels."""
+        ...
+
+    def told(self) -> dict[str, Any]:
+        """What the table's ``attrs`` say of it."""
+        ...
+
+
+def require_null(name: object) -> None:
+    """Raise ``DtLensError`` for a null that there is not."""
+    if not isinstance(name, str) or name not in NULLS:
+        raise DtLensError(f"Unknown null {name!r}; known are {', '.join(NULLS)}." + nearest(name, NULLS))
+
+
+class CovarianceSource:
+    """Nulls with the covariance of what each matrix side meets.
+
+    Args:
+        lens: the model's weights and structure.
+        activations: of its real inputs, or the file that holds them; or one covariance ``[d_model, d_model]`` for all
+            sides, taken as it is.
+        fold: whether LayerNorms are folded into the matrices.
+        seed: of the draws.
+        draws: directions drawn for each null; see ``CovarianceMaximum``.
+        kept: where nulls of large vocabularies wait for the next time.
+
+    Raises:
+        DtLensError: without activations, or with something else in their place.
+    """
+
+    def __init__(
+        self, lens: Snapshot, activations: Any, fold: bool, seed: int, draws: int | None, kept: KeptResults
+    ) -> None:
+        if activations is None:
+            raise DtLensError(
+                "null='covariance' needs activations=: what dt_lens.collect_activations gives, a file of them, or a "
+                "covariance [d_model, d_model]."
+            )
+        if isinstance(activations, (str, Path)):
+            activations = Activations.load(activations)
+        if not hasattr(activations, "inputs"):
+            if isinstance(activations, Tensor):
+                activations = activations.detach().cpu()
+            try:
+                activations = np.asarray(activations, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise DtLensError(
+                    f"activations= is a {type(activations).__name__}; expected activations, a file of them, or a "
+                    "covariance [d_model, d_model]."
+                ) from error
+        self.lens, self.activations, self.fold, self.seed, self.draws = lens, activations, fold, seed, draws
+        self._kept = kept
+        self._covariances: dict[tuple[str, SideName], tuple[bytes, Array]] = {}
+        self._nulls: dict[tuple[Any, ...], CovarianceMaximum] = {}
+
+    def null(self, meeting: Meeting, span: int) -> Null:
+        labels, where = meeting.labels, (meeting.matrix.name, meeting.side)
+        if where not in self._covariances:
+            S = met_covariance(self.lens, meeting.matrix, meeting.side, self.activations, self.fold)
+            self._covariances[where] = (hashlib.blake2b(S.tobytes(), digest_size=16).digest(), S)
+        digest, S = self._covariances[where]
+        key = (digest, labels.digest, labels.centred, span, self.seed, self.draws)
+        if key not in self._nulls:
+            kept = self._kept if not labels.whole else KeptResults(None)
+            made = kept.get(f"covariance null {key}", lambda: self._made(labels, S, span).tensors())
+            self._nulls[key] = CovarianceMaximum.from_tensors(made)
+        return self._nulls[key]
+
+    def _made(self, labels: MetLabels, S: Array, span: int) -> CovarianceMaximum:
+        return CovarianceMaximum.of(labels.for_null, S, labels.centred, self.seed, span, self.draws)
+
+    def told(self) -> dict[str, Any]:
+        given = self.activations
+        digest = (
+            given.digest if hasattr(given, "digest") else hashlib.blake2b(given.tobytes(), digest_size=8).hexdigest()
+        )
+        return {"null": "covariance", "assumes": CovarianceMaximum.assumes, "activations": digest}
+
+
+def met_covariance(lens: Snapshot, matrix: Matrix, side: SideName, activations: Any, fold: bool) -> Array:
+    """The covariance ``[d_model, d_model]`` of what one side of a matrix meets.
+
+    A reading side meets what the matrix reads; with folding, the stream as its LayerNorm leaves it before scale and
+    bias. The key side of a ``QK`` circuit meets what keys are made of. A writing side meets the stream that it is added
+    to, as it is before, of the tokens whose output is used. As if one more input had been of the
+    same size and without direction, ``trace / (d (n + 1))`` is added to each variance: what ``n`` inputs have not shown
+    is not impossible. An array is taken as it is.
+
+    Raises:
+        DtLensError: when the activations do not hold that, or are another model's.
+    """
+    if isinstance(activations, np.ndarray):
+        return activations
+    if side == "write":
+        # Attention and MLP add to the same stream where they stand side by side.
+        early = ".attn." in matrix.name or lens.structure.parallel
+        place = f"blocks.{matrix.layer}.hook_resid_{'pre' if early else 'mid'}"
+        if early and f"blocks.{matrix.layer}.attn_in.query" in activations.points:
+            place += ".query"
+        if place not in activations.stream:
+            raise DtLensError(f"These activations hold nothing of the stream at {place}; collect them anew.")
+        moments = activations.stream[place]
+    elif side == "key":
+        moments = activations.keys(matrix, lens)
+    else:
+        moments = activations.of(matrix, lens)
+    S = moments.covariance.double().cpu().numpy()
+    norm = matrix.norm(matrix.side(side))
+    if fold and norm is not None:
+        w = lens.weights[f"{norm}.w"].detach().double().cpu().numpy()
+        back = np.divide(1.0, w, out=np.zeros_like(w), where=w != 0)
+        S = back[:, None] * S * back
+    return np.asarray(S + np.eye(len(S)) * np.trace(S) / (len(S) * (moments.count + 1)))
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The best matches of drawn models, pooled by kind of matrix, side, embedding and size of block.
+
+    A null source for ``WeightSVD.scan(null=pools)``: made once by ``WeightSVD.pools``, used for many scans of models of
+    the same shape.
+
+    Attributes:
+        name: ``"untrained"`` or ``"shuffled"``.
+        draws: how many models were drawn.
+        seed: with which they were.
+        single: best matches of directions, or of spans of several.
+        whole: best matches of whole matrices with whole embeddings.
+    """
+
+    name: str
+    draws: int
+    seed: int
+    single: dict[tuple[str, str, str, int], PooledMaximum]
+    whole: dict[tuple[str, str, str], PooledMaximum]
+
+    def null(self, meeting: Meeting, span: int) -> PooledMaximum:
+        """The pool that a part of a scan belongs to.
+
+        Raises:
+            DtLensError: when these pools were drawn for other matrices or embeddings.
+        """
+        where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
+        if (*where, span) not in self.single:
+            raise DtLensError(
+                f"These pools hold nothing of the {where[1]} side of {where[0]} with {where[2]} in blocks of {span}; "
+                "draw them with the same matrices and embeddings."
+            )
+        return self.single[*where, span]
+
+    def frame(self, meeting: Meeting) -> PooledMaximum:
+        """The pool of whole matrices of this kind; raises as ``null`` does."""
+        where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
+        if where not in self.whole:
+            raise DtLensError(f"These pools hold nothing of the {where[1]} side of {where[0]} with {where[2]}.")
+        return self.whole[where]
+
+    def told(self) -> dict[str, Any]:
+        smallest = min((pool.smallest for pool in self.single.values()), default=1.0)
+        assumes = NULLS[self.name].assumes
+        return {"null": self.name, "assumes": assumes, "draws": self.draws, "smallest_p": smallest}
+
+
+def draw_pools(
+    svd: WeightSVD, name: str, meetings: Sequence[Meeting], seed: int, draws: int | None, tell: Tell
+) -> Pools:
+    """Draw ``draws`` models and pool what their directions match best, in blocks of the sizes that ``meetings`` have.
+
+    Each drawn model is decomposed as the model itself is, whole; its blocks are consecutive directions.
+
+    Raises:
+        DtLensError: for another null than ``"untrained"`` and ``"shuffled"``, fewer than one draw, or a seed below 0.
+    """
+    if name not in ("untrained", "shuffled"):
+        raise DtLensError(f"Only 'untrained' and 'shuffled' draw models, not {name!r}.")
+    seed = whole_number(seed, "seed", 0)
+    draws = _enough(meetings) if draws is None else whole_number(draws, "draws", 1)
+    make, of = (untrained, UntrainedMaximum.of) if name == "untrained" else (shuffled, ShuffledMaximum.of)
+    matrices = list(dict.fromkeys(meeting.matrix.name for meeting in meetings))
+    embeddings = list(dict.fromkeys(meeting.labels.embedding.name for meeting in meetings))
+    wanted = {(meeting.matrix.name, meeting.side, meeting.labels.embedding.name): meeting for meeting in meetings}
+    single: dict[tuple[str, str, str, int], list[Array]] = {}
+    whole: dict[tuple[str, str, str], list[float]] = {}
+    for draw in range(draws if wanted else 0):
+        tell(f"drawing the {name} model {draw + 1} of {draws}", draw / draws)
+        state = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+        twin = svd.like(make(svd.model, svd.registry, state))
+        for meeting, own in _pairs(twin.meetings(matrices, embeddings), wanted):
+            where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
+            for span in {1, *own.sizes.tolist()}:
+                found = _lengths(meeting, span)
+                single.setdefault((*where, span), []).append(found)
+                if span == 1 and len(found):
+                    whole.setdefault(where, []).append(float(found.max()))
+    pools = {where: np.concatenate(found) for where, found in single.items()}
+    return Pools(
+        name,
+        draws,
+        seed,
+        {where: of(found) for where, found in pools.items() if len(found)},
+        {where: of(found) for where, found in whole.items()},
+    )
+
+
+def _enough(meetings: Sequence[Meeting]) -> int:
+    """How many models fill every pool: with fewer a true discovery has no p-value small enough to be one."""
+    sizes: dict[tuple[str, str, str], int] = {}
+    for meeting in meetings:
+        where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
+        sizes[where] = sizes.get(where, 0) + len(meeting.found.sigma)
+    least = max(1, min(sizes.values(), default=1))
+    return int(np.clip(-(-POOL // least), *DRAWS))
+
+
+def _pairs(
+    meetings: Sequence[Meeting], wanted: dict[tuple[str, SideName, str], Meeting]
+) -> Iterator[tuple[Meeting, Meeting]]:
+    for meeting in meetings:
+        where = (meeting.matrix.name, meeting.side, meeting.labels.embedding.name)
+        if where in wanted:
+            yield meeting, wanted[where]
+
+
+def _lengths(meeting: Meeting, span: int) -> Array:
+    """The best matches of a drawn matrix's directions, so many of them at a time."""
+    directions = meeting.directions
+    directions = directions[: len(directions) // span * span]
+    if not len(directions):
+        return np.empty(0)
+    return meeting.labels.best(directions, np.arange(0, len(directions), span)).length

@@ -1,0 +1,146 @@
+"""The table of a scan: every direction of every matrix against what it matches best, with the chance of that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dt_lens.arguments import whole_number
+from dt_lens.errors import DtLensError
+from dt_lens.svd.side_labels import Best, MetLabels
+from dt_lens.lens.matrices import Snapshot
+from dt_lens.svd.pairings import DECOMPOSING, Meeting
+from dt_lens.statistics.nulls import HaarMaximum, Null, q_values
+from dt_lens.progress import Tell
+from dt_lens.svd.null_sources import CovarianceSource, NullSource, Pools, draw_pools, require_null
+
+if TYPE_CHECKING:
+    from dt_lens.svd.weight_svd import WeightSVD
+
+__all__ = ["COLUMNS", "null_source", "scan_table"]
+
+COLUMNS = ["matrix", "layer", "head", "side", "sv", "block", "sigma", "embedding", "label", "cosine"]
+COLUMNS += ["z", "p_value", "q_value"]
+
+
+def scan_table(
+    svd: WeightSVD,
+    matrices: Sequence[str] | str | None,
+    null: str | Pools,
+    seed: int,
+    embeddings: Sequence[str] | str | None,
+    activations: Any,
+    draws: int | None,
+    tell: Tell,
+) -> pd.DataFrame:
+    """See ``WeightSVD.scan``."""
+    require_null(null if not isinstance(null, Pools) else null.name)
+    seed = whole_number(seed, "seed", 0)
+    draws = None if draws is None else whole_number(draws, "draws", 1)
+    meetings = svd.meetings(matrices, embeddings, tell)
+    source = null_source(svd, null, meetings, seed, activations, draws, tell)
+    parts = _parts(svd, meetings, source, tell)
+    columns: dict[str, Any] = {
+        name: np.concatenate([part[name] for part in parts]) if parts else [] for name in COLUMNS[:-1]
+    }
+    table = pd.DataFrame(columns)
+    table["head"] = pd.array([None if head < 0 else head for head in table["head"]], dtype="Int64")
+    table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
+    told: dict[Any, Any] = source.told()
+    table.attrs = {
+        "fold_layernorm": svd.fold_layernorm,
+        **told,
+        "seed": null.seed if isinstance(null, Pools) else seed,
+        "untrained": [e.name for e in svd.registry.values() if not e.trained],
+    }
+    if svd.activations is not None:
+        table.attrs["weighted_by"] = svd.activations.digest
+    return table
+
+
+def null_source(
+    svd: WeightSVD,
+    null: str | Pools,
+    meetings: list[Meeting],
+    seed: int,
+    activations: Any,
+    draws: int | None,
+    tell: Tell,
+) -> NullSource:
+    """Where a scan's nulls come from.
+
+    Raises:
+        DtLensError: for activations that the null has no use for, and as the nulls do.
+    """
+    if isinstance(null, Pools):
+        return null
+    if activations is not None and null != "covariance":
+        raise DtLensError(f"activations= are of use for null='covariance', not for {null!r}; leave them out.")
+    if null == "haar":
+        return _Rotations(svd, seed, draws)
+    if null == "covariance":
+        return CovarianceSource(Snapshot.of(svd.model), activations, svd.fold_layernorm, seed, draws, svd.kept)
+    return draw_pools(svd, null, meetings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
+
+
+def _parts(svd: WeightSVD, meetings: list[Meeting], source: NullSource, tell: Tell) -> list[dict[str, Any]]:
+    """The columns of every meeting. All that meet the same labels do so at once: a vocabulary is read once."""
+    groups: dict[int, list[int]] = {}
+    for place, meeting in enumerate(meetings):
+        groups.setdefault(id(meeting.labels), []).append(place)
+    parts: list[dict[str, Any]] = [{}] * len(meetings)
+    for number, places in enumerate(groups.values()):
+        labels, some = meetings[places[0]].labels, [meetings[place] for place in places]
+        share = DECOMPOSING + (1 - DECOMPOSING) * number / len(groups)
+        tell(f"comparing with {labels.embedding.name}", share)
+        best = _best(svd, labels, some)
+        tell(f"drawing the null of {labels.embedding.name}", share)
+        begin = 0
+        for place, meeting in zip(places, some, strict=True):
+            sizes = meeting.sizes
+            mine = slice(begin, begin + len(sizes))
+            begin, lengths = mine.stop, best.length[mine]
+            p, z = np.ones(len(sizes)), np.zeros(len(sizes))
+            for size in np.unique(sizes):
+                law, these = source.null(meeting, int(size)), sizes == size
+                p[these], z[these] = law.p_value(lengths[these]), law.z(lengths[these])
+            parts[place] = meeting.columns(best.cosine[mine], best.label[mine], z, p)
+    return parts
+
+
+def _best(svd: WeightSVD, labels: MetLabels, meetings: list[Meeting]) -> Best:
+    """The best label of every block of directions of these matrix sides, one after the other."""
+    directions = np.concatenate([meeting.directions for meeting in meetings])
+    before = np.cumsum([0, *(len(meeting.directions) for meeting in meetings)])
+    starts = np.concatenate([meeting.starts + first for meeting, first in zip(meetings, before, strict=False)])
+    if not len(starts):
+        return Best(np.empty(0), np.empty(0), np.empty(0, np.int64))
+
+    def make() -> dict[str, Tensor]:
+        found = labels.best(directions, starts)._asdict()
+        return {name: torch.from_numpy(value) for name, value in found.items()}
+
+    if labels.whole or svd.kept.folder is None:
+        return labels.best(directions, starts)
+    state = hashlib.blake2b(directions.tobytes() + starts.tobytes(), digest_size=16).hexdigest()
+    kept = svd.kept.get(f"best {labels.digest.hex()} {state}", make)
+    return Best(*(kept[name].numpy() for name in Best._fields))
+
+
+class _Rotations:
+    """The nulls of random rotations, which a ``WeightSVD`` keeps."""
+
+    def __init__(self, svd: WeightSVD, seed: int, draws: int | None) -> None:
+        self._svd, self._seed, self._draws = svd, seed, draws
+
+    def null(self, meeting: Meeting, span: int) -> Null:
+        return self._svd.rotations(meeting.labels, span, self._seed, self._draws)
+
+    def told(self) -> dict[str, Any]:
+        return {"null": "haar", "assumes": HaarMaximum.assumes}

@@ -1,0 +1,167 @@
+"""An embedding as one side of matrices meets it: the best label of every direction, and the null of that best match.
+
+A vocabulary of fifty thousand tokens need not fit in memory in float64: its rows are made, compared and forgotten a
+block at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dt_lens.lens.embeddings import Embedding
+from dt_lens.errors import DtLensError
+from dt_lens.svd.label_rows import row_blocks, unit_rows
+from dt_lens.lens.matrices import hash_of
+from dt_lens.statistics.nulls import HaarMaximum, LabelBlocks
+
+__all__ = ["Best", "MetLabels"]
+
+Array = NDArray[np.float64]
+WHOLE = 2**23  # numbers of an embedding that is held at once, in float64
+ROWS = 1024  # chosen labels looked at together
+
+
+class Best(NamedTuple):
+    """The best label of each of ``n`` directions or blocks of directions.
+
+    ``length`` is the absolute cosine, for a block the length of the label's projection on its span; ``cosine`` has the
+    sign of a single direction's.
+    """
+
+    length: Array  # [n]
+    cosine: Array  # [n]
+    label: NDArray[np.int64]  # [n]
+
+
+class MetLabels:
+    """Unit or zero rows ``[n, d]`` of an embedding, and the space they live in.
+
+    With folding the rows are effective directions. On a side that reads through a LayerNorm they are also centred,
+    since a constant is what the centring removes: directions and labels live in ``d_model - 1`` dimensions then.
+
+    Raises:
+        DtLensError: when the embedding holds values that are not finite.
+    """
+
+    def __init__(self, embedding: Embedding, folded: bool, centred: bool) -> None:
+        self.embedding, self.folded, self.centred = embedding, folded, centred
+        self.n, self.width = embedding.directions.shape
+        if not all(bool(torch.isfinite(end)) for end in embedding.directions.detach().aminmax()):
+            raise DtLensError(
+                f"The embedding {embedding.name!r} holds NaN or infinite values; every entry must be finite."
+            )
+
+    @property
+    def dimension(self) -> int:
+        """Of the space in which labels and directions lie."""
+        return self.width - int(self.centred)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rows are held at once."""
+        return self.n * self.width <= WHOLE
+
+    @property
+    def directions(self) -> Array:
+        """All rows, in float64."""
+        return self._rows if self.whole else self._made()
+
+    @cached_property
+    def _rows(self) -> Array:
+        return self._made()
+
+    def _made(self) -> Array:
+        rows = unit_rows(self.embedding, slice(None), self.folded, self.centred)
+        return np.ascontiguousarray(rows.numpy())
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Tells these rows from others."""
+        if self.whole:
+            return hashlib.blake2b(self._rows.tobytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(f"{self.folded} {self.centred} {self.embedding.rms}".encode(), digest_size=16)
+        digest.update(hash_of(self.embedding.directions))
+        if self.embedding.layernorm is not None:
+            digest.update(hash_of(self.embedding.layernorm))
+        return digest.digest()
+
+    def _blocks(self, width: int) -> Iterator[tuple[int, NDArray[np.float32] | Array]]:
+        """All rows in order, with the number of a block's first: at once in float64, or a few in float32."""
+        if self.whole:
+            yield 0, self._rows
+            return
+        for numbers, rows in row_blocks(self.embedding, None, width, self.folded, self.centred, torch.float32):
+            yield int(numbers[0]), rows.numpy()
+
+    def best(self, directions: Array, starts: NDArray[np.int64]) -> Best:
+        """The best label of each block of ``directions [k, d]``; block ``i`` begins at row ``starts[i]``."""
+        count = len(starts)
+        value, label = np.full(count, -1.0), np.zeros(count, np.int64)
+        single = count == len(directions)
+        narrow = directions if self.whole else directions.astype(np.float32)
+        for begin, rows in self._blocks(len(directions)):
+            cosines = torch.from_numpy(narrow) @ torch.from_numpy(rows).T
+            if single:
+                lengths = cosines.abs_()
+            else:
+                squares = np.add.reduceat(cosines.square_().numpy(), starts, axis=0)
+                lengths = torch.from_numpy(np.sqrt(squares))
+            top, at = (found.numpy() for found in lengths.max(1))
+            better = top > value
+            value[better], label[better] = top[better], at[better] + begin
+        sizes = np.diff(np.append(starts, len(directions)))
+        return Best(*self._exact(directions, starts, sizes, label), label)
+
+    def _exact(
+        self, directions: Array, starts: NDArray[np.int64], sizes: NDArray[np.int64], label: NDArray[np.int64]
+    ) -> tuple[Array, Array]:
+        """The lengths and the signed cosines with the chosen labels, in float64."""
+        length, cosine = np.empty(len(starts)), np.empty(len(starts))
+        for first in range(0, len(starts), ROWS):
+            some = slice(first, first + ROWS)
+            if self.whole:
+                chosen = self._rows[label[some]]
+            else:
+                chosen = unit_rows(self.embedding, torch.from_numpy(label[some]), self.folded, self.centred).numpy()
+            for i, row in zip(range(first, first + len(chosen)), chosen, strict=True):
+                met = directions[starts[i] : starts[i] + sizes[i]] @ row
+                length[i] = min(float(np.sqrt(met @ met)), 1.0)
+                cosine[i] = np.sign(met[0]) * length[i] if sizes[i] == 1 else length[i]
+        return length, cosine
+
+    def cosines(self, directions: Array) -> Array:
+        """The cosines of ``directions [k, d]`` with all labels, ``[k, n]``."""
+        if self.whole:
+            return directions @ self._rows.T
+        found = np.empty((len(directions), self.n))
+        for numbers, rows in row_blocks(self.embedding, None, len(directions), self.folded, self.centred):
+            found[:, int(numbers[0]) : int(numbers[-1]) + 1] = directions @ rows.numpy().T
+        return found
+
+    def null(self, span: int, seed: int, draws: int | None = None) -> HaarMaximum:
+        """The null of the best match of one direction, or of one span of directions, turned at random."""
+        return HaarMaximum.of(self.for_null, self.dimension if self.whole else None, seed, span, draws)
+
+    @property
+    def for_null(self) -> Array | LabelBlocks:
+        """The rows as nulls take them: at once, or a block at a time."""
+        if self.whole:
+            return self._rows
+        kept = np.concatenate([begin + np.flatnonzero(rows.any(1)) for begin, rows in self._blocks(self.width)])
+
+        def rows_of(index: NDArray[np.int64]) -> Array:
+            numbers = torch.from_numpy(kept[index])
+            return np.asarray(unit_rows(self.embedding, numbers, self.folded, self.centred).numpy())
+
+        def blocks() -> Iterator[NDArray[np.float32]]:
+            for _, rows in self._blocks(self.width):
+                yield np.asarray(rows[rows.any(1)], dtype=np.float32)
+
+        return LabelBlocks(len(kept), self.width, self.centred, rows_of, blocks)

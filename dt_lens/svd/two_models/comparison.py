@@ -1,0 +1,376 @@
+"""Two models of the same shape, before and after fine-tuning for instance: what changed in every matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from dt_lens.arguments import local_path, whole_number
+from dt_lens.svd.solvers import decompose
+from dt_lens.svd.two_models.direction_pairs import match_directions
+from dt_lens.svd.decomposition import Decomposition, rounding_noise
+from dt_lens.errors import DtLensError
+from dt_lens.svd.two_models.label_changes import By, Owner, label_changes
+from dt_lens.lens.matrices import Matrix, SideName, Snapshot, catalogue, find_matrix, fingerprint, select_matrices
+from dt_lens.svd.two_models.matrix_change import change_factors, common_boundary, leading, measure
+from dt_lens.progress import Tell, reporting
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = ["Comparison", "compare"]
+
+Array = NDArray[np.float64]
+MATCHED = 1024  # directions at most that are matched where a matrix has more
+Names = Sequence[str] | str
+
+
+def compare(
+    a: Any,
+    b: Any,
+    matrices: Names | None = None,
+    *,
+    k: int = 10,
+    fold_layernorm: bool = True,
+    names: tuple[str, str] = ("A", "B"),
+    progress: bool | Tell = False,
+) -> Comparison:
+    """What changed between two models of the same shape, matrix by matrix.
+
+    Args:
+        a, b: wrapped models, or weights alone: of both the weights, the structure and the embeddings are used, so no
+            forward pass is made.
+        matrices: names or shell patterns; every catalogued matrix when ``None``.
+        k: of how many leading directions the subspaces are compared; moved to the nearest number that cuts no group of
+            near-equal sigmas.
+        fold_layernorm: compare what acts on the stream, each model's own LayerNorm folded in (``WeightSVD``'s default);
+            ``False`` takes raw weights.
+        names: what to call the two in tables and figures.
+        progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
+
+    Returns:
+        a ``Comparison``. Its ``table`` has a row for each matrix:
+
+        - ``relative_change``: ``||B - A||_F / ||A||_F``;
+        - ``change_stable_rank``, ``change_effective_rank``, ``change_leading_share``: of how many directions ``B - A``
+          is (``matrix_change.sizes``), zeros where nothing changed;
+        - ``spectrum_change``, ``spectrum_change_max``: the L2 norm of the sigmas' differences over that of A's sigmas,
+          and the largest difference over A's largest sigma; ``spectral_norm_change``: the largest sigma's, signed;
+        - ``k``, and for the left (input) and the right (output) side of the matrix, ``left_side`` and ``right_side``
+          telling their names: ``_angle`` and ``_angle_max``, the mean and the largest principal angle in degrees
+          between the leading subspaces (Golub and Van Loan, "Matrix Computations", section 6.4.3), ``_overlap``, the
+          mean squared cosine of the angles, and what two random (Haar) subspaces would have: ``_haar_overlap``,
+          ``k / dimension``, and ``_haar_angle``.
+
+    Raises:
+        DtLensError: for something that is no wrapped model, matrices that only one model has or that differ in shape or
+            in the LayerNorm before them, a ``k`` below 1, or weights that are not finite.
+    """
+    for model in (a, b):
+        if not hasattr(model, "weights") or not hasattr(model, "structure"):
+            raise DtLensError(
+                f"compare takes two wrapped models, not a {type(model).__name__}; call dt_lens.load or dt_lens.wrap "
+                "first."
+            )
+    k = whole_number(k, "k", 1)
+    before, after = Snapshot.of(a), Snapshot.of(b)
+    chosen = _comparable(before, after, matrices, fold_layernorm)
+    notes = _notes(_precisions(before, after, chosen), names)
+    rows, spectra, states = [], {}, {}
+    with reporting(progress) as tell:
+        for done, matrix in enumerate(chosen):
+            tell(f"comparing {matrix.name}", done / len(chosen))
+            found = measure(before, after, matrix, k, fold_layernorm)
+            rows.append(found.row)
+            spectra[matrix.name] = (found.sigma_a, found.sigma_b, found.sigma_change)
+            states[matrix.name] = (fingerprint(before, matrix), fingerprint(after, matrix))
+    table = pd.DataFrame(rows)
+    table["head"] = table["head"].astype("Int64")
+    table.attrs = {"fold_layernorm": fold_layernorm, "k": k, "names": list(names)}
+    return Comparison(table, names, fold_layernorm, spectra, notes, a, b, k, states)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What ``compare`` found. The table and the spectra are kept; directions and labels are read when asked for.
+
+    Attributes:
+        table: a row per matrix; the columns are told at ``compare``.
+        names: of the two models.
+        folded: whether each model's LayerNorms are folded in.
+        spectra: for each matrix the singular values of A, of B and of ``B - A``, largest first.
+        notes: what a reader should know of the pair, such as weights stored in different precisions.
+    """
+
+    table: pd.DataFrame
+    names: tuple[str, str]
+    folded: bool
+    spectra: dict[str, tuple[Array, Array, Array]]
+    notes: tuple[str, ...]
+    _a: Any = field(repr=False)
+    _b: Any = field(repr=False)
+    _k: int = field(repr=False)
+    _states: dict[str, tuple[bytes, bytes]] = field(repr=False)
+
+    def directions(self, matrix: str, least: float = 0.5, rank: int | None = None) -> pd.DataFrame:
+        """Which directions of A are which of B: blocks matched by the overlap of their spans on both sides.
+
+        Args:
+            matrix: one of the compared matrices.
+            least: pairs of a smaller overlap count as unmatched.
+            rank: match only so many leading directions of each; of matrices larger than 1024 at most 1024.
+
+        Returns:
+            a DataFrame ``sv_a block_a sigma_a sv_b block_b sigma_b sigma_change overlap <side>_angle <side>_angle sign
+            matched``. ``sv`` is the first of ``block`` directions that cannot be told apart; sigmas are a block's root
+            mean square; ``sigma_change`` is relative; angles are the spans' largest principal angle in degrees;
+            ``sign`` is -1 where the pair does the opposite to the same input. Where ``matched`` is false, one of the
+            two is missing.
+
+        Raises:
+            DtLensError: for a matrix that was not compared, or that changed since.
+        """
+        found = self._matrix(matrix)
+        one, two = (self._decomposed(lens, found, rank or MATCHED) for lens in self._lenses())
+        rows = []
+        for pair in match_directions(_cut(one, rank), _cut(two, rank), least):
+            sigma_a, sigma_b = (_mean_sigma(d, members) for d, members in ((one, pair.a), (two, pair.b)))
+            row = {
+                "sv_a": pair.a[0] if pair.a else None,
+                "block_a": len(pair.a),
+                "sigma_a": sigma_a,
+                "sv_b": pair.b[0] if pair.b else None,
+                "block_b": len(pair.b),
+                "sigma_b": sigma_b,
+                "sigma_change": sigma_b / sigma_a - 1,
+                "overlap": pair.overlap,
+                f"{found.left}_angle": pair.left_angle,
+                f"{found.right}_angle": pair.right_angle,
+                "sign": pair.sign,
+                "matched": bool(pair.a and pair.b),
+            }
+            rows.append(row)
+        table = pd.DataFrame(rows)
+        for name in ("sv_a", "sv_b"):
+            table[name] = table[name].astype("Int64")
+        return table
+
+    def change(self, matrix: str, k: int | None = None) -> Decomposition:
+        """The singular directions of the change ``B - A`` itself, the leading ``k``; none where nothing changed.
+
+        Those that rounding either model's weights could make by itself are left out.
+
+        Raises:
+            DtLensError: for a matrix that was not compared, or that changed since.
+        """
+        found = self._matrix(matrix)
+        factors, floor = change_factors(*self._lenses(), found, self.folded)
+        if not any(bool(factor.any()) for factor in factors):
+            factors = [factor[:, :0] if i == 0 else factor[:0] for i, factor in enumerate(factors)]
+            d_left, d_right = factors[0].shape[0], self._width(found)
+            zero = torch.zeros(0, dtype=torch.float64)
+            return Decomposition(found, zero, zero.new_zeros(0, d_left), zero.new_zeros(0, d_right), self.folded, (), 0)
+        svd = decompose(factors, k or self._k, floor)
+        noise = [rounding_noise(lens, found, svd.left, svd.right, self.folded) for lens in self._lenses()]
+        # A matrix of independent errors has no singular value beyond this (Vershynin, "Introduction to the
+        # non-asymptotic analysis of random matrices", 2012, theorem 5.31).
+        most = torch.stack(noise).norm(dim=0) * (svd.left.shape[1] ** 0.5 + svd.right.shape[1] ** 0.5)
+        kept = int((svd.sigma > most).sum())
+        blocks = tuple((i, i + 1) for i in range(kept))
+        return Decomposition(found, svd.sigma[:kept], svd.left[:kept], svd.right[:kept], self.folded, blocks, svd.error)
+
+    def labels(
+        self,
+        matrix: str,
+        embedding: str,
+        side: SideName | None = None,
+        *,
+        by: By = "subspace",
+        k: int | None = None,
+        n: int | None = 50,
+        embeddings: Owner = "own",
+    ) -> pd.DataFrame:
+        """Which labels moved, most first.
+
+        Args:
+            matrix: one of the compared matrices.
+            embedding: one that both models have.
+            side: of the matrix; by default the side where the embedding is met.
+            by: ``"subspace"``, the length of a label's projection on the leading ``k`` directions of A and of B;
+                ``"directions"``, its cosine with each of the first ``k`` directions of A and with what that direction
+                is in B; ``"change"``, its cosine with the leading ``k`` directions of ``B - A``.
+            k: by default the comparison's.
+            n: rows at most; all when ``None``.
+            embeddings: ``"own"``, each model's own directions of the labels; ``"a"``, A's for both.
+
+        Returns:
+            a DataFrame with ``label index`` and the values ``a``, ``b`` and ``change`` (for ``"change"``: ``a`` and
+            ``b`` by either's labels, the larger first), for directions also ``sv_a sv_b``, for the change ``sv sigma``;
+            ``label_cosine`` is the cosine of the label's own direction in A with that in B. ``table.attrs`` tells whose
+            embeddings were used.
+
+        Raises:
+            DtLensError: for a matrix that was not compared, or that changed since, or an embedding or side that there
+                is not.
+        """
+        found = self._matrix(matrix)
+        count = k or self._k
+        lenses = self._lenses()
+        if by == "change":
+            change = self.change(matrix, count)
+            pair = (change, change)
+        else:
+            one, two = (self._decomposed(lens, found, count) for lens in lenses)
+            pair = (one, two)
+        together = count if by == "change" else common_boundary(*pair, count)
+        return label_changes(
+            (self._a, self._b), pair, embedding, side, by=by, k=together, n=n, folded=self.folded, owner=embeddings
+        )
+
+    def plot(self, what: Literal["change", "spectra", "angles"] = "change", **options: Any) -> go.Figure:
+        """A plotly figure: ``"change"``, the relative change by layer and kind of matrix; ``"spectra"``, how the sigmas
+        of the most changed matrices moved; ``"angles"``, how far the leading subspaces turned.
+
+        Raises:
+            DtLensError: for another ``what``.
+        """
+        from dt_lens.svd.two_models import figures
+
+        if what == "spectra":
+            return figures.spectra_shift(self.spectra, names=self.names, **options)
+        if what == "angles":
+            return figures.angle_heatmap(self.table, **options)
+        if what == "change":
+            return figures.change_heatmap(self.table, **options)
+        raise DtLensError(f"There is no plot {what!r}; there are 'change', 'spectra' and 'angles'.")
+
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the table."""
+        return self.table.copy()
+
+    def most_changed(self, count: int = 10) -> pd.DataFrame:
+        """The rows of largest relative change."""
+        return self.table.sort_values("relative_change", ascending=False, kind="stable").head(count)
+
+    def save(self, folder: str | Path, command: str = "") -> Path:
+        """Write ``comparison.html``, a page with figures, tables and the labels that moved, and ``comparison.csv``.
+
+        Returns:
+            the page's path.
+
+        Raises:
+            DtLensError: when the folder cannot be written.
+        """
+        from dt_lens.svd.two_models.page import write_comparison
+
+        return write_comparison(self, local_path(folder, "folder"), command)
+
+    def embeddings_of_both(self, side: SideName) -> list[str]:
+        """The embeddings of both models that are naturally met on a side, and whose labels are of both."""
+        try:
+            one, two = self._a.embeddings, self._b.embeddings
+        except AttributeError:
+            return []
+        return [name for name in one if name in two and (one[name].side == "out") == (side == "write")]
+
+    def __repr__(self) -> str:
+        changed = int((self.table["relative_change"] > 0).sum())
+        lines = [f"Comparison of {self.names[0]} with {self.names[1]}: {changed} of {len(self.table)} matrices changed"]
+        shown = self.most_changed(5)
+        lines += [f"  {name}  {size:.3g}" for name, size in zip(shown["matrix"], shown["relative_change"], strict=True)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from dt_lens.svd.two_models.page import notebook_html
+
+        return notebook_html(self)
+
+    def _lenses(self) -> tuple[Snapshot, Snapshot]:
+        return Snapshot.of(self._a), Snapshot.of(self._b)
+
+    def _matrix(self, name: str) -> Matrix:
+        lenses = self._lenses()
+        matrix = find_matrix(lenses[0], name)
+        if name not in self._states:
+            raise DtLensError(f"{name} was not compared; call compare with it among the matrices.")
+        if tuple(fingerprint(lens, matrix) for lens in lenses) != self._states[name]:
+            raise DtLensError(f"The weights of {name} have changed since they were compared; call compare again.")
+        return matrix
+
+    def _decomposed(self, lens: Snapshot, matrix: Matrix, k: int) -> Decomposition:
+        return leading(lens, matrix, k, self.folded)
+
+    def _width(self, matrix: Matrix) -> int:
+        return int(matrix.factors[-1].view(self._lenses()[0].weights).shape[1])
+
+
+def _comparable(a: Snapshot, b: Snapshot, patterns: Names | None, fold: bool) -> list[Matrix]:
+    chosen, others = select_matrices(a, patterns), catalogue(b, per_head=True)
+    known = catalogue(a, per_head=True)
+    missing = [m.name for m in chosen if m.name not in others]
+    missing_in = "second"
+    if not missing and patterns is None:
+        missing, missing_in = [name for name in others if name not in known], "first"
+    if missing:
+        raise DtLensError(
+            f"The {missing_in} model has no matrix {missing[0]!r}; compare models of the same shape, or name matrices "
+            "that both have."
+        )
+    for matrix in chosen:
+        norms = [(m.left_norm is None, m.right_norm is None, m.rms) for m in (matrix, others[matrix.name])]
+        if fold and norms[0] != norms[1]:
+            raise DtLensError(
+                f"{matrix.name} reads through different norms in the two models; compare with fold_layernorm=False."
+            )
+    return chosen
+
+
+def _precisions(a: Snapshot, b: Snapshot, chosen: Sequence[Matrix]) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    """The dtypes of the weights that are compared, each looked at once.
+
+    Raises:
+        DtLensError: for weights of different shapes.
+    """
+    kinds: tuple[set[torch.dtype], set[torch.dtype]] = (set(), set())
+    for name in dict.fromkeys(factor.weight for matrix in chosen for factor in matrix.factors):
+        one, two = a.weights[name], b.weights[name]
+        if one.shape != two.shape:
+            raise DtLensError(
+                f"{name} is {list(one.shape)} in the first model and {list(two.shape)} in the second; only models of "
+                "the same shape can be compared."
+            )
+        kinds[0].add(one.dtype)
+        kinds[1].add(two.dtype)
+    return kinds
+
+
+def _notes(kinds: tuple[set[torch.dtype], set[torch.dtype]], names: tuple[str, str]) -> tuple[str, ...]:
+    if kinds[0] == kinds[1]:
+        return ()
+    coarse = max(torch.finfo(kind).eps for kind in kinds[0] | kinds[1])
+    said = [" and ".join(sorted(str(kind).removeprefix("torch.") for kind in some)) for some in kinds]
+    # Rounding leaves an error of variance ulp^2 / 12: 0.2 eps, relative, over a logarithmically uniform mantissa.
+    note = f"{names[0]} is stored as {said[0]} and {names[1]} as {said[1]}: rounding alone makes a relative change of "
+    return (f"{note}about {0.2 * coarse:.0e}.",)
+
+
+def _cut(found: Decomposition, rank: int | None) -> Decomposition:
+    """The leading blocks that reach up to ``rank``."""
+    if rank is None or rank >= len(found.sigma):
+        return found
+    stop = found.block_of(rank - 1)[1]
+    blocks = tuple(block for block in found.blocks if block[1] <= stop)
+    return Decomposition(
+        found.matrix, found.sigma[:stop], found.left[:stop], found.right[:stop], found.folded, blocks, found.error
+    )
+
+
+def _mean_sigma(found: Decomposition, members: tuple[int, ...]) -> float:
+    return float(found.sigma[list(members)].square().mean().sqrt()) if members else float("nan")

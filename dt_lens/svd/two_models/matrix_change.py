@@ -1,0 +1,198 @@
+"""How one matrix differs between two models: the change itself, the spectra, and the leading subspaces.
+
+A circuit's change is never multiplied out: ``B1 B2 - A1 A2 = [B1 - A1, A1] [B2; B2 - A2]`` is a product of thin factors
+again, and of small numbers where the change is small, so that nothing cancels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import subspace_angles
+from torch import Tensor
+
+from dt_lens.svd.solvers import EPS
+from dt_lens.svd.decomposition import Decomposition, decompose_matrix
+from dt_lens.errors import DtLensError
+from dt_lens.lens.matrices import Matrix, Snapshot
+
+__all__ = ["Measured", "change_factors", "haar_angle", "leading", "measure", "sizes"]
+
+Array = NDArray[np.float64]
+LARGE = 1024  # from this short side on only the leading directions are computed, and the spectrum without directions
+GRAM = 256  # an oblong matrix beyond this gives its sigmas through its Gram matrix
+SPARE = 8  # directions beyond the leading ones, to see where a block of near-equal sigmas ends
+
+
+class Measured(NamedTuple):
+    """One row of a comparison, and the spectra behind it, largest sigma first: of A, of B, of the change."""
+
+    row: dict[str, Any]
+    sigma_a: Array
+    sigma_b: Array
+    sigma_change: Array
+
+
+def sizes(sigma: Array) -> dict[str, float]:
+    """How many directions a matrix of these singular values ``[n]`` has, and how much of it the first is; 0 for none.
+
+    ``stable_rank``: ``||M||_F^2 / ||M||_2^2`` (Rudelson and Vershynin, "Sampling from large matrices", 2007).
+    ``effective_rank``: the exponential of the entropy of ``sigma / sum(sigma)`` (Roy and Vetterli, "The effective
+    rank", 2007). ``leading_share``: ``sigma_0^2 / sum(sigma^2)``.
+
+    >>> sizes(np.array([2.0, 2.0])), sizes(np.array([]))["effective_rank"]
+    ({'stable_rank': 2.0, 'effective_rank': 2.0, 'leading_share': 0.5}, 0.0)
+    """
+    sigma = sigma[sigma > 0]
+    if not len(sigma):
+        return {"stable_rank": 0.0, "effective_rank": 0.0, "leading_share": 0.0}
+    relative = sigma / sigma[0]
+    energy, share = float((relative**2).sum()), relative / relative.sum()
+    effective = float(np.exp(-(share * np.log(share)).sum()))
+    return {"stable_rank": energy, "effective_rank": effective, "leading_share": 1 / energy}
+
+
+def measure(a: Snapshot, b: Snapshot, matrix: Matrix, k: int, fold: bool) -> Measured:
+    """Everything that the comparison's table tells of one matrix; see ``model_comparison.compare``.
+
+    Raises:
+        DtLensError: when its weights hold NaN or infinite values.
+    """
+    A, B = _factors(a, matrix, fold), _factors(b, matrix, fold)
+    where = {"matrix": matrix.name, "kind": matrix.kind, "layer": matrix.layer, "head": matrix.head}
+    same = all(torch.equal(x, y) for x, y in zip(A, B, strict=True))
+    change, floor = _change(A, B)
+    sigma_change = np.empty(0) if same else _singular_values(change, floor)
+    whole = not _large(A)
+    del change
+    found = (leading(a, matrix, k, fold), leading(a if same else b, matrix, k, fold))
+    spectra = [d.sigma.cpu().numpy() if whole else _singular_values(M) for d, M in zip(found, (A, B), strict=True)]
+    if same:
+        spectra[1] = spectra[0]
+    sigma_a, sigma_b = _padded(*spectra)
+    size, top = float(np.linalg.norm(sigma_a)), float(sigma_a[0]) if len(sigma_a) else 0.0
+    shift = sigma_b - sigma_a
+    row = {
+        **where,
+        "relative_change": _over(float(np.linalg.norm(sigma_change)), size),
+        **{f"change_{name}": value for name, value in sizes(sigma_change).items()},
+        "spectrum_change": _over(float(np.linalg.norm(shift)), size),
+        "spectrum_change_max": _over(float(np.abs(shift).max(initial=0.0)), top),
+        "spectral_norm_change": _over(float(shift[0]) if len(shift) else 0.0, top),
+        **_angles(*found, k, same, fold, whole),
+    }
+    return Measured(row, sigma_a, sigma_b, sigma_change)
+
+
+def change_factors(a: Snapshot, b: Snapshot, matrix: Matrix, fold: bool) -> tuple[list[Tensor], float]:
+    """``B - A`` as one or two float64 factors, and the sigma that rounding may leave where nothing changed."""
+    return _change(_factors(a, matrix, fold), _factors(b, matrix, fold))
+
+
+def leading(lens: Snapshot, matrix: Matrix, k: int | None, fold: bool) -> Decomposition:
+    """The decomposition, of a large matrix only its first ``k`` directions and a few more."""
+    shape = matrix.factors[0].view(lens.weights).shape
+    cut = k is not None and len(matrix.factors) == 1 and min(shape) >= LARGE
+    return decompose_matrix(lens, matrix, k + SPARE if cut and k is not None else None, fold)
+
+
+@lru_cache(maxsize=256)
+def haar_angle(k: int, dimension: int, samples: int = 32) -> float:
+    """The mean principal angle, in degrees, between two random ``k``-dimensional subspaces; by Monte Carlo."""
+    if k >= dimension:
+        return 0.0
+    rng = np.random.default_rng([k, dimension])
+    drawn = []
+    for _ in range(samples):
+        # By invariance one of the two may be spanned by the first k coordinates.
+        frame = np.linalg.qr(rng.standard_normal((dimension, k)))[0]
+        drawn.append(np.arccos(np.clip(np.linalg.svd(frame[:k], compute_uv=False), 0, 1)).mean())
+    return float(np.degrees(np.mean(drawn)))
+
+
+def _factors(lens: Snapshot, matrix: Matrix, fold: bool) -> list[Tensor]:
+    factors = [factor.detach() for factor in (matrix.folded(lens) if fold else matrix.raw(lens))]
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise DtLensError(f"{matrix.name} holds NaN or infinite values, so it cannot be compared.")
+    return factors
+
+
+def _change(A: list[Tensor], B: list[Tensor]) -> tuple[list[Tensor], float]:
+    B = [y.to(x.device) for x, y in zip(A, B, strict=True)]
+    if len(A) == 1:
+        return [B[0] - A[0]], 0.0
+    first, second = B[0] - A[0], B[1] - A[1]
+    size = max(*A[0].shape, A[1].shape[1])
+    floor = 8 * size * EPS * (float(first.norm() * B[1].norm()) + float(A[0].norm() * second.norm()))
+    return [torch.cat([first, A[0]], 1), torch.cat([B[1], second], 0)], floor
+
+
+def _singular_values(factors: list[Tensor], floor: float = 0.0) -> Array:
+    """Those above rounding, largest first."""
+    M = factors[0]
+    if len(factors) == 2:
+        M = torch.linalg.qr(factors[0], mode="r")[1] @ torch.linalg.qr(factors[1].T, mode="r")[1].T
+    short, long = sorted(M.shape)
+    scale = float(M.abs().max()) if M.numel() else 0.0
+    if scale == 0.0:
+        return np.empty(0)
+    M = M / scale  # squares of tiny entries stay representable
+    zero = 8 * long * EPS
+    if short > LARGE or (short > GRAM and long >= 2 * short):
+        gram = M @ M.T if M.shape[0] == short else M.T @ M
+        sigma = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).sqrt()
+        zero = zero**0.5
+    else:
+        sigma = torch.linalg.svdvals(M)
+    kept = sigma[sigma > max(zero * float(sigma[0]), floor / scale)] * scale
+    return np.asarray(kept.cpu().numpy(), dtype=np.float64)
+
+
+def _large(factors: list[Tensor]) -> bool:
+    return len(factors) == 1 and min(factors[0].shape) >= LARGE
+
+
+def _padded(a: Array, b: Array) -> tuple[Array, Array]:
+    length = max(len(a), len(b))
+    return np.pad(a, (0, length - len(a))), np.pad(b, (0, length - len(b)))
+
+
+def _over(part: float, whole: float) -> float:
+    return part / whole if whole else (0.0 if part == 0 else float("inf"))
+
+
+def common_boundary(a: Decomposition, b: Decomposition, k: int, whole: bool = True) -> int:
+    """The number of leading directions nearest to ``k`` that cuts no block of near-equal sigmas in either; 0 for none.
+
+    Where not the whole of a matrix was decomposed, its last block may go on.
+    """
+    ends = {stop for _, stop in a.blocks} & {stop for _, stop in b.blocks}
+    if not whole:
+        ends -= {len(a.sigma), len(b.sigma)}
+    return min(sorted(ends), key=lambda end: abs(end - k), default=0)
+
+
+def _angles(a: Decomposition, b: Decomposition, k: int, same: bool, fold: bool, whole: bool) -> dict[str, Any]:
+    matrix = a.matrix
+    together = common_boundary(a, b, k, whole)
+    row: dict[str, Any] = {"k": together}
+    for side, name, one, two in (("left", matrix.left, a.left, b.left), ("right", matrix.right, a.right, b.right)):
+        # Behind a centring LayerNorm directions live in a space of one dimension less.
+        dimension = one.shape[1] - int(fold and matrix.centred(side))  # type: ignore[arg-type]
+        angles = np.zeros(together)
+        if together and not same:
+            angles = np.degrees(subspace_angles(one[:together].T.cpu().numpy(), two[:together].T.cpu().numpy()))
+        known = together > 0
+        row |= {
+            f"{side}_side": name,
+            f"{side}_angle": float(angles.mean()) if known else float("nan"),
+            f"{side}_angle_max": float(angles.max()) if known else float("nan"),
+            f"{side}_overlap": float((np.cos(np.radians(angles)) ** 2).mean()) if known else float("nan"),
+            f"{side}_haar_overlap": together / dimension,
+            f"{side}_haar_angle": haar_angle(together, dimension) if known else float("nan"),
+        }
+    return row

@@ -1,0 +1,93 @@
+"""Singular directions weighted by what a matrix really reads: sigma is the spread of the output, not of the weights.
+
+For inputs of covariance ``C`` the outputs ``x @ M`` have the covariance ``M^T C M``. Its eigenvectors ``v_i`` are the
+principal axes of the output, ``sigma_i^2 = v_i^T M^T C M v_i`` the variance along each, and ``M v_i`` is read for it:
+``M = sum_i (M v_i) v_i^T``, a term for every direction in which the output moves. (Principal components of the output,
+Jolliffe, "Principal Component Analysis", 2002; the same as the singular value decomposition of ``C^(1/2) M``.)
+
+The covariance is about the mean: a mean output acts as a bias, and a direction is there to tell inputs apart. So it is
+the same whether a LayerNorm on the input side is folded in or not: folding changes neither the ``v_i`` nor the sigmas,
+only how what is read is expressed, ``M v_i`` in the normalised inputs or ``(I - 11^T/d) diag(w) M v_i`` in the stream.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dt_lens.svd.solvers import EPS, decompose
+from dt_lens.svd.decomposition import Decomposition, blocks_of, rounding_noise, with_canonical_signs
+from dt_lens.errors import DtLensError
+from dt_lens.lens.matrices import Matrix, Snapshot, Weighted
+
+if TYPE_CHECKING:
+    from dt_lens.lens.activations import Activations
+
+__all__ = ["decompose_weighted"]
+
+
+def decompose_weighted(
+    lens: Weighted, matrix: Matrix, activations: Activations, rank: int | None = None, fold_layernorm: bool = True
+) -> Decomposition:
+    """The decomposition of one catalogued matrix by the spread of its output over real inputs.
+
+    ``sigma`` is the standard deviation of the output along the rows of ``right``, which are orthonormal; the rows of
+    ``left`` are ``M right_i`` at unit length, and not orthogonal; ``gain`` is that length. Directions along which the
+    output moves by no more than the activations were rounded are left out. ``blocks`` tell which sigmas the rounding of
+    the weights mixes; what another sample of inputs would change is not in them. A ``QK`` circuit is weighted by the
+    queries' inputs only.
+
+    Args:
+        lens: the unedited model.
+        matrix: which matrix.
+        activations: what it reads.
+        rank: how many directions at most.
+        fold_layernorm: express what is read in the stream before the LayerNorm.
+
+    Raises:
+        DtLensError: when ``activations`` do not hold this matrix's inputs or are another model's, or weights are not
+            finite.
+    """
+    lens = Snapshot.of(lens)
+    folded = fold_layernorm and matrix.foldable
+    moments = activations.of(matrix, lens)
+    raw = matrix.raw(lens)
+    seen = matrix.folded(lens) if folded else raw
+    # On the input side the inputs are as the raw matrix reads them; a norm on the other side is part of the output.
+    first = raw[0]
+    spread, axes = torch.linalg.eigh(moments.covariance.to(first))
+    # Second moments less squared means: what is left of nothing after the rounding of such a difference is nothing.
+    exact = len(spread) * EPS * float(moments.second.diagonal().sum())
+    spread = torch.where(spread > exact, spread, 0.0).sqrt()
+    try:
+        found = decompose([spread[:, None] * (axes.T @ first), *seen[1:]], rank, _floor(lens, matrix, activations))
+    except DtLensError as error:
+        raise DtLensError(f"{matrix.name}: {error}") from error
+    image = found.right.T
+    for factor in reversed(seen):
+        image = factor @ image
+    gain = image.norm(dim=0)
+    left, right = with_canonical_signs(matrix, (image / gain).T, found.right)
+    ahead = (spread * found.left) @ axes.T  # what meets an error of the raw matrix from the left
+    noise = rounding_noise(lens, matrix, ahead, _behind(lens, matrix, found.right, folded), folded=False)
+    blocks = blocks_of(found.sigma, noise)
+    return Decomposition(matrix, found.sigma, left, right, folded, blocks, found.error, gain, activations.digest)
+
+
+def _behind(lens: Snapshot, matrix: Matrix, right: Tensor, folded: bool) -> Tensor:
+    """The directions as they meet an error of the raw matrix from the right."""
+    if not folded or matrix.right_norm is None:
+        return right
+    return right * lens.weights[f"{matrix.right_norm}.w"].to(right)
+
+
+def _floor(lens: Snapshot, matrix: Matrix, activations: Activations) -> float:
+    """The standard deviation that the rounding of the inputs may give an output that never moves."""
+    weights = [factor.view(lens.weights) for factor in matrix.factors]
+    size = float(torch.finfo(weights[0].dtype).eps)
+    for weight in weights:
+        size *= float(torch.linalg.matrix_norm(weight.double(), 2))
+    moments = activations.inputs[matrix.name]
+    return size * float(moments.second.diagonal().mean().clamp_min(0.0).sqrt())

@@ -1,0 +1,175 @@
+"""Evaluations and their comparison: right numbers, sane answers, readable tables."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.statistics.outcomes import mcnemar, wilson
+from dt_lens.errors import DtLensError
+
+
+def _evaluation(
+    returns: Any, lengths: Any = None, *, seed: int = 0, environment: str = "Hopper-v5", **rest: Any
+) -> Evaluation:
+    lengths = np.full(len(returns), 1000) if lengths is None else lengths
+    outcomes = [
+        Outcome(seed + i, float(r), int(n), bool(n < 1000), bool(n >= 1000))
+        for i, (r, n) in enumerate(zip(returns, lengths, strict=True))
+    ]
+    options = {"target_return": 3600.0, "time_limit": 1000, "model_id": "0123456789abcdef"}
+    return Evaluation.from_outcomes(outcomes[::-1], environment=environment, **(options | rest))
+
+
+RNG = np.random.default_rng(0)
+GOOD = RNG.normal(2900, 30, 40)
+LENGTHS = np.where(np.arange(40) < 30, RNG.integers(100, 900, 40), 1000)
+BAD = GOOD - 500 + RNG.normal(0, 200, 40)
+
+
+def test_summary() -> None:
+    e = _evaluation(BAD, LENGTHS)
+    s = e.summary()
+    assert e.mean == s["mean"] == pytest.approx(BAD.mean())
+    assert s["std"] == pytest.approx(BAD.std(ddof=1))
+    assert s["mean_interval"][0] < s["mean"] < s["mean_interval"][1]
+    assert s["iqm"] == pytest.approx(np.sort(BAD)[10:30].mean())
+    assert (s["failures"], s["failure_rate"]) == (30, 0.75)
+    assert s["failure_interval"] == tuple(wilson(30, 40))
+    assert s["score"] == pytest.approx(100 * (BAD.mean() + 20.272305) / (3234.3 + 20.272305))
+    assert s["score"] == pytest.approx(e.to_frame()["score"].mean())
+    assert s == e.summary()
+    assert e.seeds.tolist() == list(range(40))
+    assert e.returns.tolist() == BAD.tolist()
+
+
+def test_survival_is_of_termination_and_censors_the_time_limit() -> None:
+    curve = _evaluation(BAD, LENGTHS).survival
+    assert curve.survival[-1] == pytest.approx(0.25)
+    assert curve.times[-1] == 1000
+
+
+def test_failure_rules() -> None:
+    e = _evaluation(BAD, LENGTHS)
+    assert e.with_failure("truncated").failed.sum() == 10
+    assert e.with_failure(2400).failed.tolist() == (BAD < 2400).tolist()
+    short = e.with_failure(lambda frame: frame["length"] < 300)
+    assert short.failed.tolist() == (LENGTHS < 300).tolist()
+    assert e.failed.sum() == 30  # the original is as it was
+    assert _evaluation([1.0], environment="MountainCar-v0").failure == "truncated"
+    maze = _evaluation([0.0, -1.0, 0.1, 0.9], environment="a.module:Flat/MiniGrid-Dynamic-Obstacles-8x8-v0")
+    assert maze.failed.tolist() == [True, True, False, False]  # the goal pays, and a collision ends it too
+    with pytest.raises(DtLensError, match="one per episode"):
+        _ = e.with_failure(lambda frame: [True]).failed
+    with pytest.raises(DtLensError, match="failure is True"):
+        e.with_failure(True)
+
+
+def test_comparison() -> None:
+    edited, baseline = _evaluation(BAD, LENGTHS), _evaluation(GOOD)
+    c = edited.compare(baseline)
+    d = BAD - GOOD
+    assert c.difference == pytest.approx(d.mean())
+    assert c.difference_interval.low < d.mean() < c.difference_interval.high < 0
+    assert c.effect_size == pytest.approx(d.mean() / d.std(ddof=1))
+    assert c.p_value == pytest.approx(1 / 10_001)
+    assert (c.failure_edited, c.failure_baseline) == (0.75, 0.0)
+    assert c.failure_p_value == mcnemar(edited.failed, baseline.failed) < 1e-6
+    assert c.survival_statistic > 0
+    assert c.survival_p_value < 1e-6
+    back = baseline.compare(edited)
+    assert back.difference == -c.difference
+    assert back.p_value == c.p_value
+    frame = c.to_frame()
+    assert frame["difference"].tolist() == d.tolist()
+    assert frame.shape == (40, 8)
+
+
+def test_the_paired_interval_is_narrower_than_unpaired_noise() -> None:
+    """What pairing is for: seeds that are hard are hard for both."""
+    hardness = RNG.normal(0, 1000, 60)
+    baseline = _evaluation(2000 + hardness)
+    edited = _evaluation(1990 + hardness + RNG.normal(0, 5, 60))
+    c = edited.compare(baseline)
+    assert c.difference_interval.high < 0
+    assert c.p_value < 0.001
+    assert c.difference_interval.high - c.difference_interval.low < 5
+
+
+@pytest.mark.parametrize("n", [1, 2, 40])
+def test_nothing_changed(n: int) -> None:
+    e = _evaluation(GOOD[:n])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        c = e.compare(_evaluation(GOOD[:n]))
+        text = str(c) + str(e) + c._repr_html_()
+    assert (c.difference, c.p_value, c.failure_p_value, c.survival_p_value) == (0.0, 1.0, 1.0, 1.0)
+    assert c.effect_size == 0.0 or n == 1
+    assert "p = 1" in text
+    json.dumps(c.to_dict())
+
+
+def test_always_the_same_difference() -> None:
+    c = _evaluation(GOOD - 7.0).compare(_evaluation(GOOD))
+    assert c.difference == pytest.approx(-7.0)
+    assert c.p_value < 0.001
+    assert c.effect_size < -1e6
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"environment": "Hopper-v4"}, "environment"),
+        ({"environment_kwargs": {"a": 1}}, "environment_kwargs"),
+        ({"target_return": 1800.0}, "target return"),
+        ({"time_limit": 500}, "time limit"),
+        ({"failure": 100.0}, "failure rule"),
+        ({"seed": 1}, "other seeds"),
+    ],
+)
+def test_what_cannot_be_paired_is_said(other: dict[str, Any], what: str) -> None:
+    with pytest.raises(DtLensError, match=what):
+        _evaluation(GOOD).compare(_evaluation(GOOD, **other))
+    with pytest.raises(DtLensError, match=r"other seeds \(40 from 0 and 39 from 0\)"):
+        _evaluation(GOOD).compare(_evaluation(GOOD[:39]))
+    with pytest.raises(DtLensError, match="compare takes another evaluation of an agent, not a NoneType"):
+        _evaluation(GOOD).compare(None)  # type: ignore[arg-type]
+
+
+def test_it_reads_well() -> None:
+    e = _evaluation(BAD, LENGTHS, edits=({"matrix": "blocks.0.mlp.W_in"},))
+    text = str(e.compare(_evaluation(GOOD)))
+    for line in (
+        "40 paired episodes, seeds 0 to 39",
+        "paired difference",
+        "75.0 % [",
+        "p = ",
+        "log-rank",
+        "Cohen's d_z",
+    ):
+        assert line in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert "mean return" in str(e)
+    assert "1 edit" in repr(e)
+    assert e._repr_html_().startswith("<table>")
+    assert "&lt;lambda&gt;" in e.with_failure(lambda frame: frame["length"] < 3)._repr_html_()
+
+
+def test_everything_is_plain_json() -> None:
+    e = _evaluation(BAD, LENGTHS)
+    written = json.loads(json.dumps(e.with_failure(2400.0).to_dict()))
+    assert pd.DataFrame(written["per_episode"]).equals(e.to_frame())
+    read = Evaluation.from_dict(written)
+    assert json.loads(json.dumps(read.to_dict())) == written
+    assert read.compare(e.with_failure(2400.0)).difference == 0.0
+    assert Evaluation.from_dict(e.with_failure(lambda frame: frame["length"] < 3).to_dict()).failure == "terminated"
+    with pytest.raises(DtLensError, match="time_limit"):
+        Evaluation.from_dict({name: value for name, value in written.items() if name != "time_limit"})
+    assert json.loads(json.dumps(e.compare(_evaluation(GOOD)).to_dict()))["failure_edited"] == 0.75

@@ -1,0 +1,122 @@
+"""load and wrap: where models come from, and how little it costs to import the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dt_lens
+from dt_lens.lens import loading as lens_module
+from dt_lens import zoo
+from dt_lens.errors import DtLensError
+from dt_lens.lens.loading import Lens
+
+
+def test_importing_is_light() -> None:
+    """torch takes a second and TransformerLens several; neither is wanted before a model is."""
+    code = (
+        "import sys, dt_lens; dt_lens.DtLensError; dir(dt_lens);"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'gymnasium', 'minari', 'plotly', 'pandas', 'numpy'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in dt_lens.__all__:
+        assert getattr(dt_lens, name) is not None
+    assert set(dt_lens.__all__) <= set(dir(dt_lens))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        dt_lens.nonsense  # noqa: B018
+
+
+def test_a_lens_is_what_the_protocol_says(make_hf: Any) -> None:
+    assert isinstance(dt_lens.wrap(make_hf()), Lens)
+
+
+@pytest.fixture
+def agent(make_hf: Any, tmp_path: Path) -> Path:
+    make_hf().save_pretrained(tmp_path / "agent")
+    return tmp_path / "agent"
+
+
+def test_load_takes_text_and_paths(agent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dt_lens.load(agent).cfg == dt_lens.load(str(agent)).cfg
+    monkeypatch.chdir(agent.parent)
+    assert dt_lens.load("agent").cfg.d_model == 16
+
+
+@pytest.mark.parametrize("source", [None, 3, ["hopper"], torch.nn.Linear(2, 2)])
+def test_load_of_something_else(source: Any) -> None:
+    with pytest.raises(DtLensError, match=r"load takes a name or a path, not a \w+; use dt_lens\.wrap"):
+        dt_lens.load(source)
+
+
+def test_bundled_names(agent: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(zoo, "bundled", lambda: {"jumper": agent})
+    assert dt_lens.load("jumper").cfg.d_model == 16
+    with pytest.raises(DtLensError, match=r"no model 'jumpr': .* bundled models \(jumper\)\. Did you mean 'jumper'\?$"):
+        dt_lens.load("jumpr")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jumper").mkdir()  # the results of a study, say
+    assert dt_lens.load("jumper").cfg.d_model == 16
+    with pytest.raises(DtLensError, match=r"The folder .*jumper holds no model"):
+        dt_lens.load("./jumper")
+
+
+def test_certifying_can_be_left_out(agent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("dt_lens.lens.certification.certify", asked.append)
+    dt_lens.load(agent, check=False)
+    assert asked == []
+    assert [dt_lens.load(agent)] == asked
+
+
+class TestTheHub:
+    """A name with one slash that is nothing here is a model on the hub, which may be out of reach."""
+
+    def test_offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        start = time.monotonic()
+        with pytest.raises(DtLensError) as caught:
+            dt_lens.load("nobody/no-such-agent-v1.5")
+        assert str(caught.value).endswith("check the name and the connection.") and time.monotonic() - start < 30
+
+    def test_a_name_that_the_hub_refuses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(DtLensError, match=r"'no--body/\.\.agent'"):
+            dt_lens.load("no--body/..agent")
+
+    @pytest.mark.parametrize("error", [OSError("reset"), ValueError("odd"), RuntimeError("closed"), TimeoutError()])
+    def test_every_way_of_failing(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        def fail(*args: Any, **kwargs: Any) -> str:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        with pytest.raises(DtLensError, match=r"the Hugging Face hub could not be reached"):
+            dt_lens.load("some/agent")
+
+    def test_what_was_fetched_is_loaded(self, monkeypatch: pytest.MonkeyPatch, agent: Path) -> None:
+        asked: list[str] = []
+
+        def fetch(name: str, **options: Any) -> str:
+            asked.append(name)
+            # No pickles but the weights, and no code.
+            patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "tokenizer.model"]
+            assert options["allow_patterns"] == patterns
+            return str(agent)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        assert dt_lens.load("some/agent").cfg.d_model == 16 and asked == ["some/agent"]
+
+    @pytest.mark.parametrize("name", ["runs/agent.pt", "a/b/c", "agent", "/some/agent", "../agent", "~/agent.ckpt"])
+    def test_what_looks_like_a_file_is_not_looked_for_there(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        monkeypatch.setattr(lens_module, "_download", lambda name: pytest.fail("asked the hub"))
+        with pytest.raises(DtLensError, match="it is no local file or folder and none of the bundled models"):
+            dt_lens.load(name)

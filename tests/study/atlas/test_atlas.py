@@ -1,0 +1,297 @@
+"""An atlas of a sweep whose outcomes are made up, so that what it should say is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import dt_lens
+from dt_lens.behaviour.sweep.sweep import Sweep
+from dt_lens.behaviour.sweep.plan import Arm
+from dt_lens.cli import app
+from dt_lens.errors import DtLensError
+from dt_lens.study.atlas.atlas import Atlas, make_atlas
+from dt_lens.study.atlas.page import write_atlas
+from dt_lens.study.atlas.sentences import sentences
+from dt_lens.study.atlas.tables import Sight, correlations_of
+from dt_lens.svd.weight_svd import WeightSVD
+
+
+@pytest.fixture(scope="module")
+def planted(agent: Any, told: Any, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """W_out hurts the more the closer it matches the action output; W_in's first direction kills, and no other."""
+    sweep = Sweep(
+        agent,
+        tmp_path_factory.mktemp("planted"),
+        matrices=["*.W_in", "*.W_out"],
+        sv="all",
+        edits="zero",
+        controls=2,
+        episodes=12,
+        block_size=6,
+        workers=1,
+    )
+    svd = WeightSVD(agent)
+    cosine = {
+        name: svd.cosines(name, "action_out", side="write").abs().max(axis=1).to_numpy()
+        for name in dict.fromkeys(arm.matrix for arm in sweep.plan.arms if arm.matrix)
+        if name.endswith("W_out")
+    }
+    energies = {name: svd[name].sigma.tolist() for name in cosine}
+
+    def lost(arm: Arm) -> float:
+        if arm.kind != "edit":
+            return 0.0
+        assert arm.matrix is not None
+        assert arm.sv is not None
+        if arm.matrix in cosine:
+            return float(100 * cosine[arm.matrix][arm.sv] * energies[arm.matrix][arm.sv])
+        return 900.0 if arm.sv == 0 else 0.0
+
+    sweep.run(engine=told(sweep, lost))
+    return sweep
+
+
+@pytest.fixture(scope="module")
+def atlas(agent: Any, planted: Sweep) -> Atlas:
+    return make_atlas(agent, planted.results)
+
+
+def correlation(atlas: Atlas, what: str, side: str, embedding: str, response: str) -> Any:
+    table = atlas.correlations
+    wanted = {"what": what, "side": side, "embedding": embedding, "response": response}
+    (row,) = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)].to_dict("records")
+    return row
+
+
+def test_a_row_for_each_direction_with_what_its_removal_did(atlas: Atlas, agent: Any) -> None:
+    table = atlas.directions
+    assert len(table) == atlas.planned == 15 * 2 + 16 * 2
+    assert not table.duplicated(["matrix", "sv"]).any()
+    assert table["energy"].to_numpy() == pytest.approx(_energies(agent, table), rel=1e-6)
+    killed = table[(table["kind"] == "W_in") & (table["sv"] == 0)]
+    assert killed["damage"].to_numpy() == pytest.approx(900, abs=3)
+    assert (killed["damage_low"] > 890).all()
+    assert (killed["q_value"] < 0.05).all()
+    assert (killed["beyond_p_value"] < 0.05).all()
+    assert killed["beyond"].to_numpy() == pytest.approx(900, abs=3)
+    assert killed["control_damage"].to_numpy() == pytest.approx(0, abs=3)
+    assert table["damage_per_energy"].to_numpy() == pytest.approx((table["damage"] / table["energy"]).to_numpy())
+
+
+def _energies(agent: Any, table: pd.DataFrame) -> Any:
+    from dt_lens.edits.singular import SingularEdit
+
+    return [
+        SingularEdit(agent, m, int(sv), value="zero").energy for m, sv in zip(table["matrix"], table["sv"], strict=True)
+    ]
+
+
+def test_cosine_is_said_to_predict_damage_only_where_it_does(atlas: Atlas) -> None:
+    found = correlation(atlas, "W_out", "write", "action_out", "damage")
+    assert found["low"] > 0
+    assert found["q_value"] < 0.05
+    assert found["n"] == 32
+    held = correlation(atlas, "W_out", "write", "action_out", "damage at equal size")
+    assert held["low"] > 0
+    assert held["q_value"] < 0.05
+    beyond = correlation(atlas, "W_out", "write", "action_out", "beyond")
+    assert beyond["rho"] > 0.5
+    other = correlation(atlas, "W_in", "read", "action_out", "damage")
+    assert abs(other["rho"]) < 0.5
+    # What is planted is exactly this, and it is told without a test all the same.
+    per = correlation(atlas, "W_out", "write", "action_out", "damage_per_energy")
+    assert per["rho"] > 0.95
+    assert np.isnan(per["p_value"])
+    assert np.isnan(per["q_value"])
+    assert set(atlas.untrained) == {"state_out", "reward_out"}
+    text = " ".join(sentences(atlas))
+    assert "W_out: |cosine| with action_out against damage has rank correlation **+" in text
+    assert "a closer match goes with more damage" in text
+
+
+def test_what_a_removal_costs_beyond_its_control_is_tested_over_directions(atlas: Atlas) -> None:
+    """Each direction has one random change beside it, so that a pair is a direction, and not an episode."""
+    shares: Any = atlas.shares.set_index("what")
+    beyond = atlas.directions.query("kind == 'W_out'")["beyond"]
+    assert shares.loc["W_out", "beyond"] == pytest.approx(beyond.mean())
+    assert shares.loc["W_out", "beyond_low"] > 0
+    assert shares.loc["W_out", "beyond_p_value"] < 0.01
+    # Two of thirty kill, and the others do nothing: that removal costs more on average is not shown.
+    assert shares.loc["W_in", "beyond"] == pytest.approx(60, abs=2)
+    assert "beyond a random change (p =" in " ".join(sentences(atlas))
+
+
+def test_what_is_linear_in_energy_is_no_cosine(agent: Any, told: Any, tmp_path: Path) -> None:
+    """Damage that is energy alone does not make cosine a predictor at equal energy, and energy is the predictor."""
+    sweep = Sweep(agent, tmp_path, matrices="*.W_out", sv="all", edits="zero", episodes=8, workers=1)
+    svd = WeightSVD(agent)
+
+    def lost(arm: Arm) -> float:
+        sigma = 0.0 if arm.matrix is None else float(svd[arm.matrix].sigma[arm.sv or 0])
+        return 50 * sigma + 5 * float(np.random.default_rng(arm.number).normal())
+
+    sweep.run(engine=told(sweep, lost))
+    found = make_atlas(agent, sweep.results)
+    (sigma,) = found.predictors.query("what == 'W_out' and predictor == 'sigma'")["rho"].tolist()
+    assert sigma > 0.9
+    held = correlation(found, "W_out", "write", "action_out", "damage at equal size")
+    assert held["low"] < 0 < held["high"]
+    assert held["p_value"] > 0.05
+    assert found.directions["beyond"].isna().all()
+    assert np.isnan(found.shares["beyond"]).all()
+
+
+def test_what_grows_with_size_is_no_match_beyond_the_control_either() -> None:
+    """A large direction that costs more than a change as large, and matches better, does both for its size."""
+    rng, size = np.random.default_rng(0), np.linspace(1, 5, 120)
+    rows = pd.DataFrame({"matrix": "blocks.0.mlp.W_in", "kind": "W_in", "energy": size, "damage": size})
+    rows["beyond"] = size + 0.3 * rng.standard_normal(120)
+    rows["damage_per_energy"] = 1.0
+    rows["by size"] = size + 0.3 * rng.standard_normal(120)
+    rows["by itself"] = rows["beyond"] - size
+    sights = [Sight(name, "read", name) for name in ("by size", "by itself")]
+    table = correlations_of(rows, sights, 0).query("what == 'W_in'").set_index(["embedding", "response"])
+    assert table["low"]["by size", "beyond"] > 0.5
+    assert table["low"]["by size", "beyond at equal size"] < 0 < table["high"]["by size", "beyond at equal size"]
+    assert table["low"]["by itself", "beyond at equal size"] > 0.5
+
+
+def test_which_sigma_tells_what_its_own_directions_do(agent: Any, told: Any, tmp_path: Path) -> None:
+    """Planted: what a direction does is what it puts out on real inputs, which only one of two sigmas is."""
+    activations = dt_lens.collect_activations(agent, episodes=2, max_steps=10)
+    options: dict[str, Any] = {"matrices": "*.W_in", "sv": "all", "edits": "zero", "episodes": 6, "workers": 1}
+    aware = WeightSVD(agent, activations=activations)
+
+    def lost(arm: Arm) -> float:
+        if arm.matrix is None or arm.sv is None:
+            return 0.0
+        if arm.directions == "plain":
+            return float(50 * np.random.default_rng(arm.number).random())
+        return float(50 * aware[arm.matrix].sigma[arm.sv])
+
+    Sweep(agent, tmp_path, **options).run(engine=told(plain := Sweep(agent, tmp_path, **options), lost))
+    before = make_atlas(agent, plain.results)
+    assert before.weighted.empty
+    assert not before.predictors["predictor"].str.contains("aware").any()
+    sweep = Sweep(agent, tmp_path, directions="activation", activations=activations, **options)
+    sweep.run(engine=told(sweep, lost))
+    found = make_atlas(agent, sweep.results)
+    pd.testing.assert_frame_equal(
+        found.directions[before.directions.columns.drop("output_energy", errors="ignore")],
+        before.directions.drop(columns="output_energy", errors="ignore"),
+    )
+    sigmas = [float(aware[m].sigma[sv]) for m, sv in zip(found.weighted["matrix"], found.weighted["sv"], strict=True)]
+    assert found.weighted["sigma"].to_numpy() == pytest.approx(sigmas)
+    known = found.predictors.query("what == 'W_in'").set_index("predictor")
+    assert known.loc["activation-aware sigma", "rho"] > 0.9
+    assert abs(known.loc["plain sigma", "rho"]) < 0.6
+    assert known.loc["activation-aware minus plain", "low"] > 0
+    assert "the second predicts better" in " ".join(sentences(found))
+    write_atlas(found, tmp_path / "page")
+    assert len(pd.read_csv(tmp_path / "page" / "weighted.csv")) == len(found.weighted)
+    sweep.file.with_name("activations.safetensors").unlink()
+    with pytest.raises(DtLensError, match="which are not beside it"):
+        make_atlas(agent, sweep.results)
+    assert len(make_atlas(agent, sweep.results, activations).weighted) == len(found.weighted)
+    only = Sweep(agent, tmp_path / "only", directions="activation", activations=activations, **options)
+    only.run(engine=told(only, lost))
+    with pytest.raises(DtLensError, match="holds no plain directions; it has activation directions"):
+        make_atlas(agent, only.results)
+
+
+def test_shares_count_what_hurts(atlas: Atlas) -> None:
+    shares: Any = atlas.shares.set_index("what")
+    assert shares.loc["W_in", "large"] == 2
+    assert shares.loc["W_in", "worst_damage"] == pytest.approx(900, abs=3)
+    assert shares.loc["W_in", "directions"] == 30
+    by_hand = atlas.directions.query("kind == 'W_out' and q_value < 0.05 and damage > 0")
+    assert shares.loc["W_out", "hurts"] == len(by_hand)
+    assert shares.loc["all", "controlled"] == atlas.planned
+    assert shares.loc["all", "controls"] == 2 * atlas.planned
+    assert shares.loc["all", "controls_large"] == 0
+    # A loss is large by its size alone here, as it is for controls.
+    assert shares.loc["W_in", "controlled_large"] == 2
+    assert shares.loc["blocks.0.mlp.W_in", "hurts"] <= shares.loc["W_in", "hurts"]
+
+
+def test_an_unfinished_halving_sweep_has_an_atlas_too(agent: Any, told: Any, tmp_path: Path) -> None:
+    """Directions on which nothing is decided have no p-value yet."""
+    options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": "0-9", "edits": "zero", "workers": 1}
+    sweep = Sweep(agent, tmp_path, episodes=8, halving=[2, 2], **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(engine=told(sweep, lambda arm: float(arm.sv or 0), stops=5))
+    found = make_atlas(agent, sweep.results)
+    assert found.directions["q_value"].isna().all()
+    assert sentences(found)
+
+
+def test_an_unfinished_sweep_says_so(agent: Any, told: Any, tmp_path: Path) -> None:
+    sweep = Sweep(agent, tmp_path, matrices="*.0.mlp.W_out", sv="0-9", edits="zero", episodes=4, workers=1)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(engine=told(sweep, lambda arm: float(arm.sv or 0), stops=7))
+    found = make_atlas(agent, sweep.results)
+    assert 5 <= len(found.directions) < found.planned == 10
+    assert f"{len(found.directions)} of 10 directions are measured" in sentences(found)[-1]
+
+
+def test_what_is_no_atlas_is_one_sentence(agent: Any, told: Any, planted: Sweep, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": 0, "episodes": 2, "workers": 1}
+    flips = Sweep(agent, tmp_path / "flips", edits="flip", **options)
+    flips.run(engine=told(flips, lambda arm: 1.0))
+    with pytest.raises(DtLensError, match="holds no edits with value 'zero'; it has flip"):
+        make_atlas(agent, flips.results)
+    with pytest.raises(DtLensError, match="make_atlas takes the results of a sweep, not a str"):
+        make_atlas(agent, "flips")  # type: ignore[arg-type]
+    alone = Sweep(agent, tmp_path / "alone", edits="zero", baseline=False, **options)
+    alone.run(engine=told(alone, lambda arm: 1.0))
+    with pytest.raises(DtLensError, match="no episodes of the unedited agent"):
+        make_atlas(agent, alone.results)
+    weight = agent.weights["blocks.0.mlp.W_in"]
+    kept = weight.clone()
+    try:
+        weight.mul_(2)
+        with pytest.raises(DtLensError, match="other weights"):
+            make_atlas(agent, planted.results)
+    finally:
+        weight.copy_(kept)
+
+
+def test_the_page_and_the_tables(atlas: Atlas, tmp_path: Path) -> None:
+    page = write_atlas(atlas, tmp_path, "a <small> agent", "dt-lens atlas it").read_text()
+    assert "An atlas of a &lt;small&gt; agent" in page
+    assert "dt-lens atlas it" in page
+    assert page.count("Plotly.newPlot") > 0 or "plotly" in page
+    kept = pd.read_csv(tmp_path / "directions.csv")
+    assert len(kept) == len(atlas.directions)
+    assert kept["damage"].to_numpy() == pytest.approx(atlas.directions["damage"].to_numpy(), rel=1e-4)
+    tests = atlas.correlations.query("what == kind and response != 'damage_per_energy'")
+    sure = tests[tests["q_value"] < 0.05]["response"].value_counts()
+    assert f"{len(tests)} tests of kinds" in page
+    assert f"{sure['damage']} with damage as it is" in page
+    assert f"{sure['damage at equal size']} among directions of equal size" in page
+    assert f"{sure.get('beyond at equal size', 0)} with that among directions of equal size" in page
+    assert "Bonett and Wright" in page
+    for name in ("correlations", "shares", "reliability", "predictors"):
+        assert (tmp_path / f"{name}.csv").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DtLensError, match="cannot be written"):
+        write_atlas(atlas, tmp_path / "file" / "x")
+
+
+def test_the_command(folder: Path, planted: Sweep, tmp_path: Path) -> None:
+    run = CliRunner().invoke(
+        app, ["atlas", str(folder), "--sweep", str(planted.file.parent), "--out", str(tmp_path / "atlas")]
+    )
+    assert run.exit_code == 0, run.output
+    assert "Removing one singular direction costs the agent return" in run.output
+    assert (tmp_path / "atlas" / "atlas.html").is_file()
+    missing = CliRunner().invoke(app, ["atlas", str(folder), "--sweep", str(tmp_path / "none")])
+    assert isinstance(missing.exception, DtLensError)

@@ -1,0 +1,308 @@
+"""Steering on agents whose answer to a dose is made up: what is there is found, and what is not is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import dt_lens
+from dt_lens.behaviour.evaluate import model_id
+from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.edits.edit import Edit
+from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.errors import DtLensError
+from dt_lens.study.steering import steering
+from dt_lens.study.steering.doses import Candidate, candidates_of, dosed, loudness, put_side, slopes
+from dt_lens.study.steering.steering import SteeringResult, steer
+from dt_lens.svd.weight_svd import WeightSVD
+
+TARGETS = (100.0, 200.0, 300.0)
+Answer = Callable[[str, int, float], tuple[float, float]]  # matrix, sv, dose -> change of the return, chance to fail
+
+
+@pytest.fixture(scope="module")
+def agent(make_dt: Callable[..., Any]) -> Any:
+    model = make_dt(3, state_dim=11, act_dim=3, d_model=32, d_mlp=40, n_layers=2, n_heads=1, n_ctx=3)
+    model.facts = RunFacts(context=3, environment="Hopper-v5", target_returns=TARGETS)
+    return model
+
+
+@pytest.fixture
+def answering(agent: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, Any], None]:
+    """Replace episodes by ``target + change + noise``; an edit that is no scaling is random and does nothing."""
+
+    inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
+    monkeypatch.setattr(steering._Search, "_inputs", lambda *_: inputs)
+
+    def put(answer: Answer, obeys: float = 1.0, random: Callable[[Edit], tuple[float, float]] | None = None) -> None:
+        def evaluate(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
+            change, fails, key = 0.0, 0.0, 0
+            if edit is not None:
+                record = edit.to_dict()
+                value, sv = record["value"], record["sv"][0]
+                if isinstance(value, float):
+                    change, fails = answer(record["matrix"], sv, value)
+                    key = int(1000 * value) + sv
+                elif random is not None:
+                    change, fails = random(edit)
+            outcomes = []
+            for i in range(seed, seed + episodes):
+                own = np.random.default_rng([i, 1]).standard_normal()  # what the pair shares
+                noise, coin = (
+                    np.random.default_rng([i, key]).standard_normal(),
+                    np.random.default_rng([i, key, 2]).random(),
+                )
+                total = 200 + obeys * (target - 200) + change + 5 * own + 5 * noise
+                outcomes.append(Outcome(i, float(total), 10, bool(coin < fails), not coin < fails))
+            return Evaluation.from_outcomes(
+                outcomes, environment="Hopper-v5", target_return=target, time_limit=10, model_id=model_id(self.model)
+            )
+
+        monkeypatch.setattr(steering._Search, "_evaluate", evaluate)
+
+    return put
+
+
+def tried(agent: Any, out: Path, **options: Any) -> SteeringResult:
+    return steer(agent, out, **{"episodes": 40, "choosing": 8, "candidates": 6, **options})
+
+
+@pytest.fixture(scope="module")
+def handle(agent: Any) -> Candidate:
+    return candidates_of(agent, 6)[4]
+
+
+def test_a_handle_is_found(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
+    answering(lambda name, sv, dose: (40 * (dose - 1) * ((name, sv) == (handle.matrix, handle.sv)), 0.0))
+    result = tried(agent, tmp_path)
+    assert result.verdict == "found" and result.best is not None
+    assert (result.best.matrix, result.best.sv) == (handle.matrix, handle.sv)
+    assert result.numbers["reach"] == pytest.approx(80 / 200, abs=0.03)  # doses 0 to 2, of a range of 200
+    assert result.numbers["operating_target"] == 200
+    assert len(result.table) == 5 and set(result.table["episodes"]) == {40}
+    assert len(result.randoms) == 40 and list(result.randoms["side"].unique()) == ["read", result.numbers["put_side"]]
+    assert result.numbers["read_p_value"] == result.numbers["put_p_value"] == 0.05
+    chosen = result.randoms["seed"].isna()
+    assert result.randoms["reach"][chosen].tolist() == pytest.approx([80 / 200, 80 / 200], abs=0.05)
+    assert result.randoms["reach"][~chosen].abs().max() < 0.1
+    kept = json.loads((tmp_path / "steering.json").read_text())
+    assert [(row["matrix"], row["sv"]) for row in kept["choosing"]] == list(
+        result.choosing[["matrix", "sv"]].itertuples(index=False, name=None)
+    )
+    assert not set(result.numbers) & {field.name for field in dataclasses.fields(result)}
+    page = (tmp_path / "steering.html").read_text()
+    assert page.index(">set aside<") < page.index(">why<")
+    assert kept["verdict"] == "found" and "steering" in (tmp_path / "steering.html").read_text()
+
+
+def test_the_report_is_of_other_seeds_than_the_choice(
+    agent: Any, answering: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(lambda *_: (0.0, 0.0))
+    answer, seen = steering._Search._evaluate, list[tuple[bool, int, int]]()
+
+    def watched(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
+        scaling = edit is not None and isinstance(edit.to_dict()["value"], float)
+        seen.append((scaling, seed, seed + episodes))
+        return answer(self, edit, target, episodes, seed)
+
+    monkeypatch.setattr(steering._Search, "_evaluate", watched)
+    tried(agent, tmp_path)
+    choice, report = seen[: 3 + 6 * 4], seen[3 + 6 * 4 :]
+    assert {(begin, end) for _, begin, end in choice} == {(0, 8)}
+    assert {(begin, end) for _, begin, end in report[:5]} == {(1000, 1040)}
+    assert {(begin, end) for _, begin, end in report[5:]} == {(1000, 1008)} and len(report) == 5 + 2 * (19 + 1 + 19)
+
+
+def test_downwards_is_a_handle_too(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
+    answering(lambda name, sv, dose: (-40 * (dose - 1) * ((name, sv) == (handle.matrix, handle.sv)), 0.0))
+    result = tried(agent, tmp_path)
+    assert result.verdict == "found" and result.numbers["slope_when_chosen"] < 0 < result.numbers["reach"]
+
+
+def test_nothing_is_not_found(agent: Any, answering: Any, tmp_path: Path) -> None:
+    answering(lambda *_: (0.0, 0.0))
+    result = tried(agent, tmp_path)
+    assert result.verdict == "none found" and abs(result.numbers["reach"]) < 0.1
+
+
+def test_noise_is_seldom_a_handle(agent: Any, answering: Any, tmp_path: Path) -> None:
+    """The best of six on a few loud seeds is reported on others: what was luck does not come back."""
+    answering(
+        lambda name, sv, dose: (30 * np.random.default_rng([sv, int(10 * dose), len(name)]).standard_normal(), 0.0)
+    )
+    loud = tried(agent, tmp_path / "loud")
+    assert loud.best is not None  # arms that differ by themselves are an effect; it is there on fresh seeds too
+    reaches = []
+    for seed in range(0, 240, 60):
+        answering(lambda *_: (0.0, 0.0))
+        reaches.append(tried(agent, tmp_path / str(seed), seed=seed, choosing=3, episodes=30).numbers["reach"])
+    assert abs(float(np.mean(reaches))) < 0.03
+
+
+def test_a_handle_that_fails_is_called_so(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
+    answering(lambda *_: (0.0, 0.0))
+    below = next(c for c in candidates_of(agent, 6) if c != handle)
+
+    def answer(name: str, sv: int, dose: float) -> tuple[float, float]:
+        mine, other = (name, sv) == (handle.matrix, handle.sv), (name, sv) == (below.matrix, below.sv)
+        return (60 * (dose - 1) * mine + 15 * (dose - 1) * other, 0.6 * mine * (dose != 1))
+
+    answering(answer)
+    result = tried(agent, tmp_path)
+    assert result.best is not None and result.best.sv == below.sv and result.best.matrix == below.matrix
+    aside = result.choosing.set_index(["matrix", "sv"])["set_aside"]
+    assert aside[handle.matrix, handle.sv] and not aside[below.matrix, below.sv]
+    answering(lambda name, sv, dose: (30 * (dose - 1), 0.6))
+    assert tried(agent, tmp_path / "all").verdict == "moves the return by failing"
+
+
+def test_what_any_direction_does_is_no_handle(agent: Any, answering: Any, tmp_path: Path) -> None:
+    """As loud, a random direction moves the return as far; where that is by failing, it is no rival."""
+    answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0))
+    assert tried(agent, tmp_path / "quiet").verdict == "found"
+    own = WeightSVD(agent)
+
+    def random(fails: float, sides: Collection[str]) -> Callable[[Edit], tuple[float, float]]:
+        def answer(edit: Edit) -> tuple[float, float]:
+            record: Any = edit.to_dict()
+            if record["side"] not in sides:
+                return 0.0, 0.0
+            vector = own[record["matrix"]].side(record["side"])[record["sv"][0]]
+            change = torch.as_tensor(record["value"], dtype=vector.dtype) - vector
+            drawn = torch.randn(len(change), generator=torch.Generator().manual_seed(3), dtype=vector.dtype)
+            drawn -= drawn.mean()
+            return float(60 * torch.sign(change @ drawn)), fails  # the larger dose moves it one way, the smaller back
+
+        return answer
+
+    both = ("read", "write", "neuron")
+    for sides, as_far in ((both, (19, 19)), (("read",), (19, 0)), (("write", "neuron"), (0, 19))):
+        answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.0, sides))
+        loud = tried(agent, tmp_path / "loud")
+        assert loud.verdict == "no more than random", sides
+        assert (loud.numbers["read_as_far"], loud.numbers["put_as_far"]) == as_far
+        assert f"{as_far[0]} move it as far without failing in place of what it reads" in loud.sentence
+        assert f"and {as_far[1]} in place of what it" in loud.sentence
+        told = {"read": "random in what it reads, and more in", "write": "random in where it puts what it reads, and"}
+        assert [told[side] in loud.sentence for side in told] == [sides == ("read",), sides == ("write", "neuron")]
+    answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.9, both))
+    assert tried(agent, tmp_path / "failing").verdict == "found"
+
+
+def test_a_target_that_does_nothing_is_seldom_a_curve() -> None:
+    """Best and worst are picked after looking, in the permutations as in the data."""
+    rng, trials = np.random.default_rng(8), 200
+    found = sum(steering._differ(rng.standard_normal((5, 8)), seed, 199) < 0.05 for seed in range(trials))
+    assert stats.binomtest(found, trials, 0.05).pvalue > 1e-3
+    assert steering._differ(rng.standard_normal((5, 8)) + 2 * np.arange(5)[:, None], 0) < 0.001
+
+
+def test_an_agent_that_ignores_its_target_has_no_curve(agent: Any, answering: Any, tmp_path: Path) -> None:
+    answering(lambda *_: (50.0, 0.0), obeys=0.0)
+    result = tried(agent, tmp_path)
+    assert result.verdict == "not applicable" and result.best is None and "no curve" in result.sentence
+    assert (tmp_path / "steering.html").exists()
+
+
+def test_slopes() -> None:
+    def arm(returns: list[float]) -> Evaluation:
+        outcomes = [Outcome(i, value, 5, False, True) for i, value in enumerate(returns)]
+        return Evaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=5)
+
+    arms = {0.0: arm([1.0, 5.0]), 1.0: arm([2.0, 5.0]), 2.0: arm([3.0, 2.0])}
+    np.testing.assert_allclose(slopes(arms), [1.0, -1.5])
+
+
+@pytest.mark.parametrize("dose", [0.0, 0.5, 2.0])
+def test_a_random_direction_is_as_loud_and_points_elsewhere(agent: Any, handle: Candidate, dose: float) -> None:
+    inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
+    scale = loudness(agent, handle, 7, inputs, "read")
+    edit, other = dosed(agent, handle, dose), dosed(agent, handle, dose, 7, scale)
+    assert other.output_energy(inputs) == pytest.approx(edit.output_energy(inputs), rel=1e-5)
+    same = dosed(agent, handle, dose, 7)
+    assert same.effective_energy == pytest.approx(edit.effective_energy, rel=1e-6)
+    mine, theirs = (left @ right for left, right in (edit.delta, other.delta))
+    assert abs(float((mine * theirs).sum() / mine.norm() / theirs.norm())) < 0.6
+    # Twice as far is twice as much, in the same random direction.
+    left, right = dosed(agent, handle, 1 + 2 * (dose - 1), 7, scale).delta
+    torch.testing.assert_close(left @ right, 2 * theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dose", [0.0, 2.0])
+@pytest.mark.parametrize("name", ["blocks.0.mlp.W_in", "blocks.1.attn.OV.0"])
+def test_a_random_place_gets_what_is_read_and_as_much_of_it(agent: Any, name: str, dose: float) -> None:
+    inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
+    sigma = WeightSVD(agent)[name].sigma[1]
+    place = Candidate(name, 1, float(sigma), 0.0, "")
+    side = put_side(agent, place)
+    assert side == ("neuron" if name.endswith("W_in") else "write")
+    edit, other = dosed(agent, place, dose, side=side), dosed(agent, place, dose, 7, side=side)
+    assert loudness(agent, place, 7, inputs, side) == pytest.approx(1, rel=1e-9)
+    assert other.output_energy(inputs) == pytest.approx(edit.output_energy(inputs), rel=1e-9)
+    assert other.effective_energy == pytest.approx(abs(dose - 1) * float(sigma), rel=1e-9)
+    # What is read is the direction's own, with its sign; where it is put is not.
+    (mine, put), (theirs, elsewhere) = edit.delta, other.delta
+    own, drawn = (
+        torch.linalg.svd(left @ right, full_matrices=False) for left, right in ((mine, put), (theirs, elsewhere))
+    )
+    assert abs(float(own[0][:, 0] @ drawn[0][:, 0])) == pytest.approx(1, abs=1e-6)
+    assert abs(float(own[2][0] @ drawn[2][0])) < 0.6
+    # Dosed on either side it is the same change, but for what the LayerNorm takes out.
+    norm = agent.weights[f"{name.partition('.attn')[0].partition('.mlp')[0]}.{'ln2' if 'mlp' in name else 'ln1'}.w"]
+    left, right = dosed(agent, place, dose).delta
+    seen, same = (norm.double()[:, None] * change for change in (mine @ put, left @ right))
+    torch.testing.assert_close(seen - seen.mean(0), same - same.mean(0), rtol=1e-6, atol=1e-9)
+
+
+def test_candidates(agent: Any) -> None:
+    found = candidates_of(agent, 6)
+    assert len({(c.matrix, c.sv) for c in found}) == 6
+    assert [c.why for c in found] == ["matches the return-to-go input"] * 3 + ["large sigma"] * 3
+    cosines = WeightSVD(agent).cosines(found[0].matrix, "reward_in", "read").abs()
+    assert found[0].cosine == pytest.approx(float(cosines.to_numpy()[found[0].sv].max()))
+    assert found[0].cosine >= found[1].cosine >= found[2].cosine
+    assert all(c.sv <= 1 for c in found[3:])
+
+
+def test_real_episodes_are_kept(agent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"episodes": 2, "choosing": 2, "candidates": 1, "doses": (0.0, 2.0), "max_steps": 4, "workers": 1}
+    result = steer(agent, tmp_path, **options)
+    files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()}
+    assert len(files) == (3 if result.verdict == "not applicable" else 3 + 2 + 3 + 2 * 38 + 2)
+    again = steer(agent, tmp_path, **options)
+    assert again.to_dict() == result.to_dict()
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"episodes": 1}, "episodes is 1"),
+        ({"doses": [1.0, 2.0]}, "give two finite numbers or more besides 1"),
+        ({"doses": [float("nan"), 2.0, 3.0]}, "doses is .*; it must be several finite numbers"),
+        ({"doses": "0,2"}, "doses is '0,2'; it must be several finite numbers"),
+        ({"doses": 2.0}, "doses is 2.0"),
+        ({"targets": ["a", "b"]}, r"targets is \['a', 'b'\]; it must be several finite numbers"),
+        ({"targets": [10**400, 1]}, "targets is .*finite"),
+        ({"out": 3}, "out is '3'; it must be the path of a file or folder"),
+        ({"targets": [5.0]}, "There are 1 target returns"),
+        ({"environment": "Nowhere-v0"}, "no Gymnasium environment 'Nowhere-v0'"),
+        ({"choosing": 2000}, "at most 1000"),
+    ],
+)
+def test_bad_input_is_one_sentence(agent: Any, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(DtLensError, match=said) as error:
+        steer(agent, **{"out": tmp_path, "candidates": 6, **options})
+    assert "\n" not in str(error.value)
+    with pytest.raises(DtLensError, match="takes a decision transformer"):
+        steer("hopper", tmp_path)
