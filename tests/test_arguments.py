@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dt_lens import DtLensError, WeightSVD, save_pretrained
-from dt_lens.behaviour.sweep import SweepResults
+from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.lens.checkpoints import read_checkpoint
-from dt_lens.statistics.nulls import q_values
+from dt_lens.statistics.multiplicity import q_values
 
 Make = Callable[..., Any]
 NAME = "blocks.0.mlp.W_in"

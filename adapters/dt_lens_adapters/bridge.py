@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, because
-from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.adapter import refuse_unknown
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens.language_model.original import config_values, fill
+from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens_adapters.gpt2 import GPT2
 from dt_lens_adapters.gpt_neo import GPTNeo
 from dt_lens_adapters.gptj import GPTJ

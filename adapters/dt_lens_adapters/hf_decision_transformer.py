@@ -15,10 +15,10 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts, refuse_unknown
 from dt_lens.decision_transformer.hf_layout import canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.original import NOT_OF_NUMBERS
+from dt_lens.lens.checkpoints import Checkpoint
+from dt_lens.lens.weights import require_computable
 
 __all__ = ["HFDecisionTransformer"]
 

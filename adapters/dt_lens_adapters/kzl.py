@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dt_lens.decision_transformer.facts import FACTS, given_facts, refuse_unknown
 from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.checkpoints import Checkpoint
+from dt_lens.lens.weights import require_computable
 from dt_lens_adapters.hf_decision_transformer import (
     HFDecisionTransformer,
     HFReference,

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.adapter import refuse_unknown
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens.language_model.original import fill
+from dt_lens.lens.checkpoints import Checkpoint
+from dt_lens.lens.weights import require_computable
 from dt_lens_adapters.gpt2 import FAMILY
 
 __all__ = ["CharacterTokenizer", "NanoGPT"]

@@ -1,1 +1,5 @@
-"""What an agent does: tasks, rollouts, and the statistics of outcomes."""
+"""What a model does, unit by unit: episodes of an agent, windows of a text."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dt_lens.lens.activations import Activations
 from dt_lens.arguments import whole_number
 from dt_lens.behaviour.agents.rollouts import Policy, run_episodes
 from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
 from dt_lens.edits.edit import suspended
 from dt_lens.errors import DtLensError, because
+from dt_lens.lens.activations import Activations
 from dt_lens.lens.forward_mode import evaluating
-from dt_lens.progress import Tell, reporting, silent
 from dt_lens.lens.watching import Watch
+from dt_lens.progress import Tell, reporting, silent
 
 if TYPE_CHECKING:
-    from dt_lens.behaviour.evaluate import Setting
-    from dt_lens.lens.loading import Lens
+    from dt_lens.behaviour.agents.running import Setting
+    from dt_lens.lens.protocol import Lens
 
 __all__ = ["collect_activations", "kept_activations"]
 
@@ -69,7 +69,7 @@ def collect_activations(
             activations that are not finite.
     """
     from dt_lens.behaviour.texts.reading import is_language_model
-    from dt_lens.behaviour.agents.workers import one_thread
+    from dt_lens.lens.forward_mode import one_thread
 
     if not hasattr(model, "structure") or not hasattr(model, "run_with_cache"):
         raise DtLensError(
@@ -91,7 +91,7 @@ def collect_activations(
             watch = Watch(model, matrices)
             record = _watch_text(model, watch, tell)
         else:
-            from dt_lens.behaviour.evaluate import _check_model, setting_of
+            from dt_lens.behaviour.agents.running import _check_model, setting_of
 
             agent: Any = model
             _check_model(agent)
@@ -110,7 +110,7 @@ def collect_activations(
 
 
 def _identity(model: Any, text: bool) -> str:
-    from dt_lens.behaviour.evaluate import model_id
+    from dt_lens.behaviour.agents.identity import model_id
     from dt_lens.behaviour.texts.reading import base_and_model_id
 
     return base_and_model_id(model)[0] if text or not hasattr(model, "facts") else model_id(model)
@@ -175,8 +175,8 @@ def _watch_episodes(model: Any, watch: Watch, setting: Setting, seeds: range, te
 
 def _play(model: Any, setting: Setting, seeds: range, report: Callable[[float], None]) -> list[_Episode]:
     """What the agent was fed in each episode, run as ``evaluate`` runs it."""
-    from dt_lens.behaviour.evaluate import _is_plain, acting_weights
     from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
+    from dt_lens.behaviour.agents.running import _is_plain, acting_weights
     from dt_lens.decision_transformer.policy import ActingModel
 
     context, padding, used = model.facts.context, model.facts.padding, acting_weights(model)
@@ -293,7 +293,7 @@ def kept_activations(model: Any, file: Path, setting: Setting, seed: int = 0, te
     Raises:
         DtLensError: as ``collect_activations`` does, or when the file cannot be written.
     """
-    from dt_lens.behaviour.evaluate import model_id
+    from dt_lens.behaviour.agents.identity import model_id
 
     wanted = {"model_id": model_id(model), "target_return": setting.target_return, "environment": setting.environment}
     wanted_if_said = {

@@ -12,17 +12,19 @@ from typing import Annotated
 import typer
 
 from dt_lens.cli.commands.activations import activations
+from dt_lens.cli.commands.atlas import atlas
+from dt_lens.cli.commands.certify import certify
 from dt_lens.cli.commands.compare import compare
 from dt_lens.cli.commands.court import court
-from dt_lens.cli.commands.atlas import atlas
 from dt_lens.cli.commands.evaluate import evaluate
-from dt_lens.cli.commands.scan import certify, scan
+from dt_lens.cli.commands.record import record
+from dt_lens.cli.commands.scan import scan
 from dt_lens.cli.commands.steer import steer
 from dt_lens.cli.commands.study import study
 from dt_lens.cli.commands.sweep import sweep
 from dt_lens.cli.commands.top import top
+from dt_lens.cli.commands.train import train
 from dt_lens.cli.commands.train_text import train_text
-from dt_lens.cli.commands.train import record, train
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 

@@ -1,1 +1,5 @@
-"""The hooked decision transformer: one model that checkpoints of every code base load into."""
+"""The hooked decision transformer that the checkpoints of every code base load into."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

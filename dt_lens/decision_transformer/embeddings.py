@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dt_lens.decision_transformer.environment_labels import environment_labels
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
-from dt_lens.decision_transformer.environment_labels import environment_labels
 
 if TYPE_CHECKING:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer

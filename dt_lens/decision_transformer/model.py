@@ -21,10 +21,10 @@ from dt_lens.decision_transformer.batch import random_batch, require_batch
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.embeddings import embeddings_of
 from dt_lens.decision_transformer.facts import RunFacts
-from dt_lens.lens.hooks import HookPoint
 from dt_lens.decision_transformer.sharing import SharingModule
-from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.errors import DtLensError
+from dt_lens.lens.embeddings import EmbeddingRegistry
+from dt_lens.lens.hooks import HookPoint
 from dt_lens.lens.matrices import Structure
 
 __all__ = ["DecisionTransformerOutput", "HookedDecisionTransformer"]

@@ -8,35 +8,16 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from dt_lens.lens.hooks import HookedRootModule
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.lens.loading import Reference
+from dt_lens.lens.hooks import HookedRootModule
+from dt_lens.lens.protocol import Reference
+from dt_lens.lens.weights import require_computable
 
-__all__ = ["SharingModule", "require_computable"]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def require_computable(weights: Mapping[str, Tensor]) -> None:
-    """Raise ``DtLensError`` for weights that no forward pass can use: not floating-point, or of several kinds."""
-    for name, weight in weights.items():
-        if weight.dtype not in DTYPES:
-            raise DtLensError(
-                f"The weight {name!r} holds {str(weight.dtype).removeprefix('torch.')} numbers; weights must be "
-                "float64, float32, bfloat16 or float16."
-            )
-        if weight.is_meta:
-            raise DtLensError(f"The weight {name!r} lies on the meta device and has no numbers; load the model first.")
-    kinds = {(str(weight.dtype), str(weight.device)): name for name, weight in weights.items()}
-    if len(kinds) > 1:
-        (kind, name), (other, second) = list(kinds.items())[:2]
-        raise DtLensError(
-            f"The weight {name!r} is {kind[0]} on {kind[1]} and {second!r} is {other[0]} on {other[1]}; bring the "
-            "model to one type and one device with .to()."
-        )
+__all__ = [
+    "SharingModule",
+]
 
 
 class SharingModule(HookedRootModule):

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts, refuse_unknown
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.decision_transformer.sharing import require_computable
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.checkpoints import Checkpoint
+from dt_lens.lens.weights import require_computable
 
 __all__ = ["Layout", "StateDictAdapter", "Tensors", "Trace", "ask_for_heads", "run_facts", "steps_of_mask"]
 

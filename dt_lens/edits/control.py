@@ -17,8 +17,8 @@ from dt_lens.edits.edit import Edit, unedited
 from dt_lens.edits.low_rank import carry, remarks_on, spectrum_of
 
 if TYPE_CHECKING:
-    from dt_lens.lens.activations import Activations
     from dt_lens.edits.singular import SingularEdit
+    from dt_lens.lens.activations import Activations
 
 __all__ = ["Control"]
 

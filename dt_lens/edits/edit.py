@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from dt_lens.arguments import require_activations
+from dt_lens.edits.low_rank import Placed, spectrum_of
 from dt_lens.errors import DtLensError
+from dt_lens.lens.activations import LowRank
 from dt_lens.lens.forward_mode import evaluating
-from dt_lens.edits.low_rank import LowRank, Placed, spectrum_of
-from dt_lens.lens.matrices import Matrix, Snapshot, fingerprint, memory_of, weight_bytes
+from dt_lens.lens.matrices import Matrix, Snapshot
+from dt_lens.lens.weights import fingerprint, memory_of, weight_bytes
 
 if TYPE_CHECKING:
     from dt_lens.lens.activations import Activations
+    from dt_lens.lens.protocol import Lens
     from dt_lens.svd.decomposition import Decomposition
-    from dt_lens.lens.loading import Lens
 
 __all__ = ["Edit", "suspended", "unedited"]
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.lens.matrices import Factor, Matrix, Snapshot, memory_of, unfold
+from dt_lens.lens.activations import LowRank
+from dt_lens.lens.matrices import Factor, Matrix, Snapshot, unfold
+from dt_lens.lens.weights import memory_of
 
-__all__ = ["LowRank", "Placed", "carry", "remarks_on", "spectrum_of"]
-
-LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
+__all__ = ["Placed", "carry", "remarks_on", "spectrum_of"]
 
 
 class Placed(NamedTuple):

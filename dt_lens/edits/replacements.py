@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.svd.label_rows import unit_rows
+from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.svd.side_labels import unit_rows
 
 __all__ = ["VALUES", "Replacements", "Value", "embedded_direction", "find_direction"]
 

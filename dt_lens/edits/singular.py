@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from dt_lens.arguments import require_activations, require_wrapped, whole_number, whole_numbers
-from dt_lens.edits.edit import Edit, state_of, unedited
 from dt_lens.edits.control import Control
-from dt_lens.svd.decomposition import Decomposition, decompose_matrix
-from dt_lens.errors import DtLensError
-from dt_lens.edits.low_rank import LowRank, carry, remarks_on
-from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint
+from dt_lens.edits.edit import Edit, state_of, unedited
+from dt_lens.edits.low_rank import carry, remarks_on
 from dt_lens.edits.replacements import VALUES, Replacements, Value
+from dt_lens.errors import DtLensError
+from dt_lens.lens.activations import LowRank
+from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix
+from dt_lens.lens.weights import fingerprint
+from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.weighted import decompose_weighted
 
 if TYPE_CHECKING:
     from dt_lens.lens.activations import Activations
-    from dt_lens.lens.loading import Lens
+    from dt_lens.lens.protocol import Lens
 
 __all__ = ["VALUES", "Control", "Edit", "SingularEdit", "load_edit"]
 

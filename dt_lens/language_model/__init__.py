@@ -1,1 +1,5 @@
-"""Language models, looked at where they lie: no layer is written anew and no weight is copied."""
+"""Hugging Face's decoders, wrapped where they lie."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

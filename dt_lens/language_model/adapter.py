@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.original import config_values, original
+from dt_lens.lens.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dt_lens.errors import DtLensError, because
-from dt_lens.svd.label_filters import byte_alphabet, from_bytes
+from dt_lens.lens.token_text import byte_alphabet, from_bytes
 
 __all__ = ["token_labels"]
 

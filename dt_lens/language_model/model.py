@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dt_lens.lens.hooks import HookedRootModule, HookPoint
-from dt_lens.decision_transformer.sharing import require_computable
-from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.errors import DtLensError
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.embeddings import embeddings_of
@@ -20,7 +17,10 @@ from dt_lens.language_model.family import Family
 from dt_lens.language_model.labels import token_labels
 from dt_lens.language_model.passage import hook_names, passing
 from dt_lens.language_model.reference import LanguageModelReference
+from dt_lens.lens.embeddings import EmbeddingRegistry
+from dt_lens.lens.hooks import HookedRootModule, HookPoint
 from dt_lens.lens.matrices import Structure
+from dt_lens.lens.weights import require_computable
 
 __all__ = ["HookedLanguageModel"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, because
-from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.language_model.family import Family
+from dt_lens.lens.checkpoints import Checkpoint
 
 __all__ = ["NOT_OF_NUMBERS", "config_values", "fill", "original"]
 # Nothing of these is in the numbers; the class may look elsewhere for code, or make as many labels as they say.

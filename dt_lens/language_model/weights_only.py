@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.errors import DtLensError
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.embeddings import embeddings_of
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.labels import token_labels
 from dt_lens.language_model.layout import Stored
+from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.lens.matrices import Structure
 from dt_lens.lens.shards import LazyTensors, Shards
 

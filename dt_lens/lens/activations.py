@@ -1,7 +1,7 @@
 """What a model's matrices read while it works, kept as first and second moments, and the file that holds them.
 
 ``E[x]`` and ``E[x x^T]`` of a matrix's inputs are all it takes to know the output energy of any change of the matrix,
-``E ||x Delta||^2 = tr(Delta^T E[x x^T] Delta)``, and the covariance of any output. ``dt_lens.behaviour.collect_activations``
+``E ||x Delta||^2 = tr(Delta^T E[x x^T] Delta)``, and the covariance of any output. ``dt_lens.collect_activations``
 collects them.
 """
 
@@ -24,12 +24,15 @@ from torch import Tensor
 
 from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.lens.matrices import Matrix, Weighted, fingerprint
+from dt_lens.lens.matrices import Matrix, Weighted
+from dt_lens.lens.weights import fingerprint
 
 if TYPE_CHECKING:
-    from dt_lens.edits.low_rank import LowRank
+    pass
 
-__all__ = ["Activations", "Moments"]
+__all__ = ["LowRank", "Activations", "Moments"]
+
+LowRank = tuple[Float[Tensor, "d_left r"], Float[Tensor, "r d_right"]]
 
 FORMAT = "dt-lens activations 1"
 

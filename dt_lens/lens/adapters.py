@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dt_lens.lens.checkpoints import Checkpoint
-    from dt_lens.lens.loading import Lens
+    from dt_lens.lens.protocol import Lens
     from dt_lens.lens.shards import Shards
 
 __all__ = ["GROUP", "Adapter", "adapter_names", "choose", "named_adapter", "opener"]

@@ -19,12 +19,12 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from dt_lens.arguments import require_wrapped
-from dt_lens.lens.diagnosis import Check, explain
 from dt_lens.errors import DtLensError, because
+from dt_lens.lens.diagnosis import Check, explain
 from dt_lens.lens.matrices import Snapshot, catalogue
 
 if TYPE_CHECKING:
-    from dt_lens.lens.loading import Lens
+    from dt_lens.lens.protocol import Lens
 
 __all__ = ["Certificate", "certify"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dt_lens.lens.matrices import catalogue
 
 if TYPE_CHECKING:
-    from dt_lens.lens.loading import Lens
+    from dt_lens.lens.protocol import Lens
 
 __all__ = ["Check", "explain"]
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["evaluating"]
+import torch
+
+__all__ = ["one_thread", "evaluating"]
 
 
 @contextmanager
@@ -22,3 +24,14 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, as in a worker: a sum split over threads rounds differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

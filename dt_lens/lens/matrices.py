@@ -11,13 +11,11 @@ Folding: what a reading matrix sees is ``(x - mean) / std * w + b``, so up to th
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -35,10 +33,7 @@ __all__ = [
     "Weighted",
     "catalogue",
     "find_matrix",
-    "fingerprint",
     "fold",
-    "hash_of",
-    "memory_of",
     "select_matrices",
     "unfold",
 ]
@@ -335,36 +330,3 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
             raise DtLensError(f"No matrix of the model matches {pattern!r}" + (f".{near}" if near else known))
         chosen.update(matched)
     return [matrix for name, matrix in everything.items() if name in chosen]
-
-
-def fingerprint(lens: Weighted, matrix: Matrix) -> bytes:
-    """A hash of every bit that a matrix is made of, its LayerNorm's scale included."""
-    weights, digest = lens.weights, hashlib.blake2b(digest_size=16)
-    parts = [(f"{factor.weight} {factor.head}", weights[factor.weight], factor.head) for factor in matrix.factors]
-    norms = dict.fromkeys(norm for norm in (matrix.left_norm, matrix.right_norm) if norm is not None)
-    parts += [(f"{norm}.w", weights[f"{norm}.w"], None) for norm in norms]
-    for name, weight, head in parts:
-        digest.update(name.encode())
-        digest.update(hash_of(weight if head is None else weight[head]))
-    return digest.digest()
-
-
-def hash_of(tensor: Tensor) -> bytes:
-    """A hash of every bit of a tensor, its type and its shape."""
-    tensor = tensor.detach()
-    # In the order of the memory, so that a large transposed weight is not copied to be looked at.
-    strides: Sequence[int] = tensor.stride()
-    order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
-    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {order}".encode(), digest_size=16)
-    digest.update(tensor.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
-
-
-def memory_of(weight: Tensor) -> tuple[Any, ...]:
-    """The same for two weights that are one: layers may share them."""
-    return weight.data_ptr(), weight.device, weight.shape, weight.stride()
-
-
-def weight_bytes(weight: Tensor) -> bytes:
-    """The bits of a tensor, in the order of its entries."""
-    return weight.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

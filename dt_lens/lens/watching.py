@@ -13,12 +13,13 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dt_lens.lens.activations import Moments
 from dt_lens.errors import DtLensError
-from dt_lens.lens.matrices import Matrix, Snapshot, catalogue, fingerprint, select_matrices
+from dt_lens.lens.activations import Moments
+from dt_lens.lens.matrices import Matrix, Snapshot, catalogue, select_matrices
+from dt_lens.lens.weights import fingerprint
 
 if TYPE_CHECKING:
-    from dt_lens.lens.loading import Lens
+    from dt_lens.lens.protocol import Lens
 
 __all__ = ["Watch"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy.stats import false_discovery_control
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["q_values", "tail_or_share"]
+__all__ = ["holm", "q_values", "tail_or_share"]
 
 
 def q_values(p_values: ArrayLike) -> NDArray[Any]:
@@ -47,3 +48,16 @@ def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.
     """
     exact = np.asarray(bound, dtype=np.float64)
     return np.where(exact < 100 / (draws + 1), np.minimum(exact, 1.0), share)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values: any of the claims wrongly supported with a chance of at most alpha.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, worst = [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = worst
+    return adjusted

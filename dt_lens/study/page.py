@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.statistics.outcomes import wilson
 from dt_lens.report import heatmaps, spectra
-from dt_lens.study import figures as outcomes
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, Video, write_report
+from dt_lens.statistics.outcomes import wilson
+from dt_lens.study import figures as outcomes
 from dt_lens.version import __version__
 
 if TYPE_CHECKING:
-    from dt_lens.study.study import Study, StudyResult
+    from dt_lens.study.result import StudyResult
+    from dt_lens.study.study import Study
     from dt_lens.svd.weight_svd import WeightSVD
 
 __all__ = ["sentences", "write_study"]

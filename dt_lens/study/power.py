@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from dt_lens.arguments import local_path
+from dt_lens.errors import DtLensError
+from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.lens.matrices import Structure
+from dt_lens.statistics.nulls.haar import HaarMaximum
 from dt_lens.statistics.outcomes import wilson
 from dt_lens.svd.drawn_models import Drawn
-from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
-from dt_lens.errors import DtLensError
-from dt_lens.lens.matrices import Structure
-from dt_lens.statistics.nulls import HaarMaximum
 
 __all__ = ["COLUMNS", "critical_values", "needed_cosines", "planted_model", "power", "write_power"]
 

@@ -16,31 +16,19 @@ from dt_lens.behaviour.agents.recording import record_actions
 from dt_lens.behaviour.video.video import SideBySide, side_by_side
 from dt_lens.edits.singular import Edit, SingularEdit
 from dt_lens.errors import DtLensError
-from dt_lens.statistics.rank_correlation import RankCorrelation, rank_correlation
+from dt_lens.statistics.rank_correlation import rank_correlation
+from dt_lens.study.result import StudyResult
 from dt_lens.study.selection import choose_directions
 from dt_lens.study.trials import Arm, Trials, verdicts
 from dt_lens.svd.weight_svd import WeightSVD
 
-__all__ = ["MATRICES", "Study", "StudyResult"]
+__all__ = [
+    "MATRICES",
+    "Study",
+]
 
 MATRICES = ("*.W_in", "*.W_out", "*.OV.*")
 Report = Callable[[str, float], None]  # what is being done, and the share of the whole that is done
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """Everything the report shows."""
-
-    table: pd.DataFrame  # the scan
-    strongest: pd.DataFrame  # the best match of each whole matrix
-    verdicts: pd.DataFrame  # a row per edit
-    baseline: Evaluation
-    edited: list[Evaluation]
-    controls: list[Evaluation]
-    edits: list[Edit]
-    spearman: RankCorrelation  # |cosine| against damage beyond control
-    video: SideBySide
-    report: Path
 
 
 @dataclass

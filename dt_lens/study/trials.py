@@ -13,12 +13,13 @@ from typing import Any
 
 import pandas as pd
 
-from dt_lens.behaviour.evaluate import evaluate, model_id
 from dt_lens.behaviour.agents.evaluation import Evaluation
-from dt_lens.statistics.outcomes import bootstrap_interval
+from dt_lens.behaviour.agents.identity import model_id
+from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.edits.singular import Edit
 from dt_lens.errors import DtLensError
-from dt_lens.statistics.nulls import q_values
+from dt_lens.statistics.multiplicity import q_values
+from dt_lens.statistics.outcomes import bootstrap_interval
 
 __all__ = ["Arm", "Trials", "verdicts"]
 

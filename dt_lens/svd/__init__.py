@@ -1,1 +1,5 @@
-"""TODO."""
+"""Singular value decompositions of a model's matrices, and what their directions match."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,12 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.svd.solvers import EPS, KRYLOV, decompose
-from dt_lens.lens.embeddings import Embedding
 from dt_lens.errors import DtLensError
+from dt_lens.lens.embeddings import Embedding
 from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, Weighted
+from dt_lens.svd.solvers import EPS, KRYLOV, decompose
 
-__all__ = ["MAX_ANGLE", "Decomposition", "blocks_of", "decompose_matrix", "rounding_noise", "with_canonical_signs"]
+__all__ = [
+    "common_boundary",
+    "MAX_ANGLE",
+    "Decomposition",
+    "blocks_of",
+    "decompose_matrix",
+    "rounding_noise",
+    "with_canonical_signs",
+]
 
 # Two singular vectors count as told apart when rounding the weights mixes them by less than this many radians ...
 MAX_ANGLE = 0.1
@@ -295,3 +303,14 @@ def blocks_of(sigma: Float[Tensor, " k"], noise: Float[Tensor, " k"]) -> tuple[t
     apart = sigma[:-1] - sigma[1:] > DEVIATIONS * between / MAX_ANGLE
     starts = [0, *(int(i) + 1 for i in apart.nonzero())]
     return tuple(zip(starts, [*starts[1:], len(sigma)], strict=True))
+
+
+def common_boundary(a: Decomposition, b: Decomposition, k: int, whole: bool = True) -> int:
+    """The number of leading directions nearest to ``k`` that cuts no block of near-equal sigmas in either; 0 for none.
+
+    Where not the whole of a matrix was decomposed, its last block may go on.
+    """
+    ends = {stop for _, stop in a.blocks} & {stop for _, stop in b.blocks}
+    if not whole:
+        ends -= {len(a.sigma), len(b.sigma)}
+    return min(sorted(ends), key=lambda end: abs(end - k), default=0)

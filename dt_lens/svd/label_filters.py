@@ -9,14 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol, runtime_checkable
 
 import pandas as pd
 
 from dt_lens.errors import DtLensError
+from dt_lens.lens.token_text import texts
 
-__all__ = ["Filter", "Rule", "ascii_only", "at_least", "byte_alphabet", "from_bytes", "kept_labels", "spelled", "texts"]
+__all__ = [
+    "Filter",
+    "Rule",
+    "ascii_only",
+    "at_least",
+    "kept_labels",
+]
 __all__ += ["whole_words"]
 
 Rule = Callable[[str], bool]
@@ -31,54 +37,6 @@ class Filter(Protocol):
     def among(self, labels: Sequence[str], texts: Sequence[str]) -> list[bool]:
         """Which of the labels pass; ``texts`` is what they stand for."""
         ...
-
-
-def texts(labels: Sequence[str]) -> list[str]:
-    """What labels stand for: a word's start is a space, and bytes are characters again where they form some.
-
-    Labels are taken for byte-level tokens when some begin with ``Ġ`` and none holds a space; for SentencePiece's when
-    some begin with ``▁`` and none holds a space. Others stand for themselves. Bytes that are no characters are written
-    ``\\\\xe2``.
-
-    >>> texts(["Ġcaf", "Ã©", "Ċ", "âĢ"])
-    [' caf', 'é', '\\n', '\\\\xe2\\\\x80']
-    >>> texts(["▁the", "re"]), texts(["thigh position", "Ġ"])
-    ([' the', 're'], ['thigh position', 'Ġ'])
-    """
-    marked = {label[:1] for label in labels}
-    if not marked & {"Ġ", "▁"} or any(" " in label for label in labels):
-        return list(labels)
-    if "Ġ" in marked:
-        return [from_bytes(label) for label in labels]
-    return [label.replace("▁", " ") for label in labels]
-
-
-def from_bytes(label: str) -> str:
-    """The text of a byte-level token; one with other characters, such as a special token's, as it is spelled."""
-    alphabet = byte_alphabet()
-    if not all(character in alphabet for character in label):
-        return label
-    return bytes(alphabet[character] for character in label).decode("utf-8", errors="backslashreplace")
-
-
-@cache
-def byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for: printable Latin-1 itself, others moved up."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in set(plain)]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-def spelled(text: str) -> str:
-    """A text on one line, nothing of it invisible: spaces at the ends or in a row as ``␣``, others escaped.
-
-    >>> spelled(" the"), spelled("a b"), spelled("a  b\\n"), spelled("\\u200b")
-    ('␣the', 'a b', 'a␣␣b\\\\n', '\\\\u200b')
-    """
-    if not text:
-        return "∅"
-    shown = re.sub(r"^ +| +$|  +", lambda found: "␣" * len(found[0]), text)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
 
 
 def ascii_only(text: str) -> bool:

@@ -12,21 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt_lens.lens.activations import Activations
 from dt_lens.arguments import whole_number
-from dt_lens.svd.drawn_models import shuffled, untrained
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.svd.cache import KeptResults
-from dt_lens.svd.side_labels import MetLabels
+from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import Matrix, SideName, Snapshot
-from dt_lens.svd.pairings import Meeting
-from dt_lens.statistics.nulls import NULLS, CovarianceMaximum, Null, PooledMaximum, ShuffledMaximum, UntrainedMaximum
 from dt_lens.progress import Tell
+from dt_lens.statistics.nulls.covariance import CovarianceMaximum
+from dt_lens.statistics.nulls.kinds import NULLS, Null
+from dt_lens.statistics.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
+from dt_lens.svd.cache import KeptResults
+from dt_lens.svd.drawn_models import shuffled, untrained
+from dt_lens.svd.pairings import Pairing
+from dt_lens.svd.side_labels import SideLabels
 
 if TYPE_CHECKING:
     from dt_lens.svd.weight_svd import WeightSVD
 
-__all__ = ["CovarianceSource", "NullSource", "Pools", "draw_pools", "met_covariance", "require_null"]
+__all__ = ["CovarianceSource", "NullSource", "Pools", "draw_pools", "covariance_of_pairings", "require_null"]
 
 Array = NDArray[np.float64]
 POOL = 10_000  # matches that every pool should hold at least,
@@ -36,7 +38,7 @@ DRAWS = (3, 100)  # within so many drawn models
 class NullSource(Protocol):
     """Where a scan finds the null of each of its parts."""
 
-    def null(self, meeting: Meeting, span: int) -> Null:
+    def null(self, meeting: Pairing, span: int) -> Null:
         """Of the best match of one direction of this matrix side, or of one span, with these labels."""
         ...
 
@@ -92,10 +94,10 @@ class CovarianceSource:
         self._covariances: dict[tuple[str, SideName], tuple[bytes, Array]] = {}
         self._nulls: dict[tuple[Any, ...], CovarianceMaximum] = {}
 
-    def null(self, meeting: Meeting, span: int) -> Null:
+    def null(self, meeting: Pairing, span: int) -> Null:
         labels, where = meeting.labels, (meeting.matrix.name, meeting.side)
         if where not in self._covariances:
-            S = met_covariance(self.lens, meeting.matrix, meeting.side, self.activations, self.fold)
+            S = covariance_of_pairings(self.lens, meeting.matrix, meeting.side, self.activations, self.fold)
             self._covariances[where] = (hashlib.blake2b(S.tobytes(), digest_size=16).digest(), S)
         digest, S = self._covariances[where]
         key = (digest, labels.digest, labels.centred, span, self.seed, self.draws)
@@ -105,7 +107,7 @@ class CovarianceSource:
             self._nulls[key] = CovarianceMaximum.from_tensors(made)
         return self._nulls[key]
 
-    def _made(self, labels: MetLabels, S: Array, span: int) -> CovarianceMaximum:
+    def _made(self, labels: SideLabels, S: Array, span: int) -> CovarianceMaximum:
         return CovarianceMaximum.of(labels.for_null, S, labels.centred, self.seed, span, self.draws)
 
     def told(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class CovarianceSource:
         return {"null": "covariance", "assumes": CovarianceMaximum.assumes, "activations": digest}
 
 
-def met_covariance(lens: Snapshot, matrix: Matrix, side: SideName, activations: Any, fold: bool) -> Array:
+def covariance_of_pairings(lens: Snapshot, matrix: Matrix, side: SideName, activations: Any, fold: bool) -> Array:
     """The covariance ``[d_model, d_model]`` of what one side of a matrix meets.
 
     A reading side meets what the matrix reads; with folding, the stream as its LayerNorm leaves it before scale and
@@ -173,7 +175,7 @@ class Pools:
     single: dict[tuple[str, str, str, int], PooledMaximum]
     whole: dict[tuple[str, str, str], PooledMaximum]
 
-    def null(self, meeting: Meeting, span: int) -> PooledMaximum:
+    def null(self, meeting: Pairing, span: int) -> PooledMaximum:
         """The pool that a part of a scan belongs to.
 
         Raises:
@@ -187,7 +189,7 @@ class Pools:
             )
         return self.single[*where, span]
 
-    def frame(self, meeting: Meeting) -> PooledMaximum:
+    def frame(self, meeting: Pairing) -> PooledMaximum:
         """The pool of whole matrices of this kind; raises as ``null`` does."""
         where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
         if where not in self.whole:
@@ -201,7 +203,7 @@ class Pools:
 
 
 def draw_pools(
-    svd: WeightSVD, name: str, meetings: Sequence[Meeting], seed: int, draws: int | None, tell: Tell
+    svd: WeightSVD, name: str, meetings: Sequence[Pairing], seed: int, draws: int | None, tell: Tell
 ) -> Pools:
     """Draw ``draws`` models and pool what their directions match best, in blocks of the sizes that ``meetings`` have.
 
@@ -241,7 +243,7 @@ def draw_pools(
     )
 
 
-def _enough(meetings: Sequence[Meeting]) -> int:
+def _enough(meetings: Sequence[Pairing]) -> int:
     """How many models fill every pool: with fewer a true discovery has no p-value small enough to be one."""
     sizes: dict[tuple[str, str, str], int] = {}
     for meeting in meetings:
@@ -252,15 +254,15 @@ def _enough(meetings: Sequence[Meeting]) -> int:
 
 
 def _pairs(
-    meetings: Sequence[Meeting], wanted: dict[tuple[str, SideName, str], Meeting]
-) -> Iterator[tuple[Meeting, Meeting]]:
+    meetings: Sequence[Pairing], wanted: dict[tuple[str, SideName, str], Pairing]
+) -> Iterator[tuple[Pairing, Pairing]]:
     for meeting in meetings:
         where = (meeting.matrix.name, meeting.side, meeting.labels.embedding.name)
         if where in wanted:
             yield meeting, wanted[where]
 
 
-def _lengths(meeting: Meeting, span: int) -> Array:
+def _lengths(meeting: Pairing, span: int) -> Array:
     """The best matches of a drawn matrix's directions, so many of them at a time."""
     directions = meeting.directions
     directions = directions[: len(directions) // span * span]

@@ -7,23 +7,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.svd.decomposition import Decomposition
-from dt_lens.svd.side_labels import MetLabels
 from dt_lens.lens.matrices import Matrix, SideName
+from dt_lens.svd.decomposition import Decomposition
+from dt_lens.svd.side_labels import SideLabels
 
-__all__ = ["DECOMPOSING", "Meeting"]
+__all__ = ["DECOMPOSING", "Pairing"]
 
 DECOMPOSING = 0.6  # the share of a scan's time that goes into decompositions, more or less
 
 Array = NDArray[np.float64]
 
 
-class Meeting(NamedTuple):
+class Pairing(NamedTuple):
     """A matrix side on the residual stream, and the labels that it is compared with."""
 
     found: Decomposition
     side: SideName
-    labels: MetLabels
+    labels: SideLabels
 
     @property
     def matrix(self) -> Matrix:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
-from dt_lens.svd.side_labels import Best, MetLabels
 from dt_lens.lens.matrices import Snapshot
-from dt_lens.svd.pairings import DECOMPOSING, Meeting
-from dt_lens.statistics.nulls import HaarMaximum, Null, q_values
 from dt_lens.progress import Tell
+from dt_lens.statistics.multiplicity import q_values
+from dt_lens.statistics.nulls.haar import HaarMaximum
+from dt_lens.statistics.nulls.kinds import Null
 from dt_lens.svd.null_sources import CovarianceSource, NullSource, Pools, draw_pools, require_null
+from dt_lens.svd.pairings import DECOMPOSING, Pairing
+from dt_lens.svd.side_labels import Best, SideLabels
 
 if TYPE_CHECKING:
     from dt_lens.svd.weight_svd import WeightSVD
@@ -67,7 +69,7 @@ def scan_table(
 def null_source(
     svd: WeightSVD,
     null: str | Pools,
-    meetings: list[Meeting],
+    meetings: list[Pairing],
     seed: int,
     activations: Any,
     draws: int | None,
@@ -89,7 +91,7 @@ def null_source(
     return draw_pools(svd, null, meetings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
 
 
-def _parts(svd: WeightSVD, meetings: list[Meeting], source: NullSource, tell: Tell) -> list[dict[str, Any]]:
+def _parts(svd: WeightSVD, meetings: list[Pairing], source: NullSource, tell: Tell) -> list[dict[str, Any]]:
     """The columns of every meeting. All that meet the same labels do so at once: a vocabulary is read once."""
     groups: dict[int, list[int]] = {}
     for place, meeting in enumerate(meetings):
@@ -114,7 +116,7 @@ def _parts(svd: WeightSVD, meetings: list[Meeting], source: NullSource, tell: Te
     return parts
 
 
-def _best(svd: WeightSVD, labels: MetLabels, meetings: list[Meeting]) -> Best:
+def _best(svd: WeightSVD, labels: SideLabels, meetings: list[Pairing]) -> Best:
     """The best label of every block of directions of these matrix sides, one after the other."""
     directions = np.concatenate([meeting.directions for meeting in meetings])
     before = np.cumsum([0, *(len(meeting.directions) for meeting in meetings)])
@@ -139,7 +141,7 @@ class _Rotations:
     def __init__(self, svd: WeightSVD, seed: int, draws: int | None) -> None:
         self._svd, self._seed, self._draws = svd, seed, draws
 
-    def null(self, meeting: Meeting, span: int) -> Null:
+    def null(self, meeting: Pairing, span: int) -> Null:
         return self._svd.rotations(meeting.labels, span, self._seed, self._draws)
 
     def told(self) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
-from dt_lens.svd.pairings import Meeting
-from dt_lens.statistics.nulls import frame_maximum, q_values, tail_or_share
 from dt_lens.progress import silent
+from dt_lens.statistics.multiplicity import q_values, tail_or_share
+from dt_lens.statistics.nulls.haar import frame_maximum
 from dt_lens.svd.null_sources import Pools, draw_pools, require_null
+from dt_lens.svd.pairings import Pairing
 
 if TYPE_CHECKING:
     from dt_lens.svd.weight_svd import WeightSVD
@@ -70,7 +71,7 @@ def strongest(
     return frame
 
 
-def _best(meeting: Meeting) -> tuple[int, int, float]:
+def _best(meeting: Pairing) -> tuple[int, int, float]:
     """The direction and the label of largest absolute cosine, and the cosine."""
     cosines = meeting.labels.cosines(meeting.directions)
     sv, label = np.unravel_index(int(np.abs(cosines).argmax()), cosines.shape)

@@ -15,11 +15,13 @@ from scipy.linalg import subspace_angles
 
 from dt_lens.arguments import whole_number, whole_numbers
 from dt_lens.errors import DtLensError
-from dt_lens.svd.side_labels import MetLabels
-from dt_lens.svd.two_models.matrix_change import common_boundary
-from dt_lens.svd.pairings import Meeting
-from dt_lens.statistics.nulls import LabelBlocks, SubspaceOverlap, q_values
 from dt_lens.progress import Tell, reporting
+from dt_lens.statistics.multiplicity import q_values
+from dt_lens.statistics.nulls.haar import LabelBlocks
+from dt_lens.statistics.nulls.subspaces import SubspaceOverlap
+from dt_lens.svd.decomposition import common_boundary
+from dt_lens.svd.pairings import Pairing
+from dt_lens.svd.side_labels import SideLabels
 
 if TYPE_CHECKING:
     from dt_lens.svd.weight_svd import WeightSVD
@@ -69,7 +71,7 @@ def subspaces(
     return table
 
 
-def label_span(labels: MetLabels) -> Array:
+def label_span(labels: SideLabels) -> Array:
     """An orthonormal basis ``[m, d]`` of the span of an embedding's labels, as one side of matrices meets them."""
     found = labels.for_null
     gram = np.zeros((labels.width, labels.width))
@@ -81,7 +83,7 @@ def label_span(labels: MetLabels) -> Array:
     return np.ascontiguousarray(vectors[:, kept].T)
 
 
-def _rows(meeting: Meeting, span: Array, sizes: Sequence[int], seed: int) -> list[tuple[Any, ...]]:
+def _rows(meeting: Pairing, span: Array, sizes: Sequence[int], seed: int) -> list[tuple[Any, ...]]:
     matrix, found, labels = meeting.matrix, meeting.found, meeting.labels
     rows, directions, seen = [], meeting.directions, set()
     dimension, constants = labels.dimension, _behind_centring(labels)
@@ -108,7 +110,7 @@ def _rows(meeting: Meeting, span: Array, sizes: Sequence[int], seed: int) -> lis
     return rows
 
 
-def _behind_centring(labels: MetLabels) -> bool:
+def _behind_centring(labels: SideLabels) -> bool:
     """Whether these labels read through a LayerNorm of their own on a side that is not centred itself."""
     embedding = labels.embedding
     through = embedding.layernorm is not None and not embedding.rms and embedding.side == "out"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from dt_lens.errors import DtLensError
-from dt_lens.svd.label_filters import spelled, texts
+from dt_lens.lens.token_text import spelled, texts
 
 if TYPE_CHECKING:
     from dt_lens.svd.token_table import TokenTable

@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dt_lens.arguments import local_path, whole_number
-from dt_lens.svd.decomposition import Decomposition, decompose_matrix
-from dt_lens.lens.embeddings import Embedding
 from dt_lens.errors import DtLensError
-from dt_lens.svd.label_rows import row_blocks, unit_rows
-from dt_lens.svd.label_filters import Filter, Rule, kept_labels
+from dt_lens.lens.embeddings import Embedding
 from dt_lens.lens.matrices import Matrix, SideName, Snapshot, select_matrices
+from dt_lens.svd.decomposition import Decomposition, decompose_matrix
+from dt_lens.svd.label_filters import Filter, Rule, kept_labels
+from dt_lens.svd.side_labels import row_blocks, unit_rows
 
 if TYPE_CHECKING:
     from dt_lens.svd.weight_svd import WeightSVD
@@ -88,7 +88,7 @@ class TokenTable:
         return self.to_html(limit=12)
 
     def __repr__(self) -> str:
-        from dt_lens.svd.label_filters import spelled, texts
+        from dt_lens.lens.token_text import spelled, texts
 
         lines = []
         for (matrix, side), part in self.rows.groupby(["matrix", "side"], sort=False):
@@ -137,7 +137,7 @@ def token_table(
         k: directions of each matrix.
         n: labels at each pole. Where fewer than ``2 n`` are left, each is shown once, on the side that it points to as
             far as there is room.
-        where: a filter or several, all of which a label must pass: ``dt_lens.svd.label_filters.ascii_only``, ``whole_words``,
+        where: a filter or several, all of which a label must pass: ``dt_lens.svd.ascii_only``, ``whole_words``,
             ``at_least(counts, 100)``, or any function of a label's text. Sets of which none passes are left out.
         side: only this side of every matrix, with every embedding.
 

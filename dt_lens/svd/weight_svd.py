@@ -12,22 +12,23 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.arguments import local_path, require_activations, require_wrapped, whole_number
-from dt_lens.svd.decomposition import Decomposition, decompose_matrix
-from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.errors import DtLensError
-from dt_lens.svd.cache import KeptResults
-from dt_lens.svd.side_labels import MetLabels
-from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, fingerprint, select_matrices
-from dt_lens.svd.pairings import DECOMPOSING, Meeting
-from dt_lens.statistics.nulls import HaarMaximum
+from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, select_matrices
+from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import Tell, reporting, silent
+from dt_lens.statistics.nulls.haar import HaarMaximum
+from dt_lens.svd.cache import KeptResults
+from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.null_sources import Pools, draw_pools
+from dt_lens.svd.pairings import DECOMPOSING, Pairing
+from dt_lens.svd.side_labels import SideLabels
 from dt_lens.svd.weighted import decompose_weighted
 
 if TYPE_CHECKING:
     from dt_lens.lens.activations import Activations
+    from dt_lens.lens.protocol import Lens
     from dt_lens.svd.label_filters import Filter, Rule
-    from dt_lens.lens.loading import Lens
     from dt_lens.svd.token_table import TokenTable
 
 __all__ = ["Decomposition", "WeightSVD"]
@@ -198,13 +199,13 @@ class WeightSVD:
 
     def meetings(
         self, matrices: Names | None = None, embeddings: Names | None = None, tell: Tell = silent
-    ) -> list[Meeting]:
+    ) -> list[Pairing]:
         """Every matrix side on the residual stream with every embedding that it is to be compared with."""
         lens = Snapshot.of(self.model)
         named = self._named if embeddings is None else embeddings
         chosen = self.registry.select(named)
-        seen: dict[tuple[str, bool], MetLabels] = {}  # the same rows meet many matrices
-        meetings: list[Meeting] = []
+        seen: dict[tuple[str, bool], SideLabels] = {}  # the same rows meet many matrices
+        meetings: list[Pairing] = []
         wanted = select_matrices(lens, matrices)
         for number, matrix in enumerate(wanted):
             tell(f"decomposing {matrix.name}", DECOMPOSING * number / len(wanted))
@@ -215,17 +216,17 @@ class WeightSVD:
                         continue
                     key = (embedding.name, self._centred(matrix, side))
                     if key not in seen:
-                        seen[key] = MetLabels(embedding, self.fold_layernorm, key[1])
-                    meetings.append(Meeting(found, side, seen[key]))
+                        seen[key] = SideLabels(embedding, self.fold_layernorm, key[1])
+                    meetings.append(Pairing(found, side, seen[key]))
         return meetings
 
     def _centred(self, matrix: Matrix, side: SideName) -> bool:
         return self.fold_layernorm and matrix.centred(matrix.side(side))
 
-    def _labels(self, matrix: Matrix, side: SideName, embedding: Embedding) -> MetLabels:
-        return MetLabels(embedding, self.fold_layernorm, self._centred(matrix, side))
+    def _labels(self, matrix: Matrix, side: SideName, embedding: Embedding) -> SideLabels:
+        return SideLabels(embedding, self.fold_layernorm, self._centred(matrix, side))
 
-    def rotations(self, labels: MetLabels, span: int, seed: int, draws: int | None = None) -> HaarMaximum:
+    def rotations(self, labels: SideLabels, span: int, seed: int, draws: int | None = None) -> HaarMaximum:
         """The null of a random rotation; kept."""
         key = (labels.digest, labels.dimension, span, seed, draws)
         if key not in self._nulls:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dt_lens.svd.solvers import EPS, decompose
-from dt_lens.svd.decomposition import Decomposition, blocks_of, rounding_noise, with_canonical_signs
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Matrix, Snapshot, Weighted
+from dt_lens.svd.decomposition import Decomposition, blocks_of, rounding_noise, with_canonical_signs
+from dt_lens.svd.solvers import EPS, decompose
 
 if TYPE_CHECKING:
     from dt_lens.lens.activations import Activations

@@ -1,1 +1,1 @@
-"""Minari data in, decision-transformer checkpoint out."""
+"""Training: Minari data in, checkpoint out; text in, checkpoint out."""

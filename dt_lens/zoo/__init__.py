@@ -1,18 +1,5 @@
-"""The models that come with the package: a folder each, in Hugging Face's format, with a card."""
+"""The models that come with the package, each a folder in Hugging Face's format with its card."""
 
-from __future__ import annotations
+import lazy_loader
 
-from pathlib import Path
-
-__all__ = ["bundled"]
-
-
-def bundled() -> dict[str, Path]:
-    """The bundled models: name to folder.
-
-    >>> sorted(bundled())
-    ['hopper', 'tiny-gpt2']
-    """
-    return {
-        folder.name: folder for folder in sorted(Path(__file__).parent.iterdir()) if (folder / "config.json").is_file()
-    }
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
-from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.adapters import adapter_names, named_adapter
+from dt_lens.lens.checkpoints import Checkpoint
 
 
 @pytest.fixture

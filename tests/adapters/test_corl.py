@@ -14,8 +14,8 @@ from torch import nn
 
 import dt_lens
 from dt_lens import WeightSVD
-from dt_lens.lens.certification import certify
 from dt_lens.errors import DtLensError
+from dt_lens.lens.certification import certify
 from dt_lens.lens.checkpoints import read_checkpoint
 from dt_lens.lens.matrices import catalogue
 from dt_lens_adapters.corl import CORLDecisionTransformer

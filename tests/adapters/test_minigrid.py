@@ -19,8 +19,8 @@ import dt_lens
 from dt_lens import SingularEdit, WeightSVD
 from dt_lens.behaviour.agents.environment import make_task
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.errors import DtLensError
 from dt_lens.decision_transformer.environment_labels import environment_labels
+from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import catalogue
 from dt_lens_adapters.minigrid import COLOURS, OBJECTS, MiniGridLayout, view_labels
 

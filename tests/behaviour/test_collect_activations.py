@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dt_lens import DtLensError, SingularEdit, collect_activations, evaluate
-from dt_lens.lens.activations import Activations
 from dt_lens.behaviour.agents import windows as windows_module
+from dt_lens.behaviour.agents.running import setting_of
 from dt_lens.behaviour.collect_activations import kept_activations
-from dt_lens.behaviour.evaluate import setting_of
+from dt_lens.lens.activations import Activations
 
 Make = Callable[..., Any]
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import dt_lens
-from dt_lens.behaviour.evaluate import evaluate, model_id
+from dt_lens.behaviour.agents.identity import model_id
+from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.errors import DtLensError
 
 Make = Callable[..., Any]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dt_lens.lens.certification import certify
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
+from dt_lens.lens.certification import certify
 
 OUTPUTS = ("state_preds", "action_preds", "return_preds", "last_hidden_state")
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import dt_lens
 from dt_lens import Activations, DtLensError, SingularEdit, collect_activations
-from dt_lens.lens.activations import Moments
 from dt_lens.edits.control import Control, _tilted_frame
 from dt_lens.edits.singular import load_edit
+from dt_lens.lens.activations import Moments
 from dt_lens.lens.matrices import find_matrix
 
 Make = Callable[..., Any]

@@ -16,8 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalL
 
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
-from dt_lens.svd import side_labels as matching, weight_svd as svd
 from dt_lens.lens.matrices import catalogue
+from dt_lens.svd import side_labels as matching
+from dt_lens.svd import weight_svd as svd
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 70}
 GPT |= {"bos_token_id": 0, "eos_token_id": 0}
@@ -67,7 +68,7 @@ def test_a_vocabulary_in_blocks(kind: str, tmp_path: Path, monkeypatch: pytest.M
     opened = dt_lens.open_checkpoint(saved(kind, tmp_path))
     whole = WeightSVD(opened).scan(["*.W_in", "*.OV.*"], embeddings=["token_in", "token_out"])
     monkeypatch.setattr(matching, "WHOLE", 0)
-    monkeypatch.setattr("dt_lens.svd.label_rows.BLOCK", 4000)  # a few rows at a time
+    monkeypatch.setattr("dt_lens.svd.side_labels.BLOCK", 4000)  # a few rows at a time
     blocks = WeightSVD(opened).scan(["*.W_in", "*.OV.*"], embeddings=["token_in", "token_out"])
     chances = ["z", "p_value", "q_value"]
     pd.testing.assert_frame_equal(whole.drop(columns=chances), blocks.drop(columns=chances), rtol=1e-9)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import dt_lens
-from dt_lens.lens import adapters as plugins
 from dt_lens.errors import DtLensError
+from dt_lens.lens import adapters as plugins
 from dt_lens.lens.adapters import GROUP, Adapter, adapter_names, named_adapter
 from dt_lens_adapters.hf_decision_transformer import HFDecisionTransformer
 

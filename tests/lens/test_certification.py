@@ -14,10 +14,10 @@ from einops import rearrange
 from torch import Tensor
 
 import dt_lens
-from dt_lens.lens import certification, matrices
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
+from dt_lens.lens import certification, matrices
 from dt_lens.lens.matrices import catalogue
 from dt_lens_adapters import hf_decision_transformer
 

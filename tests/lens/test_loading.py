@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import dt_lens
-from dt_lens.lens import loading as lens_module
 from dt_lens import zoo
 from dt_lens.errors import DtLensError
-from dt_lens.lens.loading import Lens
+from dt_lens.lens import loading as lens_module
+from dt_lens.lens.protocol import Lens
 
 
 def test_importing_is_light() -> None:

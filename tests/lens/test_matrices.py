@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dt_lens import DtLensError
-from dt_lens.lens.matrices import Snapshot, catalogue, find_matrix, fingerprint, fold, select_matrices, unfold
+from dt_lens.lens.matrices import Snapshot, catalogue, find_matrix, fold, select_matrices, unfold
+from dt_lens.lens.weights import fingerprint
 
 Make = Callable[..., Any]
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dt_lens
-from dt_lens.svd.two_models.direction_pairs import match_directions
-from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.lens.matrices import find_matrix
+from dt_lens.svd.decomposition import Decomposition, decompose_matrix
+from dt_lens.svd.two_models.direction_pairs import match_directions
 from dt_lens.svd.two_models.matrix_change import haar_angle
 
 Make = Callable[..., Any]

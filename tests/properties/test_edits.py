@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.edits.singular import Edit, load_edit
-from dt_lens.lens.matrices import find_matrix, weight_bytes
+from dt_lens.lens.matrices import find_matrix
+from dt_lens.lens.weights import weight_bytes
 
 Make = Callable[..., Any]
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)

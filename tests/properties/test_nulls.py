@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dt_lens import WeightSVD
-from dt_lens.statistics.nulls import HaarMaximum, cap_probability, q_values
+from dt_lens.statistics.multiplicity import q_values
+from dt_lens.statistics.nulls.haar import HaarMaximum, cap_probability
 
 SCANS = 60  # test_nulls_calibration counts more of them, on smaller models
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dt_lens import Embedding, EmbeddingRegistry, WeightSVD
-from dt_lens.svd.drawn_models import Drawn
 from dt_lens.lens.matrices import Structure
 from dt_lens.progress import silent
+from dt_lens.svd.drawn_models import Drawn
 from dt_lens.svd.scan import null_source
 
 SCANS = 500

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dt_lens.statistics.outcomes import bootstrap_interval, cohen_dz, iqm, kaplan_meier, logrank, mcnemar, sign_flip, wilson
+from dt_lens.statistics.outcomes import (
+    bootstrap_interval,
+    cohen_dz,
+    iqm,
+    kaplan_meier,
+    logrank,
+    mcnemar,
+    sign_flip,
+    wilson,
+)
 from dt_lens.statistics.rank_correlation import rank_correlation
 
 values = arrays(np.float64, st.integers(1, 30), elements=st.integers(-3000, 3000).map(float))

@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from dt_lens import SingularEdit, WeightSVD
-from dt_lens.svd import solvers as decompose
 from dt_lens.lens.matrices import catalogue
+from dt_lens.svd import solvers as decompose
 
 Make = Callable[..., Any]
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import pytest
 
 from dt_lens.errors import DtLensError
-from dt_lens.report import figures
+from dt_lens.report import heatmaps
 from dt_lens.report.page import Block, Choice, Folded, Note, Plot, Section, Table, Video, write_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&\"'"
@@ -55,7 +55,7 @@ class Reader(HTMLParser):
 
 
 def blocks(word: str) -> list[Block]:
-    heat = figures.scan_heatmap(pd.DataFrame([[0.1, -0.4]], columns=[word, "b"]), matrix=word)
+    heat = heatmaps.scan_heatmap(pd.DataFrame([[0.1, -0.4]], columns=[word, "b"]), matrix=word)
     return [
         word,
         Note(word, "warning"),

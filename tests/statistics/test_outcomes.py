@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dt_lens.statistics.outcomes import bootstrap_interval, cohen_dz, iqm, kaplan_meier, logrank, mcnemar, sign_flip, wilson
+from dt_lens.statistics.outcomes import (
+    bootstrap_interval,
+    cohen_dz,
+    iqm,
+    kaplan_meier,
+    logrank,
+    mcnemar,
+    sign_flip,
+    wilson,
+)
 
 # Freireich et al. (1963): weeks in remission under 6-mercaptopurine and placebo, the textbook example of survival data.
 TREATED = [6, 6, 6, 6, 7, 9, 10, 10, 11, 13, 16, 17, 19, 20, 22, 23, 25, 32, 32, 34, 35]

@@ -14,9 +14,9 @@ import torch
 
 import dt_lens
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.plan import Arm
+from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig

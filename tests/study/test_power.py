@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from dt_lens import DtLensError, WeightSVD
-from dt_lens.statistics.nulls import q_values
-from dt_lens.study.power_figure import power_curves
+from dt_lens.statistics.multiplicity import q_values
 from dt_lens.study.power import COLUMNS, critical_values, main, needed_cosines, planted_model, power, write_power
+from dt_lens.study.power_figure import power_curves
 
 
 def test_power_rises_with_the_cosine_and_falls_with_labels_and_rows() -> None:

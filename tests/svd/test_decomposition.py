@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dt_lens import DtLensError
-from dt_lens.svd.decomposition import DEVIATIONS, MAX_ANGLE, decompose_matrix, rounding_noise
 from dt_lens.lens.matrices import Snapshot, Structure, catalogue, find_matrix
+from dt_lens.svd.decomposition import DEVIATIONS, MAX_ANGLE, decompose_matrix, rounding_noise
 
 Make = Callable[..., Any]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from dt_lens import DtLensError
-from dt_lens.svd.label_filters import ascii_only, at_least, kept_labels, spelled, texts, whole_words
+from dt_lens.lens.token_text import spelled, texts
+from dt_lens.svd.label_filters import ascii_only, at_least, kept_labels, whole_words
 
 
 def test_gpt2s_tokens_are_readable(real_checkpoints: Callable[[str], Path]) -> None:

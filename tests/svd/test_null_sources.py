@@ -14,12 +14,15 @@ import torch
 import dt_lens
 from dt_lens import DtLensError, WeightSVD
 from dt_lens.lens.activations import Activations, Moments
-from dt_lens.svd.drawn_models import Drawn, shuffled, untrained
-from dt_lens.lens.matrices import Snapshot, catalogue, find_matrix, fingerprint
-from dt_lens.statistics.nulls import NULLS, PooledMaximum, ShuffledMaximum, UntrainedMaximum, q_values
-from dt_lens.svd.null_sources import met_covariance
-from dt_lens.svd.scan import COLUMNS
+from dt_lens.lens.matrices import Snapshot, catalogue, find_matrix
 from dt_lens.lens.watching import Watch
+from dt_lens.lens.weights import fingerprint
+from dt_lens.statistics.multiplicity import q_values
+from dt_lens.statistics.nulls.kinds import NULLS
+from dt_lens.statistics.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
+from dt_lens.svd.drawn_models import Drawn, shuffled, untrained
+from dt_lens.svd.null_sources import covariance_of_pairings
+from dt_lens.svd.scan import COLUMNS
 
 Make = Callable[..., Any]
 SMALL: dict[str, Any] = {"n_layers": 1, "n_heads": 2, "d_model": 16, "d_mlp": 24}
@@ -107,23 +110,23 @@ def test_the_covariance_that_each_side_meets(make_dt: Make) -> None:
     stream = torch.cov(normalised.T, correction=0)
     w = model.weights["blocks.0.ln2.w"].double()
     for name, side in (("blocks.0.mlp.W_in", "read"), ("blocks.0.attn.QK.1", "key"), ("blocks.0.attn.OV.0", "read")):
-        close(met_covariance(lens, find_matrix(lens, name), side, acts, True), stream)
-    raw = met_covariance(lens, find_matrix(lens, "blocks.0.mlp.W_in"), "read", acts, False)
+        close(covariance_of_pairings(lens, find_matrix(lens, name), side, acts, True), stream)
+    raw = covariance_of_pairings(lens, find_matrix(lens, "blocks.0.mlp.W_in"), "read", acts, False)
     close(raw, w[:, None] * stream * w)
     for name, place in (("blocks.0.attn.OV.0", "pre"), ("blocks.0.attn.W_O", "pre"), ("blocks.0.mlp.W_out", "mid")):
-        found = met_covariance(lens, find_matrix(lens, name), "write", acts, True)
+        found = covariance_of_pairings(lens, find_matrix(lens, name), "write", acts, True)
         close(found, acts.stream[f"blocks.0.hook_resid_{place}"].covariance)
         assert np.linalg.eigvalsh(found)[0] > 0
     # A scale of zero is no division by it, and a plain array is taken as it is.
     model.weights["blocks.0.ln2.w"][3] = 0
     fresh, _ = activations_of(model)
     assert np.isfinite(
-        met_covariance(Snapshot.of(model), find_matrix(model, "blocks.0.mlp.W_in"), "read", fresh, True)
+        covariance_of_pairings(Snapshot.of(model), find_matrix(model, "blocks.0.mlp.W_in"), "read", fresh, True)
     ).all()
     given = np.eye(16)
-    assert met_covariance(lens, find_matrix(lens, "blocks.0.mlp.W_in"), "read", given, True) is given
+    assert covariance_of_pairings(lens, find_matrix(lens, "blocks.0.mlp.W_in"), "read", given, True) is given
     with pytest.raises(DtLensError, match="another model's"):
-        met_covariance(Snapshot.of(model), find_matrix(model, "blocks.0.mlp.W_in"), "read", acts, True)
+        covariance_of_pairings(Snapshot.of(model), find_matrix(model, "blocks.0.mlp.W_in"), "read", acts, True)
 
 
 @pytest.mark.parametrize("patterns", [None, ["*.QK.*", "*.attn.W_O"]])
@@ -149,7 +152,7 @@ def test_in_the_last_block_keys_are_of_all_tokens_and_outputs_of_the_one_used(ma
             (f"blocks.{block}.attn.QK.0", "key", read[real]),
             (f"blocks.{block}.attn.W_O", "write", written[rows]),
         ):
-            S = met_covariance(lens, find_matrix(lens, name), side, acts, True)  # type: ignore[arg-type]
+            S = covariance_of_pairings(lens, find_matrix(lens, name), side, acts, True)  # type: ignore[arg-type]
             S = S - np.eye(len(S)) * np.trace(covariance(wanted)) / (len(S) * (len(wanted) + 1))
             np.testing.assert_allclose(S, covariance(wanted), rtol=0, atol=1e-5)
 

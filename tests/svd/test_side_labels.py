@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dt_lens import DtLensError, Embedding
-from dt_lens.svd import label_rows
-from dt_lens.svd.label_rows import row_blocks, unit_rows
+from dt_lens.svd import side_labels
+from dt_lens.svd.side_labels import row_blocks, unit_rows
 
 
 @pytest.fixture(params=["plain", "norm", "rms", "columns", "half", "double"])
@@ -47,7 +47,7 @@ def test_rows_are_the_effective_directions(
 
 
 def test_blocks_are_the_rows_in_order(embedding: Embedding, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_rows, "BLOCK", 60)
+    monkeypatch.setattr(side_labels, "BLOCK", 60)
     for kept in (None, [3, 4, 5, 20, 39], [7], list(range(40))):
         numbers, rows = zip(*row_blocks(embedding, kept, 3, True, True), strict=True)
         assert torch.cat(numbers).tolist() == (list(range(40)) if kept is None else kept)

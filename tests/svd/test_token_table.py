@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dt_lens import DtLensError, Embedding, WeightSVD
-from dt_lens.svd import label_rows
+from dt_lens.svd import side_labels
 from dt_lens.svd.label_filters import ascii_only, whole_words
 from dt_lens.svd.token_table import poles
 
@@ -31,7 +31,7 @@ def with_vocabulary(model: Any, n: int = 300, seed: int = 0, **options: Any) -> 
 
 @pytest.fixture(params=[2**23, 100], ids=["one block", "many blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_rows, "BLOCK", request.param)
+    monkeypatch.setattr(side_labels, "BLOCK", request.param)
 
 
 @pytest.mark.parametrize("fold", [True, False])

@@ -13,7 +13,7 @@ from scipy import stats
 
 from dt_lens import DtLensError, Embedding, SingularEdit, WeightSVD
 from dt_lens.lens.matrices import find_matrix
-from dt_lens.statistics.nulls import q_values
+from dt_lens.statistics.multiplicity import q_values
 
 Make = Callable[..., Any]
 COLUMNS = ["matrix", "layer", "head", "side", "sv", "block", "sigma", "embedding", "label", "cosine"]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import dt_lens
 from dt_lens import Activations, DtLensError, SingularEdit, WeightSVD, collect_activations
-from dt_lens.lens.activations import Moments
 from dt_lens.edits.singular import load_edit
+from dt_lens.lens.activations import Moments
 from dt_lens.lens.matrices import catalogue, find_matrix
 
 Make = Callable[..., Any]

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 import dt_lens
-from dt_lens.zoo import bundled
+from dt_lens.zoo.models import bundled
 
 
 @pytest.mark.parametrize("name", sorted(bundled()))

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.behaviour.agents.evaluation import Evaluation, html_table, span, text_table
-from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, logrank, mcnemar, sign_flip, wilson
+from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.printing import html_table, p_text, span, text_table
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, logrank, mcnemar, sign_flip, wilson
 
 __all__ = ["Comparison"]
 
@@ -153,15 +154,6 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), self._rows())
-
-
-def p_text(p: float) -> str:
-    """A p-value for people.
-
-    >>> p_text(0.00002), p_text(0.0371), p_text(1.0)
-    ('2.0e-05', '0.0371', '1')
-    """
-    return f"{p:.1e}" if p < 1e-3 else f"{p:.3g}"
 
 
 def _check_pairs(edited: Evaluation, baseline: Evaluation) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.statistics.outcomes import Interval, SurvivalCurve, bootstrap_interval, iqm, kaplan_meier, wilson
+from dt_lens.behaviour.printing import html_table, span, text_table
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.outcomes import SurvivalCurve, bootstrap_interval, iqm, kaplan_meier, wilson
 
 if TYPE_CHECKING:
     from dt_lens.behaviour.agents.comparison import Comparison
@@ -285,30 +285,3 @@ def check_rule(failure: FailureRule) -> None:
             f"failure is {failure!r}; it must be 'terminated', 'truncated', a return to fall below, "
             "or a function of the frame."
         )
-
-
-def span(interval: Interval | tuple[float, float], *, percent: bool = False, digits: int = 1) -> str:
-    """An interval as text.
-
-    >>> span((0.1, 0.25), percent=True)
-    '[10.0 %, 25.0 %]'
-    """
-    low, high = interval
-    if percent:
-        return f"[{100 * low:.{digits}f} %, {100 * high:.{digits}f} %]"
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def text_table(title: str, rows: list[tuple[str, str]]) -> str:
-    """Lines of name and value under a title."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
-
-
-def html_table(title: str, rows: list[tuple[str, str]]) -> str:
-    """The same for a notebook."""
-    body = "".join(
-        f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
-        for name, value in rows
-    )
-    return f"<table><caption style='text-align:left'>{escape(title)}</caption>{body}</table>"

@@ -41,7 +41,7 @@ def record_actions(model: HookedDecisionTransformer, evaluation: Evaluation, see
 
     The episode is run again; it is the same to the bit as when ``evaluate`` ran it with these weights.
     """
-    from dt_lens.behaviour.evaluate import _conditions, _run
+    from dt_lens.behaviour.agents.running import _conditions, _run
 
     kwargs = dict(evaluation.environment_kwargs)
     task = make_task(evaluation.environment, kwargs, model.cfg, evaluation.time_limit)

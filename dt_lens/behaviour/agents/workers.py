@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,9 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel
 from dt_lens.errors import DtLensError
+from dt_lens.lens.forward_mode import one_thread
 
-__all__ = ["Job", "Report", "one_thread", "run_in_workers", "run_job"]
+__all__ = ["Job", "Report", "run_in_workers", "run_job"]
 
 Report = Callable[[int, float], None]
 IDLE_SECONDS = 300  # how long a worker waits for more work before it leaves
@@ -52,17 +52,6 @@ class Job:
     seeds: range
     lanes: int
     padding: Padding = "mask"
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread, as in a worker: a sum split over threads rounds differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run_job(job: Job, seeds: Iterator[int], report: Report | None = None) -> list[Outcome]:

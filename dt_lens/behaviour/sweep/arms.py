@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dt_lens.lens.activations import Activations
 from dt_lens.behaviour.sweep.plan import Arm
-from dt_lens.svd.decomposition import decompose_matrix
-from dt_lens.edits.singular import VALUES
-from dt_lens.lens.embeddings import EmbeddingRegistry
-from dt_lens.errors import DtLensError, nearest
-from dt_lens.lens.loading import Lens
-from dt_lens.lens.matrices import Matrix, SideName, Snapshot, select_matrices
 from dt_lens.edits.replacements import embedded_direction, find_direction
+from dt_lens.edits.singular import VALUES
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.lens.activations import Activations
+from dt_lens.lens.embeddings import EmbeddingRegistry
+from dt_lens.lens.matrices import Matrix, SideName, Snapshot, select_matrices
+from dt_lens.lens.protocol import Lens
+from dt_lens.svd.decomposition import decompose_matrix
 from dt_lens.svd.weighted import decompose_weighted
 
 __all__ = ["SV", "listed", "make_arms", "parse_value", "resolve_sv", "scales_sigma"]

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import save
 
-from dt_lens.lens.activations import Activations
-from dt_lens.behaviour.evaluate import acting_weights, model_id
+from dt_lens.behaviour.agents.identity import model_id
+from dt_lens.behaviour.agents.running import acting_weights
 from dt_lens.behaviour.sweep.plan import Arm
-from dt_lens.behaviour.agents.workers import one_thread
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.edits.singular import Edit, load_edit
 from dt_lens.errors import DtLensError
-from dt_lens.lens.matrices import hash_of
+from dt_lens.lens.activations import Activations
+from dt_lens.lens.forward_mode import one_thread
+from dt_lens.lens.weights import hash_of
 
 __all__ = ["Packed", "Packer"]
 

@@ -14,9 +14,9 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from safetensors.torch import load
 
+from dt_lens.behaviour.agents.workers import Job
 from dt_lens.behaviour.sweep.plan import SOFTWARE
 from dt_lens.behaviour.sweep.units import Unit, run_unit
-from dt_lens.behaviour.agents.workers import Job
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dt_lens.lens.activations import Activations
 from dt_lens.behaviour.collect_activations import collect_activations
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import KEPT
 from dt_lens.errors import DtLensError
+from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import find_matrix
 from dt_lens.progress import Tell, silent
 

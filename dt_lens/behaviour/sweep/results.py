@@ -16,12 +16,12 @@ import pandas as pd
 from dt_lens.arguments import local_path
 from dt_lens.behaviour.agents.evaluation import Evaluation, FailureRule
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.statistics.outcomes import bootstrap_interval, logrank, sign_flip, wilson
 from dt_lens.behaviour.sweep.halving import read_standing, rungs_of
 from dt_lens.behaviour.sweep.schema import decoding, read_options
 from dt_lens.behaviour.sweep.store import FILE, KEPT, in_words
 from dt_lens.errors import DtLensError
-from dt_lens.statistics.nulls import q_values
+from dt_lens.statistics.multiplicity import q_values
+from dt_lens.statistics.outcomes import bootstrap_interval, logrank, sign_flip, wilson
 
 if TYPE_CHECKING:
     from dt_lens.lens.activations import Activations

@@ -261,7 +261,7 @@ class Store:
             (packed.energy, packed.output_energy, packed.model_id, packed.note, arm),
         )
 
-    def not_loud(self) -> list[int]:
+    def arms_without_output_energy(self) -> list[int]:
         """The arms that were begun without knowing their output energy."""
         with in_words(self.file):
             rows = self._db.execute(

@@ -10,30 +10,26 @@ from typing import Any, Self
 
 import pandas as pd
 
-from dt_lens.lens.activations import Activations
 from dt_lens.arguments import local_path, whole_number
-from dt_lens.behaviour.evaluate import (
-    _check_model,
-    _cores,
-    model_id,
-    portable_job,
-    setting_of,
-)
-from dt_lens.behaviour.agents.lanes import LEAST_LANES
 from dt_lens.behaviour.agents.evaluation import Evaluation, FailureRule
+from dt_lens.behaviour.agents.identity import model_id
+from dt_lens.behaviour.agents.lanes import LEAST_LANES
+from dt_lens.behaviour.agents.running import _check_model, _cores, portable_job, setting_of
+from dt_lens.behaviour.agents.workers import Job
 from dt_lens.behaviour.sweep.arms import SV, listed, make_arms
+from dt_lens.behaviour.sweep.driver import Drive
 from dt_lens.behaviour.sweep.engines.engine import Engine
-from dt_lens.behaviour.sweep.halving import parse_halving, rungs_of
 from dt_lens.behaviour.sweep.engines.local import LocalEngine
+from dt_lens.behaviour.sweep.halving import parse_halving, rungs_of
 from dt_lens.behaviour.sweep.packing import Packer
 from dt_lens.behaviour.sweep.plan import FORMAT, Plan, block_size_of, unite
 from dt_lens.behaviour.sweep.proof import first_steps, registration, software
 from dt_lens.behaviour.sweep.real_inputs import RealInputs
 from dt_lens.behaviour.sweep.results import SweepResults
-from dt_lens.behaviour.sweep.driver import Drive
 from dt_lens.behaviour.sweep.store import FILE, Store
-from dt_lens.behaviour.agents.workers import Job, one_thread
 from dt_lens.errors import DtLensError
+from dt_lens.lens.activations import Activations
+from dt_lens.lens.forward_mode import one_thread
 from dt_lens.lens.matrices import catalogue
 from dt_lens.progress import Tell, reporting, silent
 
@@ -242,7 +238,7 @@ class Sweep:
 
     def _listen(self, store: Store, packer: Packer, tell: Tell) -> None:
         """Find out the output energies of arms that were begun before activations were known."""
-        arms = store.not_loud() if self._inputs.get() is not None else []
+        arms = store.arms_without_output_energy() if self._inputs.get() is not None else []
         for first in range(0, len(arms), TOGETHER):
             tell("output energies", first / len(arms))
             found = {arm: packer.output_energy(store.arms[arm]) for arm in arms[first : first + TOGETHER]}

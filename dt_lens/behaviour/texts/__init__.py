@@ -1,1 +1,5 @@
-"""TODO."""
+"""A language model on a text: losses per window, and paired comparisons."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

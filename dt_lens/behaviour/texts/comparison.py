@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.behaviour.agents.comparison import p_text
-from dt_lens.behaviour.agents.evaluation import html_table, span, text_table
-from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, sign_flip
+from dt_lens.behaviour.printing import html_table, p_text, span, text_table
 from dt_lens.behaviour.texts.evaluation import Moved, TextEvaluation, moved_html, moved_rows, small_span
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, sign_flip
 
 __all__ = ["TextComparison"]
 

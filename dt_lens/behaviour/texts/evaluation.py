@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.behaviour.agents.evaluation import html_table, span, text_table
-from dt_lens.statistics.outcomes import bootstrap_interval, iqm
+from dt_lens.behaviour.printing import html_table, span, text_table
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.outcomes import bootstrap_interval, iqm
 
 if TYPE_CHECKING:
     from dt_lens.behaviour.texts.comparison import TextComparison

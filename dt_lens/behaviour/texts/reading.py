@@ -15,12 +15,11 @@ from torch import Tensor
 from dt_lens.arguments import whole_number
 from dt_lens.behaviour.texts.evaluation import Moved, TextEvaluation
 from dt_lens.behaviour.texts.windows import Texts, Windows, cut, read_texts
-from dt_lens.behaviour.agents.workers import one_thread
 from dt_lens.edits.edit import state_of, suspended
 from dt_lens.errors import DtLensError
-from dt_lens.lens.forward_mode import evaluating
-from dt_lens.svd.label_filters import spelled
-from dt_lens.lens.matrices import weight_bytes
+from dt_lens.lens.forward_mode import evaluating, one_thread
+from dt_lens.lens.token_text import spelled
+from dt_lens.lens.weights import weight_bytes
 from dt_lens.progress import Count, counting
 
 __all__ = ["HELD_OUT", "base_and_model_id", "evaluate_text", "is_language_model"]

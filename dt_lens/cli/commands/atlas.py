@@ -27,8 +27,8 @@ def atlas(
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
-        from dt_lens.lens.activations import Activations
         from dt_lens.behaviour.sweep.results import SweepResults
+        from dt_lens.lens.activations import Activations
         from dt_lens.study.atlas.atlas import make_atlas
         from dt_lens.study.atlas.page import table_of, write_atlas
         from dt_lens.study.atlas.sentences import sentences

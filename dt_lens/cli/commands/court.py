@@ -39,8 +39,8 @@ def court(
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
-        from dt_lens.study.court.page import sentences
         from dt_lens.study.court.court import court as try_claims
+        from dt_lens.study.court.page import sentences
 
         with resumable():
             result = try_claims(

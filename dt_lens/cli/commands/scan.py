@@ -83,7 +83,7 @@ def scan(
         else:
             given_activations: Any = activations
             if null == "covariance" and activations is None:
-                from dt_lens import collect_activations
+                from dt_lens.behaviour.collect_activations import collect_activations
 
                 # A language model reads its held-out text, where nothing is drawn.
                 episodes_from = 0 if hasattr(loaded, "tokenizer") else seed
@@ -114,18 +114,3 @@ def _told(table: pd.DataFrame) -> None:
     print(f"Null: {table.attrs['null']}. {table.attrs['assumes']}")
     if "smallest_p" in table.attrs:
         print(f"{table.attrs['draws']} models were drawn, so no p-value is below {table.attrs['smallest_p']:.1e}.")
-
-
-def certify(model: Model, seed: Seed = 0, given: Given = None) -> None:
-    """Prove by a forward pass that every matrix's name, orientation, scale and heads are right."""
-    loaded = load_model(model, given, check=False)
-    from dt_lens.lens.certification import certify as prove
-
-    certificate = prove(loaded, seed)
-    import pandas as pd
-
-    print_table(
-        pd.DataFrame({"matrix": certificate.errors.keys(), "relative error": certificate.errors.values()}),
-        f"{model}: certified",
-    )
-    print(certificate)

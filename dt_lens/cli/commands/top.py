@@ -69,7 +69,7 @@ def _lines(part: pd.DataFrame) -> pd.DataFrame:
     """A line for each direction and embedding."""
     import pandas as pd
 
-    from dt_lens.svd.label_filters import spelled, texts
+    from dt_lens.lens.token_text import spelled, texts
 
     rows = []
     for (sv, sigma, block, embedding), found in part.groupby(["sv", "sigma", "block", "embedding"], sort=False):

@@ -11,52 +11,6 @@ meaning is taken to be:
 ``SubspaceOverlap`` is the null of whole subspaces.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import ClassVar, Protocol
-
-from numpy.typing import ArrayLike
-
-from dt_lens.statistics.nulls.covariance import CovarianceMaximum
-from dt_lens.statistics.nulls.haar import Array, HaarMaximum, LabelBlocks, cap_probability, frame_maximum
-from dt_lens.statistics.multiplicity import q_values, tail_or_share
-from dt_lens.statistics.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
-from dt_lens.statistics.nulls.subspaces import SubspaceOverlap
-
-__all__ = [
-    "NULLS",
-    "CovarianceMaximum",
-    "HaarMaximum",
-    "LabelBlocks",
-    "Null",
-    "PooledMaximum",
-    "ShuffledMaximum",
-    "SubspaceOverlap",
-    "UntrainedMaximum",
-    "cap_probability",
-    "frame_maximum",
-    "q_values",
-    "tail_or_share",
-]
-
-
-class Null(Protocol):
-    """What every null can do."""
-
-    assumes: ClassVar[str]
-
-    def p_value(self, cosine: ArrayLike) -> Array:
-        """The chance of a best match as good or better, any shape."""
-        ...
-
-    def z(self, cosine: ArrayLike) -> Array:
-        """How many of the null's standard deviations a best match lies above the null's mean."""
-        ...
-
-
-NULLS: dict[str, type[Null]] = {
-    "haar": HaarMaximum,
-    "covariance": CovarianceMaximum,
-    "untrained": UntrainedMaximum,
-    "shuffled": ShuffledMaximum,
-}
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

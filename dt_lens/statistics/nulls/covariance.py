@@ -32,8 +32,8 @@ from torch import Tensor
 
 from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
-from dt_lens.statistics.nulls.haar import LabelBlocks, unit_labels
 from dt_lens.statistics.multiplicity import tail_or_share
+from dt_lens.statistics.nulls.haar import LabelBlocks, unit_labels
 
 __all__ = ["CovarianceMaximum"]
 

@@ -1,1 +1,5 @@
-"""TODO."""
+"""The atlas of a model: what every direction costs when it is removed, and what predicts it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

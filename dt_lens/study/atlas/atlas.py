@@ -10,12 +10,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.behaviour.evaluate import model_id
 from dt_lens.behaviour.agents.evaluation import Evaluation
-from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
+from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Snapshot, find_matrix
-from dt_lens.study.atlas.tables import LARGE, Sight, correlations_of, predictors_of, q_where_known, reliability_of, shares_of
+from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
+from dt_lens.study.atlas.tables import (
+    LARGE,
+    Sight,
+    correlations_of,
+    predictors_of,
+    q_where_known,
+    reliability_of,
+    shares_of,
+)
 from dt_lens.svd.weight_svd import WeightSVD
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.errors import DtLensError
-from dt_lens.study.atlas import figures
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, write_report
+from dt_lens.study.atlas import figures
 from dt_lens.study.atlas.atlas import Atlas
 from dt_lens.study.atlas.sentences import SIGHTS, correlation_of, covered, joined, sentences, shares_for, signed
 from dt_lens.study.atlas.tables import ALPHA

@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
-from dt_lens.statistics.nulls import q_values
-from dt_lens.statistics.rank_correlation import RankCorrelation, at_equal_size, rank_correlation, rank_correlation_difference, spearman_brown
+from dt_lens.statistics.rank_correlation import (
+    RankCorrelation,
+    at_equal_size,
+    rank_correlation,
+    rank_correlation_difference,
+    spearman_brown,
+)
 
 __all__ = [
     "ALPHA",

@@ -1,8 +1,5 @@
-"""The note's claims, each as a test that was written down before it was tried: ``docs/court.md``."""
+"""Claims about where actions come from, each with a test that was written down first: ``docs/court.md``."""
 
-from __future__ import annotations
+import lazy_loader
 
-from dt_lens.study.court.claims import CLAIMS, Claim, Found
-from dt_lens.study.court.court import CourtResult, Ruling, court
-
-__all__ = ["CLAIMS", "Claim", "CourtResult", "Found", "Ruling", "court"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.svd.decomposition import Decomposition
 from dt_lens.lens.embeddings import Embedding
-from dt_lens.svd.label_rows import unit_rows
 from dt_lens.lens.matrices import Matrix, Snapshot, select_matrices
 from dt_lens.study.court.claims import NotApplicable, Way
+from dt_lens.svd.decomposition import Decomposition
+from dt_lens.svd.side_labels import unit_rows
 from dt_lens.svd.weight_svd import WeightSVD
 
 __all__ = ["FIRST", "Case", "Labels"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ __all__ = [
     "NotApplicable",
     "Verdict",
     "Way",
-    "holm",
     "verdict_of",
     "why_undecided",
 ]
@@ -158,16 +157,3 @@ def why_undecided(about: str, found: Found, p_value: float) -> str:
             "one time in 20, so the test could have missed one of that size."
         )
     return "Undecided at this number of episodes or edits: the interval holds both nothing and the margin."
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: any of the claims wrongly supported with a chance of at most alpha.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    adjusted, worst = [1.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = worst
-    return adjusted

@@ -4,130 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pandas as pd
 import torch
 
-from dt_lens.lens.activations import Activations
 from dt_lens.arguments import local_path, require_wrapped, whole_number
-from dt_lens.behaviour.evaluate import Setting, model_id, setting_of
+from dt_lens.behaviour.agents.identity import model_id
+from dt_lens.behaviour.agents.running import Setting, setting_of
 from dt_lens.behaviour.texts.windows import Texts, cut, read_texts
 from dt_lens.errors import DtLensError
+from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import select_matrices
 from dt_lens.progress import Tell, reporting
+from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.claims import (
     CLAIMS,
     WAYS,
-    Claim,
     Found,
     NotApplicable,
-    Verdict,
     Way,
-    holm,
     verdict_of,
-    why_undecided,
 )
 from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, output_shares
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance
 from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matches_more
+from dt_lens.study.court.result import CourtResult, Ruling
 from dt_lens.study.court.rollouts import Arms, Rollouts, common_action, sweep_arms
-from dt_lens.study.tables import plain, write_tables
 
-__all__ = ["CourtResult", "Ruling", "court"]
+__all__ = ["court"]
 
 WINDOWS = 64  # of a text, to find the token that is predicted most often
-
-
-class Ruling(NamedTuple):
-    """What became of one claim, computed one way; ``found`` is ``None`` where it is not applicable."""
-
-    claim: Claim
-    way: Way
-    verdict: Verdict
-    found: Found | None
-    p_value: float
-    reason: str = ""
-
-    @property
-    def sentence(self) -> str:
-        """What was found, or why nothing was."""
-        if self.found is None:
-            return f"Not applicable: {self.reason}."
-        why = why_undecided(self.claim.about, self.found, self.p_value) if self.verdict == "undecided" else ""
-        return f"{self.found.said} {why}".strip()
-
-
-@dataclass(frozen=True)
-class CourtResult:
-    """The rulings on all claims, both ways.
-
-    Attributes:
-        rulings: in the order of the claims, as it should be and then as the note's code did it.
-        facts: what was run: model, environment, target return, episodes, seed, ...
-    """
-
-    rulings: list[Ruling]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def ruling(self, number: int, way: Way = "proper") -> Ruling:
-        """The ruling on claim ``number``."""
-        return next(r for r in self.rulings if (r.claim.number, r.way) == (number, way))
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """A row per claim: ``claim title verdict statistic low high margin p_value``, the same with ``note_`` in front
-        as the note's code computed it, ``unit`` (what the statistic is), and a sentence for each way. ``low`` and
-        ``high`` are the null's central 95 % for claims about weights (``about``), and an interval for behaviour.
-        """
-        rows = []
-        for claim in CLAIMS:
-            row: dict[str, Any] = {"claim": claim.number, "title": claim.title, "about": claim.about}
-            for way, prefix in zip(WAYS, ("", "note_"), strict=True):
-                ruling = self.ruling(claim.number, way)
-                found = ruling.found
-                row[f"{prefix}verdict"] = ruling.verdict
-                for name in ("statistic", "low", "high", "effect", "margin", "critical"):
-                    row[f"{prefix}{name}"] = math.nan if found is None else float(getattr(found, name))
-                row[f"{prefix}p_value"] = ruling.p_value
-                row[f"{prefix}sentence"] = ruling.sentence
-            row["unit"] = claim.statistic
-            rows.append(row)
-        return pd.DataFrame(rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        rulings = []
-        for ruling in self.rulings:
-            found = ruling.found
-            kept = {} if found is None else {**found.__dict__, "numbers": dict(found.numbers)}
-            rulings.append(
-                {
-                    "claim": ruling.claim.number,
-                    "title": ruling.claim.title,
-                    "way": ruling.way,
-                    "verdict": ruling.verdict,
-                    "p_value_holm": ruling.p_value,
-                    "reason": ruling.reason,
-                    **kept,
-                }
-            )
-        return dict(plain({"facts": dict(self.facts), "rulings": rulings}))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``court.csv``, ``court.json`` and ``court.html`` into ``folder``; returns the page.
-
-        Raises:
-            DtLensError: when they cannot be written.
-        """
-        from dt_lens.study.court.page import write_court
-
-        folder = local_path(folder, "folder")
-        write_tables(folder, "court", self.table, self.to_dict())
-        return write_court(folder / "court.html", self)
 
 
 def court(
@@ -193,7 +102,7 @@ def court(
         except DtLensError as error:
             if environment is not None or target_return is not None:
                 raise
-            trial.acts_not = _reason(error)
+            trial.no_rollouts_reason = _reason(error)
     if sweep is not None:
         arms, taken = sweep_arms(sweep, model)
         trial.swept = arms, f"{len(arms.edits)} of a sweep, {taken}, {len(arms.baseline)} episodes each"
@@ -206,7 +115,7 @@ def court(
             )
             trial.arms = run.run(lambda what, share: tell(what, 0.9 * share))
         elif trial.setting is not None:
-            trial.acts_not = "rollouts were left out"
+            trial.no_rollouts_reason = "rollouts were left out"
         rulings = trial.rulings()
     facts: dict[str, Any] = {"model": name, "seed": seed, "draws": draws, "command": command}
     if trial.setting is not None:
@@ -243,7 +152,7 @@ class _Trial:
     out: Path
     texts: Texts | None = None
     setting: Setting | None = None
-    acts_not: str = "it does not act in an environment"
+    no_rollouts_reason: str = "it does not act in an environment"
     arms: Arms | None = None
     swept: tuple[Arms, str] | None = None
     tell: Tell = lambda _what, _share: None
@@ -289,12 +198,14 @@ class _Trial:
         if len(case.embedding("output")) < 2:
             raise NotApplicable("the model has one single action, and there is no other to compare with")
         if self.setting is None:
-            raise NotApplicable(self.acts_not)
+            raise NotApplicable(self.no_rollouts_reason)
         return common_action(case.model, self.setting, self.out, self.tell)
 
     def _required_arms(self) -> Arms:
         if self.arms is None:
-            raise NotApplicable("a language model does not act" if self.case.is_language_model else self.acts_not)
+            raise NotApplicable(
+                "a language model does not act" if self.case.is_language_model else self.no_rollouts_reason
+            )
         return self.arms
 
     def _hurts_more(self, way: Way) -> Found:

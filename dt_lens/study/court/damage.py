@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.lens.activations import Activations
-from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
 from dt_lens.edits.edit import unedited
 from dt_lens.edits.singular import load_edit
+from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import find_matrix
+from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
+from dt_lens.statistics.rank_correlation import RankCorrelation, at_equal_size, rank_correlation
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.claims import Found, NotApplicable, Way
 from dt_lens.study.court.rollouts import Arm, Arms
-from dt_lens.statistics.rank_correlation import RankCorrelation, at_equal_size, rank_correlation
 
 __all__ = ["cosine_predicts_damage", "hurts_more", "output_shares"]
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dt_lens.lens.embeddings import Embedding
-from dt_lens.statistics.nulls import cap_probability
+from dt_lens.statistics.nulls.haar import cap_probability
 from dt_lens.study.court.case import FIRST, Case, Labels
 from dt_lens.study.court.chance import Chance, found_of, rotated, weigh
 from dt_lens.study.court.claims import ALPHA, Found, NotApplicable, Way

@@ -14,7 +14,7 @@ from dt_lens.report.style import finish, plain
 from dt_lens.study.court.claims import CLAIMS, WAYS, Way
 
 if TYPE_CHECKING:
-    from dt_lens.study.court.court import CourtResult, Ruling
+    from dt_lens.study.court.result import CourtResult, Ruling
 
 __all__ = ["effects_figure", "sentences", "write_court"]
 

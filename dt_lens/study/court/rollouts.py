@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.behaviour.evaluate import Setting, model_id
 from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.recording import record_actions
+from dt_lens.behaviour.agents.running import Setting
 from dt_lens.behaviour.sweep.arms import parse_value, scales_sigma
-from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.results import SweepResults, at_seeds
 from dt_lens.behaviour.sweep.store import FILE
+from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Snapshot, find_matrix, select_matrices

@@ -1,1 +1,5 @@
-"""TODO."""
+"""Steering: doses of one direction, and how the return follows."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.lens.activations import Activations
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
+from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName, find_matrix, select_matrices
 from dt_lens.svd.weight_svd import WeightSVD
 

@@ -15,7 +15,7 @@ from dt_lens.study.steering.doses import DOES
 if TYPE_CHECKING:
     import pandas as pd
 
-    from dt_lens.study.steering.steering import SteeringResult
+    from dt_lens.study.steering.result import SteeringResult
 
 __all__ = ["randoms_figure", "steering_figure", "write_steering"]
 

@@ -6,33 +6,31 @@ Directions are chosen on one set of seeds and reported on another.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.lens.activations import Activations
 from dt_lens.arguments import finite_numbers, local_path, whole_number
-from dt_lens.behaviour.collect_activations import kept_activations
-from dt_lens.behaviour.evaluate import model_id, setting_of
 from dt_lens.behaviour.agents.evaluation import Evaluation
-from dt_lens.statistics.outcomes import Interval, bootstrap_interval, sign_flip, wilson
+from dt_lens.behaviour.agents.identity import model_id
+from dt_lens.behaviour.agents.running import setting_of
+from dt_lens.behaviour.collect_activations import kept_activations
 from dt_lens.edits.singular import Edit
 from dt_lens.errors import DtLensError
+from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName
 from dt_lens.progress import Tell, reporting
+from dt_lens.statistics.outcomes import Interval, bootstrap_interval, sign_flip, wilson
 from dt_lens.study.steering.doses import DOES, Candidate, candidates_of, dosed, loudness, put_side, slopes
+from dt_lens.study.steering.result import SteeringResult, Verdict
 from dt_lens.study.trials import Arm, Trials
-from dt_lens.study.tables import plain, write_tables
 
-__all__ = ["DOSES", "Candidate", "SteeringResult", "steer"]
+__all__ = ["DOSES", "Candidate", "steer"]
 
-Verdict = Literal[
-    "found", "moves the return by failing", "no more than random", "none found", "undecided", "not applicable"
-]
 DOSES = (0.0, 0.5, 1.5, 2.0)
 FRESH = 1000  # seeds from here on (after the first) report
 REACH = 0.1  # the smallest reach of interest, a share of the curve's range
@@ -44,57 +42,6 @@ EXCHANGED = {
     (True, False): " in where it puts what it reads, and more in what that is",
 }
 ALPHA = 0.05
-
-
-@dataclass(frozen=True)
-class SteeringResult:
-    """What became of the search.
-
-    Attributes:
-        verdict: see ``docs/steering.md``.
-        sentence: the verdict with its numbers.
-        best: the chosen direction; ``None`` where steering is not applicable.
-        curve: a row per target: ``target mean mean_low mean_high failure_rate failure_rate_low failure_rate_high
-            episodes``.
-        choosing: a row per candidate: why it was tried, its slope, its rise in failures, and whether it was set aside.
-        table: a row per dose of the chosen direction on the fresh seeds: mean return with its interval, failure rate
-            with its interval.
-        randoms: a row per random direction, as loud as the chosen one and in its place on one ``side`` (``"read"``, or
-            the one that it puts something to): its ``seed``, its ``scale`` (how much larger its change's norm is), the
-            least and the largest dose's ``lowest`` and ``highest`` mean returns, its ``reach``, and its
-            ``failure_rise``. The first row of a side, with no seed, is the chosen direction's, dosed on that side, over
-            the same doses and episodes.
-        numbers: reach and rise in failures with their intervals, p, and what was run; how many random directions reach
-            as far (``read_as_far``, ``put_as_far``), with p and the median of their reach.
-    """
-
-    verdict: Verdict
-    sentence: str
-    best: Candidate | None
-    curve: pd.DataFrame
-    choosing: pd.DataFrame
-    table: pd.DataFrame
-    randoms: pd.DataFrame
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        frames = {name: getattr(self, name).to_dict("records") for name in ("curve", "choosing", "table", "randoms")}
-        best = None if self.best is None else self.best._asdict()
-        told = {"verdict": self.verdict, "sentence": self.sentence, "best": best, **frames, **self.numbers}
-        return dict(plain(told))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``steering.csv``, ``steering.json`` and ``steering.html`` into ``folder``; returns the page.
-
-        Raises:
-            DtLensError: when they cannot be written.
-        """
-        from dt_lens.study.steering.page import write_steering
-
-        folder = local_path(folder, "folder")
-        write_tables(folder, "steering", self.table, self.to_dict())
-        return write_steering(folder / "steering.html", self)
 
 
 def steer(

@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from dt_lens.arguments import local_path, whole_number
+from dt_lens.errors import DtLensError
+from dt_lens.lens.matrices import Matrix, SideName, Snapshot, catalogue, find_matrix, select_matrices
+from dt_lens.lens.weights import fingerprint
+from dt_lens.progress import Tell, reporting
+from dt_lens.svd.decomposition import Decomposition, common_boundary, rounding_noise
 from dt_lens.svd.solvers import decompose
 from dt_lens.svd.two_models.direction_pairs import match_directions
-from dt_lens.svd.decomposition import Decomposition, rounding_noise
-from dt_lens.errors import DtLensError
 from dt_lens.svd.two_models.label_changes import By, Owner, label_changes
-from dt_lens.lens.matrices import Matrix, SideName, Snapshot, catalogue, find_matrix, fingerprint, select_matrices
-from dt_lens.svd.two_models.matrix_change import change_factors, common_boundary, leading, measure
-from dt_lens.progress import Tell, reporting
+from dt_lens.svd.two_models.matrix_change import change_factors, leading, measure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

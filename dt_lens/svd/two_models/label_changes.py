@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.svd.two_models.direction_pairs import match_directions
-from dt_lens.svd.decomposition import Decomposition
-from dt_lens.lens.embeddings import Embedding
 from dt_lens.errors import DtLensError
-from dt_lens.svd.label_rows import row_blocks, unit_rows
+from dt_lens.lens.embeddings import Embedding
 from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName
+from dt_lens.svd.decomposition import Decomposition
+from dt_lens.svd.side_labels import row_blocks, unit_rows
+from dt_lens.svd.two_models.direction_pairs import match_directions
 
 __all__ = ["By", "Owner", "label_changes"]
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from dt_lens.svd.solvers import EPS
-from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Matrix, Snapshot
+from dt_lens.svd.decomposition import Decomposition, common_boundary, decompose_matrix
+from dt_lens.svd.solvers import EPS
 
 __all__ = ["Measured", "change_factors", "haar_angle", "leading", "measure", "sizes"]
 
@@ -163,17 +163,6 @@ def _padded(a: Array, b: Array) -> tuple[Array, Array]:
 
 def _over(part: float, whole: float) -> float:
     return part / whole if whole else (0.0 if part == 0 else float("inf"))
-
-
-def common_boundary(a: Decomposition, b: Decomposition, k: int, whole: bool = True) -> int:
-    """The number of leading directions nearest to ``k`` that cuts no block of near-equal sigmas in either; 0 for none.
-
-    Where not the whole of a matrix was decomposed, its last block may go on.
-    """
-    ends = {stop for _, stop in a.blocks} & {stop for _, stop in b.blocks}
-    if not whole:
-        ends -= {len(a.sigma), len(b.sigma)}
-    return min(sorted(ends), key=lambda end: abs(end - k), default=0)
 
 
 def _angles(a: Decomposition, b: Decomposition, k: int, same: bool, fold: bool, whole: bool) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from dt_lens.errors import DtLensError
-from dt_lens.svd.label_filters import spelled, texts
 from dt_lens.lens.matrices import RESIDUAL
+from dt_lens.lens.token_text import spelled, texts
 from dt_lens.report.page import Block, Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.tables import Format
 

@@ -12,8 +12,8 @@ import pytest
 
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.statistics.outcomes import mcnemar, wilson
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.outcomes import mcnemar, wilson
 
 
 def _evaluation(

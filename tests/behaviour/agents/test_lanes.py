@@ -11,8 +11,8 @@ import torch
 
 from dt_lens.behaviour.agents.lanes import LEAST_LANES, MOST_LANES, arrange, plan_lanes
 from dt_lens.behaviour.agents.windows import SlidingPolicy
-from dt_lens.behaviour.agents.workers import one_thread
 from dt_lens.decision_transformer.policy import ActingModel
+from dt_lens.lens.forward_mode import one_thread
 
 SHAPES = [
     {},

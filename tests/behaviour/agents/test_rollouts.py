@@ -15,9 +15,9 @@ from dt_lens.behaviour.agents.environment import Task, make_task
 from dt_lens.behaviour.agents.lanes import arrange
 from dt_lens.behaviour.agents.rollouts import Conditions, Outcome, run_episodes
 from dt_lens.behaviour.agents.windows import SlidingPolicy
-from dt_lens.behaviour.agents.workers import one_thread
 from dt_lens.decision_transformer.policy import ActingModel
 from dt_lens.errors import DtLensError
+from dt_lens.lens.forward_mode import one_thread
 
 Make = Callable[..., Any]
 

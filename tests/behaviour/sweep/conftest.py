@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load
 
-from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.engines.engine import Event
+from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.units import Unit, run_unit
 
 

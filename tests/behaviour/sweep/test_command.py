@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dt_lens.behaviour.sweep import SweepResults
+from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.errors import DtLensError

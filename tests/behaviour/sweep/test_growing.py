@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dt_lens.behaviour.sweep import SweepResults
 from dt_lens.behaviour.sweep.plan import identity_of
+from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.schema import read_arms
 from dt_lens.behaviour.sweep.store import FILE
 

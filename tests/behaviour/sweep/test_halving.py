@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from dt_lens.statistics.outcomes import sign_flip
 from dt_lens.behaviour.sweep.halving import climb, parse_halving, rungs_of
 from dt_lens.errors import DtLensError
-from dt_lens.statistics.nulls import q_values
+from dt_lens.statistics.multiplicity import q_values
+from dt_lens.statistics.outcomes import sign_flip
 
 Make = Callable[..., Any]
 same = pd.testing.assert_frame_equal

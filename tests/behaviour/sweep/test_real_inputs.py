@@ -11,13 +11,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dt_lens.lens.activations import Activations
 from dt_lens.behaviour.collect_activations import collect_activations
 from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.behaviour.sweep.arms import parse_value
 from dt_lens.behaviour.sweep.store import FILE, KEPT
 from dt_lens.edits.singular import SingularEdit, load_edit
 from dt_lens.errors import DtLensError
+from dt_lens.lens.activations import Activations
 
 Make = Callable[..., Any]
 same = pd.testing.assert_frame_equal

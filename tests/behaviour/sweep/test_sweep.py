@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dt_lens.behaviour.evaluate import evaluate
-from dt_lens.behaviour.sweep import SweepResults
-from dt_lens.behaviour.sweep.file_lock import Lock
 from dt_lens.behaviour.sweep.engines.local import LocalEngine
+from dt_lens.behaviour.sweep.file_lock import Lock
+from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE, Store
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.edits.singular import SingularEdit

@@ -15,7 +15,7 @@ from dt_lens import DtLensError, SingularEdit, evaluate
 from dt_lens.behaviour.texts.evaluation import TextEvaluation
 from dt_lens.behaviour.texts.windows import cut, read_texts
 from dt_lens.edits.edit import suspended
-from dt_lens.lens.matrices import weight_bytes
+from dt_lens.lens.weights import weight_bytes
 
 TEXT = "Of the making of many books there is no end, and much study is a weariness of the flesh. " * 2
 W_IN = "blocks.0.mlp.W_in"

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dt_lens import DtLensError
-from dt_lens.statistics.nulls import CovarianceMaximum, HaarMaximum, LabelBlocks, cap_probability
+from dt_lens.statistics.nulls.covariance import CovarianceMaximum
+from dt_lens.statistics.nulls.haar import HaarMaximum, LabelBlocks, cap_probability
 
 Array = NDArray[Any]
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dt_lens import DtLensError
-from dt_lens.statistics.nulls import HaarMaximum, cap_probability, frame_maximum, q_values, tail_or_share
+from dt_lens.statistics.multiplicity import q_values, tail_or_share
+from dt_lens.statistics.nulls.haar import HaarMaximum, cap_probability, frame_maximum
 
 Array = NDArray[np.float64]
 

@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 
 from dt_lens import DtLensError, WeightSVD
-from dt_lens.statistics.nulls import SubspaceOverlap, cap_probability
+from dt_lens.statistics.nulls.haar import cap_probability
+from dt_lens.statistics.nulls.subspaces import SubspaceOverlap
 from dt_lens.study.power import planted_model
 from dt_lens.svd.subspaces import COLUMNS
 

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import dt_lens
-from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.plan import Arm
+from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.cli import app
 from dt_lens.errors import DtLensError
 from dt_lens.study.atlas.atlas import Atlas, make_atlas

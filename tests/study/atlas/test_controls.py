@@ -13,9 +13,9 @@ from scipy.stats import binomtest, kstest
 
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.results import SweepResults
+from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.study.atlas.atlas import _removed, make_atlas
 from dt_lens.study.atlas.page import write_atlas
 from dt_lens.study.atlas.sentences import sentences

@@ -15,10 +15,12 @@ import pandas as pd
 import pytest
 
 import dt_lens
-from dt_lens.behaviour.sweep import Sweep, SweepResults
+from dt_lens.behaviour.sweep.results import SweepResults
+from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
-from dt_lens.study.court import CLAIMS, court
+from dt_lens.study.court.claims import CLAIMS
+from dt_lens.study.court.court import court
 from dt_lens.study.court.rollouts import Rollouts, sweep_arms
 
 OPTIONS: dict[str, Any] = {"episodes": 4, "max_steps": 6, "draws": 200, "workers": 1}

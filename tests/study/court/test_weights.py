@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dt_lens.lens.matrices import find_matrix
+from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case, Labels
 from dt_lens.study.court.chance import best_match, rotated, weigh
-from dt_lens.study.court.claims import Found, NotApplicable, holm, verdict_of
+from dt_lens.study.court.claims import Found, NotApplicable, verdict_of
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance, smoothness
 from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matches_more
 

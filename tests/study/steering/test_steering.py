@@ -14,15 +14,16 @@ import torch
 from scipy import stats
 
 import dt_lens
-from dt_lens.behaviour.evaluate import model_id
 from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.edits.edit import Edit
 from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.study.steering import steering
 from dt_lens.study.steering.doses import Candidate, candidates_of, dosed, loudness, put_side, slopes
-from dt_lens.study.steering.steering import SteeringResult, steer
+from dt_lens.study.steering.result import SteeringResult
+from dt_lens.study.steering.steering import steer
 from dt_lens.svd.weight_svd import WeightSVD
 
 TARGETS = (100.0, 200.0, 300.0)

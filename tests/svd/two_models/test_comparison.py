@@ -15,10 +15,10 @@ import torch
 
 import dt_lens
 from dt_lens import DtLensError, Embedding, SingularEdit
-from dt_lens.svd.two_models import matrix_change
-from dt_lens.svd.decomposition import decompose_matrix
-from dt_lens.svd.two_models.label_changes import label_changes
 from dt_lens.lens.matrices import find_matrix
+from dt_lens.svd.decomposition import decompose_matrix
+from dt_lens.svd.two_models import matrix_change
+from dt_lens.svd.two_models.label_changes import label_changes
 
 Make = Callable[..., Any]
 BARE = {"normalization": "none", "embed_ln": False, "final_ln": False}

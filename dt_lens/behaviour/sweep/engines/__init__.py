@@ -1,1 +1,5 @@
-"""TODO."""
+"""Where the units of a sweep run: worker processes of this machine, or a Ray cluster."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,11 +12,11 @@ from typing import Any
 import cloudpickle
 
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.sweep.engines.engine import Ear, Event
+from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.behaviour.sweep.engines.node import run_on_node
 from dt_lens.behaviour.sweep.proof import prove
 from dt_lens.behaviour.sweep.units import Unit
-from dt_lens.behaviour.agents.workers import Job
 from dt_lens.errors import DtLensError, because
 
 __all__ = ["RayEngine"]
@@ -51,13 +51,13 @@ class RayEngine:
         self._cores = 0
         self._looked = float("-inf")
         self._own = False
-        self._ear = Ear()
+        self._ear = EventBuffer()
 
     def start(self, job: Job) -> None:
         self._ray = ray = _import_ray()
         if not ray.is_initialized():
             try:
-                _knock(self.address)
+                check_reachable(self.address)
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray is started here, it reports nothing
                 ray.init(address=self.address, log_to_driver=False, logging_level="error", include_dashboard=None)
             except (OSError, ValueError, RuntimeError) as error:
@@ -124,7 +124,7 @@ class RayEngine:
             self._own = False
 
 
-def _knock(address: str | None) -> None:
+def check_reachable(address: str | None) -> None:
     """Raise ``OSError`` where nobody listens: Ray itself tries for minutes."""
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit() and "://" not in host:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.errors import DtLensError
 
-__all__ = ["Ear", "Engine", "Event"]
+__all__ = ["EventBuffer", "Engine", "Event"]
 
 
 class Event(NamedTuple):
@@ -56,7 +56,7 @@ class Engine(Protocol):
         ...
 
 
-class Ear:
+class EventBuffer:
     """Loses no event to an error after it: what was heard is told first, and the error raised the next time."""
 
     def __init__(self) -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import cloudpickle
 
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.sweep.engines.engine import Ear, Event
-from dt_lens.behaviour.sweep.units import Unit
-from dt_lens.behaviour.sweep.engines.worker import read_frame, write_frame
 from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
+from dt_lens.behaviour.sweep.engines.worker import read_frame, write_frame
+from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.errors import DtLensError
 
 __all__ = ["LocalEngine"]
@@ -51,7 +51,7 @@ class LocalEngine:
         self._workers: list[_Worker] = []
         self._inbox: queue.SimpleQueue[tuple[_Worker, bytes | None]] = queue.SimpleQueue()
         self._failed_starts = 0
-        self._ear = Ear()
+        self._ear = EventBuffer()
 
     def start(self, job: Job) -> None:
         # Environments that the user's script registers are classes that a worker cannot import.

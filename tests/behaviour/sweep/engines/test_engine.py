@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dt_lens.behaviour.sweep.engines.engine import Ear, Event
+from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.errors import DtLensError
 
 
@@ -16,11 +16,11 @@ def test_no_event_is_lost_to_an_error_after_it() -> None:
             yield Event("done", unit, "here")
         raise DtLensError("This is the end.")
 
-    ear = Ear()
+    ear = EventBuffer()
     assert ear.hear([]) == []
     assert [event.unit for event in ear.hear(events(2))] == [0, 1]
     for _ in range(2):
         with pytest.raises(DtLensError, match="the end"):
             ear.hear([Event("done", 5, "here")])
     with pytest.raises(DtLensError, match="the end"):
-        Ear().hear(events(0))
+        EventBuffer().hear(events(0))

@@ -1,0 +1,42 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from dt_lens.errors import DtLensError
+
+if TYPE_CHECKING:
+    from dt_lens.decision_transformer.model import HookedDecisionTransformer
+
+
+__all__ = [
+    "model_id",
+]
+
+
+def model_id(model: HookedDecisionTransformer) -> str:
+    """Sixteen hexadecimal digits that change when any weight, the configuration or the run facts change.
+
+    The first 64 bits of a SHA-256; labels and notes among the facts count like the rest.
+
+    Raises:
+        DtLensError: for a model that is no agent.
+    """
+    import torch
+
+    if not hasattr(model, "facts"):
+        raise DtLensError(
+            "What was asked for is measured in an agent's episodes, which takes a decision transformer from "
+            f"dt_lens.load or dt_lens.wrap, not a {type(model).__name__}; a language model is evaluated on texts."
+        )
+    digest = hashlib.sha256(
+        json.dumps([model.cfg.to_dict(), asdict(model.facts)], sort_keys=True, default=str).encode()
+    )
+    for name, weight in sorted(model.weights.items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

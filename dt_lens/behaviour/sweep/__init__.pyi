@@ -1,0 +1,3 @@
+from . import engines as engines
+from .results import SweepResults as SweepResults
+from .sweep import Sweep as Sweep

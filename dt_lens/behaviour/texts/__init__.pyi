@@ -1,0 +1,2 @@
+from .comparison import TextComparison as TextComparison
+from .evaluation import TextEvaluation as TextEvaluation

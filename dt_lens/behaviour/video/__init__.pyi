@@ -1,0 +1,1 @@
+from .video import side_by_side as side_by_side

@@ -1,0 +1,76 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dt_lens.errors import DtLensError
+from dt_lens.lens.matrices import Matrix, Weighted
+
+__all__ = [
+    "DTYPES",
+    "require_computable",
+    "fingerprint",
+    "hash_of",
+    "memory_of",
+    "weight_bytes",
+]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def fingerprint(lens: Weighted, matrix: Matrix) -> bytes:
+    """A hash of every bit that a matrix is made of, its LayerNorm's scale included."""
+    weights, digest = lens.weights, hashlib.blake2b(digest_size=16)
+    parts = [(f"{factor.weight} {factor.head}", weights[factor.weight], factor.head) for factor in matrix.factors]
+    norms = dict.fromkeys(norm for norm in (matrix.left_norm, matrix.right_norm) if norm is not None)
+    parts += [(f"{norm}.w", weights[f"{norm}.w"], None) for norm in norms]
+    for name, weight, head in parts:
+        digest.update(name.encode())
+        digest.update(hash_of(weight if head is None else weight[head]))
+    return digest.digest()
+
+
+def hash_of(tensor: Tensor) -> bytes:
+    """A hash of every bit of a tensor, its type and its shape."""
+    tensor = tensor.detach()
+    # In the order of the memory, so that a large transposed weight is not copied to be looked at.
+    strides: Sequence[int] = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {order}".encode(), digest_size=16)
+    digest.update(tensor.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def memory_of(weight: Tensor) -> tuple[Any, ...]:
+    """The same for two weights that are one: layers may share them."""
+    return weight.data_ptr(), weight.device, weight.shape, weight.stride()
+
+
+def weight_bytes(weight: Tensor) -> bytes:
+    """The bits of a tensor, in the order of its entries."""
+    return weight.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def require_computable(weights: Mapping[str, Tensor]) -> None:
+    """Raise ``DtLensError`` for weights that no forward pass can use: not floating-point, or of several kinds."""
+    for name, weight in weights.items():
+        if weight.dtype not in DTYPES:
+            raise DtLensError(
+                f"The weight {name!r} holds {str(weight.dtype).removeprefix('torch.')} numbers; weights must be "
+                "float64, float32, bfloat16 or float16."
+            )
+        if weight.is_meta:
+            raise DtLensError(f"The weight {name!r} lies on the meta device and has no numbers; load the model first.")
+    kinds = {(str(weight.dtype), str(weight.device)): name for name, weight in weights.items()}
+    if len(kinds) > 1:
+        (kind, name), (other, second) = list(kinds.items())[:2]
+        raise DtLensError(
+            f"The weight {name!r} is {kind[0]} on {kind[1]} and {second!r} is {other[0]} on {other[1]}; bring the "
+            "model to one type and one device with .to()."
+        )

@@ -1,0 +1,2 @@
+from .page import write_report as write_report
+from .tables import table_html as table_html

@@ -1,0 +1,14 @@
+from . import nulls as nulls
+from .multiplicity import holm as holm
+from .multiplicity import q_values as q_values
+from .multiplicity import tail_or_share as tail_or_share
+from .outcomes import Interval as Interval
+from .outcomes import SurvivalCurve as SurvivalCurve
+from .outcomes import bootstrap_interval as bootstrap_interval
+from .outcomes import cohen_dz as cohen_dz
+from .outcomes import iqm as iqm
+from .outcomes import kaplan_meier as kaplan_meier
+from .outcomes import logrank as logrank
+from .outcomes import mcnemar as mcnemar
+from .outcomes import sign_flip as sign_flip
+from .outcomes import wilson as wilson

@@ -1,0 +1,11 @@
+from .covariance import CovarianceMaximum as CovarianceMaximum
+from .haar import HaarMaximum as HaarMaximum
+from .haar import LabelBlocks as LabelBlocks
+from .haar import cap_probability as cap_probability
+from .haar import frame_maximum as frame_maximum
+from .kinds import NULLS as NULLS
+from .kinds import Null as Null
+from .pooled import PooledMaximum as PooledMaximum
+from .pooled import ShuffledMaximum as ShuffledMaximum
+from .pooled import UntrainedMaximum as UntrainedMaximum
+from .subspaces import SubspaceOverlap as SubspaceOverlap

@@ -1,0 +1,11 @@
+from . import two_models as two_models
+from .decomposition import Decomposition as Decomposition
+from .label_filters import ascii_only as ascii_only
+from .label_filters import at_least as at_least
+from .label_filters import whole_words as whole_words
+from .plots import plot_heatmap as plot_heatmap
+from .plots import plot_overview as plot_overview
+from .plots import plot_sigma_against_cosine as plot_sigma_against_cosine
+from .plots import plot_spectrum as plot_spectrum
+from .token_table import TokenTable as TokenTable
+from .weight_svd import WeightSVD as WeightSVD

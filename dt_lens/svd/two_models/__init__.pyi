@@ -1,0 +1,2 @@
+from .comparison import compare as compare
+from .page import write_comparison as write_comparison

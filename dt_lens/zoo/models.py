@@ -1,0 +1,18 @@
+"""The bundled models: one folder each, in Hugging Face's format, with a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["bundled"]
+
+
+def bundled() -> dict[str, Path]:
+    """The bundled models: name to folder.
+
+    >>> sorted(bundled())
+    ['hopper', 'tiny-gpt2']
+    """
+    return {
+        folder.name: folder for folder in sorted(Path(__file__).parent.iterdir()) if (folder / "config.json").is_file()
+    }
