@@ -6,13 +6,15 @@ OUT ?= dt-lens-study/hopper
 ARGS ?=
 
 BIN := .venv/bin
+# A process per core, each with one thread; an idle process takes tests over from a busy one.
+PYTEST := -n logical --dist worksteal
 INSTALLED := .venv/installed
 
 .PHONY: help demo test fuzz clean
 
 help:
 	@echo "make demo    study the bundled Hopper agent; ARGS='--episodes 100 --seed 1' is passed on, OUT=DIR says where to"
-	@echo "make test    ruff, mypy --strict, pytest with doctests"
+	@echo "make test    ruff, mypy --strict, pytest with doctests; names the ten slowest tests"
 	@echo "make fuzz    the properties alone, with examples never tried before, and many of them"
 	@echo "make clean   remove .venv and caches"
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with"
@@ -23,11 +25,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical
+	@# mypy takes a minute of one core, so it runs beside pytest; what it says comes last, pass or fail.
+	@$(BIN)/mypy > .venv/mypy.txt 2>&1 & typed=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST) --durations=10; tested=$$?; \
+	wait $$typed; checked=$$?; echo "mypy --strict:"; cat .venv/mypy.txt; \
+	[ $$tested = 0 ] && [ $$checked = 0 ]
 
 fuzz: $(INSTALLED)
-	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/pytest -n logical -m "acceptance or not acceptance" tests/properties
+	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST) -m "acceptance or not acceptance" tests/properties
 
 # torch comes first and by name: pip then settles on one build of it before anything else asks for just any torch.
 $(INSTALLED): pyproject.toml constraints.txt
