@@ -16,6 +16,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A comment before a block says that it is an excerpt of a file, that it takes minutes, or why it is not run.
 BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
+WIDTH = 120  # columns of prose; tables, links and code may be wider
+WRAPPED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md",)), *sorted((ROOT / "dt_lens" / "zoo").glob("*/CARD.md"))]
 
 
 class Block(NamedTuple):
@@ -98,3 +100,15 @@ def test_commands_parse(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", WRAPPED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_prose_is_wrapped(page: Path) -> None:
+    """A line of prose that is wider has one word or link that cannot be broken."""
+    fenced, wide = False, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fenced ^= line.lstrip().startswith("```")
+        table = line.startswith("|") and line.endswith("|")
+        if len(line) > WIDTH and not fenced and not table and " " in LINK.sub("", line).strip(" -*"):
+            wide.append(number)
+    assert not wide
