@@ -17,7 +17,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
 WIDTH = 120  # columns of prose; tables, links and code may be wider
-WRAPPED = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md",)), *sorted((ROOT / "dt_lens" / "zoo").glob("*/CARD.md"))]
+LOOSE = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+WRAPPED = [*PAGES, *LOOSE, *sorted((ROOT / "dt_lens" / "zoo").glob("*/CARD.md"))]
 
 
 class Block(NamedTuple):
