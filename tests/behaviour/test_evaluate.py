@@ -194,9 +194,9 @@ SCRIPT = """
 import sys
 import gymnasium as gym, numpy as np, torch
 from safetensors.torch import save
-from dt_lens.behaviour.environment import make_task
-from dt_lens.behaviour.rollouts import Conditions
-from dt_lens.behaviour.workers import Job, run_in_workers, run_job
+from dt_lens.behaviour.agents.environment import make_task
+from dt_lens.behaviour.agents.rollouts import Conditions
+from dt_lens.behaviour.agents.workers import Job, run_in_workers, run_job
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.policy import acting_shapes
 from dt_lens.errors import DtLensError

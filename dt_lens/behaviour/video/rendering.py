@@ -1,6 +1,6 @@
 """The process that draws a video: replays actions, draws both agents, encodes. Started by ``video.py`` alone.
 
-``python -m dt_lens.behaviour.rendering FOLDER`` reads ``job.pickle`` there and leaves ``video.mp4`` and
+``python -m dt_lens.behaviour.video.rendering FOLDER`` reads ``job.pickle`` there and leaves ``video.mp4`` and
 ``result.json``; ``stage`` always says in words what it is doing, for whoever finds it dead.
 """
 

@@ -184,7 +184,7 @@ def _draw(place: Path, platform: str | None, timeout: float) -> SideBySide:
     if platform is not None:
         environ["MUJOCO_GL"] = platform
     environ.setdefault("SDL_VIDEODRIVER", "dummy")  # environments drawn by pygame need no screen either
-    command = [sys.executable, "-m", "dt_lens.behaviour.video.video.rendering", str(place)]
+    command = [sys.executable, "-m", "dt_lens.behaviour.video.rendering", str(place)]
     why = "There is no video: "
     try:
         process = subprocess.run(

@@ -86,7 +86,7 @@ def test_the_replay_is_the_episode(tmp_path: Path) -> None:
 
 FAR = """
 import gymnasium as gym
-from dt_lens.behaviour.rendering import _make, _picture
+from dt_lens.behaviour.video.rendering import _make, _picture
 
 def brown(x):
     env = _make({"spec": gym.spec("Hopper-v5"), "kwargs": {}, "size": 96})
