@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dt_lens.decision_transformer.model import activation
 from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, run_facts
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.checkpoints import Checkpoint, read_json
-from dt_lens_adapters.d3rlpy_settings import ACTIVATIONS, said_by_settings
+from dt_lens_adapters.d3rlpy_settings import ACTIVATIONS, said_by_settings, settings_in
 from dt_lens_adapters.state_encoders import ConvStack, LinearStack, image_side
 
 __all__ = ["D3rlpyDecisionTransformer"]
@@ -244,6 +245,11 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
     options = frozenset(
         {"n_heads", "act_fn", "encoder_act", "encoder_last_act", "embed_act", "strides", "image_side", "ignore_options"}
     )
+
+    def unpack(self, values: Mapping[str, Any], file: Path) -> tuple[bytes, Mapping[str, Any]] | None:
+        """The file of torch's and the configuration that a ``.d3`` file, a pickled dict, holds."""
+        weights = values.get("torch")
+        return (weights, settings_in(values.get("config"), file)) if isinstance(weights, bytes) else None
 
     def said_by_file(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
         beside = (checkpoint.folder / "params.json") if checkpoint.folder else None

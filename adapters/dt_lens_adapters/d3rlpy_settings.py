@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because
 
-__all__ = ["ACTIVATIONS", "said_by_settings"]
+__all__ = ["ACTIVATIONS", "said_by_settings", "settings_in"]
 
 # d3rlpy's names of activations, and the one of ours that is other; "none" is none.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "tanh": "tanh", "swish": "silu", "silu": "silu", "none": "none"}
@@ -16,6 +18,21 @@ ENCODER = {
     "activation", "dropout_rate", "exclude_last_activation", "feature_size", "filters", "hidden_units",
     "last_activation", "use_batch_norm", "use_dense", "use_layer_norm",
 }  # fmt: skip
+
+
+def settings_in(text: Any, file: Path) -> dict[str, Any]:
+    """The configuration that a ``.d3`` file holds as a string of JSON; an empty one where it holds no string.
+
+    Raises:
+        DtLensError: for a string that is not JSON.
+    """
+    if not isinstance(text, str):
+        return {}
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DtLensError(f"The configuration in {file} cannot be read as JSON: {because(error)}.") from error
+    return values if isinstance(values, dict) else {}
 
 
 def said_by_settings(settings: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dt_lens.errors import DtLensError, because, nearest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from dt_lens.lens.checkpoints import Checkpoint
     from dt_lens.lens.protocol import Lens
     from dt_lens.lens.shards import Shards
 
-__all__ = ["GROUP", "Adapter", "adapter_names", "choose", "named_adapter", "opener"]
+__all__ = ["GROUP", "Adapter", "adapter_names", "choose", "named_adapter", "opener", "unpack"]
 
 GROUP = "dt_lens.adapters"
 
@@ -26,7 +28,8 @@ class Adapter(Protocol):
     """What an architecture brings: how it recognises its own, and how it becomes a lens.
 
     Adapters fail closed: a key or an option that they neither handle nor knowingly ignore is a ``DtLensError`` naming
-    it.
+    it. One whose code base saves a pickled dict of numbers, strings and bytes, with a file of torch's inside, also has
+    a method ``unpack(values, file)`` (``dt_lens.lens.checkpoints.Unpack``).
     """
 
     name: str
@@ -125,6 +128,16 @@ def opener(shards: Shards, adapter: str | Adapter | type | None) -> Any:
         f"No adapter reads the weights of this model in place (its model_type is {kind}); those that can are "
         f"{', '.join(found.name for found in able)}, and dt_lens.load may know it."
     )
+
+
+def unpack(
+    values: Mapping[str, Any], file: Path, adapter: str | Adapter | type | None = None
+) -> tuple[bytes, Mapping[str, Any]] | None:
+    """What the given adapter, or the first installed one that can, unpacks from a pickled dict of plain values."""
+    names: list[Any] = [adapter] if adapter is not None else adapter_names()
+    able = [found for found in map(named_adapter, names) if hasattr(found, "unpack")]
+    unpacked = (found.unpack(values, file) for found in able)
+    return next((one for one in unpacked if one is not None), None)
 
 
 def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None, seen: Iterable[str]) -> Adapter:

@@ -9,7 +9,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -23,11 +23,11 @@ from torch import Tensor
 from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "read_index", "read_json"]
+__all__ = ["SUFFIXES", "Checkpoint", "Unpack", "read_checkpoint", "read_index", "read_json"]
 
 # Where code bases put the state dict inside the dict that they save.
 NESTED = ("model_state_dict", "state_dict", "model_state", "model", "transformer")
-SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".d3")
+SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 SUFFIXES = SAFETENSORS + TORCH
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face calls them, in the order of preference
 
@@ -38,6 +38,11 @@ ARRAYS: list[Any] = [
     *(np.ndarray, np.dtype),
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
 ]
+
+
+# What an adapter finds in a pickled dict of plain values, read from that file: the bytes of a file that torch.save
+# wrote, and a configuration; None where the dict is not of its code base's form.
+Unpack = Callable[[Mapping[str, Any], Path], tuple[bytes, Mapping[str, Any]] | None]
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,15 @@ class Checkpoint:
                 )
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoint:
     """Read a folder in Hugging Face's form, a ``.safetensors`` file, or a pickled state dict.
 
-    Pickles load with ``weights_only=True``, arrays of numbers allowed: one that wants to run code is refused. A pickle
-    of plain values that holds a file of torch's as bytes, under ``"torch"``, is read as that file.
+    Pickles load with ``weights_only=True``, arrays of numbers allowed: one that wants to run code is refused.
+
+    Args:
+        path: of the file or folder.
+        unpack: finds the bytes of a file of torch's in a pickled dict of numbers, strings and bytes; such a file is
+            refused when omitted.
 
     Raises:
         DtLensError: for a path that does not exist or cannot be read as a checkpoint, with the reason.
@@ -85,7 +94,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         folder = path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a null character
         raise DtLensError(f"{str(path)[:200]!r} cannot be looked at: {because(error)}.") from error
-    checkpoint = _read_folder(path) if folder else _read_file(path)
+    checkpoint = _read_folder(path) if folder else _read_file(path, unpack)
     if path.name in WEIGHTS and (path.parent / "config.json").is_file():  # one file of a folder in that form
         checkpoint = replace(checkpoint, config=read_json(path.parent / "config.json"))
     if not checkpoint.tensors:
@@ -175,11 +184,11 @@ def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_file(file: Path) -> Checkpoint:
+def _read_file(file: Path, unpack: Unpack | None = None) -> Checkpoint:
     if file.exists() and not file.is_file() and not file.is_dir():
         raise DtLensError(f"{file} is a device or a pipe; give the path of a file or a folder.")
     if file.suffix not in SAFETENSORS:
-        return _read_pickle(file)
+        return _read_pickle(file, unpack)
     try:
         return Checkpoint(file, load_file(file), folder=file.parent)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -188,16 +197,17 @@ def _read_file(file: Path) -> Checkpoint:
         ) from error
 
 
-def _read_pickle(file: Path) -> Checkpoint:
-    config: dict[str, Any] = {}
+def _read_pickle(file: Path, unpack: Unpack | None) -> Checkpoint:
+    config: Mapping[str, Any] = {}
     try:
         try:
             loaded = _unpickled(file)
         except pickle.UnpicklingError:
-            values = _plain_values(file)
-            if not isinstance(values, dict) or not isinstance(values.get("torch"), bytes):
+            values = _plain_values(file) if unpack is not None else None
+            found = unpack(values, file) if unpack is not None and isinstance(values, dict) else None
+            if found is None:
                 raise
-            loaded, config = _unpickled(io.BytesIO(values["torch"])), _json_in(file, values.get("config"))
+            loaded, config = _unpickled(io.BytesIO(found[0])), found[1]
     except DtLensError:
         raise
     except Exception as error:
@@ -274,17 +284,6 @@ def _plain_values(file: Path) -> Any:
             return _Plain(stream).load()
     except Exception:  # an unpickler stumbles over what is no pickle in many ways
         return None
-
-
-def _json_in(file: Path, text: Any) -> dict[str, Any]:
-    """The object in a string of JSON that ``file`` holds; an empty one where it holds no string."""
-    if not isinstance(text, str):
-        return {}
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DtLensError(f"The configuration in {file} cannot be read as JSON: {because(error)}.") from error
-    return values if isinstance(values, dict) else {}
 
 
 def _wants(file: Path, error: Exception) -> str | None:

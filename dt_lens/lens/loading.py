@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.lens.adapters import Adapter, choose, opener
+from dt_lens.lens.adapters import Adapter, choose, opener, unpack
 from dt_lens.lens.checkpoints import SUFFIXES, read_checkpoint
 from dt_lens.lens.protocol import Lens
 
@@ -43,7 +44,7 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
         raise DtLensError(
             f"load takes a name or a path, not a {type(source).__name__}; use dt_lens.wrap for a live torch model."
         )
-    checkpoint = read_checkpoint(_locate(source))
+    checkpoint = read_checkpoint(_locate(source), partial(unpack, adapter=adapter))
     chosen = choose(checkpoint, adapter, sorted(checkpoint.tensors))
     return _certified(chosen.load(checkpoint, **given), check)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -378,11 +379,54 @@ def test_damaged_files(tmp_path: Path, key: str, change: Any, message: str) -> N
         dt_lens.load(tmp_path / "agent.pt", n_heads=2, act_fn="relu")
 
 
+class Hostile:
+    """Makes a folder when it is unpickled with code allowed."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.trace),))
+
+
+def as_bytes(saved: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    return buffer.getvalue()
+
+
+def test_every_protocol_of_a_whole_file(tmp_path: Path) -> None:
+    model = make()
+    values = pickle.loads(whole_file(model, tmp_path / "a.d3", "relu", vector()).read_bytes())
+    for protocol in (3, 4, 5):
+        (tmp_path / "a.d3").write_bytes(pickle.dumps(values, protocol=protocol))
+        checkpoint = read_checkpoint(tmp_path / "a.d3", D3rlpyDecisionTransformer().unpack)
+        assert set(checkpoint.tensors) == set(model.state_dict())
+        assert checkpoint.config["action_size"] == 3 and checkpoint.extra == {"optim": {"state": {}}}
+
+
+def test_bad_whole_files(tmp_path: Path) -> None:
+    good, trace = as_bytes({"a": torch.zeros(2)}), tmp_path / "trace"
+    for values, message in (
+        ({"torch": good, "config": "{"}, r"The configuration in .*agent\.d3 cannot be read as JSON"),
+        ({"torch": good[:50], "config": "{}"}, "cannot be read as a checkpoint"),
+        ({"torch": b"", "config": "{}"}, "cannot be read as a checkpoint"),
+        ({"torch": "text"}, "cannot be read as a checkpoint"),
+        ({"torch": as_bytes({"a": Hostile(trace)})}, "wants to run code"),
+        ({"torch": good, "config": Hostile(trace)}, "wants to run code"),
+    ):
+        (tmp_path / "agent.d3").write_bytes(pickle.dumps(values))
+        with pytest.raises(DtLensError, match=message):
+            dt_lens.load(tmp_path / "agent.d3")
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("discrete", [False, True])
 def test_nobody_else_recognises_it(recognised_by: Any, tmp_path: Path, discrete: bool) -> None:
     model = make(discrete)
     assert recognised_by(model) == ["d3rlpy"]
-    assert recognised_by(read_checkpoint(whole_file(model, tmp_path / "a.d3", "relu", vector()))) == ["d3rlpy"]
+    whole = whole_file(model, tmp_path / "a.d3", "relu", vector())
+    assert recognised_by(read_checkpoint(whole, D3rlpyDecisionTransformer().unpack)) == ["d3rlpy"]
     assert recognised_by(read_checkpoint(weights_file(model, tmp_path / "a.pt"))) == ["d3rlpy"]
 
 

@@ -176,28 +176,48 @@ def as_bytes(saved: Any) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_torch_file_inside_a_pickle_of_plain_values(tmp_path: Path) -> None:
-    inside = as_bytes({"transformer": {"a": torch.arange(3.0)}, "optim": {"state": {}}})
+class Unpacks:
+    """An adapter of somebody's: a file of torch's under ``"weights"``, and notes; it loads nothing."""
+
+    name = "unpacks"
+
+    def recognises(self, source: Any) -> bool:
+        return True
+
+    def load(self, checkpoint: Any, **given: Any) -> Any:
+        return checkpoint
+
+    wrap = load
+
+    def unpack(self, values: Any, file: Path) -> Any:
+        weights = values.get("weights")
+        return (weights, {"notes": values["notes"], "file": file.name}) if isinstance(weights, bytes) else None
+
+
+def test_an_adapter_unpacks_a_pickle_of_plain_values(tmp_path: Path) -> None:
+    inside = as_bytes({"model": {"a": torch.arange(3.0)}, "optim": {"state": {}}})
+    file = tmp_path / "agent.xyz"
     for protocol in (3, 4, 5):
-        values = {"torch": inside, "config": '{"layers": 3}', "version": "2.8.1"}
-        (tmp_path / "agent.d3").write_bytes(pickle.dumps(values, protocol=protocol))
-        checkpoint = read_checkpoint(tmp_path / "agent.d3")
-        assert checkpoint.tensors["a"].tolist() == [0, 1, 2] and checkpoint.config == {"layers": 3}
-        assert checkpoint.extra == {"optim": {"state": {}}}
+        file.write_bytes(pickle.dumps({"weights": inside, "notes": "mine"}, protocol=protocol))
+        checkpoint = dt_lens.load(file, adapter=Unpacks, check=False)
+        assert checkpoint.tensors["a"].tolist() == [0, 1, 2] and checkpoint.extra == {"optim": {"state": {}}}
+        assert checkpoint.config == {"notes": "mine", "file": "agent.xyz"} and checkpoint.path == file
+        assert "cannot be read as a checkpoint" in refusal(file)  # no other adapter's
 
 
-def test_a_bad_torch_file_inside_a_pickle_of_plain_values(tmp_path: Path) -> None:
-    good, trace = as_bytes({"a": torch.zeros(2)}), tmp_path / "trace"
+def test_an_adapter_is_not_asked_about_what_wants_to_run_code(tmp_path: Path) -> None:
+    good, trace, file = as_bytes({"a": torch.zeros(2)}), tmp_path / "trace", tmp_path / "agent.pt"
     for values, message in (
-        ({"torch": good, "config": "{"}, "cannot be read as JSON"),
-        ({"torch": good[:50], "config": "{}"}, "cannot be read as a checkpoint"),
-        ({"torch": b"", "config": "{}"}, "cannot be read as a checkpoint"),
-        ({"torch": "text"}, "cannot be read as a checkpoint"),
-        ({"torch": as_bytes({"a": Hostile(trace)})}, "wants to run code"),
-        ({"torch": good, "config": Hostile(trace)}, "wants to run code"),
+        ({"weights": good[:50], "notes": ""}, "cannot be read as a checkpoint"),
+        ({"weights": b"", "notes": ""}, "cannot be read as a checkpoint"),
+        ({"weights": "text"}, "cannot be read as a checkpoint"),
+        ([good], "cannot be read as a checkpoint"),
+        ({"weights": as_bytes({"a": Hostile(trace)}), "notes": ""}, "wants to run code"),
+        ({"weights": good, "notes": Hostile(trace)}, "wants to run code"),
     ):
-        (tmp_path / "agent.d3").write_bytes(pickle.dumps(values))
-        assert message in refusal(tmp_path / "agent.d3")
+        file.write_bytes(pickle.dumps(values))
+        with pytest.raises(DtLensError, match=message):
+            dt_lens.load(file, adapter=Unpacks, check=False)
     assert not trace.exists()
 
 
