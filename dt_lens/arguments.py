@@ -1,19 +1,22 @@
-"""What a caller passed in, made sure of at the door: numbers, names, paths, models, activations."""
+"""Check what a caller passed in: numbers, names, paths, models, activations; and write files whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import math
 import operator
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, unwritable
 
 __all__ = [
+    "atomic_write",
     "finite_numbers",
     "local_path",
     "names",
@@ -116,6 +119,53 @@ def local_path(value: Any, name: str) -> Path:
             f"{name} is {str(value)[:200]!r}; it must be the path of a file or folder, as text or a Path."
         )
     return Path(text)
+
+
+@contextmanager
+def atomic_write(file: Path, *errors: type[Exception]) -> Iterator[Path]:
+    """Write ``file`` whole or not at all: yields a path to write to, which replaces ``file`` when the block ends.
+
+    The path lies in the same folder and ends with the file's name, so that libraries that go by the suffix write the
+    right format. The folder is made if it does not exist. If the block raises anything, what was written is removed and
+    an old ``file`` stays as it was. A device or a pipe, such as ``/dev/stdout``, is written to directly.
+
+    Args:
+        file: where the contents should be.
+        errors: what the block raises for a file that cannot be written, besides ``OSError``.
+
+    Raises:
+        DtLensError: when the file cannot be written, with the reason.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "made" / "numbers.csv"
+    >>> with atomic_write(file) as part:
+    ...     _ = part.write_text("1,2")
+    >>> file.read_text(), len(list(file.parent.iterdir()))
+    ('1,2', 1)
+    """
+    refused: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if file.exists() and not file.is_file():
+            yield file
+            return
+        target = file.resolve()  # a link stays a link
+        part = target.with_name(f".part-{os.getpid()}-{threading.get_ident()}-{target.name}")
+        if not target.parent.exists():  # where it is a file, the next step says so
+            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.touch()
+            mode = part.stat().st_mode
+            yield part
+            part.chmod(mode)  # safetensors makes a file that only its owner may read
+            with part.open("rb+") as written:
+                os.fsync(written.fileno())  # some disks report that they are full only now
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except refused as error:
+        raise unwritable(file, error) from error
 
 
 def require_wrapped(model: Any, caller: str, *offers: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["DtLensError", "because", "nearest"]
+__all__ = ["DtLensError", "because", "nearest", "unwritable"]
 
 
 class DtLensError(Exception):
@@ -38,3 +38,13 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4) if isinstance(name, str) else []
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def unwritable(what: object, error: BaseException) -> DtLensError:
+    """The error for ``what``, usually a path, that cannot be written because of ``error``.
+
+    >>> print(unwritable("runs/scan.csv", OSError(28, "No space left on device")))
+    runs/scan.csv cannot be written: No space left on device; choose another folder or make room.
+    """
+    why = getattr(error, "strerror", None) or because(error)
+    return DtLensError(f"{what} cannot be written: {why}; choose another folder or make room.")

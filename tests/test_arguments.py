@@ -1,8 +1,12 @@
-"""What is passed in is what was asked for, or is refused in a sentence: numbers, names, paths."""
+"""Arguments are checked and refused in a sentence (numbers, names, paths); files are written whole or not at all."""
 
 from __future__ import annotations
 
+import os
+import resource
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from dt_lens import DtLensError, WeightSVD, save_pretrained
+from dt_lens.arguments import atomic_write
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.lens.checkpoints import read_checkpoint
 from dt_lens.statistics.multiplicity import q_values
@@ -99,3 +104,97 @@ def test_p_values_that_are_none(p: Any) -> None:
 
 def test_no_p_values_are_no_q_values() -> None:
     assert q_values([]).tolist() == []
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "deeper" / "table.csv.gz"
+    for text in ("old", "new"):
+        with atomic_write(file) as part:
+            assert part.parent == file.parent and part.name.endswith("table.csv.gz")  # pandas goes by the suffix
+            part.write_text(text[:1])
+            part.write_text(text)
+            assert not file.exists() or file.read_text() == "old"
+    assert file.read_text() == "new" and list(file.parent.iterdir()) == [file]
+
+
+class Odd(Exception):
+    """A library's own error for a full disk."""
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(28, "No space left"), DtLensError),
+        (Odd("No space left"), DtLensError),
+        (ValueError("No space left"), ValueError),
+        (KeyboardInterrupt("No space left"), KeyboardInterrupt),
+    ],
+)
+def test_a_failure_leaves_the_old_file_whole(tmp_path: Path, error: BaseException, raised: type[BaseException]) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(raised, match="No space left") as caught, atomic_write(file, Odd) as part:
+        part.write_text("ne")
+        raise error
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    if raised is DtLensError:
+        assert str(caught.value) == f"{file} cannot be written: No space left; choose another folder or make room."
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DtLensError, match=r"file cannot be written: File too large; "), atomic_write(file) as part:
+            part.write_bytes(bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    read_only = Path("/sys")
+    if os.geteuid() != 0:
+        (tmp_path / "folder").chmod(0o500)
+        read_only = tmp_path / "folder"
+    for file, why in (
+        (tmp_path / "file" / "x", "Not a directory"),
+        (tmp_path / "file" / "deeper" / "x", "Not a directory"),
+        (tmp_path / "folder", "Is a directory"),
+        (Path("/dev/null/x"), "Not a directory"),
+        (read_only / "x", ".*"),  # the reason depends on who asks
+    ):
+        with pytest.raises(DtLensError, match=rf"^{file} cannot be written: {why}; "), atomic_write(file) as part:
+            part.write_text("x")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"} and not any((tmp_path / "folder").iterdir())
+
+
+def test_who_may_read_a_file_does_not_depend_on_its_writer(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with atomic_write(tmp_path / "private") as part:
+        part.chmod(0o600)  # as safetensors leaves it
+    assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    with atomic_write(tmp_path / "link") as part:
+        part.write_text("x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == "x"
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """Such as ``--out /dev/stdout``."""
+    pipe, read = tmp_path / "pipe", list[str]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    with atomic_write(pipe) as part:
+        part.write_text("x")
+    reader.join(10)
+    assert read == ["x"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dt_lens.errors import DtLensError
+from dt_lens.arguments import atomic_write
 from dt_lens.progress import progress
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["print_table", "progress", "resumable", "written"]
+__all__ = ["print_table", "print_written", "progress", "resumable", "write_csv"]
 
 
 @contextmanager
@@ -29,14 +29,15 @@ def resumable() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def written(file: Path, write: Callable[[], object]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write()
-    except OSError as error:
-        raise DtLensError(
-            f"{file} cannot be written: {error.strerror or error}; choose another file or make room."
-        ) from error
+def write_csv(table: pd.DataFrame, file: Path, index: bool = False) -> None:
+    """Write a table to a CSV file and print the file's path."""
+    with atomic_write(file) as part:
+        table.to_csv(part, index=index)
+    print_written(file)
+
+
+def print_written(file: Path) -> None:
+    """Print, on standard error, the path of a file that was written."""
     print(f"Written: {file}", file=sys.stderr)
 
 

@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.checkpoints import read_json
 
@@ -108,7 +109,8 @@ class RunFacts:
             raise DtLensError(
                 f"The run facts cannot be written as JSON: {because(error)}; use plain values."
             ) from error
-        (folder / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
+        with atomic_write(folder / FACTS_FILE) as part:
+            part.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> RunFacts | None:

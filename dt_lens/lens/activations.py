@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,13 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dt_lens.arguments import local_path
+from dt_lens.arguments import atomic_write, local_path
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.matrices import Matrix, Weighted
 from dt_lens.lens.weights import fingerprint
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["LowRank", "Activations", "Moments"]
 
@@ -210,17 +206,8 @@ class Activations:
                 counts[key] = found.count
         told = {"counts": counts, "reads": dict(self.reads), "record": dict(self.record), "made_of": dict(self.made_of)}
         metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in told.items()}}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            if partial.exists():
-                partial.unlink()
-            raise DtLensError(
-                f"Activations cannot be written to {path}: {because(error)}; name another file."
-            ) from error
+        with atomic_write(path, SafetensorError) as part:
+            save_file(tensors, part, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Activations:

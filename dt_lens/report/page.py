@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import pandas as pd
 import plotly.graph_objects as go
 
-from dt_lens.arguments import local_path
+from dt_lens.arguments import atomic_write, local_path
 from dt_lens.errors import DtLensError
 from dt_lens.report.style import dark, light
 from dt_lens.report.tables import Format, table_html
@@ -124,21 +123,8 @@ def write_report(
     """
     path = local_path(path, "path")
     page = _page(title, sections, verdict, facts or {}, command)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("w", encoding="utf-8", errors="replace") as stream:
-                stream.write(page)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DtLensError(
-            f"The report {path} cannot be written: {error.strerror or error}; choose another folder or free some space."
-        ) from error
+    with atomic_write(path) as part:
+        part.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 

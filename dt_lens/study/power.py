@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.arguments import local_path
+from dt_lens.arguments import atomic_write, local_path
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.lens.matrices import Structure
@@ -173,12 +173,9 @@ def write_power(folder: str | Path, table: pd.DataFrame | None = None) -> list[P
         "power.html": power_curves(table).to_html(include_plotlyjs=True),
         "power.md": "".join(f"{line}\n" for line in _markdown(table)),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DtLensError(f"{folder} cannot be written: {error.strerror or error}; choose another folder.") from error
+    for name, text in contents.items():
+        with atomic_write(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
     return [folder / name for name in contents]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from dt_lens.arguments import local_path
+from dt_lens.arguments import atomic_write, local_path
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.recording import record_actions
 from dt_lens.behaviour.video.video import SideBySide, side_by_side
@@ -144,14 +144,9 @@ class Study:
     def _require_writable(self) -> None:
         """Find out now, not after minutes of rollouts, that the results cannot be written."""
         probe = self.folder / "trials" / ".writable"
-        try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"0" * 4096)
-            probe.unlink()
-        except OSError as error:
-            raise DtLensError(
-                f"The folder {self.folder} cannot be written: {error.strerror or error}; choose another with --out."
-            ) from error
+        with atomic_write(probe) as part:
+            part.write_bytes(b"0" * 4096)
+        probe.unlink()
 
     def _video(
         self, summary: pd.DataFrame, edits: list[Edit], baseline: Evaluation, edited: list[Evaluation]
@@ -181,13 +176,9 @@ class Study:
     def _write(self, result: StudyResult, svd: WeightSVD) -> None:
         from dt_lens.study.page import write_study
 
-        try:
-            result.table.to_csv(self.folder / "scan.csv", index=False)
-            result.verdicts.to_csv(self.folder / "verdicts.csv", index=False)
-        except OSError as error:
-            raise DtLensError(
-                f"The tables cannot be written to {self.folder}: {error.strerror or error}; make room and run it again."
-            ) from error
+        for name, table in (("scan", result.table), ("verdicts", result.verdicts)):
+            with atomic_write(self.folder / f"{name}.csv") as part:
+                table.to_csv(part, index=False)
         write_study(self, result, svd)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.errors import DtLensError
+from dt_lens.arguments import atomic_write
 
 __all__ = ["plain", "write_tables"]
 
@@ -37,11 +37,7 @@ def write_tables(folder: Path, name: str, table: pd.DataFrame, record: Mapping[s
     Raises:
         DtLensError: when they cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        table.to_csv(folder / f"{name}.csv", index=False)
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DtLensError(
-            f"{folder} cannot be written: {error.strerror or error}; choose another folder or make room."
-        ) from error
+    with atomic_write(folder / f"{name}.csv") as part:
+        table.to_csv(part, index=False)
+    with atomic_write(folder / f"{name}.json") as part:
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

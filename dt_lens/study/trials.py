@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from dt_lens.arguments import atomic_write
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.evaluate import evaluate
@@ -58,15 +58,8 @@ class Trials:
 
 
 def _write(file: Path, evaluation: Evaluation) -> None:
-    part = file.with_suffix(f".{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as part:
         part.write_text(json.dumps(evaluation.to_dict()), encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        raise DtLensError(
-            f"The result {file} cannot be written: {error.strerror}; choose another folder or make room."
-        ) from error
 
 
 def _read(file: Path) -> Evaluation | None:

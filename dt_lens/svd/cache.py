@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dt_lens.errors import DtLensError, because
+from dt_lens.arguments import atomic_write
 from dt_lens.version import __version__
 
 __all__ = ["KeptResults"]
@@ -46,15 +44,6 @@ class KeptResults:
             except (SafetensorError, OSError, ValueError):
                 pass  # cut off: made again
         made = make()
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in made.items()}, partial)
-            partial.replace(file)  # whole or not at all
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):  # where there is no such folder, there is nothing to take away
-                partial.unlink()
-            raise DtLensError(
-                f"Results cannot be kept in {self.folder}: {because(error)}; give another folder, or none."
-            ) from error
+        with atomic_write(file, SafetensorError) as part:
+            save_file({name: tensor.contiguous() for name, tensor in made.items()}, part)
         return made

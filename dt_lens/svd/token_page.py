@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError
 from dt_lens.lens.token_text import spelled, texts
 
@@ -106,11 +107,8 @@ def _chips(found: pd.DataFrame, top: float) -> list[str]:
 def save_tokens(table: TokenTable, file: Path) -> Path:
     """Write a token table to a ``.csv`` or ``.html`` file; see ``TokenTable.save``."""
     if file.suffix == ".csv":
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            table.rows.to_csv(file, index=False)
-        except OSError as error:
-            raise DtLensError(f"{file} cannot be written: {error.strerror or error}; choose another file.") from error
+        with atomic_write(file) as part:
+            table.rows.to_csv(part, index=False)
         return file
     if file.suffix != ".html":
         raise DtLensError(f"A token table is written to a .csv or a .html file, not to {file.name!r}.")

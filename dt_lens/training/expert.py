@@ -25,6 +25,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError, because
 
 __all__ = ["Episode", "LinearPolicy", "SearchSettings", "Searcher", "environment", "evenly", "in_order", "rollout"]
@@ -263,21 +264,19 @@ class Searcher:
 
     def save(self, file: Path) -> None:
         """Write the whole state of the search, so that ``load`` continues exactly here."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial.npz")
         state, snapshots = self._state, self.snapshots
-        np.savez_compressed(
-            partial,
-            settings=np.array(json.dumps(asdict(self.settings))),
-            counters=np.array([state.iteration, state.steps]),
-            count=state.seen,
-            sum=state.total,
-            square=state.square,
-            weights=np.array([p.weight for p in snapshots]),
-            means=np.array([p.mean for p in snapshots]),
-            stds=np.array([p.std for p in snapshots]),
-        )
-        partial.replace(file)
+        with atomic_write(file) as part:
+            np.savez_compressed(
+                part,
+                settings=np.array(json.dumps(asdict(self.settings))),
+                counters=np.array([state.iteration, state.steps]),
+                count=state.seen,
+                sum=state.total,
+                square=state.square,
+                weights=np.array([p.weight for p in snapshots]),
+                means=np.array([p.mean for p in snapshots]),
+                stds=np.array([p.std for p in snapshots]),
+            )
 
     def load(self, file: Path) -> None:
         """Continue from what ``save`` wrote.

@@ -21,8 +21,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.arguments import local_path
-from dt_lens.errors import DtLensError
+from dt_lens.arguments import atomic_write, local_path
+from dt_lens.errors import DtLensError, unwritable
 from dt_lens.training.expert import (
     Episode,
     LinearPolicy,
@@ -223,12 +223,12 @@ def _roll(job: _Job) -> Episode:
 
 def _roll_all(jobs: list[_Job], where: Path, recipe: dict[str, Any], workers: int, report: Report) -> list[Episode]:
     """All episodes in order, in files of ``CHUNK`` that are read back instead of rolled out again."""
-    where.mkdir(parents=True, exist_ok=True)
     told = where / "recipe.json"
     if told.exists() and json.loads(told.read_text(encoding="utf-8")) != recipe:
         for stale in where.glob("episodes-*.npz"):
             stale.unlink()
-    told.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(told) as part:
+        part.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     episodes: list[Episode] = []
     with in_order(_roll, workers) as run_all:
         for first in range(0, len(jobs), CHUNK):
@@ -247,17 +247,16 @@ def _roll_all(jobs: list[_Job], where: Path, recipe: dict[str, Any], workers: in
 
 
 def _write(file: Path, episodes: list[Episode]) -> None:
-    partial = file.with_suffix(".partial.npz")
-    np.savez(
-        partial,
-        lengths=np.array([e.length for e in episodes]),
-        observations=np.concatenate([e.observations for e in episodes]),
-        actions=np.concatenate([e.actions for e in episodes]),
-        rewards=np.concatenate([e.rewards for e in episodes]),
-        sums=np.array([[e.forward, e.survive] for e in episodes]),
-        terminated=np.array([e.terminated for e in episodes]),
-    )
-    partial.replace(file)
+    with atomic_write(file) as part:
+        np.savez(
+            part,
+            lengths=np.array([e.length for e in episodes]),
+            observations=np.concatenate([e.observations for e in episodes]),
+            actions=np.concatenate([e.actions for e in episodes]),
+            rewards=np.concatenate([e.rewards for e in episodes]),
+            sums=np.array([[e.forward, e.survive] for e in episodes]),
+            terminated=np.array([e.terminated for e in episodes]),
+        )
 
 
 def _read(file: Path) -> list[Episode]:
@@ -303,5 +302,5 @@ def _store(episodes: Iterable[Episode], dataset_id: str, environment_id: str, re
     except BaseException as error:
         shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
         if isinstance(error, OSError):
-            raise DtLensError(f"The data set {dataset_id!r} cannot be written: {error}.") from error
+            raise unwritable(f"The data set {dataset_id!r}", error) from error
         raise

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dt_lens.errors import DtLensError, because
+from dt_lens.arguments import atomic_write
+from dt_lens.errors import DtLensError
 
 __all__ = ["Schedule", "TrainingRun"]
 
@@ -113,15 +114,10 @@ class TrainingRun(ABC):
             "counted": self._counted,
             "curve": json.dumps(self.curve),
         }
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            partial = self.out / f"{CHECKPOINT}.partial"
-            torch.save(state, partial)
-            partial.replace(self.out / CHECKPOINT)
-            lines = "".join(json.dumps(row) + "\n" for row in self.curve)
-            (self.out / CURVE).write_text(lines, encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            raise DtLensError(f"The checkpoint cannot be written to {self.out}: {because(error)}.") from error
+        with atomic_write(self.out / CHECKPOINT, RuntimeError) as part:  # torch.save's own error for a full disk
+            torch.save(state, part)
+        with atomic_write(self.out / CURVE) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.curve), encoding="utf-8")
 
     def resume(self) -> None:
         """Continue from the checkpoint in ``out``, where there is one.

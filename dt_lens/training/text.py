@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dt_lens.arguments import local_path
+from dt_lens.arguments import atomic_write, local_path
 from dt_lens.behaviour.texts.windows import cut
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, unwritable
 from dt_lens.training.run import Schedule, TrainingRun
 from dt_lens.training.text_sources import Corpus, read_corpus
 
@@ -322,7 +322,9 @@ class _Run(TrainingRun):
             with _no_bars():
                 self.model.save_pretrained(self.out)
             self.tokenizer.save_pretrained(self.out)
-            (self.out / HELD_OUT).write_text(self.corpus.held_out, encoding="utf-8", newline="\n")
-            (self.out / RECORD).write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")
         except (OSError, RuntimeError) as error:
-            raise DtLensError(f"The model cannot be written to {self.out}: {because(error)}.") from error
+            raise unwritable(self.out, error) from error
+        with atomic_write(self.out / HELD_OUT) as part:
+            part.write_text(self.corpus.held_out, encoding="utf-8", newline="\n")
+        with atomic_write(self.out / RECORD) as part:
+            part.write_text(json.dumps(self._record(), indent=2) + "\n", encoding="utf-8")

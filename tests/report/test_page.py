@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_old_report_whole(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(DtLensError, match=r"report\.html cannot be written: .*free some space\.$"):
+        with pytest.raises(DtLensError, match=r"report\.html cannot be written: .*make room\.$"):
             write_report(path, "t", [Section("s", blocks("w"))])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

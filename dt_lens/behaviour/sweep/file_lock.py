@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Self
 
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, unwritable
 
-__all__ = ["Lock", "unwritable"]
+__all__ = ["Lock"]
 
 
 class Lock:
@@ -61,8 +61,3 @@ def _lock(handle: int) -> None:
         import msvcrt
 
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-
-
-def unwritable(file: Path, error: Exception) -> DtLensError:
-    why = getattr(error, "strerror", None) or because(error)
-    return DtLensError(f"{file} cannot be written: {why}; choose another folder or make room.")

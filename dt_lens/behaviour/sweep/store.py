@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dt_lens.behaviour.sweep.engines.engine import Event
-from dt_lens.behaviour.sweep.file_lock import Lock, unwritable
+from dt_lens.behaviour.sweep.file_lock import Lock
 from dt_lens.behaviour.sweep.halving import Standing, read_standing, rungs_of
 from dt_lens.behaviour.sweep.packing import Packed
 from dt_lens.behaviour.sweep.plan import FORMAT, Block, Plan, contents, cut, identity_of, unite
@@ -30,7 +30,7 @@ from dt_lens.behaviour.sweep.schema import (
     renumber,
     upgrade,
 )
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, because, unwritable
 
 __all__ = ["FILE", "KEPT", "Store", "in_words"]
 

@@ -7,7 +7,6 @@ video. What cannot be drawn comes back as a sentence.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError, nearest
 
 if TYPE_CHECKING:
@@ -232,15 +232,6 @@ def _advice() -> str:
 
 
 def _keep(made: Path, file: Path) -> Path:
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as part:
         shutil.copyfile(made, part)
-        part.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise DtLensError(
-            f"The video {file} cannot be written: {error.strerror or error}; choose another folder or free some space."
-        ) from error
     return file

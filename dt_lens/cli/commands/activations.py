@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.cli.options import Environment, Given, Matrices, MaxSteps, Model, Seed, Target, load_model, split
-from dt_lens.cli.output import print_table, progress, written
+from dt_lens.cli.output import print_table, print_written, progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,8 @@ def activations(
         )
     print_table(_table(found), f"{model}: what its matrices read")
     print(f"Digest {found.digest}, {found.record['tokens']:,} tokens.")
-    written(out, lambda: found.save(out))
+    found.save(out)
+    print_written(out)
 
 
 def _table(found: Activations) -> pd.DataFrame:

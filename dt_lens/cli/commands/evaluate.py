@@ -18,7 +18,7 @@ from dt_lens.cli.options import (
     load_model,
     number,
 )
-from dt_lens.cli.output import progress, written
+from dt_lens.cli.output import progress, write_csv
 from dt_lens.errors import DtLensError
 
 EPISODES = 100
@@ -98,7 +98,7 @@ def evaluate(
         import pandas as pd
 
         table = frames["unedited"] if change is None else pd.concat(frames, names=["arm"]).reset_index(level=0)
-        written(out, lambda: table.to_csv(out, index=False))
+        write_csv(table, out)
 
 
 def _require_fit(reads: bool, of_agents: dict[str, bool], of_readers: dict[str, bool]) -> None:

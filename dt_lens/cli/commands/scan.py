@@ -17,7 +17,7 @@ from dt_lens.cli.options import (
     load_model,
     split,
 )
-from dt_lens.cli.output import print_table, progress, written
+from dt_lens.cli.output import print_table, progress, write_csv
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def scan(
     print_table(best.head(top) if top else best, f"The strongest of {len(table):,} comparisons")
     _told(table)
     if out:
-        written(out, lambda: table.to_csv(out, index=False))
+        write_csv(table, out)
 
 
 def _told(table: pd.DataFrame) -> None:

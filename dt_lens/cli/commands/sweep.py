@@ -24,7 +24,7 @@ from dt_lens.cli.options import (
     load_model,
     split,
 )
-from dt_lens.cli.output import print_table, progress, resumable, written
+from dt_lens.cli.output import print_table, progress, resumable, write_csv
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def sweep(
     if status["void"]:
         print(f"{status['void']} units are of edits that cannot be put in force; the table's notes say why.")
     if table:
-        written(table, lambda: found.to_csv(table))
+        write_csv(found, table, index=True)
     print(f"\nThe results: {planned.file}")
     if failures:
         raise DtLensError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dt_lens.cli.options import Given, Model, Raw, WeightsOnly, load_model
-from dt_lens.cli.output import print_table, progress, written
+from dt_lens.cli.output import print_table, print_written, progress
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
@@ -62,7 +61,8 @@ def top(
         print_table(_lines(part), f"{name}, {where} side")
     for file in (html, out):
         if file is not None:
-            written(file, partial(table.save, file))
+            table.save(file)
+            print_written(file)
 
 
 def _lines(part: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.errors import DtLensError
+from dt_lens.arguments import atomic_write
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, write_report
 from dt_lens.study.atlas import figures
 from dt_lens.study.atlas.atlas import Atlas
@@ -36,16 +36,11 @@ def write_atlas(atlas: Atlas, out: Path, name: str = "the model", command: str =
     Raises:
         DtLensError: when the folder cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tables = ["directions", "correlations", "shares", "reliability", "predictors"]
-        tables += ["weighted"] * bool(len(atlas.weighted))
-        for what in tables:
-            getattr(atlas, what).to_csv(out / f"{what}.csv", index=False, float_format="%.6g")
-    except OSError as error:
-        raise DtLensError(
-            f"The atlas cannot be written to {out}: {error.strerror or error}; choose another."
-        ) from error
+    tables = ["directions", "correlations", "shares", "reliability", "predictors"]
+    tables += ["weighted"] * bool(len(atlas.weighted))
+    for what in tables:
+        with atomic_write(out / f"{what}.csv") as part:
+            getattr(atlas, what).to_csv(part, index=False, float_format="%.6g")
     base = atlas.baseline
     page = out / "atlas.html"
     write_report(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dt_lens.arguments import atomic_write
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.recording import record_actions
@@ -259,13 +260,8 @@ def common_action(model: Any, setting: Setting, out: Path | None, tell: Tell) ->
             sizes += np.abs(actions).sum(0)
     found = {"of": identity, "episodes": OWN, "sizes": sizes.tolist(), "most_common": int(sizes.argmax())}
     if file is not None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DtLensError(
-                f"{file} cannot be written: {error.strerror or error}; choose another folder or make room."
-            ) from error
+        with atomic_write(file) as part:
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return int(sizes.argmax())
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from dt_lens.errors import DtLensError
+from dt_lens.arguments import atomic_write
 from dt_lens.lens.matrices import RESIDUAL
 from dt_lens.lens.token_text import spelled, texts
 from dt_lens.report.page import Block, Folded, Note, Plot, Section, Table, write_report
@@ -46,11 +46,8 @@ def notebook_html(comparison: Comparison) -> str:
 
 def write_comparison(comparison: Comparison, folder: Path, command: str) -> Path:
     """Write ``comparison.html`` and ``comparison.csv``; see ``Comparison.save``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        comparison.table.to_csv(folder / "comparison.csv", index=False)
-    except OSError as error:
-        raise DtLensError(f"{folder} cannot be written: {error.strerror or error}; choose another folder.") from error
+    with atomic_write(folder / "comparison.csv") as part:
+        comparison.table.to_csv(part, index=False)
     a, b = comparison.names
     table = _readable(comparison.table.sort_values("relative_change", ascending=False, kind="stable"))
     changed = list(comparison.most_changed(LOOKED_INTO).query("relative_change > 0")["matrix"])
