@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.environment_labels import environment_labels
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 
-if TYPE_CHECKING:
-    from dt_lens.decision_transformer.model import HookedDecisionTransformer
-
-__all__ = ["embeddings_of"]
+__all__ = ["decision_transformer_embeddings"]
 
 
-def embeddings_of(model: HookedDecisionTransformer) -> EmbeddingRegistry:
+def decision_transformer_embeddings(
+    weights: Mapping[str, Tensor], cfg: HookedDecisionTransformerConfig, facts: RunFacts, identity: str
+) -> EmbeddingRegistry:
     """The seven standard sets, as live views of the weights; a head that the model lacks has none.
 
     They are ``state_in``, ``action_in``, ``reward_in``, ``timestep_in``, ``action_out``, ``state_out``, ``reward_out``.
     Where embeddings pass a tanh, what a kind of action puts into the stream is the tanh of its row: ``action_in`` of a
     discrete model holds that, and is no view. The other sets remain the rows, which is what small inputs do.
     """
-    weights = model.weights
-    registry = EmbeddingRegistry(model.cfg.d_model, model.identity)
-    state_labels, action_labels = coordinate_labels(model.facts)
+    registry = EmbeddingRegistry(cfg.d_model, identity)
+    state_labels, action_labels = coordinate_labels(facts)
     # The environment's labels are used where they fit: a checkpoint may have been trained on another version of it.
-    state_labels = state_labels if len(state_labels) == model.cfg.state_dim else ()
-    action_labels = action_labels if len(action_labels) == model.cfg.act_dim else ()
+    state_labels = state_labels if len(state_labels) == cfg.state_dim else ()
+    action_labels = action_labels if len(action_labels) == cfg.act_dim else ()
     embed_ln, ln_final = weights.get("embed_ln.w"), weights.get("ln_final.w")
     labels = {"state": state_labels, "action": action_labels, "return_to_go": ("return-to-go",)}
     for name, kind in (("state", "state"), ("action", "action"), ("return_to_go", "reward")):
         if f"embed.{name}.W" in weights:
             rows, named = weights[f"embed.{name}.W"], labels[name]
-            if name == "action" and model.cfg.action_padding:
-                named = (*(named or (f"action {i}" for i in range(model.cfg.act_dim))), "padding")
-            if name == "action" and model.cfg.discrete_actions and model.cfg.embed_act == "tanh":
+            if name == "action" and cfg.action_padding:
+                named = (*(named or (f"action {i}" for i in range(cfg.act_dim))), "padding")
+            if name == "action" and cfg.discrete_actions and cfg.embed_act == "tanh":
                 rows = torch.tanh(rows + weights["embed.action.b"])
             registry[f"{kind}_in"] = Embedding(rows, named, kind=kind, side="in", layernorm=embed_ln)
     rows = weights["embed.timestep.W"]
@@ -44,14 +44,14 @@ def embeddings_of(model: HookedDecisionTransformer) -> EmbeddingRegistry:
         rows, [f"t={t}" for t in range(len(rows))], kind="timestep", side="in", layernorm=embed_ln
     )
     for name, kind in (("action", "action"), ("state", "state"), ("return_to_go", "reward")):
-        if name not in model.cfg.predicts:
+        if name not in cfg.predicts:
             continue
         registry[f"{kind}_out"] = Embedding(
             weights[f"predict.{name}.W"].T,
             labels[name],
             kind=kind,
             side="out",
-            trained=name in model.facts.trained_heads or kind in model.facts.trained_heads,
+            trained=name in facts.trained_heads or kind in facts.trained_heads,
             layernorm=ln_final,
         )
     return registry

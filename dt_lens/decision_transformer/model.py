@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dt_lens.decision_transformer.batch import random_batch, require_batch
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.embeddings import embeddings_of
+from dt_lens.decision_transformer.embeddings import decision_transformer_embeddings
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.sharing import SharingModule
 from dt_lens.errors import DtLensError
@@ -292,17 +292,20 @@ class HookedDecisionTransformer(SharingModule):
     def embeddings(self) -> EmbeddingRegistry:
         """The model's labelled directions: ``state_in``, ``action_in``, ..., ``action_out``; yours to extend."""
         if self._embeddings is None:
-            self._embeddings = embeddings_of(self)
+            self._embeddings = self._fresh_embeddings()
             self._standard = {name: embedding.directions for name, embedding in self._embeddings.items()}
         elif self.cfg.embed_act != "none":
             self._moved()  # directions behind a nonlinearity are no views
         return self._embeddings
 
+    def _fresh_embeddings(self) -> EmbeddingRegistry:
+        return decision_transformer_embeddings(self.weights, self.cfg, self.facts, self.identity)
+
     def _moved(self) -> None:
         # The standard directions are views of weights that have moved; labels, and what the user put in, stay.
         if self._embeddings is None:
             return
-        for name, fresh in embeddings_of(self).items():
+        for name, fresh in self._fresh_embeddings().items():
             if name in self._embeddings and self._embeddings[name].directions is self._standard[name]:
                 self._embeddings[name] = replace(fresh, labels=self._embeddings[name].labels)
                 self._standard[name] = fresh.directions

@@ -17,7 +17,6 @@ from dt_lens.edits.edit import Edit, unedited
 from dt_lens.edits.low_rank import carry, remarks_on, spectrum_of
 
 if TYPE_CHECKING:
-    from dt_lens.edits.singular import SingularEdit
     from dt_lens.lens.activations import Activations
 
 __all__ = ["Control"]
@@ -49,7 +48,7 @@ class Control(Edit):
         activations: the digest of the activations, or an empty string.
     """
 
-    def __init__(self, edit: SingularEdit, seed: int = 0, activations: Activations | None = None) -> None:
+    def __init__(self, edit: Edit, seed: int = 0, activations: Activations | None = None) -> None:
         if activations is not None:
             require_activations(activations)
         self.of = edit
@@ -91,7 +90,7 @@ class Control(Edit):
         left = left if left_images is None else left_images.basis @ left
         right = right if right_images is None else right_images.basis @ right
         change = ((left * spectrum).to(edit.delta[0]), right.T.to(edit.delta[1]))
-        super().__init__(edit.model, matrix, *carry(bare, matrix, where, change, folded=False))
+        super().__init__(edit.model, matrix, edit.side, edit.sv, *carry(bare, matrix, where, change, folded=False))
         remarks = remarks_on(bare, matrix, self._placed)
         if abs(self.energy - edit.energy) > ROUNDED * edit.energy:
             remarks.append(

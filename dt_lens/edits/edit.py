@@ -22,7 +22,7 @@ from dt_lens.edits.low_rank import Placed, spectrum_of
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import LowRank
 from dt_lens.lens.forward_mode import evaluating
-from dt_lens.lens.matrices import Matrix, Snapshot
+from dt_lens.lens.matrices import Matrix, SideName, Snapshot
 from dt_lens.lens.weights import fingerprint, memory_of, weight_bytes
 
 if TYPE_CHECKING:
@@ -123,15 +123,21 @@ class Edit:
 
     Attributes:
         matrix: the catalogued matrix.
+        side: the side of the matrix on which singular vectors are replaced.
+        sv: the indices of the singular directions that are edited; for a control, those of the edit it belongs to.
         note: what a reader of the result has to know about this edit, or an empty string.
     """
 
     matrix: Matrix
+    side: SideName
+    sv: list[int]
     note: str = ""
 
-    def __init__(self, model: Lens, matrix: Matrix, delta: LowRank, placed: Placed) -> None:
+    def __init__(
+        self, model: Lens, matrix: Matrix, side: SideName, sv: Sequence[int], delta: LowRank, placed: Placed
+    ) -> None:
         self.model = model
-        self.matrix = matrix
+        self.matrix, self.side, self.sv = matrix, side, list(sv)
         self._delta = delta
         self._placed = placed
         self._weight = placed.factor.weight

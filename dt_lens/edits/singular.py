@@ -97,7 +97,7 @@ class SingularEdit(Edit):
         bare = unedited(model)
         found = find_matrix(bare, matrix, head)
         where = found.side(side)
-        self.side: SideName = found.left if where == "left" else found.right
+        side = found.left if where == "left" else found.right
         self.folded = fold_layernorm and found.foldable
         if activations is not None:
             require_activations(activations)
@@ -108,8 +108,8 @@ class SingularEdit(Edit):
             decomposition = _decomposed(model, bare, found, rank, fold_layernorm, activations)
         else:
             _require_fit(decomposition, bare, found, self.folded, self.activations, whole=rank is None)
-        self.sv = _indices(sv, len(decomposition.sigma), found.name)
-        rows = torch.tensor(self.sv, device=decomposition.sigma.device)
+        chosen = _indices(sv, len(decomposition.sigma), found.name)
+        rows = torch.tensor(chosen, device=decomposition.sigma.device)
         sigma, strength = decomposition.sigma[rows], decomposition.strength[rows]
         left, right = decomposition.left[rows], decomposition.right[rows]
         old = left if where == "left" else right
@@ -117,7 +117,7 @@ class SingularEdit(Edit):
             model.embeddings,
             folded=fold_layernorm,
             centred=self.folded and found.centred(where),
-            residual=self.side in RESIDUAL,
+            residual=side in RESIDUAL,
             seed=self.seed,
         )
         self.value: Value | float | list[float] | dict[str, Any]
@@ -126,7 +126,7 @@ class SingularEdit(Edit):
         self._fold_layernorm = fold_layernorm if isinstance(self.value, dict) else self.folded or not found.foldable
         step = (new - old) * strength[:, None]
         change: LowRank = (step.T, right) if where == "left" else (left.T, step)
-        super().__init__(model, found, *carry(bare, found, where, change, self.folded))
+        super().__init__(model, found, side, chosen, *carry(bare, found, where, change, self.folded))
         self.sigma: list[float] = sigma.tolist()
         self.blocks = sorted({decomposition.block_of(i) for i in self.sv})
         self.note = " ".join(self._remarks(bare, where))
