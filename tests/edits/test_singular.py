@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dt_lens import DtLensError, SingularEdit, WeightSVD
+from dt_lens.edits import singular
 from dt_lens.lens.matrices import Snapshot, find_matrix
 
 Make = Callable[..., Any]
@@ -276,15 +277,13 @@ def test_overlapping_edits_are_refused(make_dt: Make) -> None:
 
 def test_a_study_of_one_matrix_decomposes_it_once(make_dt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = make_dt(), []
-    import dt_lens.edits
-
-    original = dt_lens.edits.decompose_matrix
+    original = singular.decompose_matrix
 
     def counted(*args: Any) -> Any:
         made.append(args[1].name)
         return original(*args)
 
-    monkeypatch.setattr(dt_lens.edits, "decompose_matrix", counted)
+    monkeypatch.setattr(singular, "decompose_matrix", counted)
     for sv in range(5):
         with SingularEdit(model, W_IN, sv) as edit, edit.control():
             pass
