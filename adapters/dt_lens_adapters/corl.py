@@ -7,13 +7,14 @@ settings as ``config.yaml``; where that lies there and fits, nothing has to be a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from einops import rearrange
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from dt_lens.lens.checkpoints import Checkpoint
 __all__ = ["CORLDecisionTransformer"]
 
 EMBEDDINGS = {"return": "return_to_go", "state": "state", "action": "action"}
+SIZES = ("embedding_dim", "episode_len", "num_heads", "seq_len")  # whole numbers in the script's settings
+LONGEST = 16_384  # bytes; the script's settings are about a thousand
 
 
 class _Layout(Layout):
@@ -145,33 +148,50 @@ class CORLDecisionTransformer(StateDictAdapter):
         return said | ({"context": model.seq_len} if isinstance(getattr(model, "seq_len", None), int) else {})
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Plain values without aliases: a merge of aliases of merges would grow without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("CORL's settings hold no alias.")
+        return super().compose_node(parent, index)
+
+
 def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a ``config.yaml`` beside the file says, if it is one of CORL's and of a model of this shape."""
-    file = (checkpoint.folder or Path()) / "config.yaml"
-    try:
-        text = file.read_text(encoding="utf-8") if checkpoint.folder and file.is_file() else ""
-    except (OSError, ValueError):
-        text = ""
-    # The settings are one level of plain values, so that no YAML reader is needed.
-    plain = dict(re.findall(r"^(\w+):[ \t]+(\S+)[ \t]*$", text, re.MULTILINE))
-    table, width = checkpoint.tensors.get("timestep_emb.weight"), plain.get("embedding_dim")
-    try:
-        steps = int(plain["episode_len"]) + int(plain["seq_len"])
-        if table is None or [steps, int(width or 0)] != list(table.shape):
-            return {}
-        return {
-            "n_heads": int(plain["num_heads"]),
-            "context": int(plain["seq_len"]),
-            "max_action": float(plain["max_action"]),
-            "return_scale": 1 / float(plain["reward_scale"]),
-            "target_returns": _listed(text, "target_returns"),
-            "about": {"dataset": plain["env_name"]} if "env_name" in plain else {},
-        }
-    except (KeyError, ValueError, ZeroDivisionError):
+    said = _read_yaml(checkpoint.folder / "config.yaml") if checkpoint.folder else {}
+    numbers = {name: number for name, value in said.items() if (number := _number(value)) is not None}
+    table = checkpoint.tensors.get("timestep_emb.weight")
+    whole = all(type(numbers.get(name)) is int for name in SIZES)
+    if table is None or not whole or "max_action" not in numbers or not numbers.get("reward_scale"):
         return {}
+    if [numbers["episode_len"] + numbers["seq_len"], numbers["embedding_dim"]] != list(table.shape):
+        return {}
+    targets, dataset = said.get("target_returns"), said.get("env_name")
+    listed = [_number(value) for value in targets] if isinstance(targets, list) else []
+    return {
+        "n_heads": numbers["num_heads"],
+        "context": numbers["seq_len"],
+        "max_action": float(numbers["max_action"]),
+        "return_scale": 1 / numbers["reward_scale"],
+        "target_returns": [float(number) for number in listed if number is not None],
+        "about": {"dataset": dataset} if isinstance(dataset, str) else {},
+    }
 
 
-def _listed(text: str, name: str) -> list[float]:
-    """Numbers of a YAML list, in brackets or one to a line."""
-    found = re.search(rf"^{name}:[ \t]*(\[[^\]]*\]|(?:\n[ \t]*-[^\n]*)+)", text, re.MULTILINE)
-    return [float(number) for number in re.findall(r"[-+]?\d[\d.]*(?:[eE][-+]?\d+)?", found[1])] if found else []
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    """The mapping in a short YAML file; an empty one for any other file."""
+    try:
+        if not file.is_file() or file.stat().st_size > LONGEST:
+            return {}
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _number(value: Any) -> int | float | None:
+    """A number of a usual size, else ``None``. YAML takes 1e-3, which has no point, for text."""
+    with suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    return value if type(value) in (int, float) and abs(value) < 1e9 else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,9 @@ def make(seed: int = 0, size: float = 0.3, **sizes: Any) -> Minimal:
         for parameter in model.parameters():
             parameter.add_(size * torch.randn_like(parameter))
     return model
+
+
+SAVED = make().state_dict()
 
 
 def batch_of(model: Minimal, n: int = 3, steps: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -195,6 +201,72 @@ def test_a_bare_state_dict_and_settings_of_another_model(tmp_path: Path) -> None
     (tmp_path / "config.yaml").write_text(SETTINGS.replace("max_action: 1.0", "max_action: 2.0"))
     with pytest.raises(DtLensError, match=r"multiplies its actions by max_action=2\.0"):
         dt_lens.load(tmp_path / "dt.pt")
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        (SETTINGS.replace("\n- 3600.0\n- 1800.0", " [3600, 1.8e+3]  # in the environment's units"), (3600.0, 1800.0)),
+        (SETTINGS.replace("- 1800.0", "- 0\n- -1e3"), (3600.0, 0.0, -1000.0)),
+        (SETTINGS.replace("reward_scale: 0.01", "'reward_scale': 1e-2").replace("\n- 1800.0", ""), (3600.0,)),
+        ("{" + SETTINGS.split("target", 1)[0].rstrip().replace("\n", ", ") + "}", ()),
+    ],
+)
+def test_settings_in_any_form_of_yaml(tmp_path: Path, text: str, targets: tuple[float, ...]) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    facts = dt_lens.load(saved(make(), tmp_path), check=False).facts
+    assert (facts.target_returns, facts.return_scale, facts.context) == (targets, 100.0, 4)
+
+
+HUGE = "9" * 4000
+MERGES = "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "text",
+    {
+        "too long": SETTINGS + "#" * 20_000,
+        "merges of merges": f"a0: &a0 {{x: 1}}\n{MERGES}{SETTINGS}",
+        "an alias": f"a: &a 1\nb: *a\n{SETTINGS}",
+        "too deep": "[" * 3_000,
+        "another tag": f"{SETTINGS}x: !!python/object/apply:os.mkdir [trace]\n",
+        "two documents": f"{SETTINGS}---\n{SETTINGS}",
+        "no such day": f"{SETTINGS}day: 2001-99-99\n",
+        "text for a size": SETTINGS.replace("seq_len: 4", "seq_len: four"),
+        "truth for a size": SETTINGS.replace("seq_len: 4", "seq_len: true"),
+        "a huge size": SETTINGS.replace("num_heads: 2", f"num_heads: 0x{HUGE}"),
+        "a list for a scale": SETTINGS.replace("max_action: 1.0", "max_action: [1.0]"),
+        "a scale of 0": SETTINGS.replace("reward_scale: 0.01", "reward_scale: 0"),
+        "no number": SETTINGS.replace("reward_scale: 0.01", "reward_scale: .nan"),
+        "a list": "- 1\n",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_what_is_not_corls_settings_is_left_alone(tmp_path: Path, text: tuple[str, str]) -> None:
+    (tmp_path / "config.yaml").write_text(text[1])
+    began = time.process_time()
+    with pytest.raises(DtLensError, match=r"pass n_heads= .*\.$"):
+        dt_lens.load(saved(make(), tmp_path))
+    assert time.process_time() - began < 10 and not (tmp_path / "trace").exists()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    text=st.one_of(
+        st.text(max_size=60),
+        st.lists(st.sampled_from([*SETTINGS.splitlines(), "- 1", " x: [", "a: &a", "b: *a", "? ", "}", "'"])).map(
+            "\n".join
+        ),
+    )
+)
+def test_no_settings_raise_anything_but_a_sentence(text: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+        file = folder / "dt_checkpoint.pt"
+        torch.save(SAVED, file)
+        with suppress(DtLensError):
+            assert dt_lens.load(file, check=False).cfg.n_heads == 2
 
 
 @pytest.mark.parametrize(
