@@ -7,19 +7,20 @@ import math
 import operator
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dt_lens.errors import DtLensError, unwritable
+from dt_lens.errors import DtLensError, nearest, unwritable
 
 __all__ = [
     "atomic_write",
     "finite_numbers",
     "local_path",
     "names",
+    "refuse_unknown",
     "require_activations",
     "require_wrapped",
     "whole_number",
@@ -166,6 +167,21 @@ def atomic_write(file: Path, *errors: type[Exception]) -> Iterator[Path]:
             part.unlink(missing_ok=True)
     except refused as error:
         raise unwritable(file, error) from error
+
+
+def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
+    """Raise ``DtLensError`` for a keyword of ``load`` or ``wrap`` that the model's adapter does not know.
+
+    Also for an ``ignore_options`` that is not a list of names.
+    """
+    for name in given:
+        if name not in known:
+            raise DtLensError(
+                f"Unknown option {name!r} for this model; it takes {', '.join(sorted(known))}." + nearest(name, known)
+            )
+    ignored = given.get("ignore_options", ())
+    if not isinstance(ignored, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in ignored):
+        raise DtLensError(f"ignore_options is {str(ignored)[:80]!r}; it must be a list of names of options.")
 
 
 def require_wrapped(model: Any, caller: str, *offers: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dt_lens.arguments import refuse_unknown
 from dt_lens.errors import DtLensError, because
-from dt_lens.language_model.adapter import refuse_unknown
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens.language_model.original import config_values, fill

@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from dt_lens.arguments import refuse_unknown
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts, refuse_unknown
+from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts
 from dt_lens.decision_transformer.hf_layout import canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dt_lens.decision_transformer.facts import FACTS, given_facts, refuse_unknown
+from dt_lens.arguments import refuse_unknown
+from dt_lens.decision_transformer.facts import FACTS, given_facts
 from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dt_lens.arguments import refuse_unknown
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.language_model.adapter import refuse_unknown
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens.language_model.original import fill

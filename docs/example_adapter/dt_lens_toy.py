@@ -12,7 +12,7 @@ from torch import Tensor
 from dt_lens import DtLensError
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, ask_for_heads, run_facts
-from dt_lens.lens.checkpoints import Checkpoint
+from dt_lens.lens import Checkpoint
 
 SETTINGS = {"heads": "n_heads", "window": "context", "env": "environment", "scale": "return_scale"}
 

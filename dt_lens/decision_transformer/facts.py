@@ -14,7 +14,7 @@ from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.checkpoints import read_json
 
-__all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "given_facts", "refuse_unknown"]
+__all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "given_facts"]
 
 FACTS_FILE = "dt_lens.json"
 Padding = Literal["mask", "visible"]
@@ -142,19 +142,6 @@ class RunFacts:
 
 
 FACTS = {f.name for f in fields(RunFacts)}  # keywords that every decision transformer's ``load`` and ``wrap`` take
-
-
-def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
-    """Raise for a keyword that means nothing to an adapter."""
-    for name in given:
-        if name not in known:
-            raise DtLensError(
-                f"Unknown option {name!r} for this checkpoint; it takes {', '.join(sorted(known))}."
-                + nearest(name, known)
-            )
-    ignored = given.get("ignore_options", ())
-    if not isinstance(ignored, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in ignored):
-        raise DtLensError(f"ignore_options is {str(ignored)[:80]!r}; it must be a list of names of options.")
 
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from dt_lens.arguments import refuse_unknown
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts, refuse_unknown
+from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.checkpoints import Checkpoint

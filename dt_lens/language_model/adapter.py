@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.arguments import refuse_unknown
+from dt_lens.errors import DtLensError
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.original import config_values, original
 from dt_lens.lens.checkpoints import Checkpoint
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from dt_lens.language_model.weights_only import WeightsOnly
     from dt_lens.lens.shards import Shards
 
-__all__ = ["LanguageModelAdapter", "refuse_unknown"]
+__all__ = ["LanguageModelAdapter"]
 
 
 class LanguageModelAdapter:
@@ -88,13 +89,3 @@ def tokenizer_in(folder: Path) -> Any:
             f"The tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); pass tokenizer=None to "
             "go without labels, or the tokenizer itself."
         ) from error
-
-
-def refuse_unknown(given: dict[str, Any], known: set[str]) -> None:
-    """Raise for a keyword that means nothing to a language model."""
-    for name in given:
-        if name not in known:
-            raise DtLensError(
-                f"Unknown option {name!r} for a language model; it takes {', '.join(sorted(known))}."
-                + nearest(name, known)
-            )

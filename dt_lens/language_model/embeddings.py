@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 
-__all__ = ["CENTRED", "TokenEmbeddings", "embeddings_of"]
+__all__ = ["CENTRED", "TokenEmbeddings", "language_model_embeddings"]
 
 CENTRED = "token_out_centred"
 
@@ -33,7 +33,7 @@ class TokenEmbeddings(EmbeddingRegistry):
         return super().__getitem__(name)
 
 
-def embeddings_of(
+def language_model_embeddings(
     weights: Mapping[str, Tensor], d_model: int, owner: str, labels: Sequence[str] = (), rms: bool = False
 ) -> TokenEmbeddings:
     """``token_in`` (rows of ``embed.W_E``), ``token_out`` (columns of ``unembed.W_U``), ``position_in``, as live views.

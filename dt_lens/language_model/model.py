@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError
 from dt_lens.language_model.config import LanguageModelConfig
-from dt_lens.language_model.embeddings import embeddings_of
+from dt_lens.language_model.embeddings import language_model_embeddings
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.labels import token_labels
 from dt_lens.language_model.passage import hook_names, passing
@@ -147,7 +147,7 @@ class HookedLanguageModel(HookedRootModule):
         tables = {name: weight for name, weight in self.weights.items() if name in TABLES}
         place = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in tables.values())
         if self._embeddings is None or place != self._tables:
-            fresh = embeddings_of(tables, self.cfg.d_model, self.identity, self.labels, self.structure.rms)
+            fresh = language_model_embeddings(tables, self.cfg.d_model, self.identity, self.labels, self.structure.rms)
             # What the user put in stays; the standard sets are views of weights that have moved.
             for name, own in ({} if self._embeddings is None else self._embeddings).items():
                 if own.directions is not self._standard.get(name):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dt_lens.errors import DtLensError
 from dt_lens.language_model.config import LanguageModelConfig
-from dt_lens.language_model.embeddings import embeddings_of
+from dt_lens.language_model.embeddings import language_model_embeddings
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.labels import token_labels
 from dt_lens.language_model.layout import Stored
@@ -70,7 +70,7 @@ class WeightsOnly:
         """``token_in``, ``token_out`` and, where positions are learned, ``position_in``; yours to extend."""
         if self._embeddings is None:
             labels = token_labels(self.tokenizer, self.cfg.d_vocab) if self.tokenizer is not None else ()
-            self._embeddings = embeddings_of(
+            self._embeddings = language_model_embeddings(
                 self._weights, self.cfg.d_model, self.identity, labels, rms=self.cfg.norm == "rmsnorm"
             )
         return self._embeddings
