@@ -1,12 +1,12 @@
-"""What every training run is: steps of AdamW, a curve, and a checkpoint from which it goes on to the same bits."""
+"""A training run: steps of an optimizer, a curve, and a checkpoint from which it resumes with the same bits."""
 
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,43 +16,27 @@ from torch import Tensor
 
 from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError
+from dt_lens.training.settings import Schedule
 
-__all__ = ["Schedule", "TrainingRun"]
+__all__ = ["TrainingRun"]
 
 CHECKPOINT = "checkpoint.pt"
 CURVE = "curve.jsonl"
 
 
-class Schedule:
-    """What the settings of every run have; a dataclass of all that decides what a run ends with, beside the data."""
-
-    steps: int
-    lr: float
-    warmup: int
-    clip: float
-    bf16: bool
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: a linear warm-up, then half a cosine down to a hundredth."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        along = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * along)) / 2)
-
-
 class TrainingRun(ABC):
-    """A training run between two steps.
+    """Trains a model step by step; a subclass says what the loss is, what is measured and what is written.
 
     Args:
         settings: a dataclass.
-        data: what else has to be the same for the run to go on, by the name that a message calls it.
+        data: what identifies the data, by the name that an error sentence uses; it must not change on resuming.
         out: the folder of the checkpoint and the curve.
         model: on its device.
         optimizer: over its parameters.
     """
 
     def __init__(
-        self, settings: Any, data: dict[str, str], out: Path, model: Any, optimizer: torch.optim.Optimizer
+        self, settings: Schedule, data: dict[str, str], out: Path, model: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         self.settings, self.out, self.model, self.optimizer = settings, out, model, optimizer
         self.device: torch.device = next(model.parameters()).device
@@ -65,15 +49,41 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def loss(self) -> Tensor:
-        """The loss of a fresh batch."""
+        """The loss of a new batch."""
+
+    @abstractmethod
+    def measure(self) -> dict[str, Any]:
+        """Evaluate the model as it is now: what a row of the curve holds besides the loss."""
+
+    @abstractmethod
+    def progress(self) -> Any:
+        """What ``report`` is called with after every step."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Write the model to ``out``."""
 
     @property
     def mean_loss(self) -> float:
-        """Of the steps since the last row of the curve."""
+        """The mean loss of the steps since the last row of the curve."""
         return float(self._losses) / max(1, self._counted)
 
+    def finish(self, eval_every: int, checkpoint_every: int, report: Callable[[Any], None]) -> None:
+        """Train to the last step, measuring every ``eval_every`` steps (0: only at the end), and write the model."""
+        steps = self.settings.steps
+        while self.step < steps:
+            self.learn()
+            last = self.step == steps
+            if last or (eval_every and self.step % eval_every == 0):
+                self.note(**self.measure())
+            if last or self.step % checkpoint_every == 0:
+                self.save()
+            report(self.progress())
+        self.model.eval()
+        self.write()
+
     def learn(self) -> None:
-        """One step."""
+        """Train on one batch, at the learning rate of this step."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.step)
@@ -87,7 +97,7 @@ class TrainingRun(ABC):
         self._counted += 1
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in bfloat16 where the settings say so."""
+        """A context in which matrix products run in bfloat16, if the settings say so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
     def note(self, **measured: Any) -> None:
@@ -101,7 +111,7 @@ class TrainingRun(ABC):
         """Write the checkpoint and the curve.
 
         Raises:
-            DtLensError: when the folder cannot be written.
+            DtLensError: if the folder cannot be written.
         """
         state = {
             "settings": json.dumps(asdict(self.settings)),
@@ -120,25 +130,25 @@ class TrainingRun(ABC):
             part.write_text("".join(json.dumps(row) + "\n" for row in self.curve), encoding="utf-8")
 
     def resume(self) -> None:
-        """Continue from the checkpoint in ``out``, where there is one.
+        """Resume from the checkpoint in ``out``, if there is one.
 
         Raises:
-            DtLensError: for one that cannot be read, or is of another run.
+            DtLensError: if it cannot be read, or belongs to another run.
         """
         file = self.out / CHECKPOINT
         if not file.exists():
             return
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
-            settings, data = json.loads(state["settings"]), {name: state[name] for name in self._data}
+            saved = json.loads(state["settings"])
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise DtLensError(f"{file} cannot be read as a training checkpoint; delete it to start again.") from error
-        mine = json.loads(json.dumps(asdict(self.settings)))
-        other = [name for name, value in mine.items() if settings.get(name) != value]
-        other += [name for name, value in self._data.items() if data[name] != value]
+        saved |= {name: state[name] for name in self._data if name in state}
+        mine = json.loads(json.dumps(asdict(self.settings))) | self._data
+        other = [name for name, value in mine.items() if saved.get(name) != value]
         if other:
             raise DtLensError(
-                f"{self.out} holds a run with another {', '.join(other)}; choose another folder, or begin anew "
+                f"{self.out} holds a run with another {', '.join(other)}; choose another folder, or start again there "
                 "(--fresh; resume=False)."
             )
         self.model.load_state_dict(state["model"])

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dt_lens.arguments import atomic_write, local_path
+from dt_lens.arguments import atomic_write, local_path, whole_number
 from dt_lens.behaviour.texts.windows import cut
 from dt_lens.errors import DtLensError, unwritable
-from dt_lens.training.run import Schedule, TrainingRun
+from dt_lens.training.run import TrainingRun
+from dt_lens.training.settings import TextSettings
 from dt_lens.training.text_sources import Corpus, read_corpus
 
-__all__ = ["Progress", "TextSettings", "train_text"]
+__all__ = ["TextProgress", "make_tokenizer", "train_text", "unigram_loss"]
 
 RECORD = "training.json"
 HELD_OUT = "heldout.txt"
@@ -30,30 +31,8 @@ END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class TextSettings(Schedule):
-    """Everything that decides what a training run ends with, beside the text."""
-
-    vocabulary: int
-    context: int
-    d_model: int
-    n_layers: int
-    n_heads: int
-    dropout: float
-    steps: int
-    batch_size: int
-    lr: float
-    warmup: int
-    weight_decay: float
-    clip: float
-    bf16: bool
-    unwrap: bool
-    held_out: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What ``report`` is told after every step; losses are in nats per token."""
+class TextProgress:
+    """What ``report`` is called with after every step; losses are in nats per token."""
 
     step: int
     steps: int
@@ -64,56 +43,29 @@ class Progress:
 def train_text(
     sources: Iterable[str | Path],
     out: str | Path,
+    settings: TextSettings | None = None,
     *,
-    vocabulary: int = 3_072,
-    context: int = 128,
-    d_model: int = 128,
-    n_layers: int = 4,
-    n_heads: int = 4,
-    dropout: float = 0.0,
-    steps: int = 4_000,
-    batch_size: int = 16,
-    lr: float = 2e-3,
-    warmup: int = 200,
-    weight_decay: float = 0.1,
-    clip: float = 1.0,
-    bf16: bool = True,
-    unwrap: bool = False,
-    held_out: float = 0.015,
-    seed: int = 0,
     eval_every: int = 250,
     checkpoint_every: int = 100,
     resume: bool = True,
     device: str | torch.device = "cpu",
-    report: Callable[[Progress], None] | None = None,
+    report: Callable[[TextProgress], None] | None = None,
 ) -> nn.Module:
     """Train a ``GPT2LMHeadModel`` and its byte-level BPE tokenizer; the defaults are the bundled ``tiny-gpt2``'s.
 
-    ``out`` ends up with what ``AutoModelForCausalLM`` and ``AutoTokenizer`` read, and with ``heldout.txt`` (what was
-    not trained on: ``evaluate``'s default text), ``training.json`` (settings, sources, held-out losses beside those of
-    a uniform and a unigram model), ``curve.jsonl`` (a row for every ``eval_every`` steps) and ``checkpoint.pt``, from
-    which the same call goes on after an interruption: what it ends with is the same to the bit on the same machine
-    with the same number of threads.
+    ``out`` ends up with the files that ``AutoModelForCausalLM`` and ``AutoTokenizer`` read, and with ``heldout.txt``
+    (the text that was not trained on: ``evaluate``'s default text), ``training.json`` (settings, sources, held-out
+    losses of this model, a uniform and a unigram model), ``curve.jsonl`` (a row for every ``eval_every`` steps) and
+    ``checkpoint.pt``, from which the same call resumes after an interruption. A resumed run ends with the same bits as
+    an uninterrupted one on the same machine with the same number of threads.
 
     Args:
         sources: text files; see ``read_corpus``.
         out: the folder to write.
-        vocabulary: tokens, the 256 bytes and the end of text among them.
-        context: tokens of a window.
-        d_model, n_layers, n_heads: the shape of the transformer.
-        dropout: in training only.
-        steps: gradient steps.
-        batch_size: windows in a batch, each from anywhere in the text.
-        lr: of AdamW, reached after ``warmup`` steps and taken down half a cosine to a hundredth of it.
-        weight_decay: of the matrices.
-        clip: the largest gradient norm.
-        bf16: whether matrix products run in bfloat16 (weights, sums and the optimizer stay in float32).
-        unwrap: whether lines of a plain text's paragraphs are joined.
-        held_out: the share of the text to hold out.
-        seed: of the held-out choice, the initial weights, the windows and dropout.
+        settings: everything else that decides what training ends with; ``TextSettings()`` by default.
         eval_every: steps between held-out losses; 0 for the last step only.
         checkpoint_every: steps between checkpoints.
-        resume: whether to go on from ``out`` where it holds an unfinished run.
+        resume: whether to resume an unfinished run in ``out``.
         device: where the model trains.
         report: called after every step.
 
@@ -121,17 +73,15 @@ def train_text(
         The trained model in evaluation mode.
 
     Raises:
-        DtLensError: for a source that cannot be read, settings that make no model, a checkpoint of another run in
-            ``out``, or a folder that cannot be written.
+        DtLensError: if a source cannot be read, the settings do not make a model, ``out`` holds a checkpoint of another
+            run, or the folder cannot be written.
     """
-    settings = TextSettings(
-        vocabulary, context, d_model, n_layers, n_heads, dropout, steps, batch_size, lr, warmup, weight_decay, clip,
-        bf16, unwrap, held_out, seed,
-    )  # fmt: skip
-    _check(settings, eval_every, checkpoint_every)
-    corpus = read_corpus(sources, unwrap=unwrap, held_out=held_out, seed=seed)
+    eval_every = whole_number(eval_every, "eval_every", 0)
+    checkpoint_every = whole_number(checkpoint_every, "checkpoint_every", 1)
+    settings = settings or TextSettings()
+    corpus = read_corpus(sources, unwrap=settings.unwrap, held_out=settings.held_out, seed=settings.seed)
     with torch.random.fork_rng(devices=[]):
-        run = _Run(settings, corpus, local_path(out, "out"), torch.device(device))
+        run = _TextRun(settings, corpus, local_path(out, "out"), torch.device(device))
         if resume:
             run.resume()
         run.finish(eval_every, checkpoint_every, report or (lambda _: None))
@@ -139,23 +89,8 @@ def train_text(
     return model
 
 
-def _check(settings: TextSettings, eval_every: int, checkpoint_every: int) -> None:
-    least = {"steps": 1, "batch_size": 1, "n_layers": 1, "n_heads": 1, "d_model": 1, "context": 2, "vocabulary": 257}
-    for name, value in least.items():
-        if getattr(settings, name) < value:
-            raise DtLensError(f"{name} is {getattr(settings, name)}; it must be at least {value}.")
-    if settings.d_model % settings.n_heads:
-        raise DtLensError(f"d_model is {settings.d_model}; it must be a multiple of n_heads, {settings.n_heads}.")
-    if not 0 <= settings.dropout < 1 or not 0 < settings.held_out < 1:
-        raise DtLensError("dropout must be at least 0, held_out above 0, and both below 1.")
-    if not settings.lr > 0 or not settings.clip > 0 or min(settings.warmup, settings.weight_decay, eval_every) < 0:
-        raise DtLensError("lr and clip must be positive, and warmup, weight_decay and eval_every not negative.")
-    if checkpoint_every < 1:
-        raise DtLensError(f"checkpoint_every is {checkpoint_every}; it must be at least 1.")
-
-
 def make_tokenizer(segments: Iterable[str], vocabulary: int, context: int) -> Any:
-    """A byte-level BPE tokenizer of these texts, as GPT-2's: any text round-trips, nothing is unknown.
+    """Train a byte-level BPE tokenizer like GPT-2's on these texts: any text round-trips, no token is unknown.
 
     Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units" (2016); bytes as by Radford et al.,
     "Language Models are Unsupervised Multitask Learners" (2019).
@@ -183,15 +118,22 @@ def make_tokenizer(segments: Iterable[str], vocabulary: int, context: int) -> An
 
 
 def unigram_loss(trained: np.ndarray[Any, Any], predicted: np.ndarray[Any, Any], vocabulary: int) -> float:
-    """Nats per predicted token of the model that knows each token's frequency in the training text, each counted
-    once more than it was seen (Laplace)."""
+    """The loss of a unigram model, in nats per predicted token.
+
+    The model gives each token its frequency in the training text, with one added to every count (Laplace).
+
+    Args:
+        trained: token ids of the training text.
+        predicted: token ids that are predicted.
+        vocabulary: number of tokens.
+    """
     counts = np.bincount(trained, minlength=vocabulary) + 1.0
     return float(-np.log(counts / counts.sum())[predicted].mean())
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars: a file of five megabytes needs none."""
+    """Turn off transformers' own progress bars: writing five megabytes does not need one."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -203,8 +145,8 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _Run(TrainingRun):
-    """Learns to predict windows of a text."""
+class _TextRun(TrainingRun):
+    """Trains a GPT-2 to predict windows of a text."""
 
     settings: TextSettings
 
@@ -218,7 +160,9 @@ class _Run(TrainingRun):
         ids = [np.asarray([*segment, end], dtype=np.int64) for segment in encoded]
         self.tokens = torch.from_numpy(np.concatenate(ids)).to(device)
         if len(self.tokens) <= settings.context:
-            raise DtLensError(f"The text has {len(self.tokens)} tokens; it must have more than context has.")
+            raise DtLensError(
+                f"The text has {len(self.tokens)} tokens; it must have more than context, {settings.context}."
+            )
         self.windows = cut([corpus.held_out], self.tokenizer, settings.context)
         torch.manual_seed(settings.seed)
         drop = settings.dropout
@@ -246,21 +190,6 @@ class _Run(TrainingRun):
         )
         super().__init__(settings, {"text": self._text_id()}, out, model, optimizer)
 
-    def finish(self, eval_every: int, checkpoint_every: int, report: Callable[[Progress], None]) -> None:
-        """Train to the last step, measuring and saving on the way."""
-        steps = self.settings.steps
-        while self.step < steps:
-            self.learn()
-            last = self.step == steps
-            if last or (eval_every and self.step % eval_every == 0):
-                self.note(held_out=self.held_out_loss())
-            if last or self.step % checkpoint_every == 0:
-                self.save()
-            held_out = self.curve[-1]["held_out"] if self.curve else None
-            report(Progress(self.step, steps, self.mean_loss, held_out))
-        self.model.eval()
-        self._write()
-
     def loss(self) -> Tensor:
         settings = self.settings
         starts = torch.randint(len(self.tokens) - settings.context, (settings.batch_size, 1)).to(self.device)
@@ -269,8 +198,15 @@ class _Run(TrainingRun):
             logits = self.model(batch[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
+    def measure(self) -> dict[str, Any]:
+        return {"held_out": self.held_out_loss()}
+
+    def progress(self) -> TextProgress:
+        held_out = self.curve[-1]["held_out"] if self.curve else None
+        return TextProgress(self.step, self.settings.steps, self.mean_loss, held_out)
+
     def held_out_loss(self) -> float:
-        """Mean over the held-out windows, in nats per token: what ``evaluate`` finds for ``heldout.txt``."""
+        """The mean over the held-out windows, in nats per token; equals what ``evaluate`` gives for ``heldout.txt``."""
         self.model.eval()
         total, count = 0.0, 0
         windows = self.windows.tokens
@@ -316,8 +252,8 @@ class _Run(TrainingRun):
             "seconds": self.curve[-1]["seconds"],
         }
 
-    def _write(self) -> None:
-        """What is read by others: model, tokenizer, held-out text, record."""
+    def write(self) -> None:
+        """Write the model, its tokenizer, the held-out text and ``training.json``."""
         try:
             with _no_bars():
                 self.model.save_pretrained(self.out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,48 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.arguments import local_path
+from dt_lens.arguments import local_path, whole_number
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
 from dt_lens.training.dataset import Trajectories, Windows, read
-from dt_lens.training.run import Schedule, TrainingRun
+from dt_lens.training.run import TrainingRun
+from dt_lens.training.settings import AgentSettings
 
-__all__ = ["Settings", "train"]
+__all__ = ["AgentProgress", "action_loss", "train"]
 
 TARGET_QUANTILES = (0.95, 0.75, 0.55, 0.35, 0.15)
 
 
 @dataclass(frozen=True)
-class Settings(Schedule):
-    """Everything that decides what a training run ends with, beside the data."""
-
-    dataset: str
-    steps: int
-    batch_size: int
-    context: int
-    early: float
-    shortened: float
-    d_model: int
-    n_layers: int
-    n_heads: int
-    dropout: float
-    lr: float
-    warmup: int
-    weight_decay: float
-    clip: float
-    bf16: bool
-    seed: int
-    targets: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What ``report`` is told after every step."""
+class AgentProgress:
+    """What ``report`` is called with after every step."""
 
     step: int
     steps: int
@@ -63,59 +42,32 @@ class Progress:
 def train(
     dataset_id: str = "hopper/climb-v0",
     out: str | Path = "runs/hopper",
+    settings: AgentSettings | None = None,
     *,
-    steps: int = 6_000,
-    batch_size: int = 64,
-    context: int = 20,
-    early: float = 0.15,
-    shortened: float = 0.25,
-    d_model: int = 128,
-    n_layers: int = 3,
-    n_heads: int = 1,
-    dropout: float = 0.1,
-    lr: float = 1e-3,
-    warmup: int = 500,
-    weight_decay: float = 1e-4,
-    clip: float = 0.25,
-    bf16: bool = True,
-    seed: int = 0,
-    targets: Sequence[float] | None = None,
     eval_every: int = 2_000,
     eval_episodes: int = 8,
     checkpoint_every: int = 250,
     environment: str | None = None,
     resume: bool = True,
     device: str | torch.device = "cpu",
-    report: Callable[[Progress], None] | None = None,
+    report: Callable[[AgentProgress], None] | None = None,
 ) -> HookedDecisionTransformer:
     """Train on any Minari data set, local or downloadable; the defaults are the bundled Hopper's.
 
     ``out`` ends up with the model in Hugging Face's format (``config.json``, ``model.safetensors``), ``dt_lens.json``,
     ``curve.jsonl`` (a row for every ``eval_every`` steps: step, loss, learning rate, mean return at each target) and
-    ``checkpoint.pt``, from which the same call goes on after an interruption: what it ends with is the same to the bit
-    on the same machine with the same number of threads.
+    ``checkpoint.pt``, from which the same call resumes after an interruption. A resumed run ends with the same bits as
+    an uninterrupted one on the same machine with the same number of threads.
 
     Args:
         dataset_id: a Minari id; continuous actions are learned by squared error, discrete ones by cross-entropy.
         out: the folder to write.
-        steps: gradient steps.
-        batch_size: windows in a batch.
-        context: steps the agent looks back.
-        early: the share of windows from the first steps of an episode; see ``Windows.sample``.
-        shortened: the share of windows without a part of their past; likewise.
-        d_model, n_layers, n_heads: the shape of the transformer; ReLU and pre-LayerNorm, as in the original.
-        dropout: on tokens, attention and residual branches, in training only.
-        lr: of AdamW, reached after ``warmup`` steps and taken down half a cosine to a hundredth of it.
-        weight_decay: of AdamW.
-        clip: the largest gradient norm.
-        bf16: whether matrix products run in bfloat16 (weights, sums and the optimizer stay in float32).
-        seed: of the initial weights, batches, dropout and evaluations.
-        targets: target returns to evaluate at, the agent's default first; quantiles of the data's returns when omitted.
+        settings: everything else that decides what training ends with; ``AgentSettings()`` by default.
         eval_every: steps between evaluations; 0 for none.
         eval_episodes: episodes at each target.
         checkpoint_every: steps between checkpoints.
-        environment: a Gymnasium id to evaluate in; the data set's own when omitted.
-        resume: whether to go on from ``out`` where it holds an unfinished run.
+        environment: a Gymnasium id to evaluate in; the data set's own by default.
+        resume: whether to resume an unfinished run in ``out``.
         device: where the model trains.
         report: called after every step.
 
@@ -123,35 +75,27 @@ def train(
         The trained model in evaluation mode, with its run facts.
 
     Raises:
-        DtLensError: for a data set that cannot be read, settings that make no model, an ``environment`` that does not
-            fit, a checkpoint of another run in ``out``, or a folder that cannot be written. A data set's own
-            environment that cannot be made is a warning, and there are no evaluations.
+        DtLensError: if the data set cannot be read, the settings do not make a model, ``environment`` does not fit,
+            ``out`` holds a checkpoint of another run, or the folder cannot be written. If the data set's own
+            environment cannot be made, that is a warning, and there are no evaluations.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
-        if value < 1:
-            raise DtLensError(f"{name} is {value}; it must be at least 1.")
-    for name, share in (("dropout", dropout), ("early", early), ("shortened", shortened)):
-        if not 0 <= share < 1:
-            raise DtLensError(f"{name} is {share}; it must be at least 0 and below 1.")
-    if not lr > 0 or not clip > 0 or min(warmup, eval_every, eval_episodes) < 0:
-        raise DtLensError("lr and clip must be positive, and warmup, eval_every and eval_episodes not negative.")
+    eval_every = whole_number(eval_every, "eval_every", 0)
+    eval_episodes = whole_number(eval_episodes, "eval_episodes", 0)
+    checkpoint_every = whole_number(checkpoint_every, "checkpoint_every", 1)
+    settings = settings or AgentSettings()
     data = read(dataset_id)
     if environment is not None:
         data = replace(data, environment=environment, environment_kwargs={})
-    chosen = tuple(float(t) for t in targets) if targets else _targets(data.returns)
-    settings = Settings(
-        dataset_id, steps, batch_size, context, early, shortened, d_model, n_layers, n_heads, dropout, lr,
-        warmup, weight_decay, clip, bf16, seed, chosen,
-    )  # fmt: skip
+    if not settings.targets:
+        settings = replace(settings, targets=_targets(data.returns))
     with torch.random.fork_rng(devices=[]):
-        run = _Run(settings, data, local_path(out, "out"), torch.device(device))
-        if eval_every and eval_episodes and not run.can_evaluate(insist=environment is not None):
-            eval_episodes = 0
+        run = _AgentRun(settings, data, local_path(out, "out"), torch.device(device))
+        if eval_every and eval_episodes and run.can_evaluate(insist=environment is not None):
+            run.eval_episodes = eval_episodes
         if resume:
             run.resume()
-        run.finish(eval_every, eval_episodes, checkpoint_every, report or (lambda _: None))
-    model: HookedDecisionTransformer = run.model
-    return model
+        run.finish(eval_every, checkpoint_every, report or (lambda _: None))
+    return run.model
 
 
 def _targets(returns: np.ndarray[Any, Any]) -> tuple[float, ...]:
@@ -160,13 +104,13 @@ def _targets(returns: np.ndarray[Any, Any]) -> tuple[float, ...]:
     return tuple(dict.fromkeys(rounded))
 
 
-class _Run(TrainingRun):
-    """Learns to act from windows of a data set."""
+class _AgentRun(TrainingRun):
+    """Trains a decision transformer to act on windows of a data set."""
 
     model: HookedDecisionTransformer
-    settings: Settings
+    settings: AgentSettings
 
-    def __init__(self, settings: Settings, data: Trajectories, out: Path, device: torch.device) -> None:
+    def __init__(self, settings: AgentSettings, data: Trajectories, out: Path, device: torch.device) -> None:
         torch.manual_seed(settings.seed)
         longest = max(int(data.lengths.max()), data.time_limit or 0)
         drop = settings.dropout
@@ -191,35 +135,24 @@ class _Run(TrainingRun):
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
-        super().__init__(settings, {}, out, model, optimizer)
+        super().__init__(settings, {"dataset": data.dataset_id}, out, model, optimizer)
         self.data = data
         self.windows = Windows(data, settings.context, device)
-
-    def finish(self, eval_every: int, eval_episodes: int, checkpoint_every: int, report: Callable[..., None]) -> None:
-        """Train to the last step, evaluating and saving on the way."""
-        steps = self.settings.steps
-        returns: dict[float, float] = {}
-        while self.step < steps:
-            self.learn()
-            last = self.step == steps
-            if last or (eval_every and self.step % eval_every == 0):
-                returns = self._evaluate(eval_episodes) if eval_every else {}
-                self.note(returns={f"{target:g}": round(value, 1) for target, value in returns.items()})
-                save_pretrained(self.model, self.out)  # as it is
-            if last or self.step % checkpoint_every == 0:
-                self.save()
-            report(Progress(self.step, steps, self.mean_loss, returns))
-        self.model.eval()
-        save_pretrained(self.model, self.out)
+        self.eval_episodes = 0
+        self._returns: dict[float, float] = {}  # the newest mean return at each target
 
     def loss(self) -> Tensor:
         batch = self.windows.sample(self.settings.batch_size, self.settings.early, self.settings.shortened)
         with self.autocast():
             predicted = self.model(**batch).action_preds
-        return _loss(predicted.float(), batch, self.data.discrete)
+        return action_loss(predicted.float(), batch, self.data.discrete)
 
     def can_evaluate(self, insist: bool) -> bool:
-        """Whether the environment is there and fits; said now rather than at the first evaluation."""
+        """Whether the environment can be made and fits the model; checked before training, not at the first evaluation.
+
+        Raises:
+            DtLensError: if it does not and ``insist`` is true; otherwise that is a warning.
+        """
         from dt_lens.behaviour.agents.environment import make_task
 
         if self.data.environment is None:
@@ -229,34 +162,51 @@ class _Run(TrainingRun):
         except DtLensError as error:
             if insist:
                 raise
-            warnings.warn(f"{error} Training goes on without evaluations.", stacklevel=3)
+            warnings.warn(f"{error} Training continues without evaluations.", stacklevel=3)
             return False
         return True
 
-    def _evaluate(self, episodes: int) -> dict[float, float]:
-        if not episodes:
-            return {}
+    def measure(self) -> dict[str, Any]:
+        """Evaluate the agent at each target, and write it so that an unfinished run can be used."""
+        self._returns = self._evaluate() if self.eval_episodes else {}
+        save_pretrained(self.model, self.out)
+        return {"returns": {f"{target:g}": round(value, 1) for target, value in self._returns.items()}}
+
+    def _evaluate(self) -> dict[float, float]:
         from dt_lens.behaviour.evaluate import evaluate
 
         self.model.eval()
+        episodes, seed = self.eval_episodes, self.settings.seed
         with torch.random.fork_rng(devices=[]):
             return {
-                target: float(
-                    evaluate(self.model, episodes=episodes, seed=self.settings.seed, target_return=target).mean
-                )
+                target: float(evaluate(self.model, episodes=episodes, seed=seed, target_return=target).mean)
                 for target in self.settings.targets
             }
 
+    def progress(self) -> AgentProgress:
+        return AgentProgress(self.step, self.settings.steps, self.mean_loss, self._returns)
 
-def _loss(predicted: Tensor, batch: dict[str, Tensor], discrete: bool) -> Tensor:
-    """Over the real steps: squared error of the actions, or cross-entropy of the action ids."""
+    def write(self) -> None:
+        save_pretrained(self.model, self.out)
+
+
+def action_loss(
+    predicted: Float[Tensor, "batch step act_dim"], batch: dict[str, Tensor], discrete: bool
+) -> Float[Tensor, ""]:
+    """The loss of predicted actions, over the steps that ``attention_mask`` marks as real: padding does not count.
+
+    Args:
+        predicted: actions, or logits of discrete ones.
+        batch: a batch of ``Windows``.
+        discrete: cross-entropy of the action ids instead of the squared error of the actions.
+    """
     real = batch["attention_mask"]
     if discrete:
         return F.cross_entropy(predicted[real], batch["actions"][real].argmax(-1))
     return F.mse_loss(predicted[real], batch["actions"][real])
 
 
-def _facts(settings: Settings, data: Trajectories) -> RunFacts:
+def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
     returns = data.returns
     return RunFacts(
         context=settings.context,
@@ -273,6 +223,6 @@ def _facts(settings: Settings, data: Trajectories) -> RunFacts:
                 "steps": int(data.lengths.sum()),
                 "return_quantiles": [round(float(q), 1) for q in np.quantile(returns, (0, 0.25, 0.5, 0.75, 1))],
             },
-            "recipe": asdict(settings),
+            "recipe": {"dataset": data.dataset_id, **asdict(settings)},
         },
     )

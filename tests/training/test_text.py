@@ -13,13 +13,14 @@ import torch
 
 import dt_lens
 from dt_lens.errors import DtLensError
-from dt_lens.training.text import Progress, TextSettings, train_text, unigram_loss
+from dt_lens.training.settings import TextSettings
+from dt_lens.training.text import TextProgress, train_text, unigram_loss
 from dt_lens.training.text_sources import read_corpus
 
-SMALL: dict[str, Any] = {
-    "vocabulary": 300, "context": 16, "d_model": 16, "n_layers": 1, "n_heads": 2, "batch_size": 8, "warmup": 2,
-    "held_out": 0.2, "eval_every": 0,
-}  # fmt: skip
+
+def small(**changes: Any) -> TextSettings:
+    sizes = {"vocabulary": 300, "context": 16, "d_model": 16, "n_layers": 1, "n_heads": 2, "batch_size": 8}
+    return TextSettings(**{**sizes, "warmup": 2, "held_out": 0.2, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -57,17 +58,17 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(story: Path, tmp_path: Path) -> None:
-    settings = {**SMALL, "steps": 20, "checkpoint_every": 4, "eval_every": 6, "dropout": 0.1}
-    whole = train_text([story], tmp_path / "whole", **settings)
+    settings, often = small(steps=20, dropout=0.1), {"checkpoint_every": 4, "eval_every": 6}
+    whole = train_text([story], tmp_path / "whole", settings, **often)
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: TextProgress) -> None:
         if progress.step == 11:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_text([story], tmp_path / "parts", **settings, report=stop)
-    seen: list[Progress] = []
-    parts = train_text([story], tmp_path / "parts", **settings, report=seen.append)
+        train_text([story], tmp_path / "parts", settings, **often, report=stop)
+    seen: list[TextProgress] = []
+    parts = train_text([story], tmp_path / "parts", settings, **often, report=seen.append)
     assert [p.step for p in seen] == list(range(9, 21))  # from the last checkpoint
     assert seen[-1].held_out is not None
     theirs = parts.state_dict()
@@ -88,7 +89,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(story: Path, tmp_path: Path)
 def test_what_follows_is_learned_and_hugging_face_reads_it(story: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trained = train_text([story], tmp_path, **{**SMALL, "lr": 1e-2}, steps=150)
+    trained = train_text([story], tmp_path, small(steps=150, lr=1e-2), eval_every=0)
     assert not trained.training
     record = json.loads((tmp_path / "training.json").read_text())
     losses = record["held_out"]["nats_per_token"]
@@ -113,55 +114,44 @@ def test_what_follows_is_learned_and_hugging_face_reads_it(story: Path, tmp_path
 def test_the_seed_decides_and_the_callers_generator_is_left_alone(story: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    a, b, c = (train_text([story], tmp_path / str(i), **SMALL, steps=2, seed=s) for i, s in enumerate((0, 0, 1)))
+    a, b, c = (
+        train_text([story], tmp_path / str(i), small(steps=2, seed=s), eval_every=0) for i, s in enumerate((0, 0, 1))
+    )
     assert torch.equal(torch.get_rng_state(), before)
     name = "transformer.h.0.mlp.c_fc.weight"
     assert torch.equal(a.state_dict()[name], b.state_dict()[name])
     assert not torch.equal(a.state_dict()[name], c.state_dict()[name])
 
 
-def test_another_run_in_the_folder_is_not_continued(story: Path, tmp_path: Path) -> None:
-    train_text([story], tmp_path, **SMALL, steps=1)
+def test_another_run_in_the_folder_is_not_resumed(story: Path, tmp_path: Path) -> None:
+    train_text([story], tmp_path, small(steps=1), eval_every=0)
     with pytest.raises(DtLensError, match="another lr"):
-        train_text([story], tmp_path, **SMALL, steps=1, lr=0.5)
+        train_text([story], tmp_path, small(steps=1, lr=0.5), eval_every=0)
     other = tmp_path / "other.txt"
     other.write_text(story.read_text().replace("dog", "pig"))
     with pytest.raises(DtLensError, match="another text"):
-        train_text([other], tmp_path, **SMALL, steps=1)
+        train_text([other], tmp_path, small(steps=1), eval_every=0)
     held_out = (tmp_path / "heldout.txt").read_text()
     paragraph = next(p for p in story.read_text().split("\n\n") if p not in held_out)
     other.write_text(story.read_text().replace(paragraph, paragraph.upper()))  # what is held out stays the same
     with pytest.raises(DtLensError, match="another text"):
-        train_text([other], tmp_path, **SMALL, steps=1)
-    train_text([other], tmp_path, **SMALL, steps=1, resume=False)
+        train_text([other], tmp_path, small(steps=1), eval_every=0)
+    train_text([other], tmp_path, small(steps=1), eval_every=0, resume=False)
     assert (tmp_path / "heldout.txt").read_text() == held_out
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
     with pytest.raises(DtLensError, match="cannot be read"):
-        train_text([story], tmp_path, **SMALL, steps=1)
+        train_text([story], tmp_path, small(steps=1), eval_every=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"steps": 0}, "steps is 0"),
-        ({"vocabulary": 256}, "vocabulary is 256"),
-        ({"n_heads": 3}, "multiple of n_heads"),
-        ({"held_out": 1.0}, "held_out"),
-        ({"lr": 0.0}, "lr"),
-        ({"checkpoint_every": 0}, "checkpoint_every"),
-        ({"context": 100_000}, "more than context"),
-    ],
-)
-def test_bad_settings_are_one_sentence(story: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    with pytest.raises(DtLensError, match=words):
-        train_text([story], tmp_path, **{**SMALL, "steps": 1, **change})
+def test_a_text_shorter_than_the_context_is_one_sentence(story: Path, tmp_path: Path) -> None:
+    with pytest.raises(DtLensError, match=r"The text has .* tokens; it must have more than context, 100000\."):
+        train_text([story], tmp_path, small(steps=1, context=100_000))
 
 
-def test_the_learning_rate_warms_up_and_comes_down() -> None:
-    settings = TextSettings(300, 8, 8, 1, 1, 0.0, 100, 1, 1.0, 10, 0.0, 1.0, False, False, 0.1, 0)
-    rates = [settings.rate(step) for step in range(100)]
-    assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.505) and rates[-1] < 0.015
+@pytest.mark.parametrize(("name", "least"), [("eval_every", 0), ("checkpoint_every", 1)])
+def test_bad_intervals_are_one_sentence(story: Path, tmp_path: Path, name: str, least: int) -> None:
+    with pytest.raises(DtLensError, match=f"{name} is -1; it must be a whole number of at least {least}"):
+        train_text([story], tmp_path, small(), **{name: -1})
 
 
 def test_the_unigram_model_counts() -> None:

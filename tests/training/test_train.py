@@ -13,9 +13,14 @@ import torch
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from dt_lens.errors import DtLensError
-from dt_lens.training.train import Progress, Settings, train
+from dt_lens.training.dataset import Windows
+from dt_lens.training.settings import AgentSettings
+from dt_lens.training.train import AgentProgress, action_loss, train
 
-SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "context": 5, "batch_size": 8, "eval_every": 0, "warmup": 2}
+
+def small(**changes: Any) -> AgentSettings:
+    sizes = {"d_model": 16, "n_layers": 2, "context": 5, "batch_size": 8, "warmup": 2}
+    return AgentSettings(**{**sizes, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +93,17 @@ def _linear() -> None:
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    settings = {**SMALL, "steps": 24, "checkpoint_every": 5}
-    whole = train("test/linear-v0", tmp_path / "whole", **settings)
+    settings, often = small(steps=24), {"eval_every": 0, "checkpoint_every": 5}
+    whole = train("test/linear-v0", tmp_path / "whole", settings, **often)
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: AgentProgress) -> None:
         if progress.step == 13:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train("test/linear-v0", tmp_path / "parts", **settings, report=stop)
+        train("test/linear-v0", tmp_path / "parts", settings, **often, report=stop)
     seen: list[int] = []
-    parts = train("test/linear-v0", tmp_path / "parts", **settings, report=lambda p: seen.append(p.step))
+    parts = train("test/linear-v0", tmp_path / "parts", settings, **often, report=lambda p: seen.append(p.step))
     assert seen == list(range(11, 25))  # from the last checkpoint
     for name, weight in whole.weights.items():
         assert torch.equal(weight, parts.weights[name]), name
@@ -111,14 +116,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 def test_the_seed_decides_and_the_callers_generator_is_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    a, b, c = (train("test/linear-v0", tmp_path / str(i), **SMALL, steps=3, seed=s) for i, s in enumerate((0, 0, 1)))
+    a, b, c = (
+        train("test/linear-v0", tmp_path / str(i), small(steps=3, seed=s), eval_every=0)
+        for i, s in enumerate((0, 0, 1))
+    )
     assert torch.equal(torch.get_rng_state(), before)
     name = "blocks.0.mlp.W_in"
     assert torch.equal(a.weights[name], b.weights[name]) and not torch.equal(a.weights[name], c.weights[name])
 
 
 def test_continuous_actions_are_learned_and_written_in_hugging_faces_format(tmp_path: Path) -> None:
-    model = train("test/linear-v0", tmp_path, **{**SMALL, "lr": 5e-3, "dropout": 0.0}, steps=250)
+    model = train("test/linear-v0", tmp_path, small(steps=250, lr=5e-3, dropout=0.0), eval_every=0)
     loss = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])["loss"]
     assert loss < 0.05  # actions have variance 0.19
     assert model.cfg.action_tanh and not model.training
@@ -127,7 +135,7 @@ def test_continuous_actions_are_learned_and_written_in_hugging_faces_format(tmp_
     assert model.facts.return_scale == 10 and model.facts.target_returns == (30,)
     assert model.cfg.max_ep_len == 30
     # Heads without a loss keep their random start, so that comparing with them stays a null.
-    fresh = train("test/linear-v0", tmp_path / "one", **{**SMALL, "dropout": 0.0}, steps=1)
+    fresh = train("test/linear-v0", tmp_path / "one", small(steps=1, dropout=0.0), eval_every=0)
     assert torch.equal(fresh.weights["predict.state.W"], model.weights["predict.state.W"])
 
     from transformers import DecisionTransformerModel
@@ -145,7 +153,7 @@ def test_continuous_actions_are_learned_and_written_in_hugging_faces_format(tmp_
 
 
 def test_discrete_actions_are_learned(tmp_path: Path) -> None:
-    model = train("test/cartpole-v0", tmp_path, **{**SMALL, "lr": 5e-3, "dropout": 0.0}, steps=200)
+    model = train("test/cartpole-v0", tmp_path, small(steps=200, lr=5e-3, dropout=0.0), eval_every=0)
     loss = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])["loss"]
     assert loss < 0.55  # guessing has 0.69
     assert model.cfg.discrete_actions and not model.cfg.action_tanh and model.cfg.act_dim == 2
@@ -153,22 +161,22 @@ def test_discrete_actions_are_learned(tmp_path: Path) -> None:
 
 
 def test_evaluations_make_a_curve_and_leave_the_training_alone(tmp_path: Path) -> None:
-    quiet = train("test/cartpole-v0", tmp_path / "quiet", **SMALL, steps=6)
+    unwatched = train("test/cartpole-v0", tmp_path / "unwatched", small(steps=6), eval_every=0)
     returns: list[dict[float, float]] = []
     watched = train(
         "test/cartpole-v0",
         tmp_path / "watched",
-        **{**SMALL, "eval_every": 3, "eval_episodes": 8},
-        steps=6,
+        small(steps=6, targets=(50, 20)),
+        eval_every=3,
+        eval_episodes=4,
         environment="CartPole-v1",
-        targets=[50, 20],
         report=lambda p: returns.append(p.returns),
     )
     rows = [json.loads(line) for line in (tmp_path / "watched" / "curve.jsonl").open()]
     assert [row["step"] for row in rows] == [3, 6] and list(rows[0]["returns"]) == ["50", "20"]
     assert returns[1] == {} and set(returns[2]) == {50.0, 20.0} and returns[2][50.0] > 1
     assert watched.facts.target_returns == (50, 20)
-    for name, weight in quiet.weights.items():
+    for name, weight in unwatched.weights.items():
         assert torch.equal(weight, watched.weights[name]), name
 
 
@@ -176,7 +184,7 @@ def test_an_environment_that_does_not_fit_is_said_before_training(tmp_path: Path
     steps: list[int] = []
     with pytest.raises(DtLensError, match="Pendulum"):
         train(
-            "test/cartpole-v0", tmp_path, **{**SMALL, "eval_every": 1}, steps=2, environment="Pendulum-v1",
+            "test/cartpole-v0", tmp_path, small(steps=2), eval_every=1, environment="Pendulum-v1",
             report=lambda p: steps.append(p.step),
         )  # fmt: skip
     assert not steps
@@ -187,37 +195,61 @@ def test_a_data_set_whose_environment_is_not_installed_trains_all_the_same(
 ) -> None:
     monkeypatch.delitem(gym.envs.registry, "CartPole-v1")
     with pytest.warns(UserWarning, match="without evaluations"):
-        model = train("test/cartpole-v0", tmp_path, **{**SMALL, "eval_every": 1}, steps=2)
+        model = train("test/cartpole-v0", tmp_path, small(steps=2), eval_every=1)
     assert model.facts.environment == "CartPole-v1"
 
 
-def test_another_run_in_the_folder_is_not_continued(tmp_path: Path) -> None:
-    train("test/linear-v0", tmp_path, **SMALL, steps=2)
+def test_another_run_in_the_folder_is_not_resumed(tmp_path: Path) -> None:
+    train("test/linear-v0", tmp_path, small(steps=2), eval_every=0)
     with pytest.raises(DtLensError, match="another n_heads"):
-        train("test/linear-v0", tmp_path, **SMALL, steps=2, n_heads=2)
-    assert train("test/linear-v0", tmp_path, **SMALL, steps=2, n_heads=2, resume=False).cfg.n_heads == 2
+        train("test/linear-v0", tmp_path, small(steps=2, n_heads=2), eval_every=0)
+    with pytest.raises(DtLensError, match="another dataset"):
+        train("test/cartpole-v0", tmp_path, small(steps=2, targets=(30,)), eval_every=0)
+    again = train("test/linear-v0", tmp_path, small(steps=2, n_heads=2), eval_every=0, resume=False)
+    assert again.cfg.n_heads == 2
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
     with pytest.raises(DtLensError, match="cannot be read"):
-        train("test/linear-v0", tmp_path, **SMALL, steps=2)
+        train("test/linear-v0", tmp_path, small(steps=2), eval_every=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"steps": 0}, "steps is 0"),
-        ({"lr": 0.0}, "lr"),
-        ({"early": 1.5}, "early is 1.5"),
-        ({"d_model": 16, "n_heads": 3}, "n_heads"),
-    ],
-)
-def test_bad_settings_are_one_sentence(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    with pytest.raises(DtLensError, match=words):
-        train("test/linear-v0", tmp_path, **{**SMALL, "steps": 2, **change})
+@pytest.mark.parametrize("name", ["eval_every", "eval_episodes", "checkpoint_every"])
+def test_bad_intervals_are_one_sentence(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DtLensError, match=f"{name} is -1; it must be a whole number of at least [01]"):
+        train("test/linear-v0", tmp_path, small(), **{name: -1})
 
 
-def test_the_learning_rate_warms_up_and_comes_down() -> None:
-    settings = Settings("d", 100, 1, 1, 0.0, 0.0, 1, 1, 1, 0.0, 1.0, 10, 0.0, 1.0, False, 0, (1.0,))
-    rates = [settings.rate(step) for step in range(100)]
-    assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.505) and rates[-1] < 0.015
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_padding_does_not_count_in_the_loss(discrete: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randn(2, 4, 3, generator=generator, requires_grad=True)
+    actions = torch.eye(3)[torch.randint(3, (2, 4), generator=generator)]
+    mask = torch.tensor([[False, False, False, True], [False, True, True, True]])
+    loss = action_loss(predicted, {"actions": actions * mask.unsqueeze(-1), "attention_mask": mask}, discrete)
+    loss.backward()
+    assert predicted.grad is not None
+    assert (predicted.grad[~mask] == 0).all() and (predicted.grad[mask] != 0).all()
+    real = [(b, t) for b in range(2) for t in range(4) if mask[b, t]]
+    if discrete:
+        each = [-predicted[at].log_softmax(-1)[actions[at].argmax()] for at in real]
+    else:
+        each = [(predicted[at] - actions[at]).square().mean() for at in real]
+    assert float(loss) == pytest.approx(float(sum(each)) / 4, rel=1e-6)
+
+
+def test_a_step_learns_from_real_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs whose windows differ in the padded steps alone end with the same weights."""
+    sample = Windows.sample
+
+    def spoiled(self: Windows, *shares: Any) -> dict[str, torch.Tensor]:
+        batch = sample(self, *shares)
+        padding = ~batch["attention_mask"]
+        assert padding.any()
+        batch["actions"][padding] = 9.0
+        return batch
+
+    settings = small(steps=3, shortened=0.5)
+    clean = train("test/linear-v0", tmp_path / "clean", settings, eval_every=0)
+    monkeypatch.setattr(Windows, "sample", spoiled)
+    other = train("test/linear-v0", tmp_path / "spoiled", settings, eval_every=0)
+    for name, weight in clean.weights.items():
+        assert torch.equal(weight, other.weights[name]), name
