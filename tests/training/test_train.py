@@ -168,7 +168,7 @@ def test_evaluations_make_a_curve_and_leave_the_training_alone(tmp_path: Path) -
         tmp_path / "watched",
         small(steps=6, targets=(50, 20)),
         eval_every=3,
-        eval_episodes=4,
+        eval_episodes=8,
         environment="CartPole-v1",
         report=lambda p: returns.append(p.returns),
     )
