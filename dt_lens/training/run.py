@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError
-from dt_lens.training.settings import Schedule
+from dt_lens.training.settings import AgentSettings, TextSettings
 
 __all__ = ["TrainingRun"]
 
@@ -28,7 +28,7 @@ class TrainingRun(ABC):
     """Trains a model step by step; a subclass says what the loss is, what is measured and what is written.
 
     Args:
-        settings: a dataclass.
+        settings: everything besides the data that decides what the run ends with.
         data: what identifies the data, by the name that an error sentence uses; it must not change on resuming.
         out: the folder of the checkpoint and the curve.
         model: on its device.
@@ -36,7 +36,12 @@ class TrainingRun(ABC):
     """
 
     def __init__(
-        self, settings: Schedule, data: dict[str, str], out: Path, model: Any, optimizer: torch.optim.Optimizer
+        self,
+        settings: AgentSettings | TextSettings,
+        data: dict[str, str],
+        out: Path,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         self.settings, self.out, self.model, self.optimizer = settings, out, model, optimizer
         self.device: torch.device = next(model.parameters()).device
