@@ -1,4 +1,4 @@
-"""Pipelines over everything below: scan a model, choose edits, measure them, report."""
+"""Whole studies of a model: scan, choose edits, measure them beside controls, report."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Figures of behaviour: survival, effects beside their controls, damage against cosine. Pure functions of tables."""
+"""The figures of a study: survival, effects beside their controls, damage against cosine. Pure functions of tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dt_lens.report.style import BASELINE, CONTROL, EDIT, PALETTE, columns_of, e
 
 __all__ = ["damage_against_cosine", "effects", "survival"]
 
-Curve: TypeAlias = Sequence[npt.ArrayLike]  # times, survival, and where known the interval's low and high ends
+Curve: TypeAlias = Sequence[npt.ArrayLike]  # times, survival, and if known the interval's low and high ends
 
 
 def survival(
@@ -27,7 +27,7 @@ def survival(
     horizon: float | None = None,
     title: str = "How long the agent lasts",
 ) -> go.Figure:
-    """Kaplan-Meier curves as steps (Kaplan and Meier 1958): the unedited agent, edits, and their controls.
+    """Draw Kaplan-Meier curves (Kaplan and Meier 1958) of the unedited agent, edits, and their controls.
 
     Args:
         curves: for each name ``(times, survival)`` or ``(times, survival, low, high)``, each ``[n]``: times in
@@ -37,11 +37,11 @@ def survival(
         horizon: the time limit; every curve is drawn up to it.
         title: the figure's title.
 
-    Intervals are drawn as bands where given, but not the controls' and, with more than four edits, only the
-    baseline's, lest they hide the curves.
+    Intervals are drawn as bands if given: not the controls', and with more than four edits only the baseline's, since
+    bands would hide the curves.
 
     Raises:
-        DtLensError: for a curve whose parts do not fit, or a baseline or control without a curve.
+        DtLensError: if the parts of a curve do not fit, or a baseline or control has no curve.
     """
     controls = dict(controls or {})
     for name in ([baseline] if baseline is not None else []) + list(controls) + list(controls.values()):
@@ -71,7 +71,7 @@ def survival(
                 showlegend=False,
                 legendgroup=owner,
             )
-        again = name in edits and edits.index(name) >= len(PALETTE)  # the colours begin anew
+        again = name in edits and edits.index(name) >= len(PALETTE)  # the colours repeat
         dash = "dot" if owner != name else "dash" if again else "solid"
         figure.add_scatter(
             x=times,
@@ -99,13 +99,13 @@ def survival(
 def effects(
     verdicts: pd.DataFrame, *, alpha: float = 0.05, title: str = "What each edit does, beside its control"
 ) -> go.Figure:
-    """Each edit's effect on the return beside that of its energy-matched control, with intervals.
+    """Draw each edit's effect on the return beside that of its energy-matched control, with intervals.
 
     Args:
         verdicts: a row per edit with ``matrix sv difference difference_low difference_high control_difference
             control_difference_low control_difference_high``: paired differences of the mean return from the unedited
             agent and the ends of their intervals. ``role``, ``side``, ``embedding``, ``label``, ``cosine``, ``q`` and
-            ``verdict`` are shown where present.
+            ``verdict`` are shown if present.
         alpha: edits with ``q`` below it have a filled mark, others an open one.
         title: the figure's title.
 
@@ -149,14 +149,14 @@ def effects(
                 "thickness": 2,
                 "width": 4,
             },
-            customdata=[_told(row, prefix) for row in rows],
+            customdata=[_hover_text(row, prefix) for row in rows],
             hovertemplate="%{customdata}<extra></extra>",
         )
     figure.add_vline(x=0, line={"width": 1.5, "color": BASELINE})
     figure.update_yaxes(
         tickmode="array",
         tickvals=list(range(len(rows))),
-        ticktext=[_named(row) for row in rows],
+        ticktext=[_edit_label(row) for row in rows],
         range=[len(rows) - 0.5, -0.5],
         showgrid=False,
         zeroline=False,
@@ -181,14 +181,14 @@ def damage_against_cosine(
     spearman: tuple[float, float, float] | None = None,
     title: str = "Does cosine predict damage?",
 ) -> go.Figure:
-    """Each edit's damage against the absolute cosine of the edited direction's best match.
+    """Draw each edit's damage against the absolute cosine of the edited direction's best match.
 
     Args:
         verdicts: a row per edit with ``matrix sv cosine`` and either ``damage_beyond_control`` (positive where the edit
-            hurts more than its control; ``beyond_low``, ``beyond_high`` are drawn where present) or ``difference``.
+            hurts more than its control; ``beyond_low``, ``beyond_high`` are drawn if present) or ``difference``.
         beyond_control: draw ``damage_beyond_control``; otherwise the damage is the loss of return, ``-difference``.
-        spearman: the rank correlation and the ends of its interval for the title; computed, without an interval, where
-            not given.
+        spearman: the rank correlation and the ends of its interval for the title; computed, without an interval, by
+            default.
         title: the beginning of the figure's title.
 
     Raises:
@@ -211,7 +211,7 @@ def damage_against_cosine(
     roles = [str(r) for r in verdicts["role"]] if "role" in verdicts else [""] * len(verdicts)
     figure = go.Figure()
     figure.add_hline(y=0, line={"width": 1.5, "color": BASELINE})
-    told = [_told(row, "") for row in verdicts.to_dict("records")]
+    hover = [_hover_text(row, "") for row in verdicts.to_dict("records")]
     for number, kind in enumerate(dict.fromkeys(kinds)):
         at = np.array([k == kind for k in kinds])
         colour = PALETTE[number % len(PALETTE)]
@@ -235,7 +235,7 @@ def damage_against_cosine(
                 "width": 3,
                 "visible": bars,
             },
-            customdata=[t for t, a in zip(told, at, strict=True) if a],
+            customdata=[text for text, a in zip(hover, at, strict=True) if a],
             hovertemplate="%{customdata}<extra></extra>",
         )
     figure.update_xaxes(title_text="|cosine| of the direction's best match", rangemode="tozero")
@@ -244,7 +244,7 @@ def damage_against_cosine(
         zeroline=False,
     )
     figure.update_layout(legend_title_text="matrix", showlegend=True)
-    about = "one point an edit" + (" · bars: confidence intervals" if bars else "")
+    about = "one point per edit" + (" · bars: confidence intervals" if bars else "")
     about += " · filled: strong matches, open: weak ones" if "weak" in roles else ""
     return finish(figure, f"{title} {_correlation(cosine, damage, spearman)}", about, height=480)
 
@@ -273,8 +273,8 @@ def _faint(colour: str) -> str:
     return f"rgba({red},{green},{blue},0.18)"
 
 
-def _named(row: Mapping[Any, Any]) -> str:
-    """An edit in two lines for an axis: where, and what the direction matched."""
+def _edit_label(row: Mapping[Any, Any]) -> str:
+    """An edit in two lines for an axis: its place, and what the direction matched."""
     two_sided = kind_of(str(row["matrix"]))[0] in ("OV", "QK")
     side = f" {plain(row['side'])}" if two_sided and _has(row, "side") else ""
     first = f"<b>{plain(row['matrix'])}</b>{side} · sv {row['sv']}"
@@ -285,7 +285,7 @@ def _named(row: Mapping[Any, Any]) -> str:
 
 
 def _has(row: Mapping[Any, Any], key: str) -> bool:
-    """Whether a row knows ``key``: not only that there is such a column."""
+    """Whether a row has a value for ``key``."""
     return key in row and not pd.isna(row[key]) and row[key] != ""
 
 
@@ -297,8 +297,8 @@ def _shortened(text: str, most: int = 44) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _told(row: Mapping[Any, Any], prefix: str) -> str:
-    """All that is known about an edit (or, with a prefix, its control) for the hover."""
+def _hover_text(row: Mapping[Any, Any], prefix: str) -> str:
+    """What the hover shows of an edit or, with a prefix, of its control."""
     where = f"<b>{plain(row['matrix'])}</b>, sv {row['sv']}" + (f", {plain(row['side'])}" if _has(row, "side") else "")
     lines = [("control of " if prefix else "") + where]
     if _has(row, "label") and _has(row, "cosine"):
@@ -322,7 +322,7 @@ def _told(row: Mapping[Any, Any], prefix: str) -> str:
 def _correlation(
     cosine: npt.NDArray[np.float64], damage: npt.NDArray[np.float64], given: tuple[float, float, float] | None
 ) -> str:
-    """Spearman's rank correlation as the title says it."""
+    """Spearman's rank correlation, for the title."""
     if given is not None:
         return f"Spearman ρ = {_signed(given[0])} [{_signed(given[1])}, {_signed(given[2])}]"
     both = np.isfinite(cosine) & np.isfinite(damage)

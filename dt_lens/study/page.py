@@ -1,28 +1,26 @@
-"""What the report of a study says and shows."""
+"""The report of a study: its sentences, its page and its tables."""
 
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from dt_lens.arguments import atomic_write, local_path
 from dt_lens.report import heatmaps, spectra
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, Video, write_report
 from dt_lens.statistics.outcomes import wilson
-from dt_lens.study import figures as outcomes
+from dt_lens.study import figures
+from dt_lens.study.result import StudyResult
 from dt_lens.version import __version__
-
-if TYPE_CHECKING:
-    from dt_lens.study.result import StudyResult
-    from dt_lens.study.study import Study
-    from dt_lens.svd.weight_svd import WeightSVD
 
 __all__ = ["sentences", "write_study"]
 
 SHOWN = 64  # directions of a heatmap
-# The verdict first: what stands far to the right is not read.
+# The verdict first: readers rarely scroll far to the right.
 VERDICT_COLUMNS = (
     "role", "matrix", "side", "sv", "label", "cosine", "verdict", "q",
     "difference", "difference_low", "difference_high",
@@ -32,32 +30,41 @@ VERDICT_COLUMNS = (
 )  # fmt: skip
 
 
-def write_study(study: Study, result: StudyResult, svd: WeightSVD) -> None:
-    """Write ``report.html`` of a finished study."""
-    base = result.baseline
-    write_report(
-        result.report,
-        f"What the weights of {study.name} do",
+def write_study(result: StudyResult, folder: str | Path) -> Path:
+    """Write ``report.html``, ``scan.csv`` and ``verdicts.csv`` into ``folder``; return the page.
+
+    Raises:
+        DtLensError: if they cannot be written.
+    """
+    folder = local_path(folder, "folder")
+    for name, table in (("scan", result.table), ("verdicts", result.verdicts)):
+        with atomic_write(folder / f"{name}.csv") as part:
+            table.to_csv(part, index=False)
+    base, facts = result.baseline, result.facts
+    model = facts.get("model", "the model")
+    return write_report(
+        folder / "report.html",
+        f"What the weights of {model} do",
         [
-            _agent(study, result),
-            _matches(study, result, svd),
+            _agent(result),
+            _matches(result),
             _effects(result),
-            _lasting(result),
-            _seen(result),
-            _method(study, result),
+            _survival(result),
+            _video(result),
+            _method(result),
         ],
         verdict=sentences(result),
         facts={
-            "model": study.name,
+            "model": model,
             "environment": base.environment,
             "target return": f"{base.target_return:g}",
             "episodes per arm": len(base),
             "arms": 1 + 2 * len(result.edits),
-            "seed": study.seed,
-            "edit": f"the singular vector becomes {study.value!r}",
+            "seed": facts.get("seed"),
+            "edit": f"the singular vector becomes {facts.get('value')!r}",
             "versions": f"dt-lens {__version__}, {_versions()}",
         },
-        command=study.command,
+        command=facts.get("command", ""),
     )
 
 
@@ -77,7 +84,7 @@ def sentences(result: StudyResult) -> list[str]:
     base, table = result.baseline, result.verdicts
     alive = 1 - float(base.terminated.mean())
     hurts = table["verdict"] == "hurts more than its control"
-    said = [
+    lines = [
         (
             f"Unedited, the agent returns **{base.mean:,.0f}** on average over {len(base)} episodes, and {alive:.0%} "
             "of them last to the time limit."
@@ -88,42 +95,42 @@ def sentences(result: StudyResult) -> list[str]:
         ("weak", "contrasts (similar in size, poor in match)"),
     ):
         rows = table["role"] == role
-        said.append(
+        lines.append(
             f"Of {int(rows.sum())} {what}, **{int((hurts & rows).sum())}** hurt more when edited than a random change "
             "of the same energy in the same place (q < 0.05)."
         )
     worst = table.sort_values("difference", kind="stable").iloc[0]
-    said.append(
+    lines.append(
         f"The worst edit, {worst['matrix']} sv={worst['sv']}, changes the return by **{_signed(worst['difference'])}** "
         f"and its control by {_signed(worst['control_difference'])}."
     )
     found = result.spearman
     if np.isnan(found.rho):
-        why = "one of the two does not vary" if len(table) > 2 else f"there are {len(table)}"
-        said.append(f"Whether cosine predicts damage cannot be said from these edits: {why}.")
+        why = "one of the two does not vary" if len(table) > 2 else f"there are only {len(table)}"
+        lines.append(f"These edits cannot show whether cosine predicts damage: {why}.")
     else:
-        # Not by the interval: of a handful of pairs a bootstrap's is too short.
+        # By p, not by the interval: with a handful of pairs a bootstrap interval is too short.
         clear = (
-            "so whether cosine predicts damage stays undecided at this number of edits"
+            "so this number of edits does not decide whether cosine predicts damage"
             if found.p_value >= 0.05
             else "so cosine predicts damage here"
             if found.rho > 0
-            else "so larger cosines do less damage here"
+            else "so larger cosines go with less damage here"
         )
-        said.append(
+        lines.append(
             f"Across the {len(table)} edits, Spearman's correlation of |cosine| with damage beyond the control is "
             f"**{_signed(found.rho, 2)}** [{_signed(found.low, 2)}, {_signed(found.high, 2)}], p = {found.p_value:.2g}"
             f", {clear}."
         )
-    return said
+    return lines
 
 
 def _signed(value: float, decimals: int = 0) -> str:
-    """A number with its sign, the minus a real one."""
+    """A number with its sign, with a typographic minus."""
     return f"{value:+,.{decimals}f}".replace("-", "−")
 
 
-def _agent(study: Study, result: StudyResult) -> Section:
+def _agent(result: StudyResult) -> Section:
     summary = result.baseline.summary()
     rows = [
         ("mean return", f"{summary['mean']:,.1f}", _interval(summary["mean_interval"])),
@@ -140,7 +147,7 @@ def _agent(study: Study, result: StudyResult) -> Section:
         rows.append(("D4RL-normalised score", f"{summary['score']:.1f}", _interval(summary["score_interval"])))
     frame = pd.DataFrame(rows, columns=["unedited agent", "value", "95 % interval"])
     return Section(
-        "The agent as it is",
+        "The unedited agent",
         [
             Table(
                 frame,
@@ -156,8 +163,8 @@ def _interval(ends: tuple[float, float], percent: bool = False) -> str:
     return f"{low:.1%} to {high:.1%}" if percent else f"{low:,.1f} to {high:,.1f}"
 
 
-def _matches(study: Study, result: StudyResult, svd: WeightSVD) -> Section:
-    table = result.table
+def _matches(result: StudyResult) -> Section:
+    table, svd = result.table, result.svd
     untrained = table[table["embedding"].isin(table.attrs["untrained"])]
     found, tried = int((untrained["q_value"] < 0.05).sum()), len(untrained)
     significant = table[table["q_value"] < 0.05]
@@ -186,7 +193,7 @@ def _matches(study: Study, result: StudyResult, svd: WeightSVD) -> Section:
         Plot(spectra.spectrum({name: svd[name].sigma.cpu().numpy() for name in names})),
         Plot(spectra.sigma_against_cosine(table)),
         Choice(
-            _heatmaps(result, svd),
+            _heatmaps(result),
             "matrix and embedding",
             f"The first {SHOWN} directions of the matrices that were edited, against the embedding they matched; "
             "a dot marks q < 0.05.",
@@ -199,8 +206,8 @@ def _matches(study: Study, result: StudyResult, svd: WeightSVD) -> Section:
     return Section("What the singular directions match", blocks)
 
 
-def _heatmaps(result: StudyResult, svd: WeightSVD) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def _heatmaps(result: StudyResult) -> dict[str, Any]:
+    svd, found = result.svd, dict[str, Any]()
     strong = result.verdicts[result.verdicts["role"] == "strong"]
     for row in strong.to_dict("records"):
         matrix, side, embedding = row["matrix"], row["side"], row["embedding"]
@@ -211,14 +218,14 @@ def _heatmaps(result: StudyResult, svd: WeightSVD) -> dict[str, Any]:
         scan = result.table
         rows = scan[(scan["matrix"] == matrix) & (scan["side"] == side) & (scan["embedding"] == embedding)]
         q = rows.set_index("sv")["q_value"].reindex(cosines.index).to_frame()
-        figures[f"{matrix} ({side}) × {embedding}"] = heatmaps.scan_heatmap(
+        found[f"{matrix} ({side}) × {embedding}"] = heatmaps.scan_heatmap(
             cosines,
             q_values=q,
             sigma=svd[matrix].sigma[: len(cosines)].cpu().numpy(),
             matrix=f"{matrix} ({side})",
             embedding=embedding,
         )
-    return figures
+    return found
 
 
 def _effects(result: StudyResult) -> Section:
@@ -233,7 +240,7 @@ def _effects(result: StudyResult) -> Section:
                 "Each edit replaces one singular vector; its control is a random change of the same Frobenius norm "
                 "and rank in the same place. All arms run the same seeds, so differences are paired."
             ),
-            Plot(outcomes.effects(table)),
+            Plot(figures.effects(table)),
             Table(
                 shown,
                 "Damage beyond the control is the control's return less the edit's; p by sign-flip permutation "
@@ -241,12 +248,12 @@ def _effects(result: StudyResult) -> Section:
                 intervals={"damage_beyond_control": ("beyond_low", "beyond_high")},
             ),
             *notes,
-            Plot(outcomes.damage_against_cosine(table, spearman=None if rho != rho else (rho, *interval))),
+            Plot(figures.damage_against_cosine(table, spearman=None if rho != rho else (rho, *interval))),
         ],
     )
 
 
-def _lasting(result: StudyResult) -> Section:
+def _survival(result: StudyResult) -> Section:
     curves: dict[str, Any] = {"unedited": _curve(result.baseline)}
     controls: dict[str, str] = {}
     for i, row in enumerate(result.verdicts.to_dict("records")):
@@ -259,10 +266,10 @@ def _lasting(result: StudyResult) -> Section:
         "How long the agent lasts",
         [
             (
-                "An episode that the time limit cuts is censored: it is known to have lasted that long, not to have "
-                "succeeded."
+                "An episode that the time limit cuts is censored: it lasted at least that long, which does not mean "
+                "that it succeeded."
             ),
-            Plot(outcomes.survival(curves, baseline="unedited", controls=controls, horizon=limit)),
+            Plot(figures.survival(curves, baseline="unedited", controls=controls, horizon=limit)),
         ],
     )
 
@@ -272,14 +279,14 @@ def _curve(evaluation: Any) -> tuple[Any, Any, Any, Any]:
     return curve.times, curve.survival, curve.low, curve.high
 
 
-def _seen(result: StudyResult) -> Section:
+def _video(result: StudyResult) -> Section:
     video = result.video
     return Section(
-        "The worst-hit agent beside the unedited one",
+        "The worst edit beside the unedited agent",
         [
             Video(
                 video.file,
-                "The seed with the median loss under the edit with the largest one; both agents start from the "
+                "The edit with the largest loss, in the episode with its median loss; both agents start from the "
                 "same state.",
                 video.reason,
             )
@@ -287,17 +294,17 @@ def _seen(result: StudyResult) -> Section:
     )
 
 
-def _method(study: Study, result: StudyResult) -> Section:
+def _method(result: StudyResult) -> Section:
     folded = result.table.attrs["fold_layernorm"]
     stored = "with their LayerNorm folded in" if folded else "as stored"
-    met = "effective, through the LayerNorm between them and the stream" if folded else "raw"
+    embeddings = "effective, through the LayerNorm between them and the stream" if folded else "raw"
     return Section(
         "What this can and cannot tell",
         [
             (
-                f"Singular directions are of the matrices {stored}; embeddings are {met}. "
-                "The strong directions were chosen by the largest z of each kind of matrix in turn, one of a matrix at "
-                "most; each contrast is the poorest match among directions of similar sigma in the same matrix."
+                f"Singular directions are of the matrices {stored}; embeddings are {embeddings}. "
+                "The strong directions have the largest z of each kind of matrix in turn, at most one per matrix; "
+                "each contrast is the poorest match among directions of similar sigma in the same matrix."
             ),
             Note(
                 "This is one checkpoint. Intervals are over episodes; they say nothing about another training "
@@ -305,8 +312,8 @@ def _method(study: Study, result: StudyResult) -> Section:
                 "warning",
             ),
             Note(
-                "Damage was measured at one target return and one dose, with one random control for each edit; "
-                "controls drawn with another seed differ."
+                "Damage was measured at one target return and one dose, with one random control for each edit. "
+                "Another seed draws other controls."
             ),
         ],
     )

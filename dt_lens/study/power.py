@@ -1,4 +1,4 @@
-"""How likely a direction that does match a label is to be found: power, as a curve over its cosine.
+"""The power of a scan: how likely it is to find a direction that matches a label, as a curve over its cosine.
 
 ``python -m dt_lens.study.power FOLDER`` writes ``power.csv``, ``power.html`` and the table ``power.md`` there.
 """
@@ -32,17 +32,17 @@ Array = NDArray[np.float64]
 def planted_model(
     cosine: float, *, d_model: int, labels: int = 1, layers: int = 1, directions: int | None = None, seed: int = 0
 ) -> Drawn:
-    """Random ``W_in`` in ``layers`` blocks without LayerNorms; the first direction of the first is planted.
+    """A model of random ``W_in`` in ``layers`` blocks without LayerNorms, with one planted direction.
 
-    Its cosine with ``label 0`` of the embedding ``planted`` is ``cosine``; the labels and all other directions are
-    random. Singular values fall evenly from 2 to 1.
+    The first direction of the first block has cosine ``cosine`` with ``label 0`` of the embedding ``planted``; the
+    labels and all other directions are random. Singular values fall evenly from 2 to 1.
 
     Args:
         cosine: from 0 to 1.
         d_model: the stream's dimension, at least 2.
-        labels: of the embedding.
+        labels: how many labels the embedding has.
         layers: how many matrices.
-        directions: of each matrix, all ``d_model`` by default.
+        directions: how many each matrix has; ``d_model`` by default.
         seed: of everything random.
 
     Raises:
@@ -82,7 +82,7 @@ def _parts(E: Array, trials: int, rng: np.random.Generator) -> tuple[Array, Arra
 
 
 def critical_values(rows: int, trials: int, alpha: float = 0.05, seed: int = 0) -> Array:
-    """Up to which p one row is a discovery beside ``rows - 1`` rows in which there is nothing to find, ``[trials]``.
+    """The largest p at which one row is a discovery among ``rows - 1`` rows without effect, ``[trials]``.
 
     With the other p-values uniform, Benjamini and Hochberg's procedure rejects it if and only if it is at most
     ``alpha k / rows``, with the largest ``k`` for which ``k - 1`` of the others are.
@@ -108,10 +108,10 @@ def power(
     alpha: float = 0.05,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The share of planted directions that a scan under the Haar null finds at ``q < alpha``, with their label.
+    """Compute the share of planted directions that a scan under the Haar null finds at ``q < alpha``, with their label.
 
-    Of each ``d_model``, number of random labels and number of rows in the table, ``trials`` directions of each cosine
-    are planted, beside rows in which there is nothing to find. The same draws serve all cosines.
+    For each ``d_model``, number of random labels and number of rows in the table, ``trials`` directions of each cosine
+    are planted among rows without effect. The same draws are used for all cosines.
 
     Returns:
         a DataFrame ``d_model labels rows cosine found low high trials``, with Wilson's 95 % interval.
@@ -126,8 +126,8 @@ def power(
             null = HaarMaximum.of(E, seed=seed)
             label, across = _parts(E, trials, rng)
             near, far = E @ label, across @ E.T  # [n], [trials, n]
-            met = np.abs(at[:, None, None] * near + np.sqrt(1 - at**2)[:, None, None] * far)
-            p, right = null.p_value(met.max(2)), met.argmax(2) == 0
+            absolute = np.abs(at[:, None, None] * near + np.sqrt(1 - at**2)[:, None, None] * far)
+            p, right = null.p_value(absolute.max(2)), absolute.argmax(2) == 0
             for m in rows:
                 limits = critical_values(m, trials, alpha, seed)
                 for cosine, found in zip(at, ((p <= limits) & right).sum(1), strict=True):
@@ -137,10 +137,10 @@ def power(
 
 
 def needed_cosines(table: pd.DataFrame, shares: Sequence[float] = (0.5, 0.9)) -> pd.DataFrame:
-    """The cosine from which on each share of planted directions is found, read off the curves of ``power``.
+    """The least cosine at which each share of planted directions is found, read off the curves of ``power``.
 
     Returns:
-        a DataFrame ``d_model labels rows`` and a column for each share, such as ``50%``; NaN where none gets there.
+        a DataFrame ``d_model labels rows``, and a column per share, such as ``50%``; NaN if the curve stays below it.
     """
     found = []
     for where, curve in table.groupby(["d_model", "labels", "rows"], sort=True):
@@ -163,7 +163,7 @@ def write_power(folder: str | Path, table: pd.DataFrame | None = None) -> list[P
     """Write ``power.csv`` (the curves), ``power.html`` (the figure) and ``power.md`` (the cosines needed).
 
     Raises:
-        DtLensError: when the folder cannot be written.
+        DtLensError: if the folder cannot be written.
     """
     from dt_lens.study.power_figure import power_curves
 
@@ -183,19 +183,19 @@ def _markdown(table: pd.DataFrame) -> Iterator[str]:
     yield "# What a scan can find"
     yield ""
     yield (
-        "A direction of known cosine with one label is planted among rows in which there is nothing to find. Half, and "
-        "nine in ten, of such directions are discoveries at q < 0.05 under the Haar null from these cosines on "
-        f"({int(table['trials'].iloc[0])} plants a point, one in each table). Labels are random; the rows are all "
-        "that Benjamini and Hochberg's procedure is run over. The curves are steep because the cosine itself is "
-        "tested: chance only has the other rows and the other labels. Where many rows hold something, less will do."
+        "A direction of known cosine with one label is planted among rows without effect. From these cosines on, half "
+        "(or nine in ten) of such directions are discoveries at q < 0.05 under the Haar null "
+        f"({int(table['trials'].iloc[0])} plants a point, one in each table). Labels are random; Benjamini and "
+        "Hochberg's procedure runs over all rows. The curves are steep because the cosine itself is tested: only the "
+        "other rows and the other labels are left to chance. If many rows have an effect, smaller cosines are enough."
     )
     yield ""
     yield "| d_model | labels | rows | found by half from | found by 90 % from |"
     yield "|---:|---:|---:|---:|---:|"
     for row in needed_cosines(table).itertuples(index=False):
         d_model, n, rows, *needed = row
-        told = " | ".join("beyond the curve" if np.isnan(cosine) else f"{cosine:.2f}" for cosine in needed)
-        yield f"| {d_model} | {n} | {rows:,} | {told} |"
+        cells = " | ".join("beyond the curve" if np.isnan(cosine) else f"{cosine:.2f}" for cosine in needed)
+        yield f"| {d_model} | {n} | {rows:,} | {cells} |"
     yield ""
     yield (
         f"[The share found against the cosine](power.html), in tables of {int(table['rows'].max()):,} rows; the curves "

@@ -15,11 +15,12 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 def power_curves(
     table: pd.DataFrame, *, rows: int | None = None, title: str = "Which cosines a scan can find"
 ) -> go.Figure:
-    """The share of planted directions found against their cosine: a colour for each ``d_model``, a dash for each number
-    of labels, a band for the interval.
+    """Draw the share of planted directions that are found against their cosine.
+
+    A colour stands for each ``d_model``, a dash for each number of labels, a band for the interval.
 
     Args:
-        table: ``study.power.power``'s: ``d_model labels rows cosine found low high``.
+        table: what ``study.power.power`` gives: ``d_model labels rows cosine found low high``.
         rows: the size of the table that is shown; the largest by default.
         title: the figure's title.
 

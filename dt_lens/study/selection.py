@@ -1,4 +1,4 @@
-"""Choose by rule, not by eye, which singular directions to edit."""
+"""Choose the singular directions to edit, by rule."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
 
 __all__ = ["best_matches", "choose_directions"]
 
-SIMILAR = 2.0  # a contrast's sigma lies within this factor of its strong partner's, where there is one
+SIMILAR = 2.0  # a contrast's sigma lies within this factor of its strong partner's if any direction's does
 
 
 def best_matches(table: pd.DataFrame) -> pd.DataFrame:
-    """The one best match of every direction on every side: its row of largest ``z``, untrained heads left out."""
+    """The best match of every direction on every side: its row of largest ``z``, without untrained heads."""
     trained = table[~table["embedding"].isin(table.attrs.get("untrained", []))]
     best = trained.sort_values("z", ascending=False, kind="stable").drop_duplicates(["matrix", "side", "sv"])
     return best.reset_index(drop=True)
 
 
 def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd.DataFrame:
-    """``count`` strong directions and for each a weak one as its contrast, from a scan table.
+    """Choose ``count`` strong directions from a scan table, and for each a weak one as its contrast.
 
     Strong: the largest ``z`` of each kind of matrix (``W_in``, ``W_out``, ``OV``, ...), then the second largest, and so
-    on, one direction of a matrix at most: no one matrix or kind is the whole study, and kinds can be compared. Weak: in
-    the same matrix and on the same side, of the directions with a similar sigma (so that edit and contrast change the
-    weights by a similar amount) the one whose best match is the poorest. Directions that cannot be told apart from
-    their neighbours are left out.
+    on, at most one direction per matrix: the study is not all of one matrix or kind, and kinds can be compared. Weak:
+    in the same matrix and on the same side, among directions with a similar sigma (so that edit and contrast change the
+    weights by a similar amount), the one whose best match is the poorest. Directions in a block with others are left
+    out.
 
     Returns:
         rows of the table with a column ``role``, ``"strong"`` or ``"weak"``, pairs in order.
 
     Raises:
-        DtLensError: when the table holds too few directions to choose from.
+        DtLensError: if the table holds too few directions to choose from.
     """
     best = best_matches(table)
     alone = [

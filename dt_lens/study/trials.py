@@ -1,12 +1,11 @@
-"""Run the arms of a study: the unedited agent, each edit, each edit's control; all on the same seeds."""
+"""Evaluate a model under edits and their controls, all on the same seeds, and judge the edits."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,32 @@ from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.edits.singular import Edit
 from dt_lens.errors import DtLensError
+from dt_lens.progress import Count
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.outcomes import bootstrap_interval
 
-__all__ = ["Arm", "Trials", "verdicts"]
+__all__ = ["Trials", "verdicts"]
 
-# What a verdict keeps of the scan's row of its direction.
+# Columns of the scan that a verdict repeats.
 KEPT = ("role", "matrix", "layer", "side", "sv", "sigma", "embedding", "label", "cosine", "z", "q_value")
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One condition of the study: the model with ``edit``, or as it is."""
-
-    name: str
-    edit: Edit | None = None
-
-
 class Trials:
-    """Evaluates arms and keeps each in a file, so that a study that was stopped goes on where it was."""
+    """Evaluates a model, edited or not, and keeps each evaluation in a file, so that interrupted studies resume.
 
-    def __init__(
-        self, model: Any, folder: Path, episodes: int, seed: int, target_return: float | None, workers: int | None
-    ) -> None:
-        self.model, self.folder = model, folder
-        self.settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "target_return": target_return}
-        self.workers = workers
+    Args:
+        model: a wrapped agent.
+        folder: for the files.
+        workers: worker processes.
+        settings: what else ``evaluate`` takes. With the weights they name the files, so their order counts.
+    """
 
-    def run(self, arm: Arm, progress: Callable[[float, int], None] | None = None) -> Evaluation:
-        """The arm's evaluation, from its file when it has been run before with the same weights and settings."""
-        with arm.edit or nullcontext():
+    def __init__(self, model: Any, folder: Path, workers: int | None = None, **settings: Any) -> None:
+        self.model, self.folder, self.workers, self.settings = model, folder, workers, settings
+
+    def run(self, edit: Edit | None = None, progress: Count | None = None) -> Evaluation:
+        """The evaluation under ``edit``, read from its file if the same weights ran with the same settings before."""
+        with edit or nullcontext():
             key = hashlib.sha256(json.dumps([model_id(self.model), self.settings]).encode()).hexdigest()[:16]
             file = self.folder / f"{key}.json"
             kept = _read(file)
@@ -68,7 +63,7 @@ def _read(file: Path) -> Evaluation | None:
     try:
         return Evaluation.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, DtLensError):
-        return None  # a file that cannot be read is a trial that has to be run again
+        return None  # a damaged file: the trial runs again
 
 
 def verdicts(
@@ -78,11 +73,11 @@ def verdicts(
     edited: Sequence[Evaluation],
     controls: Sequence[Evaluation],
 ) -> pd.DataFrame:
-    """A row per edit: what it did, what its control did, and whether it hurt more than its control.
+    """Judge every edit against its control: a row per edit.
 
     ``difference`` and ``control_difference`` are mean paired differences of the return from the unedited agent;
     ``damage_beyond_control`` is the mean paired return of the control less that of the edit, with a bootstrap interval;
-    ``p_value`` its two-sided sign-flip permutation test; ``q`` Benjamini-Hochberg over the edits.
+    ``p_value`` its two-sided sign-flip permutation test; ``q`` Benjamini-Hochberg's over the edits.
     """
     rows: list[dict[str, Any]] = []
     for direction, edit, result, control in zip(chosen.to_dict("records"), edits, edited, controls, strict=True):

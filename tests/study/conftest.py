@@ -1,15 +1,16 @@
-"""A small agent, and sweeps of it whose outcomes are made up, so that what a study should say is known."""
+"""A small agent, and engines for its sweeps: one with scripted outcomes, one that runs units in this process."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import dt_lens
@@ -17,7 +18,7 @@ from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.sweep import Sweep
-from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.behaviour.sweep.units import Unit, run_unit
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
@@ -49,11 +50,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def agent(folder: Path) -> Any:
-    return dt_lens.load(folder)
+    return dt_lens.load(folder, check=False)
 
 
-class Told:
-    """An engine that does not run episodes: their returns are what it is told an arm costs, with a little noise."""
+class ScriptedEngine:
+    """An engine that runs no episodes: returns are what each arm costs by the test's script, with a little noise."""
 
     free = 1
 
@@ -90,6 +91,38 @@ class Told:
 
 
 @pytest.fixture(scope="session")
-def told() -> type[Told]:
-    """The engine, to be made with a sweep and what each arm costs."""
-    return Told
+def scripted() -> type[ScriptedEngine]:
+    """The engine class: ``scripted(sweep, what an arm costs)``."""
+    return ScriptedEngine
+
+
+class InProcessEngine:
+    """An engine that runs units in this process, one at a time: starting worker processes takes longer than they do."""
+
+    def __init__(self, workers: int) -> None:
+        self.events = list[Event]()
+
+    @property
+    def free(self) -> int:
+        return 1 - len(self.events)
+
+    def start(self, job: Any) -> None:
+        self.job, self.base = job, safetensors.torch.load(job.weights)
+
+    def submit(self, unit: Unit) -> None:
+        self.events.append(Event("done", unit.number, "here", run_unit(self.job, self.base, unit)))
+
+    def wait(self, seconds: float) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+    def stop(self) -> None:
+        self.events.clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_process() -> Iterator[None]:
+    """Sweeps run in this process; ``tests/behaviour/sweep`` is about worker processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dt_lens.behaviour.sweep.sweep.LocalEngine", InProcessEngine)
+        yield

@@ -1,4 +1,4 @@
-"""Power: what the curves say is what whole scans find."""
+"""Power: the curves agree with what whole scans find."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_strong_plant_is_found_and_nothing_is_not() -> None:
 
 
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2), (["--nothing"], 2)])
-def test_words_that_are_no_folder_make_none(
+def test_options_and_bad_arguments_make_no_folder(
     words: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Directions are chosen by rule: the strongest of each kind, and a contrast that differs in the match alone."""
+"""Directions are chosen by rule: the strongest of each kind, each with a contrast that differs only in its match."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_strongest_of_each_kind_and_its_poorest_peer(svd: WeightSVD) -> None
         assert weak["z"] == similar["z"].min()
 
 
-def test_nothing_to_choose_from_is_said(svd: WeightSVD) -> None:
+def test_too_few_directions_are_refused(svd: WeightSVD) -> None:
     table = svd.scan(["blocks.0.mlp.W_in"], embeddings="action_out").head(1)
     with pytest.raises(DtLensError, match="too few"):
         choose_directions(pd.DataFrame(table), svd, 1)

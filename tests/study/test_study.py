@@ -1,14 +1,99 @@
-"""The study: what it refuses before it begins; ``tests/test_cli.py`` runs one."""
+"""A study: its rows, its progress, its files, resuming, and what it refuses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 
 import dt_lens
+from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
+from dt_lens.study.page import sentences, write_study
+from dt_lens.study.result import StudyResult
 from dt_lens.study.study import Study
+from dt_lens.study.trials import Trials
+
+OPTIONS: dict[str, Any] = {"episodes": 4, "edits": 1, "workers": 1, "video": False}
+
+
+@pytest.fixture(scope="module")
+def agent(make_dt: Callable[..., Any]) -> Any:
+    model = make_dt(0, state_dim=4, act_dim=2, n_layers=1, max_ep_len=500, discrete_actions=True, action_tanh=False)
+    model.facts = RunFacts(context=4, environment="CartPole-v1", target_returns=(100.0,), return_scale=100.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def shares() -> list[float]:
+    """The shares that ``studied`` reported."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def studied(agent: Any, shares: list[float], tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
+    study = Study(
+        agent, tmp_path_factory.mktemp("study"), name="a <small> agent", command="dt-lens study it", **OPTIONS
+    )
+    return study.run(lambda _what, share: shares.append(share))
+
+
+def test_a_row_for_each_edit_beside_its_control(studied: StudyResult) -> None:
+    rows = studied.verdicts
+    assert list(rows["role"]) == ["strong", "weak"]
+    assert [edit.matrix.name for edit in studied.edits] == list(rows["matrix"])
+    for i, (edited, control) in enumerate(zip(studied.edited, studied.controls, strict=True)):
+        assert list(edited.seeds) == list(control.seeds) == list(studied.baseline.seeds) == [0, 1, 2, 3]
+        assert rows["difference"][i] == pytest.approx((edited.returns - studied.baseline.returns).mean())
+        assert rows["damage_beyond_control"][i] == pytest.approx((control.returns - edited.returns).mean())
+        assert edited.edits and control.edits and not studied.baseline.edits
+
+
+def test_progress_rises_from_nothing_to_everything(studied: StudyResult, shares: list[float]) -> None:
+    assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares) and len(shares) > 8
+
+
+def test_the_files_are_written_from_the_result_alone(studied: StudyResult, tmp_path: Path) -> None:
+    page = write_study(studied, tmp_path / "again")
+    folder = studied.report.parent
+    assert page == tmp_path / "again" / "report.html"
+    for name in ("report.html", "scan.csv", "verdicts.csv"):
+        assert (folder / name).read_bytes() == (page.parent / name).read_bytes()
+    assert pd.read_csv(folder / "verdicts.csv")["matrix"].tolist() == studied.verdicts["matrix"].tolist()
+    text = page.read_text()
+    assert "What the weights of a &lt;small&gt; agent do" in text and "dt-lens study it" in text
+    assert "There is no video: it was switched off." in text
+    assert sum("hurt more when edited than a random change" in sentence for sentence in sentences(studied)) == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DtLensError, match="cannot be written"):
+        write_study(studied, tmp_path / "file" / "x")
+
+
+def test_a_finished_study_runs_nothing_again(agent: Any, studied: StudyResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished trial was run again")
+
+    monkeypatch.setattr("dt_lens.study.trials.evaluate", never)
+    again = Study(agent, studied.report.parent, **OPTIONS).run()
+    pd.testing.assert_frame_equal(again.verdicts, studied.verdicts)
+    with pytest.raises(AssertionError, match="run again"):
+        Trials(agent, studied.report.parent / "trials", 1, episodes=4, seed=1, target_return=None).run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"episodes": 1}, "episodes is 1; a study needs at least 2"),
+        ({"edits": 0}, "edits is 0; a study needs at least 1"),
+    ],
+)
+def test_too_few_are_refused(agent: Any, tmp_path: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(DtLensError, match=message):
+        Study(agent, tmp_path / "out", **{**OPTIONS, **options}).run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_language_model_is_refused_at_once(tmp_path: Path) -> None:

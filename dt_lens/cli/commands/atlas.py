@@ -16,14 +16,16 @@ from dt_lens.cli.output import print_table, progress
 def atlas(
     model: Agent,
     sweep: Annotated[Path, typer.Option(help="The folder of a sweep that removed directions (--edits zero).")],
-    out: Annotated[Path | None, typer.Option(help="Folder for atlas.html and its tables; the sweep's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for atlas.html and its tables; the sweep's by default.")
+    ] = None,
     activations: Annotated[
-        Path | None, typer.Option(help="The agent's real inputs, for energies on them; the sweep's own by default.")
+        Path | None, typer.Option(help="The agent's real inputs, for output energies; the sweep's by default.")
     ] = None,
     seed: Seed = 0,
     given: Given = None,
 ) -> None:
-    """What a sweep of removals says: which directions matter, and whether what they look like tells."""
+    """Make an atlas of a sweep of removals: which directions matter, and what predicts it."""
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

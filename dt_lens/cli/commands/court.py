@@ -15,7 +15,9 @@ from dt_lens.cli.output import print_table, progress, resumable
 
 def court(
     model: Model,
-    episodes: Annotated[int, typer.Option(min=2, help="Paired episodes of every arm.")] = 200,
+    episodes: Annotated[
+        int, typer.Option(min=2, help="Paired episodes of the unedited agent, each edit and each control.")
+    ] = 200,
     seed: Seed = 0,
     environment: Environment = None,
     target_return: Target = None,
@@ -23,17 +25,19 @@ def court(
     sweep: Annotated[
         Path | None, typer.Option(help="A finished sweep of this model, with controls, for claim 7.")
     ] = None,
-    texts: Annotated[Path | None, typer.Option(help="A text file, for a language model's most common token.")] = None,
-    rollouts: Annotated[bool, typer.Option(help="Run the edits; without them, only claims about weights.")] = True,
+    texts: Annotated[
+        Path | None, typer.Option(help="A text file in which a language model's most common token is counted.")
+    ] = None,
+    rollouts: Annotated[bool, typer.Option(help="Run the edits; without, only claims about weights are tried.")] = True,
     draws: Annotated[int, typer.Option(min=200, help="Draws of the nulls.")] = 4000,
     out: Annotated[Path | None, typer.Option(help="Folder for everything; dt-lens-court/MODEL by default.")] = None,
     workers: Workers = None,
     given: Given = None,
 ) -> None:
-    """Try seven claims about singular directions, each by a test written down beforehand (docs/court.md).
+    """Try seven claims about singular directions, each with a pre-registered test (docs/court.md).
 
-    Each is computed as it should be and as the code it comes from did; verdicts are supported, not supported,
-    undecided, or not applicable. Stopped and started again with the same options, it goes on where it was.
+    Each is computed as it should be and as the note's code computed it; verdicts are supported, not supported,
+    undecided, or not applicable. Run again with the same options after an interruption, it resumes.
     """
     folder = out or Path("dt-lens-court") / Path(model).name
     with progress() as tell:

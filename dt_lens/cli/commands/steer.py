@@ -15,9 +15,9 @@ from dt_lens.cli.output import print_table, progress, resumable
 
 def steer(
     model: Agent,
-    episodes: Annotated[int, typer.Option(min=2, help="Episodes of every arm of the report, on fresh seeds.")] = 40,
-    choosing: Annotated[int, typer.Option(min=2, help="Episodes of every arm while choosing, and of a target.")] = 8,
-    candidates: Annotated[int, typer.Option(min=1, help="Directions that are tried.")] = 8,
+    episodes: Annotated[int, typer.Option(min=2, help="Episodes per dose in the report, on fresh seeds.")] = 40,
+    choosing: Annotated[int, typer.Option(min=2, help="Episodes per dose while choosing, and per target.")] = 8,
+    candidates: Annotated[int, typer.Option(min=1, help="How many directions are tried.")] = 8,
     doses: Annotated[str, typer.Option(help="What sigma is multiplied by, with commas.")] = "0,0.5,1.5,2",
     targets: Annotated[
         str | None, typer.Option(help="Target returns of the curve, with commas; the model's own by default.")
@@ -29,20 +29,20 @@ def steer(
     workers: Workers = None,
     given: Given = None,
 ) -> None:
-    """Look for a direction whose dose moves the return as the target does, without making the agent fail.
+    """Find a direction whose dose moves the return as the target does, without making the agent fail.
 
-    It is chosen on some seeds and reported on others (docs/steering.md). Stopped and started again with the same
-    options, it goes on where it was.
+    It is chosen on some seeds and reported on others (docs/steering.md). Run again with the same options after an
+    interruption, it resumes.
     """
     folder = out or Path("dt-lens-steer") / Path(model).name
     goals = split(targets, "targets")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
-        from dt_lens.study.steering.steering import steer as look
+        from dt_lens.study.steering.steering import steer as find_direction
 
         with resumable():
-            result = look(
+            result = find_direction(
                 loaded,
                 folder,
                 name=Path(model).name,

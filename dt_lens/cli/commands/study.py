@@ -9,37 +9,30 @@ from typing import Annotated
 
 import typer
 
-from dt_lens.cli.options import (
-    Agent,
-    Given,
-    Seed,
-    Target,
-    Workers,
-    load_model,
-    number,
-    split,
-)
+from dt_lens.cli.options import Agent, Given, Seed, Target, Workers, load_model, number, split
 from dt_lens.cli.output import print_table, progress
 
 
 def study(
     model: Agent,
-    episodes: Annotated[int, typer.Option(min=2, help="Paired episodes of every arm.")] = 50,
+    episodes: Annotated[
+        int, typer.Option(min=2, help="Paired episodes of the unedited agent, each edit and each control.")
+    ] = 50,
     matrices: Annotated[str, typer.Option(help="Which matrices to scan and to choose from.")] = "*.W_in,*.W_out,*.OV.*",
     edits: Annotated[int, typer.Option(min=1, help="Strong directions to edit, each with a weak one as contrast.")] = 2,
     value: Annotated[
-        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
+        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a factor of sigma.")
     ] = "constant",
     target_return: Target = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; dt-lens-study/MODEL by default.")] = None,
     workers: Workers = None,
-    video: Annotated[bool, typer.Option(help="Draw the worst-hit agent beside the unedited one.")] = True,
+    video: Annotated[bool, typer.Option(help="Draw the agent under the worst edit beside the unedited one.")] = True,
     given: Given = None,
 ) -> None:
-    """The main job: scan, choose directions by itself, edit them beside controls, measure, report.
+    """Scan a model, choose directions, edit them beside controls, measure, and write a report.
 
-    Stopped and started again with the same settings, it goes on where it was.
+    Run again with the same options after an interruption, it resumes.
     """
     folder = out or Path("dt-lens-study") / Path(model).name
     with progress() as tell:
@@ -52,30 +45,19 @@ def study(
         result = Study(
             loaded,
             folder,
-            model,
-            split(matrices, "matrices") or [],
-            episodes,
-            edits,
-            number(value),
-            seed,
-            target_return,
-            workers,
-            video,
-            command,
+            name=model,
+            matrices=split(matrices, "matrices") or [],
+            episodes=episodes,
+            edits=edits,
+            value=number(value),
+            seed=seed,
+            target_return=target_return,
+            workers=workers,
+            video=video,
+            command=command,
         ).run(tell)
-    shown = [
-        "role",
-        "matrix",
-        "side",
-        "sv",
-        "label",
-        "cosine",
-        "energy",
-        "difference",
-        "control_difference",
-        "q",
-        "verdict",
-    ]
+    shown = ["role", "matrix", "side", "sv", "label", "cosine"]
+    shown += ["energy", "difference", "control_difference", "q", "verdict"]
     print_table(result.verdicts[shown], "Edits and their controls: mean paired difference of the return")
     for sentence in sentences(result):
         print(sentence.replace("**", ""))

@@ -1,4 +1,4 @@
-"""The atlas of a model: what every direction costs when it is removed, and what predicts it."""
+"""The atlas of a model: what the removal of every direction costs, and what predicts it."""
 
 import lazy_loader
 

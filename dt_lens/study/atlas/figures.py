@@ -1,4 +1,4 @@
-"""Figures of the atlas: what removing each direction does, beside what it looks like. Pure functions of its tables."""
+"""The figures of an atlas: what removing each direction does, beside what it matches. Pure functions of its tables."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from plotly.subplots import make_subplots
 
 from dt_lens.report.style import BASELINE, CONTROL, PALETTE, columns_of, empty, finish, natural, plain, ticks
 
-__all__ = ["Looks", "along_the_spectrum", "damage_against", "shares", "sizes_against_damage"]
+__all__ = ["Panel", "along_the_spectrum", "damage_against", "shares", "sizes_against_damage"]
 
-Looks = tuple[str, str]  # a kind of matrix, and the column of what its directions look like
+Panel = tuple[str, str]  # a kind of matrix, and the column of its directions' cosines
 Array = NDArray[np.float64]
 LEAST = 3  # ticks on an axis
 DAMAGE = {
@@ -29,36 +29,36 @@ DAMAGE = {
 
 def damage_against(
     directions: pd.DataFrame,
-    looks: Sequence[Looks],
+    panels: Sequence[Panel],
     *,
     response: str = "damage",
-    said: Sequence[str] = (),
-    title: str = "Does what a direction looks like say what it does?",
+    heads: Sequence[str] = (),
+    title: str = "Does what a direction matches predict what it does?",
 ) -> go.Figure:
-    """A panel for each kind of matrix: the damage of each removal against the cosine of its best match.
+    """Draw the damage of each removal against the cosine of its best match, in a panel for each kind of matrix.
 
-    Losses span many orders of magnitude and both signs, so the axis is that of the inverse hyperbolic sine: linear
-    around 0, logarithmic further out.
+    Losses span many orders of magnitude and both signs, so the axis is an inverse hyperbolic sine: linear around 0,
+    logarithmic further out.
 
     Args:
-        directions: an atlas's.
-        looks: for each panel the kind of matrix, and the column of cosines, such as ``("W_out", "write action_out")``.
+        directions: ``Atlas.directions``.
+        panels: for each panel the kind of matrix, and the column of cosines, such as ``("W_out", "write action_out")``.
         response: the column of the damage.
-        said: a line for the head of each panel, such as its rank correlation.
-        title: the figure's.
+        heads: a line above each panel, such as its rank correlation.
+        title: the figure's title.
 
     Raises:
         DtLensError: for a missing column.
     """
-    columns_of(directions, ["kind", "layer", "q_value", response, *(column for _, column in looks)], "The atlas")
-    shown = [(kind, column) for kind, column in looks if (directions["kind"] == kind).any()]
+    columns_of(directions, ["kind", "layer", "q_value", response, *(column for _, column in panels)], "The atlas")
+    shown = [(kind, column) for kind, column in panels if (directions["kind"] == kind).any()]
     if not shown:
         return empty(title, "No direction was measured.")
-    heads = [
+    titles = [
         f"<b>{plain(kind)}</b>" + (f"<br><span style='font-size:12px'>{plain(line)}</span>" if line else "")
-        for (kind, _), line in zip(shown, [*said, *[""] * len(shown)], strict=False)
+        for (kind, _), line in zip(shown, [*heads, *[""] * len(shown)], strict=False)
     ]
-    figure = make_subplots(1, len(shown), shared_yaxes=True, subplot_titles=heads, horizontal_spacing=0.03)
+    figure = make_subplots(1, len(shown), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03)
     scale, values, names = _bent(directions[response].to_numpy(dtype=np.float64))
     layers = sorted(directions["layer"].dropna().unique())
     colour = {layer: PALETTE[number % len(PALETTE)] for number, layer in enumerate(layers)}
@@ -84,7 +84,7 @@ def damage_against(
                     "line": {"color": colour[layer], "width": [1.2 if s else 0.8 for s in sure]},
                     "opacity": 0.85,
                 },
-                customdata=_told(rows),
+                customdata=_hover_texts(rows),
                 hovertemplate="%{customdata}<extra></extra>",
                 row=1,
                 col=number,
@@ -94,8 +94,8 @@ def damage_against(
         figure.update_xaxes(title_text=about, rangemode="tozero", row=1, col=number)
     figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
     figure.update_yaxes(title_text=DAMAGE.get(response, response), col=1)
-    # The filled and the open markers of the legend are one; what they mean is said above.
-    about = f"one point a direction removed · filled: the return changes at q < 0.05 · logarithmic beyond ±{scale:g}"
+    # The legend shows one marker for filled and open points; the subtitle says what they mean.
+    about = f"one point per removed direction · filled: the return changes at q < 0.05 · logarithmic beyond ±{scale:g}"
     finished = finish(figure, title, about, height=520, wide=260 * len(shown))
     finished.update_layout(margin_t=130)
     return finished
@@ -130,7 +130,7 @@ def _bent(values: Array) -> tuple[float, list[float], list[str]]:
 
 
 def _between(low: float, high: float, scale: float) -> Array:
-    """Marks at 0 and at 1, 2 and 5 times powers of ten; where too few of them lie there, evenly spaced round ones.
+    """Marks at 0 and at 1, 2 and 5 times powers of ten; evenly spaced round ones if too few of those are in range.
 
     >>> _between(30.0, 500.0, 100.0).tolist()
     [50.0, 100.0, 200.0, 500.0]
@@ -149,11 +149,11 @@ def _between(low: float, high: float, scale: float) -> Array:
     return np.asarray(np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step)
 
 
-def _told(rows: pd.DataFrame) -> list[str]:
-    return [_one({str(key): value for key, value in row.items()}) for row in rows.to_dict("records")]
+def _hover_texts(rows: pd.DataFrame) -> list[str]:
+    return [_hover_text({str(key): value for key, value in row.items()}) for row in rows.to_dict("records")]
 
 
-def _one(row: dict[str, Any]) -> str:
+def _hover_text(row: dict[str, Any]) -> str:
     text = f"<b>{plain(row['matrix'])} sv={row['sv']}</b><br>sigma {row['sigma']:.3g} · energy {row['energy']:.3g}"
     text += f"<br>return {row['mean_return']:,.0f} (lost {row['damage']:,.0f}, q = {row['q_value']:.2g})"
     control = row.get("control_damage", float("nan"))
@@ -163,14 +163,14 @@ def _one(row: dict[str, Any]) -> str:
 def along_the_spectrum(
     directions: pd.DataFrame, mean: float, *, title: str = "What removing each direction leaves"
 ) -> go.Figure:
-    """The agent's return without each direction, from the largest sigma to the smallest: a panel for each matrix.
+    """Draw the return without each direction, from the largest sigma to the smallest, in a panel for each matrix.
 
-    Rows are blocks, columns are kinds of matrices, and heads where a kind has several.
+    Rows are blocks; columns are kinds of matrices, or heads if a kind has several.
 
     Args:
-        directions: an atlas's; ``control_damage`` is drawn where it is known.
+        directions: ``Atlas.directions``; ``control_damage`` is drawn if known.
         mean: the unedited agent's mean return.
-        title: the figure's.
+        title: the figure's title.
 
     Raises:
         DtLensError: for a missing column.
@@ -194,7 +194,7 @@ def along_the_spectrum(
     figure.add_hline(y=mean, line={"width": 1.2, "color": BASELINE, "dash": "dot"})
     named: set[str] = set()
 
-    def draw(name: str, x: Any, y: Any, marker: dict[str, Any], place: tuple[int, int], told: list[str]) -> None:
+    def draw(name: str, x: Any, y: Any, marker: dict[str, Any], place: tuple[int, int], hover: list[str]) -> None:
         figure.add_scatter(
             x=x,
             y=y,
@@ -203,7 +203,7 @@ def along_the_spectrum(
             legendgroup=name,
             showlegend=name not in named,
             marker=marker,
-            customdata=told,
+            customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
             row=place[0],
             col=place[1],
@@ -219,7 +219,7 @@ def along_the_spectrum(
         if "control_damage" in rows and rows["control_damage"].notna().any():
             control = mean - rows["control_damage"].to_numpy(dtype=np.float64)
             marker = {"color": "rgba(0,0,0,0)", "size": 5, "line": {"color": CONTROL, "width": 0.8}}
-            draw("its control", rows["sv"], control, marker, place, _told(rows))
+            draw("its control", rows["sv"], control, marker, place, _hover_texts(rows))
         for sure, name, colour in ((False, "removed", "#b98a5e"), (True, "removed, q < 0.05", PALETTE[1])):
             part = rows[(rows["q_value"] < 0.05) == sure]
             if len(part):
@@ -230,7 +230,7 @@ def along_the_spectrum(
                     part["mean_return"],
                     marker,
                     place,
-                    _told(part),
+                    _hover_texts(part),
                 )
     figure.update_xaxes(title_text="sv", row=len(layers))
     figure.update_yaxes(title_text="mean return", col=1, rangemode="tozero")
@@ -241,17 +241,17 @@ def along_the_spectrum(
 
 
 def _columns(directions: pd.DataFrame) -> pd.Series[str]:
-    """Each direction's kind of matrix, with the head where the kind has several."""
+    """Each direction's kind of matrix, with the head if the kind has several."""
     heads = directions.groupby("kind")["head"].transform("nunique")
     kinds = directions["kind"].astype(str)
     return kinds.where(heads < 2, kinds + "." + directions["head"].astype("Int64").astype(str))
 
 
 def shares(table: pd.DataFrame, *, title: str = "How many directions matter") -> go.Figure:
-    """For each matrix the share of directions whose removal costs return at q < 0.05.
+    """Draw for each matrix the share of directions whose removal costs return at q < 0.05.
 
     Args:
-        table: an atlas's ``shares``; its rows of single matrices are drawn.
+        table: ``Atlas.shares``; its rows of single matrices are drawn.
 
     Raises:
         DtLensError: for a missing column.
@@ -280,12 +280,12 @@ def shares(table: pd.DataFrame, *, title: str = "How many directions matter") ->
 
 
 def sizes_against_damage(
-    directions: pd.DataFrame, predictors: Sequence[str], *, title: str = "Does size say what a direction does?"
+    directions: pd.DataFrame, predictors: Sequence[str], *, title: str = "Does size predict what a direction does?"
 ) -> go.Figure:
-    """The return lost against sigma, and against what the direction puts out on real inputs: a panel for each.
+    """Draw the return lost against sigma, and against the output energy on real inputs, in a panel for each.
 
     Args:
-        directions: an atlas's.
+        directions: ``Atlas.directions``.
         predictors: columns, such as ``["sigma", "output_energy"]``.
 
     Raises:
@@ -319,7 +319,7 @@ def sizes_against_damage(
                     "size": [8 if s else 5 for s in sure],
                     "line": {"color": colour, "width": 0.9},
                 },
-                customdata=_told(rows),
+                customdata=_hover_texts(rows),
                 hovertemplate="%{customdata}<extra></extra>",
                 row=1,
                 col=number,
@@ -329,5 +329,5 @@ def sizes_against_damage(
             figure.update_xaxes(title_text=predictor.replace("_", " "), row=1, col=number, **axis)
     figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
     figure.update_yaxes(title_text="return lost", col=1)
-    about = f"one point a direction removed · filled: q < 0.05 · logarithmic beyond ±{scale:g}"
+    about = f"one point per removed direction · filled: q < 0.05 · logarithmic beyond ±{scale:g}"
     return finish(figure, title, about, height=460, wide=330 * len(predictors))

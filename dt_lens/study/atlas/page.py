@@ -1,4 +1,4 @@
-"""The page that shows an atlas."""
+"""The page and tables of an atlas."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.arguments import atomic_write
+from dt_lens.arguments import atomic_write, local_path
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, write_report
 from dt_lens.study.atlas import figures
-from dt_lens.study.atlas.atlas import Atlas
-from dt_lens.study.atlas.sentences import SIGHTS, correlation_of, covered, joined, sentences, shares_for, signed
+from dt_lens.study.atlas.result import Atlas
+from dt_lens.study.atlas.sentences import MATCH_COLUMNS, correlation_of, covered, joined, sentences, shares_for, signed
 from dt_lens.study.atlas.tables import ALPHA
 from dt_lens.version import __version__
 
 __all__ = ["table_of", "write_atlas"]
 
-# What damage is tested as, and how that is spoken of.
+# The tested responses, and their names in a sentence.
 TESTED = {
     "damage": "with damage as it is",
     "damage at equal size": "among directions of equal size",
@@ -28,25 +28,31 @@ TESTED = {
 SHOWN = 40
 
 
-def write_atlas(atlas: Atlas, out: Path, name: str = "the model", command: str = "") -> Path:
-    """Write ``atlas.html`` and its tables as CSV; returns the page.
+def write_atlas(atlas: Atlas, folder: str | Path, name: str = "the model", command: str = "") -> Path:
+    """Write ``atlas.html`` and the tables as CSV into ``folder``; return the page.
 
-    ``weighted.csv`` is there only where activation-aware directions were removed.
+    ``weighted.csv`` is written only if activation-aware directions were removed.
+
+    Args:
+        atlas: what ``make_atlas`` gives.
+        folder: made if needed.
+        name: what the page calls the model.
+        command: the command line that repeats this, for the page.
 
     Raises:
-        DtLensError: when the folder cannot be written.
+        DtLensError: if the folder cannot be written.
     """
+    folder = local_path(folder, "folder")
     tables = ["directions", "correlations", "shares", "reliability", "predictors"]
     tables += ["weighted"] * bool(len(atlas.weighted))
     for what in tables:
-        with atomic_write(out / f"{what}.csv") as part:
+        with atomic_write(folder / f"{what}.csv") as part:
             getattr(atlas, what).to_csv(part, index=False, float_format="%.6g")
     base = atlas.baseline
-    page = out / "atlas.html"
-    write_report(
-        page,
+    return write_report(
+        folder / "atlas.html",
         f"An atlas of {name}: what each direction does",
-        [_damage(atlas), _shares(atlas), _looks(atlas), _sizes(atlas), _method(atlas)],
+        [_damage(atlas), _shares(atlas), _matches(atlas), _sizes(atlas), _method(atlas)],
         verdict=sentences(atlas),
         facts={
             "model": name,
@@ -61,7 +67,6 @@ def write_atlas(atlas: Atlas, out: Path, name: str = "the model", command: str =
         },
         command=command,
     )
-    return page
 
 
 def _episodes(atlas: Atlas) -> str:
@@ -76,37 +81,37 @@ def _controls(atlas: Atlas) -> str:
     return f"{found['controls']:,} beside {found['controlled']:,} of {found['directions']:,} directions{covered(atlas)}"
 
 
-def _looks_of(atlas: Atlas) -> list[figures.Looks]:
+def _panels(atlas: Atlas) -> list[figures.Panel]:
     kinds = set(atlas.directions["kind"])
-    return [(kind, sight) for kind, sight in SIGHTS.items() if kind in kinds and sight in atlas.directions]
+    return [(kind, column) for kind, column in MATCH_COLUMNS.items() if kind in kinds and column in atlas.directions]
 
 
 def _damage(atlas: Atlas) -> Section:
-    looks = _looks_of(atlas)
+    panels = _panels(atlas)
     shown: dict[str, Any] = {}
     named = {"damage": "as it is", "damage_per_energy": "per unit energy", "beyond": "beyond the control"}
     for response, what in named.items():
         measured = atlas.directions[atlas.directions[response].notna()]
         if len(measured):
-            told = [look for look in looks if look[0] in set(measured["kind"])]
-            lines = [_line(atlas, *look, response) for look in told]
-            shown[what] = figures.damage_against(measured, told, response=response, said=lines)
+            present = [panel for panel in panels if panel[0] in set(measured["kind"])]
+            heads = [_line(atlas, *panel, response) for panel in present]
+            shown[what] = figures.damage_against(measured, present, response=response, heads=heads)
     return Section(
         "Does cosine predict damage?",
         [
             Choice(shown, "damage", "Every point is one singular direction, removed for all paired episodes."),
             Note(
-                "Per unit energy, a direction of tiny energy that does nothing has a large number, an episode's chaos "
-                "divided by next to nothing; and all of them share the unedited agent's luck, so that anything that "
-                "goes with the energy goes with them. That correlation is shown and not tested; the one to read is "
-                "that among directions of equal size."
+                "Damage per unit energy is large for a direction of tiny energy that does nothing: it is an episode's "
+                "noise divided by almost 0. All directions also share the noise of the unedited agent, so this damage "
+                "correlates with anything that correlates with the energy. Its correlation is shown and not tested; "
+                "the one to read is that among directions of equal size."
             ),
             Folded(
                 "How well damage repeats",
                 [
                     (
-                        "The rank correlation of the damage in episodes of odd and of even seed, and what Spearman and "
-                        "Brown's formula makes of it for all episodes: how far a second such sweep would agree."
+                        "The rank correlation of the damage in episodes of odd and of even seed, and from it by "
+                        "Spearman and Brown's formula that of all episodes: how far a second such sweep would agree."
                     ),
                     Table(atlas.reliability),
                 ],
@@ -115,9 +120,9 @@ def _damage(atlas: Atlas) -> Section:
     )
 
 
-def _line(atlas: Atlas, kind: str, sight: str, response: str) -> str:
+def _line(atlas: Atlas, kind: str, column: str, response: str) -> str:
     given = "" if response == "damage_per_energy" else " at equal size"
-    row = correlation_of(atlas, kind, sight, f"{response}{given}")
+    row = correlation_of(atlas, kind, column, f"{response}{given}")
     if row is None or np.isnan(row["rho"]):
         return ""
     return f"rho{given} {signed(row['rho'])} [{signed(row['low'])}, {signed(row['high'])}]"
@@ -137,10 +142,10 @@ def _shares(atlas: Atlas) -> Section:
     return Section("How many directions matter?", blocks)
 
 
-def _looks(atlas: Atlas) -> Section:
+def _matches(atlas: Atlas) -> Section:
     table = atlas.correlations
     if table.empty:
-        return Section("What else a direction may look like", ["Too few directions are measured to say."])
+        return Section("What other matches predict", ["Too few directions are measured to say."])
     kinds = table[table["what"] == table["kind"]]
     tested = kinds[kinds["p_value"].notna()]
     found = tested[tested["q_value"] < ALPHA]["response"].value_counts()
@@ -152,12 +157,10 @@ def _looks(atlas: Atlas) -> Section:
         f"(Benjamini-Hochberg over all, single matrices included): {joined(counts) or 'none'}."
     )
     if atlas.untrained:
-        text += (
-            f" {', '.join(atlas.untrained)} no loss ever reached: what they correlate with is the procedure's noise."
-        )
+        text += f" Never trained: {', '.join(atlas.untrained)}; what they correlate with is the procedure's noise."
     intervals = {"rho": ("low", "high")}
     return Section(
-        "What else a direction may look like",
+        "What other matches predict",
         [
             text,
             Table(kinds.drop(columns=["what"]), intervals=intervals),
@@ -173,14 +176,14 @@ def _sizes(atlas: Atlas) -> Section:
     if "output_energy" in predictors:
         blocks.insert(
             0,
-            "Sigma is what the weights do to inputs of every direction alike; the output energy is the root mean "
-            "square of what the direction puts out on the agent's own inputs.",
+            "Sigma measures what the weights do if inputs point equally in every direction; the output energy is the "
+            "root mean square of what the direction puts out on the agent's own inputs.",
         )
     if len(atlas.weighted):
         blocks.append(
             f"{len(atlas.weighted)} activation-aware directions were removed as well: those of the decomposition in "
-            "which sigma is the standard deviation of the output on the agent's own inputs. They and the plain ones "
-            "of the same matrices and numbers are held against the damage of their own removals."
+            "which sigma is the standard deviation of the output on the agent's own inputs. Their sigmas, and those of "
+            "the plain directions of the same matrices and indices, are compared with the damage of their own removals."
         )
     return Section("Does size predict damage?", blocks)
 
@@ -189,7 +192,7 @@ def _method(atlas: Atlas) -> Section:
     options = atlas.options
     halved = options.get("halving") and (
         " Successive halving gave more episodes to those that moved the return most; the damage of those that it kept "
-        "is of fresh seeds, and that of the others of the seeds that they were stopped by, with p = 1."
+        "is from fresh seeds, and that of the others from the seeds that stopped them, with p = 1."
     )
     return Section(
         "How it was measured",
@@ -200,13 +203,13 @@ def _method(atlas: Atlas) -> Section:
                 f"paired differences; q is Benjamini-Hochberg over the directions.{halved or ''}"
             ),
             (
-                "Rank correlations take ranks inside each matrix, so that what differs between matrices counts for "
-                "nothing; intervals are bootstraps over directions, p by permutation inside each matrix. At equal "
-                "size, ranks and permutations stay among about six neighbours in the energy, on real inputs "
-                "where it is known, and intervals are Bonett and Wright's."
+                "Rank correlations take ranks inside each matrix, so differences between matrices do not count; "
+                "intervals are bootstraps over directions, p is by permutation inside each matrix. At equal size, "
+                "ranks and permutations stay among about six neighbours in energy (on real inputs if it is known), "
+                "and intervals are Bonett and Wright's."
             ),
             Note(
-                "This is one checkpoint. Intervals are over its episodes and directions, not over trainings; a "
+                "This is one checkpoint. Intervals are over its episodes and directions, not over training runs; a "
                 "direction whose removal does nothing may be one of several that do the same work."
             ),
         ],
@@ -214,7 +217,7 @@ def _method(atlas: Atlas) -> Section:
 
 
 def table_of(atlas: Atlas) -> pd.DataFrame:
-    """The shares as the command line prints them."""
+    """The shares that the command line prints."""
     names = ["what", "directions", "hurts", "share", "large", "worst", "worst_damage"]
     if atlas.shares["controls"].gt(0).any():
         names[5:5] = ["controlled", "controlled_large", "controls", "controls_large", "beyond"]

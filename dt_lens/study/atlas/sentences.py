@@ -1,4 +1,4 @@
-"""What the atlas says, in plain sentences."""
+"""The findings of an atlas in sentences."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.study.atlas.atlas import Atlas
+from dt_lens.study.atlas.result import Atlas
 from dt_lens.study.atlas.tables import ALPHA, LARGE, RANKED
 
-__all__ = ["SIGHTS", "correlation_of", "covered", "joined", "sentences", "shares_for", "signed"]
+__all__ = ["MATCH_COLUMNS", "correlation_of", "covered", "joined", "sentences", "shares_for", "signed"]
 
-# What the directions of each kind of matrix are said to look like: the embedding on the side that meets it. W_in reads,
-# and is compared with the action output all the same, because that is the claim to be tested.
-SIGHTS = {"W_in": "read action_out", "W_gate": "read action_out", "W_out": "write action_out", "OV": "write action_out"}
-# Two sizes to hold against damage: how each is spoken of, their rows in the table, and that of their difference.
+# The match that may predict damage, for each kind of matrix: a column of ``Atlas.directions``. W_in reads, and is
+# compared with the action output all the same, because that is the claim to be tested.
+MATCH_COLUMNS = {
+    "W_in": "read action_out",
+    "W_gate": "read action_out",
+    "W_out": "write action_out",
+    "OV": "write action_out",
+}
+# Two sizes to compare by how well they predict damage: their names, their rows, and the row of their difference.
 PREDICTORS = (
     (
         "Sigma",
@@ -38,24 +43,24 @@ def sentences(atlas: Atlas) -> list[str]:
     """The answer in a few plain sentences."""
     everything, n = shares_for(atlas, "all"), len(atlas.directions)
     large = f", and more than {LARGE:.0%} of it for **{everything['large']:.0f}**" if np.isfinite(atlas.unit) else ""
-    said = [
+    lines = [
         (
             "Removing one singular direction costs the agent return (q < 0.05) for "
             f"**{everything['hurts']} of {n:,}** directions ({everything['share']:.1%}){large}."
         )
     ]
-    said += _beside_controls(atlas)
-    for kind, sight in SIGHTS.items():
-        row, held = (correlation_of(atlas, kind, sight, response) for response in ("damage", "damage at equal size"))
-        if row is not None and held is not None and np.isfinite(row["rho"]):
-            said.append(_predicts(row, held))
-    said += _repeats(atlas)
-    said += [_better(atlas, *names) for names in PREDICTORS if _is_told(atlas, names[-1])]
+    lines += _beside_controls(atlas)
+    for kind, column in MATCH_COLUMNS.items():
+        row, equal = (correlation_of(atlas, kind, column, response) for response in ("damage", "damage at equal size"))
+        if row is not None and equal is not None and np.isfinite(row["rho"]):
+            lines.append(_predicts(row, equal))
+    lines += _repeats(atlas)
+    lines += [_better(atlas, *names) for names in PREDICTORS if _is_known(atlas, names[-1])]
     controlled, awaited = everything["controlled"], atlas.planned_controls
     if n < atlas.planned or controlled < awaited:
         missing = f", and random changes beside {controlled:,} of {awaited:,}" if awaited else ""
-        said.append(f"The sweep is not finished: {n:,} of {atlas.planned:,} directions are measured{missing}.")
-    return said
+        lines.append(f"The sweep is not finished: {n:,} of {atlas.planned:,} directions are measured{missing}.")
+    return lines
 
 
 def shares_for(atlas: Atlas, what: str) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def _row(rows: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def _beside_controls(atlas: Atlas) -> list[str]:
-    """What random changes cost, and what directions cost beyond them: of the directions that have some."""
+    """What random changes cost, and what the directions that have some cost beyond them."""
     found = shares_for(atlas, "all")
     n, k = len(atlas.directions), found["controlled"]
     if not k:
@@ -79,28 +84,28 @@ def _beside_controls(atlas: Atlas) -> list[str]:
     if np.isfinite(atlas.unit):
         beside += (
             f": **{found['controls_large']:.0f} of {found['controls']:,}** random changes cost more than {LARGE:.0%}, "
-            f"and **{found['controlled_large']:.0f} of {k:,}** of those directions, counted alike (whatever their q)"
+            f"and **{found['controlled_large']:.0f} of {k:,}** of those directions, counted likewise (whatever their q)"
         )
-    said = [f"{beside}."]
+    lines = [f"{beside}."]
     if np.isfinite(found["beyond"]):
         lost, low, high = (_lost(atlas, found[name]) for name in ("beyond", "beyond_low", "beyond_high"))
         of = "of the return" if np.isfinite(atlas.unit) else "points of return"
-        said.append(
+        lines.append(
             f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}** {of} [{low}, {high}] "
             f"beyond a random change (p = {found['beyond_p_value']:.2g}, a pair for each direction)."
         )
     many = atlas.directions[atlas.directions["controls"] >= RANKED]
     if len(many):
         above = (many["rank_p_value"] <= ALPHA).sum()
-        said.append(
-            f"**{above} of {len(many):,}** directions that have {RANKED} random changes or more beside them cost more "
+        lines.append(
+            f"**{above} of {len(many):,}** directions with {RANKED} random changes or more beside them cost more "
             f"than those (by rank, p ≤ {ALPHA}); of as many random changes {ALPHA * len(many):.2g} would."
         )
-    return said
+    return lines
 
 
 def covered(atlas: Atlas) -> str:
-    """Whose directions have random changes beside them, in parentheses; nothing where all have."""
+    """Which directions have random changes beside them, in parentheses; empty if all have."""
     if atlas.options.get("halving"):
         return " (those that successive halving kept, selected for moving the return)"
     whole, parts = list[str](), list[str]()
@@ -127,19 +132,19 @@ def joined(words: list[str]) -> str:
 
 
 def _lost(atlas: Atlas, value: float) -> str:
-    """A loss as a share of the unedited return, or in points where that is next to nothing."""
+    """A loss as a share of the unedited return, or in points if that return is not distinguishable from 0."""
     if np.isfinite(atlas.unit):
         return f"{value / atlas.unit:+.1%}"
     return f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.3g}"
 
 
 def _repeats(atlas: Atlas) -> list[str]:
-    """How much of a correlation the noise of the damages takes."""
+    """How much the noise of the damages weakens a correlation."""
     table = atlas.reliability[atlas.reliability["inside"] == "equal size"].set_index("what")
-    kinds = [kind for kind in SIGHTS if kind in table.index]
+    kinds = [kind for kind in MATCH_COLUMNS if kind in table.index]
     if not kinds:
         return []
-    told = joined(
+    values = joined(
         [
             f"**{table['reliability'][kind]:.2f}** [{table['reliability_low'][kind]:.2f}, "
             f"{table['reliability_high'][kind]:.2f}] in {kind}"
@@ -151,18 +156,18 @@ def _repeats(atlas: Atlas) -> list[str]:
     so = f": {joined(times)}" if times else ""
     return [
         (
-            f"Damage is measured with noise: among directions of equal size its reliability is {told}. A correlation "
-            f"with what directions truly cost is at most about the one with damage over the root of that{so}."
+            f"Damage is measured with noise: among directions of equal size its reliability is {values}. A correlation "
+            f"with what directions truly cost is at most about the one with damage over the square root of that{so}."
         )
     ]
 
 
-def correlation_of(atlas: Atlas, kind: str, sight: str, response: str) -> dict[str, Any] | None:
-    """The row of ``Atlas.correlations`` for a kind of matrix, a look such as ``"read action_out"`` and a response."""
+def correlation_of(atlas: Atlas, kind: str, column: str, response: str) -> dict[str, Any] | None:
+    """The row of ``Atlas.correlations`` for a kind of matrix, a column such as ``"read action_out"`` and a response."""
     table = atlas.correlations
     if table.empty:
         return None
-    side, _, embedding = sight.partition(" ")
+    side, _, embedding = column.partition(" ")
     rows = table[
         (table["what"] == kind)
         & (table["side"] == side)
@@ -172,22 +177,22 @@ def correlation_of(atlas: Atlas, kind: str, sight: str, response: str) -> dict[s
     return _row(rows)
 
 
-def _predicts(row: dict[str, Any], held: dict[str, Any]) -> str:
+def _predicts(row: dict[str, Any], equal: dict[str, Any]) -> str:
     return (
         f"{row['kind']}: |cosine| with {row['embedding']} against damage has rank correlation "
         f"**{signed(row['rho'])}** {_interval(row)} over {row['n']} directions: {_relation(row)}. Among directions of "
-        f"equal size it is **{signed(held['rho'])}** {_interval(held)}: {_relation(held)}."
+        f"equal size it is **{signed(equal['rho'])}** {_interval(equal)}: {_relation(equal)}."
     )
 
 
 def _predictor(atlas: Atlas, name: str) -> dict[str, Any] | None:
-    """Over all matrices."""
+    """The row of ``Atlas.predictors`` over all matrices."""
     table = atlas.predictors
     rows = table[(table["what"] == "all") & (table["predictor"] == name)] if len(table) else table
     return _row(rows)
 
 
-def _is_told(atlas: Atlas, name: str) -> bool:
+def _is_known(atlas: Atlas, name: str) -> bool:
     found = _predictor(atlas, name)
     return found is not None and bool(np.isfinite(found["rho"]))
 
@@ -216,4 +221,5 @@ def _relation(row: dict[str, Any]) -> str:
 
 
 def signed(value: float) -> str:
+    """A number with its sign, with a typographic minus."""
     return f"{value:+.2f}".replace("-", "−")

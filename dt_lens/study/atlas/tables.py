@@ -1,4 +1,4 @@
-"""The atlas's tables: pure functions of what each direction's removal did and of what the directions look like."""
+"""The atlas's tables: pure functions of what each direction's removal did and of what the direction matches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "ALPHA",
     "LARGE",
     "RANKED",
-    "Sight",
+    "MatchColumn",
     "correlations_of",
     "predictors_of",
     "q_where_known",
@@ -30,16 +30,16 @@ __all__ = [
     "shares_of",
 ]
 
-LARGE = 0.1  # of the unedited agent's return: a loss that nobody overlooks
+LARGE = 0.1  # of the unedited agent's return: a loss of this share is large
 ALPHA = 0.05
-LEAST = 5  # directions to correlate
-RANKED = 19  # random changes beside a direction: it costs more than each of them with p = 0.05, if it is one of them
+LEAST = 5  # directions that a correlation needs
+RANKED = 19  # controls of a direction; it costs more than each of them with p = 0.05 if it is one more random change
 AT_EQUAL = " at equal size"
 RESPONSES = ("damage", f"damage{AT_EQUAL}", "beyond", f"beyond{AT_EQUAL}", "damage_per_energy")
 
 
-class Sight(NamedTuple):
-    """What a direction may look like: an embedding, met on one side."""
+class MatchColumn(NamedTuple):
+    """A column of absolute cosines: those of one side's directions with an embedding's best label."""
 
     column: str
     side: str
@@ -47,14 +47,14 @@ class Sight(NamedTuple):
 
 
 def q_where_known(p: pd.Series) -> pd.Series:
-    """Over those that there are: a direction on which successive halving has not decided has none yet."""
+    """q over the p-values that are known: successive halving gives none to directions it has not decided on."""
     q = pd.Series(np.nan, index=p.index)
     q[p.notna()] = q_values(p[p.notna()])
     return q
 
 
 def _groups(directions: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """All directions, those of each kind of matrix, and of each matrix: (what, its kind, rows)."""
+    """All directions, those of each kind of matrix, and those of each matrix: (what, its kind, rows)."""
     yield "all", "all", directions
     for kind, rows in directions.groupby("kind", sort=False):
         yield str(kind), str(kind), rows
@@ -63,11 +63,11 @@ def _groups(directions: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]
 
 
 def shares_of(directions: pd.DataFrame, unit: float, seed: int) -> pd.DataFrame:
-    """How many directions matter, and how many of their controls: see ``Atlas.shares``.
+    """Count the directions that matter, and their controls that do: ``Atlas.shares``.
 
     Args:
-        directions: an atlas's.
-        unit: the size of the unedited agent's return; where it is ``nan``, nothing is large.
+        directions: ``Atlas.directions``.
+        unit: the size of the unedited agent's return; if it is ``nan``, no loss is large.
         seed: of the bootstrap and the sign flips.
     """
     out = []
@@ -79,8 +79,8 @@ def shares_of(directions: pd.DataFrame, unit: float, seed: int) -> pd.DataFrame:
         several = len(own) >= LEAST
         interval = bootstrap_interval(beyond, seed=seed) if several else (np.nan, np.nan)
         worst = rows.iloc[int(rows["damage"].to_numpy().argmax())]
-        told, compared = np.isfinite(unit), np.isfinite(unit) and len(own) > 0
-        # At the seeds of its controls a direction loses what they lose and what it loses beyond them.
+        has_unit, compared = np.isfinite(unit), np.isfinite(unit) and len(own) > 0
+        # At the seeds of its controls a direction loses what they lose plus what it loses beyond them.
         alike = own["control_damage"] + own["beyond"] > LARGE * unit
         out.append(
             {
@@ -90,7 +90,7 @@ def shares_of(directions: pd.DataFrame, unit: float, seed: int) -> pd.DataFrame:
                 "hurts": int(matters.sum()),
                 "share": float(matters.mean()),
                 "helps": int(((rows["q_value"] < ALPHA) & ~hurt).sum()),
-                "large": int((matters & (rows["damage"] > LARGE * unit)).sum()) if told else np.nan,
+                "large": int((matters & (rows["damage"] > LARGE * unit)).sum()) if has_unit else np.nan,
                 "controlled": len(own),
                 "controlled_large": int(alike.sum()) if compared else np.nan,
                 "controls": int(own["controls"].sum()),
@@ -106,26 +106,26 @@ def shares_of(directions: pd.DataFrame, unit: float, seed: int) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def correlations_of(directions: pd.DataFrame, sights: Sequence[Sight], seed: int) -> pd.DataFrame:
-    """Every look against every response, by kind and by matrix: see ``Atlas.correlations``."""
+def correlations_of(directions: pd.DataFrame, columns: Sequence[MatchColumn], seed: int) -> pd.DataFrame:
+    """Correlate every column of cosines with every response, by kind and by matrix: ``Atlas.correlations``."""
     out = []
     for what, kind, rows in _groups(directions):
         if kind == "all":
-            continue  # cosines of different kinds of matrices are not one quantity
-        for sight in sights:
+            continue  # cosines of different kinds of matrices are different quantities
+        for match in columns:
             for response in RESPONSES:
-                looks, lost = rows[sight.column], rows[response.removesuffix(AT_EQUAL)]
-                if (looks.notna() & lost.notna()).sum() < LEAST:
+                cosine, lost = rows[match.column], rows[response.removesuffix(AT_EQUAL)]
+                if (cosine.notna() & lost.notna()).sum() < LEAST:
                     continue
                 if response.endswith(AT_EQUAL):
-                    found = at_equal_size(looks, lost, _size(rows), rows["matrix"], seed=seed)
+                    found = at_equal_size(cosine, lost, _size(rows), rows["matrix"], seed=seed)
                 else:
-                    found = rank_correlation(looks, lost, rows["matrix"], seed=seed)
+                    found = rank_correlation(cosine, lost, rows["matrix"], seed=seed)
                 if found.n < LEAST:
-                    continue  # pairs that are alone in their matrices
+                    continue  # some directions have no other of their matrix
                 if response == "damage_per_energy" or not np.isfinite(found.rho):
                     found = found._replace(p_value=float("nan"))
-                place = {"what": what, "kind": kind, "side": sight.side, "embedding": sight.embedding}
+                place = {"what": what, "kind": kind, "side": match.side, "embedding": match.embedding}
                 out.append(place | {"response": response} | found._asdict())
     table = pd.DataFrame(out)
     table["q_value"] = q_where_known(table["p_value"]) if len(table) else []
@@ -133,13 +133,13 @@ def correlations_of(directions: pd.DataFrame, sights: Sequence[Sight], seed: int
 
 
 def _size(rows: pd.DataFrame) -> pd.Series:
-    """What directions of equal size are alike in."""
+    """What "equal size" is about: energy on real inputs if known, else the Frobenius norm."""
     known = "output_energy" in rows and rows["output_energy"].notna().any()
     return rows["output_energy" if known else "energy"]
 
 
 def reliability_of(directions: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """How well damage repeats, from odd and even episodes: see ``Atlas.reliability``."""
+    """How well damage repeats, from odd and even episodes: ``Atlas.reliability``."""
     out: list[dict[str, Any]] = []
     for what, kind, rows in _groups(directions):
         halves, strata = (rows["damage_odd"], rows["damage_even"]), rows["matrix"]
@@ -149,14 +149,14 @@ def reliability_of(directions: pd.DataFrame, seed: int) -> pd.DataFrame:
         ):
             if found.n >= LEAST and np.isfinite(found.rho):
                 whole, low, high = (spearman_brown(value) for value in found[:3])
-                told = {"reliability": whole, "reliability_low": low, "reliability_high": high, "n": found.n}
-                out.append({"what": what, "kind": kind, "inside": inside, "halves": found.rho} | told)
+                row = {"what": what, "kind": kind, "inside": inside, "halves": found.rho, "n": found.n}
+                out.append(row | {"reliability": whole, "reliability_low": low, "reliability_high": high})
     names = ["what", "kind", "inside", "halves", "reliability", "reliability_low", "reliability_high", "n"]
     return pd.DataFrame(out, columns=names)
 
 
 def predictors_of(directions: pd.DataFrame, weighted: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Sizes against damage, and which does better: see ``Atlas.predictors``."""
+    """Correlate sizes with damage, and compare the sizes: ``Atlas.predictors``."""
     sizes = [name for name in ("sigma", "output_energy") if name in directions]
     both = pd.DataFrame()
     if len(weighted):

@@ -1,4 +1,4 @@
-"""Claims about where actions come from, each with a test that was written down first: ``docs/court.md``."""
+"""Seven claims about singular directions, each with a pre-registered test: ``docs/court.md``."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What is tried: a model's directions and labels, as they should be computed and as the note's code computed them."""
+"""A model's directions and labels, as they should be computed and as the note's code computed them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dt_lens.svd.weight_svd import WeightSVD
 __all__ = ["FIRST", "Case", "Labels"]
 
 Array = NDArray[np.float64]
-FIRST = 40  # directions that are looked at, as many as the note did
+FIRST = 40  # directions of a matrix that are compared, as many as in the note
 
 
 class Labels(NamedTuple):
-    """Unit rows ``[n, d_model]`` and the dimension of the space that they and the directions lie in."""
+    """Labels as unit rows ``[n, d_model]``, and the dimension of the space that they and the directions lie in."""
 
     rows: Array
     dimension: int
 
     def turned(self, rng: np.random.Generator) -> Labels:
-        """The same labels after one random rotation of their space, as a control."""
+        """The same labels under one random rotation of their space, as a control."""
         d = self.rows.shape[1]
         basis = np.eye(d)
         if self.dimension < d:  # orthogonal to the constant vector
@@ -37,12 +37,12 @@ class Labels(NamedTuple):
 
 
 class Case:
-    """One model before the court.
+    """One model, with its directions and labels computed both ways.
 
     Args:
         model: a wrapped model.
-        seed: of everything that is drawn.
-        draws: of a null.
+        seed: of all random draws.
+        draws: how many draws a null takes.
     """
 
     def __init__(self, model: Any, seed: int = 0, draws: int = 4000) -> None:
@@ -52,14 +52,14 @@ class Case:
 
     @property
     def is_language_model(self) -> bool:
-        """Whether tokens stand in the place of actions and states."""
+        """Whether tokens take the place of actions and states."""
         return hasattr(self.model, "tokenizer")
 
     def matrices(self, kind: str, layer: int | None = None) -> list[Matrix]:
         """The matrices of a kind (``"W_in"``, ``"W_out"``, ``"OV"``), of all blocks or of one.
 
         Raises:
-            NotApplicable: where there is none.
+            NotApplicable: if the model has none.
         """
         found = [m for m in select_matrices(self.model) if m.kind == kind and layer in (None, m.layer)]
         if not found:
@@ -67,17 +67,17 @@ class Case:
         return found
 
     def decomposition(self, name: str) -> Decomposition:
-        """The folded decomposition."""
+        """The decomposition of a matrix, LayerNorm folded."""
         return self._svd[name]
 
     def vectors(self, matrix: Matrix, way: Way, side: str | None = None) -> Array:
         """Unit vectors ``[k, d_model]``, largest sigma first.
 
-        As the note's code had them: raw; of ``W_out`` the rows of V where rows of V^T are the directions, so coordinate
-        ``i`` of all directions; of OV the rows of V^T, which is the write side, whatever ``side`` says.
+        The note's way: of raw matrices; for ``W_out`` the rows of V although the directions are the rows of V^T, so
+        coordinate ``i`` of all directions; for OV the rows of V^T, which is the write side, whatever ``side`` is.
 
         Raises:
-            NotApplicable: where the note's rows are no vectors of the stream.
+            NotApplicable: if the note's rows are not vectors of the stream.
         """
         if way == "proper":
             chosen = matrix.left if matrix.side(side) == "left" else matrix.right
@@ -85,7 +85,7 @@ class Case:
         if matrix.name not in self._note:
             raw = matrix.dense(Snapshot.of(self.model), fold_layernorm=False).cpu().numpy()
             if matrix.kind in ("W_in", "W_gate"):
-                # With the stream on its right, as torch.nn.Linear keeps it.
+                # With the stream on the right, as torch.nn.Linear stores it.
                 found = np.linalg.svd(raw.T, full_matrices=False)[2]
             elif matrix.kind == "W_out":
                 found = np.linalg.svd(raw, full_matrices=False)[2].T
@@ -101,7 +101,7 @@ class Case:
         return found
 
     def labels(self, embedding: Embedding, way: Way, matrix: Matrix, side: str | None = None) -> Labels:
-        """An embedding as a side of a matrix meets it, or raw unit rows as the note had them."""
+        """An embedding's labels as a side of a matrix sees them; the note's way, as raw unit rows."""
         folded = way == "proper"
         centred = folded and matrix.centred(matrix.side(side))
         rows = np.asarray(unit_rows(embedding, slice(None), folded, centred).numpy())
@@ -112,7 +112,7 @@ class Case:
         ``"reward"`` or ``"time"``.
 
         Raises:
-            NotApplicable: where the model has none.
+            NotApplicable: if the model has none.
         """
         tokens = self.is_language_model
         wanted = {
@@ -127,14 +127,14 @@ class Case:
         return found
 
     def untrained(self, kind: str) -> Embedding | None:
-        """A head of a kind that no loss ever reached; ``None`` where there is none. ``"any"`` takes the largest."""
+        """The largest head of a kind (or of ``"any"``) that was never trained; ``None`` if there is none."""
         found = [e for e in self.model.embeddings.values() if not e.trained and kind in ("any", e.kind)]
         return max(found, key=len, default=None)
 
     def control(
         self, kind: str, instead: Embedding, way: Way, matrix: Matrix, side: str | None = None
     ) -> tuple[Labels, str]:
-        """Labels that mean nothing, and their name: an untrained head's, else those of ``instead`` turned at random."""
+        """Labels without meaning, and their name: an untrained head's, or else ``instead``'s turned at random."""
         head = self.untrained(kind)
         if head is not None:
             return self.labels(head, way, matrix, side), f"the untrained {head.name}"
@@ -143,6 +143,6 @@ class Case:
 
     @property
     def gated(self) -> str:
-        """What a sentence about ``W_in`` has to add on a gated MLP."""
+        """What a sentence about ``W_in`` adds if the MLP is gated."""
         gated = any(m.kind == "W_gate" for m in select_matrices(self.model))
         return " The MLP is gated, and its W_gate was not tried." if gated else ""

@@ -1,4 +1,4 @@
-"""The seven claims, what is found of one, and the rule that makes a verdict of it: ``docs/court.md`` as code."""
+"""The seven claims, the finding on a claim, and the rule that turns it into a verdict: ``docs/court.md`` as code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dt_lens.errors import DtLensError
+
 __all__ = [
     "ALPHA",
     "CLAIMS",
     "WAYS",
     "Claim",
-    "Found",
+    "Finding",
     "NotApplicable",
     "Verdict",
     "Way",
@@ -20,7 +22,7 @@ __all__ = [
     "why_undecided",
 ]
 
-Way = Literal["proper", "note"]
+Way = Literal["proper", "note"]  # as a claim should be computed, and as the note's code computed it
 Verdict = Literal["supported", "not supported", "undecided", "not applicable"]
 WAYS: tuple[Way, ...] = ("proper", "note")
 ALPHA = 0.05
@@ -28,7 +30,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the note: its number, what it says in short, and whether weights or behaviour decide it."""
+    """One claim of the note: its number, what it says, and whether weights or behaviour decide it."""
 
     number: int
     title: str
@@ -90,25 +92,25 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
-class NotApplicable(Exception):
-    """A claim cannot be tried on this model; the message is the reason, to follow "not applicable: "."""
+class NotApplicable(DtLensError):
+    """A claim cannot be tried on this model; the message is the reason, as it follows "not applicable: "."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one way of computing a claim's statistic gives.
+class Finding:
+    """A claim's statistic, computed one way, with what a verdict needs.
 
     Attributes:
-        statistic: in the claim's own unit.
+        statistic: in the claim's unit.
         low, high: for weights the null's central 95 %, for behaviour the statistic's 95 % interval.
         effect: what is compared with the margin: for weights the excess over the null's mean, for behaviour the
             statistic itself.
         margin: the smallest effect of interest.
         p_value: one-sided, before Holm's correction.
         critical: for weights the null's 95 % point less its mean; ``nan`` for behaviour.
-        quiet: whether the control stayed as a control should.
-        said: a sentence with the numbers.
-        numbers: whatever else was computed.
+        quiet: whether the claim's control came out as it should; ``docs/court.md`` calls that quiet.
+        said: the sentence with the numbers.
+        numbers: what else was computed.
     """
 
     statistic: float
@@ -123,13 +125,13 @@ class Found:
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
-def verdict_of(about: str, found: Found, p_value: float) -> Verdict:
+def verdict_of(about: str, found: Finding, p_value: float) -> Verdict:
     """The verdict on a claim about ``"weights"`` or ``"behaviour"``, with Holm's ``p_value``.
 
-    >>> strong = Found(0.5, 0.1, 0.2, effect=0.3, margin=0.1, p_value=0.001, critical=0.05)
+    >>> strong = Finding(0.5, 0.1, 0.2, effect=0.3, margin=0.1, p_value=0.001, critical=0.05)
     >>> verdict_of("weights", strong, 0.007), verdict_of("weights", strong, 0.2)
     ('supported', 'undecided')
-    >>> verdict_of("behaviour", Found(0.01, -0.01, 0.03, effect=0.01, margin=0.05, p_value=0.3), 1.0)
+    >>> verdict_of("behaviour", Finding(0.01, -0.01, 0.03, effect=0.01, margin=0.05, p_value=0.3), 1.0)
     'not supported'
     """
     sure = p_value < ALPHA and found.quiet
@@ -142,10 +144,10 @@ def verdict_of(about: str, found: Found, p_value: float) -> Verdict:
     return "supported" if sure and found.low > 0 else "undecided"
 
 
-def why_undecided(about: str, found: Found, p_value: float) -> str:
-    """What kept an undecided claim from a verdict, in one sentence."""
+def why_undecided(about: str, found: Finding, p_value: float) -> str:
+    """Why a claim is undecided, in one sentence."""
     if not math.isfinite(found.effect):
-        return "Undecided: one of the two numbers does not vary, so there is no statistic."
+        return "Undecided: one of the two numbers does not vary, so the statistic is not defined."
     reached = found.effect >= found.margin if about == "weights" else found.low > 0
     if reached and not found.quiet:
         return "Undecided: the control is not quiet."
@@ -156,4 +158,4 @@ def why_undecided(about: str, found: Found, p_value: float) -> str:
             f"Undecided: the effect is below the margin of {found.margin:.2g}, but chance reaches {found.critical:.2g} "
             "one time in 20, so the test could have missed one of that size."
         )
-    return "Undecided at this number of episodes or edits: the interval holds both nothing and the margin."
+    return "Undecided at this number of episodes or edits: the interval includes both 0 and the margin."

@@ -1,4 +1,4 @@
-"""``court``: try the seven claims on a model, both ways, and write down what comes out."""
+"""``court``: try the seven claims on a model, both ways, and write the verdicts."""
 
 from __future__ import annotations
 
@@ -17,26 +17,20 @@ from dt_lens.behaviour.texts.windows import Texts, cut, read_texts
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import select_matrices
-from dt_lens.progress import Tell, reporting
+from dt_lens.progress import Tell, reporting, silent
 from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case
-from dt_lens.study.court.claims import (
-    CLAIMS,
-    WAYS,
-    Found,
-    NotApplicable,
-    Way,
-    verdict_of,
-)
+from dt_lens.study.court.claims import CLAIMS, WAYS, Finding, NotApplicable, Way, verdict_of
 from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, output_shares
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance
 from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matches_more
+from dt_lens.study.court.page import write_court
 from dt_lens.study.court.result import CourtResult, Ruling
-from dt_lens.study.court.rollouts import Arms, Rollouts, common_action, sweep_arms
+from dt_lens.study.court.rollouts import MeasuredEdits, Rollouts, common_action, edits_of_sweep
 
 __all__ = ["court"]
 
-WINDOWS = 64  # of a text, to find the token that is predicted most often
+WINDOWS = 64  # of a text, to find the most common prediction
 
 
 def court(
@@ -58,30 +52,30 @@ def court(
     command: str = "",
     progress: bool | Tell = False,
 ) -> CourtResult:
-    """Try the seven claims on a model, as ``docs/court.md`` lays down, and write the result into ``out``.
+    """Try the seven claims on a model, as registered in ``docs/court.md``, and write the result into ``out``.
 
-    Stopped in whatever way and called again with the same arguments, it goes on where it was: the episodes lie in
-    SQLite files below ``out``.
+    Called again with the same arguments after an interruption, it resumes: finished episodes are kept in SQLite files
+    below ``out``.
 
     Args:
-        model: a wrapped model. An agent that can act here is tried on all claims; others on those that apply.
+        model: a wrapped model. Agents whose environment runs here are tried on all claims, others on those that apply.
         out: the folder for the episodes, ``court.html``, ``court.csv`` and ``court.json``.
         name: what the page calls the model.
-        episodes: paired episodes of every arm.
+        episodes: paired episodes of the unedited model, of each edit and of each control.
         seed: of the episodes, of the controls and of the nulls.
         environment, environment_kwargs, target_return, max_steps: as for ``evaluate``.
-        sweep: a finished sweep of this model, with controls, whose edits claim 7 is tried on.
-        texts: for a language model: texts on which the token that it predicts most often is found.
-        rollouts: ``False`` leaves out what has to run more than ten episodes.
-        draws: of the nulls.
+        sweep: a finished sweep of this model, with controls; claim 7 is tried on its edits.
+        texts: for a language model: texts in which its most common prediction is counted.
+        rollouts: ``False`` leaves out what needs more than ten episodes.
+        draws: how many draws a null takes.
         workers: processes of the rollouts.
-        command: the command line that does this again, for the page.
+        command: the command line that repeats this, for the page.
         progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
 
     Raises:
-        DtLensError: for arguments that do not fit the model, also those that say nothing to one of its sort, files of
-            something else in ``out``, or a sweep of another model.
-        KeyboardInterrupt: on Ctrl-C; what was finished is kept.
+        DtLensError: if an argument does not fit the model or has no use for its kind of model, ``out`` holds files of
+            another run, or the sweep is of another model.
+        KeyboardInterrupt: on Ctrl-C; finished episodes are kept.
     """
     require_wrapped(model, "court", "structure", "embeddings")
     for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
@@ -94,7 +88,7 @@ def court(
             "sweep": sweep,
         }
         of_agents |= {"target_return": target_return, "max_steps": max_steps}
-        _refuse_what_says_nothing(case.is_language_model, {"texts": texts}, of_agents)
+        _refuse_unused(case.is_language_model, {"texts": texts}, of_agents)
     trial = _Trial(case, out, texts)
     if not case.is_language_model and not getattr(model, "weights_only", False):
         try:
@@ -104,8 +98,8 @@ def court(
                 raise
             trial.no_rollouts_reason = _reason(error)
     if sweep is not None:
-        arms, taken = sweep_arms(sweep, model)
-        trial.swept = arms, f"{len(arms.edits)} of a sweep, {taken}, {len(arms.baseline)} episodes each"
+        swept, kind = edits_of_sweep(sweep, model)
+        trial.swept = swept, f"{len(swept.edits)} of a sweep, {kind}, {len(swept.baseline)} episodes each"
     with reporting(progress) as tell:
         trial.tell = tell
         if trial.setting is not None and rollouts:
@@ -113,7 +107,7 @@ def court(
             run = Rollouts(
                 model, out, episodes, seed, environment, environment_kwargs, target_return, max_steps, workers
             )
-            trial.arms = run.run(lambda what, share: tell(what, 0.9 * share))
+            trial.measured = run.run(lambda what, share: tell(what, 0.9 * share))
         elif trial.setting is not None:
             trial.no_rollouts_reason = "rollouts were left out"
         rulings = trial.rulings()
@@ -125,19 +119,19 @@ def court(
             "target_return": trial.setting.target_return,
             "time_limit": trial.setting.task.time_limit,
         }
-    if trial.arms is not None:
-        facts |= {"episodes": episodes, "unedited_mean_return": round(trial.arms.baseline.mean, 3)}
-        facts["arms"] = 1 + sum(1 + len(arm.controls) for arm in trial.arms.edits)
-        facts["arms"] += len(trial.arms.raw) if trial.arms.folded else 0
+    if trial.measured is not None:
+        facts |= {"episodes": episodes, "unedited_mean_return": round(trial.measured.baseline.mean, 3)}
+        facts["arms"] = 1 + sum(1 + len(edit.controls) for edit in trial.measured.edits)
+        facts["arms"] += len(trial.measured.raw) if trial.measured.folded else 0
     if sweep is not None:
         facts["sweep"] = str(sweep)
     result = CourtResult(rulings, facts)
-    result.save(out)
+    write_court(result, out)
     return result
 
 
-def _refuse_what_says_nothing(text: bool, of_text: Mapping[str, Any], of_agents: Mapping[str, Any]) -> None:
-    """An option that a model has no use for is a mistake, and not to be passed over."""
+def _refuse_unused(text: bool, of_text: Mapping[str, Any], of_agents: Mapping[str, Any]) -> None:
+    """Raise ``DtLensError`` for an option that this kind of model has no use for."""
     given = [name for name, value in (of_agents if text else of_text).items() if value is not None]
     if given:
         what, other = ("a language model", "an agent") if text else ("an agent", "a language model")
@@ -146,20 +140,20 @@ def _refuse_what_says_nothing(text: bool, of_text: Mapping[str, Any], of_agents:
 
 @dataclass
 class _Trial:
-    """What the claims are tried with."""
+    """What is at hand to try the claims with, and the trying."""
 
     case: Case
     out: Path
     texts: Texts | None = None
     setting: Setting | None = None
     no_rollouts_reason: str = "it does not act in an environment"
-    arms: Arms | None = None
-    swept: tuple[Arms, str] | None = None
-    tell: Tell = lambda _what, _share: None
+    measured: MeasuredEdits | None = None
+    swept: tuple[MeasuredEdits, str] | None = None
+    tell: Tell = silent
 
     def rulings(self) -> list[Ruling]:
-        """Every claim both ways, with Holm's correction over the applicable claims of each way."""
-        tries: dict[int, Callable[[Way], Found]] = {
+        """Try every claim both ways; Holm's correction runs over the applicable claims of each way."""
+        tries: dict[int, Callable[[Way], Finding]] = {
             1: lambda way: w_in_matches_more(self.case, way),
             2: lambda way: first_is_common(self.case, way, self._common()),
             3: self._hurts_more,
@@ -168,7 +162,7 @@ class _Trial:
             6: lambda way: follows_time(self.case, way, self.setting.task.time_limit if self.setting else None),
             7: self._predicts,
         }
-        found: dict[Way, dict[int, Found | str]] = {way: {} for way in WAYS}
+        found: dict[Way, dict[int, Finding | str]] = {way: {} for way in WAYS}
         for claim in CLAIMS:
             for way in WAYS:
                 self.tell(f"trying claim {claim.number}", 0.9 + 0.1 * (claim.number - 1) / len(CLAIMS))
@@ -178,7 +172,7 @@ class _Trial:
                     found[way][claim.number] = str(reason)
         ruled: dict[tuple[int, Way], Ruling] = {}
         for way in WAYS:
-            tried = {number: result for number, result in found[way].items() if isinstance(result, Found)}
+            tried = {number: result for number, result in found[way].items() if isinstance(result, Finding)}
             adjusted = dict(zip(tried, holm([result.p_value for result in tried.values()]), strict=True))
             for claim in CLAIMS:
                 result = found[way][claim.number]
@@ -196,37 +190,39 @@ class _Trial:
                 raise NotApplicable("no texts were given to find the most common token in")
             return common_token(case.model, self.texts)
         if len(case.embedding("output")) < 2:
-            raise NotApplicable("the model has one single action, and there is no other to compare with")
+            raise NotApplicable("the model has only one action, so there is no other to compare with")
         if self.setting is None:
             raise NotApplicable(self.no_rollouts_reason)
         return common_action(case.model, self.setting, self.out, self.tell)
 
-    def _required_arms(self) -> Arms:
-        if self.arms is None:
+    def _own_edits(self) -> MeasuredEdits:
+        """The edits that this court ran itself."""
+        if self.measured is None:
             raise NotApplicable(
                 "a language model does not act" if self.case.is_language_model else self.no_rollouts_reason
             )
-        return self.arms
+        return self.measured
 
-    def _hurts_more(self, way: Way) -> Found:
-        arms = self._required_arms()
+    def _hurts_more(self, way: Way) -> Finding:
+        measured = self._own_edits()
         if way == "note":
-            return hurts_more(self.case, way, arms, {})
+            return hurts_more(self.case, way, measured, {})
         energies = {
-            "Frobenius energy": [arm.energy for arm in arms.edits],
-            "output energy": output_shares(self.case, arms.edits, self._activations()),
+            "Frobenius energy": [edit.energy for edit in measured.edits],
+            "output energy": output_shares(self.case, measured.edits, self._activations()),
         }
-        return hurts_more(self.case, way, arms, energies)
+        return hurts_more(self.case, way, measured, energies)
 
-    def _predicts(self, way: Way) -> Found:
-        arms, source = self.swept or (None, "")
-        # A sweep's directions are of folded matrices, the note's of raw ones: number 5 of one is not number 5 of both.
-        if arms is None or (way == "note" and any(matrix.foldable for matrix in select_matrices(self.case.model))):
-            arms = self._required_arms()
-            source = f"this court's own, {len(arms.baseline)} episodes each"
-        heard = way == "proper" and self.setting is not None
-        energies = output_shares(self.case, arms.edits, self._activations()) if heard else None
-        return cosine_predicts_damage(self.case, way, arms, source, energies)
+    def _predicts(self, way: Way) -> Finding:
+        measured, source = self.swept or (None, "")
+        # A sweep's directions are of folded matrices, the note's of raw ones: sv=5 is not the same direction in both.
+        if measured is None or (way == "note" and any(matrix.foldable for matrix in select_matrices(self.case.model))):
+            measured = self._own_edits()
+            source = f"this court's own, {len(measured.baseline)} episodes each"
+        energies = None
+        if way == "proper" and self.setting is not None:
+            energies = output_shares(self.case, measured.edits, self._activations())
+        return cosine_predicts_damage(self.case, way, measured, source, energies)
 
     def _activations(self) -> Activations:
         from dt_lens.behaviour.collect_activations import kept_activations
@@ -237,7 +233,11 @@ class _Trial:
 
 
 def common_token(model: Any, texts: Texts) -> int:
-    """The token that a language model predicts most often, greedily, in the first windows of ``texts``."""
+    """The token that a language model predicts most often, greedily, in the first windows of ``texts``.
+
+    Raises:
+        NotApplicable: if the model has no tokenizer.
+    """
     if getattr(model, "tokenizer", None) is None:
         raise NotApplicable("the model has no tokenizer to read texts with")
     windows = cut(read_texts(texts), model.tokenizer, min(int(model.cfg.n_ctx), 128), WINDOWS)

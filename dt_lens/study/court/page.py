@@ -1,20 +1,19 @@
-"""The court's page: the verdicts, both ways side by side, and what each claim rests on."""
+"""The court's page and tables: the verdicts, both ways side by side, and what each claim rests on."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from dt_lens.arguments import local_path
 from dt_lens.report.page import Block, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish, plain
 from dt_lens.study.court.claims import CLAIMS, WAYS, Way
-
-if TYPE_CHECKING:
-    from dt_lens.study.court.result import CourtResult, Ruling
+from dt_lens.study.court.result import CourtResult, Ruling
+from dt_lens.study.result_files import write_csv_and_json
 
 __all__ = ["effects_figure", "sentences", "write_court"]
 
@@ -31,11 +30,17 @@ def sentences(result: CourtResult) -> list[str]:
     ]
 
 
-def write_court(path: Path, result: CourtResult) -> Path:
-    """Write the page; see ``write_report``."""
+def write_court(result: CourtResult, folder: str | Path) -> Path:
+    """Write ``court.html``, ``court.csv`` and ``court.json`` into ``folder``; return the page.
+
+    Raises:
+        DtLensError: if they cannot be written.
+    """
+    folder = local_path(folder, "folder")
+    write_csv_and_json(folder, "court", result.table, result.to_dict())
     shown = {name: value for name, value in result.facts.items() if name != "command" and value is not None}
     return write_report(
-        path,
+        folder / "court.html",
         f"The seven claims, tried on {result.facts.get('model', 'the model')}",
         [_verdicts(result), *(_claim(result, claim.number) for claim in CLAIMS), _rules(result)],
         verdict=sentences(result),
@@ -55,13 +60,17 @@ def _verdicts(result: CourtResult) -> Section:
         "Verdicts",
         [
             Plot(effects_figure(result)),
-            Table(table[list(columns)], "Each claim's effect is in its own unit, told below.", headings=columns),
+            Table(
+                table[list(columns)],
+                "Each claim's effect is in the unit of its own statistic, given below.",
+                headings=columns,
+            ),
         ],
     )
 
 
 def effects_figure(result: CourtResult) -> go.Figure:
-    """Every claim's effect in units of its margin, both ways: the null's range about 0, or the effect's interval."""
+    """Draw every claim's effect in units of its margin, both ways, with the null's range about 0 or its interval."""
     figure = go.Figure()
     for place, way in enumerate(WAYS):
         x, y, low, high, text, cut = [], [], [], [], [], 0
@@ -107,23 +116,22 @@ def effects_figure(result: CourtResult) -> go.Figure:
     figure.update_layout(legend={"orientation": "h", "y": -0.18})
     subtitle = (
         "bars: for 1, 2, 4, 5, 6 the central 95 % of chance, for 3 and 7 the effect's 95 % interval; dotted: the "
-        "margin; "
-        f"effects beyond {FARTHEST:g} margins stand at the edge"
+        f"margin; effects beyond {FARTHEST:g} margins are drawn at the edge"
     )
-    return finish(figure, "How far each claim's effect goes", subtitle, height=460, wide=720, labels_above=True)
+    return finish(figure, "How large each claim's effect is", subtitle, height=460, wide=720, labels_above=True)
 
 
 def _claim(result: CourtResult, number: int) -> Section:
     claim = next(claim for claim in CLAIMS if claim.number == number)
     rulings = [result.ruling(number, way) for way in WAYS]
     rows = [_row(ruling) for ruling in rulings]
-    blocks: list[Block] = [f"What the note says, in short: {claim.words} The statistic: {claim.statistic}."]
+    blocks: list[Block] = [f"The note, in short: {claim.words} The statistic: {claim.statistic}."]
     blocks += [f"**{NAMES[ruling.way].capitalize()}: {ruling.verdict}.** {ruling.sentence}" for ruling in rulings]
     if any(ruling.found is not None for ruling in rulings):
         range_of = "the central 95 % of chance" if claim.about == "weights" else "the statistic's 95 % interval"
         blocks.append(Table(pd.DataFrame(rows), f"The range beside a statistic is {range_of}."))
     if any(ruling.found is not None and not ruling.found.quiet for ruling in rulings):
-        blocks.append(Note("The control was not quiet, so that “supported” is not to be had.", "warning"))
+        blocks.append(Note("The control was not quiet, so the verdict cannot be “supported”.", "warning"))
     return Section(f"Claim {number}: {claim.title}", blocks)
 
 
@@ -162,8 +170,8 @@ def _rules(result: CourtResult) -> Section:
                 "below the margin. Everything else is undecided."
             ),
             Note(
-                "This is one checkpoint, and for what agents do one target return. A verdict is about the stated "
-                "statistic; “supported” does not say that a direction means its label.",
+                "This is one checkpoint and, for claims about behaviour, one target return. A verdict is about the "
+                "stated statistic; “supported” does not say that a direction means its label.",
                 "warning",
             ),
         ],

@@ -1,38 +1,42 @@
-"""TODO docstring."""
+"""What the court found: a ruling on every claim, both ways."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dt_lens.arguments import local_path
-from dt_lens.study.court.claims import CLAIMS, WAYS, Claim, Found, Verdict, Way, why_undecided
-from dt_lens.study.tables import plain, write_tables
+from dt_lens.study.court.claims import CLAIMS, WAYS, Claim, Finding, Verdict, Way, why_undecided
+from dt_lens.study.result_files import json_values
 
-__all__ = [
-    "Ruling",
-    "CourtResult",
-]
+__all__ = ["CourtResult", "Ruling"]
 
 
 class Ruling(NamedTuple):
-    """What became of one claim, computed one way; ``found`` is ``None`` where it is not applicable."""
+    """The verdict on one claim, computed one way.
+
+    Attributes:
+        claim: the claim.
+        way: how it was computed.
+        verdict: by the rule of ``docs/court.md``.
+        found: the finding; ``None`` if the claim is not applicable.
+        p_value: after Holm's correction; ``nan`` if the claim is not applicable.
+        reason: why it is not applicable.
+    """
 
     claim: Claim
     way: Way
     verdict: Verdict
-    found: Found | None
+    found: Finding | None
     p_value: float
     reason: str = ""
 
     @property
     def sentence(self) -> str:
-        """What was found, or why nothing was."""
+        """The finding in a sentence, or why the claim is not applicable or undecided."""
         if self.found is None:
             return f"Not applicable: {self.reason}."
         why = why_undecided(self.claim.about, self.found, self.p_value) if self.verdict == "undecided" else ""
@@ -41,10 +45,10 @@ class Ruling(NamedTuple):
 
 @dataclass(frozen=True)
 class CourtResult:
-    """The rulings on all claims, both ways.
+    """The rulings on all claims, both ways; ``write_court`` writes them.
 
     Attributes:
-        rulings: in the order of the claims, as it should be and then as the note's code did it.
+        rulings: in the order of the claims, each as it should be and then as the note's code computed it.
         facts: what was run: model, environment, target return, episodes, seed, ...
     """
 
@@ -57,9 +61,10 @@ class CourtResult:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row per claim: ``claim title verdict statistic low high margin p_value``, the same with ``note_`` in front
-        as the note's code computed it, ``unit`` (what the statistic is), and a sentence for each way. ``low`` and
-        ``high`` are the null's central 95 % for claims about weights (``about``), and an interval for behaviour.
+        """A row per claim: ``claim title about verdict statistic low high effect margin critical p_value sentence``.
+
+        The same columns with the prefix ``note_`` are as the note's code computed it; ``unit`` says what the statistic
+        is. ``low`` and ``high`` are the null's central 95 % for claims about weights, an interval for behaviour.
         """
         rows = []
         for claim in CLAIMS:
@@ -93,16 +98,4 @@ class CourtResult:
                     **kept,
                 }
             )
-        return dict(plain({"facts": dict(self.facts), "rulings": rulings}))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``court.csv``, ``court.json`` and ``court.html`` into ``folder``; returns the page.
-
-        Raises:
-            DtLensError: when they cannot be written.
-        """
-        from dt_lens.study.court.page import write_court
-
-        folder = local_path(folder, "folder")
-        write_tables(folder, "court", self.table, self.to_dict())
-        return write_court(folder / "court.html", self)
+        return dict(json_values({"facts": dict(self.facts), "rulings": rulings}))

@@ -1,4 +1,4 @@
-"""The episodes that the claims about behaviour rest on: few edits, each with its control, all on the same seeds."""
+"""The episodes behind the claims about behaviour: a few edits, each with its control, all on the same seeds."""
 
 from __future__ import annotations
 
@@ -26,16 +26,24 @@ from dt_lens.lens.matrices import Snapshot, find_matrix, select_matrices
 from dt_lens.progress import Tell
 from dt_lens.study.court.claims import NotApplicable
 
-__all__ = ["DIRECTIONS", "Arm", "Arms", "Rollouts", "arms_of", "common_action", "sweep_arms"]
+__all__ = [
+    "DIRECTIONS",
+    "MeasuredEdit",
+    "MeasuredEdits",
+    "Rollouts",
+    "common_action",
+    "edits_of_sweep",
+    "measured_edits",
+]
 
 DIRECTIONS = (0, 2)  # the note's first and third
 EDIT = "constant"
-OWN = 10  # episodes in which the most common action is looked for
+OWN = 10  # episodes in which the most common action is counted
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One edit: what it is, how its episodes went, and those of its controls, at the baseline's seeds."""
+class MeasuredEdit:
+    """One edit with the returns of its episodes and of its controls', at the baseline's seeds."""
 
     matrix: str
     kind: str
@@ -48,19 +56,19 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Arms:
-    """Edits over one set of seeds.
+class MeasuredEdits:
+    """The edits that were run over one set of seeds, with the unedited agent.
 
     Attributes:
         baseline: the unedited agent's evaluation.
         edits: of the folded matrices, with controls.
-        raw: of the raw ``W_in``, for the note's way; the very edits of ``edits`` where there is no LayerNorm.
+        raw: of the raw ``W_in``, for the note's way; without LayerNorms these are edits of ``edits``.
         folded: whether ``edits`` are of folded matrices.
     """
 
     baseline: Evaluation
-    edits: Sequence[Arm]
-    raw: Sequence[Arm]
+    edits: Sequence[MeasuredEdit]
+    raw: Sequence[MeasuredEdit]
     folded: bool = True
 
     @property
@@ -68,7 +76,7 @@ class Arms:
         """The unedited mean return, of which damage is a share.
 
         Raises:
-            NotApplicable: where it is not above zero.
+            NotApplicable: if it is not above zero.
         """
         if not self.baseline.mean > 0:
             raise NotApplicable(
@@ -79,10 +87,11 @@ class Arms:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """How the court's episodes are run; ``run`` does it, and goes on where it was stopped.
+    """How the court's episodes are run; ``run`` does it, and resumes after an interruption.
 
     Args:
-        out: the folder; the sweeps' files lie in ``arms/folded`` and ``arms/raw``.
+        model: a wrapped agent.
+        out: the folder; the sweeps' files are in ``arms/folded`` and ``arms/raw``.
         episodes, seed, environment, environment_kwargs, target_return, max_steps, workers: as for ``Sweep``.
     """
 
@@ -96,12 +105,12 @@ class Rollouts:
     max_steps: int | None = None
     workers: int | None = None
 
-    def run(self, tell: Tell) -> Arms:
-        """All arms.
+    def run(self, tell: Tell) -> MeasuredEdits:
+        """Run what is not finished, and give all edits.
 
         Raises:
             DtLensError: as ``Sweep`` does.
-            KeyboardInterrupt: on Ctrl-C; what was finished is kept.
+            KeyboardInterrupt: on Ctrl-C; finished episodes are kept.
         """
         matrices = [m for m in select_matrices(self.model) if m.kind in ("W_in", "W_out")]
         directions = f"{DIRECTIONS[0]},{DIRECTIONS[1]}"
@@ -111,17 +120,17 @@ class Rollouts:
         main = self._sweep(
             "folded", tell, (0.0, share), matrices=names, sv=directions, edits=EDIT, controls=1, sides=None
         )
-        # A folder may hold more episodes, of a run that asked for them.
+        # The folder may hold more episodes, from a longer run.
         asked = range(self.seed, self.seed + self.episodes)
-        arms = arms_of(main, self.model, seeds=asked)
+        baseline, edits = measured_edits(main, self.model, seeds=asked)
         if not folds:
-            return Arms(arms[0], arms[1], [arm for arm in arms[1] if arm.kind == "W_in"], folded=False)
+            return MeasuredEdits(baseline, edits, [edit for edit in edits if edit.kind == "W_in"], folded=False)
         inward = [m.name for m in matrices if m.kind == "W_in"]
         raw = self._sweep(
             "raw", tell, (share, 1.0), matrices=inward, sv=directions, edits=EDIT, controls=0, baseline=False,
             fold_layernorm=False,
         )  # fmt: skip
-        return Arms(arms[0], arms[1], arms_of(raw, self.model, arms[0], asked)[1])
+        return MeasuredEdits(baseline, edits, measured_edits(raw, self.model, baseline, asked)[1])
 
     def _sweep(self, name: str, tell: Tell, part: tuple[float, float], **options: Any) -> SweepResults:
         def share(what: str, done: float) -> None:
@@ -139,7 +148,7 @@ class Rollouts:
         return Sweep(self.model, folder, **setting, **options).run(share).results
 
     def _finished(self, folder: Path, **options: Any) -> SweepResults | None:
-        """The file where it is finished and of these arms: read then, whatever software ran it."""
+        """The sweep in ``folder`` if it is finished and of these arms, whichever version ran it."""
         if not (folder / FILE).is_file():
             return None
         found = SweepResults(folder)
@@ -156,21 +165,21 @@ class Rollouts:
         return found if same and not left["todo"] + left["failed"] else None
 
 
-def arms_of(
+def measured_edits(
     results: SweepResults, model: Any, baseline: Evaluation | None = None, seeds: range | None = None
-) -> tuple[Evaluation, list[Arm]]:
-    """The baseline and every edit of a sweep that ran all of the baseline's seeds, with its controls.
+) -> tuple[Evaluation, list[MeasuredEdit]]:
+    """The baseline of a sweep, and every edit that ran all of its seeds, with controls.
 
-    Edits of directions that were chosen by activations are left out.
+    Edits of activation-aware directions are left out.
 
     Args:
         results: a sweep's file.
-        model: the model that it is of.
-        baseline: of another sweep over the same seeds, where this one has none.
+        model: the model that was swept.
+        baseline: from another sweep over the same seeds, if this one has none.
         seeds: the episodes to take; all by default.
 
     Raises:
-        DtLensError: when there is no baseline.
+        DtLensError: if there is no baseline.
     """
     evaluations = results.evaluations()
     if seeds is not None:
@@ -191,7 +200,7 @@ def arms_of(
         if record["kind"] != "singular" or record.get("activations"):
             continue
         found.append(
-            Arm(
+            MeasuredEdit(
                 row["matrix"],
                 find_matrix(Snapshot.of(model), row["matrix"]).kind,
                 row["side"],
@@ -207,11 +216,11 @@ def arms_of(
     return baseline, found
 
 
-def sweep_arms(source: str | Path, model: Any) -> tuple[Arms, str]:
-    """The edits of a finished sweep of this model, removals where it has several kinds; and the kind taken.
+def edits_of_sweep(source: str | Path, model: Any) -> tuple[MeasuredEdits, str]:
+    """The edits of a finished sweep of this model, and their value: removals if the sweep has several values.
 
     Raises:
-        DtLensError: when it is another model's, or has no edit with a control.
+        DtLensError: if the sweep is of another model or of raw matrices, or has no edit with a control.
     """
     results = SweepResults(source)
     if results.options["model"] != model_id(model):
@@ -219,26 +228,27 @@ def sweep_arms(source: str | Path, model: Any) -> tuple[Arms, str]:
     folded = bool(results.options["fold_layernorm"])
     if not folded and any(matrix.foldable for matrix in select_matrices(model)):
         raise DtLensError(f"The sweep in {results.file} is of raw matrices; give one of folded matrices.")
-    baseline, edits = arms_of(results, model)
+    baseline, edits = measured_edits(results, model)
     values = results.options["edits"]
     taken = "zero" if "zero" in values else "constant" if "constant" in values else values[0]
-    kept: dict[tuple[str, int, str], Arm] = {}
-    for arm in edits:
-        value = arm.record["value"]
-        if len(arm.controls) and parse_value(value)[0] == taken:
-            # What scales sigma is one edit, on whichever side it was made.
-            kept.setdefault((arm.matrix, arm.sv, "" if scales_sigma(value) else arm.side), arm)
+    kept: dict[tuple[str, int, str], MeasuredEdit] = {}
+    for edit in edits:
+        value = edit.record["value"]
+        if len(edit.controls) and parse_value(value)[0] == taken:
+            # Scaling sigma is the same edit on either side.
+            kept.setdefault((edit.matrix, edit.sv, "" if scales_sigma(value) else edit.side), edit)
     if not kept:
         raise DtLensError(
-            f"The sweep in {results.file} has no finished edit with a control beside it; run one with --controls 1."
+            f"The sweep in {results.file} has no finished edit with a control; run one with --controls 1."
         )
     found = list(kept.values())
-    return Arms(baseline, found, found, folded), taken
+    return MeasuredEdits(baseline, found, found, folded), taken
 
 
 def common_action(model: Any, setting: Setting, out: Path | None, tell: Tell) -> int:
-    """The most common action in ten of the agent's own episodes: a kind of action, or the coordinate of largest mean
-    |action|. Kept in ``out/actions.json``.
+    """The most common action in ten of the agent's own episodes, kept in ``out/actions.json``.
+
+    Discrete: the index of the most frequent action. Continuous: the coordinate of largest mean |action|.
     """
     identity = [model_id(model), setting.target_return, setting.environment, setting.task.time_limit]
     file = None if out is None else out / "actions.json"
@@ -251,7 +261,7 @@ def common_action(model: Any, setting: Setting, out: Path | None, tell: Tell) ->
     )  # fmt: skip
     sizes = np.zeros(model.cfg.act_dim)
     for seed in range(OWN):
-        tell(f"looking at actions  episode {seed + 1} of {OWN}", 0.1)
+        tell(f"counting actions  episode {seed + 1} of {OWN}", 0.1)
         actions = record_actions(model, where, seed)
         if model.cfg.discrete_actions:
             kinds = actions.astype(np.int64) - int(getattr(setting.task.action_space, "start", 0))
@@ -272,4 +282,4 @@ def _kept(file: Path | None, identity: list[Any]) -> int | None:
         kept = json.loads(file.read_text(encoding="utf-8"))
         return int(kept["most_common"]) if kept["of"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # worked out again
+        return None  # damaged: it is counted again

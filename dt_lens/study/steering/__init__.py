@@ -1,4 +1,4 @@
-"""Steering: doses of one direction, and how the return follows."""
+"""Steering: whether a dose of one direction moves the return as the target does."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Directions that may steer, their doses, and random directions' doses to hold them against."""
+"""Directions that may steer, their doses, and doses of random directions to compare them with."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName, find_matrix, select_matrices
 from dt_lens.svd.weight_svd import WeightSVD
 
-__all__ = ["DOES", "Candidate", "candidates_of", "dosed", "loudness", "put_side", "slopes"]
+__all__ = ["DOES", "Candidate", "candidates_of", "dosed", "output_energy_scale", "put_side", "slopes"]
 
 Array = NDArray[np.float64]
 # What a direction does on each side.
 DOES = {"read": "reads", "write": "writes", "neuron": "gives to the neurons"}
-FIRST = 40  # directions of a matrix among which matches are looked for
+FIRST = 40  # directions of a matrix that are compared with the return-to-go input
 
 
 class Candidate(NamedTuple):
@@ -30,20 +30,20 @@ class Candidate(NamedTuple):
     matrix: str
     sv: int
     sigma: float
-    cosine: float  # with the return-to-go input; nan where the model has none
+    cosine: float  # with the return-to-go input; nan if the model has none
     why: str
 
     @property
     def name(self) -> str:
-        """In a few words."""
+        """Matrix and index."""
         return f"{self.matrix} sv={self.sv}"
 
 
 def candidates_of(model: Any, count: int) -> list[Candidate]:
-    """Directions that may steer: half of them by their match with the return-to-go input, half by sigma.
+    """Choose directions that may steer: half by their match with the return-to-go input, half by sigma.
 
     Raises:
-        DtLensError: when no matrix that reads the stream has a direction.
+        DtLensError: if no matrix that reads the stream has a direction.
     """
     svd, places = WeightSVD(model), [m for m in select_matrices(model) if m.kind in ("W_in", "OV")]
     wanted = "reward_in" in model.embeddings
@@ -78,10 +78,10 @@ def dosed(
     scale: float = 1.0,
     side: SideName = "read",
 ) -> SingularEdit:
-    """A dose of the direction, ``(dose - 1) sigma v u^T`` more of it, made on one of its sides.
+    """The edit that adds ``(dose - 1) sigma v u^T``, made on one side: sigma times ``dose``.
 
-    With a seed, ``scale`` times that change with a random unit vector in the place of the side's own: what is read, or
-    where it is put, is random, and the rest stays.
+    With a seed ``random``, ``scale`` times that change with a random unit vector in place of the side's own: what is
+    read, or where it is written, is random, and the rest stays.
     """
     if random is None:
         return SingularEdit(model, direction.matrix, direction.sv, side=side, value=dose)
@@ -95,15 +95,17 @@ def dosed(
 
 
 def put_side(model: Any, direction: Candidate) -> SideName:
-    """The side of the direction's matrix that it does not read on: ``"write"``, or ``"neuron"`` of ``W_in``."""
+    """The side opposite the read side: ``"write"``, or ``"neuron"`` for ``W_in``."""
     return find_matrix(model, direction.matrix).right
 
 
-def loudness(model: Any, direction: Candidate, random: int, activations: Activations, side: SideName) -> float:
-    """The scale at which a random direction's doses put out as much on real inputs as the direction's own.
+def output_energy_scale(
+    model: Any, direction: Candidate, random: int, activations: Activations, side: SideName
+) -> float:
+    """The scale at which a random direction's doses have the same output energy as the direction's own.
 
-    A random read direction mostly meets less of what the stream holds than one that the model reads, and at the same
-    norm it would be a quieter control. Where only the place is random that what is read is put to, it is 1.
+    On real inputs a random read direction mostly reads less than one of the model's own, so at the same norm it is too
+    weak a control. Where only the output is random, the scale is 1.
     """
     own, other = (dosed(model, direction, 2.0, seed, side=side).output_energy(activations) for seed in (None, random))
     return own / other

@@ -1,30 +1,35 @@
-"""The page of a search for a steering direction: the curve, the doses, and what was tried."""
+"""The page and tables of a search for a steering direction: the curve, the doses, and what was tried."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dt_lens.arguments import local_path
 from dt_lens.report.page import Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish
+from dt_lens.study.result_files import write_csv_and_json
 from dt_lens.study.steering.doses import DOES
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from dt_lens.study.steering.result import SteeringResult
+from dt_lens.study.steering.result import SteeringResult
 
 __all__ = ["randoms_figure", "steering_figure", "write_steering"]
 
-DECIDES = ["matrix", "sv", "set_aside"]  # the columns of a wide table that a reader must not miss
+DECIDES = ["matrix", "sv", "set_aside"]  # columns that come first, since the table is wide
 COLOURS = {"chosen": "rgb(31,119,180)", "random": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
 
 
-def write_steering(path: Path, result: SteeringResult) -> Path:
-    """Write the page; see ``write_report``."""
+def write_steering(result: SteeringResult, folder: str | Path) -> Path:
+    """Write ``steering.html``, ``steering.csv`` and ``steering.json`` into ``folder``; return the page.
+
+    Raises:
+        DtLensError: if they cannot be written.
+    """
+    folder = local_path(folder, "folder")
+    write_csv_and_json(folder, "steering", result.table, result.to_dict())
     shown = ("model", "environment", "operating_target", "episodes", "choosing_episodes", "seed")
     sections = [Section("What target and dose do", [Plot(steering_figure(result)), Table(result.curve)])]
     if len(result.table):
@@ -41,16 +46,16 @@ def write_steering(path: Path, result: SteeringResult) -> Path:
                 "Is it more than a random direction?",
                 [
                     (
-                        f"{result.numbers['random_directions']} random directions in the place of what the chosen one "
-                        "reads, each given as much as makes it as loud on the agent's own inputs; and as many in the "
-                        "place that it puts that to, of the same length. None may reach as far, without failing, for "
-                        "p = 0.05."
+                        f"{result.numbers['random_directions']} random directions take the place of what the chosen "
+                        "one reads, each scaled to the same output energy on the agent's own inputs; as many take the "
+                        "place of where it puts that, with the same length. p = 0.05 needs that none of them reaches "
+                        "as far without failing."
                     ),
                     Plot(randoms_figure(result)),
                     Folded("The numbers", [Table(result.randoms)]),
                     Note(
-                        "The chosen direction was the best of those that were tried, and each of these was drawn once: "
-                        "p is that of a direction named beforehand."
+                        "The chosen direction was the best of those that were tried, and p does not account for that: "
+                        "it is the p of a direction named beforehand."
                     ),
                 ],
             )
@@ -60,8 +65,8 @@ def write_steering(path: Path, result: SteeringResult) -> Path:
                 "How the direction was chosen",
                 [
                     (
-                        "On seeds of their own: the steepest slope of the return per dose among those whose failures "
-                        "hardly rise and whose returns stay on the curve."
+                        "On separate seeds: the steepest slope of the return per dose among candidates whose failures "
+                        "hardly rise and whose returns stay within the curve's range."
                     ),
                     Table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]]),
                 ],
@@ -73,7 +78,7 @@ def write_steering(path: Path, result: SteeringResult) -> Path:
             [
                 "The rules were written down before anything was run (docs/steering.md).",
                 Note(
-                    "This is one checkpoint at one operating target. “None found” is said of the directions and doses "
+                    "This is one checkpoint at one operating target. “None found” is about the directions and doses "
                     "that were tried.",
                     "warning",
                 ),
@@ -83,11 +88,12 @@ def write_steering(path: Path, result: SteeringResult) -> Path:
     facts = {name.replace("_", " "): result.numbers[name] for name in shown if result.numbers.get(name) is not None}
     title = f"Can one direction steer {result.numbers.get('model', 'the model')}?"
     verdict = [f"**{result.verdict.capitalize()}.** {result.sentence}"]
-    return write_report(path, title, sections, verdict=verdict, facts=facts, command=result.numbers.get("command", ""))
+    page = folder / "steering.html"
+    return write_report(page, title, sections, verdict=verdict, facts=facts, command=result.numbers.get("command", ""))
 
 
 def steering_figure(result: SteeringResult) -> go.Figure:
-    """The mean return by target and by dose, and the failure rate by dose, with 95 % intervals."""
+    """Draw the mean return by target and by dose, and the failure rate by dose, with 95 % intervals."""
     titles = ("by target", "by dose", "failures by dose")
     figure = make_subplots(1, 3, horizontal_spacing=0.09, subplot_titles=titles)
     _line(figure, result.curve, "target", "mean", "targets", 1)
@@ -113,7 +119,7 @@ def steering_figure(result: SteeringResult) -> go.Figure:
 
 
 def randoms_figure(result: SteeringResult) -> go.Figure:
-    """Every direction's mean return at the least dose against that at the largest; on the diagonal, no reach."""
+    """Draw every direction's mean return at the largest dose against that at the least; the diagonal is no reach."""
     table = result.randoms
     sides = list(dict.fromkeys(table["side"]))
     titles = [f"random in place of what it {DOES[side]}" for side in sides]
@@ -141,7 +147,7 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
     figure.update_yaxes(range=[span[0] - room, span[1] + room])
     figure.update_yaxes(title_text="mean return at the largest dose", row=1, col=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
-    return finish(figure, "Random directions, as loud", "a cross: failures rise", height=440, wide=760)
+    return finish(figure, "Random directions of the same output energy", "a cross: failures rise", height=440, wide=760)
 
 
 def _line(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, column: int, legend: bool = True) -> None:

@@ -1,6 +1,6 @@
-"""Is one singular direction a handle on the return? ``docs/steering.md`` says what is done and why.
+"""``steer``: find a singular direction whose dose moves the return; the rules are in ``docs/steering.md``.
 
-Directions are chosen on one set of seeds and reported on another.
+The direction is chosen on one set of seeds and reported on another.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName
 from dt_lens.progress import Tell, reporting
 from dt_lens.statistics.outcomes import Interval, bootstrap_interval, sign_flip, wilson
-from dt_lens.study.steering.doses import DOES, Candidate, candidates_of, dosed, loudness, put_side, slopes
+from dt_lens.study.steering.doses import DOES, Candidate, candidates_of, dosed, output_energy_scale, put_side, slopes
+from dt_lens.study.steering.page import write_steering
 from dt_lens.study.steering.result import SteeringResult, Verdict
-from dt_lens.study.trials import Arm, Trials
+from dt_lens.study.trials import Trials
 
 __all__ = ["DOSES", "Candidate", "steer"]
 
 DOSES = (0.0, 0.5, 1.5, 2.0)
-FRESH = 1000  # seeds from here on (after the first) report
+FRESH = 1000  # the report's seeds begin this far after those of the choice
 REACH = 0.1  # the smallest reach of interest, a share of the curve's range
 RISE = 0.1  # the largest rise in failures that is accepted
-RANDOM = 19  # random directions on either side: none of them may reach as far for p = 0.05
-# Where random directions do as much on one side only, by whether the direction does more than they on either.
+RANDOM = 19  # random directions on either side: p = 0.05 if none of them reaches as far
+# What "no more than random" adds, by whether the direction beats random ones (on its read side, on the other).
 EXCHANGED = {
     (False, True): " in what it reads, and more in where it puts that",
     (True, False): " in where it puts what it reads, and more in what that is",
@@ -61,28 +62,27 @@ def steer(
     command: str = "",
     progress: bool | Tell = False,
 ) -> SteeringResult:
-    """Look for a direction whose dose moves the return along the target-return curve, and report it on fresh seeds.
+    """Find the direction whose dose best moves the return along the target-return curve; report it on fresh seeds.
 
-    Every arm is kept below ``out`` when it is finished; stopped and called again, it goes on from there.
+    Every finished evaluation is kept below ``out``; called again after an interruption, the search resumes.
 
     Args:
-        model: a ``HookedDecisionTransformer`` that acts here, with two target returns or more.
-        out: the folder for the arms, ``steering.html``, ``steering.csv`` and ``steering.json``.
+        model: a ``HookedDecisionTransformer`` whose environment runs here, with at least two target returns.
+        out: the folder for the evaluations, ``steering.html``, ``steering.csv`` and ``steering.json``.
         name: what the page calls the model.
-        episodes: on fresh seeds, for the report.
-        choosing: episodes of an arm while choosing, of a target, and of a random direction.
-        candidates: directions that are tried.
-        doses: what sigma is multiplied by; 1 is the unedited agent, which is there anyway.
+        episodes: per dose, on fresh seeds, for the report.
+        choosing: episodes per dose while choosing, per target, and per random direction.
+        candidates: how many directions are tried.
+        doses: what sigma is multiplied by; 1 is the unedited agent, which is always included.
         targets: of the curve, in the environment's units; the model's own by default.
-        seed: of the first episode while choosing; the report begins 1,000 later. Also of the
-            random directions.
+        seed: of the first episode while choosing, and of the first random direction; the report begins 1,000 later.
         environment, max_steps, workers: as for ``evaluate``.
-        command: the command line that does this again, for the page.
+        command: the command line that repeats this, for the page.
         progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
 
     Raises:
-        DtLensError: for arguments that make no search, or a model that does not act here.
-        KeyboardInterrupt: on Ctrl-C; finished arms are kept.
+        DtLensError: if an argument is out of range, or the model's environment does not run here.
+        KeyboardInterrupt: on Ctrl-C; finished evaluations are kept.
     """
     if not hasattr(model, "facts"):
         raise DtLensError(
@@ -93,28 +93,32 @@ def steer(
     ):  # fmt: skip
         whole_number(value, what, least)
     if choosing > FRESH:
-        raise DtLensError(f"choosing is {choosing}; at most {FRESH} episodes lie before the fresh seeds.")
+        raise DtLensError(f"choosing is {choosing}; it must be at most {FRESH}, where the fresh seeds begin.")
     grid = sorted(set(finite_numbers(doses, "doses")) - {1.0})
     if len(grid) < 2:
-        raise DtLensError(f"doses is {list(doses)!r}; give two finite numbers or more besides 1.")
+        raise DtLensError(f"doses is {list(doses)!r}; give at least two finite numbers besides 1.")
     wanted = finite_numbers(model.facts.target_returns if targets is None else targets, "targets")
     if len(set(wanted)) < 2:
         raise DtLensError(
-            f"There are {len(set(wanted))} target returns; a curve needs two or more: give targets, in the "
+            f"There are {len(set(wanted))} target returns; a curve needs at least two: give targets, in the "
             "environment's units."
         )
     search = _Search(model, local_path(out, "out"), sorted(set(wanted)), grid, seed, environment, max_steps, workers)
-    setting_of(model, environment, None, wanted[0], max_steps, "steer")  # refuses what does not fit, at once
+    setting_of(
+        model, environment, None, wanted[0], max_steps, "steer"
+    )  # refuses a bad environment or target before any episode
     with reporting(progress) as tell:
         result = search.run(episodes, choosing, candidates, tell)
     facts = {"model": name, "model_id": model_id(model), "command": command}
     result = SteeringResult(**{**result.__dict__, "numbers": {**facts, **result.numbers}})
-    result.save(out)
+    write_steering(result, out)
     return result
 
 
 @dataclass
 class _Search:
+    """A search for a steering direction, and what it runs with."""
+
     model: Any
     out: Path
     targets: list[float]
@@ -148,7 +152,7 @@ class _Search:
             return SteeringResult("not applicable", sentence, None, curve, *empty, numbers)
         target = min(means, key=lambda t: abs(means[t] - (means[best] + means[worst]) / 2))
         tried = self._choose(at[target], means, target, choosing, count, tell)
-        # The steepest of those that are not set aside; where all are, the one of the least rise in failures.
+        # The steepest of those that are not set aside; if all are, the one with the smallest rise in failures.
         order = tried.assign(steep=-tried["slope"].abs()).sort_values(
             ["set_aside", "steep"] if not tried["set_aside"].all() else ["failure_rise", "steep"], kind="stable"
         )
@@ -164,9 +168,9 @@ class _Search:
         return SteeringResult(verdict, sentence, direction, curve, tried, table, randoms, {**numbers, **found})
 
     def _evaluate(self, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
-        trials = Trials(self.model, self.out / "arms", episodes, seed, target, self.workers)
-        trials.settings |= {"environment": self.environment, "max_steps": self.max_steps}
-        return trials.run(Arm("steering", edit))
+        settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "target_return": target}
+        settings |= {"environment": self.environment, "max_steps": self.max_steps}
+        return Trials(self.model, self.out / "arms", self.workers, **settings).run(edit)
 
     def _choose(
         self, plain: Evaluation, means: Mapping[float, float], target: float, episodes: int, count: int, tell: Tell
@@ -225,7 +229,7 @@ class _Search:
         episodes: int,
         tell: Tell,
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
-        """How far random directions reach in the chosen one's place on either side, by the two outermost doses."""
+        """How far random directions reach in place of the chosen one, on either side, from the two outermost doses."""
         ends, start = (min(self.doses), max(self.doses)), self.seed + FRESH
         inputs, few = self._inputs(target, tell), slice(0, min(episodes, len(arms[1.0])))
 
@@ -242,37 +246,37 @@ class _Search:
         put = put_side(self.model, direction)
         rows = []
         for half, side in enumerate(("read", put)):
-            # Of a circuit's write side another weight is changed, and the bias passes through it: dosed there anew.
+            # A dose on a circuit's write side changes another weight, and the bias passes through it: it is run anew.
             own = row(side, None, 1.0, *(arms[dose] for dose in ends)) if side == "read" else run(side, None, 1.0)
             rows.append(own)
             for number in range(RANDOM):
                 share = 0.7 + 0.15 * (half + number / RANDOM)
                 tell(f"random directions, {side} side  {number + 1} of {RANDOM}", share)
                 seed = self.seed + number
-                rows.append(run(side, seed, loudness(self.model, direction, seed, inputs, side)))
+                rows.append(run(side, seed, output_energy_scale(self.model, direction, seed, inputs, side)))
         table = pd.DataFrame(rows)
         table["seed"] = table["seed"].astype("Int64")
-        told: dict[str, Any] = {"random_directions": RANDOM, "put_side": put}
+        found: dict[str, Any] = {"random_directions": RANDOM, "put_side": put}
         for name, side in (("read", "read"), ("put", put)):
             of_side = table[table["side"] == side].reset_index(drop=True)
             size, ours = of_side["reach"].abs()[1:], abs(float(of_side["reach"][0]))
-            # One that moves the return by failing is no rival.
+            # A random direction that moves the return by failing does not count.
             as_far = int(((size >= ours) & (of_side["failure_rise"][1:] <= RISE)).sum())
-            told |= {f"{name}_as_far": as_far, f"{name}_p_value": (1 + as_far) / (1 + RANDOM)}
-            told[f"{name}_median"] = float(size.median())
-        return table, told
+            found |= {f"{name}_as_far": as_far, f"{name}_p_value": (1 + as_far) / (1 + RANDOM)}
+            found[f"{name}_median"] = float(size.median())
+        return table, found
 
     def _inputs(self, target: float, tell: Tell) -> Activations:
-        """What the matrices read while the unedited agent plays for the operating target."""
+        """What the matrices read while the unedited agent plays at the operating target."""
         setting = setting_of(self.model, self.environment, None, target, self.max_steps, "steer")
         file = self.out / "activations.safetensors"
         return kept_activations(self.model, file, setting, self.seed, lambda what, _: tell(what, 0.7))
 
 
 def _differ(returns: NDArray[np.float64], seed: int, draws: int = 9999) -> float:
-    """The chance of a range of means as large where targets make no difference: ``[target, episode]``, paired.
+    """Test whether the target makes a difference: p of the range of mean returns, ``[target, episode]``, paired.
 
-    By permuting each episode's returns over the targets; best and worst are looked for again in every permutation.
+    Each episode's returns are permuted over the targets; best and worst are picked anew in every permutation.
     """
     rng, range_of = np.random.default_rng(seed), np.ptp(returns.mean(1))
     drawn = np.array([np.ptp(rng.permuted(returns, axis=0).mean(1)) for _ in range(draws)])
@@ -301,11 +305,11 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> t
         own = tuple(found[f"{side}_p_value"] <= ALPHA for side in ("read", "put"))
         verdict = "found" if all(own) else "no more than random"
         which = EXCHANGED.get(own, "")
-    said = (
+    sentence = (
         f"The best candidate was {direction.name} ({direction.why}). On fresh seeds its doses move the return by "
         f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, and "
         f"failures rise by {found['rise']:+.0%} [{rise.low:+.0%}, {rise.high:+.0%}]; of {found['random_directions']} "
-        f"random directions as loud, {found['read_as_far']} move it as far without failing in place of what it reads, "
-        f"and {found['put_as_far']} in place of what it {DOES[found['put_side']]}: {verdict}{which}."
+        f"random directions of the same output energy, {found['read_as_far']} move it as far without failing in place "
+        f"of what it reads, and {found['put_as_far']} in place of what it {DOES[found['put_side']]}: {verdict}{which}."
     )
-    return verdict, said
+    return verdict, sentence

@@ -1,4 +1,4 @@
-"""An atlas of a sweep whose outcomes are made up, so that what it should say is known."""
+"""Atlases of sweeps with scripted outcomes, so that the right answers are known."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.cli import app
 from dt_lens.errors import DtLensError
-from dt_lens.study.atlas.atlas import Atlas, make_atlas
+from dt_lens.study.atlas.atlas import make_atlas
 from dt_lens.study.atlas.page import write_atlas
+from dt_lens.study.atlas.result import Atlas
 from dt_lens.study.atlas.sentences import sentences
-from dt_lens.study.atlas.tables import Sight, correlations_of
+from dt_lens.study.atlas.tables import MatchColumn, correlations_of
 from dt_lens.svd.weight_svd import WeightSVD
 
 
 @pytest.fixture(scope="module")
-def planted(agent: Any, told: Any, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """W_out hurts the more the closer it matches the action output; W_in's first direction kills, and no other."""
+def planted(agent: Any, scripted: Any, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """W_out hurts more the closer it matches the action output; of W_in only the first direction kills."""
     sweep = Sweep(
         agent,
         tmp_path_factory.mktemp("planted"),
@@ -53,7 +54,7 @@ def planted(agent: Any, told: Any, tmp_path_factory: pytest.TempPathFactory) -> 
             return float(100 * cosine[arm.matrix][arm.sv] * energies[arm.matrix][arm.sv])
         return 900.0 if arm.sv == 0 else 0.0
 
-    sweep.run(engine=told(sweep, lost))
+    sweep.run(engine=scripted(sweep, lost))
     return sweep
 
 
@@ -92,7 +93,7 @@ def _energies(agent: Any, table: pd.DataFrame) -> Any:
     ]
 
 
-def test_cosine_is_said_to_predict_damage_only_where_it_does(atlas: Atlas) -> None:
+def test_cosine_predicts_damage_only_where_that_is_planted(atlas: Atlas) -> None:
     found = correlation(atlas, "W_out", "write", "action_out", "damage")
     assert found["low"] > 0
     assert found["q_value"] < 0.05
@@ -104,7 +105,7 @@ def test_cosine_is_said_to_predict_damage_only_where_it_does(atlas: Atlas) -> No
     assert beyond["rho"] > 0.5
     other = correlation(atlas, "W_in", "read", "action_out", "damage")
     assert abs(other["rho"]) < 0.5
-    # What is planted is exactly this, and it is told without a test all the same.
+    # This is exactly what is planted; it is shown, and not tested.
     per = correlation(atlas, "W_out", "write", "action_out", "damage_per_energy")
     assert per["rho"] > 0.95
     assert np.isnan(per["p_value"])
@@ -116,19 +117,19 @@ def test_cosine_is_said_to_predict_damage_only_where_it_does(atlas: Atlas) -> No
 
 
 def test_what_a_removal_costs_beyond_its_control_is_tested_over_directions(atlas: Atlas) -> None:
-    """Each direction has one random change beside it, so that a pair is a direction, and not an episode."""
+    """A pair is a direction with its control, not an episode."""
     shares: Any = atlas.shares.set_index("what")
     beyond = atlas.directions.query("kind == 'W_out'")["beyond"]
     assert shares.loc["W_out", "beyond"] == pytest.approx(beyond.mean())
     assert shares.loc["W_out", "beyond_low"] > 0
     assert shares.loc["W_out", "beyond_p_value"] < 0.01
-    # Two of thirty kill, and the others do nothing: that removal costs more on average is not shown.
+    # Two of thirty kill, and the others do nothing.
     assert shares.loc["W_in", "beyond"] == pytest.approx(60, abs=2)
     assert "beyond a random change (p =" in " ".join(sentences(atlas))
 
 
-def test_what_is_linear_in_energy_is_no_cosine(agent: Any, told: Any, tmp_path: Path) -> None:
-    """Damage that is energy alone does not make cosine a predictor at equal energy, and energy is the predictor."""
+def test_damage_from_energy_alone_is_not_predicted_by_cosine(agent: Any, scripted: Any, tmp_path: Path) -> None:
+    """If damage is energy alone, sigma predicts it, and cosine at equal energy does not."""
     sweep = Sweep(agent, tmp_path, matrices="*.W_out", sv="all", edits="zero", episodes=8, workers=1)
     svd = WeightSVD(agent)
 
@@ -136,7 +137,7 @@ def test_what_is_linear_in_energy_is_no_cosine(agent: Any, told: Any, tmp_path: 
         sigma = 0.0 if arm.matrix is None else float(svd[arm.matrix].sigma[arm.sv or 0])
         return 50 * sigma + 5 * float(np.random.default_rng(arm.number).normal())
 
-    sweep.run(engine=told(sweep, lost))
+    sweep.run(engine=scripted(sweep, lost))
     found = make_atlas(agent, sweep.results)
     (sigma,) = found.predictors.query("what == 'W_out' and predictor == 'sigma'")["rho"].tolist()
     assert sigma > 0.9
@@ -147,23 +148,23 @@ def test_what_is_linear_in_energy_is_no_cosine(agent: Any, told: Any, tmp_path: 
     assert np.isnan(found.shares["beyond"]).all()
 
 
-def test_what_grows_with_size_is_no_match_beyond_the_control_either() -> None:
-    """A large direction that costs more than a change as large, and matches better, does both for its size."""
+def test_an_effect_of_size_is_not_an_effect_of_the_match() -> None:
+    """A large direction may cost more than its control, and match better, because of its size alone."""
     rng, size = np.random.default_rng(0), np.linspace(1, 5, 120)
     rows = pd.DataFrame({"matrix": "blocks.0.mlp.W_in", "kind": "W_in", "energy": size, "damage": size})
     rows["beyond"] = size + 0.3 * rng.standard_normal(120)
     rows["damage_per_energy"] = 1.0
     rows["by size"] = size + 0.3 * rng.standard_normal(120)
     rows["by itself"] = rows["beyond"] - size
-    sights = [Sight(name, "read", name) for name in ("by size", "by itself")]
-    table = correlations_of(rows, sights, 0).query("what == 'W_in'").set_index(["embedding", "response"])
+    columns = [MatchColumn(name, "read", name) for name in ("by size", "by itself")]
+    table = correlations_of(rows, columns, 0).query("what == 'W_in'").set_index(["embedding", "response"])
     assert table["low"]["by size", "beyond"] > 0.5
     assert table["low"]["by size", "beyond at equal size"] < 0 < table["high"]["by size", "beyond at equal size"]
     assert table["low"]["by itself", "beyond at equal size"] > 0.5
 
 
-def test_which_sigma_tells_what_its_own_directions_do(agent: Any, told: Any, tmp_path: Path) -> None:
-    """Planted: what a direction does is what it puts out on real inputs, which only one of two sigmas is."""
+def test_which_sigma_predicts_the_damage_of_its_own_directions(agent: Any, scripted: Any, tmp_path: Path) -> None:
+    """Planted: damage is the output on real inputs, which only the activation-aware sigma is."""
     activations = dt_lens.collect_activations(agent, episodes=2, max_steps=10)
     options: dict[str, Any] = {"matrices": "*.W_in", "sv": "all", "edits": "zero", "episodes": 6, "workers": 1}
     aware = WeightSVD(agent, activations=activations)
@@ -175,12 +176,12 @@ def test_which_sigma_tells_what_its_own_directions_do(agent: Any, told: Any, tmp
             return float(50 * np.random.default_rng(arm.number).random())
         return float(50 * aware[arm.matrix].sigma[arm.sv])
 
-    Sweep(agent, tmp_path, **options).run(engine=told(plain := Sweep(agent, tmp_path, **options), lost))
+    Sweep(agent, tmp_path, **options).run(engine=scripted(plain := Sweep(agent, tmp_path, **options), lost))
     before = make_atlas(agent, plain.results)
     assert before.weighted.empty
     assert not before.predictors["predictor"].str.contains("aware").any()
     sweep = Sweep(agent, tmp_path, directions="activation", activations=activations, **options)
-    sweep.run(engine=told(sweep, lost))
+    sweep.run(engine=scripted(sweep, lost))
     found = make_atlas(agent, sweep.results)
     pd.testing.assert_frame_equal(
         found.directions[before.directions.columns.drop("output_energy", errors="ignore")],
@@ -196,16 +197,16 @@ def test_which_sigma_tells_what_its_own_directions_do(agent: Any, told: Any, tmp
     write_atlas(found, tmp_path / "page")
     assert len(pd.read_csv(tmp_path / "page" / "weighted.csv")) == len(found.weighted)
     sweep.file.with_name("activations.safetensors").unlink()
-    with pytest.raises(DtLensError, match="which are not beside it"):
+    with pytest.raises(DtLensError, match="which are not in its folder; give their file"):
         make_atlas(agent, sweep.results)
     assert len(make_atlas(agent, sweep.results, activations).weighted) == len(found.weighted)
     only = Sweep(agent, tmp_path / "only", directions="activation", activations=activations, **options)
-    only.run(engine=told(only, lost))
+    only.run(engine=scripted(only, lost))
     with pytest.raises(DtLensError, match="holds no plain directions; it has activation directions"):
         make_atlas(agent, only.results)
 
 
-def test_shares_count_what_hurts(atlas: Atlas) -> None:
+def test_shares_count_the_directions_that_hurt(atlas: Atlas) -> None:
     shares: Any = atlas.shares.set_index("what")
     assert shares.loc["W_in", "large"] == 2
     assert shares.loc["W_in", "worst_damage"] == pytest.approx(900, abs=3)
@@ -215,43 +216,43 @@ def test_shares_count_what_hurts(atlas: Atlas) -> None:
     assert shares.loc["all", "controlled"] == atlas.planned
     assert shares.loc["all", "controls"] == 2 * atlas.planned
     assert shares.loc["all", "controls_large"] == 0
-    # A loss is large by its size alone here, as it is for controls.
+    # By size alone, whatever q, as for controls.
     assert shares.loc["W_in", "controlled_large"] == 2
     assert shares.loc["blocks.0.mlp.W_in", "hurts"] <= shares.loc["W_in", "hurts"]
 
 
-def test_an_unfinished_halving_sweep_has_an_atlas_too(agent: Any, told: Any, tmp_path: Path) -> None:
-    """Directions on which nothing is decided have no p-value yet."""
+def test_an_unfinished_halving_sweep_has_an_atlas_too(agent: Any, scripted: Any, tmp_path: Path) -> None:
+    """Directions that are not decided have no p-value yet."""
     options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": "0-9", "edits": "zero", "workers": 1}
     sweep = Sweep(agent, tmp_path, episodes=8, halving=[2, 2], **options)
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(engine=told(sweep, lambda arm: float(arm.sv or 0), stops=5))
+        sweep.run(engine=scripted(sweep, lambda arm: float(arm.sv or 0), stops=5))
     found = make_atlas(agent, sweep.results)
     assert found.directions["q_value"].isna().all()
     assert sentences(found)
 
 
-def test_an_unfinished_sweep_says_so(agent: Any, told: Any, tmp_path: Path) -> None:
+def test_an_unfinished_sweep_says_so(agent: Any, scripted: Any, tmp_path: Path) -> None:
     sweep = Sweep(agent, tmp_path, matrices="*.0.mlp.W_out", sv="0-9", edits="zero", episodes=4, workers=1)
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(engine=told(sweep, lambda arm: float(arm.sv or 0), stops=7))
+        sweep.run(engine=scripted(sweep, lambda arm: float(arm.sv or 0), stops=7))
     found = make_atlas(agent, sweep.results)
     assert 5 <= len(found.directions) < found.planned == 10
     assert f"{len(found.directions)} of 10 directions are measured" in sentences(found)[-1]
 
 
-def test_what_is_no_atlas_is_one_sentence(agent: Any, told: Any, planted: Sweep, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence(agent: Any, scripted: Any, planted: Sweep, tmp_path: Path) -> None:
     options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": 0, "episodes": 2, "workers": 1}
     flips = Sweep(agent, tmp_path / "flips", edits="flip", **options)
-    flips.run(engine=told(flips, lambda arm: 1.0))
+    flips.run(engine=scripted(flips, lambda arm: 1.0))
     with pytest.raises(DtLensError, match="holds no edits with value 'zero'; it has flip"):
         make_atlas(agent, flips.results)
     with pytest.raises(DtLensError, match="make_atlas takes the results of a sweep, not a str"):
         make_atlas(agent, "flips")  # type: ignore[arg-type]
     alone = Sweep(agent, tmp_path / "alone", edits="zero", baseline=False, **options)
-    alone.run(engine=told(alone, lambda arm: 1.0))
+    alone.run(engine=scripted(alone, lambda arm: 1.0))
     with pytest.raises(DtLensError, match="no episodes of the unedited agent"):
         make_atlas(agent, alone.results)
     weight = agent.weights["blocks.0.mlp.W_in"]
@@ -268,7 +269,9 @@ def test_the_page_and_the_tables(atlas: Atlas, tmp_path: Path) -> None:
     page = write_atlas(atlas, tmp_path, "a <small> agent", "dt-lens atlas it").read_text()
     assert "An atlas of a &lt;small&gt; agent" in page
     assert "dt-lens atlas it" in page
-    assert page.count("Plotly.newPlot") > 0 or "plotly" in page
+    for title in ("Does what a direction matches predict what it does?", "What removing each direction leaves"):
+        assert title in page
+    assert "How many directions matter" in page and "Does size predict what a direction does?" in page
     kept = pd.read_csv(tmp_path / "directions.csv")
     assert len(kept) == len(atlas.directions)
     assert kept["damage"].to_numpy() == pytest.approx(atlas.directions["damage"].to_numpy(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""What an atlas says of random changes beside directions, of episodes that differ in number, and of noise."""
+"""Atlases: random changes beside directions, unequal numbers of episodes, and noise."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Run = Callable[..., SweepResults]
 
 
 @pytest.fixture
-def run(agent: Any, told: Any, tmp_path: Path) -> Run:
-    """Sweep one matrix, all removals, in one folder; ``lost`` is what an arm costs."""
+def run(agent: Any, scripted: Any, tmp_path: Path) -> Run:
+    """Sweep all removals of one matrix; ``lost`` says what an arm costs."""
 
     def made(lost: Callable[[Arm], float], engine: dict[str, Any] | None = None, **options: Any) -> SweepResults:
         given = {"matrices": "blocks.0.mlp.W_out", "edits": "zero", "sv": "all", "episodes": 4, "workers": 1}
         sweep = Sweep(agent, tmp_path / "sweep", **(given | options))
-        sweep.run(engine=told(sweep, lost, **(engine or {})))
+        sweep.run(engine=scripted(sweep, lost, **(engine or {})))
         return sweep.results
 
     return made
@@ -45,7 +45,7 @@ def test_a_loss_is_a_loss_whatever_the_sign_of_the_return(agent: Any, run: Run, 
     assert found.shares["controls_large"].iloc[0] == 0
 
 
-def test_of_a_return_of_about_zero_there_are_no_shares(agent: Any, run: Run) -> None:
+def test_a_return_of_about_zero_has_no_shares(agent: Any, run: Run) -> None:
     found = make_atlas(agent, run(lambda arm: 300.0 * (arm.kind == "edit"), {"unedited": 0.0}, controls=1))
     text = " ".join(sentences(found))
     assert "removal costs **+300** points of return [+" in text
@@ -54,7 +54,7 @@ def test_of_a_return_of_about_zero_there_are_no_shares(agent: Any, run: Run) -> 
 
 
 def test_random_changes_are_counted_one_by_one(agent: Any, run: Run) -> None:
-    """Of two beside each direction one costs 15 %: their mean is below a tenth, and half of them are not."""
+    """One of two costs 15 %: their mean is below a tenth, and half of them are above."""
     results = run(lambda arm: 150.0 * (arm.kind == "control" and arm.control == 0), controls=2)
     found = make_atlas(agent, results)
     assert len(results.table().query("kind == 'control' and difference < -100")) == 16
@@ -64,7 +64,7 @@ def test_random_changes_are_counted_one_by_one(agent: Any, run: Run) -> None:
 
 
 def test_a_direction_is_ranked_among_its_random_changes(agent: Any, run: Run, tmp_path: Path) -> None:
-    """Direction 0 costs more than each of nineteen, direction 1 than all but two, the others nothing, as they do."""
+    """Direction 0 costs more than all nineteen, direction 1 than all but two, the others nothing, like the rest."""
     cost = {0: 300.0, 1: 150.0}
 
     def lost(arm: Arm) -> float:
@@ -82,12 +82,12 @@ def test_a_direction_is_ranked_among_its_random_changes(agent: Any, run: Run, tm
     assert said.startswith(f"**{best} of 6** directions") and best >= 1 and said.endswith("0.3 would.")
     page = write_atlas(found, tmp_path / "page").read_text()
     assert ">controls as costly<" in page
-    few = make_atlas(agent, run(lost, controls=2, sv="0-5"))  # asking for less takes nothing away
+    few = make_atlas(agent, run(lost, controls=2, sv="0-5"))  # the file keeps what it has
     assert few.directions["controls"].tolist() == [19] * 6
 
 
 def test_a_random_change_has_any_rank_among_random_changes() -> None:
-    """Where a direction is one more draw, its p-value is at most 0.05 as often as that."""
+    """If a direction is one more random change, p <= 0.05 happens 5 % of the time."""
     rng, episodes = np.random.default_rng(0), np.arange(4)
     row = pd.Series(dict.fromkeys(("matrix", "layer", "head", "sv", "energy", "output_energy"), 0))
     row = pd.concat([row, pd.Series(dict.fromkeys(("episodes", "mean_return", "failure_rate", "mean_length"), 0))])
@@ -107,7 +107,7 @@ def test_a_random_change_has_any_rank_among_random_changes() -> None:
 
 
 def test_with_controls_beside_some_only_those_are_compared(agent: Any, run: Run, tmp_path: Path) -> None:
-    """All of W_out have random changes, none of OV; the first of each costs 20 %, and two episodes are never sure."""
+    """W_out has random changes and OV none; the first of each costs 20 %, and two episodes never reach q < 0.05."""
 
     def lost(arm: Arm) -> float:
         return 200.0 if arm.kind == "edit" and arm.sv == 0 else 0.0
@@ -128,7 +128,7 @@ def test_with_controls_beside_some_only_those_are_compared(agent: Any, run: Run,
     assert set(found.correlations.query("response == 'beyond'")["kind"]) == {"W_out"}
 
 
-def test_controls_that_are_still_to_run_are_said(agent: Any, run: Run, tmp_path: Path) -> None:
+def test_controls_that_are_still_to_run_are_counted(agent: Any, run: Run, tmp_path: Path) -> None:
     run(lambda arm: float(arm.number))
     with pytest.raises(KeyboardInterrupt):
         run(lambda arm: float(arm.number), {"stops": 21}, controls=1)
@@ -137,11 +137,11 @@ def test_controls_that_are_still_to_run_are_said(agent: Any, run: Run, tmp_path:
     assert 0 < done < 5
     ending = f"16 of 16 directions are measured, and random changes beside {done} of 16."
     assert sentences(found)[-1] == f"The sweep is not finished: {ending}"
-    # So few make no test.
+    # Too few for a test.
     assert found.correlations.query("response == 'beyond'").empty
 
 
-def test_halving_compares_those_that_it_selected(agent: Any, run: Run, tmp_path: Path) -> None:
+def test_halving_compares_the_directions_that_it_kept(agent: Any, run: Run, tmp_path: Path) -> None:
     found = make_atlas(agent, run(lambda arm: float(arm.sv or 0), controls=1, episodes=8, halving=[2]))
     assert "Beside 8 of 16 directions (those that successive halving kept, selected" in sentences(found)[1]
     assert "not finished" not in sentences(found)[-1]
@@ -151,7 +151,7 @@ def test_halving_compares_those_that_it_selected(agent: Any, run: Run, tmp_path:
     assert "Successive halving gave more episodes" in page
 
 
-def test_a_grown_sweep_says_how_many_episodes_there_are(agent: Any, run: Run, tmp_path: Path) -> None:
+def test_a_grown_sweep_gives_its_range_of_episodes(agent: Any, run: Run, tmp_path: Path) -> None:
     run(lambda arm: float(arm.number))
     results = run(lambda arm: float(arm.number), sv="0-3", episodes=6)
     page = write_atlas(make_atlas(agent, results), tmp_path / "page").read_text()
@@ -161,7 +161,7 @@ def test_a_grown_sweep_says_how_many_episodes_there_are(agent: Any, run: Run, tm
 
 @pytest.mark.parametrize(("noise", "reliability"), [(1.0, 0.5), (0.5, 0.8), (1e9, 0.0)])
 def test_reliability_is_what_was_planted(noise: float, reliability: float) -> None:
-    """With as much noise as there is to measure, another such measurement would correlate by 0.5 with it."""
+    """If noise is as large as the effect, two measurements correlate by 0.5."""
     rng, n = np.random.default_rng(0), 3000
     size, true = np.tile(np.linspace(1, 30, n // 2), 2), rng.standard_normal(n)
     table = pd.DataFrame({"matrix": np.repeat(["a", "b"], n // 2), "kind": "W_in", "energy": size})

@@ -1,4 +1,4 @@
-"""The atlas's figures: what a reader has to be able to tell apart."""
+"""The atlas's figures: panels and ticks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def directions(heads: int, damage: np.ndarray) -> pd.DataFrame:
     n = len(damage)
     table = pd.DataFrame([(*place, sv) for place in places for sv in range(n)])
     table.columns = pd.Index(["matrix", "kind", "layer", "head", "sv"])
-    told = {"damage": np.tile(damage, len(places)), "q_value": 1.0, "sigma": 1.0, "energy": 1.0}
-    table = table.astype({"head": "Int64"}).assign(**told)
+    columns = {"damage": np.tile(damage, len(places)), "q_value": 1.0, "sigma": 1.0, "energy": 1.0}
+    table = table.astype({"head": "Int64"}).assign(**columns)
     return table.assign(mean_return=1000 - table["damage"], cosine=np.linspace(0, 1, len(table)))
 
 
@@ -46,7 +46,7 @@ def test_an_axis_has_three_ticks_in_view(low: float, high: float) -> None:
     marks = np.array(figure.layout.yaxis.tickvals)
     seen = (drawn.min() - 1e-9 <= marks) & (marks <= drawn.max() + 1e-9)
     assert seen.sum() >= 3
-    # What is written at a tick is its value on the axis that the points are on.
+    # A tick's text is its value on the axis of the points.
     numbers = [float(text.replace("−", "-").replace(",", "")) for text in figure.layout.yaxis.ticktext]
     scale = values.max() / np.sinh(drawn.max()) if values.max() > 0 else values.min() / np.sinh(drawn.min())
     assert marks == pytest.approx(np.arcsinh(np.array(numbers) / scale))

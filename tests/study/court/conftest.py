@@ -25,7 +25,7 @@ def frame(first: Any, seed: int) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(scope="session")
 def plain() -> Callable[..., HookedDecisionTransformer]:
-    """A model without LayerNorms: what is written into a weight is what directions are."""
+    """A model without LayerNorms, whose weights determine the directions directly."""
 
     def make(seed: int = 0, **options: Any) -> HookedDecisionTransformer:
         torch.manual_seed(seed)

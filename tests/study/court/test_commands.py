@@ -1,4 +1,4 @@
-"""The commands `court` and `steer`: a page and a table at the end, one sentence for what does not fit."""
+"""The commands `court` and `steer`: a page at the end, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def test_steer(folder: Path, tmp_path: Path) -> None:
         (["court", "--environment", "CartPole-v1"], "gives states of 4 numbers"),
         (["court", "--texts", "nowhere"], "texts is for a language model, and this is an agent"),
         (["steer", "--doses", "a,b"], "--doses holds 'a'"),
-        (["steer", "--doses", "1,2"], "give two finite numbers or more"),
+        (["steer", "--doses", "1,2"], "give at least two finite numbers"),
         (["steer", "--targets", "5"], "There are 1 target returns"),
     ],
 )
-def test_bad_words_are_one_sentence(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
+def test_bad_options_are_one_sentence(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
     done = run(words[0], folder, *words[1:], "--out", tmp_path)
     assert isinstance(done.exception, DtLensError) and said in str(done.exception)

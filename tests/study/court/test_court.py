@@ -1,4 +1,4 @@
-"""The whole court on small agents: rows, files, going on, and sentences for what does not fit."""
+"""The whole court on small agents: rulings, files, resuming, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
 from dt_lens.study.court.claims import CLAIMS
 from dt_lens.study.court.court import court
-from dt_lens.study.court.rollouts import Rollouts, sweep_arms
+from dt_lens.study.court.rollouts import Rollouts, edits_of_sweep
 
 OPTIONS: dict[str, Any] = {"episodes": 4, "max_steps": 6, "draws": 200, "workers": 1}
 
@@ -72,9 +72,7 @@ def test_the_files_say_the_same(tried: Any) -> None:
     assert all(claim.title in page for claim in CLAIMS) and "undecided" in page
 
 
-def test_fewer_episodes_than_the_folder_holds_are_those_that_were_asked_for(
-    tried: Any, agent: Any, tmp_path: Path
-) -> None:
+def test_a_folder_with_more_episodes_gives_only_the_requested_ones(tried: Any, agent: Any, tmp_path: Path) -> None:
     result, out = tried
     again = shutil.copytree(out, tmp_path / "again")
     fewer, fresh = (court(agent, folder, name="small", **{**OPTIONS, "episodes": 2}) for folder in (again, tmp_path))
@@ -84,8 +82,8 @@ def test_fewer_episodes_than_the_folder_holds_are_those_that_were_asked_for(
     assert fewer.facts["unedited_mean_return"] != result.facts["unedited_mean_return"]
 
 
-def test_of_two_kinds_of_controls_the_closer_match_counts(agent: Any, tmp_path: Path) -> None:
-    """As in the atlas; which of two random changes is meant does not depend on who asks."""
+def test_of_two_kinds_of_controls_the_one_matched_by_output_counts(agent: Any, tmp_path: Path) -> None:
+    """As in the atlas."""
     options: dict[str, Any] = {"matrices": "*.W_in", "sv": "0-1", "edits": "zero", "controls": 1}
     options |= {"episodes": 2, "max_steps": 3, "workers": 1}
     Sweep(agent, tmp_path, **options).run()
@@ -97,34 +95,34 @@ def test_of_two_kinds_of_controls_the_closer_match_counts(agent: Any, tmp_path: 
     controls = results.controls()
     assert sorted(controls) == sorted(of_both.index)
     assert all(list(table.loc[arms, "match"]) == ["output"] for arms in controls.values())
-    arms, _ = sweep_arms(tmp_path, agent)
+    arms, _ = edits_of_sweep(tmp_path, agent)
     found = results.evaluations()
     for arm, (chosen,) in zip(arms.edits, controls.values(), strict=True):
         assert np.array_equal(arm.controls, found[chosen].returns[None])
 
 
 def test_a_sweep_of_several_kinds_of_edits_gives_each_removal_once(agent: Any, tmp_path: Path) -> None:
-    """A removal is the same on the read and on the write side; values that are no text are passed over."""
+    """A removal is the same on the read and on the write side; numeric values are ignored."""
     options: dict[str, Any] = {"matrices": "*.OV.0", "sv": "0-1", "sides": ["read", "write"], "controls": 1}
     edits = ["replace:action_out:0", 0.5, "zero"]
     Sweep(agent, tmp_path, edits=edits, episodes=2, max_steps=3, workers=1, **options).run()
-    arms, taken = sweep_arms(tmp_path, agent)
+    arms, taken = edits_of_sweep(tmp_path, agent)
     assert taken == "zero" and [(arm.sv, arm.side) for arm in arms.edits] == [(0, "read"), (1, "read")]
     assert all(arm.record["value"] == "zero" for arm in arms.edits)
 
 
-def test_of_edits_that_differ_from_side_to_side_each_counts(agent: Any, tmp_path: Path) -> None:
+def test_edits_that_differ_between_sides_all_count(agent: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"matrices": "*.OV.0", "sides": ["read", "write"], "controls": 1}
     Sweep(agent, tmp_path, edits="constant", episodes=2, max_steps=3, workers=1, **options).run()
-    arms, taken = sweep_arms(tmp_path, agent)
+    arms, taken = edits_of_sweep(tmp_path, agent)
     assert taken == "constant" and [arm.side for arm in arms.edits] == ["read", "write"]
 
 
-def test_it_goes_on_where_it_was(tried: Any, agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_sweeps_are_not_run_again(tried: Any, agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     result, out = tried
 
     def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("what is finished was run again")
+        raise AssertionError("a finished sweep was run again")
 
     monkeypatch.setattr(Sweep, "run", never)
     again = court(agent, out, name="small", **OPTIONS)
@@ -149,7 +147,7 @@ def test_without_layernorms_raw_edits_are_the_same_edits(plain: Any, tmp_path: P
     assert all(len(arm.controls) == 1 for arm in arms.edits)
 
 
-def test_a_sweep_stands_in_for_claim_7(agent: Any, tried: Any, tmp_path: Path) -> None:
+def test_claim_7_takes_a_sweep(agent: Any, tried: Any, tmp_path: Path) -> None:
     setting = {"episodes": 3, "max_steps": 6, "workers": 1}
     made = Sweep(agent, tmp_path, matrices="*.W_in", sv="0-11", edits="zero,constant", controls=1, **setting).run()
     _, out = tried
@@ -171,7 +169,7 @@ def test_a_sweep_without_controls_is_refused(agent: Any, tmp_path: Path) -> None
         court(agent, tmp_path / "out", sweep=tmp_path, **OPTIONS)
 
 
-def test_what_a_model_lacks_is_said(plain: Any, tmp_path: Path) -> None:
+def test_what_a_model_lacks_is_a_reason(plain: Any, tmp_path: Path) -> None:
     model = plain(n_layers=1, d_model=32, d_mlp=48)
     model.facts = RunFacts(context=3)
     result = court(model, tmp_path, draws=200)
@@ -185,7 +183,7 @@ def test_what_a_model_lacks_is_said(plain: Any, tmp_path: Path) -> None:
 
 
 def test_a_language_model(make_lm: Callable[..., Any], tmp_path: Path) -> None:
-    model = dt_lens.wrap(make_lm("gpt2"))
+    model = dt_lens.wrap(make_lm("gpt2"), check=False)
     of_agents = {"environment": "Hopper-v5", "target_return": 1.0, "max_steps": 3, "sweep": tmp_path}
     for option, value in of_agents.items():
         with pytest.raises(DtLensError, match=f"{option} is for an agent, and this is a language model"):
@@ -219,7 +217,7 @@ def test_bad_input_is_one_sentence(agent: Any, tmp_path: Path, options: dict[str
     assert str(error.value).count("\n") == 0
 
 
-def test_something_else_is_no_model(tmp_path: Path) -> None:
+def test_a_text_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match="takes a wrapped model, not a str"):
         court("hopper", tmp_path)
 

@@ -1,4 +1,4 @@
-"""Claims about weights, on models where the right verdict is known; and the note's fault as a number."""
+"""The claims about weights, on models for which the right verdict is known; and the note's fault as a number."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from dt_lens.lens.matrices import find_matrix
 from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case, Labels
-from dt_lens.study.court.chance import best_match, rotated, weigh
-from dt_lens.study.court.claims import Found, NotApplicable, verdict_of
+from dt_lens.study.court.claims import Finding, NotApplicable, verdict_of
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance, smoothness
 from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matches_more
+from dt_lens.study.court.rotation_null import best_match, compare_with_null, rotated
 
 DRAWS = 400
 
 
-def ruled(found: Found) -> str:
+def ruled(found: Finding) -> str:
     return verdict_of("weights", found, found.p_value)
 
 
 def test_the_note_reads_coordinates(plain: Any, plant: Any, units: Any) -> None:
-    """A direction of W_out that is an action to the last digit reads as noise where rows of V are taken for V^T's."""
+    """A direction of W_out that equals an action looks like noise if rows of V are taken for rows of V^T."""
     model = plain()
     action = units(model, "action_out")[0]
     for layer in range(3):
@@ -38,14 +38,14 @@ def test_the_note_reads_coordinates(plain: Any, plant: Any, units: Any) -> None:
         abs(case.vectors(find_matrix(model, f"blocks.{layer}.mlp.W_out"), "note")[0] @ action) for layer in range(3)
     ]
     assert np.mean(means) < 0.25
-    # W_in has no such fault: there both ways see the same.
+    # For W_in both ways agree.
     plant(model, "blocks.0.mlp.W_in", action)
     case, matrix = Case(model, 0, DRAWS), find_matrix(model, "blocks.0.mlp.W_in")
     assert all(abs(case.vectors(matrix, way)[0] @ action) == pytest.approx(1.0, abs=1e-5) for way in ("proper", "note"))
 
 
 def test_the_fault_alone_supports_claim_1(plain: Any, plant: Any, units: Any) -> None:
-    """Both matrices hold the actions alike: nothing is more in W_in, and the note's way says that it is."""
+    """Both matrices hold the actions equally, and yet the note's way supports claim 1."""
     model = plain()
     actions = units(model, "action_out")
     for layer in range(3):
@@ -65,7 +65,7 @@ def test_claim_1(plain: Any, plant: Any, units: Any) -> None:
         plant(model, f"blocks.{layer}.mlp.W_in", units(model, "action_out"), seed=layer)
     case = Case(model, 0, DRAWS)
     assert ruled(w_in_matches_more(case, "proper")) == ruled(w_in_matches_more(case, "note")) == "supported"
-    for layer in range(3):  # and the other way round it is no support
+    for layer in range(3):  # the other way round does not support it
         plant(model, f"blocks.{layer}.mlp.W_in", np.empty((0, 64)), seed=layer)
         plant(model, f"blocks.{layer}.mlp.W_out", units(model, "action_out"), seed=layer)
     found = w_in_matches_more(Case(model, 0, DRAWS), "proper")
@@ -91,14 +91,14 @@ def test_claim_2(plain: Any, plant: Any, units: Any) -> None:
     case = Case(model, 0, DRAWS)
     found = first_is_common(case, "proper", 1)
     assert ruled(found) == "supported" and found.numbers["best_match_in"] == 3
-    assert ruled(first_is_common(case, "proper", 0)) == "not supported"  # another one is the most common
+    assert ruled(first_is_common(case, "proper", 0)) == "not supported"  # if another action is the most common
     small = plain(d_model=8, d_mlp=16, n_layers=1)  # so few dimensions that chance matches everything
     assert ruled(first_is_common(Case(small, 3, DRAWS), "proper", 1)) == "undecided"
 
 
-def test_one_single_action_has_no_other(make_dt: Callable[..., Any]) -> None:
+def test_claim_2_needs_two_actions(make_dt: Callable[..., Any]) -> None:
     model = make_dt(act_dim=1, d_model=32)
-    with pytest.raises(NotApplicable, match="one single action"):
+    with pytest.raises(NotApplicable, match="has only one action"):
         first_is_common(Case(model, 0, DRAWS), "proper", 0)
 
 
@@ -117,14 +117,14 @@ def test_claim_4(plain: Any, plant: Any, units: Any) -> None:
         model.weights["blocks.0.attn.W_O"][0] = torch.linalg.qr(torch.randn(64, 64))[0]
     case = Case(model, 0, DRAWS)
     assert ruled(reads_states(case, "proper")) == "supported"
-    assert reads_states(case, "note").numbers["OV"] < 0.5  # the note looks at what OV writes
+    assert reads_states(case, "note").numbers["OV"] < 0.5  # the note compares what OV writes
 
 
 def test_claim_5(plain: Any, plant: Any, units: Any) -> None:
     model = plain()
     random = reward_beats_chance(Case(model, 0, DRAWS), "proper")
     assert ruled(random) == "not supported" and 0.2 < random.statistic < 0.6
-    # One random vector is what the note compared with: at such sizes everything beats that.
+    # The note compared with one random vector, which everything beats at such sizes.
     note = reward_beats_chance(Case(model, 0, DRAWS), "note")
     assert note.p_value < 0.05 < random.p_value
     plant(model, "blocks.1.mlp.W_out", units(model, "reward_in"))
@@ -156,7 +156,7 @@ def test_claim_6(plain: Any, plant: Any) -> None:
     plant(model, "blocks.0.mlp.W_out", slow)
     case = Case(model, 0, DRAWS)
     assert ruled(follows_time(case, "proper")) == "supported"
-    # A table that is smooth everywhere makes every direction smooth, and no credit is due.
+    # A table that is smooth everywhere makes every direction smooth, which supports nothing.
     with torch.no_grad():
         wave = torch.outer(torch.linspace(-2, 2, 60), torch.randn(64))
         model.weights["embed.timestep.W"].copy_(wave + 0.01 * torch.randn(60, 64))
@@ -172,8 +172,8 @@ def test_smoothness() -> None:
     noise = np.random.default_rng(0).standard_normal((200, 1))
     assert abs(float(smoothness(noise))) < 0.15
     assert float(smoothness(np.sin(t / 20)[:, None])) > 0.99
-    loud = np.column_stack([10 * np.sin(t / 20), noise[:, 0]])
-    assert float(smoothness(loud)) > 0.9  # the louder one counts
+    pooled = np.column_stack([10 * np.sin(t / 20), noise[:, 0]])
+    assert float(smoothness(pooled)) > 0.9  # weighted by variance
 
 
 def test_the_rotation_null_is_calibrated() -> None:
@@ -186,7 +186,7 @@ def test_the_rotation_null_is_calibrated() -> None:
     p = []
     for _ in range(600):
         turned = np.linalg.qr(rng.standard_normal((20, 20)))[0][:, :8]
-        p.append(weigh(float(best_match((rows @ turned)[None])[0]), null).p_value)
+        p.append(compare_with_null(float(best_match((rows @ turned)[None])[0]), null).p_value)
     assert abs(np.mean(np.array(p) < 0.05) - 0.05) < 0.025
     assert abs(np.mean(p) - 0.5) < 0.04
 
@@ -217,7 +217,7 @@ def test_more_labels_than_dimensions() -> None:
 @pytest.mark.parametrize("critical", [0.01, 0.3])
 @pytest.mark.parametrize("quiet", [True, False])
 def test_the_rule_for_weights(effect: float, p: float, critical: float, quiet: bool) -> None:
-    found = Found(effect, 0, 0, effect=effect, margin=0.1, p_value=p, critical=critical, quiet=quiet)
+    found = Finding(effect, 0, 0, effect=effect, margin=0.1, p_value=p, critical=critical, quiet=quiet)
     if effect >= 0.1:
         assert verdict_of("weights", found, p) == ("supported" if p < 0.05 and quiet else "undecided")
     else:
@@ -237,13 +237,13 @@ def test_the_rule_for_weights(effect: float, p: float, critical: float, quiet: b
     ],
 )
 def test_the_rule_for_behaviour(low: float, high: float, p: float, quiet: bool, wanted: str) -> None:
-    found = Found(0.0, low, high, effect=0.0, margin=0.05, p_value=p, quiet=quiet)
+    found = Finding(0.0, low, high, effect=0.0, margin=0.05, p_value=p, quiet=quiet)
     assert verdict_of("behaviour", found, p) == wanted
 
 
-def test_a_number_that_is_none_decides_nothing() -> None:
+def test_a_statistic_of_nan_decides_nothing() -> None:
     nan = float("nan")
-    assert verdict_of("weights", Found(nan, nan, nan, effect=nan, margin=0.1, p_value=1.0, critical=0.01), 1.0) == (
+    assert verdict_of("weights", Finding(nan, nan, nan, effect=nan, margin=0.1, p_value=1.0, critical=0.01), 1.0) == (
         "undecided"
     )
 

@@ -1,4 +1,4 @@
-"""Steering on agents whose answer to a dose is made up: what is there is found, and what is not is not."""
+"""Steering on an agent with scripted answers to doses, so that the right verdict is known."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.study.steering import steering
-from dt_lens.study.steering.doses import Candidate, candidates_of, dosed, loudness, put_side, slopes
+from dt_lens.study.steering.doses import Candidate, candidates_of, dosed, output_energy_scale, put_side, slopes
 from dt_lens.study.steering.result import SteeringResult
 from dt_lens.study.steering.steering import steer
 from dt_lens.svd.weight_svd import WeightSVD
@@ -39,8 +39,7 @@ def agent(make_dt: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def answering(agent: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, Any], None]:
-    """Replace episodes by ``target + change + noise``; an edit that is no scaling is random and does nothing."""
-
+    """Replace episodes by ``target + change + noise``; a random direction does nothing unless ``random`` says what."""
     inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
     monkeypatch.setattr(steering._Search, "_inputs", lambda *_: inputs)
 
@@ -78,15 +77,15 @@ def tried(agent: Any, out: Path, **options: Any) -> SteeringResult:
 
 
 @pytest.fixture(scope="module")
-def handle(agent: Any) -> Candidate:
+def planted(agent: Any) -> Candidate:
     return candidates_of(agent, 6)[4]
 
 
-def test_a_handle_is_found(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
-    answering(lambda name, sv, dose: (40 * (dose - 1) * ((name, sv) == (handle.matrix, handle.sv)), 0.0))
+def test_a_planted_direction_is_found(agent: Any, planted: Candidate, answering: Any, tmp_path: Path) -> None:
+    answering(lambda name, sv, dose: (40 * (dose - 1) * ((name, sv) == (planted.matrix, planted.sv)), 0.0))
     result = tried(agent, tmp_path)
     assert result.verdict == "found" and result.best is not None
-    assert (result.best.matrix, result.best.sv) == (handle.matrix, handle.sv)
+    assert (result.best.matrix, result.best.sv) == (planted.matrix, planted.sv)
     assert result.numbers["reach"] == pytest.approx(80 / 200, abs=0.03)  # doses 0 to 2, of a range of 200
     assert result.numbers["operating_target"] == 200
     assert len(result.table) == 5 and set(result.table["episodes"]) == {40}
@@ -124,25 +123,26 @@ def test_the_report_is_of_other_seeds_than_the_choice(
     assert {(begin, end) for _, begin, end in report[5:]} == {(1000, 1008)} and len(report) == 5 + 2 * (19 + 1 + 19)
 
 
-def test_downwards_is_a_handle_too(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
-    answering(lambda name, sv, dose: (-40 * (dose - 1) * ((name, sv) == (handle.matrix, handle.sv)), 0.0))
+def test_a_direction_that_lowers_the_return_is_found_too(
+    agent: Any, planted: Candidate, answering: Any, tmp_path: Path
+) -> None:
+    answering(lambda name, sv, dose: (-40 * (dose - 1) * ((name, sv) == (planted.matrix, planted.sv)), 0.0))
     result = tried(agent, tmp_path)
     assert result.verdict == "found" and result.numbers["slope_when_chosen"] < 0 < result.numbers["reach"]
 
 
-def test_nothing_is_not_found(agent: Any, answering: Any, tmp_path: Path) -> None:
+def test_without_an_effect_none_is_found(agent: Any, answering: Any, tmp_path: Path) -> None:
     answering(lambda *_: (0.0, 0.0))
     result = tried(agent, tmp_path)
     assert result.verdict == "none found" and abs(result.numbers["reach"]) < 0.1
 
 
-def test_noise_is_seldom_a_handle(agent: Any, answering: Any, tmp_path: Path) -> None:
-    """The best of six on a few loud seeds is reported on others: what was luck does not come back."""
+def test_noise_is_seldom_a_steering_direction(agent: Any, answering: Any, tmp_path: Path) -> None:
+    """The best of six on a few noisy seeds is reported on others, where luck does not repeat."""
     answering(
         lambda name, sv, dose: (30 * np.random.default_rng([sv, int(10 * dose), len(name)]).standard_normal(), 0.0)
     )
-    loud = tried(agent, tmp_path / "loud")
-    assert loud.best is not None  # arms that differ by themselves are an effect; it is there on fresh seeds too
+    assert tried(agent, tmp_path / "noisy").best is not None  # doses differ here, on fresh seeds too
     reaches = []
     for seed in range(0, 240, 60):
         answering(lambda *_: (0.0, 0.0))
@@ -150,27 +150,29 @@ def test_noise_is_seldom_a_handle(agent: Any, answering: Any, tmp_path: Path) ->
     assert abs(float(np.mean(reaches))) < 0.03
 
 
-def test_a_handle_that_fails_is_called_so(agent: Any, handle: Candidate, answering: Any, tmp_path: Path) -> None:
+def test_a_direction_that_moves_the_return_by_failing_is_reported_so(
+    agent: Any, planted: Candidate, answering: Any, tmp_path: Path
+) -> None:
     answering(lambda *_: (0.0, 0.0))
-    below = next(c for c in candidates_of(agent, 6) if c != handle)
+    below = next(c for c in candidates_of(agent, 6) if c != planted)
 
     def answer(name: str, sv: int, dose: float) -> tuple[float, float]:
-        mine, other = (name, sv) == (handle.matrix, handle.sv), (name, sv) == (below.matrix, below.sv)
+        mine, other = (name, sv) == (planted.matrix, planted.sv), (name, sv) == (below.matrix, below.sv)
         return (60 * (dose - 1) * mine + 15 * (dose - 1) * other, 0.6 * mine * (dose != 1))
 
     answering(answer)
     result = tried(agent, tmp_path)
     assert result.best is not None and result.best.sv == below.sv and result.best.matrix == below.matrix
     aside = result.choosing.set_index(["matrix", "sv"])["set_aside"]
-    assert aside[handle.matrix, handle.sv] and not aside[below.matrix, below.sv]
+    assert aside[planted.matrix, planted.sv] and not aside[below.matrix, below.sv]
     answering(lambda name, sv, dose: (30 * (dose - 1), 0.6))
     assert tried(agent, tmp_path / "all").verdict == "moves the return by failing"
 
 
-def test_what_any_direction_does_is_no_handle(agent: Any, answering: Any, tmp_path: Path) -> None:
-    """As loud, a random direction moves the return as far; where that is by failing, it is no rival."""
+def test_what_random_directions_do_too_is_not_found(agent: Any, answering: Any, tmp_path: Path) -> None:
+    """Random directions of the same output energy move the return as far; those that do it by failing do not count."""
     answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0))
-    assert tried(agent, tmp_path / "quiet").verdict == "found"
+    assert tried(agent, tmp_path / "still").verdict == "found"
     own = WeightSVD(agent)
 
     def random(fails: float, sides: Collection[str]) -> Callable[[Edit], tuple[float, float]]:
@@ -189,19 +191,19 @@ def test_what_any_direction_does_is_no_handle(agent: Any, answering: Any, tmp_pa
     both = ("read", "write", "neuron")
     for sides, as_far in ((both, (19, 19)), (("read",), (19, 0)), (("write", "neuron"), (0, 19))):
         answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.0, sides))
-        loud = tried(agent, tmp_path / "loud")
-        assert loud.verdict == "no more than random", sides
-        assert (loud.numbers["read_as_far"], loud.numbers["put_as_far"]) == as_far
-        assert f"{as_far[0]} move it as far without failing in place of what it reads" in loud.sentence
-        assert f"and {as_far[1]} in place of what it" in loud.sentence
-        told = {"read": "random in what it reads, and more in", "write": "random in where it puts what it reads, and"}
-        assert [told[side] in loud.sentence for side in told] == [sides == ("read",), sides == ("write", "neuron")]
+        result = tried(agent, tmp_path / "random")
+        assert result.verdict == "no more than random", sides
+        assert (result.numbers["read_as_far"], result.numbers["put_as_far"]) == as_far
+        assert f"{as_far[0]} move it as far without failing in place of what it reads" in result.sentence
+        assert f"and {as_far[1]} in place of what it" in result.sentence
+        where = {"read": "random in what it reads, and more in", "write": "random in where it puts what it reads, and"}
+        assert [where[side] in result.sentence for side in where] == [sides == ("read",), sides == ("write", "neuron")]
     answering(lambda _name, _sv, dose: (30 * (dose - 1), 0.0), random=random(0.9, both))
     assert tried(agent, tmp_path / "failing").verdict == "found"
 
 
 def test_a_target_that_does_nothing_is_seldom_a_curve() -> None:
-    """Best and worst are picked after looking, in the permutations as in the data."""
+    """Best and worst are picked anew in every permutation, as in the data."""
     rng, trials = np.random.default_rng(8), 200
     found = sum(steering._differ(rng.standard_normal((5, 8)), seed, 199) < 0.05 for seed in range(trials))
     assert stats.binomtest(found, trials, 0.05).pvalue > 1e-3
@@ -225,40 +227,40 @@ def test_slopes() -> None:
 
 
 @pytest.mark.parametrize("dose", [0.0, 0.5, 2.0])
-def test_a_random_direction_is_as_loud_and_points_elsewhere(agent: Any, handle: Candidate, dose: float) -> None:
+def test_a_random_direction_has_the_same_output_energy(agent: Any, planted: Candidate, dose: float) -> None:
     inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
-    scale = loudness(agent, handle, 7, inputs, "read")
-    edit, other = dosed(agent, handle, dose), dosed(agent, handle, dose, 7, scale)
+    scale = output_energy_scale(agent, planted, 7, inputs, "read")
+    edit, other = dosed(agent, planted, dose), dosed(agent, planted, dose, 7, scale)
     assert other.output_energy(inputs) == pytest.approx(edit.output_energy(inputs), rel=1e-5)
-    same = dosed(agent, handle, dose, 7)
+    same = dosed(agent, planted, dose, 7)
     assert same.effective_energy == pytest.approx(edit.effective_energy, rel=1e-6)
     mine, theirs = (left @ right for left, right in (edit.delta, other.delta))
     assert abs(float((mine * theirs).sum() / mine.norm() / theirs.norm())) < 0.6
     # Twice as far is twice as much, in the same random direction.
-    left, right = dosed(agent, handle, 1 + 2 * (dose - 1), 7, scale).delta
+    left, right = dosed(agent, planted, 1 + 2 * (dose - 1), 7, scale).delta
     torch.testing.assert_close(left @ right, 2 * theirs, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("dose", [0.0, 2.0])
 @pytest.mark.parametrize("name", ["blocks.0.mlp.W_in", "blocks.1.attn.OV.0"])
-def test_a_random_place_gets_what_is_read_and_as_much_of_it(agent: Any, name: str, dose: float) -> None:
+def test_a_random_put_direction_reads_the_same_with_the_same_output_energy(agent: Any, name: str, dose: float) -> None:
     inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
     sigma = WeightSVD(agent)[name].sigma[1]
     place = Candidate(name, 1, float(sigma), 0.0, "")
     side = put_side(agent, place)
     assert side == ("neuron" if name.endswith("W_in") else "write")
     edit, other = dosed(agent, place, dose, side=side), dosed(agent, place, dose, 7, side=side)
-    assert loudness(agent, place, 7, inputs, side) == pytest.approx(1, rel=1e-9)
+    assert output_energy_scale(agent, place, 7, inputs, side) == pytest.approx(1, rel=1e-9)
     assert other.output_energy(inputs) == pytest.approx(edit.output_energy(inputs), rel=1e-9)
     assert other.effective_energy == pytest.approx(abs(dose - 1) * float(sigma), rel=1e-9)
-    # What is read is the direction's own, with its sign; where it is put is not.
+    # What is read is the direction's own, with its sign; where it is written is random.
     (mine, put), (theirs, elsewhere) = edit.delta, other.delta
     own, drawn = (
         torch.linalg.svd(left @ right, full_matrices=False) for left, right in ((mine, put), (theirs, elsewhere))
     )
     assert abs(float(own[0][:, 0] @ drawn[0][:, 0])) == pytest.approx(1, abs=1e-6)
     assert abs(float(own[2][0] @ drawn[2][0])) < 0.6
-    # Dosed on either side it is the same change, but for what the LayerNorm takes out.
+    # On either side a dose is the same change, up to what the LayerNorm removes.
     norm = agent.weights[f"{name.partition('.attn')[0].partition('.mlp')[0]}.{'ln2' if 'mlp' in name else 'ln1'}.w"]
     left, right = dosed(agent, place, dose).delta
     seen, same = (norm.double()[:, None] * change for change in (mine @ put, left @ right))
@@ -275,11 +277,16 @@ def test_candidates(agent: Any) -> None:
     assert all(c.sv <= 1 for c in found[3:])
 
 
-def test_real_episodes_are_kept(agent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_resumes_from_its_files(agent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steering, "_differ", lambda *_: 0.0)  # so that the search runs though this agent has no curve
+    monkeypatch.setattr(steering, "RANDOM", 2)
     options = {"episodes": 2, "choosing": 2, "candidates": 1, "doses": (0.0, 2.0), "max_steps": 4, "workers": 1}
     result = steer(agent, tmp_path, **options)
+    assert result.verdict != "not applicable" and len(result.randoms) == 2 * (1 + 2)
     files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()}
-    assert len(files) == (3 if result.verdict == "not applicable" else 3 + 2 + 3 + 2 * 38 + 2)
+    # Three targets; two doses of the candidate; three on fresh seeds; two doses of two random directions on each side,
+    # and of the chosen one on the other side.
+    assert len(files) == 3 + 2 + 3 + 2 * 2 * 2 + 2
     again = steer(agent, tmp_path, **options)
     assert again.to_dict() == result.to_dict()
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "arms").iterdir()} == files
@@ -289,7 +296,7 @@ def test_real_episodes_are_kept(agent: Any, tmp_path: Path, monkeypatch: pytest.
     ("options", "said"),
     [
         ({"episodes": 1}, "episodes is 1"),
-        ({"doses": [1.0, 2.0]}, "give two finite numbers or more besides 1"),
+        ({"doses": [1.0, 2.0]}, "give at least two finite numbers besides 1"),
         ({"doses": [float("nan"), 2.0, 3.0]}, "doses is .*; it must be several finite numbers"),
         ({"doses": "0,2"}, "doses is '0,2'; it must be several finite numbers"),
         ({"doses": 2.0}, "doses is 2.0"),

@@ -1,4 +1,4 @@
-"""What a random rotation of a matrix's directions would give: the null of the claims about weights."""
+"""The null of the claims about weights: what a random rotation of a matrix's directions would give."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 from numpy.typing import NDArray
 
 from dt_lens.study.court.case import Labels
-from dt_lens.study.court.claims import Found
+from dt_lens.study.court.claims import Finding
 
-__all__ = ["Chance", "best_match", "found_of", "rotated", "weigh"]
+__all__ = ["NullComparison", "best_match", "weights_finding", "rotated", "compare_with_null"]
 
 Array = NDArray[np.float64]
-OPERATIONS = 4e11  # a null may take so many multiplications; large vocabularies get fewer draws
-LEAST = 200  # draws
-HELD = 8_000_000  # cosines held at a time
+OPERATIONS = 4e11  # multiplications that a null may take; large vocabularies get fewer draws
+LEAST = 200  # draws of a null
+HELD = 8_000_000  # cosines in memory at a time
 
 
 def best_match(cosines: Array) -> Array:
-    """``[draw, label, direction]`` -> ``[draw]``: the mean over labels of the best |cosine| over directions."""
+    """The mean over labels of the best |cosine| over directions: ``[draw, label, direction]`` -> ``[draw]``."""
     return np.asarray(np.abs(cosines).max(2).mean(1))
 
 
 def rotated(labels: Labels, directions: int, statistic: Callable[[Array], Array], draws: int, seed: list[int]) -> Array:
-    """Draws of a statistic of the cosines between labels and ``directions`` orthonormal directions, turned at random.
+    """Draw a statistic of the cosines between labels and orthonormal directions that are turned at random.
 
     Args:
         labels: ``[n, d]``.
-        directions: how many; at most the labels' dimension.
+        directions: how many directions; at most the labels' dimension.
         statistic: of cosines ``[draw, n, direction]``, giving ``[draw]``.
-        draws: how many at most; fewer where there are many labels, at least 200.
+        draws: how many draws at most; with many labels fewer, but at least 200.
         seed: of the draws.
 
     Returns:
@@ -56,14 +56,14 @@ def rotated(labels: Labels, directions: int, statistic: Callable[[Array], Array]
         size = min(step, draws - start)
         normal = rng.standard_normal((size, dimension, min(m, k)), dtype=np.float32)
         frame = torch.linalg.qr(torch.from_numpy(normal))[0]
-        # Of a random orthogonal matrix the corner [m, k]: the short side is drawn, the long one cut.
+        # The corner [m, k] of a random orthogonal matrix: the short side is drawn, the long one cut.
         corner = frame[:, :m] if k <= m else frame[:, :k].mT
         found.append(statistic((E @ corner).numpy().astype(np.float64)))
     return np.concatenate(found)
 
 
-class Chance(NamedTuple):
-    """A statistic beside its null."""
+class NullComparison(NamedTuple):
+    """A statistic, and where it lies in its null."""
 
     statistic: float
     mean: float
@@ -74,28 +74,30 @@ class Chance(NamedTuple):
 
     @property
     def excess(self) -> float:
-        """How far above the null's mean."""
+        """How far the statistic lies above the null's mean."""
         return self.statistic - self.mean
 
 
-def weigh(statistic: float, null: Array) -> Chance:
-    """``statistic`` against draws ``[n]`` of its null: their mean, central 95 %, 95 % point less the mean, and p."""
+def compare_with_null(statistic: float, null: Array) -> NullComparison:
+    """Compare ``statistic`` with draws ``[n]`` of its null: mean, central 95 %, 95 % point less the mean, and p."""
     low, point, high = np.quantile(null, (0.025, 0.95, 0.975))
     p = (1 + int((null >= statistic).sum())) / (1 + len(null))
     mean = float(null.mean())
-    return Chance(float(statistic), mean, float(low), float(high), float(point) - mean, p)
+    return NullComparison(float(statistic), mean, float(low), float(high), float(point) - mean, p)
 
 
-def found_of(chance: Chance, margin: float, quiet: bool, said: str, numbers: Mapping[str, object]) -> Found:
-    """What a claim about weights comes to."""
-    return Found(
-        chance.statistic,
-        chance.low,
-        chance.high,
-        effect=chance.excess,
+def weights_finding(
+    compared: NullComparison, margin: float, quiet: bool, said: str, numbers: Mapping[str, object]
+) -> Finding:
+    """The finding on a claim about weights, whose effect is the excess over the null's mean."""
+    return Finding(
+        compared.statistic,
+        compared.low,
+        compared.high,
+        effect=compared.excess,
         margin=margin,
-        p_value=chance.p_value,
-        critical=chance.critical,
+        p_value=compared.p_value,
+        critical=compared.critical,
         quiet=quiet,
         said=said,
         numbers=numbers,

@@ -1,0 +1,78 @@
+"""What an atlas holds: a table of directions, and what it says about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from dt_lens.behaviour.agents.evaluation import Evaluation
+
+__all__ = ["Atlas"]
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """What the removal of each direction of a model does, and what predicts it; ``write_atlas`` writes it.
+
+    Attributes:
+        directions: a row per direction that was measured.
+
+            - ``matrix kind layer head sv block sigma energy`` (the Frobenius norm of what was removed) and, if known,
+              ``output_energy`` (the root mean square of its output on real inputs).
+            - ``mean_return``, ``failure_rate`` and ``damage`` (mean return lost to the unedited agent, over paired
+              episodes) with its interval, ``p_value`` and ``q_value``; ``damage_odd`` and ``damage_even`` are the
+              damage over episodes of odd and of even seed (``nan`` with successive halving, which selects by damage).
+            - ``controls``: how many random changes were measured in the same place; ``control_damage``: their mean
+              damage; ``controls_large``: how many of them lost more than a tenth of ``unit``.
+            - ``beyond`` (return lost beyond the controls at the same seeds) with its interval and ``beyond_p_value``:
+              these are about the controls that were drawn, not about random changes in general.
+            - ``controls_as_costly``: how many of the controls lost at least as much as the direction, and
+              ``rank_p_value``: that plus one over ``controls`` plus one, the probability of a rank as high for one
+              more random change. This is about random changes in general, and needs many controls.
+            - ``damage_per_energy``, ``damage_per_output_energy``.
+            - for each side and embedding the absolute cosine with its best label, in columns such as
+              ``"write action_out"``.
+        shares: how many directions matter, for each matrix, each kind of matrix, and all: ``hurts`` counts those with
+            q < 0.05, ``large`` those of them that cost more than a tenth of ``unit``. Of the ``controlled`` directions
+            (those with controls) ``controlled_large`` cost as much, and of their ``controls`` ``controls_large``, both
+            counted at the same seeds and whatever their q. ``beyond`` is what the controlled directions cost beyond
+            their controls on average, with an interval and ``beyond_p_value`` over directions, since each has controls
+            of its own.
+        correlations: for each kind of matrix and each matrix, and each side and embedding: the rank correlation of the
+            cosine with ``damage``, with ``damage at equal size`` (among directions of near-equal energy, on real inputs
+            if that is known), and with ``beyond`` and ``beyond at equal size`` (a large direction may cost more than an
+            equally large change, and match better, because of its size alone); with interval, ``p_value``, and
+            ``q_value`` over the table. ``damage_per_energy`` has no p: all damages share the noise of the unedited
+            agent, and divided by the energy that noise correlates with whatever correlates with the energy. Rows need
+            at least five pairs.
+        reliability: how well damage repeats: the rank correlation of odd and even episodes (``halves``), and from it by
+            Spearman and Brown's formula that of all episodes (``reliability``), with an interval; ``inside`` matrices,
+            and among directions of equal size. A correlation with damage is about the correlation with the true cost
+            times the square root of the reliability.
+        predictors: how well sizes predict damage, and which does better: ``sigma``, and on real inputs
+            ``output_energy``; if the sweep removed activation-aware directions too, their ``sigma`` and the plain one,
+            each with the damage of its own directions, over the same matrices and indices.
+        weighted: as ``directions``, for the activation-aware directions that were removed; often empty.
+        baseline: the unedited agent.
+        planned: how many plain directions the sweep has, measured or not.
+        planned_controls: how many of them are to get controls; not those that successive halving stopped.
+        unit: the size of the unedited agent's mean return, of which losses are shares; ``nan`` if that mean's interval
+            includes 0, because shares of it would mean nothing.
+        untrained: names of embeddings that were never trained: they should predict nothing.
+        options: the sweep's.
+    """
+
+    directions: pd.DataFrame
+    shares: pd.DataFrame
+    correlations: pd.DataFrame
+    reliability: pd.DataFrame
+    predictors: pd.DataFrame
+    weighted: pd.DataFrame
+    baseline: Evaluation
+    planned: int
+    planned_controls: int
+    unit: float
+    untrained: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
