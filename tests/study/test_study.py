@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -53,7 +54,8 @@ def test_a_row_for_each_edit_beside_its_control(studied: StudyResult) -> None:
 
 
 def test_progress_rises_from_nothing_to_everything(studied: StudyResult, shares: list[float]) -> None:
-    assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares) and len(shares) > 8
+    assert shares[0] == 0 and shares[-1] == 1 and len(shares) > 8
+    assert np.diff(shares).min() > -1e-9
 
 
 def test_the_files_are_written_from_the_result_alone(studied: StudyResult, tmp_path: Path) -> None:
