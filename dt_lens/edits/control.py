@@ -15,6 +15,7 @@ from torch import Tensor
 from dt_lens.arguments import require_activations, whole_number
 from dt_lens.edits.edit import Edit, unedited
 from dt_lens.edits.low_rank import carry, remarks_on, spectrum_of
+from dt_lens.lens.matrices import MatrixFactors
 
 if TYPE_CHECKING:
     from dt_lens.lens.activations import Activations
@@ -90,7 +91,8 @@ class Control(Edit):
         left = left if left_images is None else left_images.basis @ left
         right = right if right_images is None else right_images.basis @ right
         change = ((left * spectrum).to(edit.delta[0]), right.T.to(edit.delta[1]))
-        super().__init__(edit.model, matrix, edit.side, edit.sv, *carry(bare, matrix, where, change, folded=False))
+        factors = MatrixFactors.of(bare, matrix, fold_layernorm=False)
+        super().__init__(edit.model, matrix, edit.side, edit.sv, *carry(factors, where, change))
         remarks = remarks_on(bare, matrix, self._placed)
         if abs(self.energy - edit.energy) > ROUNDED * edit.energy:
             remarks.append(

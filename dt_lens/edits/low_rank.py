@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dt_lens.lens.activations import LowRank
-from dt_lens.lens.matrices import Factor, Matrix, Snapshot, unfold
+from dt_lens.lens.matrices import Factor, Matrix, MatrixFactors, Snapshot, unfold
 from dt_lens.lens.weights import memory_of
 
 __all__ = ["Placed", "carry", "remarks_on", "spectrum_of"]
@@ -40,28 +40,27 @@ def spectrum_of(delta: LowRank) -> Float[Tensor, " r"]:
     return spectrum
 
 
-def carry(
-    bare: Snapshot, matrix: Matrix, where: Literal["left", "right"], change: LowRank, folded: bool
-) -> tuple[LowRank, Placed]:
+def carry(factors: MatrixFactors, where: Literal["left", "right"], change: LowRank) -> tuple[LowRank, Placed]:
     """A change of the (folded) matrix as a change of the raw matrix and of the one weight that makes it.
 
     A circuit ``A B`` is edited in one factor: ``B += pinv(A) delta`` for the right side, ``A += delta pinv(B)`` for the
     left one. Both are exact, because the side that stays lies in the span of the factor that stays.
     """
+    matrix = factors.matrix
 
     def raw_left() -> Tensor:
-        norm = matrix.left_norm if folded else None
-        return change[0] if norm is None else unfold(change[0], bare.weights[f"{norm}.w"], norm)
+        scale = factors.scale("left")
+        return change[0] if scale is None else unfold(change[0], scale, str(matrix.left_norm))
 
     def raw_right() -> Tensor:
-        norm = matrix.right_norm if folded else None
-        return change[1] if norm is None else unfold(change[1].T, bare.weights[f"{norm}.w"], norm).T
+        scale = factors.scale("right")
+        return change[1] if scale is None else unfold(change[1].T, scale, str(matrix.right_norm)).T
 
     if len(matrix.factors) == 1:
         delta = raw_left(), raw_right()
         return delta, Placed(matrix.factors[0], *delta)
     # Through the factor that stays, as the stream meets it; the raw matrix changes by the raw factor times the same.
-    raw, seen = matrix.raw(bare), matrix.folded(bare) if folded else matrix.raw(bare)
+    raw, seen = factors.raw(), factors.effective()
     if where == "right":
         placed = Placed(matrix.factors[1], torch.linalg.pinv(seen[0]) @ change[0], raw_right())
         return (raw[0] @ placed.left, placed.right), placed

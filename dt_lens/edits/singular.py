@@ -19,7 +19,7 @@ from dt_lens.edits.low_rank import carry, remarks_on
 from dt_lens.edits.replacements import VALUES, Replacements, Value
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import LowRank
-from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix
+from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName, Snapshot, find_matrix
 from dt_lens.lens.weights import fingerprint
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.weighted import decompose_weighted
@@ -98,16 +98,17 @@ class SingularEdit(Edit):
         found = find_matrix(bare, matrix, head)
         where = found.side(side)
         side = found.left if where == "left" else found.right
-        self.folded = fold_layernorm and found.foldable
+        factors = MatrixFactors.of(bare, found, fold_layernorm)
+        self.folded = factors.folded
         if activations is not None:
             require_activations(activations)
         self.seed = whole_number(seed, "seed", -(2**63), 2**63 - 1)
         self.activations = "" if activations is None else activations.digest
         rank = _rank_for(sv)
         if decomposition is None:
-            decomposition = _decomposed(model, bare, found, rank, fold_layernorm, activations)
+            decomposition = _decomposed(model, factors, rank, activations)
         else:
-            _require_fit(decomposition, bare, found, self.folded, self.activations, whole=rank is None)
+            _require_fit(decomposition, factors, self.activations, whole=rank is None)
         chosen = _indices(sv, len(decomposition.sigma), found.name)
         rows = torch.tensor(chosen, device=decomposition.sigma.device)
         sigma, strength = decomposition.sigma[rows], decomposition.strength[rows]
@@ -126,7 +127,7 @@ class SingularEdit(Edit):
         self._fold_layernorm = fold_layernorm if isinstance(self.value, dict) else self.folded or not found.foldable
         step = (new - old) * strength[:, None]
         change: LowRank = (step.T, right) if where == "left" else (left.T, step)
-        super().__init__(model, found, side, chosen, *carry(bare, found, where, change, self.folded))
+        super().__init__(model, found, side, chosen, *carry(factors, where, change))
         self.sigma: list[float] = sigma.tolist()
         self.blocks = sorted({decomposition.block_of(i) for i in self.sv})
         self.note = " ".join(self._remarks(bare, where))
@@ -258,30 +259,24 @@ def _rank_for(sv: Any) -> int | None:
 
 
 def _decomposed(
-    model: Lens,
-    bare: Snapshot,
-    matrix: Matrix,
-    rank: int | None,
-    fold_layernorm: bool,
-    activations: Activations | None,
+    model: Lens, factors: MatrixFactors, rank: int | None, activations: Activations | None
 ) -> Decomposition:
-    state = state_of(model)
-    key = (matrix, rank, fold_layernorm, fingerprint(bare, matrix), activations and activations.digest)
+    state, matrix = state_of(model), factors.matrix
+    key = (matrix, rank, factors.folded, fingerprint(factors.lens, matrix), activations and activations.digest)
     if state.decomposed is None or state.decomposed[0] != key:
         if activations is None:
-            made = decompose_matrix(bare, matrix, rank, fold_layernorm)
+            made = decompose_matrix(factors, rank)
         else:
-            made = decompose_weighted(bare, matrix, activations, rank, fold_layernorm)
+            made = decompose_weighted(factors, activations, rank)
         state.decomposed = (key, made)
     return state.decomposed[1]
 
 
-def _require_fit(
-    given: Decomposition, bare: Snapshot, matrix: Matrix, folded: bool, activations: str, whole: bool
-) -> None:
+def _require_fit(given: Decomposition, made_of: MatrixFactors, activations: str, whole: bool) -> None:
     """A decomposition that the user hands over must be that of these weights, and ``whole`` where all are counted."""
     if not isinstance(given, Decomposition):
         raise DtLensError(f"decomposition is a {type(given).__name__}; it must be what WeightSVD gives for a matrix.")
+    matrix, folded = made_of.matrix, made_of.folded
     if given.activations != activations:
         have = f"weighted by the activations {given.activations}" if given.activations else "plain"
         want = f"the activations {activations}" if activations else "none"
@@ -291,7 +286,7 @@ def _require_fit(
         raise DtLensError(
             f"The decomposition is that of {have}; the edit is of {matrix.name} ({'folded' if folded else 'raw'})."
         )
-    factors = matrix.folded(bare) if folded else matrix.raw(bare)
+    factors = made_of.effective()
     image, strength = given.right.T, given.strength
     for factor in reversed(factors):
         image = factor.to(image) @ image

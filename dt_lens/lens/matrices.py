@@ -27,6 +27,7 @@ __all__ = [
     "RESIDUAL",
     "Factor",
     "Matrix",
+    "MatrixFactors",
     "SideName",
     "Snapshot",
     "Structure",
@@ -201,6 +202,44 @@ class Matrix:
         """The matrix itself, in float64."""
         factors = self.folded(lens) if fold_layernorm else self.raw(lens)
         return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixFactors:
+    """One catalogued matrix of one model: its factors in float64, raw and with its LayerNorms folded in.
+
+    They are computed whenever they are asked for: a large matrix takes much memory, and folding it takes little time.
+
+    Attributes:
+        lens: the model's weights and structure.
+        matrix: which matrix.
+        folded: whether ``effective`` factors are the folded ones; never where no LayerNorm stands before the matrix.
+    """
+
+    lens: Snapshot
+    matrix: Matrix
+    folded: bool
+
+    @classmethod
+    def of(cls, lens: Weighted, matrix: Matrix, fold_layernorm: bool = True) -> MatrixFactors:
+        return cls(Snapshot.of(lens), matrix, fold_layernorm and matrix.foldable)
+
+    def stored(self) -> list[Tensor]:
+        """The factors in the weights' own dtype; views where the patterns allow."""
+        return [factor.view(self.lens.weights) for factor in self.matrix.factors]
+
+    def raw(self) -> list[Tensor]:
+        """The factors without any LayerNorm."""
+        return self.matrix.raw(self.lens)
+
+    def effective(self) -> list[Tensor]:
+        """The factors as they act on the residual stream: folded where ``folded`` says so, otherwise raw."""
+        return self.matrix.folded(self.lens) if self.folded else self.raw()
+
+    def scale(self, side: Literal["left", "right"]) -> Float[Tensor, " d_model"] | None:
+        """The scale of the LayerNorm that is folded in on a side, or ``None``."""
+        norm = self.matrix.norm(side) if self.folded else None
+        return None if norm is None else self.lens.weights[f"{norm}.w"]
 
 
 def fold(

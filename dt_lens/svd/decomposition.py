@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding
-from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, Weighted
+from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName
 from dt_lens.svd.solvers import EPS, KRYLOV, decompose
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "blocks_of",
     "decompose_matrix",
     "rounding_noise",
+    "scaled",
     "with_canonical_signs",
 ]
 
@@ -176,25 +177,24 @@ class Decomposition:
         )
 
 
-def decompose_matrix(
-    lens: Weighted, matrix: Matrix, rank: int | None = None, fold_layernorm: bool = True
-) -> Decomposition:
-    """The decomposition of one catalogued matrix, with canonical signs and blocks.
+def decompose_matrix(factors: MatrixFactors, rank: int | None = None) -> Decomposition:
+    """Decompose one catalogued matrix, with canonical signs and blocks.
+
+    Args:
+        factors: the matrix of a model, folded or raw.
+        rank: how many directions at most; all when ``None``.
 
     Raises:
         DtLensError: when its weights hold NaN or infinite values, naming the matrix.
     """
-    lens = Snapshot.of(lens)
-    folded = fold_layernorm and matrix.foldable
-    factors = matrix.folded(lens) if folded else matrix.raw(lens)
+    matrix = factors.matrix
     try:
-        found = decompose(factors, rank, _floor(lens, matrix, folded), _unknown(lens, matrix, rank, folded))
+        found = decompose(factors.effective(), rank, _floor(factors), _unknown(factors, rank))
     except DtLensError as error:
         raise DtLensError(f"{matrix.name}: {error}") from error
-    del factors
     left, right = with_canonical_signs(matrix, found.left, found.right)
-    noise = rounding_noise(lens, matrix, left, right, folded)
-    return Decomposition(matrix, found.sigma, left, right, folded, blocks_of(found.sigma, noise), found.error)
+    blocks = blocks_of(found.sigma, rounding_noise(factors, left, right))
+    return Decomposition(matrix, found.sigma, left, right, factors.folded, blocks, found.error)
 
 
 def _text_tensor(text: str) -> Tensor:
@@ -211,19 +211,19 @@ def with_canonical_signs(
     return left * signs, right * signs
 
 
-def _floor(lens: Snapshot, matrix: Matrix, folded: bool) -> float:
+def _floor(factors: MatrixFactors) -> float:
     """The sigma that float64's rounding may leave where centring takes everything away."""
-    if not folded:
+    if not factors.folded:
         return 0.0
     size = 8 * EPS
-    for factor in matrix.factors:
-        size *= float(torch.linalg.vector_norm(factor.view(lens.weights), dtype=torch.float64))
-    for norm in (matrix.left_norm, matrix.right_norm):
-        size *= float(lens.weights[f"{norm}.w"].double().abs().max()) if norm else 1.0
+    for factor in factors.stored():
+        size *= float(torch.linalg.vector_norm(factor, dtype=torch.float64))
+    for scale in (factors.scale("left"), factors.scale("right")):
+        size *= 1.0 if scale is None else float(scale.double().abs().max())
     return size
 
 
-def _unknown(lens: Snapshot, matrix: Matrix, rank: int | None, folded: bool) -> float:
+def _unknown(factors: MatrixFactors, rank: int | None) -> float:
     """The spectral norm of what rounding the weights does to the matrix, about; 0 where nobody would use it.
 
     That is where no Krylov space is looked for: in a circuit, in a small matrix, or when all directions are wanted.
@@ -231,24 +231,21 @@ def _unknown(lens: Snapshot, matrix: Matrix, rank: int | None, folded: bool) -> 
     Independent errors of one standard deviation, ``m x n``, have a norm of about ``sqrt(m) + sqrt(n)`` times that
     (Vershynin, "High-Dimensional Probability", 2018, section 7.3).
     """
-    if len(matrix.factors) > 1 or rank is None:
+    if len(factors.matrix.factors) > 1 or rank is None:
         return 0.0
-    weight = matrix.factors[0].view(lens.weights)
+    (weight,) = factors.stored()
     if min(weight.shape) <= KRYLOV:
         return 0.0
     rows, _ = _variances(weight)
-    if folded and matrix.left_norm:
-        rows = rows * lens.weights[f"{matrix.left_norm}.w"].to(rows).square()
+    scale = factors.scale("left")
+    if scale is not None:
+        rows = rows * scale.to(rows).square()
     m, n = weight.shape
     return float(rows.mean().sqrt()) * (math.sqrt(m) + math.sqrt(n))
 
 
 def rounding_noise(
-    lens: Weighted,
-    matrix: Matrix,
-    left: Float[Tensor, "k d_left"],
-    right: Float[Tensor, "k d_right"],
-    folded: bool,
+    factors: MatrixFactors, left: Float[Tensor, "k d_left"], right: Float[Tensor, "k d_right"]
 ) -> Float[Tensor, " k"]:
     """The standard deviation of ``left_i^T E right_i``, ``E`` being what rounding the weights does to the matrix.
 
@@ -257,21 +254,22 @@ def rounding_noise(
     of variances is approximated by the product of its row and column means. A factor's error reaches the matrix
     through the LayerNorm and the other factor.
     """
-    lens = Snapshot.of(lens)
-    ahead, behind = left, right  # the directions as they arrive at the weights from either end
-    if folded and matrix.left_norm:
-        ahead = left * lens.weights[f"{matrix.left_norm}.w"].to(left)
-    if folded and matrix.right_norm:
-        behind = right * lens.weights[f"{matrix.right_norm}.w"].to(right)
+    # The directions as they arrive at the weights from either end.
+    ahead, behind = scaled(left, factors.scale("left")), scaled(right, factors.scale("right"))
     pairs = [(ahead, behind)]
-    if len(matrix.factors) == 2:
-        seen = matrix.folded(lens) if folded else matrix.raw(lens)
-        pairs = [(ahead, right @ seen[1].T), (left @ seen[0], behind)]
+    if len(factors.matrix.factors) == 2:
+        first, second = factors.effective()
+        pairs = [(ahead, right @ second.T), (left @ first, behind)]
     total = left.new_zeros(len(left))
-    for factor, (x, y) in zip(matrix.factors, pairs, strict=True):
-        rows, columns = _variances(factor.view(lens.weights))
+    for weight, (x, y) in zip(factors.stored(), pairs, strict=True):
+        rows, columns = _variances(weight)
         total += (x.square() @ rows) * (y.square() @ columns) / rows.mean().clamp_min(1e-300)
     return total.sqrt()
+
+
+def scaled(directions: Float[Tensor, "k d"], scale: Float[Tensor, " d"] | None) -> Float[Tensor, "k d"]:
+    """Directions times the scale of a LayerNorm, if there is one."""
+    return directions if scale is None else directions * scale.to(directions)
 
 
 def _variances(weight: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:

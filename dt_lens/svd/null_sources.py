@@ -15,7 +15,7 @@ from torch import Tensor
 from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.activations import Activations
-from dt_lens.lens.matrices import Matrix, SideName, Snapshot
+from dt_lens.lens.matrices import MatrixFactors, SideName, Snapshot
 from dt_lens.progress import Tell
 from dt_lens.statistics.nulls.covariance import CovarianceMaximum
 from dt_lens.statistics.nulls.kinds import NULLS, Null
@@ -97,7 +97,9 @@ class CovarianceSource:
     def null(self, meeting: Pairing, span: int) -> Null:
         labels, where = meeting.labels, (meeting.matrix.name, meeting.side)
         if where not in self._covariances:
-            S = covariance_of_pairings(self.lens, meeting.matrix, meeting.side, self.activations, self.fold)
+            S = covariance_of_pairings(
+                MatrixFactors.of(self.lens, meeting.matrix, self.fold), meeting.side, self.activations
+            )
             self._covariances[where] = (hashlib.blake2b(S.tobytes(), digest_size=16).digest(), S)
         digest, S = self._covariances[where]
         key = (digest, labels.digest, labels.centred, span, self.seed, self.draws)
@@ -118,7 +120,7 @@ class CovarianceSource:
         return {"null": "covariance", "assumes": CovarianceMaximum.assumes, "activations": digest}
 
 
-def covariance_of_pairings(lens: Snapshot, matrix: Matrix, side: SideName, activations: Any, fold: bool) -> Array:
+def covariance_of_pairings(factors: MatrixFactors, side: SideName, activations: Any) -> Array:
     """The covariance ``[d_model, d_model]`` of what one side of a matrix meets.
 
     A reading side meets what the matrix reads; with folding, the stream as its LayerNorm leaves it before scale and
@@ -132,6 +134,7 @@ def covariance_of_pairings(lens: Snapshot, matrix: Matrix, side: SideName, activ
     """
     if isinstance(activations, np.ndarray):
         return activations
+    lens, matrix = factors.lens, factors.matrix
     if side == "write":
         # Attention and MLP add to the same stream where they stand side by side.
         early = ".attn." in matrix.name or lens.structure.parallel
@@ -146,9 +149,9 @@ def covariance_of_pairings(lens: Snapshot, matrix: Matrix, side: SideName, activ
     else:
         moments = activations.of(matrix, lens)
     S = moments.covariance.double().cpu().numpy()
-    norm = matrix.norm(matrix.side(side))
-    if fold and norm is not None:
-        w = lens.weights[f"{norm}.w"].detach().double().cpu().numpy()
+    scale = factors.scale(matrix.side(side))
+    if scale is not None:
+        w = scale.detach().double().cpu().numpy()
         back = np.divide(1.0, w, out=np.zeros_like(w), where=w != 0)
         S = back[:, None] * S * back
     return np.asarray(S + np.eye(len(S)) * np.trace(S) / (len(S) * (moments.count + 1)))

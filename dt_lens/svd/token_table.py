@@ -16,7 +16,7 @@ from torch import Tensor
 from dt_lens.arguments import local_path, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding
-from dt_lens.lens.matrices import Matrix, SideName, Snapshot, select_matrices
+from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, select_matrices
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.label_filters import Filter, Rule, kept_labels
 from dt_lens.svd.side_labels import row_blocks, unit_rows
@@ -207,9 +207,10 @@ def _meetings(
 
 
 def _decomposed(svd: WeightSVD, lens: Snapshot, matrix: Matrix, k: int) -> Decomposition:
-    shape = matrix.factors[0].view(lens.weights).shape
-    if svd.rank is None and len(matrix.factors) == 1 and min(shape) >= LARGE:
-        return decompose_matrix(lens, matrix, k + 8, svd.fold_layernorm)
+    factors = MatrixFactors.of(lens, matrix, svd.fold_layernorm)
+    stored = factors.stored()
+    if svd.rank is None and len(stored) == 1 and min(stored[0].shape) >= LARGE:
+        return decompose_matrix(factors, k + 8)
     return svd[matrix.name]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dt_lens.arguments import local_path, require_activations, require_wrapped, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
-from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName, Snapshot, find_matrix, select_matrices
+from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName, Snapshot, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import Tell, reporting, silent
 from dt_lens.statistics.nulls.haar import HaarMaximum
@@ -114,9 +114,10 @@ class WeightSVD:
         return self._done[name][1]
 
     def _decomposed(self, lens: Snapshot, matrix: Matrix) -> Decomposition:
+        factors = MatrixFactors.of(lens, matrix, self.fold_layernorm)
         if self.activations is None:
-            return decompose_matrix(lens, matrix, self.rank, self.fold_layernorm)
-        return decompose_weighted(lens, matrix, self.activations, self.rank, self.fold_layernorm)
+            return decompose_matrix(factors, self.rank)
+        return decompose_weighted(factors, self.activations, self.rank)
 
     def scan(
         self,

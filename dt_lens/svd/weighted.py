@@ -12,14 +12,14 @@ only how what is read is expressed, ``M v_i`` in the normalised inputs or ``(I -
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from dt_lens.errors import DtLensError
-from dt_lens.lens.matrices import Matrix, Snapshot, Weighted
-from dt_lens.svd.decomposition import Decomposition, blocks_of, rounding_noise, with_canonical_signs
+from dt_lens.lens.matrices import MatrixFactors
+from dt_lens.svd.decomposition import Decomposition, blocks_of, rounding_noise, scaled, with_canonical_signs
 from dt_lens.svd.solvers import EPS, decompose
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["decompose_weighted"]
 
 
-def decompose_weighted(
-    lens: Weighted, matrix: Matrix, activations: Activations, rank: int | None = None, fold_layernorm: bool = True
-) -> Decomposition:
+def decompose_weighted(factors: MatrixFactors, activations: Activations, rank: int | None = None) -> Decomposition:
     """The decomposition of one catalogued matrix by the spread of its output over real inputs.
 
     ``sigma`` is the standard deviation of the output along the rows of ``right``, which are orthonormal; the rows of
@@ -40,21 +38,18 @@ def decompose_weighted(
     queries' inputs only.
 
     Args:
-        lens: the unedited model.
-        matrix: which matrix.
-        activations: what it reads.
-        rank: how many directions at most.
-        fold_layernorm: express what is read in the stream before the LayerNorm.
+        factors: the matrix of the unedited model; folded, what is read is expressed in the stream before the LayerNorm.
+        activations: what the matrix reads.
+        rank: how many directions at most; all when ``None``.
 
     Raises:
         DtLensError: when ``activations`` do not hold this matrix's inputs or are another model's, or weights are not
             finite.
     """
-    lens = Snapshot.of(lens)
-    folded = fold_layernorm and matrix.foldable
-    moments = activations.of(matrix, lens)
-    raw = matrix.raw(lens)
-    seen = matrix.folded(lens) if folded else raw
+    matrix = factors.matrix
+    moments = activations.of(matrix, factors.lens)
+    raw = factors.raw()
+    seen = factors.effective() if factors.folded else raw
     # On the input side the inputs are as the raw matrix reads them; a norm on the other side is part of the output.
     first = raw[0]
     spread, axes = torch.linalg.eigh(moments.covariance.to(first))
@@ -62,7 +57,7 @@ def decompose_weighted(
     exact = len(spread) * EPS * float(moments.second.diagonal().sum())
     spread = torch.where(spread > exact, spread, 0.0).sqrt()
     try:
-        found = decompose([spread[:, None] * (axes.T @ first), *seen[1:]], rank, _floor(lens, matrix, activations))
+        found = decompose([spread[:, None] * (axes.T @ first), *seen[1:]], rank, _floor(factors, activations))
     except DtLensError as error:
         raise DtLensError(f"{matrix.name}: {error}") from error
     image = found.right.T
@@ -70,24 +65,18 @@ def decompose_weighted(
         image = factor @ image
     gain = image.norm(dim=0)
     left, right = with_canonical_signs(matrix, (image / gain).T, found.right)
-    ahead = (spread * found.left) @ axes.T  # what meets an error of the raw matrix from the left
-    noise = rounding_noise(lens, matrix, ahead, _behind(lens, matrix, found.right, folded), folded=False)
+    ahead = (spread * found.left) @ axes.T  # what an error of the raw matrix is multiplied by from the left
+    noise = rounding_noise(replace(factors, folded=False), ahead, scaled(found.right, factors.scale("right")))
     blocks = blocks_of(found.sigma, noise)
-    return Decomposition(matrix, found.sigma, left, right, folded, blocks, found.error, gain, activations.digest)
+    parts = found.sigma, left, right, factors.folded, blocks, found.error, gain, activations.digest
+    return Decomposition(matrix, *parts)
 
 
-def _behind(lens: Snapshot, matrix: Matrix, right: Tensor, folded: bool) -> Tensor:
-    """The directions as they meet an error of the raw matrix from the right."""
-    if not folded or matrix.right_norm is None:
-        return right
-    return right * lens.weights[f"{matrix.right_norm}.w"].to(right)
-
-
-def _floor(lens: Snapshot, matrix: Matrix, activations: Activations) -> float:
+def _floor(factors: MatrixFactors, activations: Activations) -> float:
     """The standard deviation that the rounding of the inputs may give an output that never moves."""
-    weights = [factor.view(lens.weights) for factor in matrix.factors]
+    weights = factors.stored()
     size = float(torch.finfo(weights[0].dtype).eps)
     for weight in weights:
         size *= float(torch.linalg.matrix_norm(weight.double(), 2))
-    moments = activations.inputs[matrix.name]
+    moments = activations.inputs[factors.matrix.name]
     return size * float(moments.second.diagonal().mean().clamp_min(0.0).sqrt())

@@ -99,9 +99,9 @@ def test_a_stopped_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     decomposed: list[str] = []
     real = svd.decompose_matrix
 
-    def counted(lens: Any, matrix: Any, *rest: Any) -> Any:
-        decomposed.append(matrix.name)
-        return real(lens, matrix, *rest)
+    def counted(factors: Any, rank: Any) -> Any:
+        decomposed.append(factors.matrix.name)
+        return real(factors, rank)
 
     monkeypatch.setattr(svd, "decompose_matrix", counted)
     pd.testing.assert_frame_equal(go(False), straight)

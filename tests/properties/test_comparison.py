@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dt_lens
-from dt_lens.lens.matrices import find_matrix
+from dt_lens.lens.matrices import MatrixFactors, find_matrix
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.two_models.direction_pairs import match_directions
 from dt_lens.svd.two_models.matrix_change import haar_angle
@@ -178,7 +178,7 @@ def test_a_block_that_came_apart_is_matched_with_all_its_parts(make_dt: Make, se
         sigma = s.clone()
         sigma[at + 1] = sigma[at] - gap
         a.weights["blocks.0.mlp.W_in"].copy_((u * sigma) @ v)
-        found.append(decompose_matrix(a, find_matrix(a, "blocks.0.mlp.W_in")))
+        found.append(decompose_matrix(MatrixFactors.of(a, find_matrix(a, "blocks.0.mlp.W_in"))))
     pairs = match_directions(*found)
     assert len(pairs) == 15 and all(pair.overlap > 0.999 for pair in pairs)
     assert pairs[at].a == pairs[at].b == (at, at + 1)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from dt_lens import DtLensError
-from dt_lens.lens.matrices import Snapshot, Structure, catalogue, find_matrix
+from dt_lens.lens.matrices import MatrixFactors, Snapshot, Structure, catalogue, find_matrix
 from dt_lens.svd.decomposition import DEVIATIONS, MAX_ANGLE, decompose_matrix, rounding_noise
 
 Make = Callable[..., Any]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def directions(model: Any, name: str, **options: Any) -> Any:
-    return decompose_matrix(model, find_matrix(model, name), **options)
+def directions(model: Any, name: str, rank: int | None = None, fold_layernorm: bool = True) -> Any:
+    return decompose_matrix(MatrixFactors.of(model, find_matrix(model, name), fold_layernorm), rank)
 
 
 def orthogonal(n: int, k: int, seed: int) -> Tensor:
@@ -31,7 +31,7 @@ def orthogonal(n: int, k: int, seed: int) -> Tensor:
 def test_every_matrix_is_rebuilt(make_dt: Make, fold_layernorm: bool) -> None:
     model = make_dt()
     for matrix in catalogue(model, per_head=True).values():
-        d = decompose_matrix(model, matrix, fold_layernorm=fold_layernorm)
+        d = directions(model, matrix.name, fold_layernorm=fold_layernorm)
         M = matrix.dense(model, fold_layernorm)
         torch.testing.assert_close((d.left.T * d.sigma) @ d.right, M, rtol=0, atol=1e-12 * float(M.norm()))
         assert d.folded == (fold_layernorm and matrix.foldable)
@@ -49,11 +49,11 @@ def test_every_matrix_is_rebuilt(make_dt: Make, fold_layernorm: bool) -> None:
 def test_folded_directions_have_no_mean(make_dt: Make) -> None:
     model = make_dt()
     for matrix in catalogue(model).values():
-        d = decompose_matrix(model, matrix)
+        d = directions(model, matrix.name)
         for side in matrix.residual_sides:
             reads = matrix.norm(matrix.side(side)) is not None
             assert (float(d.side(side).mean(1).abs().max()) < 1e-14) == reads
-        assert float(decompose_matrix(model, matrix, fold_layernorm=False).left.mean(1).abs().max()) > 1e-2
+        assert float(directions(model, matrix.name, fold_layernorm=False).left.mean(1).abs().max()) > 1e-2
 
 
 def test_signs_are_canonical(make_dt: Make) -> None:
@@ -153,10 +153,10 @@ def test_qk_scores_a_query_direction_against_a_key_direction(make_dt: Make, head
     assert abs(float(found[7, 5]) - float(d.sigma[1]) * scale) > 1e-3
 
 
-def one_matrix(W: Tensor) -> tuple[Snapshot, Any]:
+def one_matrix(W: Tensor) -> MatrixFactors:
     structure = Structure(1, 1, W.shape[0], (1.0,), (None,), (None,))
     model = Snapshot({"blocks.0.mlp.W_in": W}, structure)
-    return model, find_matrix(model, "blocks.0.mlp.W_in")
+    return MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in"))
 
 
 def angles(a: Tensor, b: Tensor) -> Tensor:
@@ -172,15 +172,13 @@ def test_blocks_are_what_rounding_mixes(dtype: torch.dtype) -> None:
     for seed in range(30):
         u, v = orthogonal(m, k, 2 * seed), orthogonal(n, k, 2 * seed + 1)
         exact = (u * sigma) @ v.T
-        model, matrix = one_matrix(exact.to(dtype))
-        noise = float(rounding_noise(model, matrix, u.T, v.T, False)[2:4].max())
+        noise = float(rounding_noise(one_matrix(exact.to(dtype)), u.T, v.T)[2:4].max())
         limit = DEVIATIONS * noise / MAX_ANGLE
         for gap, turned, together in ((limit / 50, within, True), (limit * 1.5, outside, False)):
             close = sigma.clone()
             close[3] = close[2] - gap
             exact = (u * close) @ v.T
-            model, matrix = one_matrix(exact.to(dtype))
-            d = decompose_matrix(model, matrix, rank=k)
+            d = decompose_matrix(one_matrix(exact.to(dtype)), k)
             starts = [0, 1, 2, *([] if together else [3]), 4, 5, 6, 7]
             assert d.blocks == tuple(zip(starts, [*starts[1:], k], strict=True))
             turned.append(float(angles(d.left[2:4], u.T[2:4]).max()))
@@ -211,17 +209,17 @@ def test_rounding_noise_is_predicted(make_dt: Make, name: str, dtype: torch.dtyp
         rounded = Snapshot({n: w.to(dtype) for n, w in model.weights.items()}, model.structure)
         norms = {n: w for n, w in model.weights.items() if ".ln" in n}  # only the matrices are rounded
         rounded.weights.update(norms)  # type: ignore[attr-defined]
-        d = decompose_matrix(model, matrix, rank=6)
+        d = directions(model, name, rank=6)
         error = matrix.dense(rounded) - matrix.dense(model)
         seen.append(torch.einsum("ka,ab,kb->k", d.left, error, d.right))
-        predicted.append(rounding_noise(rounded, matrix, d.left, d.right, matrix.foldable))
+        predicted.append(rounding_noise(MatrixFactors.of(rounded, matrix), d.left, d.right))
     ratio = torch.stack(seen).square().mean().sqrt() / torch.stack(predicted).square().mean().sqrt()
     assert 0.75 < float(ratio) < 1.33
 
 
 def test_sigmas_that_are_equal_are_one_block_in_any_dtype() -> None:
     for dtype in (*DTYPES, torch.float64):
-        d = decompose_matrix(*one_matrix(torch.diag(torch.tensor([4, 2, 2, 2, 1, 1]).to(dtype))))
+        d = decompose_matrix(one_matrix(torch.diag(torch.tensor([4, 2, 2, 2, 1, 1]).to(dtype))))
         assert d.blocks == ((0, 1), (1, 4), (4, 6))
         assert d.block_of(2) == (1, 4)
     with pytest.raises(DtLensError, match=r"sv=6 is out of range.*has 6 directions"):
@@ -231,7 +229,7 @@ def test_sigmas_that_are_equal_are_one_block_in_any_dtype() -> None:
 def test_a_random_model_in_single_precision_has_no_blocks(make_dt: Make) -> None:
     model = make_dt()
     for matrix in catalogue(model).values():
-        d = decompose_matrix(model, matrix)
+        d = directions(model, matrix.name)
         assert all(stop - start == 1 for start, stop in d.blocks)
 
 

@@ -14,7 +14,7 @@ import torch
 import dt_lens
 from dt_lens import DtLensError, WeightSVD
 from dt_lens.lens.activations import Activations, Moments
-from dt_lens.lens.matrices import Snapshot, catalogue, find_matrix
+from dt_lens.lens.matrices import MatrixFactors, Snapshot, catalogue, find_matrix
 from dt_lens.lens.watching import Watch
 from dt_lens.lens.weights import fingerprint
 from dt_lens.statistics.multiplicity import q_values
@@ -110,23 +110,25 @@ def test_the_covariance_that_each_side_meets(make_dt: Make) -> None:
     stream = torch.cov(normalised.T, correction=0)
     w = model.weights["blocks.0.ln2.w"].double()
     for name, side in (("blocks.0.mlp.W_in", "read"), ("blocks.0.attn.QK.1", "key"), ("blocks.0.attn.OV.0", "read")):
-        close(covariance_of_pairings(lens, find_matrix(lens, name), side, acts, True), stream)
-    raw = covariance_of_pairings(lens, find_matrix(lens, "blocks.0.mlp.W_in"), "read", acts, False)
+        close(covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, name)), side, acts), stream)
+    raw = covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, "blocks.0.mlp.W_in"), False), "read", acts)
     close(raw, w[:, None] * stream * w)
     for name, place in (("blocks.0.attn.OV.0", "pre"), ("blocks.0.attn.W_O", "pre"), ("blocks.0.mlp.W_out", "mid")):
-        found = covariance_of_pairings(lens, find_matrix(lens, name), "write", acts, True)
+        found = covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, name)), "write", acts)
         close(found, acts.stream[f"blocks.0.hook_resid_{place}"].covariance)
         assert np.linalg.eigvalsh(found)[0] > 0
     # A scale of zero is no division by it, and a plain array is taken as it is.
     model.weights["blocks.0.ln2.w"][3] = 0
     fresh, _ = activations_of(model)
     assert np.isfinite(
-        covariance_of_pairings(Snapshot.of(model), find_matrix(model, "blocks.0.mlp.W_in"), "read", fresh, True)
+        covariance_of_pairings(MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in")), "read", fresh)
     ).all()
     given = np.eye(16)
-    assert covariance_of_pairings(lens, find_matrix(lens, "blocks.0.mlp.W_in"), "read", given, True) is given
+    assert (
+        covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, "blocks.0.mlp.W_in")), "read", given) is given
+    )
     with pytest.raises(DtLensError, match="another model's"):
-        covariance_of_pairings(Snapshot.of(model), find_matrix(model, "blocks.0.mlp.W_in"), "read", acts, True)
+        covariance_of_pairings(MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in")), "read", acts)
 
 
 @pytest.mark.parametrize("patterns", [None, ["*.QK.*", "*.attn.W_O"]])
@@ -152,7 +154,7 @@ def test_in_the_last_block_keys_are_of_all_tokens_and_outputs_of_the_one_used(ma
             (f"blocks.{block}.attn.QK.0", "key", read[real]),
             (f"blocks.{block}.attn.W_O", "write", written[rows]),
         ):
-            S = covariance_of_pairings(lens, find_matrix(lens, name), side, acts, True)  # type: ignore[arg-type]
+            S = covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, name)), side, acts)  # type: ignore[arg-type]
             S = S - np.eye(len(S)) * np.trace(covariance(wanted)) / (len(S) * (len(wanted) + 1))
             np.testing.assert_allclose(S, covariance(wanted), rtol=0, atol=1e-5)
 

@@ -13,7 +13,7 @@ from dt_lens.edits.singular import VALUES
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.embeddings import EmbeddingRegistry
-from dt_lens.lens.matrices import Matrix, SideName, Snapshot, select_matrices
+from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, select_matrices
 from dt_lens.lens.protocol import Lens
 from dt_lens.svd.decomposition import decompose_matrix
 from dt_lens.svd.weighted import decompose_weighted
@@ -189,10 +189,11 @@ def make_arms(
         raise DtLensError(f"matrices is {matrices!r}; it must be names or patterns, such as '*.W_in'; None is all.")
     arms = [Arm(0, "baseline")] if baseline else []
     for matrix in select_matrices(bare, matrices):
+        factors = MatrixFactors.of(bare, matrix, fold_layernorm)
         if directions == "activation" and activations is not None:
-            k = len(decompose_weighted(bare, matrix, activations, None, fold_layernorm).sigma)
+            k = len(decompose_weighted(factors, activations).sigma)
         else:
-            k = len(decompose_matrix(bare, matrix, None, fold_layernorm).sigma)
+            k = len(decompose_matrix(factors).sigma)
         for index in resolve_sv(sv, k, matrix.name):
             chosen = sides_of(matrix, sides)
             for side in chosen:

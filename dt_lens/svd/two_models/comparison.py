@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dt_lens.arguments import local_path, whole_number
 from dt_lens.errors import DtLensError
-from dt_lens.lens.matrices import Matrix, SideName, Snapshot, catalogue, find_matrix, select_matrices
+from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import Tell, reporting
 from dt_lens.svd.decomposition import Decomposition, common_boundary, rounding_noise
@@ -88,7 +88,8 @@ def compare(
     with reporting(progress) as tell:
         for done, matrix in enumerate(chosen):
             tell(f"comparing {matrix.name}", done / len(chosen))
-            found = measure(before, after, matrix, k, fold_layernorm)
+            one, two = (MatrixFactors.of(lens, matrix, fold_layernorm) for lens in (before, after))
+            found = measure(one, two, k)
             rows.append(found.row)
             spectra[matrix.name] = (found.sigma_a, found.sigma_b, found.sigma_change)
             states[matrix.name] = (fingerprint(before, matrix), fingerprint(after, matrix))
@@ -139,7 +140,7 @@ class Comparison:
             DtLensError: for a matrix that was not compared, or that changed since.
         """
         found = self._matrix(matrix)
-        one, two = (self._decomposed(lens, found, rank or MATCHED) for lens in self._lenses())
+        one, two = (leading(factors, rank or MATCHED) for factors in self._both(found))
         rows = []
         for pair in match_directions(_cut(one, rank), _cut(two, rank), least):
             sigma_a, sigma_b = (_mean_sigma(d, members) for d, members in ((one, pair.a), (two, pair.b)))
@@ -172,14 +173,15 @@ class Comparison:
             DtLensError: for a matrix that was not compared, or that changed since.
         """
         found = self._matrix(matrix)
-        factors, floor = change_factors(*self._lenses(), found, self.folded)
+        both = self._both(found)
+        factors, floor = change_factors(*both)
         if not any(bool(factor.any()) for factor in factors):
             factors = [factor[:, :0] if i == 0 else factor[:0] for i, factor in enumerate(factors)]
             d_left, d_right = factors[0].shape[0], self._width(found)
             zero = torch.zeros(0, dtype=torch.float64)
             return Decomposition(found, zero, zero.new_zeros(0, d_left), zero.new_zeros(0, d_right), self.folded, (), 0)
         svd = decompose(factors, k or self._k, floor)
-        noise = [rounding_noise(lens, found, svd.left, svd.right, self.folded) for lens in self._lenses()]
+        noise = [rounding_noise(one, svd.left, svd.right) for one in both]
         # A matrix of independent errors has no singular value beyond this (Vershynin, "Introduction to the
         # non-asymptotic analysis of random matrices", 2012, theorem 5.31).
         most = torch.stack(noise).norm(dim=0) * (svd.left.shape[1] ** 0.5 + svd.right.shape[1] ** 0.5)
@@ -223,12 +225,11 @@ class Comparison:
         """
         found = self._matrix(matrix)
         count = k or self._k
-        lenses = self._lenses()
         if by == "change":
             change = self.change(matrix, count)
             pair = (change, change)
         else:
-            one, two = (self._decomposed(lens, found, count) for lens in lenses)
+            one, two = (leading(factors, count) for factors in self._both(found))
             pair = (one, two)
         together = count if by == "change" else common_boundary(*pair, count)
         return label_changes(
@@ -305,8 +306,9 @@ class Comparison:
             raise DtLensError(f"The weights of {name} have changed since they were compared; call compare again.")
         return matrix
 
-    def _decomposed(self, lens: Snapshot, matrix: Matrix, k: int) -> Decomposition:
-        return leading(lens, matrix, k, self.folded)
+    def _both(self, matrix: Matrix) -> tuple[MatrixFactors, MatrixFactors]:
+        one, two = (MatrixFactors.of(lens, matrix, self.folded) for lens in self._lenses())
+        return one, two
 
     def _width(self, matrix: Matrix) -> int:
         return int(matrix.factors[-1].view(self._lenses()[0].weights).shape[1])

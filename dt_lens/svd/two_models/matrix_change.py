@@ -16,7 +16,7 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
-from dt_lens.lens.matrices import Matrix, Snapshot
+from dt_lens.lens.matrices import MatrixFactors
 from dt_lens.svd.decomposition import Decomposition, common_boundary, decompose_matrix
 from dt_lens.svd.solvers import EPS
 
@@ -56,20 +56,20 @@ def sizes(sigma: Array) -> dict[str, float]:
     return {"stable_rank": energy, "effective_rank": effective, "leading_share": 1 / energy}
 
 
-def measure(a: Snapshot, b: Snapshot, matrix: Matrix, k: int, fold: bool) -> Measured:
+def measure(a: MatrixFactors, b: MatrixFactors, k: int) -> Measured:
     """Everything that the comparison's table tells of one matrix; see ``model_comparison.compare``.
 
     Raises:
         DtLensError: when its weights hold NaN or infinite values.
     """
-    A, B = _factors(a, matrix, fold), _factors(b, matrix, fold)
+    matrix, A, B = a.matrix, _effective(a), _effective(b)
     where = {"matrix": matrix.name, "kind": matrix.kind, "layer": matrix.layer, "head": matrix.head}
     same = all(torch.equal(x, y) for x, y in zip(A, B, strict=True))
     change, floor = _change(A, B)
     sigma_change = np.empty(0) if same else _singular_values(change, floor)
     whole = not _large(A)
     del change
-    found = (leading(a, matrix, k, fold), leading(a if same else b, matrix, k, fold))
+    found = (leading(a, k), leading(a if same else b, k))
     spectra = [d.sigma.cpu().numpy() if whole else _singular_values(M) for d, M in zip(found, (A, B), strict=True)]
     if same:
         spectra[1] = spectra[0]
@@ -83,21 +83,21 @@ def measure(a: Snapshot, b: Snapshot, matrix: Matrix, k: int, fold: bool) -> Mea
         "spectrum_change": _over(float(np.linalg.norm(shift)), size),
         "spectrum_change_max": _over(float(np.abs(shift).max(initial=0.0)), top),
         "spectral_norm_change": _over(float(shift[0]) if len(shift) else 0.0, top),
-        **_angles(*found, k, same, fold, whole),
+        **_angles(*found, k, same, whole),
     }
     return Measured(row, sigma_a, sigma_b, sigma_change)
 
 
-def change_factors(a: Snapshot, b: Snapshot, matrix: Matrix, fold: bool) -> tuple[list[Tensor], float]:
+def change_factors(a: MatrixFactors, b: MatrixFactors) -> tuple[list[Tensor], float]:
     """``B - A`` as one or two float64 factors, and the sigma that rounding may leave where nothing changed."""
-    return _change(_factors(a, matrix, fold), _factors(b, matrix, fold))
+    return _change(_effective(a), _effective(b))
 
 
-def leading(lens: Snapshot, matrix: Matrix, k: int | None, fold: bool) -> Decomposition:
+def leading(factors: MatrixFactors, k: int | None) -> Decomposition:
     """The decomposition, of a large matrix only its first ``k`` directions and a few more."""
-    shape = matrix.factors[0].view(lens.weights).shape
-    cut = k is not None and len(matrix.factors) == 1 and min(shape) >= LARGE
-    return decompose_matrix(lens, matrix, k + SPARE if cut and k is not None else None, fold)
+    stored = factors.stored()
+    cut = k is not None and len(stored) == 1 and min(stored[0].shape) >= LARGE
+    return decompose_matrix(factors, k + SPARE if cut and k is not None else None)
 
 
 @lru_cache(maxsize=256)
@@ -114,11 +114,11 @@ def haar_angle(k: int, dimension: int, samples: int = 32) -> float:
     return float(np.degrees(np.mean(drawn)))
 
 
-def _factors(lens: Snapshot, matrix: Matrix, fold: bool) -> list[Tensor]:
-    factors = [factor.detach() for factor in (matrix.folded(lens) if fold else matrix.raw(lens))]
-    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
-        raise DtLensError(f"{matrix.name} holds NaN or infinite values, so it cannot be compared.")
-    return factors
+def _effective(factors: MatrixFactors) -> list[Tensor]:
+    found = [factor.detach() for factor in factors.effective()]
+    if not all(bool(torch.isfinite(factor).all()) for factor in found):
+        raise DtLensError(f"{factors.matrix.name} holds NaN or infinite values, so it cannot be compared.")
+    return found
 
 
 def _change(A: list[Tensor], B: list[Tensor]) -> tuple[list[Tensor], float]:
@@ -165,13 +165,13 @@ def _over(part: float, whole: float) -> float:
     return part / whole if whole else (0.0 if part == 0 else float("inf"))
 
 
-def _angles(a: Decomposition, b: Decomposition, k: int, same: bool, fold: bool, whole: bool) -> dict[str, Any]:
+def _angles(a: Decomposition, b: Decomposition, k: int, same: bool, whole: bool) -> dict[str, Any]:
     matrix = a.matrix
     together = common_boundary(a, b, k, whole)
     row: dict[str, Any] = {"k": together}
     for side, name, one, two in (("left", matrix.left, a.left, b.left), ("right", matrix.right, a.right, b.right)):
         # Behind a centring LayerNorm directions live in a space of one dimension less.
-        dimension = one.shape[1] - int(fold and matrix.centred(side))  # type: ignore[arg-type]
+        dimension = one.shape[1] - int(a.folded and matrix.centred(side))  # type: ignore[arg-type]
         angles = np.zeros(together)
         if together and not same:
             angles = np.degrees(subspace_angles(one[:together].T.cpu().numpy(), two[:together].T.cpu().numpy()))

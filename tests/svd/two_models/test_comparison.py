@@ -15,7 +15,7 @@ import torch
 
 import dt_lens
 from dt_lens import DtLensError, Embedding, SingularEdit
-from dt_lens.lens.matrices import find_matrix
+from dt_lens.lens.matrices import MatrixFactors, find_matrix
 from dt_lens.svd.decomposition import decompose_matrix
 from dt_lens.svd.two_models import matrix_change
 from dt_lens.svd.two_models.label_changes import label_changes
@@ -204,7 +204,7 @@ def test_labels_by_direction_have_the_sign_of_their_partner(make_dt: Make) -> No
 def test_a_direction_written_the_other_way_round_moved_no_label(make_dt: Make) -> None:
     """The sign of a direction is a convention, which a small change can turn over."""
     model = make_dt()
-    found = decompose_matrix(model, find_matrix(model, "blocks.0.mlp.W_in"))
+    found = decompose_matrix(MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in")))
     turned = replace(found, left=-found.left, right=-found.right)
     options: dict[str, Any] = {"k": 3, "n": None, "folded": True, "owner": "own"}
     for by in ("directions", "subspace"):
