@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens_adapters.nano_gpt import CharacterTokenizer
+from originals.nano_gpt import as_nano
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
@@ -34,20 +34,6 @@ def test_the_real_one_reaches_its_loss(real_checkpoints: Callable[[str], Path]) 
     with SingularEdit(lens, "blocks.2.mlp.W_in", sv=0), torch.no_grad():
         worse = float(F.cross_entropy(lens(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()))
     assert worse > loss + 0.05
-
-
-def as_nano(model: Any, spelling: str) -> dict[str, Tensor]:
-    """A GPT-2's tensors as nanoGPT writes them."""
-    kept = {}
-    for key, tensor in model.state_dict().items():
-        linear = ".c_" in key and key.endswith("weight")
-        name = key
-        if spelling == "blocks":
-            name = key.removeprefix("transformer.").replace("h.", "blocks.", 1).replace("lm_head", "head")
-            name = name.replace("wte", "tok_emb").replace("wpe", "pos_emb")
-            name = key.removeprefix("transformer.") if key.startswith("transformer.ln_f") else name
-        kept[name] = tensor.T.contiguous() if linear else tensor.clone()
-    return kept
 
 
 @pytest.mark.parametrize("spelling", ["transformer", "blocks"])

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import dt_lens
 from dt_lens import DtLensError
 from dt_lens.language_model.original import NOT_OF_NUMBERS
+from dt_lens.lens.adapters import adapter_names
 
-SIZES = [pytest.param(12, id="short"), pytest.param(120, id="long", marks=pytest.mark.acceptance)]
+SIZES = (12, 120)  # examples of a property in every run, and in make fuzz
 SETTINGS = settings(deadline=None, database=None, phases=[Phase.generate, Phase.shrink])
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 10**9, 10**30, 0.5, 2.0, -1e-5, 1e300, math.nan, math.inf, "", "x", "2", "relu",
@@ -48,7 +49,6 @@ def as_they_read_it(made: Any, path: Path) -> Any:
         return torch.tensor(math.nan)
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["config.json", "dt_lens.json"])
 def test_fields_of_any_value(made: Any, scratch: Any, law: Any, said: Any, name: str, size: int) -> None:
     with scratch() as folder:
@@ -97,7 +97,6 @@ def test_texts_that_are_no_configuration(formats: Any, scratch: Any, law: Any, s
             assert message is not None or not used or kind == "Hugging Face DT", (kind, name)
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_settings_inside_a_file(formats: Any, scratch: Any, law: Any, size: int) -> None:
     """The JSON in MiniGrid's files, the arrays in CORL's, the vocabulary in a small GPT's."""
     beside: dict[str, tuple[str, ...]] = {
@@ -129,7 +128,6 @@ def test_settings_inside_a_file(formats: Any, scratch: Any, law: Any, size: int)
     check()
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_options_of_any_value(made: Any, scratch: Any, law: Any, size: int) -> None:
     names = [
         "n_heads", "act_fn", "action_tanh", "max_ep_len", "discrete_actions", "context", "environment", "state_mean",
@@ -156,7 +154,7 @@ def test_options_of_any_value(made: Any, scratch: Any, law: Any, size: int) -> N
 def test_an_adapter_of_another_format(made: Any, scratch: Any, law: Any, tmp_path: Path) -> None:
     with scratch() as folder:
         path = made.write(folder, made.tensors)
-        for adapter in dt_lens.plugins.adapter_names():
+        for adapter in adapter_names():
             if adapter != made.adapter:
                 same = {made.adapter, adapter} <= {"llama", "mistral", "qwen2"}
                 assert law(made, path, given={"adapter": adapter}) is not None or same, adapter

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dt_lens import DtLensError
 
-SIZES = [pytest.param(6, id="short"), pytest.param(80, id="long", marks=pytest.mark.acceptance)]
+SIZES = (6, 80)  # examples of a property in every run, and in make fuzz
 
 SETTINGS = settings(deadline=None, database=None, phases=[Phase.generate, Phase.shrink])
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +74,6 @@ def test_as_it_should_be(made: Any, scratch: Any, law: Any) -> None:
         assert law(made, made.write(folder, made.tensors)) is None
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_a_missing_tensor_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
     @settings(SETTINGS, max_examples=size)
     @given(key=st.sampled_from(sorted(made.tensors)), insist=st.booleans())
@@ -93,7 +92,6 @@ def test_a_missing_tensor_is_named(made: Any, scratch: Any, law: Any, size: int)
     check()
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_a_tensor_too_many_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
     keys = st.one_of(
         st.sampled_from(STRANGE_KEYS),
@@ -115,7 +113,6 @@ def test_a_tensor_too_many_is_named(made: Any, scratch: Any, law: Any, size: int
     check()
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_another_shape_is_told(made: Any, scratch: Any, law: Any, size: int) -> None:
     @settings(SETTINGS, max_examples=2 * size)
     @given(data=st.data(), key=st.sampled_from(sorted(made.tensors)))
@@ -143,7 +140,6 @@ def test_another_shape_is_told(made: Any, scratch: Any, law: Any, size: int) -> 
     check()
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_what_is_no_number_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
     @settings(SETTINGS, max_examples=size)
     @given(data=st.data(), key=st.sampled_from(sorted(made.tensors)))
@@ -164,7 +160,6 @@ def test_what_is_no_number_is_named(made: Any, scratch: Any, law: Any, size: int
     check()
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_another_type_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
     @settings(SETTINGS, max_examples=size)
     @given(key=st.sampled_from(sorted(made.tensors)), dtype=st.sampled_from(OTHERS + FLOATS))
@@ -197,7 +192,6 @@ def test_all_of_one_type(made: Any, scratch: Any, said: Any, dtype: torch.dtype)
         assert any(made.called(key, message) for key in made.used), message
 
 
-@pytest.mark.parametrize("size", SIZES)
 def test_other_numbers_are_another_model(made: Any, scratch: Any, law: Any, size: int) -> None:
     """Transposed squares, exchanged tensors, heads in another order: a valid file, and the answer is right for it."""
 
