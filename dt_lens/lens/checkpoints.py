@@ -94,7 +94,7 @@ def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoin
         folder = path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a null character
         raise DtLensError(f"{str(path)[:200]!r} cannot be looked at: {because(error)}.") from error
-    checkpoint = _read_folder(path) if folder else _read_file(path, unpack)
+    checkpoint = _read_folder(path, unpack) if folder else _read_file(path, unpack)
     if path.name in WEIGHTS and (path.parent / "config.json").is_file():  # one file of a folder in that form
         checkpoint = replace(checkpoint, config=read_json(path.parent / "config.json"))
     if not checkpoint.tensors:
@@ -136,14 +136,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _read_folder(folder: Path) -> Checkpoint:
+def _read_folder(folder: Path, unpack: Unpack | None) -> Checkpoint:
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).exists():
-            return Checkpoint(folder, _read_shards(folder, index), config, folder=folder)
+            return Checkpoint(folder, _read_shards(folder, index, unpack), config, folder=folder)
     for name in WEIGHTS:
         if (folder / name).exists():
-            return Checkpoint(folder, _read_file(folder / name).tensors, config, folder=folder)
+            return Checkpoint(folder, _read_file(folder / name, unpack).tensors, config, folder=folder)
     raise DtLensError(
         f"The folder {folder} holds no model.safetensors or pytorch_model.bin; give a folder in Hugging Face's form, "
         "or the file itself."
@@ -168,13 +168,13 @@ def read_index(file: Path) -> dict[str, str]:
     return shards
 
 
-def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
+def _read_shards(folder: Path, index: str, unpack: Unpack | None) -> dict[str, Tensor]:
     shards = read_index(folder / index)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(shards.values())):
         if not (folder / shard).exists():
             raise DtLensError(f"There is no file {str(folder / shard)!r}, though {index} names it.")
-        held = _read_file(folder / shard).tensors
+        held = _read_file(folder / shard, unpack).tensors
         for key in held:
             if key in tensors:
                 raise DtLensError(f"The tensor {key!r} is in {shards.get(key, shard)} and in {shard}; keep one.")
@@ -184,7 +184,7 @@ def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_file(file: Path, unpack: Unpack | None = None) -> Checkpoint:
+def _read_file(file: Path, unpack: Unpack | None) -> Checkpoint:
     if file.exists() and not file.is_file() and not file.is_dir():
         raise DtLensError(f"{file} is a device or a pipe; give the path of a file or a folder.")
     if file.suffix not in SAFETENSORS:
