@@ -87,7 +87,7 @@ def test_excerpts_are_in_the_file_that_they_are_of(page: Path) -> None:
 def test_commands_parse(page: Path) -> None:
     import typer
 
-    from dt_lens.cli import app
+    from dt_lens.cli.app import app
 
     group = typer.main.get_command(app)
     lines = [line for block in blocks(page, "sh") for line in block.text.replace("\\\n", " ").splitlines()]

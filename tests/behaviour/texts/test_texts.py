@@ -351,7 +351,7 @@ def test_dropout_is_off_and_the_modes_come_back(theirs: Any) -> None:
 def test_the_command_line_reads_with_a_language_model(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from dt_lens.cli import app
+    from dt_lens.cli.app import app
 
     def run(*arguments: str) -> Any:
         return CliRunner().invoke(app, ["evaluate", "tiny-gpt2", *arguments])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from dt_lens import Activations, collect_activations, load
-from dt_lens.cli import app
+from dt_lens.cli.app import app
 
 
 def test_the_file_is_what_the_function_gives(tmp_path: Path) -> None:

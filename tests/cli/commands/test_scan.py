@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from dt_lens import DtLensError, save_pretrained
-from dt_lens.cli import app
+from dt_lens.cli.app import app
 from dt_lens.lens.activations import Activations, Moments
 from dt_lens.lens.matrices import catalogue
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dt_lens import DtLensError, save_pretrained
-from dt_lens.cli import app
+from dt_lens.cli.app import app
 
 
 @pytest.fixture(scope="module")

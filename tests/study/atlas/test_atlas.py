@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import dt_lens
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.sweep import Sweep
-from dt_lens.cli import app
+from dt_lens.cli.app import app
 from dt_lens.errors import DtLensError
 from dt_lens.study.atlas.atlas import make_atlas
 from dt_lens.study.atlas.page import write_atlas

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dt_lens.cli import app
+from dt_lens.cli.app import app
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
