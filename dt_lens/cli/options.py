@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and how their text is read."""
+"""Arguments and options that several commands share, and functions that parse their text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from dt_lens.errors import DtLensError
 
 __all__ = [
     "Agent",
+    "Device",
     "Environment",
+    "Fresh",
     "Given",
     "Matrices",
     "MaxSteps",
@@ -35,29 +37,44 @@ Agent = Annotated[str, typer.Argument(help="A bundled agent (hopper), a file or 
 Given = Annotated[
     list[str] | None,
     typer.Option(
-        "--given", "-g", metavar="NAME=VALUE", help="What the checkpoint does not tell, such as n_heads=1; repeatable."
+        "--given",
+        "-g",
+        metavar="NAME=VALUE",
+        help="A value that the checkpoint does not record, such as n_heads=1; may be repeated.",
     ),
 ]
 Matrices = Annotated[
-    str | None, typer.Option(help="Comma-separated names or patterns, such as '*.W_in,*.OV.*'; all by default.")
+    str | None,
+    typer.Option(help="Comma-separated names or patterns, such as '*.W_in,*.OV.*'; all matrices by default."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Everything that samples repeats exactly with the same seed.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one a core by default.")]
-Target = Annotated[float | None, typer.Option(help="The return to ask for, in the environment's units.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed; the same seed gives the same results.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Number of worker processes; one per core by default.")]
+Target = Annotated[
+    float | None, typer.Option(help="Target return, in the environment's units; the agent's own by default.")
+]
 Environment = Annotated[
-    str | None, typer.Option("--environment", "--env", help="A Gymnasium id; the model's own by default.")
+    str | None,
+    typer.Option("--environment", "--env", help="Id of a Gymnasium environment; the model's own by default."),
 ]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cut episodes after this many steps.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Weights and embeddings as stored, no LayerNorm folded in.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Use weights and embeddings as stored, without folding LayerNorm in.")]
+Device = Annotated[str, typer.Option(help="The device to train on: cpu, cuda, ...")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming a run in the folder.")]
 WeightsOnly = Annotated[
     bool,
     typer.Option(
-        "--weights-only", help="Read a language model's weights from its files as needed; bigger than memory."
+        "--weights-only",
+        help="Read only the weights of a language model, from its files as needed: for models bigger than memory.",
     ),
 ]
 
 
 def load_model(model: str, given: list[str] | None, check: bool = True, weights_only: bool = False) -> Any:
+    """Load the model that a command names, or only its weights.
+
+    Raises:
+        DtLensError: if an item of ``given`` is not NAME=VALUE, or the model cannot be loaded.
+    """
     values: dict[str, Any] = {}
     for item in given or []:
         name, equals, value = item.partition("=")
@@ -73,18 +90,27 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
 
 
 def split(text: str | None, option: str) -> list[str] | None:
-    """The parts between commas; ``None`` where the option was not given."""
+    """Split an option's text at commas; ``None`` if the option was not given.
+
+    Raises:
+        DtLensError: if the text has no part.
+    """
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise DtLensError(
-            f"--{option} is {text!r}, which names nothing; name one or several with commas, or leave it out."
+            f"--{option} is {text!r}, which names nothing; give one name or several with commas, or leave it out."
         )
     return parts
 
 
 def to_float(text: str, option: str) -> float:
+    """Parse one number of an option.
+
+    Raises:
+        DtLensError: if the text is not a number.
+    """
     try:
         return float(text)
     except ValueError:
@@ -92,6 +118,7 @@ def to_float(text: str, option: str) -> float:
 
 
 def number(text: str) -> str | float:
+    """The number that a text holds, or the text itself, such as ``"zero"``."""
     try:
         return float(text)
     except ValueError:
@@ -99,7 +126,12 @@ def number(text: str) -> str | float:
 
 
 def indices(text: str) -> list[int]:
+    """Parse the indices of ``--sv``.
+
+    Raises:
+        DtLensError: if a part is not a whole number.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise DtLensError(f"--sv is {text!r}; expected an index or several with commas, such as 0,1.") from None
+        raise DtLensError(f"--sv is {text!r}; expected one index or several with commas, such as 0,1.") from None

@@ -21,11 +21,11 @@ __all__ = ["print_table", "print_written", "progress", "resumable", "write_csv"]
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Ctrl-C inside is one sentence, that of the interrupt where it has one, and exit status 130: nothing is lost."""
+    """Turn Ctrl-C into one sentence and exit status 130; the sentence is the interrupt's own, if it has one."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(f"dt-lens: {stop or 'Stopped; the same command goes on from there.'}", file=sys.stderr)
+        print(f"dt-lens: {stop or 'Stopped; run the same command again to resume.'}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -42,12 +42,13 @@ def print_written(file: Path) -> None:
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
+    """Print a table to standard output, numbers aligned right, with few digits."""
     import pandas as pd
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # Into a file or a pipe, nothing is cut to some terminal's width.
+    # Output to a file or a pipe is not cut to the width of a terminal.
     console = Console(width=None if sys.stdout.isatty() else 240)
     shown = Table(
         title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
@@ -60,6 +61,7 @@ def print_table(table: pd.DataFrame, title: str) -> None:
 
 
 def cell(name: str, value: Any) -> str:
+    """How one value of the column ``name`` is printed."""
     import pandas as pd
 
     if value is None or value is pd.NA:

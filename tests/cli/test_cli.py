@@ -1,49 +1,27 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line: what each command prints and writes, and what is refused with one sentence."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+import typer
 
-from dt_lens.decision_transformer.checkpoint import save_pretrained
-from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import RunFacts
-from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.cli.app import app
+from dt_lens.version import __version__
 
-
-def dt_lens(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from dt_lens.cli import main; main()", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **(env or {})})
+Run = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def cartpole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random agent for CartPole in Hugging Face's format."""
-    torch.manual_seed(0)
-    cfg = HookedDecisionTransformerConfig(
-        4,
-        2,
-        d_model=16,
-        n_layers=1,
-        n_heads=2,
-        d_mlp=24,
-        n_ctx=4,
-        max_ep_len=500,
-        discrete_actions=True,
-        action_tanh=False,
-    )
-    model = HookedDecisionTransformer(cfg).eval()
-    model.facts = RunFacts(context=4, environment="CartPole-v1", target_returns=(100.0,), return_scale=100.0)
-    return save_pretrained(model, tmp_path_factory.mktemp("models") / "cartpole")
-
-
-def refused(result: subprocess.CompletedProcess[str], *needed: str) -> None:
+def refused(result: Any, *needed: str) -> None:
     """One sentence, exit status 2, no traceback."""
     assert result.returncode == 2, result
     assert "Traceback" not in result.stderr
@@ -68,7 +46,25 @@ except SystemExit:
     assert "study" in result.stdout
 
 
-def test_scan_prints_and_writes_the_table(cartpole: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_a_process_of_its_own_is_one_sentence() -> None:
+    command = [sys.executable, "-m", "dt_lens", "scan", "hoper"]
+    refused(subprocess.run(command, capture_output=True, text=True, timeout=400), "hopper")
+
+
+def test_the_version_is_printed(dt_lens: Run) -> None:
+    assert dt_lens("--version") == (0, f"dt-lens {__version__}\n", "")
+
+
+def test_every_command_and_option_is_described() -> None:
+    group: Any = typer.main.get_command(app)
+    assert len(group.commands) >= 14
+    for name, command in group.commands.items():
+        assert (command.help or "").endswith("."), name
+        for parameter in command.params:
+            assert (parameter.help or "").endswith("."), (name, parameter.name)
+
+
+def test_scan_prints_and_writes_the_table(dt_lens: Run, cartpole: Path, tmp_path: Path) -> None:
     file = tmp_path / "scan.csv"
     result = dt_lens("scan", cartpole, "--top", "3", "--out", file)
     assert result.returncode == 0, result.stderr
@@ -77,19 +73,19 @@ def test_scan_prints_and_writes_the_table(cartpole: Path, tmp_path: Path) -> Non
     assert header == "matrix,layer,head,side,sv,block,sigma,embedding,label,cosine,z,p_value,q_value"
 
 
-def test_top_shows_both_poles(cartpole: Path) -> None:
+def test_top_shows_both_poles(dt_lens: Run, cartpole: Path) -> None:
     result = dt_lens("top", cartpole, "blocks.0.mlp.W_in", "state_in", "-k", "2")
     assert result.returncode == 0, result.stderr
     assert "towards" in result.stdout and "away" in result.stdout and "pole angle" in result.stdout
 
 
-def test_certify_says_what_it_proved(cartpole: Path) -> None:
+def test_certify_says_what_it_proved(dt_lens: Run, cartpole: Path) -> None:
     result = dt_lens("certify", cartpole)
     assert result.returncode == 0, result.stderr
     assert "in the original model" in result.stdout and "blocks.0.attn.QK.1" in result.stdout
 
 
-def test_evaluate_with_an_edit_compares(cartpole: Path, tmp_path: Path) -> None:
+def test_evaluate_with_an_edit_compares(dt_lens: Run, cartpole: Path, tmp_path: Path) -> None:
     file = tmp_path / "episodes.csv"
     result = dt_lens(
         "evaluate",
@@ -110,7 +106,7 @@ def test_evaluate_with_an_edit_compares(cartpole: Path, tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 17
 
 
-def test_a_study_leaves_a_report_and_goes_on_where_it_was(cartpole: Path, tmp_path: Path) -> None:
+def test_a_study_leaves_a_report_and_goes_on_where_it_was(dt_lens: Run, cartpole: Path, tmp_path: Path) -> None:
     words = ("study", cartpole, "--episodes", "8", "--edits", "1", "--out", tmp_path, "--workers", "1", "--no-video")
     result = dt_lens(*words)
     assert result.returncode == 0, result.stderr
@@ -145,7 +141,7 @@ def test_a_study_leaves_a_report_and_goes_on_where_it_was(cartpole: Path, tmp_pa
         (("train", "no/such-v0", "--steps", "1"), "no/such-v0"),
     ],
 )
-def test_mistakes_are_one_sentence(cartpole: Path, words: tuple[str, ...], needed: str) -> None:
+def test_mistakes_are_one_sentence(dt_lens: Run, cartpole: Path, words: tuple[str, ...], needed: str) -> None:
     refused(dt_lens(*(word.format(model=cartpole) for word in words)), needed)
 
 
@@ -154,7 +150,10 @@ class _Bomb:
         return os.system, ("touch bomb-went-off",)
 
 
-def test_broken_files_are_one_sentence(cartpole: Path, tmp_path: Path) -> None:
+def test_broken_files_are_one_sentence(
+    dt_lens: Run, cartpole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     text = tmp_path / "notes.pt"
     text.write_text("no checkpoint at all")
     refused(dt_lens("scan", text), "notes.pt")
@@ -168,30 +167,40 @@ def test_broken_files_are_one_sentence(cartpole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_is_one_sentence(cartpole: Path) -> None:
+def test_a_full_disk_is_one_sentence(dt_lens: Run, cartpole: Path) -> None:
     refused(dt_lens("scan", cartpole, "--out", "/dev/full"), "/dev/full")
 
 
-def test_a_folder_that_cannot_be_written_is_found_out_at_once(cartpole: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_found_out_at_once(dt_lens: Run, cartpole: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     refused(dt_lens("study", cartpole, "--out", tmp_path / "file" / "out"), "cannot be written")
 
 
-@pytest.mark.parametrize("command", ["train", "record"])
-def test_defaults_are_the_recipe_of_the_bundled_agent(command: str) -> None:
-    import inspect
-
-    from dt_lens import cli
+@pytest.mark.parametrize("command", ["train", "train_text", "record"])
+def test_defaults_are_the_recipe_of_the_bundled_model(command: str) -> None:
     from dt_lens.training.record import record
+    from dt_lens.training.settings import AgentSettings, TextSettings
+    from dt_lens.training.text import train_text
     from dt_lens.training.train import train
 
-    recipe = {"train": train, "record": record}[command]
-    names = {"layers": "n_layers", "heads": "n_heads", "dataset": "dataset_id"}
-    wanted = {name: p.default for name, p in inspect.signature(recipe).parameters.items()}
-    for name, parameter in inspect.signature(getattr(cli, command)).parameters.items():
-        name = names.get(name, name)
-        if name in wanted and not isinstance(parameter.default, Path):
-            default = parameter.default
-            if name == "paces":
-                default = tuple(float(part) for part in default.split(","))
-            assert default == wanted[name], name
+    recipes: dict[str, list[Callable[..., Any]]] = {
+        "train": [train, AgentSettings],
+        "train_text": [train_text, TextSettings],
+        "record": [record],
+    }
+    wanted = {
+        name: p.default for recipe in recipes[command] for name, p in inspect.signature(recipe).parameters.items()
+    }
+    names = {"layers": "n_layers", "heads": "n_heads", "dataset": "dataset_id", "environment": "environment_id"}
+    called = getattr(import_module(f"dt_lens.cli.commands.{command}"), command)
+    compared = 0
+    for name, parameter in inspect.signature(called).parameters.items():
+        name = name if name in wanted else names.get(name, name)
+        default = parameter.default
+        if name not in wanted or isinstance(default, Path) or name == "targets":
+            continue
+        if name == "paces":
+            default = tuple(float(part) for part in default.split(","))
+        assert default == wanted[name], name
+        compared += 1
+    assert compared >= 9

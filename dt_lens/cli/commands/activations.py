@@ -1,4 +1,4 @@
-"""The command `activations`: what a model's matrices read while it works."""
+"""The command `activations`: moments of the inputs of a model's matrices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def activations(
     model: Model,
     out: Annotated[Path, typer.Option(help="The file to write, such as hopper.safetensors.")],
-    episodes: Annotated[int, typer.Option(min=1, help="How many; episode i starts from seed + i.")] = 10,
+    episodes: Annotated[int, typer.Option(min=1, help="Number of episodes; episode i uses seed + i.")] = 10,
     seed: Seed = 0,
     environment: Environment = None,
     target_return: Target = None,
@@ -27,7 +27,7 @@ def activations(
     matrices: Matrices = None,
     given: Given = None,
 ) -> None:
-    """Collect moments of what every matrix reads: an agent in its own episodes, a language model in its own text."""
+    """Collect means and second moments of every matrix's inputs, while an agent acts or a language model reads text."""
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
@@ -43,7 +43,7 @@ def activations(
             matrices=split(matrices, "matrices"),
             progress=tell,
         )
-    print_table(_table(found), f"{model}: what its matrices read")
+    print_table(_table(found), f"{model}: inputs of its matrices")
     print(f"Digest {found.digest}, {found.record['tokens']:,} tokens.")
     found.save(out)
     print_written(out)
@@ -56,7 +56,7 @@ def _table(found: Activations) -> pd.DataFrame:
     rows = []
     for place, moments in found.points.items():
         readers = [name for name, where in found.reads.items() if where == place]
-        # A head's own part of a matrix that all read together says nothing new.
+        # A head's own slice reads the same as the whole matrix, so it is not listed.
         readers = [name for name in readers if name.rpartition(".")[0] not in readers]
         energy = float(moments.second.trace())
         rows.append(

@@ -1,4 +1,4 @@
-"""The command `atlas`."""
+"""The command `atlas`: which directions matter, from a sweep that removed them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dt_lens.cli.output import print_table, progress
 
 def atlas(
     model: Agent,
-    sweep: Annotated[Path, typer.Option(help="The folder of a sweep that removed directions (--edits zero).")],
+    sweep: Annotated[Path, typer.Option(help="Folder of a sweep that removed directions (--edits zero).")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for atlas.html and its tables; the sweep's by default.")
     ] = None,

@@ -1,23 +1,13 @@
-"""TODO docstring."""
+"""The command `certify`: check by a forward pass that the weights are read correctly."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from dt_lens.cli.options import Given, Model, Seed, load_model
 from dt_lens.cli.output import print_table
 
-if TYPE_CHECKING:
-    pass
-
-
-__all__ = [
-    "certify",
-]
-
 
 def certify(model: Model, seed: Seed = 0, given: Given = None) -> None:
-    """Prove by a forward pass that every matrix's name, orientation, scale and heads are right."""
+    """Prove by a forward pass that the name, orientation, scale and heads of every matrix are right."""
     loaded = load_model(model, given, check=False)
     from dt_lens.lens.certification import certify as prove
 

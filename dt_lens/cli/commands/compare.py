@@ -1,4 +1,4 @@
-"""The command `compare`."""
+"""The command `compare`: what changed in the weights between two models."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SHOWN = ["matrix", "relative_change", "change_effective_rank", "spectrum_change"
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A model: before, say.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="One of the same shape: after.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A model, such as the one before fine-tuning.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A model of the same shape, such as the one after it.")],
     matrices: Matrices = None,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Leading directions whose subspaces are compared.")] = 10,
-    top: Annotated[int, typer.Option(min=0, help="How many of the most changed to print; 0 for all.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="Number of most changed matrices to print; 0 for all.")] = 20,
     raw: Raw = False,
     out: Annotated[Path | None, typer.Option(help="Write comparison.html and comparison.csv to this folder.")] = None,
     weights_only: WeightsOnly = False,
     given: Given = None,
 ) -> None:
-    """What changed in the weights between two models, before and after fine-tuning for instance."""
+    """Show what changed in the weights between two models, such as before and after fine-tuning."""
     with progress() as tell:
         tell("loading", 0.0)
         one, two = (load_model(source, given, weights_only=weights_only) for source in (a, b))

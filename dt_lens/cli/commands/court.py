@@ -1,4 +1,4 @@
-"""The command `court`."""
+"""The command `court`: pre-registered tests of seven claims."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def court(
     target_return: Target = None,
     max_steps: MaxSteps = None,
     sweep: Annotated[
-        Path | None, typer.Option(help="A finished sweep of this model, with controls, for claim 7.")
+        Path | None, typer.Option(help="Folder of a finished sweep of this model, with controls, for claim 7.")
     ] = None,
     texts: Annotated[
         Path | None, typer.Option(help="A text file in which a language model's most common token is counted.")
     ] = None,
     rollouts: Annotated[bool, typer.Option(help="Run the edits; without, only claims about weights are tried.")] = True,
-    draws: Annotated[int, typer.Option(min=200, help="Draws of the nulls.")] = 4000,
-    out: Annotated[Path | None, typer.Option(help="Folder for everything; dt-lens-court/MODEL by default.")] = None,
+    draws: Annotated[int, typer.Option(min=200, help="Number of draws of the nulls.")] = 4000,
+    out: Annotated[Path | None, typer.Option(help="Folder for all results; dt-lens-court/MODEL by default.")] = None,
     workers: Workers = None,
     given: Given = None,
 ) -> None:
     """Try seven claims about singular directions, each with a pre-registered test (docs/court.md).
 
     Each is computed as it should be and as the note's code computed it; verdicts are supported, not supported,
-    undecided, or not applicable. Run again with the same options after an interruption, it resumes.
+    undecided, or not applicable. An interrupted run resumes when started again with the same options.
     """
     folder = out or Path("dt-lens-court") / Path(model).name
     with progress() as tell:

@@ -1,4 +1,4 @@
-"""The command `evaluate`."""
+"""The command `evaluate`: measure a model, and an edit of it."""
 
 from __future__ import annotations
 
@@ -27,29 +27,34 @@ EPISODES = 100
 def evaluate(
     model: Model,
     environment: Environment = None,
-    episodes: Annotated[int, typer.Option(min=1, help="How many episodes; episode i starts from seed + i.")] = EPISODES,
+    episodes: Annotated[int, typer.Option(min=1, help="Number of episodes; episode i uses seed + i.")] = EPISODES,
     seed: Seed = 0,
     target_return: Target = None,
     edit: Annotated[
-        str | None, typer.Option(metavar="MATRIX", help="Also measure with this matrix edited, and compare.")
+        str | None, typer.Option(metavar="MATRIX", help="Also measure the model with this matrix edited, and compare.")
     ] = None,
-    sv: Annotated[str, typer.Option(help="Which directions to edit: 0 or 0,1.")] = "0",
-    side: Annotated[str | None, typer.Option(help="The side to edit, where the matrix has two.")] = None,
+    sv: Annotated[str, typer.Option(help="Indices of the directions to edit, such as 0 or 0,1.")] = "0",
+    side: Annotated[str | None, typer.Option(help="The side to edit, read or write, if the matrix has both.")] = None,
     value: Annotated[
-        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a number.")
+        str,
+        typer.Option(
+            help="What the singular vector becomes: constant, zero, flip, random, or a number that scales sigma."
+        ),
     ] = "constant",
     workers: Workers = None,
     text: Annotated[
-        Path | None, typer.Option(help="For a language model: the text file to read; its held-out text by default.")
+        Path | None, typer.Option(help="For a language model: a text file; its held-out text by default.")
     ] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="For a language model: tokens of a window.")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="For a language model: the most windows to read.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write a row per episode, or window, to this .csv file.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="For a language model: tokens in a window.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="For a language model: the largest number of windows.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a row for each episode or window to this .csv file.")] = None,
     given: Given = None,
 ) -> None:
-    """Run an agent for many episodes, or a language model over text, and say how it does.
+    """Measure an agent over many episodes, or a language model over a text.
 
-    With --edit, also how an edited one does beside it.
+    With --edit, also measure the edited model, and compare the two.
     """
     loaded = load_model(model, given)
     from dt_lens.behaviour.evaluate import evaluate as run
@@ -102,9 +107,9 @@ def evaluate(
 
 
 def _require_fit(reads: bool, of_agents: dict[str, bool], of_readers: dict[str, bool]) -> None:
-    """Refuse options that were given and are of the other kind of model."""
+    """Raise ``DtLensError`` for options that were given and belong to the other kind of model."""
     wrong = [name for name, given in (of_agents if reads else of_readers).items() if given]
     if not wrong:
         return
-    what = "a language model, which reads a --text" if reads else "an agent, which runs in an environment"
-    raise DtLensError(f"This is {what}; leave out {' and '.join(wrong)}.")
+    what = "a language model, which reads --text" if reads else "an agent, which runs in an environment"
+    raise DtLensError(f"The model is {what}; leave out {' and '.join(wrong)}.")

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The command `record`: a Minari data set of every stage from random to expert."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ import typer
 from dt_lens.cli.options import Seed, Workers, to_float
 from dt_lens.cli.output import progress
 
-__all__ = [
-    "record",
-]
-
 
 def record(
     environment: Annotated[
-        str, typer.Argument(help="A Gymnasium id with flat continuous states and actions.")
+        str, typer.Argument(help="Id of a Gymnasium environment with flat continuous states and actions.")
     ] = "Hopper-v5",
-    dataset: Annotated[str, typer.Option(help="The Minari id to store it under.")] = "hopper/climb-v0",
+    dataset: Annotated[str, typer.Option(help="The Minari id to store the data set under.")] = "hopper/climb-v0",
     steps: Annotated[int, typer.Option(min=1, help="Environment steps of the search for the expert.")] = 2_500_000,
     pace_steps: Annotated[int, typer.Option(min=1, help="Environment steps of the search for each pace.")] = 400_000,
     paces: Annotated[
-        str, typer.Option(help="Comma-separated fractions of the expert's speed; empty for none.")
+        str, typer.Option(help="Comma-separated fractions of the expert's speed to record too; empty for none.")
     ] = "0.75,0.55,0.35,0.15",
     candidates: Annotated[int, typer.Option(min=1, help="Episodes to roll out.")] = 3_000,
-    episodes: Annotated[int, typer.Option(min=1, help="Episodes to keep at most.")] = 1_500,
+    episodes: Annotated[int, typer.Option(min=1, help="Largest number of episodes to keep.")] = 1_500,
     seed: Seed = 0,
     workers: Workers = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Where the state is kept, so that a stopped recording goes on.")
+        Path | None,
+        typer.Option(
+            help="Folder for the state, from which an interrupted recording resumes; runs/record/DATASET by default."
+        ),
     ] = None,
 ) -> None:
-    """Train an expert by random search and store its climb, from random to expert, as a Minari data set."""
+    """Train an expert by random search, and store episodes from random to expert as a Minari data set."""
     from dt_lens.training.record import record as make
 
     fractions = [to_float(p, "paces") for p in paces.split(",") if p.strip()]

@@ -1,4 +1,4 @@
-"""The commands `scan` and `certify`: what the weights are, and that they are read right."""
+"""The command `scan`: what singular directions match, tested against a null."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 
 def scan(
     model: Model,
-    top: Annotated[int, typer.Option(min=0, help="How many of the strongest matches to print; 0 for all.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="Number of strongest matches to print; 0 for all.")] = 20,
     matrices: Matrices = None,
     embeddings: Annotated[
-        str | None, typer.Option(help="Compare every side with these; natural pairings by default.")
+        str | None,
+        typer.Option(help="Comma-separated embeddings to compare every side with; the natural pairings by default."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Only the first RANK directions of each matrix.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Take only the first RANK directions of each matrix.")] = None,
     raw: Raw = False,
     null: Annotated[
         str,
-        typer.Option(help="What a direction without meaning is: haar, covariance, untrained or shuffled."),
+        typer.Option(help="How a direction without meaning is drawn: haar, covariance, untrained or shuffled."),
     ] = "haar",
     draws: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="How many models untrained and shuffled draw, and how many directions the others; enough by default.",
+            help="Number of models (untrained, shuffled) or directions (haar, covariance) to draw; enough by default.",
         ),
     ] = None,
     activations: Annotated[
@@ -52,22 +53,22 @@ def scan(
         ),
     ] = None,
     subspaces: Annotated[
-        bool, typer.Option("--subspaces", help="Whole spans of leading directions instead of single ones.")
+        bool, typer.Option("--subspaces", help="Test spans of leading directions instead of single directions.")
     ] = False,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Write the whole table to this .csv file.")] = None,
     weights_only: WeightsOnly = False,
     resume: Annotated[
-        Path | None, typer.Option(help="Keep what is finished in this folder, and go on from there.")
+        Path | None, typer.Option(help="Folder to store finished work in; the same command resumes from it.")
     ] = None,
     given: Given = None,
 ) -> None:
-    """What every singular direction matches best, with p and q values under a null of your choice."""
+    """List what every singular direction matches best, with p and q values under a null of your choice."""
     if subspaces and null != "haar":
         raise DtLensError(f"--subspaces knows the null haar and not {null!r}; leave --null out.")
     for option, value in (("draws", draws), ("activations", activations)):
         if subspaces and value is not None:
-            raise DtLensError(f"--{option} is for single directions, and --subspaces has no use for it; leave one out.")
+            raise DtLensError(f"--{option} is for single directions and does not apply to --subspaces; leave one out.")
     names, sets = split(matrices, "matrices"), split(embeddings, "embeddings")
     from dt_lens.svd.null_sources import require_null
 
@@ -85,7 +86,7 @@ def scan(
             if null == "covariance" and activations is None:
                 from dt_lens.behaviour.collect_activations import collect_activations
 
-                # A language model reads its held-out text, where nothing is drawn.
+                # A language model reads its held-out text, which needs no seed.
                 episodes_from = 0 if hasattr(loaded, "tokenizer") else seed
                 given_activations = collect_activations(loaded, seed=episodes_from, progress=tell)
             table = svd.scan(
@@ -99,13 +100,13 @@ def scan(
             )
     best = table.sort_values(["z"], ascending=False, kind="stable")
     print_table(best.head(top) if top else best, f"The strongest of {len(table):,} comparisons")
-    _told(table)
+    _print_summary(table)
     if out:
         write_csv(table, out)
 
 
-def _told(table: pd.DataFrame) -> None:
-    """How many discoveries there are, among them with untrained heads, and what the null assumes."""
+def _print_summary(table: pd.DataFrame) -> None:
+    """Print the number of discoveries, of those with untrained heads, and what the null assumes."""
     found = table["q_value"] < 0.05
     untrained = table["embedding"].isin(table.attrs["untrained"])
     print(f"{int(found.sum()):,} of {len(table):,} comparisons are discoveries at q < 0.05.")

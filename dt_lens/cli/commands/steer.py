@@ -1,4 +1,4 @@
-"""The command `steer`."""
+"""The command `steer`: a direction that moves the return as the target does."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def steer(
     episodes: Annotated[int, typer.Option(min=2, help="Episodes per dose in the report, on fresh seeds.")] = 40,
     choosing: Annotated[int, typer.Option(min=2, help="Episodes per dose while choosing, and per target.")] = 8,
     candidates: Annotated[int, typer.Option(min=1, help="How many directions are tried.")] = 8,
-    doses: Annotated[str, typer.Option(help="What sigma is multiplied by, with commas.")] = "0,0.5,1.5,2",
+    doses: Annotated[str, typer.Option(help="Comma-separated factors to multiply sigma by.")] = "0,0.5,1.5,2",
     targets: Annotated[
-        str | None, typer.Option(help="Target returns of the curve, with commas; the model's own by default.")
+        str | None, typer.Option(help="Comma-separated target returns of the curve; the agent's own by default.")
     ] = None,
     seed: Seed = 0,
     environment: Environment = None,
     max_steps: MaxSteps = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for everything; dt-lens-steer/MODEL by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all results; dt-lens-steer/MODEL by default.")] = None,
     workers: Workers = None,
     given: Given = None,
 ) -> None:
     """Find a direction whose dose moves the return as the target does, without making the agent fail.
 
-    It is chosen on some seeds and reported on others (docs/steering.md). Run again with the same options after an
-    interruption, it resumes.
+    It is chosen on some seeds and reported on others (docs/steering.md). An interrupted run resumes when
+    started again with the same options.
     """
     folder = out or Path("dt-lens-steer") / Path(model).name
     goals = split(targets, "targets")

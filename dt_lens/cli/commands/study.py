@@ -1,4 +1,4 @@
-"""The command `study`."""
+"""The command `study`: scan, edit, measure, report."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ def study(
     episodes: Annotated[
         int, typer.Option(min=2, help="Paired episodes of the unedited agent, each edit and each control.")
     ] = 50,
-    matrices: Annotated[str, typer.Option(help="Which matrices to scan and to choose from.")] = "*.W_in,*.W_out,*.OV.*",
-    edits: Annotated[int, typer.Option(min=1, help="Strong directions to edit, each with a weak one as contrast.")] = 2,
+    matrices: Annotated[
+        str, typer.Option(help="Comma-separated matrices to scan and choose directions from.")
+    ] = "*.W_in,*.W_out,*.OV.*",
+    edits: Annotated[
+        int, typer.Option(min=1, help="Number of strong directions to edit, each with a weak one for contrast.")
+    ] = 2,
     value: Annotated[
         str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a factor of sigma.")
     ] = "constant",
@@ -32,7 +36,7 @@ def study(
 ) -> None:
     """Scan a model, choose directions, edit them beside controls, measure, and write a report.
 
-    Run again with the same options after an interruption, it resumes.
+    An interrupted run resumes when started again with the same options.
     """
     folder = out or Path("dt-lens-study") / Path(model).name
     with progress() as tell:

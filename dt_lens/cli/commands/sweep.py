@@ -1,4 +1,4 @@
-"""The command `sweep`."""
+"""The command `sweep`: many edits with their controls, in one SQLite file."""
 
 from __future__ import annotations
 
@@ -42,72 +42,81 @@ def sweep(
     sv: Annotated[
         str,
         typer.Option(
-            help="Singular directions, one edit each: indices and ranges with commas, such as 0,1 or 0-9, or all; "
-            "negative ones count from the smallest sigma."
+            help="Singular directions, one edit each: comma-separated indices and ranges, such as 0,1 or 0-9, or all; "
+            "negative indices count from the smallest sigma."
         ),
     ] = "0",
     edits: Annotated[
         str,
         typer.Option(
-            help="What a singular vector becomes: constant, zero, flip, random, scale:0.5, replace:EMBEDDING:LABEL, "
-            "towards:EMBEDDING:LABEL:DEGREES; with commas."
+            help="What the singular vector becomes, comma-separated: constant, zero, flip, random, scale:0.5, "
+            "replace:EMBEDDING:LABEL, towards:EMBEDDING:LABEL:DEGREES."
         ),
     ] = "constant",
-    controls: Annotated[int, typer.Option(min=0, help="Random edits of the same size beside each edit.")] = 0,
+    controls: Annotated[int, typer.Option(min=0, help="Number of random edits of the same size for each edit.")] = 0,
     control_match: Annotated[
         str,
         typer.Option(
-            help="What a control has in common with its edit: frobenius (the norm of the change), or output (that and "
-            "what it does to the matrix's output on the agent's own inputs)."
+            help="What a control has in common with its edit: frobenius (the norm of the change), or output (also the "
+            "output energy on the agent's own inputs)."
         ),
     ] = "frobenius",
     directions: Annotated[
         str,
         typer.Option(
-            help="plain, or activation: weighted by the agent's own inputs, so that sigma is the output's spread."
+            help="plain, or activation: weighted by the agent's own inputs, so that sigma is the spread of the output."
         ),
     ] = "plain",
     activations: Annotated[
-        Path | None, typer.Option(help="A file of dt-lens activations; collected where needed by default.")
+        Path | None, typer.Option(help="A file of dt-lens activations; collected when needed by default.")
     ] = None,
     sides: Annotated[
-        str | None, typer.Option(help="Which sides to edit, such as read,write; all on the stream by default.")
+        str | None,
+        typer.Option(
+            help="Comma-separated sides to edit, such as read,write; all sides on the residual stream by default."
+        ),
     ] = None,
-    episodes: Annotated[int, typer.Option(min=1, help="Episodes of every arm; all arms share their seeds.")] = 20,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes of each arm; all arms use the same seeds.")] = 20,
     halving: Annotated[
         str | None,
         typer.Option(
-            help="Successive halving: the episodes of each rung before the last, such as 4,8; the stronger half of the "
-            "edits goes on, and those left get --episodes on fresh seeds."
+            help="Successive halving: comma-separated episodes of each rung before the last, such as 4,8; each rung "
+            "keeps the stronger half of the edits, and the last runs --episodes on fresh seeds."
         ),
     ] = None,
     seed: Seed = 0,
     environment: Environment = None,
     target_return: Target = None,
     max_steps: MaxSteps = None,
-    baseline: Annotated[bool, typer.Option(help="Run the unedited agent too; differences need it.")] = True,
+    baseline: Annotated[
+        bool, typer.Option(help="Run the unedited agent too; differences are computed from it.")
+    ] = True,
     raw: Raw = False,
     out: Annotated[Path | None, typer.Option(help="Folder for sweep.sqlite; dt-lens-sweep/MODEL by default.")] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the table, a row per edit, to this .csv file too.")] = None,
-    block_size: Annotated[int | None, typer.Option(min=1, help="Episodes of a unit of work; about 16.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Also write the table, a row for each edit, to this .csv file.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Episodes in a unit of work; about 16 by default.")
+    ] = None,
     workers: Workers = None,
-    engine: Annotated[str, typer.Option(help="What runs the episodes: local, or ray for many machines.")] = "local",
+    engine: Annotated[str, typer.Option(help="What runs the episodes: local, or ray for several machines.")] = "local",
     address: Annotated[
-        str | None, typer.Option(help="Of the Ray cluster, such as 10.0.0.5:6379; the one of this machine by default.")
+        str | None, typer.Option(help="Address of the Ray cluster, such as 10.0.0.5:6379; this machine's by default.")
     ] = None,
     given: Given = None,
 ) -> None:
-    """Edit many directions, each beside its controls, over the same seeds, and keep everything in one SQLite file.
+    """Edit many directions, each with its controls, on the same seeds, and store everything in one SQLite file.
 
-    Stopped in any way and started again with the same options, it goes on where it was. With more matrices,
-    directions, edits, controls or episodes it runs those too.
+    A run that was stopped in any way resumes when started again with the same options. With more matrices, directions,
+    edits, controls or episodes, it runs only the new ones.
     """
     if engine not in ("local", "ray"):
         raise DtLensError(f"--engine is {engine!r}; it must be local or ray.")
     if address is not None and engine != "ray":
-        raise DtLensError("--address is of a Ray cluster; give --engine ray with it.")
+        raise DtLensError("--address is the address of a Ray cluster; give --engine ray with it.")
     folder = out or Path("dt-lens-sweep") / Path(model).name
-    with _telling() as tell:
+    with _long_progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
         from dt_lens.behaviour.sweep.sweep import Sweep
@@ -146,18 +155,19 @@ def sweep(
     print_table(shown if len(found) <= ROWS else shown.loc[largest], title)
     status, failures = planned.results.status(), planned.results.failures()
     if status["void"]:
-        print(f"{status['void']} units are of edits that cannot be put in force; the table's notes say why.")
+        print(f"{status['void']} units belong to edits that cannot be applied; the table's notes say why.")
     if table:
         write_csv(found, table, index=True)
     print(f"\nThe results: {planned.file}")
     if failures:
         raise DtLensError(
-            f"{status['failed']} units could not be run ({failures[0].rstrip('.')}); the same command tries them again."
+            f"{status['failed']} units could not be run ({failures[0].rstrip('.')}); "
+            "run the same command again to retry them."
         )
 
 
 def _engine(name: str, address: str | None, workers: int | None) -> Engine | None:
-    """What was asked for; ``None`` for processes of this machine."""
+    """The engine that ``--engine`` names; ``None`` for processes on this machine."""
     if name == "local":
         return None
     from dt_lens.behaviour.sweep.engines.cluster import RayEngine
@@ -166,8 +176,8 @@ def _engine(name: str, address: str | None, workers: int | None) -> Engine | Non
 
 
 @contextmanager
-def _telling() -> Iterator[Tell]:
-    """A bar on a terminal; in a log a line now and then, since a sweep may run for days."""
+def _long_progress() -> Iterator[Tell]:
+    """Show a progress bar on a terminal; in a log, print a line now and then, since a sweep may run for days."""
     with progress() as tell:
         if sys.stderr.isatty():
             yield tell

@@ -1,4 +1,4 @@
-"""The command `top`."""
+"""The command `top`: the labels at both poles of singular directions."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ def top(
     model: Model,
     matrix: Annotated[str, typer.Argument(help="A matrix such as blocks.0.mlp.W_in, or a pattern such as '*.OV.*'.")],
     embeddings: Annotated[
-        list[str] | None, typer.Argument(help="Embeddings, such as action_out; natural pairings by default.")
+        list[str] | None, typer.Argument(help="Embeddings, such as action_out; the natural pairings by default.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many directions of each matrix.")] = 8,
-    side: Annotated[str | None, typer.Option(help="read, write, query or key, where the matrix has two.")] = None,
-    labels: Annotated[int, typer.Option("-n", "--n", "--labels", min=1, help="Labels at each pole.")] = 10,
-    ascii_only: Annotated[bool, typer.Option("--ascii", help="Only labels of printable ASCII.")] = False,
-    words: Annotated[bool, typer.Option("--words", help="Only whole words.")] = False,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Number of directions of each matrix.")] = 8,
+    side: Annotated[str | None, typer.Option(help="read, write, query or key, if the matrix has two sides.")] = None,
+    labels: Annotated[int, typer.Option("-n", "--n", "--labels", min=1, help="Number of labels at each pole.")] = 10,
+    ascii_only: Annotated[
+        bool, typer.Option("--ascii", help="Show only labels of printable ASCII characters.")
+    ] = False,
+    words: Annotated[bool, typer.Option("--words", help="Show only whole words.")] = False,
     counts: Annotated[
-        Path | None, typer.Option(help="A .csv file of labels and counts (two columns); see --at-least.")
+        Path | None, typer.Option(help="A .csv file of two columns, labels and counts; see --at-least.")
     ] = None,
     at_least: Annotated[
-        float | None, typer.Option(help="Only labels that --counts has so often; once by default.")
+        float | None, typer.Option(help="Show only labels with at least this count in --counts; 1 by default.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the table as a page to this .html file.")] = None,
     out: Annotated[
@@ -40,9 +42,9 @@ def top(
     weights_only: WeightsOnly = False,
     given: Given = None,
 ) -> None:
-    """The labels that a matrix's first directions point towards and away from."""
+    """List the labels that a matrix's leading directions point towards and away from."""
     if at_least is not None and counts is None:
-        raise DtLensError("--at-least is of the counts of labels; give --counts with it, a .csv of labels and counts.")
+        raise DtLensError("--at-least needs counts; give --counts with it, a .csv file of labels and counts.")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)
@@ -54,7 +56,7 @@ def top(
         if counts is not None:
             rules.append(label_text.at_least(_counts(counts), 1 if at_least is None else at_least))
         tell("decomposing and comparing", 0.5)
-        # All directions of a small matrix come at the price of a few; of a large one they do not.
+        # All directions of a small matrix cost as much as a few; of a large one they cost more.
         svd = WeightSVD(loaded, k + 8 if weights_only else None, fold_layernorm=not raw)
         table = svd.tokens(matrix, embeddings or None, k, labels, rules or None, side)  # type: ignore[arg-type]
     for (name, where), part in table.rows.groupby(["matrix", "side"], sort=False):
@@ -66,7 +68,7 @@ def top(
 
 
 def _lines(part: pd.DataFrame) -> pd.DataFrame:
-    """A line for each direction and embedding."""
+    """A row for each direction and embedding."""
     import pandas as pd
 
     from dt_lens.lens.token_text import spelled, texts

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dt_lens.cli.options import Seed, to_float
+from dt_lens.cli.options import Device, Fresh, Seed, to_float
 from dt_lens.cli.output import progress
 from dt_lens.training.settings import AgentSettings
 
@@ -31,7 +31,8 @@ def train(
     targets: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated target returns to evaluate at, the agent's default first; the data's by default."
+            help="Comma-separated target returns to evaluate at, the agent's default first; quantiles of the data's "
+            "returns by default."
         ),
     ] = None,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 for none.")] = 2_000,
@@ -40,10 +41,8 @@ def train(
         str | None,
         typer.Option("--environment", "--env", help="The Gymnasium id to evaluate in; the data set's own by default."),
     ] = None,
-    device: Annotated[str, typer.Option(help="The device to train on: cpu, cuda, ...")] = "cpu",
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start again instead of resuming a run in the folder.")
-    ] = False,
+    device: Device = "cpu",
+    fresh: Fresh = False,
 ) -> None:
     """Train a decision transformer on a Minari data set and write it in Hugging Face's format."""
     from dt_lens.training.train import train as fit

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dt_lens.cli.options import Seed
+from dt_lens.cli.options import Device, Fresh, Seed
 from dt_lens.cli.output import progress
 from dt_lens.training.settings import TextSettings
 
@@ -43,10 +43,8 @@ def train_text(
         int, typer.Option(min=0, help="Steps between held-out losses; 0 for the last step only.")
     ] = 250,
     seed: Seed = TextSettings.seed,
-    device: Annotated[str, typer.Option(help="The device to train on: cpu, cuda, ...")] = "cpu",
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start again instead of resuming a run in the folder.")
-    ] = False,
+    device: Device = "cpu",
+    fresh: Fresh = False,
 ) -> None:
     """Train a small GPT-2 and its tokenizer on text files and write them in Hugging Face's format."""
     from dt_lens.training.text import train_text as fit

@@ -1,40 +1,18 @@
-"""``dt-lens compare`` and ``dt-lens top`` as a user meets them."""
+"""The commands ``compare`` and ``top``."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from dt_lens.cli import main
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 
 Make = Callable[..., Any]
 Run = Callable[..., Any]
-
-
-class Result(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def dt_lens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """The entry point in this process: a new one would import everything again."""
-
-    def run(*words: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dt-lens", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        code = left.value.code
-        return Result(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

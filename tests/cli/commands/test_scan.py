@@ -1,10 +1,8 @@
-"""The command `scan`: every null, whole spans, and what is said of them."""
+"""The command `scan`: every null, spans of directions, and what is printed about them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,17 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dt_lens import DtLensError, save_pretrained
+from dt_lens import DtLensError
 from dt_lens.cli.app import app
 from dt_lens.lens.activations import Activations, Moments
 from dt_lens.lens.matrices import catalogue
-
-
-@pytest.fixture(scope="module")
-def saved(make_dt: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    save_pretrained(make_dt(1, n_layers=1), folder)
-    return folder
 
 
 def scan(*arguments: object) -> str:
@@ -78,7 +69,7 @@ def test_subspaces(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "words"),
     [
         (("--null", "shuffld"), "shuffled"),
         (("--null", "shuffled", "--subspaces"), "leave --null out"),
@@ -89,6 +80,6 @@ def test_subspaces(saved: Path, tmp_path: Path) -> None:
         (("--embeddings", " , "), "--embeddings is ' , ', which names nothing"),
     ],
 )
-def test_what_does_not_go_together(saved: Path, options: tuple[str, ...], told: str) -> None:
-    with pytest.raises(DtLensError, match=told):
+def test_options_that_exclude_each_other(saved: Path, options: tuple[str, ...], words: str) -> None:
+    with pytest.raises(DtLensError, match=words):
         scan(saved, *options)

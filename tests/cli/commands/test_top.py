@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from dt_lens import DtLensError, save_pretrained
+from dt_lens import DtLensError
 from dt_lens.cli.app import app
-
-
-@pytest.fixture(scope="module")
-def saved(make_dt: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    save_pretrained(make_dt(1, n_layers=1), folder)
-    return folder
 
 
 def top(*arguments: object) -> str:
