@@ -18,6 +18,7 @@ from dt_lens.edits.edit import suspended
 from dt_lens.errors import DtLensError, because
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.forward_mode import evaluating
+from dt_lens.lens.protocol import require_running
 from dt_lens.lens.watching import Watch
 from dt_lens.progress import Tell, reporting, silent
 
@@ -68,15 +69,10 @@ def collect_activations(
         DtLensError: for a model that cannot run, settings that ``evaluate`` would refuse, batches that do not fit, or
             activations that are not finite.
     """
-    from dt_lens.behaviour.texts.reading import is_language_model
     from dt_lens.lens.forward_mode import one_thread
 
-    if not hasattr(model, "structure") or not hasattr(model, "run_with_cache"):
-        raise DtLensError(
-            f"collect_activations takes a wrapped model that can run, not a {type(model).__name__}; call dt_lens.load "
-            "or dt_lens.wrap."
-        )
-    text = is_language_model(model)
+    require_running(model, "collect_activations")
+    text = not model.can_act
     of_agents = (environment, environment_kwargs, target_return, max_steps)
     if (text or batches is not None) and ((episodes, seed) != (10, 0) or any(v is not None for v in of_agents)):
         raise DtLensError(
@@ -91,10 +87,9 @@ def collect_activations(
             watch = Watch(model, matrices)
             record = _watch_text(model, watch, tell)
         else:
-            from dt_lens.behaviour.agents.running import _check_model, setting_of
+            from dt_lens.behaviour.agents.running import setting_of
 
             agent: Any = model
-            _check_model(agent)
             for name, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
                 whole_number(value, name, least)
             if max_steps is not None:
@@ -104,16 +99,16 @@ def collect_activations(
             )
             watch = Watch(model, matrices, last_narrows=True)
             record = _watch_episodes(agent, watch, setting, range(seed, seed + episodes), tell)
-        record |= {"model_id": _identity(model, text), "tokens": watch.tokens}
+        record |= {"model_id": _identity(model), "tokens": watch.tokens}
         points, stream = watch.moments()
     return Activations(points, watch.reads, stream, record, watch.made_of)
 
 
-def _identity(model: Any, text: bool) -> str:
+def _identity(model: Any) -> str:
     from dt_lens.behaviour.agents.identity import model_id
     from dt_lens.behaviour.texts.reading import base_and_model_id
 
-    return base_and_model_id(model)[0] if text or not hasattr(model, "facts") else model_id(model)
+    return model_id(model) if model.can_act else base_and_model_id(model)[0]
 
 
 class _Episode(NamedTuple):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 from dt_lens.arguments import whole_number
 from dt_lens.behaviour.agents.identity import model_id
-from dt_lens.behaviour.agents.running import _check_model, _run, setting_of
+from dt_lens.behaviour.agents.running import _run, setting_of
 from dt_lens.errors import DtLensError
+from dt_lens.lens.protocol import require_running
 from dt_lens.progress import Count, counting
 
 if TYPE_CHECKING:
@@ -100,11 +101,8 @@ def evaluate(
         DtLensError: when the environment or the target return is neither given nor among the model's facts, when they
             do not fit the model, when the model predicts an action that is not finite, or when a worker dies.
     """
-    if getattr(model, "weights_only", False):
-        raise DtLensError(
-            "This model was opened for its weights only and cannot run; use dt_lens.load for one that can."
-        )
-    if hasattr(model, "tokenizer"):
+    require_running(model, "evaluate")
+    if not model.can_act:
         from dt_lens.behaviour.texts.reading import evaluate_text
 
         of_agents = (target_return, environment_kwargs, max_steps, failure, workers, lanes)
@@ -121,7 +119,6 @@ def evaluate(
     from dt_lens.behaviour.agents.evaluation import Evaluation, check_rule
     from dt_lens.behaviour.agents.lanes import LEAST_LANES
 
-    _check_model(model)
     if any(value is not None for value in (texts, context, windows)):
         raise DtLensError(
             "This is an agent, and evaluate runs it in an environment; leave out texts, context and windows."

@@ -242,6 +242,8 @@ class HookedDecisionTransformer(SharingModule):
         reference: the original's activations under canonical names, which ``certify`` holds the weights against.
     """
 
+    kind = "decision transformer"
+    can_run = can_act = True
     cfg: HookedDecisionTransformerConfig
 
     def __init__(self, cfg: HookedDecisionTransformerConfig, state_encoder: nn.Module | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dt_lens.arguments import require_activations, require_wrapped, whole_number, whole_numbers
+from dt_lens.arguments import require_activations, whole_number, whole_numbers
 from dt_lens.edits.control import Control
 from dt_lens.edits.edit import Edit, state_of, unedited
 from dt_lens.edits.low_rank import carry, remarks_on
@@ -20,6 +20,7 @@ from dt_lens.edits.replacements import VALUES, Replacements, Value
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import LowRank
 from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName, Snapshot, find_matrix
+from dt_lens.lens.protocol import require_running
 from dt_lens.lens.weights import fingerprint
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.weighted import decompose_weighted
@@ -89,11 +90,7 @@ class SingularEdit(Edit):
         decomposition: Decomposition | None = None,
         activations: Activations | None = None,
     ) -> None:
-        require_wrapped(model, "SingularEdit", "structure", "weights")
-        if getattr(model, "weights_only", False):
-            raise DtLensError(
-                "This model was opened for its weights only and cannot run; use dt_lens.load for one to edit."
-            )
+        require_running(model, "SingularEdit")
         bare = unedited(model)
         found = find_matrix(bare, matrix, head)
         where = found.side(side)

@@ -53,6 +53,9 @@ class HookedLanguageModel(HookedRootModule):
             pass can use.
     """
 
+    kind = "language model"
+    can_run, can_act = True, False
+
     def __init__(
         self,
         model: nn.Module,

@@ -37,7 +37,8 @@ class WeightsOnly:
         DtLensError: naming a tensor that is missing, unknown, or of a shape that does not fit the configuration.
     """
 
-    weights_only = True
+    kind = "language model"
+    can_run = can_act = False
     original = None
     reference = None
 

@@ -18,10 +18,11 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from dt_lens.arguments import require_wrapped
 from dt_lens.errors import DtLensError, because
 from dt_lens.lens.diagnosis import Check, explain
+from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import Snapshot, catalogue
+from dt_lens.lens.protocol import require_running
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -88,7 +89,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
         DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; for
             what is no wrapped model.
     """
-    require_wrapped(model, "certify", "structure", "weights")
+    require_running(model, "certify")
     weights = model.weights
     for name, weight in weights.items():
         if not _finite(weight):
@@ -162,14 +163,8 @@ def _activations(model: Lens, batch: Mapping[str, Any], truth: Mapping[str, Tens
         return given.to(x) if given.shape == x.shape else x
 
     points = [name for name in truth if name.startswith("blocks.") and name.rpartition(".")[2] in EXCHANGED]
-    module: Any = model
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), model.hooks(fwd_hooks=[(name, exchange) for name in points]):
-            out, cache = model.run_with_cache(**batch)
-    finally:
-        module.train(training)
+    with evaluating(model), torch.no_grad(), model.hooks(fwd_hooks=[(name, exchange) for name in points]):
+        out, cache = model.run_with_cache(**batch)
     outputs = {name: getattr(out, name) for name in READ_OFF if isinstance(getattr(out, name, None), Tensor)}
     return {name: tensor.detach() for name, tensor in {**cache, **outputs}.items()} | made
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.adapters import Adapter, choose, opener, unpack
 from dt_lens.lens.checkpoints import SUFFIXES, read_checkpoint
-from dt_lens.lens.protocol import Lens
-
-if TYPE_CHECKING:
-    pass
+from dt_lens.lens.protocol import Lens, is_wrapped
 
 __all__ = ["load", "open_checkpoint", "wrap"]
 
@@ -55,15 +52,14 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
     The arguments are ``load``'s. A model that is moved, cast or loaded anew after wrapping gets other storage: wrap it
     again (an edit notices and says so).
     """
+    if is_wrapped(model):
+        if given:
+            raise DtLensError(f"This model is wrapped already, so {next(iter(given))}= comes too late; leave it out.")
+        return model
     if not isinstance(model, nn.Module):
         raise DtLensError(
             f"wrap takes a torch model, not a {type(model).__name__}; use dt_lens.load for a file, folder or name."
         )
-    # By what its class offers: asking the object would compute its properties.
-    if all(hasattr(type(model), name) for name in ("weights", "structure", "embeddings", "probe")):
-        if given:
-            raise DtLensError(f"This model is wrapped already, so {next(iter(given))}= comes too late; leave it out.")
-        return model
     chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
     return _certified(chosen.wrap(model, **given), check)
 

@@ -1,4 +1,8 @@
-"""TODO docstring."""
+"""What every wrapped model offers, whichever architecture it has, and the checks that an object is one.
+
+Everything in dt-lens after ``load`` or ``wrap`` uses a model through ``Lens``. What a model does, in units that can be
+counted (an agent's episodes, windows of text), is no part of it: that is the subject of ``dt_lens.behaviour``.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,19 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from dt_lens.errors import DtLensError
+
 if TYPE_CHECKING:
     from dt_lens.lens.embeddings import EmbeddingRegistry
     from dt_lens.lens.matrices import Structure
 
 
 __all__ = [
-    "Reference",
     "Lens",
+    "Reference",
+    "is_wrapped",
+    "require_agent",
+    "require_running",
 ]
 
 
@@ -35,8 +44,21 @@ class Reference(Protocol):
 
 @runtime_checkable
 class Lens(Protocol):
-    """A wrapped model. Everything in dt-lens after ``load`` or ``wrap`` uses these and nothing else of it."""
+    """A wrapped model.
 
+    Attributes:
+        kind: what the model is, such as ``"decision transformer"`` or ``"language model"``: for messages and the heads
+            of files. Code does not branch on it.
+        can_run: whether it has a forward pass; ``False`` for one that was opened for its weights only.
+        can_act: whether it chooses actions in an environment; a model that does not predicts text.
+        cfg: sizes and options.
+        original: the user's own model where this one shares its memory, or ``None``.
+        reference: the original's activations, which ``certify`` holds the weights against, or ``None``.
+    """
+
+    kind: str
+    can_run: bool
+    can_act: bool
     cfg: Any
     original: nn.Module | None
     reference: Reference | None
@@ -67,3 +89,29 @@ class Lens(Protocol):
     def hooks(self, *args: Any, **kwargs: Any) -> Any:
         """TransformerLens's context manager for hooks."""
         ...
+
+
+def is_wrapped(model: object) -> bool:
+    """Whether an object is a ``Lens``, by what its class offers: asking the object would compute its properties."""
+    return all(hasattr(type(model), name) for name in ("weights", "structure", "embeddings", "probe", "run_with_cache"))
+
+
+def require_running(model: Any, caller: str) -> None:
+    """Raise ``DtLensError`` unless ``model`` is a wrapped model that can run, which ``caller`` needs."""
+    if not is_wrapped(model):
+        raise DtLensError(
+            f"{caller} takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
+        )
+    if not model.can_run:
+        raise DtLensError(
+            "This model was opened for its weights only and cannot run; use dt_lens.load for one that can."
+        )
+
+
+def require_agent(model: Any, caller: str) -> None:
+    """Raise ``DtLensError`` unless ``model`` is a wrapped model that acts in an environment, which ``caller`` needs."""
+    wanted = f"{caller} takes a decision transformer from dt_lens.load or dt_lens.wrap"
+    if not is_wrapped(model):
+        raise DtLensError(f"{wanted}, not a {type(model).__name__}; wrap it first: dt_lens.wrap(model).")
+    if not model.can_act:
+        raise DtLensError(f"{wanted}, not a {model.kind}; scan its weights, and use evaluate for its texts.")

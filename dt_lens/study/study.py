@@ -15,6 +15,7 @@ from dt_lens.behaviour.agents.recording import record_actions
 from dt_lens.behaviour.video.video import SideBySide, side_by_side
 from dt_lens.edits.singular import Edit, SingularEdit
 from dt_lens.errors import DtLensError
+from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import Count, Tell, reporting
 from dt_lens.statistics.rank_correlation import rank_correlation
 from dt_lens.study.page import write_study
@@ -76,11 +77,7 @@ class Study:
         Raises:
             DtLensError: for a model or settings that cannot be studied, or a folder that cannot be written.
         """
-        if not hasattr(self.model, "facts"):
-            raise DtLensError(
-                "A study takes a decision transformer from dt_lens.load or dt_lens.wrap, not a "
-                f"{type(self.model).__name__}; for a language model, scan the weights and evaluate it on texts."
-            )
+        require_agent(self.model, "A study")
         if self.episodes < 2:
             raise DtLensError(f"episodes is {self.episodes}; a study needs at least 2, and 50 or more to decide much.")
         if self.edits < 1:

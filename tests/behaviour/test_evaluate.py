@@ -86,12 +86,12 @@ def test_bad_input_is_one_sentence(
 
 
 def test_another_kind_of_model_must_be_wrapped() -> None:
-    with pytest.raises(DtLensError, match=r"not a Linear; wrap it first: dt_lens.wrap"):
+    with pytest.raises(DtLensError, match=r"evaluate takes a wrapped model, not a Linear; call dt_lens.wrap"):
         evaluate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def test_only_an_agent_has_a_model_id() -> None:
-    with pytest.raises(DtLensError, match=r"takes a decision transformer .*, not a HookedLanguageModel; "):
+    with pytest.raises(DtLensError, match=r"takes a decision transformer .*, not a language model; "):
         model_id(dt_lens.load("tiny-gpt2", check=False))
 
 

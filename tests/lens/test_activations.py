@@ -205,7 +205,7 @@ def test_what_activations_cannot_be_collected_of(make_dt: Make, make_lm: Make) -
         collect_activations(lm, episodes=3)
     with pytest.raises(DtLensError, match="no tokenizer"):
         collect_activations(lm)
-    with pytest.raises(DtLensError, match="takes a wrapped model that can run, not a Linear"):
+    with pytest.raises(DtLensError, match=r"takes a wrapped model, not a Linear; call dt_lens\.wrap"):
         collect_activations(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(DtLensError, match="vocabulary"):
         collect_activations(lm, batches=[torch.full((1, 4), 99)])

@@ -100,6 +100,6 @@ def test_too_few_are_refused(agent: Any, tmp_path: Path, options: dict[str, int]
 
 def test_a_language_model_is_refused_at_once(tmp_path: Path) -> None:
     study = Study(dt_lens.load("tiny-gpt2", check=False), str(tmp_path / "out"))
-    with pytest.raises(DtLensError, match=r"takes a decision transformer .*, not a HookedLanguageModel; "):
+    with pytest.raises(DtLensError, match=r"takes a decision transformer .*, not a language model; "):
         study.run()
     assert study.folder == tmp_path / "out" and not study.folder.exists()

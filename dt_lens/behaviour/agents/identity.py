@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dt_lens.errors import DtLensError
+from dt_lens.lens.protocol import require_agent
 
 if TYPE_CHECKING:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
@@ -28,11 +28,7 @@ def model_id(model: HookedDecisionTransformer) -> str:
     """
     import torch
 
-    if not hasattr(model, "facts"):
-        raise DtLensError(
-            "What was asked for is measured in an agent's episodes, which takes a decision transformer from "
-            f"dt_lens.load or dt_lens.wrap, not a {type(model).__name__}; a language model is evaluated on texts."
-        )
+    require_agent(model, "model_id")
     digest = hashlib.sha256(
         json.dumps([model.cfg.to_dict(), asdict(model.facts)], sort_keys=True, default=str).encode()
     )

@@ -107,16 +107,6 @@ def acting_weights(model: HookedDecisionTransformer) -> dict[str, Tensor]:
     return {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
 
 
-def _check_model(model: Any) -> None:
-    from dt_lens.decision_transformer.model import HookedDecisionTransformer
-
-    if not isinstance(model, HookedDecisionTransformer):
-        raise DtLensError(
-            f"evaluate takes a decision transformer from dt_lens.load or dt_lens.wrap, not a {type(model).__name__}; "
-            "wrap it first: dt_lens.wrap(model)."
-        )
-
-
 def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:
     from dt_lens.behaviour.agents.rollouts import Conditions
 

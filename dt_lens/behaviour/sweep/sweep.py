@@ -14,7 +14,7 @@ from dt_lens.arguments import local_path, whole_number
 from dt_lens.behaviour.agents.evaluation import Evaluation, FailureRule
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
-from dt_lens.behaviour.agents.running import _check_model, _cores, portable_job, setting_of
+from dt_lens.behaviour.agents.running import _cores, portable_job, setting_of
 from dt_lens.behaviour.agents.workers import Job
 from dt_lens.behaviour.sweep.arms import SV, listed, make_arms
 from dt_lens.behaviour.sweep.driver import Drive
@@ -31,6 +31,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.forward_mode import one_thread
 from dt_lens.lens.matrices import catalogue
+from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import Tell, reporting, silent
 
 __all__ = ["Sweep"]
@@ -112,9 +113,7 @@ class Sweep:
         fold_layernorm: bool = True,
         workers: int | None = None,
     ) -> None:
-        if hasattr(model, "tokenizer"):
-            raise DtLensError("This is a language model, and a sweep runs agents; use evaluate for its texts.")
-        _check_model(model)
+        require_agent(model, "Sweep")
         for name, value, least in (("controls", controls, 0), ("episodes", episodes, 1), ("seed", seed, 0)):
             whole_number(value, name, least)
         for name, size in (("max_steps", max_steps), ("block_size", block_size), ("workers", workers)):

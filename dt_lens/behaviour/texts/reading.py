@@ -22,17 +22,12 @@ from dt_lens.lens.token_text import spelled
 from dt_lens.lens.weights import weight_bytes
 from dt_lens.progress import Count, counting
 
-__all__ = ["HELD_OUT", "base_and_model_id", "evaluate_text", "is_language_model"]
+__all__ = ["HELD_OUT", "base_and_model_id", "evaluate_text"]
 
 HELD_OUT = "heldout.txt"  # the text beside a model that it was not trained on
 CONTEXT = 128  # by default: more windows are more evidence, and a window's later tokens are easier
 AT_ONCE = 2**28  # bytes of logits to keep between running without edits and with them
 MOVED = 50  # tokens to keep that gained, and that lost
-
-
-def is_language_model(model: Any) -> bool:
-    """Whether a wrapped model reads tokens."""
-    return hasattr(model, "tokenizer") and hasattr(model, "weights")
 
 
 def evaluate_text(

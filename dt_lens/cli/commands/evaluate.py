@@ -62,7 +62,7 @@ def evaluate(
 
     options: dict[str, Any] = {"episodes": episodes, "target_return": target_return, "workers": workers}
     options |= {"texts": text, "context": context, "windows": windows}
-    reads = hasattr(loaded, "tokenizer")
+    reads = not loaded.can_act
     unit = "windows" if reads else "episodes"
     if not reads:
         options["seed"] = seed

@@ -87,7 +87,7 @@ def scan(
                 from dt_lens.behaviour.collect_activations import collect_activations
 
                 # A language model reads its held-out text, which needs no seed.
-                episodes_from = 0 if hasattr(loaded, "tokenizer") else seed
+                episodes_from = seed if loaded.can_act else 0
                 given_activations = collect_activations(loaded, seed=episodes_from, progress=tell)
             table = svd.scan(
                 names,

@@ -50,11 +50,6 @@ class Case:
         self._svd = WeightSVD(model)
         self._note: dict[str, Array] = {}
 
-    @property
-    def is_language_model(self) -> bool:
-        """Whether tokens take the place of actions and states."""
-        return hasattr(self.model, "tokenizer")
-
     def matrices(self, kind: str, layer: int | None = None) -> list[Matrix]:
         """The matrices of a kind (``"W_in"``, ``"W_out"``, ``"OV"``), of all blocks or of one.
 
@@ -114,7 +109,7 @@ class Case:
         Raises:
             NotApplicable: if the model has none.
         """
-        tokens = self.is_language_model
+        tokens = not self.model.can_act
         wanted = {
             "output": ("token_out" if tokens else "action_out", "action output"),
             "input": ("token_in" if tokens else "state_in", "state input"),

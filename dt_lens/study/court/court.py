@@ -77,20 +77,20 @@ def court(
             another run, or the sweep is of another model.
         KeyboardInterrupt: on Ctrl-C; finished episodes are kept.
     """
-    require_wrapped(model, "court", "structure", "embeddings")
+    require_wrapped(model, "court", "structure", "embeddings", "can_run")
     for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
         whole_number(value, what, least)
     out, case = local_path(out, "out"), Case(model, seed, draws)
-    if not getattr(model, "weights_only", False):
+    if model.can_run:
         of_agents: dict[str, Any] = {
             "environment": environment,
             "environment_kwargs": environment_kwargs,
             "sweep": sweep,
         }
         of_agents |= {"target_return": target_return, "max_steps": max_steps}
-        _refuse_unused(case.is_language_model, {"texts": texts}, of_agents)
+        _refuse_unused(not model.can_act, {"texts": texts}, of_agents)
     trial = _Trial(case, out, texts)
-    if not case.is_language_model and not getattr(model, "weights_only", False):
+    if model.can_run and model.can_act:
         try:
             trial.setting = setting_of(model, environment, environment_kwargs, target_return, max_steps, "court")
         except DtLensError as error:
@@ -185,7 +185,7 @@ class _Trial:
 
     def _common(self) -> int:
         case = self.case
-        if case.is_language_model:
+        if not case.model.can_act:
             if self.texts is None:
                 raise NotApplicable("no texts were given to find the most common token in")
             return common_token(case.model, self.texts)
@@ -199,7 +199,7 @@ class _Trial:
         """The edits that this court ran itself."""
         if self.measured is None:
             raise NotApplicable(
-                "a language model does not act" if self.case.is_language_model else self.no_rollouts_reason
+                self.no_rollouts_reason if self.case.model.can_act else f"a {self.case.model.kind} does not act"
             )
         return self.measured
 

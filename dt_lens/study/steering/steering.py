@@ -23,6 +23,7 @@ from dt_lens.edits.singular import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName
+from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import Tell, reporting
 from dt_lens.statistics.outcomes import Interval, bootstrap_interval, sign_flip, wilson
 from dt_lens.study.steering.doses import DOES, Candidate, candidates_of, dosed, output_energy_scale, put_side, slopes
@@ -84,10 +85,7 @@ def steer(
         DtLensError: if an argument is out of range, or the model's environment does not run here.
         KeyboardInterrupt: on Ctrl-C; finished evaluations are kept.
     """
-    if not hasattr(model, "facts"):
-        raise DtLensError(
-            f"steer takes a decision transformer from dt_lens.load or dt_lens.wrap, not a {type(model).__name__}."
-        )
+    require_agent(model, "steer")
     for what, value, least in (
         ("episodes", episodes, 2), ("choosing", choosing, 2), ("candidates", candidates, 1), ("seed", seed, 0),
     ):  # fmt: skip

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.arguments import local_path, whole_number
+from dt_lens.arguments import local_path, require_wrapped, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
@@ -75,11 +75,7 @@ def compare(
             in the LayerNorm before them, a ``k`` below 1, or weights that are not finite.
     """
     for model in (a, b):
-        if not hasattr(model, "weights") or not hasattr(model, "structure"):
-            raise DtLensError(
-                f"compare takes two wrapped models, not a {type(model).__name__}; call dt_lens.load or dt_lens.wrap "
-                "first."
-            )
+        require_wrapped(model, "compare", "weights", "structure")
     k = whole_number(k, "k", 1)
     before, after = Snapshot.of(a), Snapshot.of(b)
     chosen = _comparable(before, after, matrices, fold_layernorm)
