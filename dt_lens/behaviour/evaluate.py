@@ -13,7 +13,8 @@ from dt_lens.lens.protocol import require_running
 from dt_lens.progress import Count, counting
 
 if TYPE_CHECKING:
-    from dt_lens.behaviour.agents.evaluation import Evaluation, FailureRule
+    from dt_lens.behaviour.agents.episodes import FailureRule
+    from dt_lens.behaviour.agents.evaluation import Evaluation
     from dt_lens.behaviour.texts.evaluation import TextEvaluation
     from dt_lens.behaviour.texts.windows import Texts
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
@@ -116,7 +117,8 @@ def evaluate(
         given = environment if texts is None else texts
         return evaluate_text(model, given, context=context, windows=windows, progress=progress)
 
-    from dt_lens.behaviour.agents.evaluation import Evaluation, check_rule
+    from dt_lens.behaviour.agents.episodes import check_rule
+    from dt_lens.behaviour.agents.evaluation import Evaluation
     from dt_lens.behaviour.agents.lanes import LEAST_LANES
 
     if any(value is not None for value in (texts, context, windows)):

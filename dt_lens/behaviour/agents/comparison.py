@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.episodes import Episodes
 from dt_lens.behaviour.printing import html_table, p_text, span, text_table
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, logrank, mcnemar, sign_flip, wilson
@@ -30,8 +30,8 @@ class Comparison:
             use the pairing, which makes it cautious.
     """
 
-    edited: Evaluation
-    baseline: Evaluation
+    edited: Episodes
+    baseline: Episodes
     confidence: float
     difference: float
     difference_interval: Interval
@@ -50,7 +50,7 @@ class Comparison:
     survival_p_value: float
 
     @classmethod
-    def of(cls, edited: Evaluation, baseline: Evaluation, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
+    def of(cls, edited: Episodes, baseline: Episodes, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
         """Compare; see ``Evaluation.compare``."""
         _check_pairs(edited, baseline)
         d = edited.returns - baseline.returns
@@ -156,11 +156,11 @@ class Comparison:
         return html_table(self._title(), self._rows())
 
 
-def _check_pairs(edited: Evaluation, baseline: Evaluation) -> None:
-    if not isinstance(baseline, Evaluation):
+def _check_pairs(edited: Episodes, baseline: Episodes) -> None:
+    if not isinstance(baseline, Episodes):
         raise DtLensError(f"compare takes another evaluation of an agent, not a {type(baseline).__name__}.")
 
-    def rule(e: Evaluation) -> Any:
+    def rule(e: Episodes) -> Any:
         return e.failure if callable(e.failure) else str(e.failure)
 
     for what, one, other in (
@@ -182,5 +182,5 @@ def _check_pairs(edited: Evaluation, baseline: Evaluation) -> None:
         )
 
 
-def _seeds(evaluation: Evaluation) -> str:
+def _seeds(evaluation: Episodes) -> str:
     return f"{len(evaluation)} from {evaluation.seeds[0]}"

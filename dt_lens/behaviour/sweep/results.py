@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.arguments import local_path
-from dt_lens.behaviour.agents.evaluation import Evaluation, FailureRule
+from dt_lens.behaviour.agents.episodes import FailureRule
+from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.sweep.halving import read_standing, rungs_of
 from dt_lens.behaviour.sweep.schema import decoding, read_options

@@ -11,7 +11,8 @@ from typing import Any, Self
 import pandas as pd
 
 from dt_lens.arguments import local_path, whole_number
-from dt_lens.behaviour.agents.evaluation import Evaluation, FailureRule
+from dt_lens.behaviour.agents.episodes import FailureRule
+from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
 from dt_lens.behaviour.agents.running import _cores, portable_job, setting_of

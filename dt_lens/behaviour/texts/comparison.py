@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.behaviour.printing import html_table, p_text, span, text_table
-from dt_lens.behaviour.texts.evaluation import Moved, TextEvaluation, moved_html, moved_rows, small_span
+from dt_lens.behaviour.texts.losses import Losses, Moved, moved_html, moved_rows, small_span
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, sign_flip
 
@@ -31,8 +31,8 @@ class TextComparison:
         moved: the tokens whose probability the edits of ``edited`` changed most.
     """
 
-    edited: TextEvaluation
-    baseline: TextEvaluation
+    edited: Losses
+    baseline: Losses
     confidence: float
     difference: float
     difference_interval: Interval
@@ -50,8 +50,8 @@ class TextComparison:
     @classmethod
     def of(
         cls,
-        edited: TextEvaluation,
-        baseline: TextEvaluation,
+        edited: Losses,
+        baseline: Losses,
         *,
         confidence: float = 0.95,
         seed: int = 0,
@@ -165,8 +165,8 @@ class TextComparison:
         return html_table(self._title(), self._rows()) + moved_html(self.moved)
 
 
-def _check_pairs(edited: TextEvaluation, baseline: TextEvaluation, other_model: bool) -> None:
-    if not isinstance(baseline, TextEvaluation):
+def _check_pairs(edited: Losses, baseline: Losses, other_model: bool) -> None:
+    if not isinstance(baseline, Losses):
         raise DtLensError(f"compare takes another evaluation of text, not a {type(baseline).__name__}.")
     if edited.context != baseline.context or len(edited) != len(baseline):
         raise DtLensError(

@@ -1,107 +1,31 @@
-"""What ``evaluate`` found for a language model: a row for every window of text, and what they add up to."""
+"""The result of ``evaluate`` for a language model: its losses, their summary, and how both are printed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 
 from dt_lens.behaviour.printing import html_table, span, text_table
+from dt_lens.behaviour.texts.comparison import TextComparison
+from dt_lens.behaviour.texts.losses import Losses, Moved, moved_html, moved_rows, small_span
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.outcomes import bootstrap_interval, iqm
 
-if TYPE_CHECKING:
-    from dt_lens.behaviour.texts.comparison import TextComparison
-
-__all__ = ["Moved", "TextEvaluation", "moved_frame"]
-
-SHOWN = 5  # tokens that moved up, and down, in what is printed
+__all__ = ["TextEvaluation"]
 
 _KEPT = ("text", "text_id", "context", "bytes_per_token", "model_id", "base_id")
 
 
-class Moved(NamedTuple):
-    """A token whose mean predicted probability an edit changed."""
-
-    token: int
-    text: str  # as a reader can tell it apart: a space before it is ␣
-    before: float  # mean over all predicted positions, unedited
-    after: float
-
-    @property
-    def change(self) -> float:
-        """``after - before``."""
-        return self.after - self.before
-
-
-@dataclass(frozen=True, eq=False)
-class TextEvaluation:
-    """Windows of text that one model predicted; one window is one unit of evidence.
+@dataclass(frozen=True, eq=False, repr=False)
+class TextEvaluation(Losses):
+    """Losses with a summary and paired comparisons; the arrays and their attributes are those of ``Losses``.
 
     Intervals are over windows of these texts and for this one checkpoint. Neighbouring windows of a text are not quite
     independent, so the intervals are a little too narrow.
-
-    Attributes:
-        tokens: ``[n]``, predicted tokens of each window.
-        loss: ``[n]``, mean negative log probability of them, in nats per token.
-        kl: ``[n]``, mean Kullback-Leibler divergence of the model from itself without the edits that were active,
-            KL(unedited || edited), in nats per token (Kullback and Leibler 1951); zeros where there were none.
-        moved: the tokens whose mean predicted probability the edits changed most: those that gained, most first, then
-            those that lost, most first.
-        text: what was read, in words.
-        text_id: hash of all tokens of all windows; only evaluations with the same one are paired.
-        context: tokens of a window.
-        bytes_per_token: of the texts, in UTF-8.
-        model_id: hash of the weights and configuration that ran, edits included.
-        base_id: the same without the edits.
-        edits: records of the edits that were active.
     """
-
-    tokens: NDArray[np.int64]
-    loss: NDArray[np.float64]
-    kl: NDArray[np.float64]
-    moved: tuple[Moved, ...]
-    text: str
-    text_id: str
-    context: int
-    bytes_per_token: float
-    model_id: str = ""
-    base_id: str = ""
-    edits: tuple[dict[str, Any], ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def mean(self) -> float:
-        """Mean loss of the windows, in nats per token."""
-        return float(self.loss.mean())
-
-    @property
-    def perplexity(self) -> float:
-        """``exp`` of the mean loss."""
-        return math.exp(self.mean)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """The mean loss over the mean length of a token: what compares models with other tokenizers."""
-        return self.mean / math.log(2) / self.bytes_per_token
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row per window: its index, predicted tokens, loss and KL (nats per token)."""
-        return pd.DataFrame(
-            {"index": np.arange(len(self)), "tokens": self.tokens, "loss": self.loss, "kl": self.kl},
-        )
-
-    def moved_frame(self, k: int | None = None) -> pd.DataFrame:
-        """The ``k`` tokens that gained and the ``k`` that lost most: token, text, before, after, change."""
-        return moved_frame(self.moved, k)
 
     def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
         """The numbers of the evaluation, as plain values.
@@ -131,7 +55,7 @@ class TextEvaluation:
         }
 
     def compare(
-        self, baseline: TextEvaluation, *, confidence: float = 0.95, seed: int = 0, other_model: bool = False
+        self, baseline: Losses, *, confidence: float = 0.95, seed: int = 0, other_model: bool = False
     ) -> TextComparison:
         """This evaluation against ``baseline``, paired by window; differences are this one's minus the baseline's.
 
@@ -145,8 +69,6 @@ class TextEvaluation:
         Raises:
             DtLensError: when the two differ in their texts, windows or tokens, or in the model without its edits.
         """
-        from dt_lens.behaviour.texts.comparison import TextComparison
-
         return TextComparison.of(self, baseline, confidence=confidence, seed=seed, other_model=other_model)
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,47 +134,3 @@ class TextEvaluation:
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), self._rows()) + moved_html(self.moved)
-
-
-def small_span(interval: tuple[float, float]) -> str:
-    """An interval of numbers that may be small.
-
-    >>> small_span((0.00012345, 0.25))
-    '[0.000123, 0.25]'
-    """
-    return f"[{interval[0]:.3g}, {interval[1]:.3g}]"
-
-
-def moved_frame(moved: Sequence[Moved], k: int | None = None) -> pd.DataFrame:
-    """Tokens that gained, most first, then tokens that lost, most first, ``k`` of each."""
-    gained = [row for row in moved if row.change > 0][:k]
-    lost = [row for row in moved if row.change < 0][:k]
-    columns = ["token", "text", "before", "after", "change"]
-    return pd.DataFrame([(*row, row.change) for row in [*gained, *lost]], columns=columns)
-
-
-def moved_rows(moved: Sequence[Moved]) -> list[tuple[str, str]]:
-    """The first few, for a table of names and values."""
-    table = moved_frame(moved, SHOWN)
-    rows = []
-    for name, part in (
-        ("probability up", table[table["change"] > 0]),
-        ("probability down", table[table["change"] < 0]),
-    ):
-        if len(part):
-            rows.append((name, ", ".join(f"“{r.text}” {r.change:+.2g}" for r in part.itertuples())))
-    return rows
-
-
-def moved_html(moved: Sequence[Moved], k: int = 10) -> str:
-    """A table of them for a notebook; nothing where none moved."""
-    if not moved:
-        return ""
-    body = "".join(
-        f"<tr><td style='text-align:left'>{escape(str(r.text))}</td><td>{r.before:.3g}</td><td>{r.after:.3g}</td>"
-        f"<td>{r.change:+.2g}</td></tr>"
-        for r in moved_frame(moved, k).itertuples()
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("token", "before", "after", "change"))
-    caption = "<caption style='text-align:left'>Mean predicted probability</caption>"
-    return f"<table>{caption}<tr>{head}</tr>{body}</table>"

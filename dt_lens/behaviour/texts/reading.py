@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dt_lens.arguments import whole_number
-from dt_lens.behaviour.texts.evaluation import Moved, TextEvaluation
+from dt_lens.behaviour.texts.evaluation import TextEvaluation
+from dt_lens.behaviour.texts.losses import Moved
 from dt_lens.behaviour.texts.windows import Texts, Windows, cut, read_texts
 from dt_lens.edits.edit import state_of, suspended
 from dt_lens.errors import DtLensError
