@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dt_lens.arguments import whole_number
-from dt_lens.behaviour.agents.rollouts import Policy, run_episodes
-from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
+from dt_lens.behaviour.agents.rollouts import Policy
+from dt_lens.behaviour.agents.windows import WindowPolicy
 from dt_lens.edits.edit import suspended
 from dt_lens.errors import DtLensError, because
 from dt_lens.lens.activations import Activations
@@ -120,7 +120,7 @@ class _Episode(NamedTuple):
     actions: list[Tensor]  # each taken one step earlier
 
 
-class _Recorder:
+class _InputLog:
     """A policy that keeps what it is fed, by episode, in the order in which the episodes began."""
 
     def __init__(self, policy: Policy) -> None:
@@ -170,36 +170,26 @@ def _watch_episodes(model: Any, watch: Watch, setting: Setting, seeds: range, te
 
 def _play(model: Any, setting: Setting, seeds: range, report: Callable[[float], None]) -> list[_Episode]:
     """What the agent was fed in each episode, run as ``evaluate`` runs it."""
-    from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
-    from dt_lens.behaviour.agents.running import _is_plain, acting_weights
-    from dt_lens.decision_transformer.policy import ActingModel
+    from dt_lens.behaviour.agents.running import run
 
-    context, padding, used = model.facts.context, model.facts.padding, acting_weights(model)
-    like = used["predict.action.W"]
-    on_cpu = like.device.type == "cpu"
-    least: int | None = None
-    policy: Policy
-    if _is_plain(model):
-        acting = ActingModel(used, model.cfg)
-        width, least, alone = arrange(acting, context, plan_lanes(len(seeds)) if on_cpu else CUDA_LANES)
-        policy = SlidingPolicy(acting, context, width, alone=alone, padding=padding)
-    else:
-        width = LEAST_LANES if on_cpu else CUDA_LANES
-        policy = WindowPolicy(model, model.cfg, context, width, like, padding=padding)
-    recorder = _Recorder(policy)
-    outcomes = run_episodes(
-        recorder,
-        setting.task,
-        setting.conditions,
-        iter(seeds),
-        least_width=least,
+    logs: list[_InputLog] = []
+
+    def watch(policy: Policy) -> Policy:
+        logs.append(_InputLog(policy))
+        return logs[0]
+
+    outcomes = run(
+        model,
+        setting,
+        seeds,
         report=lambda finished, running: report((finished + running) / len(seeds)),
+        watch=watch,
     )
     lengths = {outcome.seed: outcome.length for outcome in outcomes}
-    # A row that fell free is fed on until the last episode ends.
+    # The row of an episode that has ended is fed until the last episode ends.
     return [
         _Episode(*(part[: lengths[seed]] for part in episode))
-        for seed, episode in zip(seeds, recorder.episodes, strict=True)
+        for seed, episode in zip(seeds, logs[0].episodes, strict=True)
     ]
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 from dt_lens.arguments import whole_number
 from dt_lens.behaviour.agents.identity import model_id
-from dt_lens.behaviour.agents.running import _run, setting_of
 from dt_lens.errors import DtLensError
 from dt_lens.lens.protocol import require_running
 from dt_lens.progress import Count, counting
@@ -120,6 +119,7 @@ def evaluate(
     from dt_lens.behaviour.agents.episodes import check_rule
     from dt_lens.behaviour.agents.evaluation import Evaluation
     from dt_lens.behaviour.agents.lanes import LEAST_LANES
+    from dt_lens.behaviour.agents.running import run, setting_of
 
     if any(value is not None for value in (texts, context, windows)):
         raise DtLensError(
@@ -137,7 +137,7 @@ def evaluate(
     with counting(progress, len(seeds), "episodes") as count:
         # Episodes that run count by the share of the time limit that they have run.
         report = None if count is None else lambda finished, running: count(finished + running)
-        outcomes = _run(model, setting.task, setting.conditions, seeds, workers, lanes, report)
+        outcomes = run(model, setting, seeds, workers=workers, lanes=lanes, report=report)
     return Evaluation.from_outcomes(
         outcomes,
         environment=setting.environment,

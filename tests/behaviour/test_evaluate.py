@@ -192,11 +192,13 @@ def test_the_thread_count_is_left_as_it_was(make_model: Make) -> None:
 # What follows runs in a script of its own, read from standard input, with an environment that only the script knows.
 SCRIPT = """
 import sys
+from functools import partial
 import gymnasium as gym, numpy as np, torch
 from safetensors.torch import save
 from dt_lens.behaviour.agents.environment import make_task
 from dt_lens.behaviour.agents.rollouts import Conditions
-from dt_lens.behaviour.agents.workers import Job, run_in_workers, run_job
+from dt_lens.behaviour.agents.running import Job, run_job
+from dt_lens.behaviour.agents import workers
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.policy import acting_shapes
 from dt_lens.errors import DtLensError
@@ -217,7 +219,10 @@ torch.manual_seed(0)
 cfg = HookedDecisionTransformerConfig(2, 1, d_model=8, d_mlp=8, max_ep_len=9)
 weights = save({{name: torch.randn(shape) for name, shape in acting_shapes(cfg).items()}})
 conditions = Conditions(1.0, 1.0, np.zeros(2), np.ones(2), 8)
-job = Job(weights, cfg.to_dict(), 3, make_task("Own-v0", {{}}, cfg), conditions, range(20), 8)
+job = Job(weights, cfg.to_dict(), 3, make_task("Own-v0", {{}}, cfg), conditions, 8)
+
+def run_in_workers(job, count):
+    return workers.run_in_workers(partial(run_job, job), range(20), count)
 """
 
 
@@ -228,7 +233,7 @@ def _script(body: str, *, step: str = "pass", steps: int = 12) -> str:
 def test_a_script_without_main_guard() -> None:
     """Read from standard input: workers know its environment, survive one that kills them, and stay light."""
     body = """
-    one, two = sorted(run_job(job, iter(job.seeds))), sorted(run_in_workers(job, 2))
+    one, two = sorted(run_job(job, iter(range(20)))), sorted(run_in_workers(job, 2))
     assert one == two and len(two) == 20 and all(o.truncated for o in two), two
     class Deadly(Own):
         def step(self, action):

@@ -245,7 +245,7 @@ def test_window_longer_than_the_position_table() -> None:
 
 def test_acting_needs_no_transformer_library() -> None:
     code = (
-        "import sys, dt_lens.decision_transformer.policy, dt_lens.behaviour.agents.workers\n"
+        "import sys, dt_lens.decision_transformer.policy, dt_lens.behaviour.agents.running\n"
         "print([m for m in ('transformer_lens', 'transformers', 'pandas', 'minari', 'plotly') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

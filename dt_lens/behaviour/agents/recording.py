@@ -9,16 +9,17 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.behaviour.agents.environment import Task, make_task
+from dt_lens.behaviour.agents.environment import Task
+from dt_lens.behaviour.agents.running import run, setting_of
 
 if TYPE_CHECKING:
-    from dt_lens.behaviour.agents.evaluation import Evaluation
+    from dt_lens.behaviour.agents.episodes import Episodes
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 __all__ = ["record_actions"]
 
 
-class _Recorder(gym.Wrapper[Any, Any, Any, Any]):
+class _ActionLog(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gym.Env[Any, Any], log: list[NDArray[Any]]) -> None:
         super().__init__(env)
         self.log = log
@@ -33,18 +34,16 @@ class _RecordingTask(Task):
     log: list[NDArray[Any]] = field(default_factory=list)
 
     def make(self, **kwargs: Any) -> gym.Env[Any, Any]:
-        return _Recorder(super().make(**kwargs), self.log)
+        return _ActionLog(super().make(**kwargs), self.log)
 
 
-def record_actions(model: HookedDecisionTransformer, evaluation: Evaluation, seed: int) -> NDArray[Any]:
+def record_actions(model: HookedDecisionTransformer, evaluation: Episodes, seed: int) -> NDArray[Any]:
     """What ``model`` as it is now does in the episode ``seed`` of ``evaluation``: ``[steps, act_dim]`` or ``[steps]``.
 
     The episode is run again; it is the same to the bit as when ``evaluate`` ran it with these weights.
     """
-    from dt_lens.behaviour.agents.running import _conditions, _run
-
-    kwargs = dict(evaluation.environment_kwargs)
-    task = make_task(evaluation.environment, kwargs, model.cfg, evaluation.time_limit)
-    recording = _RecordingTask(**{f.name: getattr(task, f.name) for f in fields(Task)})
-    _run(model, recording, _conditions(model, evaluation.target_return), range(seed, seed + 1), 1, None, None)
+    e = evaluation
+    setting = setting_of(model, e.environment, e.environment_kwargs, e.target_return, e.time_limit)
+    recording = _RecordingTask(**{f.name: getattr(setting.task, f.name) for f in fields(Task)})
+    run(model, setting._replace(task=recording), range(seed, seed + 1), workers=1)
     return np.array(recording.log)

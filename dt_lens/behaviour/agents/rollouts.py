@@ -18,7 +18,10 @@ from torch import Tensor
 from dt_lens.behaviour.agents.environment import Task
 from dt_lens.errors import DtLensError
 
-__all__ = ["Conditions", "Outcome", "Policy", "run_episodes"]
+__all__ = ["Conditions", "EpisodeCount", "Outcome", "Policy", "run_episodes"]
+
+# Progress: how many episodes have finished, and the running ones' shares of the time limit, summed.
+EpisodeCount = Callable[[int, float], None]
 
 
 class Outcome(NamedTuple):
@@ -112,7 +115,7 @@ def run_episodes(
     seeds: Iterator[int],
     *,
     least_width: int | None = None,
-    report: Callable[[int, float], None] | None = None,
+    report: EpisodeCount | None = None,
 ) -> list[Outcome]:
     """Run an episode for every seed, ``policy.width`` at a time; an episode that ends is replaced by the next seed.
 
@@ -120,11 +123,10 @@ def run_episodes(
         policy: fresh, with one row for each lane.
         task: where.
         conditions: the target return and the units.
-        seeds: handed out in order to lanes as they fall free.
+        seeds: given in order to lanes as they fall free.
         least_width: when the seeds run out the batch narrows as lanes fall free, but not below this; when omitted it
             never narrows and every episode stays in its row. Rows without an episode are computed and thrown away.
-        report: called after every step with the number of episodes finished and the sum of the running ones' shares
-            of the time limit.
+        report: called after every step.
 
     Returns:
         the outcomes, in the order in which the episodes ended.

@@ -1,35 +1,55 @@
-"""TODO docstring."""
+"""Set up an agent in its environment and run its episodes. Every caller that runs an agent does it through this file.
+
+``setting_of`` makes a ``Setting`` of the arguments of ``evaluate`` and its like. ``run`` runs episodes of a live model,
+in worker processes or in this one. ``portable_job`` packs an agent for another process; ``run_job`` runs it there.
+
+The hooked model is imported only inside functions that take one, so that a worker process starts in the time that torch
+and Gymnasium take.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from safetensors.torch import load, save
 
+from dt_lens.behaviour.agents.environment import Task, make_task
+from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
+from dt_lens.behaviour.agents.rollouts import Conditions, EpisodeCount, Outcome, Policy, run_episodes
+from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
+from dt_lens.behaviour.agents.workers import run_in_workers
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.facts import Padding
+from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
 from dt_lens.errors import DtLensError
 from dt_lens.lens.forward_mode import evaluating, one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dt_lens.behaviour.agents.environment import Task
-    from dt_lens.behaviour.agents.rollouts import Conditions, Outcome
-    from dt_lens.behaviour.agents.workers import Job
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
-
 __all__ = [
+    "Job",
     "Setting",
-    "setting_of",
-    "portable_job",
     "acting_weights",
+    "portable_job",
+    "run",
+    "run_job",
+    "setting_of",
+    "usable_cores",
 ]
+
+Watch = Callable[[Policy], Policy]  # wraps a policy, to see what it is given; it must answer as the policy does
 
 
 class Setting(NamedTuple):
-    """Where a model acts, what it is asked for, and in which units it is told."""
+    """The environment a model acts in, the return it is asked for, and how states and returns are scaled for it."""
 
     environment: str
     environment_kwargs: dict[str, Any]
@@ -50,10 +70,8 @@ def setting_of(
 
     Raises:
         DtLensError: when the environment or the target return is neither given nor among the model's facts, or they do
-            not fit the model; the sentence tells what to give ``caller``.
+            not fit the model; the sentence says what to give ``caller``.
     """
-    from dt_lens.behaviour.agents.environment import make_task
-
     facts = model.facts
     if environment is None:
         environment = facts.environment
@@ -80,36 +98,7 @@ def setting_of(
     return Setting(environment, dict(environment_kwargs), target, task, _conditions(model, target))
 
 
-def portable_job(
-    model: HookedDecisionTransformer, task: Task, conditions: Conditions, seeds: range, lanes: int
-) -> Job | None:
-    """What any process needs to run ``model`` as it is now; ``None`` where only this process can.
-
-    That is so of a model that is not on the CPU, has hooks or a state encoder of its own.
-    """
-    from safetensors.torch import save
-
-    from dt_lens.behaviour.agents.workers import Job
-
-    used = acting_weights(model)
-    if not _is_plain(model) or used["predict.action.W"].device.type != "cpu":
-        return None
-    packed = save({name: weight.contiguous() for name, weight in used.items()})
-    facts = model.facts
-    return Job(packed, model.cfg.to_dict(), facts.context, task, conditions, seeds, lanes, facts.padding)
-
-
-def acting_weights(model: HookedDecisionTransformer) -> dict[str, Tensor]:
-    """The live weights that acting takes, by name."""
-    from dt_lens.decision_transformer.policy import acting_shapes
-
-    weights = model.weights
-    return {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
-
-
 def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:
-    from dt_lens.behaviour.agents.rollouts import Conditions
-
     facts, size = model.facts, model.cfg.state_dim
     mean = np.zeros(size) if facts.state_mean is None else np.asarray(facts.state_mean, dtype=np.float64)
     std = np.ones(size) if facts.state_std is None else np.asarray(facts.state_std, dtype=np.float64)
@@ -118,42 +107,121 @@ def _conditions(model: HookedDecisionTransformer, target_return: float) -> Condi
     return Conditions(target_return, facts.return_scale, mean, std, model.cfg.max_ep_len - 1)
 
 
-def _run(
+@dataclass(frozen=True)
+class Job:
+    """An agent in its setting, packed for any process."""
+
+    weights: bytes  # safetensors
+    cfg: dict[str, Any]
+    context: int
+    task: Task
+    conditions: Conditions
+    lanes: int
+    padding: Padding = "mask"
+
+
+def portable_job(model: HookedDecisionTransformer, setting: Setting, lanes: int) -> Job | None:
+    """Pack ``model`` as it is now for another process; ``None`` where only this process can run it.
+
+    That is so for a model that is not on the CPU, has hooks, or has a state encoder of its own.
+    """
+    used = acting_weights(model)
+    if not _acts_without_hooks(model) or used["predict.action.W"].device.type != "cpu":
+        return None
+    packed = save({name: weight.contiguous() for name, weight in used.items()})
+    facts = model.facts
+    return Job(packed, model.cfg.to_dict(), facts.context, setting.task, setting.conditions, lanes, facts.padding)
+
+
+def acting_weights(model: HookedDecisionTransformer) -> dict[str, Tensor]:
+    """The live weights that acting takes, by name."""
+    weights = model.weights
+    return {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
+
+
+def run(
     model: HookedDecisionTransformer,
-    task: Task,
-    conditions: Conditions,
+    setting: Setting,
     seeds: range,
-    workers: int | None,
-    lanes: int | None,
-    report: Callable[[int, float], None] | None,
+    *,
+    workers: int | None = None,
+    lanes: int | None = None,
+    report: EpisodeCount | None = None,
+    watch: Watch | None = None,
 ) -> list[Outcome]:
-    from dt_lens.behaviour.agents import workers as pool
-    from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
-    from dt_lens.behaviour.agents.rollouts import run_episodes
-    from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
-    from dt_lens.decision_transformer.policy import ActingModel
+    """Run an episode for each of ``seeds`` with ``model`` as it is now, edits and hooks included.
 
-    wanted = min(workers or _cores(), math.ceil(len(seeds) / LEAST_LANES))
-    job = portable_job(model, task, conditions, seeds, lanes or plan_lanes(math.ceil(len(seeds) / wanted)))
-    if job is not None:
-        return pool.run_job(job, iter(seeds), report) if wanted == 1 else pool.run_in_workers(job, wanted, report)
+    What happens in an episode depends on the model, the setting and the seed alone, to the last bit; see ``evaluate``.
+    A model that ``portable_job`` cannot pack runs in this process.
+
+    Args:
+        model: a wrapped decision transformer.
+        setting: from ``setting_of``.
+        seeds: one for each episode.
+        workers: processes; as many as there are cores to use by default; 1 runs in this process.
+        lanes: episodes side by side in a process; chosen by the number of episodes by default.
+        report: called as episodes go on.
+        watch: wraps the policy before the first step; all episodes then run in this process.
+
+    Returns:
+        an outcome for every seed, in no particular order.
+
+    Raises:
+        DtLensError: when the model predicts an action that is not finite, or when a worker dies.
+    """
+    wanted = min(workers or usable_cores(), math.ceil(len(seeds) / LEAST_LANES)) if watch is None else 1
+    job = portable_job(model, setting, lanes or plan_lanes(math.ceil(len(seeds) / wanted)))
+    if job is None:
+        return _run_here(model, setting, iter(seeds), lanes, report, watch)
+    if wanted == 1:
+        return run_job(job, iter(seeds), report, watch)
+    return run_in_workers(partial(run_job, job), seeds, wanted, report)
+
+
+def run_job(
+    job: Job, seeds: Iterator[int], report: EpisodeCount | None = None, watch: Watch | None = None
+) -> list[Outcome]:
+    """Run ``seeds`` of ``job`` in this process; arguments as for ``run``."""
+    with one_thread():
+        model = ActingModel(load(job.weights), HookedDecisionTransformerConfig.from_dict(job.cfg))
+        policy, least_width = _lean_policy(model, job.context, job.lanes, job.padding)
+        policy = policy if watch is None else watch(policy)
+        return run_episodes(policy, job.task, job.conditions, seeds, least_width=least_width, report=report)
+
+
+def _run_here(
+    model: HookedDecisionTransformer,
+    setting: Setting,
+    seeds: Iterator[int],
+    lanes: int | None,
+    report: EpisodeCount | None,
+    watch: Watch | None,
+) -> list[Outcome]:
+    """Run a model that only this process can run, in batches of one width.
+
+    What hooks do to a batch is theirs, and need not be the same at another width.
+    """
     context, padding, used = model.facts.context, model.facts.padding, acting_weights(model)
-    device = used["predict.action.W"].device
+    like = used["predict.action.W"]
     with one_thread(), evaluating(model):
-        # One width for everything: what hooks do to a batch is theirs, and need not be the same at another width.
-        lanes = lanes or (LEAST_LANES if device.type == "cpu" else CUDA_LANES)
-        policy: Any
-        if _is_plain(model):
-            acting = ActingModel(used, model.cfg)
-            alone = arrange(acting, context, lanes).alone
-            policy = SlidingPolicy(acting, context, lanes, alone=alone, padding=padding)
+        lanes = lanes or (LEAST_LANES if like.device.type == "cpu" else CUDA_LANES)
+        policy: Policy
+        if _acts_without_hooks(model):
+            policy, _ = _lean_policy(ActingModel(used, model.cfg), context, lanes, padding)
         else:
-            policy = WindowPolicy(model, model.cfg, context, lanes, used["predict.action.W"], padding=padding)
-        return run_episodes(policy, task, conditions, iter(seeds), report=report)
+            policy = WindowPolicy(model, model.cfg, context, lanes, like, padding=padding)
+        policy = policy if watch is None else watch(policy)
+        return run_episodes(policy, setting.task, setting.conditions, seeds, report=report)
 
 
-def _is_plain(model: HookedDecisionTransformer) -> bool:
-    """Whether the lean model can act for it: no hooks, no state encoder of its own, tokens that slide unchanged."""
+def _lean_policy(model: ActingModel, context: int, lanes: int, padding: Padding) -> tuple[Policy, int | None]:
+    """A policy of at most ``lanes`` rows, and how narrow its batch may become."""
+    width, least_width, alone = arrange(model, context, lanes)
+    return SlidingPolicy(model, context, width, alone=alone, padding=padding), least_width
+
+
+def _acts_without_hooks(model: HookedDecisionTransformer) -> bool:
+    """Whether ``ActingModel`` acts as ``model`` does: no hooks, a linear state encoder, tokens that slide unchanged."""
     from dt_lens.decision_transformer.model import Linear
 
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -161,7 +229,7 @@ def _is_plain(model: HookedDecisionTransformer) -> bool:
     return not hooked and slides and type(model.embed["state"]) is Linear
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Processor cores that this process may use, container limits included."""
     from loky import cpu_count
 

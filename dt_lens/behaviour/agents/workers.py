@@ -1,8 +1,13 @@
-"""Episodes in worker processes: each owns its environments, one torch thread and a copy of the weights.
+"""Worker processes for ``evaluate``: each claims seeds one by one and runs their episodes on one torch thread.
 
-Nothing here imports the hooked model, so a worker starts in the time that torch and Gymnasium take. The pool is
-loky's reusable one: it needs no ``if __name__ == "__main__"`` in the user's script, works from Jupyter and from
-standard input, and stays warm between evaluations.
+The pool is loky's reusable one: it needs no ``if __name__ == "__main__"`` in the user's script, works from Jupyter and
+from standard input, and stays warm, so that the next evaluation starts at once.
+
+A sweep has worker processes of its own (``dt_lens.behaviour.sweep.engines.local``), because each would lose something
+in the other's pool. When a worker dies, loky's pool breaks as a whole and cancels what the other workers run: an
+evaluation then ends with one sentence, but a sweep must lose only the dead worker's unit and go on. And a sweep's
+workers end with the sweep, whereas these stay warm between evaluations, whichever agent comes next; keeping a sweep's
+workers warm would take a second loky.
 """
 
 from __future__ import annotations
@@ -16,58 +21,25 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load
 
-from dt_lens.behaviour.agents.environment import Task
-from dt_lens.behaviour.agents.lanes import arrange
-from dt_lens.behaviour.agents.rollouts import Conditions, Outcome, run_episodes
-from dt_lens.behaviour.agents.windows import SlidingPolicy
-from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import Padding
-from dt_lens.decision_transformer.policy import ActingModel
+from dt_lens.behaviour.agents.rollouts import EpisodeCount, Outcome
 from dt_lens.errors import DtLensError
-from dt_lens.lens.forward_mode import one_thread
 
-__all__ = ["Job", "Report", "run_in_workers", "run_job"]
+__all__ = ["Work", "run_in_workers"]
 
-Report = Callable[[int, float], None]
+Work = Callable[[Iterator[int], EpisodeCount | None], list[Outcome]]  # runs the seeds that it draws
 IDLE_SECONDS = 300  # how long a worker waits for more work before it leaves
 REPORT_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything a process needs to run its share of an evaluation."""
-
-    weights: bytes  # safetensors
-    cfg: dict[str, Any]
-    context: int
-    task: Task
-    conditions: Conditions
-    seeds: range
-    lanes: int
-    padding: Padding = "mask"
-
-
-def run_job(job: Job, seeds: Iterator[int], report: Report | None = None) -> list[Outcome]:
-    """Run ``seeds`` of ``job`` in this process."""
-    with one_thread():
-        model = ActingModel(load(job.weights), HookedDecisionTransformerConfig.from_dict(job.cfg))
-        width, least_width, alone = arrange(model, job.context, job.lanes)
-        policy = SlidingPolicy(model, job.context, width, alone=alone, padding=job.padding)
-        return run_episodes(policy, job.task, job.conditions, seeds, least_width=least_width, report=report)
-
-
-def run_in_workers(job: Job, workers: int, report: Report | None = None) -> list[Outcome]:
-    """Run all seeds of ``job`` in ``workers`` processes.
+def run_in_workers(work: Work, seeds: range, workers: int, report: EpisodeCount | None = None) -> list[Outcome]:
+    """Run all ``seeds`` in ``workers`` processes; ``work`` runs in each of them, on the seeds that it claims.
 
     Raises:
-        DtLensError: what a worker raises of the kind, or that a worker died.
+        DtLensError: if ``work`` raises one, or if a worker dies.
     """
     from loky import get_reusable_executor
 
@@ -79,10 +51,10 @@ def run_in_workers(job: Job, workers: int, report: Report | None = None) -> list
     )
     with tempfile.TemporaryDirectory(prefix="dt-lens-") as folder:
         try:
-            futures = [executor.submit(_work, job, folder, number) for number in range(workers)]
+            futures = [executor.submit(_work, work, seeds, folder, number) for number in range(workers)]
             pending = set(futures)
             while pending:
-                # A timeout, so that Ctrl-C is heard while waiting.
+                # A timeout, so that Ctrl-C is noticed while waiting.
                 done, pending = wait(pending, timeout=REPORT_SECONDS, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
@@ -105,25 +77,25 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _work(job: Job, folder: str, number: int) -> list[Outcome]:
+def _work(work: Work, seeds: range, folder: str, number: int) -> list[Outcome]:
     file, due, parent = Path(folder, f"report-{number}"), 0.0, os.getppid()
 
     def report(finished: int, running: float) -> None:
         nonlocal due
         if (now := time.monotonic()) >= due:
-            if os.getppid() != parent:  # killed outright, it could neither stop its workers nor tidy up
+            if os.getppid() != parent:  # the parent was killed outright: it neither stopped its workers nor tidied up
                 shutil.rmtree(folder, ignore_errors=True)
                 os._exit(1)
             file.write_bytes(struct.pack("<qd", finished, running))
             due = now + REPORT_SECONDS
 
-    return run_job(job, _claim(job.seeds, folder), report)
+    return work(_claim(seeds, folder), report)
 
 
 def _claim(seeds: range, folder: str) -> Iterator[int]:
     """The seeds that no other worker has taken: making a file of that name succeeds for one of them only.
 
-    So nobody waits for a slower worker's share.
+    So no worker waits for a slower one's share.
     """
     for seed in seeds:
         try:

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 
-from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.agents.running import Job
 from dt_lens.behaviour.sweep.engines.engine import Engine, Event
 from dt_lens.behaviour.sweep.packing import Packer
 from dt_lens.behaviour.sweep.plan import Block

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from safetensors.torch import load
 
-from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.agents.running import Job
 from dt_lens.behaviour.sweep.plan import SOFTWARE
 from dt_lens.behaviour.sweep.units import Unit, run_unit
 from dt_lens.errors import DtLensError

@@ -15,8 +15,7 @@ from dt_lens.behaviour.agents.episodes import FailureRule
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
-from dt_lens.behaviour.agents.running import _cores, portable_job, setting_of
-from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.agents.running import Job, portable_job, setting_of, usable_cores
 from dt_lens.behaviour.sweep.arms import SV, listed, make_arms
 from dt_lens.behaviour.sweep.driver import Drive
 from dt_lens.behaviour.sweep.engines.engine import Engine
@@ -200,7 +199,7 @@ class Sweep:
 
     def _job(self) -> Job:
         """What workers are given: the agent as it is now."""
-        job = portable_job(self.model, self._setting.task, self._setting.conditions, range(0), LEAST_LANES)
+        job = portable_job(self.model, self._setting, LEAST_LANES)
         if job is None:
             raise DtLensError(
                 "This agent cannot run in other processes, because it is not on the CPU, has hooks or a state encoder "
@@ -232,7 +231,7 @@ class Sweep:
                 self._listen(store, packer, tell)
                 todo, units = store.advance()
                 if todo:
-                    workers = min(self.workers or _cores(), len(todo))
+                    workers = min(self.workers or usable_cores(), len(todo))
                     Drive(store, packer, todo, units, tell).run(engine or LocalEngine(workers), job)
         return self
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dt_lens.behaviour.agents.lanes import plan_lanes
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.agents.workers import Job, run_job
+from dt_lens.behaviour.agents.running import Job, run_job
 
 __all__ = ["Unit", "run_unit"]
 
@@ -29,7 +29,7 @@ def run_unit(job: Job, base: Mapping[str, Tensor], unit: Unit) -> list[Outcome]:
     """The outcomes of ``unit``, by seed: the same bits in every process, in any order, beside any others.
 
     Args:
-        job: what all units share; its weights, seeds and lanes are not used.
+        job: what all units share; its weights and lanes are not used.
         base: the unedited weights that acting takes, by name.
         unit: which one.
 
@@ -38,5 +38,5 @@ def run_unit(job: Job, base: Mapping[str, Tensor], unit: Unit) -> list[Outcome]:
     """
     weights = save({**base, **(load(unit.change) if unit.change else {})})
     seeds = range(unit.seed, unit.seed + unit.episodes)
-    own = replace(job, weights=weights, seeds=seeds, lanes=plan_lanes(unit.episodes))
+    own = replace(job, weights=weights, lanes=plan_lanes(unit.episodes))
     return sorted(run_job(own, iter(seeds)))

@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.agents.running import Job
 from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.behaviour.sweep.engines.node import run_on_node
 from dt_lens.behaviour.sweep.proof import prove

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.agents.running import Job
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.errors import DtLensError
 

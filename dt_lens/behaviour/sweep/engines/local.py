@@ -1,4 +1,8 @@
-"""Worker processes on this machine, each on one core. One that dies is replaced; its unit is reported dead."""
+"""Worker processes on this machine, each on one core. One that dies is replaced; its unit is reported dead.
+
+``evaluate`` has a pool of its own (``dt_lens.behaviour.agents.workers``), loky's, which stays warm between evaluations.
+It does not suit a sweep: when one of its workers dies the whole pool breaks, and what the other workers run is lost.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from dataclasses import dataclass, field
 import cloudpickle
 
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.agents.workers import Job
+from dt_lens.behaviour.agents.running import Job
 from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.behaviour.sweep.engines.worker import read_frame, write_frame
 from dt_lens.behaviour.sweep.units import Unit

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dt_lens.behaviour.agents.workers import Job
+    from dt_lens.behaviour.agents.running import Job
 
 __all__ = ["run_on_node"]
 
