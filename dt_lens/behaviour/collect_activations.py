@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["collect_activations", "kept_activations"]
 
 TOGETHER = 16  # episodes whose windows run side by side
-PLAYING = 0.25  # the share of the time that the episodes take, the rest being to look at their windows
-TEXT_WINDOWS = 256  # of a language model's own passage
+PLAYING = 0.25  # the share of the time that the episodes take; the rest goes into running their windows
+TEXT_WINDOWS = 256  # the most windows of a language model's held-out text
 Batches = Iterable[Tensor | Mapping[str, Any]]
 
 
@@ -47,22 +47,22 @@ def collect_activations(
     matrices: Sequence[str] | str | None = None,
     progress: bool | Tell = False,
 ) -> Activations:
-    """Moments of what every matrix reads, and of the stream, while the model without its edits does its work.
+    """Collect moments of what every matrix reads, and of the residual stream, while the model runs without its edits.
 
     An agent plays the episodes that ``evaluate`` plays with the same arguments, to the bit; every step's window, as
-    the agent saw it, is then run through the hooked model. Counted are the tokens whose value can reach the action: all
-    of the window (padding only where the model sees it, and not the action's own token, which acting leaves out), and
-    in the last block, after its keys and values, the last state's token only. A token counts once for every window that
-    it was in. A language model reads its held-out text in windows of 128 tokens. Where ``batches`` are given, all their
-    tokens count. Dropout is off. Only sums are kept; one torch thread, so that the numbers repeat exactly.
+    the agent saw it, is then run through the hooked model. The tokens whose value can reach the action count: all of
+    the window (padding only where the model sees it, and not the action's own token, which acting leaves out); in the
+    last block, after its keys and values, only the last state's token. A token counts once for every window that it was
+    in. A language model reads its held-out text in windows of 128 tokens. If ``batches`` are given, all their tokens
+    count. Dropout is off. Only sums are kept. torch runs on one thread, so that the numbers repeat exactly.
 
     Args:
         model: a wrapped model.
         episodes, seed, environment, environment_kwargs, target_return, max_steps: of an agent, as for ``evaluate``.
         batches: run these instead: tokens ``[batch, token]`` for a language model, or a batch of keyword arguments for
             any model (``model.probe()`` is one), with ``attention_mask`` where there is padding.
-        matrices: shell patterns of those to watch; all by default. Of a model with wide matrices it may have to be few:
-            what ``d`` entries wide is read takes ``8 d^2`` bytes.
+        matrices: shell patterns of those to watch; all by default. Memory may allow only a few of a wide model's: one
+            that reads ``d`` entries takes ``8 d^2`` bytes.
         progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
 
     Raises:
@@ -147,16 +147,16 @@ class _InputLog:
 
 
 def _watch_episodes(model: Any, watch: Watch, setting: Setting, seeds: range, tell: Tell) -> dict[str, Any]:
-    """Play the episodes, and look at every window of them."""
+    """Run the episodes, then every window of them through the hooked model."""
     played = _play(model, setting, seeds, lambda share: tell("playing episodes", PLAYING * share))
     steps, done = sum(len(episode.states) for episode in played), 0
     # Longest first, so that rows fall out at the end.
     played.sort(key=lambda episode: -len(episode.states))
     for begin in range(0, len(played), TOGETHER):
         some = played[begin : begin + TOGETHER]
-        for running in _look(model, watch, some):
+        for running in _run_windows(model, watch, some):
             done += running
-            tell("looking at windows", PLAYING + (1 - PLAYING) * done / steps)
+            tell("running windows", PLAYING + (1 - PLAYING) * done / steps)
     return {
         "environment": setting.environment,
         "environment_kwargs": setting.environment_kwargs,
@@ -193,8 +193,8 @@ def _play(model: Any, setting: Setting, seeds: range, report: Callable[[float], 
     ]
 
 
-def _look(model: Any, watch: Watch, episodes: Sequence[_Episode]) -> Iterator[int]:
-    """Run every window of some episodes, step by step, side by side; how many each time."""
+def _run_windows(model: Any, watch: Watch, episodes: Sequence[_Episode]) -> Iterator[int]:
+    """Run every window of some episodes, step by step, side by side; yields how many windows each step had."""
     context = model.facts.context
 
     def window(**batch: Tensor) -> Any:
@@ -222,12 +222,12 @@ def _look(model: Any, watch: Watch, episodes: Sequence[_Episode]) -> Iterator[in
 
 
 def _cut(name: str, x: Tensor, tokens: int) -> Tensor:
-    """An activation without the token of the action to come, which acting leaves out and nothing looks at."""
+    """An activation without the token of the action to come, which acting leaves out and nothing reads."""
     return x[:, :, :tokens, :tokens] if name.endswith("hook_pattern") else x[:, :tokens]
 
 
 def _watch_text(model: Any, watch: Watch, tell: Tell) -> dict[str, Any]:
-    """A language model's own passage, window by window."""
+    """Run a language model's held-out text, window by window."""
     from dt_lens.behaviour.texts.reading import CONTEXT, _held_out, _in_words
     from dt_lens.behaviour.texts.windows import cut, read_texts
 
@@ -256,12 +256,12 @@ def _watch_batches(model: Any, watch: Watch, batches: Batches, tell: Tell, total
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise DtLensError(f"The model cannot run on batch {number - 1}: {because(error)}.") from error
         watch.add(cache, _real(cache, named.get("attention_mask")))
-        tell("looking at batches", number / total if total else 0.0)
+        tell("running batches", number / total if total else 0.0)
     return {"batches": number}
 
 
 def _real(cache: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
-    """Which tokens of a batch are no padding, ``[batch, token]``."""
+    """Which tokens of a batch are not padding, ``[batch, token]``."""
     shape = cache["blocks.0.hook_resid_pre"].shape[:2]
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=cache["blocks.0.hook_resid_pre"].device)
@@ -270,10 +270,10 @@ def _real(cache: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
 
 
 def kept_activations(model: Any, file: Path, setting: Setting, seed: int = 0, tell: Tell = silent) -> Activations:
-    """The activations in ``file`` where they are this agent's in this setting; else they are collected, and kept there.
+    """This agent's activations in this setting: read from ``file`` if they are there, else collected and saved there.
 
-    A file must say its model, environment and target return; of its environment's options, its time limit and its seed
-    it may be silent, as older ones are.
+    A file must name its model, environment and target return. Older files lack their environment's options, their time
+    limit and their seed; what a file lacks is not compared.
 
     Raises:
         DtLensError: as ``collect_activations`` does, or when the file cannot be written.
@@ -287,7 +287,7 @@ def kept_activations(model: Any, file: Path, setting: Setting, seed: int = 0, te
         "seed": seed,
     }
     if file.is_file():
-        with suppress(DtLensError):  # damaged: collected again
+        with suppress(DtLensError):  # a damaged file: collect again
             kept = Activations.load(file)
             said = {name: value for name, value in wanted_if_said.items() if name in kept.record}
             if all(kept.record.get(name) == value for name, value in (wanted | said).items()):

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Text and HTML of results: intervals, p-values, tables of names and values."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def span(interval: Interval | tuple[float, float], *, percent: bool = False, dig
 
 
 def text_table(title: str, rows: list[tuple[str, str]]) -> str:
-    """Lines of name and value under a title."""
+    """A title, then one line of name and value per row, the values aligned."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
 def html_table(title: str, rows: list[tuple[str, str]]) -> str:
-    """The same for a notebook."""
+    """An HTML table of name and value, with the title as caption, for notebooks."""
     body = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
         for name, value in rows
@@ -42,7 +42,7 @@ def html_table(title: str, rows: list[tuple[str, str]]) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value for people.
+    """A p-value as text: three digits, or scientific notation below 0.001.
 
     >>> p_text(0.00002), p_text(0.0371), p_text(1.0)
     ('2.0e-05', '0.0371', '1')

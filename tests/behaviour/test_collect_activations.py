@@ -170,10 +170,10 @@ def test_kept_activations_are_of_this_very_setting(make_model: Make, tmp_path: P
 
 
 def test_progress_and_bad_settings(make_model: Make) -> None:
-    model, told = make_model("CartPole-v1"), []
-    collect_activations(model, episodes=1, max_steps=5, progress=lambda what, share: told.append((what, share)))
-    assert {what for what, _ in told} == {"playing episodes", "looking at windows"}
-    shares = [share for _, share in told]
+    model, calls = make_model("CartPole-v1"), []
+    collect_activations(model, episodes=1, max_steps=5, progress=lambda what, share: calls.append((what, share)))
+    assert {what for what, _ in calls} == {"playing episodes", "running windows"}
+    shares = [share for _, share in calls]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
     for options in ({"episodes": 0}, {"seed": -1}, {"max_steps": 0}, {"episodes": 1.5}):

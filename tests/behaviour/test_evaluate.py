@@ -157,6 +157,21 @@ def test_edits_in_place_are_seen_and_change_the_id(make_model: Make) -> None:
     assert model_id(model) != before.model_id
 
 
+def test_the_last_row_of_the_timestep_table_is_used_and_repeated(make_model: Make) -> None:
+    model = make_model("Pendulum-v1", max_ep_len=6)
+
+    def returns(steps: int) -> list[float]:
+        found: list[float] = evaluate(model, episodes=2, workers=1, max_steps=steps).returns.tolist()
+        return found
+
+    before = {steps: returns(steps) for steps in (5, 6, 9)}
+    model.weights["embed.timestep.W"][-1] += 3.0
+    after = {steps: returns(steps) for steps in (5, 6, 9)}
+    assert after[5] == before[5]
+    assert not set(after[6]) & set(before[6])
+    assert not set(after[9]) & set(before[9])
+
+
 def test_active_edits_are_recorded(make_model: Make) -> None:
     class Edit:
         def to_dict(self) -> dict[str, Any]:

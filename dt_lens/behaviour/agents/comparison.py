@@ -1,4 +1,4 @@
-"""Two evaluations over the same seeds: what the edit, the target or the other model changed."""
+"""Compare two evaluations over the same seeds: what an edit, another target or another model changed."""
 
 from __future__ import annotations
 
@@ -173,11 +173,11 @@ def _check_pairs(edited: Episodes, baseline: Episodes) -> None:
         if one != other:
             raise DtLensError(
                 f"The two evaluations differ in their {what} ({one} and {other}); "
-                "evaluate both with the same to compare them."
+                f"evaluate both with the same {what} to compare them."
             )
     if not np.array_equal(edited.seeds, baseline.seeds):
         raise DtLensError(
-            f"The two evaluations ran other seeds ({_seeds(edited)} and {_seeds(baseline)}); "
+            f"The two evaluations ran different seeds ({_seeds(edited)} and {_seeds(baseline)}); "
             "evaluate both with the same seed and episodes to compare them in pairs."
         )
 

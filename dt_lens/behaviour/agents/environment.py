@@ -23,7 +23,7 @@ Env = gym.Env[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """An environment by specification, so that any process can make it, with what acting in it takes.
+    """An environment's specification, so that any process can make it, with what acting in it takes.
 
     Observations that are not flat vectors are flattened as ``gymnasium.spaces.flatten`` does (a discrete one becomes
     one-hot).
@@ -53,9 +53,9 @@ class Task:
         return np.asarray(spaces.flatten(space, observation), dtype=np.float64)
 
     def actions(self, predictions: NDArray[np.float32]) -> tuple[Sequence[Any], NDArray[np.float32]]:
-        """What to do for predicted actions ``[n, act_dim]``: ``n`` for ``env.step``, and ``[n, act_dim]`` to feed back.
+        """Turn predictions ``[n, act_dim]`` into ``n`` actions for ``env.step``, and ``[n, act_dim]`` to feed back.
 
-        Continuous predictions are clipped to the action box and not rescaled; of discrete ones, which are logits, the
+        Continuous predictions are clipped to the action box and not rescaled. Discrete predictions are logits: the
         largest is taken, and fed back one-hot.
         """
         space = self.action_space
@@ -79,7 +79,7 @@ def make_task(
     without a limit is cut at the end of the model's timestep table.
 
     Raises:
-        DtLensError: for an id that nobody registered, an environment that cannot be made, or a state or action space
+        DtLensError: for an id that is not registered, an environment that cannot be made, or a state or action space
             that the model does not fit.
     """
     spec = _find(environment)
@@ -98,7 +98,7 @@ def make_task(
         )
     if discrete != cfg.discrete_actions:
         kind, other = ("discrete", "continuous") if discrete else ("continuous", "discrete")
-        # No file of Hugging Face's or kzl's says what its predictions are.
+        # Hugging Face's and kzl's files do not say what their predictions are.
         logits = discrete and not cfg.action_tanh
         hint = "; if they are logits, pass discrete_actions=True to load or wrap" if logits else ""
         raise DtLensError(f"{environment} takes {kind} actions and this model predicts {other} ones{hint}.")
@@ -156,10 +156,10 @@ def _action_size(environment: str, space: spaces.Space[Any]) -> tuple[int, bool]
 
 @dataclasses.dataclass(frozen=True)
 class ScoreReference:
-    """The returns that a D4RL-normalised score calls 0 (a random policy's) and 100 (an expert's).
+    """The returns whose D4RL-normalised scores are 0 (a random policy) and 100 (an expert).
 
     Fu et al., "D4RL: Datasets for Deep Data-Driven Reinforcement Learning" (2020). They were measured on the versions
-    of 2020 (Hopper-v2 and its like); on later versions the score is a convention, not a share of what is possible.
+    of 2020 (Hopper-v2 and so on); on later versions the score is a convention, not a share of what is possible.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The identity of an agent: a hash of everything that decides what it does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model_id(model: HookedDecisionTransformer) -> str:
     The first 64 bits of a SHA-256; labels and notes among the facts count like the rest.
 
     Raises:
-        DtLensError: for a model that is no agent.
+        DtLensError: for a model that is not an agent.
     """
     import torch
 

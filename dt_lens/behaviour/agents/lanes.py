@@ -1,9 +1,9 @@
-"""How many episodes run side by side, and the guarantee that it does not show in their numbers.
+"""How many episodes run side by side, and the guarantee that this does not change their numbers.
 
 A matrix product may round differently when the batch has another width, and even from row to row of one batch:
-libraries choose their kernels by shape and treat the edges of a matrix apart. An episode that ran among 8 must do to
-the last bit what it does among 13, and in the first row what in the last, or its outcome would depend on how many were
-asked for. So what a batch may look like is tried on the machine at hand before the first step, not assumed.
+libraries choose their kernels by shape and treat the edges of a matrix apart. An episode must do among 8 what it does
+among 13, and in the first row what it does in the last, to the last bit; otherwise its outcome would depend on the
+number of episodes. So the shapes that a batch may have are tried on the machine before the first step, not assumed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dt_lens.decision_transformer.policy import ActingModel, may_look
 
 __all__ = ["CUDA_LANES", "LEAST_LANES", "MOST_LANES", "Arrangement", "arrange", "plan_lanes"]
 
-LEAST_LANES = 8  # narrower batches meet other kernels, and take nearly as long
+LEAST_LANES = 8  # narrower batches use other kernels, and take nearly as long
 MOST_LANES = 16  # wider ones leave the processor's cache and gain nothing
 CUDA_LANES = 128  # one width for everything: a GPU does not mind empty rows
 SMALL = 64  # below this d_model a window has so few numbers that rounding may agree by luck: try more of them
@@ -39,7 +39,7 @@ def plan_lanes(episodes: int) -> int:
 
 
 class Arrangement(NamedTuple):
-    """How a batch may look without its look showing in any row's bits."""
+    """The shapes that a batch may have without changing any row's bits."""
 
     width: int
     least_width: int | None  # how narrow it may become at the end; never narrower than ``width`` where ``None``
@@ -47,11 +47,11 @@ class Arrangement(NamedTuple):
 
 
 def arrange(model: ActingModel, context: int, lanes: int) -> Arrangement:
-    """The best arrangement of at most ``lanes`` rows that keeps every row's bits its own.
+    """The fastest arrangement of at most ``lanes`` rows in which no row's bits depend on the others.
 
     On a CPU any width from ``LEAST_LANES`` to ``lanes`` where the rows agree in all of them; else ``LEAST_LANES`` rows
-    always; else, as with an odd ``d_model``, each row alone. Elsewhere ``lanes`` rows always, or each alone. Tried with
-    random weights of the model's shape once per process: a forward pass for each width.
+    always; else, as with an odd ``d_model``, each row alone. On other devices ``lanes`` rows always, or each alone.
+    Tried with random weights of the model's shape once per process: a forward pass for each width.
     """
     agree = functools.partial(_rows_agree, model.cfg, model.dtype, model.device.type, context)
     if model.device.type != "cpu":
@@ -69,7 +69,7 @@ def _rows_agree(
 ) -> bool:
     """Whether one window gives the same bits in every row of batches of all these widths."""
     generator = torch.Generator(device).manual_seed(0)
-    # Any weights of the same shapes meet the same kernels; these keep the residual stream near unit scale.
+    # Any weights of the same shapes use the same kernels; these keep the residual stream near unit scale.
     model = ActingModel.random(cfg, dtype, generator)
     n = 3 * context - 1
 
@@ -99,12 +99,12 @@ def _rows_agree(
 def _actions_agree(model: ActingModel, streams: torch.Tensor, widths: Sequence[int]) -> bool:
     """Whether the action of each of ``streams [n, d_model]`` has the same bits in batches of all these widths.
 
-    The action is the narrowest result there is: where it is a single number, another kernel's rounding shows in one of
+    The action is the narrowest result: where it is a single number, another kernel's rounding shows in one window of
     three, and a few windows would agree by luck.
     """
     n, expected = len(streams), None
     for width in widths:
-        for shift in (0, 3):  # into other rows
+        for shift in (0, 3):  # the same streams in other rows
             rolled = streams.roll(shift, 0)
             # Each batch in memory of its own: alignment can change rounding.
             found = torch.cat([model.action(rolled[i : i + width].clone()) for i in range(0, n - width + 1, width)])

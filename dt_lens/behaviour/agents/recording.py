@@ -38,9 +38,9 @@ class _RecordingTask(Task):
 
 
 def record_actions(model: HookedDecisionTransformer, evaluation: Episodes, seed: int) -> NDArray[Any]:
-    """What ``model`` as it is now does in the episode ``seed`` of ``evaluation``: ``[steps, act_dim]`` or ``[steps]``.
+    """The actions of ``model`` as it is now in episode ``seed`` of ``evaluation``: ``[steps, act_dim]`` or ``[steps]``.
 
-    The episode is run again; it is the same to the bit as when ``evaluate`` ran it with these weights.
+    The episode is run again, and repeats to the last bit what it was when ``evaluate`` ran it with these weights.
     """
     e = evaluation
     setting = setting_of(model, e.environment, e.environment_kwargs, e.target_return, e.time_limit)

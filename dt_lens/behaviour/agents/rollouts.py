@@ -1,8 +1,8 @@
 """Many episodes side by side: one forward pass gives every lane its action, then every lane's environment steps.
 
 The protocol is Chen et al.'s (2021): states normalised, the return-to-go starts at the target and falls by each reward,
-the last ``context`` steps are in view, padded on the left. What an episode does is a function of its seed alone; which
-lane it ran in, beside whom and after whom, must not show in a single bit of it.
+the last ``context`` steps are visible, padded on the left. What an episode does is a function of its seed alone: the
+lane it runs in, the episodes beside it and those before it must not change a single bit of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Conditions(NamedTuple):
     return_scale: float
     state_mean: NDArray[np.float64]  # [state_dim]
     state_std: NDArray[np.float64]  # [state_dim]
-    last_timestep: int  # rows of the timestep table, less one: later steps repeat it
+    last_timestep: int  # the timestep table's last row; steps beyond it repeat it
 
 
 class Policy(Protocol):
@@ -81,7 +81,7 @@ class _Lane:
 
 
 class _Inputs:
-    """What the policy is fed next, a row per lane."""
+    """The next inputs of the policy, a row per lane."""
 
     def __init__(self, width: int, task: Task, conditions: Conditions) -> None:
         self.conditions = conditions
@@ -121,8 +121,8 @@ def run_episodes(
 
     Args:
         policy: fresh, with one row for each lane.
-        task: where.
-        conditions: the target return and the units.
+        task: the environment, and when an episode is cut.
+        conditions: the target return, and how states and returns are scaled.
         seeds: given in order to lanes as they fall free.
         least_width: when the seeds run out the batch narrows as lanes fall free, but not below this; when omitted it
             never narrows and every episode stays in its row. Rows without an episode are computed and thrown away.
@@ -189,7 +189,7 @@ def _check_finite(predictions: NDArray[np.float32], lanes: Mapping[int, _Lane]) 
 
 
 def _narrow(policy: Policy, inputs: _Inputs, lanes: dict[int, _Lane], width: int) -> dict[int, _Lane]:
-    """Move the busy rows up to the first ones and drop what lies beyond ``width``."""
+    """Move the rows with episodes to the front and drop the rows beyond ``width``."""
     rows = [*lanes, *(row for row in range(policy.width) if row not in lanes)][:width]
     policy.keep(rows)
     inputs.keep(rows)

@@ -1,8 +1,8 @@
-"""What the agent looks back on: a batch of episodes, each row with its own window of the last ``context`` steps.
+"""Policies over a batch of episodes: each row keeps its own window of the last ``context`` steps.
 
 Both policies here work on full windows, padded on the left, whatever the rows' ages, so that the arithmetic of a row
-does not depend on how old its neighbours are. The padding is masked; or it is seen, and then it is states of zero as
-the model reads them, the action for none, the episode's first return-to-go and timestep 0, as some code bases train.
+does not depend on how old its neighbours are. The padding is masked; or it is visible, as some code bases train: states
+of zero after normalisation, the padding action, the episode's first return-to-go, and timestep 0.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def _no_action(cfg: HookedDecisionTransformerConfig, like: Tensor) -> Tensor:
 
 
 class SlidingPolicy:
-    """The lean model. What a token is before it meets the others is worked out when it enters, and slides with it.
+    """A policy on an ``ActingModel``: what a token is before attention is computed once, when it enters the window.
 
     Args:
         model: the weights.
-        context: steps looked back.
+        context: steps in a window.
         width: rows.
         alone: compute each row by itself.
-        padding: whether what stands before the first step is seen.
+        padding: whether the model sees what stands before the first step.
 
     Raises:
         DtLensError: when windows of ``context`` steps do not fit the model's position table.
@@ -56,8 +56,8 @@ class SlidingPolicy:
     ) -> None:
         self.model, self.context, self.width, self.alone = model, context, width, alone
         self._visible = padding == "visible"
-        # Tokens enter by threes: the action just taken, the return-to-go, the state. What is acted on is all but the
-        # oldest of them. With learned positions a token's queries, keys and values change as it slides.
+        # Tokens enter by threes: the action just taken, the return-to-go, the state. The model acts on all but the
+        # oldest token. With learned positions a token's queries, keys and values change as it slides.
         self._slides_qkv = model.cfg.position != "learned"
         features = model.cfg.d_model * (4 if self._slides_qkv else 1)
         self._tokens = torch.zeros(width, 3 * context, features, dtype=model.dtype, device=model.device)
@@ -89,7 +89,7 @@ class SlidingPolicy:
         timesteps: Int[Tensor, " width"],
         previous_actions: Float[Tensor, "width act_dim"],
     ) -> Float[Tensor, "width act_dim"]:
-        """The rows' actions. ``previous_actions`` are those taken one step earlier, of no account in a new episode."""
+        """The rows' actions. ``previous_actions`` are those taken one step earlier; ignored in a new episode."""
         model = self.model
         returns, states, actions = (a.to(model.device, model.dtype) for a in (returns_to_go, states, previous_actions))
         # Not timesteps - 1: beyond the end of the timestep table its last row repeats.
@@ -104,10 +104,10 @@ class SlidingPolicy:
                 self._age[row] = age + 1
                 if not self._visible:
                     self._open(row, 3 * (age + 1) - 1)
-        return _by_row(self.alone, self._look, self._tokens, self._mask)
+        return _by_row(self.alone, self._actions, self._tokens, self._mask)
 
     def _pad(self, returns: Tensor, states: Tensor, actions: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill the windows of rows that begin; their previous actions and the timesteps of those become padding's."""
+        """Fill the windows of rows that begin with padding; their previous actions and timesteps become padding too."""
         fresh = torch.tensor([age == 0 for age in self._age], device=self.model.device)
         actions = F.pad(actions, (0, self.model.cfg.n_actions - actions.shape[-1]))
         nothing, start = _no_action(self.model.cfg, actions), torch.zeros_like(before)
@@ -123,29 +123,29 @@ class SlidingPolicy:
         new = torch.stack((parts[2], parts[0], parts[1]), dim=1)
         return torch.cat((new, self.model.first_qkv(new)), dim=-1) if self._slides_qkv else new
 
-    def _look(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _actions(self, tokens: Tensor, mask: Tensor) -> Tensor:
         model, d = self.model, self.model.cfg.d_model
         x = model.place(tokens[:, 1:, :d])
         qkv = tokens[:, 1:, d:] if self._slides_qkv else model.first_qkv(x)
         return model.action(model.hidden(x, qkv, mask))
 
     def _open(self, row: int, n: int) -> None:
-        """Let the last ``n`` tokens of ``row`` be seen."""
+        """Unmask the last ``n`` tokens of ``row``."""
         tokens = self._mask.shape[-1]
         real = torch.arange(tokens, device=self._mask.device) >= tokens - n
         self._mask[row] = may_look(real[None], self._mask.dtype)[0]
 
 
 class WindowPolicy:
-    """The whole model: slower than the lean one, and everything that is hooked happens.
+    """A policy on the whole hooked model: slower than ``SlidingPolicy``, and every hook runs.
 
     Args:
         model: called with Hugging Face's keywords; its ``action_preds [width, context, act_dim]`` are read.
         cfg: its shape and options.
-        context: steps looked back.
+        context: steps in a window.
         width: rows.
         like: a weight of the model, for its device and type.
-        padding: whether what stands before the first step is seen.
+        padding: whether the model sees what stands before the first step.
     """
 
     def __init__(
@@ -160,8 +160,8 @@ class WindowPolicy:
     ) -> None:
         self.model, self.cfg, self.width = model, cfg, width
         self._visible = padding == "visible"
-        self._fresh = set(range(width)) if self._visible else set[int]()  # rows that begin with the next action
-        # The action to come need not be there, and must not be where there is no position for it.
+        self._fresh = set(range(width)) if self._visible else set[int]()  # rows whose episode begins now
+        # The action to come may be left out, and must be where the position table has no row for it.
         self._acted = context - 1 if cfg.position == "learned" and cfg.n_position < 3 * context else context
         self._states = like.new_zeros(width, context, cfg.state_dim)
         self._actions = like.new_zeros(width, context, cfg.n_actions if self._visible else cfg.act_dim)

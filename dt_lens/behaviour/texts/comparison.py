@@ -1,4 +1,4 @@
-"""Two evaluations over the same windows of text: what the edit, or the other model, changed."""
+"""Compare two evaluations over the same windows of text: what an edit or another model changed."""
 
 from __future__ import annotations
 
@@ -170,16 +170,16 @@ def _check_pairs(edited: Losses, baseline: Losses, other_model: bool) -> None:
         raise DtLensError(f"compare takes another evaluation of text, not a {type(baseline).__name__}.")
     if edited.context != baseline.context or len(edited) != len(baseline):
         raise DtLensError(
-            f"The two evaluations cut the text into other windows ({len(edited)} of {edited.context} tokens and "
+            f"The two evaluations cut the text into different windows ({len(edited)} of {edited.context} tokens and "
             f"{len(baseline)} of {baseline.context}); evaluate both with the same context and windows to compare them."
         )
     if edited.text_id != baseline.text_id:
         raise DtLensError(
-            f"The two evaluations read other texts or tokens ({edited.text}, {edited.text_id}, and {baseline.text}, "
-            f"{baseline.text_id}); evaluate both on the same text to compare them in pairs."
+            f"The two evaluations read different texts or tokens ({edited.text}, {edited.text_id}, and "
+            f"{baseline.text}, {baseline.text_id}); evaluate both on the same text to compare them in pairs."
         )
     if edited.base_id != baseline.base_id and not other_model:
         raise DtLensError(
             f"The two evaluations are of different models ({edited.base_id} and {baseline.base_id} without their "
-            "edits); say compare(..., other_model=True) if that is what you want to compare."
+            "edits); pass other_model=True to compare them."
         )

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 __all__ = ["Losses", "Moved", "moved_frame", "moved_html", "moved_rows", "small_span"]
 
-SHOWN = 5  # tokens that moved up, and down, in what is printed
+SHOWN = 5  # how many tokens to print of those that moved up, and of those that moved down
 
 
 class Moved(NamedTuple):
     """A token whose mean predicted probability an edit changed."""
 
     token: int
-    text: str  # as a reader can tell it apart: a space before it is ␣
+    text: str  # printable: a space before it is ␣
     before: float  # mean over all predicted positions, unedited
     after: float
 
@@ -93,7 +93,7 @@ class Losses:
 
 
 def small_span(interval: tuple[float, float]) -> str:
-    """An interval of numbers that may be small.
+    """An interval as text, to three significant digits.
 
     >>> small_span((0.00012345, 0.25))
     '[0.000123, 0.25]'
@@ -102,7 +102,7 @@ def small_span(interval: tuple[float, float]) -> str:
 
 
 def moved_frame(moved: Sequence[Moved], k: int | None = None) -> pd.DataFrame:
-    """Tokens that gained, most first, then tokens that lost, most first, ``k`` of each."""
+    """A frame of the tokens that gained, most first, then those that lost, most first, ``k`` of each."""
     gained = [row for row in moved if row.change > 0][:k]
     lost = [row for row in moved if row.change < 0][:k]
     columns = ["token", "text", "before", "after", "change"]
@@ -110,7 +110,7 @@ def moved_frame(moved: Sequence[Moved], k: int | None = None) -> pd.DataFrame:
 
 
 def moved_rows(moved: Sequence[Moved]) -> list[tuple[str, str]]:
-    """The first few, for a table of names and values."""
+    """The tokens that moved most, as rows of a table of names and values."""
     table = moved_frame(moved, SHOWN)
     rows = []
     for name, part in (
@@ -123,7 +123,7 @@ def moved_rows(moved: Sequence[Moved]) -> list[tuple[str, str]]:
 
 
 def moved_html(moved: Sequence[Moved], k: int = 10) -> str:
-    """A table of them for a notebook; nothing where none moved."""
+    """An HTML table of the tokens that moved, for notebooks; empty if none did."""
     if not moved:
         return ""
     body = "".join(

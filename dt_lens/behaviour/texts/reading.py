@@ -1,4 +1,4 @@
-"""``evaluate`` for language models: how well a text is predicted, and what edits do to the predictions."""
+"""``evaluate`` for language models: how well they predict texts, and what edits do to the predictions."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from dt_lens.progress import Count, counting
 
 __all__ = ["HELD_OUT", "base_and_model_id", "evaluate_text"]
 
-HELD_OUT = "heldout.txt"  # the text beside a model that it was not trained on
-CONTEXT = 128  # by default: more windows are more evidence, and a window's later tokens are easier
+HELD_OUT = "heldout.txt"  # a text in the model's folder that it was not trained on
+CONTEXT = 128  # the default: shorter windows are more units, and a long window's later tokens are easier
 AT_ONCE = 2**28  # bytes of logits to keep between running without edits and with them
-MOVED = 50  # tokens to keep that gained, and that lost
+MOVED = 50  # how many tokens to keep of those that gained, and of those that lost
 
 
 def evaluate_text(
@@ -39,22 +39,22 @@ def evaluate_text(
     windows: int | None = None,
     progress: bool | Count = False,
 ) -> TextEvaluation:
-    """Let ``model`` as it is now (edits included) predict texts, and return how each window of them went.
+    """Predict texts with ``model`` as it is now (edits included); return the loss of each window of tokens.
 
-    Every window is run by itself, on one torch thread, so that what happens in it depends on the model and its tokens
-    alone, to the last bit on a CPU. Where edits are in force, the windows also run with them suspended: KL and the
-    tokens that moved are against the same model without its edits. Dropout is off.
+    Every window is run by itself, on one torch thread, so that its result depends on the model and its tokens alone, to
+    the last bit on a CPU. If edits are in force, the windows also run with them suspended: KL and the tokens that moved
+    compare the model with itself without its edits. Dropout is off.
 
     Args:
         model: a wrapped language model, with its tokenizer.
-        texts: the path of a text file, a text, or a list of texts; the held-out text beside the model by default.
+        texts: the path of a text file, a text, or a list of texts; the held-out text in the model's folder by default.
         context: tokens of a window, at most the model's own; 128 by default.
         windows: the most windows, from the first on; all by default.
         progress: ``True`` for a progress bar on standard error, or a function of (windows done, windows).
 
     Raises:
         DtLensError: for texts that cannot be read or are too short, a context that does not fit, a model without a
-            tokenizer, or one that predicts what is not finite.
+            tokenizer, or one whose predictions are not finite.
     """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
@@ -68,7 +68,7 @@ def evaluate_text(
             whole_number(value, name, least)
     if context > longest:
         raise DtLensError(
-            f"context is {context}, and the model looks at no more than {longest} tokens; give at most that."
+            f"context is {context}, and the model reads no more than {longest} tokens; give at most that."
         )
     texts = _held_out(model) if texts is None else texts
     read = read_texts(texts)
@@ -130,7 +130,7 @@ def _groups(windows: Windows, vocabulary: int) -> Iterator[tuple[np.ndarray[Any,
 
 
 def _logits(model: Any, window: np.ndarray[Any, Any], unpredicted: int) -> Tensor:
-    """``[predicted, d_vocab]``: what the model says of each predicted token before it has seen it."""
+    """The logits of each predicted token from the tokens before it, ``[predicted, d_vocab]``."""
     device = next(iter(model.weights.values())).device
     out = model(torch.from_numpy(window)[None].to(device))
     logits: Tensor = getattr(out, "logits", out)[0, unpredicted - 1 : -1]
@@ -152,7 +152,7 @@ def _moved(before: Tensor, after: Tensor, model: Any) -> tuple[Moved, ...]:
 
 
 def _held_out(model: Any) -> Path:
-    """The held-out text beside the checkpoint that the model, or its tokenizer, came from."""
+    """The held-out text in the folder that the model, or its tokenizer, was loaded from."""
     config = getattr(getattr(model, "original", None), "config", None)
     named = (
         getattr(model, "folder", None),
@@ -163,7 +163,7 @@ def _held_out(model: Any) -> Path:
         if folder and (Path(folder) / HELD_OUT).is_file():
             return Path(folder) / HELD_OUT
     raise DtLensError(
-        f"There is no {HELD_OUT} beside the model; give evaluate a text: a file, a string, or a list of strings."
+        f"The model's folder holds no {HELD_OUT}; give evaluate a text: a file, a string, or a list of strings."
     )
 
 
@@ -201,6 +201,6 @@ def _joined(about: str, digests: Mapping[str, bytes]) -> str:
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
-    """What a configuration says in plain values; others, such as functions, print an address."""
+    """The plain values of a configuration; the text of others, such as functions, holds an address."""
     values = cfg.to_dict() if hasattr(cfg, "to_dict") else vars(cfg)
     return {str(k): v for k, v in values.items() if isinstance(v, str | int | float | bool | list | None)}

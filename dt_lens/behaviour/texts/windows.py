@@ -1,4 +1,4 @@
-"""Texts cut into windows of tokens: the units over which a language model's behaviour is measured and paired."""
+"""Cut texts into windows of tokens: the units over which a language model's behaviour is measured and paired."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Windows:
 
     Attributes:
         tokens: ``[length]`` ids of each window, what the tokenizer puts before every text included.
-        unpredicted: how many tokens at the start of a window nobody is asked to predict, at least 1.
+        unpredicted: how many tokens at the start of a window are not predicted, at least 1.
         bytes_per_token: of the texts as a whole, in UTF-8.
     """
 
@@ -46,13 +46,13 @@ class Windows:
 
 
 def read_texts(texts: Texts) -> list[str]:
-    """The texts that were meant: a text, a text file, or several of either.
+    """Read ``texts``: a text, a text file, or several of either.
 
-    A ``Path`` is a file. A string is a file where there is one of that name, and else a text; one that looks like the
-    name of a file that is not there is refused. In a list, strings are texts.
+    A ``Path`` is a file. A string is a file if one of that name exists, and otherwise a text; a string that looks like
+    the name of a missing file is refused. In a list, strings are texts.
 
     Raises:
-        DtLensError: for a file that cannot be read as UTF-8 text, nothing at all, or what is no text.
+        DtLensError: for a file that cannot be read as UTF-8 text, an empty list, or a value that is not a text.
     """
     if isinstance(texts, str):
         return [_read(Path(texts)) if _names_a_file(texts) else texts]
@@ -92,19 +92,19 @@ def _read(file: Path) -> str:
 
 
 def cut(texts: Sequence[str], tokenizer: Any, context: int, limit: int | None = None) -> Windows:
-    """Consecutive windows of ``context`` tokens that share none; those of a text do not depend on the other texts.
+    """Consecutive windows of ``context`` tokens without overlap; the windows of a text do not depend on other texts.
 
-    What is left at a text's end is left out, except that a text shorter than a window is a window by itself. A token
+    The rest at a text's end is left out, except that a text shorter than a window is a window by itself. A token
     that the tokenizer puts before every text (Llama's ``<s>``) stands before every window, within ``context``.
 
     Args:
         texts: the texts.
-        tokenizer: anything with ``encode(text)``; a Hugging Face tokenizer's ``bos_token_id`` is heeded.
+        tokenizer: anything with ``encode(text)``; a Hugging Face tokenizer's ``bos_token_id`` is respected.
         context: tokens of a window, at least 2.
         limit: the most windows, from the first on.
 
     Raises:
-        DtLensError: when no text has two tokens.
+        DtLensError: if no text has two tokens.
     """
     prefix = _prefix(tokenizer)
     room = context - len(prefix)
@@ -124,7 +124,7 @@ def cut(texts: Sequence[str], tokenizer: Any, context: int, limit: int | None = 
 def _encode(tokenizer: Any, text: str, prefix: int) -> list[int]:
     """The tokens of a text, without the ``prefix`` tokens that the tokenizer puts before it."""
     try:
-        # A whole file is longer than any context; the warning about that is not for us.
+        # A whole file is longer than any context; verbose=False suppresses the warning about that.
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     except TypeError:  # not one of Hugging Face's
         return list(tokenizer.encode(text))[prefix:]

@@ -1,7 +1,7 @@
-"""The process that draws a video: replays actions, draws both agents, encodes. Started by ``video.py`` alone.
+"""The process that draws a video: replays actions, draws both agents, encodes. Only ``video.py`` starts it.
 
 ``python -m dt_lens.behaviour.video.rendering FOLDER`` reads ``job.pickle`` there and leaves ``video.mp4`` and
-``result.json``; ``stage`` always says in words what it is doing, for whoever finds it dead.
+``result.json``. Its file ``stage`` says in words what it is doing, in case it dies.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 _GAP = 4  # pixels between the two pictures
 _STRIP = 26  # pixels of the lines of text above and below
 _FELL = (213, 94, 0)  # the colour of edits in the figures
-_FEWEST = 12  # frames: fewer are no video
+_FEWEST = 12  # frames: fewer do not make a video
 
 Picture = npt.NDArray[np.uint8]  # [height, width, 3]
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """One agent's episode: after each step whether it ended, and the return so far ``[steps + 1]``."""
+    """One agent's episode: the return after each step, ``[steps + 1]``, and whether the environment ended it."""
 
     returns: npt.NDArray[np.float64]
     fell: bool
@@ -46,17 +46,17 @@ class _Replay:
 
 
 def main(place: Path) -> None:
-    """Do the job in ``place``; whatever fails is told in ``result.json``."""
+    """Do the job in ``place``; an error is written to ``result.json``."""
     try:
-        told = _video(place)
+        result = _video(place)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = {"error": (lines[0].rstrip(".") if lines else type(error).__name__)[:300], "opengl": _is_opengl(error)}
-    (place / "result.json").write_text(json.dumps(told), encoding="utf-8")
+        result = {"error": (lines[0].rstrip(".") if lines else type(error).__name__)[:300], "opengl": _is_opengl(error)}
+    (place / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _is_opengl(error: BaseException | None) -> bool:
-    """Whether an error comes from finding or starting OpenGL: it may do so already when MuJoCo is imported."""
+    """Whether an error comes from finding or starting OpenGL, which may happen as early as MuJoCo's import."""
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             name = str(frame.f_globals.get("__name__"))
@@ -107,8 +107,8 @@ def _make(job: dict[str, Any]) -> Any:
     import gymnasium as gym
 
     kwargs = {**job["kwargs"], "render_mode": "rgb_array"}
-    # MuJoCo's environments draw at the size asked for, and by default from a camera that stays behind while the agent
-    # leaves; their models have another that follows it. Other environments do not know these words.
+    # MuJoCo's environments draw at the given size, and by default from a camera that stays behind while the agent
+    # leaves; their models have another that follows it. Other environments do not take these arguments.
     view: dict[str, int | str] = {"width": job["size"], "height": job["size"]}
     if not {"camera_name", "camera_id", "default_camera_config"} & set(kwargs):
         view["camera_name"] = "track"
@@ -132,7 +132,7 @@ def _action(env: Any, action: npt.NDArray[Any]) -> Any:
 
 
 def _replay(env: Any, seed: int, actions: npt.NDArray[Any]) -> _Replay:
-    """An episode's returns and end, nothing drawn."""
+    """Replay an episode without drawing: its returns and how it ended."""
     env.reset(seed=seed)
     returns, terminated = [0.0], False
     for action in actions:
@@ -146,7 +146,7 @@ def _replay(env: Any, seed: int, actions: npt.NDArray[Any]) -> _Replay:
 def _pictures(
     env: Any, seed: int, actions: npt.NDArray[Any], replay: _Replay, steps: list[int], size: int
 ) -> list[Picture]:
-    """The same episode again, drawn after each of ``steps``; after its end the last picture stands."""
+    """Replay the episode again and draw it after each of ``steps``; after its end the last picture is repeated."""
     env.reset(seed=seed)
     now = 0
     out: list[Picture] = []
@@ -196,12 +196,12 @@ def _frame(job: dict[str, Any], replays: list[_Replay], step: int, pictures: lis
             image = Image.blend(image, Image.new("RGB", image.size, (128, 128, 128)), 0.45)
         frame.paste(image, (x, _STRIP))
         at = min(step, replay.length)
-        told = f"{job['ended']} at step {at}" if over else f"step {at}"
+        text = f"{job['ended']} at step {at}" if over else f"step {at}"
         if over:
             draw.rectangle((x, _STRIP, x + size - 1, _STRIP + size - 1), outline=_FELL, width=5)
             draw.rectangle((x, _STRIP + size, x + size - 1, size + 2 * _STRIP), fill=_FELL)
         _write(draw, job["captions"][number], x + size / 2, _STRIP / 2, size)
-        _write(draw, f"{told} · return {replay.returns[at]:,.0f}", x + size / 2, _STRIP * 1.5 + size, size)
+        _write(draw, f"{text} · return {replay.returns[at]:,.0f}", x + size / 2, _STRIP * 1.5 + size, size)
     return np.asarray(frame, dtype=np.uint8)
 
 
@@ -215,7 +215,7 @@ def _write(draw: Any, text: str, x: float, y: float, width: int) -> None:
 
 
 def _font(points: int, text: str) -> tuple[FreeTypeFont | ImageFont, str]:
-    """A typeface and the text in what it can write: Pillow's own knows little more than ASCII."""
+    """A font, and the text in letters that it has: Pillow's own has little more than ASCII."""
     from PIL import ImageFont
 
     try:

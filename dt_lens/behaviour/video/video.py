@@ -1,8 +1,8 @@
-"""Two agents side by side: recorded actions, replayed and drawn into one video.
+"""Replay the recorded actions of two agents and draw them side by side into one video.
 
 The drawing happens in a process of its own. OpenGL can only be chosen before MuJoCo is imported, and where its library
-is missing or broken, starting it may raise, hang or end the process: none of that must reach the run that asks for a
-video. What cannot be drawn comes back as a sentence.
+is missing or broken, starting it may raise, hang or end the process, and none of that may reach the calling process.
+If drawing fails, the result holds a sentence that says why.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = ["SideBySide", "frame_steps", "side_by_side"]
 
-_OFF = ("disable", "disabled", "off", "false", "0")  # what MuJoCo itself takes for a no in MUJOCO_GL
+_OFF = ("disable", "disabled", "off", "false", "0")  # the values of MUJOCO_GL that switch MuJoCo's OpenGL off
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A video, or the reason why there is none; of both replays the length and the return."""
+    """A video, or the reason why there is none; and the length and the return of both replays."""
 
     file: Path | None
     reason: str = ""  # one sentence, empty where there is a video
@@ -67,17 +67,17 @@ def side_by_side(
     ``ended`` and the step below it, while the other goes on.
 
     Args:
-        environment: a Gymnasium id, or a specification where the id is registered by code of one's own.
+        environment: a Gymnasium id, or a specification if the id is registered by your own code.
         left: the actions as they were given to ``env.step``: ``[steps, act_dim]``, or for discrete actions
             ``[steps]`` whole numbers, or one-hot rows.
         right: the other agent's actions; the number of steps may differ.
         seed: the episode's seed: ``env.reset(seed=seed)``.
-        file: the mp4 to write; its folder is made where there is none.
+        file: the mp4 to write; its folder is made if it does not exist.
         captions: what stands above each agent.
         environment_kwargs: as given to ``gymnasium.make`` when the actions were recorded.
         ended: the word for a terminated episode: an agent that hops ``"fell"``.
         size: width and height of each picture, pixels.
-        max_frames: most frames; fewer are drawn where drawing is so slow that they would take more than ``budget``.
+        max_frames: most frames; fewer are drawn if drawing them would take more than ``budget``.
         fps: frames per second of the video.
         budget: seconds that drawing may take, roughly.
         timeout: seconds after which the drawing process is ended.
@@ -86,7 +86,7 @@ def side_by_side(
         The video, or why there is none: no OpenGL library, an environment that cannot draw itself, too slow a machine.
 
     Raises:
-        DtLensError: for an unknown environment, actions that are no array of numbers, or a file that cannot be written.
+        DtLensError: for an unknown environment, actions that are not numbers, or a file that cannot be written.
     """
     job = {
         "spec": _specification(environment),
@@ -103,7 +103,7 @@ def side_by_side(
     try:
         content = pickle.dumps(job)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        return SideBySide(None, f"There is no video: the environment cannot be handed to another process ({error}).")
+        return SideBySide(None, f"There is no video: the environment cannot be sent to another process ({error}).")
     outcome = SideBySide(None, "There is no video: nothing was tried.")
     for platform in _platforms():
         with tempfile.TemporaryDirectory(prefix="dt-lens-video-", ignore_cleanup_errors=True) as folder:
@@ -120,9 +120,9 @@ def frame_steps(ends: Sequence[int], fell: Sequence[bool], max_frames: int, *, m
 
     Args:
         ends: for each agent the number of steps of its episode.
-        fell: whether it ended before its time.
-        max_frames: how many steps at most.
-        most_apart: more steps than this between two frames and motion is not seen as motion.
+        fell: whether it ended before the time limit.
+        max_frames: the most steps to return.
+        most_apart: the most steps between two frames; with more, the motion cannot be followed.
 
     Returns:
         Steps, rising, evenly spaced. Without a fall they begin at 0; with one, about a quarter of them follow it.
@@ -179,7 +179,7 @@ def _platforms() -> list[str | None]:
 
 
 def _draw(place: Path, platform: str | None, timeout: float) -> SideBySide:
-    """Run the drawing process in ``place`` and tell how it ended."""
+    """Run the drawing process in ``place`` and report how it ended."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
     if platform is not None:
         environ["MUJOCO_GL"] = platform
@@ -195,7 +195,7 @@ def _draw(place: Path, platform: str | None, timeout: float) -> SideBySide:
     except OSError as error:
         return SideBySide(None, f"{why}no process could be started for it ({error.strerror}).")
     try:
-        told = json.loads((place / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((place / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         code = process.returncode
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
@@ -203,19 +203,19 @@ def _draw(place: Path, platform: str | None, timeout: float) -> SideBySide:
         return SideBySide(
             None, f"{why}the process that draws it ended {how} while {_stage(place)}.{_advice() if opengl else ''}"
         )
-    if told.get("opengl") and (os.environ.get("MUJOCO_GL") or "").lower() in _OFF:
+    if result.get("opengl") and (os.environ.get("MUJOCO_GL") or "").lower() in _OFF:
         return SideBySide(None, f"{why}MUJOCO_GL={os.environ['MUJOCO_GL']} switches OpenGL off.")
-    if "error" in told:
-        stage = "starting OpenGL" if told["opengl"] else _stage(place)
-        return SideBySide(None, f"{why}{stage} failed ({told['error']}).{_advice() if told['opengl'] else ''}")
-    first, second = told["lengths"], told["returns"]
+    if "error" in result:
+        stage = "starting OpenGL" if result["opengl"] else _stage(place)
+        return SideBySide(None, f"{why}{stage} failed ({result['error']}).{_advice() if result['opengl'] else ''}")
+    first, second = result["lengths"], result["returns"]
     return SideBySide(
-        place / "video.mp4", "", told["frames"], (first[0], first[1]), (float(second[0]), float(second[1]))
+        place / "video.mp4", "", result["frames"], (first[0], first[1]), (float(second[0]), float(second[1]))
     )
 
 
 def _stage(place: Path) -> str:
-    """What the drawing process was doing when it last told."""
+    """What the drawing process last said it was doing."""
     try:
         return (place / "stage").read_text(encoding="utf-8")
     except OSError:

@@ -116,7 +116,7 @@ def test_an_episode_does_not_know_its_neighbours(make_model: Make, environment: 
             assert outcome == everything[seed]
 
 
-class _Recorder:
+class _CartPusher:
     """A policy that pushes the cart right and writes down how its batch was used."""
 
     def __init__(self, width: int) -> None:
@@ -147,7 +147,7 @@ FREE = Conditions(100.0, 1.0, np.zeros(4), np.ones(4), 999)
 
 
 def test_an_episode_that_ends_is_replaced_by_the_next_seed() -> None:
-    policy = _Recorder(8)
+    policy = _CartPusher(8)
     seen: list[tuple[int, float]] = []
     outcomes = run_episodes(
         policy, _cart(), FREE, iter(range(50)), least_width=2, report=lambda done, running: seen.append((done, running))
@@ -164,23 +164,68 @@ def test_an_episode_that_ends_is_replaced_by_the_next_seed() -> None:
 
 
 def test_without_a_least_width_every_episode_stays_in_its_row() -> None:
-    policy = _Recorder(8)
+    policy = _CartPusher(8)
     run_episodes(policy, _cart(), FREE, iter(range(11)))
     assert set(policy.widths) == {8}
 
 
 def test_fewer_seeds_than_rows() -> None:
-    policy = _Recorder(8)
+    policy = _CartPusher(8)
     assert len(run_episodes(policy, _cart(), FREE, iter([3]), least_width=8)) == 1
 
 
 def test_the_time_limit_truncates() -> None:
-    outcomes = run_episodes(_Recorder(8), _cart(max_steps=4), FREE, iter(range(8)))
+    outcomes = run_episodes(_CartPusher(8), _cart(max_steps=4), FREE, iter(range(8)))
     assert all(o.length == 4 and o.truncated and not o.terminated for o in outcomes)
 
 
+class _Ends(gym.Env):  # type: ignore[type-arg]
+    """Ends at step ``at`` with the given flags."""
+
+    observation_space = gym.spaces.Box(-1, 1, (4,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, at: int, terminated: bool, truncated: bool) -> None:
+        self.at, self.flags, self.steps = at, (terminated, truncated), 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.steps = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        terminated, truncated = self.flags if self.steps == self.at else (False, False)
+        return np.zeros(4, np.float32), 1.0, terminated, truncated, {}
+
+
+@pytest.mark.parametrize(
+    ("at", "flags", "limit", "length", "terminated"),
+    [
+        (3, (True, False), 4, 3, True),
+        (4, (True, False), 4, 4, True),  # ends at the time limit: the environment's word counts
+        (4, (True, True), 9, 4, True),
+        (4, (False, True), 9, 4, False),
+        (9, (True, False), 4, 4, False),
+    ],
+)
+def test_an_episode_is_terminated_or_truncated_and_never_both(
+    at: int, flags: tuple[bool, bool], limit: int, length: int, terminated: bool
+) -> None:
+    from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+
+    gym.register("dt-lens-test/Ends-v0", entry_point=_Ends)
+    try:
+        kwargs = {"at": at, "terminated": flags[0], "truncated": flags[1]}
+        cfg = HookedDecisionTransformerConfig(4, 2, discrete_actions=True)
+        task = make_task("dt-lens-test/Ends-v0", kwargs, cfg, limit)
+        outcomes = run_episodes(_CartPusher(8), task, FREE, iter(range(9)))
+    finally:
+        del gym.registry["dt-lens-test/Ends-v0"]
+    assert {tuple(o)[1:] for o in outcomes} == {(float(length), length, terminated, not terminated)}
+
+
 def test_an_action_that_is_not_finite_is_refused() -> None:
-    class Broken(_Recorder):
+    class Broken(_CartPusher):
         def act(self, *inputs: Tensor) -> Tensor:
             return torch.full((self.width, 2), float("nan"))
 

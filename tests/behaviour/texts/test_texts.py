@@ -234,9 +234,9 @@ def test_a_record_comes_back_to_the_last_bit(lens: Any) -> None:
 def test_what_cannot_be_paired_is_refused(lens: Any) -> None:
     found = evaluate(lens, TEXT, context=16)
     for other, words in (
-        (evaluate(lens, TEXT.upper(), context=16), "other texts"),
-        (evaluate(lens, TEXT, context=8), "other windows"),
-        (evaluate(lens, TEXT, context=16, windows=2), "other windows"),
+        (evaluate(lens, TEXT.upper(), context=16), "different texts"),
+        (evaluate(lens, TEXT, context=8), "different windows"),
+        (evaluate(lens, TEXT, context=16, windows=2), "different windows"),
         (evaluate(dt_lens.wrap(hf_model(1), tokenizer=Bytes()), TEXT, context=16), "different models"),
         ("baseline", "another evaluation"),
     ):
@@ -341,10 +341,10 @@ def test_progress_counts_windows_and_an_interruption_leaves_the_edit_in_force(le
 def test_dropout_is_off_and_the_modes_come_back(theirs: Any) -> None:
     theirs.transformer.drop.p = 0.5
     lens = dt_lens.wrap(theirs, tokenizer=Bytes())
-    quiet = evaluate(lens, TEXT)
+    plain = evaluate(lens, TEXT)
     lens.train()
     theirs.train()
-    assert (evaluate(lens, TEXT).loss == quiet.loss).all()
+    assert (evaluate(lens, TEXT).loss == plain.loss).all()
     assert theirs.transformer.drop.training and lens.training
 
 
