@@ -1,4 +1,4 @@
-"""The bundled agent, whole: what the README says of it; what its card says is held in tests/zoo."""
+"""The bundled agent: what the README says of it. What its card says is tested in tests/zoo."""
 
 from __future__ import annotations
 

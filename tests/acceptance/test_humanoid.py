@@ -1,4 +1,4 @@
-"""kzl's code base on an agent that other people trained: from the file to its return, and an edit of it."""
+"""An agent that other people trained with kzl's code: load it, scan it, run it, edit it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An agent's activations are those of the windows that it saw in the episodes that ``evaluate`` plays."""
+"""An agent's activations are those of the windows that it saw in the episodes that ``evaluate`` runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def watched(model: Any, **options: Any) -> list[tuple[dict[str, Tensor], Any]]:
     def note(module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
         seen.append(({name: x.clone() for name, x in kwargs.items()}, None))
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)  # a hooked model plays as a whole
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)  # a hooked model runs as a whole
     try:
         evaluate(model, episodes=options.pop("episodes"), workers=1, **options)
     finally:
@@ -59,7 +59,7 @@ def test_the_windows_are_those_that_the_agent_saw(
     assert acts.record["episodes"] == 8
     assert acts.record["seed"] == 3
     assert acts.record["environment"] == environment
-    # The naive way: all windows kept, all activations at once. In double precision both play the same.
+    # The naive way: all windows kept, all activations at once. In double precision both act the same.
     shown = watched(model, **settings)
     rows: dict[str, list[Tensor]] = {}
     for step, (batch, _) in enumerate(shown):
@@ -86,8 +86,8 @@ def test_the_windows_are_those_that_the_agent_saw(
     assert last["W_K"] == last["W_V"] == acts.stream["blocks.0.hook_resid_pre"].count == acts.record["tokens"]
 
 
-def test_what_reaches_the_action_is_all_that_counts(make_model: Make) -> None:
-    """Whatever is put in the place of tokens that are not counted, the action stays."""
+def test_tokens_that_cannot_reach_the_action_do_not_count(make_model: Make) -> None:
+    """Replacing the activations of tokens that do not count leaves the action unchanged."""
     model = make_model("CartPole-v1").double()
     batch = {name: x for name, x in model.probe().items() if name != "attention_mask"}
     last = 3 * batch["states"].shape[1] - 2
@@ -106,7 +106,7 @@ def test_what_reaches_the_action_is_all_that_counts(make_model: Make) -> None:
             assert not torch.allclose(model(**batch).action_preds[:, -1], plain)
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_is_in_force(make_model: Make) -> None:
+def test_the_same_seed_gives_the_same_bits_with_an_edit_in_force(make_model: Make) -> None:
     model = make_model("Pendulum-v1")
     options: dict[str, Any] = {"episodes": 3, "seed": 1, "max_steps": 10}
     first = collect_activations(model, **options)
@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_is_in_force(make_model: Make
     assert (again.digest, again.record) == (first.digest, first.record)
 
 
-def test_ctrl_c_leaves_everything_as_it_was(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_the_model_as_it_was(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("Pendulum-v1")
     calls = []
 
@@ -143,8 +143,8 @@ def test_ctrl_c_leaves_everything_as_it_was(make_model: Make, monkeypatch: pytes
     assert not any(point.has_hooks() for point in model.hook_dict.values())
 
 
-def test_kept_activations_are_of_this_very_setting(make_model: Make, tmp_path: Path) -> None:
-    """Another time limit, seed or environment is other inputs; a file that is silent on one of them does not differ."""
+def test_kept_activations_are_collected_again_in_another_setting(make_model: Make, tmp_path: Path) -> None:
+    """Another time limit, seed or environment gives other inputs; what an older file lacks is not compared."""
     model, file = make_model("CartPole-v1"), tmp_path / "kept.safetensors"
 
     def kept(max_steps: int = 4, seed: int = 0, kwargs: dict[str, Any] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""``evaluate``: what it asks for, what it answers, and that the same question always gets the same bits."""
+"""``evaluate``: its arguments, its errors, and that the same call always gives the same bits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_same_bits_whatever_the_workers_and_the_number_of_episodes(make_mode
     assert alone["terminated"].any()  # some were replaced, so that rows and ages mixed
 
 
-def test_it_runs_where_and_for_what_the_model_says(make_model: Make) -> None:
+def test_environment_and_target_come_from_the_models_facts(make_model: Make) -> None:
     model = make_model("CartPole-v1")
     result = evaluate(model, episodes=9, workers=1)
     assert result.environment == "CartPole-v1"
@@ -95,7 +95,7 @@ def test_only_an_agent_has_a_model_id() -> None:
         model_id(dt_lens.load("tiny-gpt2", check=False))
 
 
-def test_weights_that_are_not_finite_are_noticed_in_workers_too(make_model: Make) -> None:
+def test_weights_that_are_not_finite_are_refused_in_workers_too(make_model: Make) -> None:
     model = make_model("CartPole-v1")
     model.weights["blocks.0.mlp.W_in"][0, 0] = float("nan")
     for workers in (1, 2):
@@ -126,7 +126,7 @@ def test_hooks_act(make_model: Make) -> None:
     np.testing.assert_allclose(evaluate(model, episodes=4, max_steps=15).returns, hooked.returns, atol=1e-3)
 
 
-def test_a_state_encoder_of_ones_own_acts(make_model: Make) -> None:
+def test_a_model_with_its_own_state_encoder_acts(make_model: Make) -> None:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
     model = make_model("Pendulum-v1")
@@ -143,7 +143,7 @@ def test_a_state_encoder_of_ones_own_acts(make_model: Make) -> None:
     np.testing.assert_allclose(evaluate(own, episodes=3, max_steps=15).returns, expected, atol=1e-3)
 
 
-def test_edits_in_place_are_seen_and_change_the_id(make_model: Make) -> None:
+def test_edits_in_place_act_and_change_the_id(make_model: Make) -> None:
     model = make_model("Pendulum-v1")
     before = evaluate(model, episodes=2, max_steps=9, workers=1)
     model.weights["blocks.0.mlp.W_in"].mul_(-1)
@@ -272,7 +272,7 @@ def test_a_script_without_main_guard() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopping_the_run_stops_its_workers(tmp_path: Any, how: signal.Signals) -> None:
-    """In the middle of episodes without end: with Ctrl-C at once, and soon when the run is killed outright."""
+    """In the middle of endless episodes: at once after Ctrl-C, and soon after the run is killed outright."""
     pids = tmp_path / "pids"
     pids.mkdir()
     step = f"import os; open(os.path.join({str(pids)!r}, str(os.getpid())), 'w').close()"

@@ -1,4 +1,4 @@
-"""Tasks: what fits, what does not, and what an action becomes."""
+"""Tasks: which environments fit a model, and how observations and actions are converted."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ def _cfg(state_dim: int, act_dim: int, discrete: bool = False) -> HookedDecision
         ("", _cfg(11, 3), r"no Gymnasium environment ''"),
     ],
 )
-def test_what_does_not_fit_is_said(environment: str, cfg: HookedDecisionTransformerConfig, sentence: str) -> None:
+def test_an_environment_that_does_not_fit_is_refused(
+    environment: str, cfg: HookedDecisionTransformerConfig, sentence: str
+) -> None:
     with pytest.raises(DtLensError, match=sentence) as caught:
         make_task(environment, {}, cfg)
     assert "\n" not in str(caught.value)
 
 
-def test_keyword_arguments_that_do_not_fit() -> None:
+def test_unknown_keyword_arguments_are_refused() -> None:
     with pytest.raises(DtLensError, match=r"'Hopper-v5' cannot be made: .*wings"):
         make_task("Hopper-v5", {"wings": 2}, _cfg(11, 3))
 
@@ -85,12 +87,12 @@ class _Start(gym.Env):  # type: ignore[type-arg]
     action_space = gym.spaces.Discrete(3, start=10)
 
 
-def test_observations_that_are_no_vectors_are_flattened() -> None:
+def test_observations_that_are_not_vectors_are_flattened() -> None:
     task = make_task("FrozenLake-v1", {}, _cfg(16, 4, True))
     assert task.state(3).tolist() == np.eye(16)[3].tolist()
 
 
-def test_unpredictable_actions() -> None:
+def test_actions_of_other_spaces_are_refused() -> None:
     class Two(_Start):
         action_space = gym.spaces.MultiDiscrete([2, 2])  # type: ignore[assignment]
 

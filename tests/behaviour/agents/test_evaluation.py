@@ -1,4 +1,4 @@
-"""Evaluations and their comparison: right numbers, sane answers, readable tables."""
+"""Evaluations and their comparison: right numbers, sensible edge cases, readable tables."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_comparison() -> None:
 
 
 def test_the_paired_interval_is_narrower_than_unpaired_noise() -> None:
-    """What pairing is for: seeds that are hard are hard for both."""
+    """Pairing removes what the seeds share: a hard seed is hard for both."""
     hardness = RNG.normal(0, 1000, 60)
     baseline = _evaluation(2000 + hardness)
     edited = _evaluation(1990 + hardness + RNG.normal(0, 5, 60))
@@ -83,7 +83,7 @@ def test_the_paired_interval_is_narrower_than_unpaired_noise() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 40])
-def test_nothing_changed(n: int) -> None:
+def test_equal_evaluations_differ_by_nothing(n: int) -> None:
     e = _evaluation(GOOD[:n])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -95,7 +95,7 @@ def test_nothing_changed(n: int) -> None:
     json.dumps(c.to_dict())
 
 
-def test_always_the_same_difference() -> None:
+def test_a_constant_difference() -> None:
     c = _evaluation(GOOD - 7.0).compare(_evaluation(GOOD))
     assert c.difference == pytest.approx(-7.0)
     assert c.p_value < 0.001
@@ -113,7 +113,7 @@ def test_always_the_same_difference() -> None:
         ({"seed": 1}, "different seeds"),
     ],
 )
-def test_what_cannot_be_paired_is_said(other: dict[str, Any], what: str) -> None:
+def test_evaluations_that_cannot_be_paired_are_refused(other: dict[str, Any], what: str) -> None:
     with pytest.raises(DtLensError, match=what):
         _evaluation(GOOD).compare(_evaluation(GOOD, **other))
     with pytest.raises(DtLensError, match=r"different seeds \(40 from 0 and 39 from 0\)"):
@@ -122,7 +122,7 @@ def test_what_cannot_be_paired_is_said(other: dict[str, Any], what: str) -> None
         _evaluation(GOOD).compare(None)  # type: ignore[arg-type]
 
 
-def test_it_reads_well() -> None:
+def test_printed_tables() -> None:
     e = _evaluation(BAD, LENGTHS, edits=({"matrix": "blocks.0.mlp.W_in"},))
     text = str(e.compare(_evaluation(GOOD)))
     for line in (

@@ -1,4 +1,4 @@
-"""An arrangement keeps its promise: a row's actions have the same bits wherever it stands."""
+"""In an arrangement a row's actions have the same bits in every row and width that it allows."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_rows_keep_their_bits(make_model: Callable[..., Any], cfg: dict[str, Any
 @pytest.mark.parametrize("act_dim", [1, 2, 3])
 @pytest.mark.parametrize("d_model", [16, 64, 128])
 def test_a_narrow_action_keeps_its_bits(make_model: Callable[..., Any], act_dim: int, d_model: int) -> None:
-    """One number for each row: a kernel that rounds otherwise shows in some windows only."""
+    """With one number per row, a kernel that rounds differently shows in a few windows only."""
     cfg = replace(make_model("Pendulum-v1").cfg, act_dim=act_dim, d_model=d_model)
     model = ActingModel.random(cfg, torch.float32, torch.Generator().manual_seed(5))
     streams = torch.randn(260, d_model, generator=torch.Generator().manual_seed(6))
@@ -81,7 +81,7 @@ def test_a_narrow_action_keeps_its_bits(make_model: Callable[..., Any], act_dim:
             assert torch.equal(acted[:256], expected), (lanes, width)
 
 
-def test_plans_waste_little() -> None:
+def test_plans_leave_few_rows_empty() -> None:
     for episodes in range(1, 400):
         lanes = plan_lanes(episodes)
         assert LEAST_LANES <= lanes <= MOST_LANES

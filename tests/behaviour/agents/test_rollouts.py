@@ -1,4 +1,4 @@
-"""The loop: what an episode does is a function of its seed; how it was run must not show in a single bit."""
+"""The rollout loop: an episode is a function of its seed, and how it is run changes no bit of it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_it_is_the_published_loop(make_model: Make, environment: str, cfg: dict[
         ("Pendulum-v1", {"d_model": 7, "d_mlp": 11, "n_heads": 1}),  # odd sizes: rows are not rounded alike here
     ],
 )
-def test_an_episode_does_not_know_its_neighbours(make_model: Make, environment: str, cfg: dict[str, Any]) -> None:
+def test_an_episode_does_not_depend_on_its_neighbours(make_model: Make, environment: str, cfg: dict[str, Any]) -> None:
     model = make_model(environment, **cfg)
     everything = _run(model, range(30), 8, max_steps=40)
     for seeds, lanes in (
@@ -117,7 +117,7 @@ def test_an_episode_does_not_know_its_neighbours(make_model: Make, environment: 
 
 
 class _CartPusher:
-    """A policy that pushes the cart right and writes down how its batch was used."""
+    """A policy that pushes the cart right and records how its batch was used."""
 
     def __init__(self, width: int) -> None:
         self.width = width

@@ -1,3 +1,5 @@
+"""``evaluate`` on texts: losses and KL against Hugging Face's own, windows, pairing, and edits suspended meanwhile."""
+
 from __future__ import annotations
 
 import copy
@@ -132,8 +134,8 @@ def test_kl_and_moves_are_those_computed_directly(lens: Any, theirs: Any) -> Non
     assert letter.text == chr(letter.token)
 
 
-def test_an_edit_that_takes_everything_away(lens: Any, theirs: Any) -> None:
-    """With every matrix that writes to the stream at zero, the blocks add their biases and nothing else."""
+def test_edits_that_zero_every_write(lens: Any, theirs: Any) -> None:
+    """With every matrix that writes to the stream at zero, the blocks add only their biases."""
     empty = copy.deepcopy(theirs)
     with torch.no_grad():
         for block in empty.transformer.h:
@@ -231,7 +233,7 @@ def test_a_record_comes_back_to_the_last_bit(lens: Any) -> None:
         TextEvaluation.from_dict({k: v for k, v in found.to_dict().items() if k != "text_id"})
 
 
-def test_what_cannot_be_paired_is_refused(lens: Any) -> None:
+def test_evaluations_that_cannot_be_paired_are_refused(lens: Any) -> None:
     found = evaluate(lens, TEXT, context=16)
     for other, words in (
         (evaluate(lens, TEXT.upper(), context=16), "different texts"),
@@ -267,7 +269,7 @@ def test_bad_arguments_are_one_sentence(lens: Any, arguments: dict[str, Any], wo
         evaluate(lens, **arguments)
 
 
-def test_models_that_cannot_read(lens: Any, theirs: Any, make_dt: Any) -> None:
+def test_models_that_cannot_read_texts_are_refused(lens: Any, theirs: Any, make_dt: Any) -> None:
     with pytest.raises(DtLensError, match="no tokenizer"):
         evaluate(dt_lens.wrap(theirs), TEXT)
     with pytest.raises(DtLensError, match="agent"):
@@ -291,7 +293,7 @@ def test_texts_come_as_files_strings_and_lists(lens: Any, tmp_path: Path, monkey
         read_texts(file)
 
 
-def test_the_held_out_text_lies_beside_the_model(lens: Any, tmp_path: Path) -> None:
+def test_the_held_out_text_is_in_the_models_folder(lens: Any, tmp_path: Path) -> None:
     (tmp_path / "heldout.txt").write_text(TEXT, encoding="utf-8")
     lens.tokenizer = Bytes()
     lens.tokenizer.name_or_path = str(tmp_path)
@@ -416,6 +418,6 @@ class TestSuspended:
             assert every_bit(lens) == before
         assert every_bit(lens) == before
 
-    def test_a_weight_that_was_cast_meanwhile_is_said(self, lens: Any, theirs: Any) -> None:
+    def test_a_weight_that_was_cast_meanwhile_is_refused(self, lens: Any, theirs: Any) -> None:
         with pytest.raises(DtLensError), SingularEdit(lens, W_IN, 0), suspended(lens):
             theirs.half()

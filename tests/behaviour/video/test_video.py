@@ -1,4 +1,4 @@
-"""A video where there is OpenGL, a sentence where there is none, and never a broken process."""
+"""Videos of two agents: drawn if OpenGL works, else one sentence, and never a crash of the calling process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WILD = np.random.default_rng(0).uniform(-1, 1, (300, 3)).astype(np.float32)
 
 @functools.cache
 def opengl() -> bool:
-    """Whether MuJoCo can draw here; tried where it can do no harm."""
+    """Whether MuJoCo can draw here; tried in a process of its own."""
     environ = {**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL") or "egl"}
     code = "import mujoco; c = mujoco.GLContext(8, 8); c.make_current()"
     return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, check=False).returncode == 0
@@ -67,7 +67,7 @@ def test_two_hoppers_and_the_fallen_one_stands_still(tmp_path: Path) -> None:
 
 
 def test_the_replay_is_the_episode(tmp_path: Path) -> None:
-    """Lengths and returns are those of the same actions in an environment of one's own."""
+    """Lengths and returns are those of the same actions in another copy of the environment."""
     needs_opengl()
     import gymnasium as gym
 
@@ -102,7 +102,7 @@ assert near > 100 and abs(near - far) < 0.2 * near, (near, far)
 """
 
 
-def test_the_camera_goes_with_the_agent() -> None:
+def test_the_camera_follows_the_agent() -> None:
     """Gymnasium's default camera stays where the episode began, and an agent that runs is soon out of the picture."""
     needs_opengl()
     environ = {**os.environ, "MUJOCO_GL": os.environ.get("MUJOCO_GL") or "egl"}
@@ -137,7 +137,7 @@ class Lamp(gym.Env):
 
 
 @pytest.mark.parametrize("actions", [np.array([6, 5] * 6), np.eye(2, dtype=np.float32)[[1, 0] * 6]])
-def test_discrete_actions_and_an_environment_of_ones_own(
+def test_discrete_actions_and_an_environment_of_the_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, actions: np.ndarray
 ) -> None:
     """The drawing process finds what this one can import, and pictures of another shape keep their proportions."""
@@ -176,13 +176,13 @@ def test_opengl_that_cannot_start_is_a_sentence(tmp_path: Path, monkeypatch: pyt
     assert "\n" not in made.reason
 
 
-def test_no_process_is_waited_for_without_end(tmp_path: Path) -> None:
+def test_the_drawing_process_has_a_time_limit(tmp_path: Path) -> None:
     made = side_by_side("Hopper-v5", STILL, WILD, seed=0, file=tmp_path / "v.mp4", timeout=0.01)
     assert made.file is None and "did not end within 0.01 seconds" in made.reason
 
 
 def test_a_process_that_dies_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a broken driver does: the process is gone, nothing was written."""
+    """As with a broken driver: the process dies and writes nothing."""
     program = tmp_path / "python"
     program.write_text('#!/bin/sh\nprintf "starting OpenGL" > "$3/stage"\nkill -SEGV $$\n')
     program.chmod(0o755)
@@ -204,17 +204,17 @@ def test_an_environment_that_cannot_be_drawn_is_a_sentence(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("actions", [[], [np.nan], "word", np.zeros((1, 1, 1)), [[1, 2], [3]]])
-def test_actions_that_are_none_are_refused(tmp_path: Path, actions: object) -> None:
+def test_actions_that_are_not_numbers_are_refused(tmp_path: Path, actions: object) -> None:
     with pytest.raises(DtLensError, match="The right agent's actions must be finite numbers"):
         side_by_side("Hopper-v5", STILL, actions, seed=0, file=tmp_path / "v.mp4")  # type: ignore[arg-type]
 
 
-def test_an_unknown_environment_is_named_with_its_nearest(tmp_path: Path) -> None:
+def test_an_unknown_environment_gets_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match=r"'Hoper-v5'.*Did you mean 'Hopper"):
         side_by_side("Hoper-v5", STILL, WILD, seed=0, file=tmp_path / "v.mp4")
 
 
-def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     film = tmp_path / "film.mp4"
     film.write_bytes(b"film")
@@ -223,8 +223,8 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         side_by_side("Hopper-v5", STILL, WILD, seed=0, file=tmp_path / "file" / "v.mp4")
 
 
-def test_asking_for_a_video_imports_no_mujoco() -> None:
-    code = "import sys, dt_lens.behaviour.video; sys.exit('mujoco' in sys.modules or 'gymnasium' in sys.modules)"
+def test_importing_video_does_not_import_mujoco() -> None:
+    code = "import sys, dt_lens.behaviour.video.video; sys.exit('mujoco' in sys.modules or 'gymnasium' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
