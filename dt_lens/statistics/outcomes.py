@@ -173,18 +173,16 @@ def kaplan_meier(times: ArrayLike, ended: ArrayLike, confidence: float = 0.95) -
             known only to have lasted at least so long.
         confidence: of the pointwise interval.
     """
-    t, event = np.asarray(times, dtype=np.float64), np.asarray(ended, dtype=bool)
-    points, inverse = np.unique(t, return_inverse=True)
-    ends = np.bincount(inverse, weights=event, minlength=len(points))
-    leaves = np.bincount(inverse, minlength=len(points))
-    at_risk = len(t) - np.concatenate(([0], np.cumsum(leaves)[:-1])).astype(np.int64)
-    survival: Float = np.cumprod(1 - ends / np.maximum(at_risk, 1)).astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        variance = np.cumsum(ends / (at_risk * (at_risk - ends)))  # Greenwood's, over survival squared
-        spread = stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(variance) / np.abs(np.log(survival))
-        low, high = survival ** np.exp(spread), survival ** np.exp(-spread)
+    durations = _durations(times, ended)
+    curve = stats.ecdf(durations).sf
+    points, survival = curve.quantiles, curve.probabilities
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # SciPy warns that the interval is undefined at 0 and 1
+        interval: Any = curve.confidence_interval(confidence, method="log-log")
     known = (survival > 0) & (survival < 1)
-    return SurvivalCurve(points, survival, at_risk, np.where(known, low, survival), np.where(known, high, survival))
+    low, high = (np.where(known, end.probabilities, survival) for end in interval)
+    at_risk = len(durations) - np.searchsorted(np.sort(np.asarray(times, dtype=np.float64)), points)
+    return SurvivalCurve(points, survival, at_risk, low, high)
 
 
 def logrank(
@@ -195,10 +193,7 @@ def logrank(
     Mantel (1966). It does not use the pairing, and so errs towards caution for episodes that share seeds. Positive when
     the first group's episodes end earlier than expected. ``(0.0, 1.0)`` when nothing ended, or nothing can differ.
     """
-    groups = []
-    for times, ended in ((first_times, first_ended), (second_times, second_ended)):
-        t, event = np.asarray(times, dtype=np.float64), np.asarray(ended, dtype=bool)
-        groups.append(stats.CensoredData(uncensored=t[event], right=t[~event]))
+    groups = [_durations(first_times, first_ended), _durations(second_times, second_ended)]
     if sum(group.num_censored() for group in groups) == sum(len(group) for group in groups):
         return 0.0, 1.0
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -206,3 +201,9 @@ def logrank(
     if not np.isfinite(result.statistic):
         return 0.0, 1.0
     return float(result.statistic), float(result.pvalue)
+
+
+def _durations(times: ArrayLike, ended: ArrayLike) -> stats.CensoredData:
+    """Lengths of episodes in SciPy's form; those that did not end by themselves are right-censored."""
+    t, event = np.asarray(times, dtype=np.float64), np.asarray(ended, dtype=bool)
+    return stats.CensoredData(uncensored=t[event], right=t[~event])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -38,16 +41,52 @@ def test_kaplan_meier_is_the_textbooks() -> None:
     assert (curve.low[i], curve.high[i]) == (pytest.approx(0.503, abs=1e-3), pytest.approx(0.889, abs=1e-3))
 
 
-def test_kaplan_meier_is_scipys() -> None:
+def test_kaplan_meier_is_the_formula() -> None:
+    """The product over times, and Greenwood's variance on the log-log scale, written out in plain loops."""
     rng = np.random.default_rng(0)
     times, ended = rng.integers(1, 40, 80), rng.random(80) < 0.6
-    curve = kaplan_meier(times, ended)
-    sf = stats.ecdf(stats.CensoredData(uncensored=times[ended], right=times[~ended])).sf
-    np.testing.assert_allclose(curve.survival, sf.evaluate(curve.times))
-    interval = sf.confidence_interval(method="log-log")
-    inside = (curve.survival > 0) & (curve.survival < 1)
-    np.testing.assert_allclose(curve.low[inside], interval.low.evaluate(curve.times)[inside])
-    np.testing.assert_allclose(curve.high[inside], interval.high.evaluate(curve.times)[inside])
+    curve = kaplan_meier(times, ended, confidence=0.9)
+    survival, variance, z = 1.0, 0.0, stats.norm.ppf(0.95)
+    for i, time in enumerate(sorted(set(times.tolist()))):
+        at_risk = sum(t >= time for t in times)
+        ends = sum(t == time and e for t, e in zip(times, ended, strict=True))
+        survival *= 1 - ends / at_risk
+        variance += ends / (at_risk * (at_risk - ends))
+        spread = math.exp(z * math.sqrt(variance) / abs(math.log(survival)))
+        assert (curve.times[i], curve.at_risk[i]) == (time, at_risk)
+        row = (curve.survival[i], curve.low[i], curve.high[i])
+        assert row == pytest.approx((survival, survival**spread, survival ** (1 / spread)), rel=1e-12)
+    assert len(curve.times) == i + 1
+
+
+THIRD, FIFTH = 1 / 3, 1 / 5
+
+
+@pytest.mark.parametrize(
+    ("times", "ended", "survival", "at_risk"),
+    [
+        ([5, 5, 7], [0, 0, 0], [1, 1], [3, 1]),  # nothing ended
+        ([5, 6, 7], [1, 1, 1], [2 * THIRD, THIRD, 0], [3, 2, 1]),  # everything did
+        ([4, 4, 4], [1, 1, 1], [0], [3]),  # at once
+        ([5, 5, 5, 6, 6], [1, 0, 1, 0, 1], [3 * FIFTH, 1.5 * FIFTH], [5, 2]),  # an end counts before a cut at its time
+        ([1, 2, 3], [1, 1, 0], [2 * THIRD, THIRD, THIRD], [3, 2, 1]),  # the last was cut
+        ([4], [1], [0], [1]),
+        ([4], [0], [1], [1]),
+        ([], [], [], []),
+    ],
+)
+def test_kaplan_meier_at_the_edges(
+    times: list[int], ended: list[int], survival: list[float], at_risk: list[int]
+) -> None:
+    """The interval has no width where nothing has ended or nothing is left, and no warning is shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curve = kaplan_meier(times, ended)
+    assert curve.times.tolist() == sorted(set(times))
+    assert curve.survival.tolist() == pytest.approx(survival, rel=1e-12, abs=0)
+    assert (curve.at_risk.tolist(), curve.at_risk.dtype) == (at_risk, np.int64)
+    for s, low, high in zip(curve.survival, curve.low, curve.high, strict=True):
+        assert low == s == high if s in (0, 1) else low < s < high
 
 
 def test_logrank_is_the_textbooks() -> None:
