@@ -1,11 +1,11 @@
-"""Random edits to hold an edit against: as large as it, at the same place, and, given activations, as loud."""
+"""Random edits to compare an edit with: same place, same energy, and, given activations, same output energy."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,36 +15,35 @@ from torch import Tensor
 from dt_lens.arguments import require_activations, whole_number
 from dt_lens.edits.edit import Edit, unedited
 from dt_lens.edits.low_rank import carry, remarks_on, spectrum_of
+from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import MatrixFactors
-
-if TYPE_CHECKING:
-    from dt_lens.lens.activations import Activations
 
 __all__ = ["Control"]
 
 MATCHED = 1e-7  # relative to the edit's output energy
-ROUNDED = 1e-6  # relative to the edit's energy: what the arithmetic may lose
-FLAT = 1e-14  # of the largest eigenvalue: below this one direction is as quiet as another
-STEEPEST = 300.0  # the natural logarithm of the largest ratio between two coordinates that a tilt makes
+ROUNDED = 1e-6  # relative to the edit's energy: what rounding may cost
+FLAT = 1e-14  # relative to the largest eigenvalue: smaller ones count as equal
+STEEPEST = 300.0  # the natural logarithm of the largest ratio that a tilt makes between two coordinates
 
 
 class Control(Edit):
     """A random edit of the same energy and rank at the same place as ``edit``; a function of the edit and the seed.
 
-    The change of the raw matrix keeps its singular values. Its singular vectors are Haar-random, but for those of a
-    circuit on the side of the factor that is not edited: they are what that factor makes of Gaussian vectors, made
-    orthonormal, as the circuit's own are its images. Haar-random ones would be what the factor hardly passes on, and
-    take a change of the edited weight many times the edit's. A control tells how much of an effect comes from changing
-    anything at all by that much. Two edits of different directions get different draws from one seed.
+    It shows how much of an effect comes from changing anything at all by that much. The change of the raw matrix has
+    the singular values of the edit's change and random singular vectors, which are Haar-distributed with one
+    exception: in a circuit, the vectors on the side of the unedited factor are that factor's images of Gaussian
+    vectors, made orthonormal, because the circuit's own vectors are such images too. Haar-random vectors there would
+    be ones that the factor hardly passes on, and the edited weight would have to change many times as much as in the
+    edit. Edits of different directions get different draws from one seed.
 
-    With ``activations`` the output energy on real inputs (see ``Edit.output_energy``) is the edit's too. Then the left
-    vectors are drawn in the eigenbasis of the inputs' second moments, tilted towards louder or quieter ones by a power
-    of the eigenvalues, and made orthonormal; the power is found by root finding, so that the sum over all singular
-    vectors is matched exactly. The right vectors stay. An energy that no draw reaches is matched as nearly as can be,
+    With ``activations`` the output energy on real inputs (see ``Edit.output_energy``) also equals the edit's. The left
+    vectors are then drawn in the eigenbasis of the inputs' second moments, tilted towards large or small eigenvalues by
+    a power of them, and made orthonormal; root finding gives the power at which the sum over all singular vectors
+    matches. The right vectors are drawn as before. Where no draw reaches the edit's output energy, the nearest is taken
     and the ``note`` says so.
 
     Attributes:
-        of: the edit whose control this is.
+        of: the edit that this is a control of.
         seed: which draw.
         activations: the digest of the activations, or an empty string.
     """
@@ -63,33 +62,33 @@ class Control(Edit):
         place = f"{self.seed} {matrix.name} {edit.side} {edit.sv}"
         drawn = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
         generator = torch.Generator().manual_seed(drawn)
-        left_images = right_images = None
+        left_image = right_image = None
         if len(matrix.factors) == 2:
-            kept = matrix.raw(bare)[where == "left"]
+            unedited_factor = matrix.raw(bare)[where == "left"]
             precision = torch.finfo(bare.weights[matrix.factors[0].weight].dtype).eps
             if where == "right":
-                left_images = _Images.of(kept, rank, precision)
+                left_image = _Image.of(unedited_factor, rank, precision)
             else:
-                right_images = _Images.of(kept.T, rank, precision)
+                right_image = _Image.of(unedited_factor.T, rank, precision)
 
-        def draw(d: int, images: _Images | None) -> Tensor:
-            scales = torch.ones(d, dtype=torch.float64) if images is None else images.scales
+        def draw(d: int, image: _Image | None) -> Tensor:
+            scales = torch.ones(d, dtype=torch.float64) if image is None else image.scales
             return scales[:, None] * torch.randn(len(scales), rank, generator=generator, dtype=torch.float64)
 
-        left = draw(len(edit.delta[0]), left_images)
+        left = draw(len(edit.delta[0]), left_image)
         target = 0.0
         if activations is None:
             left = _orthonormal(left)
         else:
             target = edit.output_energy(activations)
-            if left_images is None:
-                seen = activations.of(matrix, bare).second
+            if left_image is None:
+                second = activations.of(matrix, bare).second
             else:
-                seen = left_images.back.T @ activations.between(matrix, bare).second @ left_images.back
-            left = _tilted_frame(seen, left, spectrum, target)
-        right = _orthonormal(draw(edit.delta[1].shape[1], right_images))
-        left = left if left_images is None else left_images.basis @ left
-        right = right if right_images is None else right_images.basis @ right
+                second = left_image.back.T @ activations.between(matrix, bare).second @ left_image.back
+            left = _tilted_frame(second, left, spectrum, target)
+        right = _orthonormal(draw(edit.delta[1].shape[1], right_image))
+        left = left if left_image is None else left_image.basis @ left
+        right = right if right_image is None else right_image.basis @ right
         change = ((left * spectrum).to(edit.delta[0]), right.T.to(edit.delta[1]))
         factors = MatrixFactors.of(bare, matrix, fold_layernorm=False)
         super().__init__(edit.model, matrix, edit.side, edit.sv, *carry(factors, where, change))
@@ -102,7 +101,7 @@ class Control(Edit):
             reached = self.output_energy(activations)
             if abs(reached - target) > MATCHED * target:
                 remarks.append(
-                    f"No change of this norm that this seed draws has the edit's output energy of {target:.4g}: "
+                    f"No change of this norm that this seed draws has the edit's output energy of {target:.4g}; "
                     f"the nearest has {reached:.4g}."
                 )
         self.note = " ".join(remarks)
@@ -121,12 +120,12 @@ class Control(Edit):
 
 
 @dataclass(frozen=True)
-class _Images:
-    """What one factor of a circuit makes of vectors, where it makes something of them.
+class _Image:
+    """The subspace that one factor of a circuit maps onto.
 
     Attributes:
-        basis: orthonormal, ``[d, n]``.
-        scales: the lengths that unit vectors get along each of ``basis``, ``[n]``.
+        basis: an orthonormal basis of it, ``[d, n]``.
+        scales: the factor's singular values, by which it stretches unit vectors onto ``basis``, ``[n]``.
         back: the factor's inverse on ``basis``, ``[e, n]``.
     """
 
@@ -135,15 +134,18 @@ class _Images:
     back: Float[Tensor, "e n"]
 
     @classmethod
-    def of(cls, factor: Float[Tensor, "d e"], least: int, precision: float) -> _Images:
-        """In ``least`` dimensions or more: below ``precision`` a factor holds nothing but rounding."""
+    def of(cls, factor: Float[Tensor, "d e"], least: int, precision: float) -> _Image:
+        """The image of ``factor``, of at least ``least`` dimensions.
+
+        Singular values below ``precision``, relative to the largest, are taken for rounding.
+        """
         U, s, Vt = torch.linalg.svd(factor.cpu(), full_matrices=False)
         n = max(least, int((s > precision * s[0]).sum()))
         return cls(U[:, :n], s[:n], Vt[:n].T / s[:n])
 
 
 def _orthonormal(drawn: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
-    """The columns one after the other, each freed of those before it."""
+    """The columns of ``drawn`` made orthonormal, one after the other."""
     inner, triangle = torch.linalg.qr(drawn)
     # QR's signs are LAPACK's choice; with a positive diagonal the frame is Haar (Mezzadri, 2007).
     frame: Tensor = inner * triangle.diagonal().sign()
@@ -151,24 +153,24 @@ def _orthonormal(drawn: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
 
 
 def _tilted_frame(
-    seen: Float[Tensor, "d d"], drawn: Float[Tensor, "d r"], spectrum: Float[Tensor, " r"], target: float
+    second: Float[Tensor, "d d"], drawn: Float[Tensor, "d r"], spectrum: Float[Tensor, " r"], target: float
 ) -> Float[Tensor, "d r"]:
-    """Random orthonormal ``a_i`` with ``sum_i spectrum_i^2 a_i^T seen a_i = target^2``.
+    """Random orthonormal ``a_i`` with ``sum_i spectrum_i^2 a_i^T second a_i = target^2``.
 
-    In the eigenbasis of ``seen``, the inputs' second moments, the rows of ``drawn`` are multiplied by
-    ``eigenvalue^(t / 2)``. With ``t`` the sum goes from its least to its largest value: orthonormalised in the order of
-    the spectrum, the columns tend to the quietest and to the loudest eigenvectors in that order, which are the extremes
-    (von Neumann's trace inequality; Horn and Johnson, "Matrix Analysis", 2013, section 7.4.1). For one vector it rises
-    all the way.
+    In the eigenbasis of ``second``, the inputs' second moments, the rows of ``drawn`` are multiplied by
+    ``eigenvalue^(t / 2)``. As ``t`` goes from minus to plus infinity, the sum goes from its least to its largest value:
+    orthonormalised in the order of the spectrum, the columns tend to the eigenvectors of the smallest or of the largest
+    eigenvalues in that order, which are the extremes (von Neumann's trace inequality; Horn and Johnson, "Matrix
+    Analysis", 2013, section 7.4.1). For one vector the sum rises all the way.
     """
-    loudness, axes = torch.linalg.eigh(seen)
-    loudness = loudness.clamp_min(0.0)
+    eigenvalues, axes = torch.linalg.eigh(second)
+    eigenvalues = eigenvalues.clamp_min(0.0)
     drawn = axes.T @ drawn
-    top = float(loudness[-1])
+    top = float(eigenvalues[-1])
     if top <= 0:
         untilted: Tensor = axes @ _orthonormal(drawn)
         return untilted
-    logs = loudness.clamp_min(FLAT * top).log()
+    logs = eigenvalues.clamp_min(FLAT * top).log()
 
     def frame(tilt: float) -> Tensor:
         scales = tilt / 2 * logs
@@ -184,14 +186,14 @@ def _tilted_frame(
     wanted = target**2 / float(spectrum.square().sum())
 
     def excess(tilt: float) -> float:
-        return float((loudness @ frame(tilt).square()) @ weights) - wanted
+        return float((eigenvalues @ frame(tilt).square()) @ weights) - wanted
 
     found: Tensor = axes @ frame(_root(excess))
     return found
 
 
 def _root(excess: Callable[[float], float]) -> float:
-    """Where ``excess`` is zero, or the end where it comes nearest to it."""
+    """Where ``excess`` is zero, or the end of the range where it comes nearest to zero."""
     start = excess(0.0)
     if start == 0:
         return 0.0

@@ -1,7 +1,7 @@
-"""Low-rank changes of weights that are put in force and taken back bit for bit.
+"""Low-rank changes of weights, applied and undone bit for bit.
 
-Several changes of a model add up, whatever the order in which they come and go: a weight is always the untouched one
-plus the changes that are in force, rounded once to its dtype.
+Several edits of one model add up, in whatever order they come and go: a weight is always the untouched one plus the
+changes in force, summed in an order that does not depend on when they came, and rounded once to its dtype.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from torch import Tensor
 from dt_lens.arguments import require_activations
 from dt_lens.edits.low_rank import Placed, spectrum_of
 from dt_lens.errors import DtLensError
-from dt_lens.lens.activations import LowRank
+from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import Matrix, SideName, Snapshot
 from dt_lens.lens.weights import fingerprint, memory_of, weight_bytes
 
 if TYPE_CHECKING:
-    from dt_lens.lens.activations import Activations
     from dt_lens.lens.protocol import Lens
     from dt_lens.svd.decomposition import Decomposition
 
 __all__ = ["Edit", "suspended", "unedited"]
 
-# Where the forward pass shows what a weight does, straight after it.
+# The hook straight after each weight in the forward pass, where its effect shows.
 SHOWN_AT = {
     "W_Q": "attn.hook_q",
     "W_K": "attn.hook_k",
@@ -46,9 +45,9 @@ SHOWN_AT = {
 
 @dataclass
 class State:
-    """What is in force on one model: its edits, and the untouched weights that they change.
+    """The edits in force on one model, and the untouched weights that they change.
 
-    ``decomposed`` keeps the last decomposition that an edit was made of: edits come in series from one matrix.
+    ``decomposed`` caches the last decomposition that an edit was made from: edits often come in series on one matrix.
     """
 
     edits: list[Edit] = field(default_factory=list)
@@ -57,20 +56,23 @@ class State:
 
 
 def state_of(model: Lens) -> State:
-    """The state kept with a model, made when first asked for; ``model.active_edits`` is its list of edits in force."""
+    """The state kept with a model, created on first use; ``model.active_edits`` is its list of edits in force."""
     state: State | None = model.__dict__.get("_edit_state")
     if state is None:
         state = State()
-        # Past nn.Module's registration of attributes.
+        # Past nn.Module.__setattr__: these are not parts of the model.
         object.__setattr__(model, "_edit_state", state)
         object.__setattr__(model, "active_edits", state.edits)
     return state
 
 
 def unedited(model: Lens) -> Snapshot:
-    """A model's weights without the edits in force: what edits are made of, so that ``sv`` always counts alike."""
+    """A model's weights without the edits in force.
+
+    Edits are made from these, so that ``sv`` counts the same directions inside another edit as outside.
+    """
     weights = model.weights
-    # By memory, as layers may share one: an edit under one name is in force under the other too.
+    # Looked up by memory: layers may share a weight, and an edit under one name is then in force under the other too.
     untouched = {memory_of(weights[name]): kept for name, kept in state_of(model).untouched.items()}
     bare = {name: untouched.get(memory_of(weight), weight) for name, weight in weights.items()}
     return Snapshot(bare, model.structure)
@@ -78,21 +80,21 @@ def unedited(model: Lens) -> Snapshot:
 
 @contextmanager
 def suspended(model: Lens) -> Iterator[None]:
-    """The model without its edits inside ``with``, and with them again afterwards, bit for bit, whatever happened.
+    """Take a model's edits away inside ``with``, and put them back afterwards, bit for bit, whatever happened.
 
     Edits stay in ``model.active_edits`` meanwhile. Ctrl-C is held back while weights are being written.
 
     Raises:
-        DtLensError: when a weight cannot be put back because it was cast or moved meanwhile.
+        DtLensError: if a weight cannot be put back because it was cast or moved meanwhile.
     """
     state = state_of(model)
     edits = list(state.edits)
     kept = {name: model.weights[name].detach().clone() for name in state.untouched}
 
     def put_back() -> None:
-        with _shielded():
+        with _ctrl_c_held_back():
             if len(edits) != len(state.edits) or any(a is not b for a, b in zip(edits, state.edits, strict=True)):
-                _write(model)  # an edit came or went meanwhile, so what was kept is no longer what should be there
+                _write(model)  # an edit was applied or undone meanwhile, so the kept weights are out of date
                 return
             _copy(model, kept)
             for name, weight in kept.items():
@@ -100,14 +102,14 @@ def suspended(model: Lens) -> Iterator[None]:
                     raise DtLensError(f"The edited weight {name!r} could not be put back bit for bit; load the model.")
 
     try:
-        with _shielded():
+        with _ctrl_c_held_back():
             _copy(model, state.untouched)
         yield
     finally:
         try:
             put_back()
         except KeyboardInterrupt:
-            put_back()  # it came before the shield was up
+            put_back()  # Ctrl-C came just before it was being held back
             raise
 
 
@@ -119,13 +121,13 @@ def _copy(model: Lens, weights: Mapping[str, Tensor]) -> None:
 
 
 class Edit:
-    """A low-rank change of one matrix, in force inside ``with``. What ``SingularEdit`` and ``Control`` have in common.
+    """A low-rank change of one matrix, in force inside ``with``: the base of ``SingularEdit`` and ``Control``.
 
     Attributes:
         matrix: the catalogued matrix.
         side: the side of the matrix on which singular vectors are replaced.
         sv: the indices of the singular directions that are edited; for a control, those of the edit it belongs to.
-        note: what a reader of the result has to know about this edit, or an empty string.
+        note: what a reader of the result should know about this edit, or an empty string.
     """
 
     matrix: Matrix
@@ -150,8 +152,8 @@ class Edit:
     def delta(self) -> LowRank:
         """The change of the matrix, ``M_edited = M + left @ right``: ``[d_left, r]`` and ``[r, d_right]``, float64.
 
-        ``M`` is the raw matrix (for OV and QK the product of the raw factors), also when the LayerNorm is folded for
-        choosing directions.
+        ``M`` is the raw matrix (for OV and QK the product of the raw factors), also when the edited directions are
+        those of the folded matrix.
         """
         return self._delta
 
@@ -162,7 +164,7 @@ class Edit:
 
     @property
     def effective_energy(self) -> float:
-        """The Frobenius norm of the change of the folded matrix: of what the LayerNorm in front lets through.
+        """The Frobenius norm of the change of the folded matrix: the part that the LayerNorm in front lets through.
 
         Equal to ``energy`` where there is no LayerNorm.
         """
@@ -174,13 +176,13 @@ class Edit:
         return any(edit is self for edit in state_of(self.model).edits)
 
     def output_energy(self, activations: Activations) -> float:
-        """``sqrt(E ||x @ delta||^2)`` over the real inputs ``x`` of the raw matrix: the size of what the edit changes.
+        """``sqrt(E ||x @ delta||^2)`` over the real inputs ``x`` of the raw matrix: how much its output changes.
 
-        An edit of a circuit's ``write`` or ``key`` side changes its second factor, ``W_O`` or ``W_K``, which is also
-        applied to the bias of the first: ``x`` then stands for the inputs with what makes that bias.
+        An edit of a circuit's ``write`` or ``key`` side changes the second factor, ``W_O`` or ``W_K``, which also
+        reads the bias of the first: the expectation then includes that bias.
 
         Raises:
-            DtLensError: when what the matrix reads is not among ``activations``, or they are none or another model's.
+            DtLensError: if ``activations`` do not cover the matrix's inputs, or belong to another model.
         """
         require_activations(activations)
         bare = unedited(self.model)
@@ -210,26 +212,26 @@ class Edit:
         try:
             self.undo()
         except KeyboardInterrupt:
-            self.undo()  # it came before the shield was up
+            self.undo()  # Ctrl-C came just before it was being held back
             raise
 
     def apply(self) -> None:
         """Put the edit in force until ``undo``.
 
         Raises:
-            DtLensError: when it is in force already, edits a direction that another edit in force edits, was made of
-                other weights than the model has now, is larger than the weights' dtype can hold, changes no bit of the
-                weights or of what they compute, or does not reach the model's forward pass; the model is then as it
-                was.
+            DtLensError: if the edit is already in force, edits a direction that another edit in force edits, was made
+                from other weights than the model has now, is larger than the weights' dtype can hold, changes no bit
+                of the weights or of what they compute, or does not reach the model's forward pass. The model is then
+                unchanged.
         """
         state = state_of(self.model)
         if self.active:
-            raise DtLensError("This edit is in force already; make a second SingularEdit for a second one.")
+            raise DtLensError("This edit is already in force; make another SingularEdit to apply a second one.")
         self._refuse_overlap(state.edits)
         self._require_same_weights(state)
         before = self._activation()
         try:
-            with _shielded():
+            with _ctrl_c_held_back():
                 live = self.model.weights[self._weight]
                 earlier = live.clone()
                 state.edits.append(self)
@@ -252,17 +254,17 @@ class Edit:
             raise
 
     def undo(self) -> None:
-        """Take the edit out of force; the last one leaves the weights as they were, bit for bit.
+        """Take the edit back; after the last one the weights are as they were, bit for bit.
 
-        Whatever else was written into the edited weights meanwhile is undone with it. Nothing happens when the edit is
-        not in force.
+        Anything else that was written into the edited weights meanwhile is lost too. An edit that is not in force is
+        left alone.
 
         Raises:
-            DtLensError: when a weight cannot be restored because it was cast meanwhile.
+            DtLensError: if a weight cannot be restored because it was cast meanwhile.
         """
         if not self.active:
             return
-        with _shielded():
+        with _ctrl_c_held_back():
             state = state_of(self.model)
             state.edits[:] = [edit for edit in state.edits if edit is not self]
             _write(self.model)
@@ -277,23 +279,26 @@ class Edit:
         pass
 
     def _require_same_weights(self, state: State) -> None:
-        """The weights are those that the edit was made of, each in one place, and shared with the user's own model."""
+        """Check that the weights are those the edit was made from, and are shared with the user's own model.
+
+        Two names of one weight cannot both be edited: each would keep the other's change as untouched.
+        """
         if fingerprint(unedited(self.model), self.matrix) != self._made_of:
             raise DtLensError(
-                f"The weights of {self.matrix.name} have changed since this edit was made of them; make the edit again."
+                f"The weights of {self.matrix.name} have changed since this edit was made from them; make it again."
             )
         weights, name = self.model.weights, self._weight
         for other in state.untouched:
             if other != name and weights[other].data_ptr() == weights[name].data_ptr():
                 raise DtLensError(
-                    f"{name!r} and {other!r} are one memory, and an edit of it is in force already; end it first."
+                    f"{name!r} and {other!r} share their memory, and an edit of it is already in force; end it first."
                 )
         check = getattr(self.model, "require_shared", None)
         if check is not None:
             check([name])
 
     def _activation(self) -> Tensor:
-        """What the matrix does to a probe batch, straight after it in the forward pass."""
+        """The activation straight after the edited weight, for a probe batch."""
         kind = self._weight.rpartition(".")[2]
         gated = kind == "W_in" and f"blocks.{self.matrix.layer}.mlp.W_gate" in self.model.weights
         name = f"blocks.{self.matrix.layer}.{'mlp.hook_pre_linear' if gated else SHOWN_AT[kind]}"
@@ -303,7 +308,7 @@ class Edit:
         return torch.nan_to_num(shown.detach().clone())
 
     def _why_unseen(self, before: Tensor) -> str:
-        """The edit moved no bit of the activation: is it merely small, or is the weight not the one in use?"""
+        """Why the edit moved no bit of the activation: it is too small, or the weight is not the one in use."""
         live = self.model.weights[self._weight]
         with _writable(live):
             live.zero_()
@@ -321,14 +326,14 @@ class Edit:
 
 
 def _write(model: Lens) -> None:
-    """Every touched weight becomes the untouched one plus the changes in force, rounded once to its dtype."""
+    """Set every edited weight to the untouched one plus the changes in force, rounded once to its dtype."""
     state, weights = state_of(model), model.weights
     for name, untouched in state.untouched.items():
         live = weights[name]
         changes = [edit._placed.dense(weights) for edit in state.edits if edit._weight == name]
         with _writable(live):
             if changes:
-                # In order of content rather than of arrival, so that the sum is the same whichever edit came first.
+                # Ordered by content, not by arrival, so that the sum is the same whichever edit came first.
                 changes.sort(key=lambda change: (float(change.norm()), float(change.sum())))
                 live.copy_(sum(changes, untouched.double().to(live.device)))
             else:
@@ -337,21 +342,21 @@ def _write(model: Lens) -> None:
 
 @contextmanager
 def _writable(weight: Tensor) -> Iterator[None]:
-    """Weights made in inference mode may only be written there, and others only outside of autograd."""
+    """Allow writing to a weight: in inference mode if it was made there, and without autograd."""
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         yield
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality of every bit: tells -0.0 from 0.0, and a NaN equals itself."""
+    """Whether two tensors are equal bit for bit: -0.0 differs from 0.0, and a NaN equals itself."""
     return a.shape == b.shape and a.dtype == b.dtype and weight_bytes(a) == weight_bytes(b)
 
 
 @contextmanager
-def _shielded() -> Iterator[None]:
-    """Hold Ctrl-C back while weights are being written; it is delivered at the end."""
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Hold Ctrl-C back inside ``with``, and deliver it at the end."""
     handler = signal.getsignal(signal.SIGINT)
-    # Signals come to the main thread only, and a handler of somebody's C code could not be put back.
+    # Signals reach the main thread only; and a handler that C code installed (None here) could not be put back.
     if threading.current_thread() is not threading.main_thread() or handler is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Changes of low rank: of a matrix, and of the one weight whose change makes it."""
+"""Low-rank changes: of a matrix, and of the one weight that is written to make them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Placed", "carry", "remarks_on", "spectrum_of"]
 
 
 class Placed(NamedTuple):
-    """A change of one weight, ``left @ right`` of a factor of it: kept thin, so that many edits fit in memory."""
+    """A change ``left @ right`` of one factor (a weight, or one head of it), kept thin so that many fit in memory."""
 
     factor: Factor
     left: Float[Tensor, "d_left r"]
     right: Float[Tensor, "r d_right"]
 
     def is_second_in(self, matrix: Matrix) -> bool:
-        """Whether it changes the second factor of a circuit, which is applied to what the first gives."""
+        """Whether this changes the second factor of a circuit, which reads what the first one writes."""
         return self.factor in matrix.factors[1:]
 
     def dense(self, weights: Mapping[str, Tensor]) -> Tensor:
@@ -41,10 +41,10 @@ def spectrum_of(delta: LowRank) -> Float[Tensor, " r"]:
 
 
 def carry(factors: MatrixFactors, where: Literal["left", "right"], change: LowRank) -> tuple[LowRank, Placed]:
-    """A change of the (folded) matrix as a change of the raw matrix and of the one weight that makes it.
+    """Turn a change of the (folded) matrix into the change of the raw matrix and that of the one weight to write.
 
     A circuit ``A B`` is edited in one factor: ``B += pinv(A) delta`` for the right side, ``A += delta pinv(B)`` for the
-    left one. Both are exact, because the side that stays lies in the span of the factor that stays.
+    left one. Both are exact, because the singular vectors of the other side lie in the span of the other factor.
     """
     matrix = factors.matrix
 
@@ -59,7 +59,7 @@ def carry(factors: MatrixFactors, where: Literal["left", "right"], change: LowRa
     if len(matrix.factors) == 1:
         delta = raw_left(), raw_right()
         return delta, Placed(matrix.factors[0], *delta)
-    # Through the factor that stays, as the stream meets it; the raw matrix changes by the raw factor times the same.
+    # Through the unchanged factor, folded as it acts on the stream; the raw matrix changes by the raw factor times it.
     raw, seen = factors.raw(), factors.effective()
     if where == "right":
         placed = Placed(matrix.factors[1], torch.linalg.pinv(seen[0]) @ change[0], raw_right())
@@ -69,12 +69,12 @@ def carry(factors: MatrixFactors, where: Literal["left", "right"], change: LowRa
 
 
 def remarks_on(bare: Snapshot, matrix: Matrix, placed: Placed) -> list[str]:
-    """What a reader has to know about a change because of the one weight that is written to make it."""
+    """What a reader should know about a change because of the one weight that is written to make it."""
     remarks, factor, shared = [], placed.factor, bare.structure.queries_per_key
     memory = memory_of(bare.weights[factor.weight])
     also = [name for name, other in bare.weights.items() if name != factor.weight and memory_of(other) == memory]
     if also:
-        remarks.append(f"{factor.weight} is one memory with {', '.join(also)}, so the edit changes all of them.")
+        remarks.append(f"{factor.weight} shares its memory with {', '.join(also)}, so the edit changes all of them.")
     if matrix.kind in ("OV", "QK") and shared > 1 and factor.weight.endswith(("W_K", "W_V")):
         first = (matrix.head or 0) // shared * shared
         remarks.append(
@@ -88,9 +88,9 @@ def remarks_on(bare: Snapshot, matrix: Matrix, placed: Placed) -> list[str]:
 
 
 def _lost_to_rounding(bare: Snapshot, matrix: Matrix, placed: Placed) -> float:
-    """How far the change of the matrix that the weight's dtype can hold is from the one wanted, relative to its size.
+    """How much of a matrix's change is lost when the weight is rounded to its dtype, relative to the change's size.
 
-    A circuit's other factor may pass on little of a large change of the weight, and all of what rounding adds to it.
+    In a circuit the other factor may pass on little of a large change of the weight, and all of its rounding error.
     """
     name, right = placed.factor.weight, placed.is_second_in(matrix)
     before, wanted = bare.weights[name].double(), placed.dense(bare.weights)
@@ -98,7 +98,7 @@ def _lost_to_rounding(bare: Snapshot, matrix: Matrix, placed: Placed) -> float:
     passed = None
     if len(matrix.factors) == 2:
         raw = matrix.raw(bare)
-        passed = torch.linalg.qr(raw[0] if right else raw[1].T)[1]  # what it does to lengths
+        passed = torch.linalg.qr(raw[0] if right else raw[1].T)[1]  # its effect on lengths
 
     def size(change: Tensor) -> float:
         part = placed.factor.view({name: change})

@@ -1,11 +1,11 @@
-"""What takes the place of a singular vector: a value by name, a factor, a vector, or a direction of an embedding."""
+"""What replaces a singular vector: a value by name, a factor, a vector, or a direction of an embedding."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,19 +18,19 @@ from dt_lens.svd.side_labels import unit_rows
 __all__ = ["VALUES", "Replacements", "Value", "embedded_direction", "find_direction"]
 
 Value = Literal["constant", "zero", "flip", "random"]
-VALUES: tuple[str, ...] = ("constant", "zero", "flip", "random")
+VALUES: tuple[str, ...] = get_args(Value)
 FORMS = "{'replace': [embedding, label]} or {'towards': [embedding, label], 'angle': degrees}"
-PARALLEL = 1e-6  # the sine of an angle too small to tell a plane by
+PARALLEL = 1e-6  # the sine of the angle below which two vectors span no plane
 
 
 class Replacements:
-    """Makes the vectors that take the place of singular ones on one side of a matrix.
+    """Makes the vectors that replace singular vectors on one side of a matrix.
 
     Args:
         embeddings: the model's.
-        folded: whether an embedding's directions are the effective ones.
-        centred: the side reads through a norm that removes constants, and the norm is folded in.
-        residual: the side faces the residual stream, where embeddings are.
+        folded: whether to use an embedding's effective directions, not its raw ones.
+        centred: whether a norm that removes constants is folded into this side.
+        residual: whether the side faces the residual stream, where the embeddings are.
         seed: of random vectors.
     """
 
@@ -41,10 +41,12 @@ class Replacements:
         self._folded, self._centred, self._residual, self._seed = folded, centred, residual, seed
 
     def of(self, value: Any, old: Float[Tensor, "k d"]) -> tuple[Float[Tensor, "k d"], Any]:
-        """What takes the place of the unit rows ``old``, without a mean on a centred side; and the value for a record.
+        """The vectors that replace the unit rows ``old``, and the value as a record keeps it.
+
+        On a centred side the vectors have no mean.
 
         Raises:
-            DtLensError: for a value that is none.
+            DtLensError: for an unknown or malformed value.
         """
         meant = embedded_direction(value)
         if meant is not None:
@@ -64,7 +66,7 @@ class Replacements:
         name, label, angle = meant
         unit, label = self._unit(name, label)
         unit = unit.to(old)
-        # A direction has two poles, and sigma no sign: the nearer pole keeps what the matrix does along it.
+        # A direction has two poles and sigma has no sign: the nearer pole keeps the sign of what the matrix does.
         poles = torch.where(old @ unit < 0, -1.0, 1.0).to(old)[:, None] * unit
         if angle is None:
             return poles, {"replace": [name, label]}
@@ -73,7 +75,7 @@ class Replacements:
         if bool((lengths < PARALLEL).any()):
             which = int((lengths.flatten() < PARALLEL).nonzero()[0])
             raise DtLensError(
-                f"Direction {which} of those to be turned lies along {label!r} of {name} already, so there is no plane "
+                f"Direction {which} of those to be turned already lies along {label!r} of {name}, so there is no plane "
                 "to turn it in; leave it out."
             )
         turn = math.radians(angle)
@@ -81,29 +83,29 @@ class Replacements:
         return turned, {"towards": [name, label], "angle": angle}
 
     def _unit(self, name: str, label: str | int) -> tuple[Float[Tensor, " d"], str | int]:
-        """A label's unit direction as this side meets it; and the label, or its row where others are called so too."""
+        """A label's unit direction as seen from this side; and the label, or its row if the label is not unique."""
         if not self._residual:
             raise DtLensError(
                 f"This side does not face the residual stream, where the embedding {name!r} is; edit the other side or "
                 "give a vector."
             )
-        embedding, row, told = find_direction(self._embeddings, name, label)
+        embedding, row, shown = find_direction(self._embeddings, name, label)
         (unit,) = unit_rows(embedding, torch.tensor([row]), self._folded, self._centred)
         if not bool(unit.any()):
             raise DtLensError(
-                f"The direction {embedding.labels[row]!r} of {name} is zero where this side meets it (a LayerNorm "
+                f"The direction {embedding.labels[row]!r} of {name} is zero as seen from this side (a LayerNorm "
                 "removes constants); name another."
             )
-        return unit, told
+        return unit, shown
 
 
 def embedded_direction(value: Any) -> tuple[str, str | int, float | None] | None:
-    """What a value means that names an embedding's direction: (embedding, label or row, angle); ``None`` for others.
+    """Read a value that names an embedding's direction: (embedding, label or row, angle); ``None`` for other values.
 
-    There is no angle where the direction takes the vector's place.
+    The angle is ``None`` if the direction replaces the vector.
 
     Raises:
-        DtLensError: for a value that names a direction, and not as it should.
+        DtLensError: for a value that names a direction in a malformed way.
     """
     if isinstance(value, Mapping):
         keys, angle = set(value), value.get("angle")
@@ -137,21 +139,22 @@ def embedded_direction(value: Any) -> tuple[str, str | int, float | None] | None
 
 
 def find_direction(embeddings: EmbeddingRegistry, name: str, label: str | int) -> tuple[Embedding, int, str | int]:
-    """The embedding, the row of a label in it, and the label, or its row where an earlier one is called so too.
+    """The embedding, the row of a label in it, and the label, or the row if an earlier one has the same label.
 
     Raises:
-        DtLensError: for an embedding, a label or a row that there is not.
+        DtLensError: for an embedding, a label or a row that does not exist.
     """
     embedding = embeddings[name]
     row = embedding.index(label) if isinstance(label, str) else label
     if not -len(embedding) <= row < len(embedding):
         raise DtLensError(f"{name} has {len(embedding)} directions, 0 to {len(embedding) - 1}, and no {row}.")
     row %= len(embedding)
-    told = embedding.labels[row]
-    return embedding, row, told if embedding.index(told) == row else row
+    found = embedding.labels[row]
+    return embedding, row, found if embedding.index(found) == row else row
 
 
 def _wanted(value: Any, old: Float[Tensor, "k d"], seed: int) -> tuple[Tensor, Any]:
+    """The vectors that a value other than an embedding's direction asks for, and the value as a record keeps it."""
     k, d = old.shape
     if isinstance(value, str):
         if value not in VALUES:

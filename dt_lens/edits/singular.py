@@ -1,13 +1,13 @@
 """Edit one singular direction of one matrix, and undo it bit for bit.
 
-An edit replaces a singular vector: ``sigma u v^T`` becomes ``sigma u' v^T`` or ``sigma u v'^T``. That is a change of
-rank one, added to the weight; nothing is rebuilt from the full decomposition.
+An edit replaces a singular vector: ``sigma u v^T`` becomes ``sigma u' v^T`` or ``sigma u v'^T``. That is a rank-one
+change, which is added to the weight; the matrix is not rebuilt from its decomposition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,64 +16,60 @@ from dt_lens.arguments import require_activations, whole_number, whole_numbers
 from dt_lens.edits.control import Control
 from dt_lens.edits.edit import Edit, state_of, unedited
 from dt_lens.edits.low_rank import carry, remarks_on
-from dt_lens.edits.replacements import VALUES, Replacements, Value
+from dt_lens.edits.replacements import Replacements, Value
 from dt_lens.errors import DtLensError
-from dt_lens.lens.activations import LowRank
+from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName, Snapshot, find_matrix
-from dt_lens.lens.protocol import require_running
+from dt_lens.lens.protocol import Lens, require_running
 from dt_lens.lens.weights import fingerprint
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.weighted import decompose_weighted
 
-if TYPE_CHECKING:
-    from dt_lens.lens.activations import Activations
-    from dt_lens.lens.protocol import Lens
-
-__all__ = ["VALUES", "Control", "Edit", "SingularEdit", "load_edit"]
+__all__ = ["SingularEdit", "load_edit"]
 
 
 class SingularEdit(Edit):
-    """Replace singular vectors of a matrix inside ``with``, and restore the weights bit for bit on the way out.
+    """Replace singular vectors of a matrix inside ``with``, and restore the weights bit for bit on exit.
 
     With ``fold_layernorm`` the directions are those of the matrix with the LayerNorm in front of it folded in, as in a
-    ``WeightSVD``, and the change is carried back to the raw weight, ``diag(1/w)``. What the LayerNorm's bias sends
-    along an edited direction changes with it, as in any edit of the raw weight.
+    ``WeightSVD``, and the change is carried back to the raw weight by ``diag(1/w)``. As with any edit of the raw
+    weight, what the LayerNorm's bias sends along an edited direction changes too.
 
     Args:
         model: a wrapped model.
-        matrix: a catalogued name, ``"blocks.0.mlp.W_in"``, ``"blocks.2.attn.OV.0"``.
+        matrix: a catalogued name, such as ``"blocks.0.mlp.W_in"`` or ``"blocks.2.attn.OV.0"``.
         sv: which singular directions, largest sigma first: an index, a list or a slice; negative ones count from the
-            smallest. The count is that of the unedited matrix, also inside another edit.
+            smallest. They are those of the unedited matrix, also inside another edit.
         side: the side whose vector is replaced; by default the matrix's only side on the residual stream (OV and QK
-            need it said).
+            have two, so it must be given).
         value: what the unit vector becomes: ``"constant"`` (every entry 1/d, the edit this project grew from),
             ``"zero"`` (the direction is removed), ``"flip"``, ``"random"`` (a random unit vector; ``seed=``), a float
             (scales sigma), or a vector ``[d]``. On a folded side the vector's mean is dropped: the LayerNorm would
-            remove it, and the constant edit is a removal there. On a side that faces the residual stream also a
-            direction of one of the model's embeddings: ``("action_out", "thigh")`` or ``{"replace": ["action_out",
-            "thigh"]}`` takes the vector's place at length one; ``("action_out", "thigh", 30)`` or ``{"towards":
-            ["action_out", "thigh"], "angle": 30}`` turns it by 30 degrees in the plane of the two, past it or away
-            (a negative angle) as far as you like. A label may be a row's number. The embedding's nearer pole is
-            meant, so that turning by less than 90 degrees is the shorter way; with ``fold_layernorm`` its effective
-            direction, as a ``WeightSVD`` compares, else the raw one.
+            remove it, and the constant edit is a removal there. On a side that faces the residual stream it can also
+            be a direction of one of the model's embeddings: ``("action_out", "thigh")`` or ``{"replace":
+            ["action_out", "thigh"]}`` puts that unit vector in its place; ``("action_out", "thigh", 30)`` or
+            ``{"towards": ["action_out", "thigh"], "angle": 30}`` turns the vector by 30 degrees in the plane of the
+            two, towards the direction and past it, or away from it with a negative angle. A label may be a row's
+            number. The embedding's nearer pole is used, at most 90 degrees away; its effective direction with
+            ``fold_layernorm``, as in a ``WeightSVD``, else the raw one.
         head: one head's own ``W_Q``, ``W_K``, ``W_V`` or ``W_O``, or which head's ``OV`` or ``QK``.
         seed: of ``value="random"``.
         fold_layernorm: whether directions are those of the folded matrix.
         decomposition: the matrix's ``Decomposition``, to save computing it again.
-        activations: count directions by the spread of the output on these real inputs, as a ``WeightSVD`` with the same
-            activations does: ``M`` is the sum of ``(M v_i) v_i^T`` over the output's principal axes ``v_i``, and
-            removing a direction leaves ``M - (M v_i) v_i^T``. See ``dt_lens.svd.weighted``.
+        activations: edit the directions along which the output varies most on these real inputs, as in a ``WeightSVD``
+            with the same activations: ``M`` is the sum of ``(M v_i) v_i^T`` over the output's principal axes ``v_i``,
+            and removing a direction leaves ``M - (M v_i) v_i^T``. See ``dt_lens.svd.weighted``.
 
     Attributes:
-        matrix, sv, side, value, seed: what was asked for, ``sv`` as a list of indices, the matrix as catalogued.
-        sigma: the sigmas of the edited directions: with ``activations`` the output's standard deviations along them.
+        matrix, sv, side, value, seed: the arguments, with ``sv`` as a list of indices and the matrix as catalogued.
+        sigma: the sigmas of the edited directions; with ``activations`` the output's standard deviations along them.
         activations: the digest of the activations by which directions are weighted, or an empty string.
         folded: whether a LayerNorm is folded in.
-        note: what a reader of the result has to know, or an empty string.
+        note: what a reader of the result should know, or an empty string.
 
     Raises:
-        DtLensError: for an unknown matrix, a direction or side that it has not, a value that is none of the above, a
-            decomposition of something else, or a change that cannot be carried back through the LayerNorm.
+        DtLensError: for an unknown matrix, a direction or side that does not exist, a value that is none of the above,
+            a decomposition of something else, or a change that cannot be carried back through the LayerNorm.
     """
 
     def __init__(
@@ -120,7 +116,7 @@ class SingularEdit(Edit):
         )
         self.value: Value | float | list[float] | dict[str, Any]
         new, self.value = made.of(value, old)
-        # A raw embedding and an effective one differ, also where there is no LayerNorm to fold.
+        # An embedding's raw and effective directions differ also where there is no LayerNorm to fold.
         self._fold_layernorm = fold_layernorm if isinstance(self.value, dict) else self.folded or not found.foldable
         step = (new - old) * strength[:, None]
         change: LowRank = (step.T, right) if where == "left" else (left.T, step)
@@ -152,24 +148,24 @@ class SingularEdit(Edit):
 
     @property
     def _counted(self) -> tuple[Matrix, bool, str]:
-        """What ``sv`` counts: directions of this matrix, folded or not, by these activations."""
+        """What ``sv`` is an index into: the directions of this matrix, folded or not, weighted or not."""
         return self.matrix, self.folded, self.activations
 
     def _refuse_overlap(self, edits: Sequence[Edit]) -> None:
         for other in edits:
-            # Directions of another weighting are others, and so are those of the raw matrix and of the folded one.
+            # The raw matrix, the folded one and each weighting have directions of their own.
             if not isinstance(other, SingularEdit) or other._counted != self._counted:
                 continue
             if set(other.sv) & set(self.sv):
                 shared = min(set(other.sv) & set(self.sv))
                 raise DtLensError(
-                    f"Direction {shared} of {self.matrix.name} is being edited already; end that edit first."
+                    f"Direction {shared} of {self.matrix.name} is already being edited; end that edit first."
                 )
 
     def control(self, seed: int = 0, activations: Activations | None = None) -> Control:
         """A random edit of the same energy and rank at the same place: same singular values, random vectors.
 
-        With ``activations`` of the same output energy on real inputs too; see ``Control``.
+        With ``activations`` it has the same output energy on real inputs too; see ``Control``.
         """
         return Control(self, seed, activations)
 
@@ -190,7 +186,7 @@ class SingularEdit(Edit):
         """The edit that a ``to_dict`` record describes, on ``model``; a control's record gives the control.
 
         Raises:
-            DtLensError: for a record that is none, does not fit the model, or names other activations.
+            DtLensError: for a record that is malformed, does not fit the model, or was made with other activations.
         """
         return load_edit(model, record, activations)
 
@@ -204,31 +200,30 @@ class SingularEdit(Edit):
 
 
 def load_edit(model: Lens, record: Mapping[str, Any], activations: Activations | None = None) -> Edit:
-    """The edit that a record of ``to_dict`` describes, on ``model``.
+    """The edit or control that a ``to_dict`` record describes, on ``model``.
 
     Args:
         model: a wrapped model.
         record: the record.
-        activations: those that the record names by their digest, where it names any.
+        activations: those that the record was made with, if any; it names them by their digest.
 
     Raises:
-        DtLensError: for a record that is none, does not fit the model, or names other activations.
+        DtLensError: for a record that is malformed, does not fit the model, or was made with other activations.
     """
     try:
         kind = record["kind"]
         if kind == "control":
-            return Control(_singular(model, record["of"], activations), record["seed"], _named(record, activations))
+            of = _singular(model, record["of"], activations)
+            return Control(of, record["seed"], _activations_of(record, activations))
         if kind == "singular":
             return _singular(model, record, activations)
     except (KeyError, TypeError, IndexError) as error:
-        raise DtLensError(
-            f"This is no record of an edit: {error} is missing or wrong; records come from to_dict()."
-        ) from error
+        raise DtLensError(f"Not an edit record: {error} is missing or wrong; records come from to_dict().") from error
     raise DtLensError(f"Unknown kind of edit {kind!r}; known are singular and control.")
 
 
-def _named(record: Mapping[str, Any], activations: Activations | None) -> Activations | None:
-    """The activations that a record was made with, where it was made with any."""
+def _activations_of(record: Mapping[str, Any], activations: Activations | None) -> Activations | None:
+    """The activations that a record was made with, if any; ``activations`` must be those."""
     digest = record.get("activations")
     if digest is None:
         return None
@@ -242,15 +237,15 @@ def _named(record: Mapping[str, Any], activations: Activations | None) -> Activa
 
 def _singular(model: Lens, record: Mapping[str, Any], activations: Activations | None) -> SingularEdit:
     names = ("side", "value", "seed", "fold_layernorm")
-    options = {name: record[name] for name in names} | {"activations": _named(record, activations)}
+    options = {name: record[name] for name in names} | {"activations": _activations_of(record, activations)}
     return SingularEdit(model, record["matrix"], record["sv"], **options)
 
 
 def _rank_for(sv: Any) -> int | None:
-    """How many directions have to be known to edit ``sv`` and to see who its neighbours are; ``None`` for all."""
+    """How many directions to compute in order to edit ``sv`` and to know its neighbours; ``None`` for all."""
     chosen = list(sv) if isinstance(sv, Sequence) and not isinstance(sv, str) else [sv]
     if all(isinstance(i, int) and i >= 0 for i in chosen):
-        # In steps of powers of two, so that edits in a series share one decomposition.
+        # A power of two, so that edits in a series share one decomposition.
         return 1 << (max(chosen, default=0) + 8).bit_length()
     return None
 
@@ -270,7 +265,7 @@ def _decomposed(
 
 
 def _require_fit(given: Decomposition, made_of: MatrixFactors, activations: str, whole: bool) -> None:
-    """A decomposition that the user hands over must be that of these weights, and ``whole`` where all are counted."""
+    """Check that a decomposition given by the user is that of these weights; of all directions if ``whole``."""
     if not isinstance(given, Decomposition):
         raise DtLensError(f"decomposition is a {type(given).__name__}; it must be what WeightSVD gives for a matrix.")
     matrix, folded = made_of.matrix, made_of.folded
@@ -281,23 +276,23 @@ def _require_fit(given: Decomposition, made_of: MatrixFactors, activations: str,
     if given.matrix != matrix or given.folded != folded:
         have = f"{given.matrix.name} ({'folded' if given.folded else 'raw'})"
         raise DtLensError(
-            f"The decomposition is that of {have}; the edit is of {matrix.name} ({'folded' if folded else 'raw'})."
+            f"The decomposition is of {have}; the edit is of {matrix.name} ({'folded' if folded else 'raw'})."
         )
     factors = made_of.effective()
     image, strength = given.right.T, given.strength
     for factor in reversed(factors):
         image = factor.to(image) @ image
     size = float(strength.max()) if len(strength) else 0.0
-    # What is computed of a large matrix in low precision is computed no better than that is known.
+    # The directions of a large matrix in low precision are only as exact as their own error says.
     fits = max(1e-7, 2 * given.error)
     if not bool(torch.allclose(image, given.left.T * strength, rtol=0, atol=fits * size)):
-        raise DtLensError(f"The decomposition of {matrix.name} is that of other weights; leave it out.")
+        raise DtLensError(f"The decomposition of {matrix.name} is of other weights; leave it out.")
     if whole and not activations:
         M = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
         if float((M - image @ given.right.to(M)).norm()) > 1e-7 * size:
             raise DtLensError(
-                f"The decomposition holds only the first {len(given.sigma)} directions of {matrix.name}, so none can "
-                "be counted from the last; leave it out."
+                f"The decomposition holds only the first {len(given.sigma)} directions of {matrix.name}, so sv cannot "
+                "count from the last; leave it out."
             )
 
 
@@ -309,7 +304,7 @@ def _indices(sv: Any, k: int, name: str) -> list[int]:
     except (DtLensError, TypeError, ValueError):
         raise DtLensError(f"sv is {sv!r}; it must be an index, a list of indices or a slice.") from None
     if not chosen:
-        raise DtLensError(f"sv={sv!r} chooses no direction of {name}, which has {k}.")
+        raise DtLensError(f"sv={sv!r} chooses no direction of {name}; it has {k}, 0 to {k - 1}.")
     for i in chosen:
         if not -k <= i < k:
             raise DtLensError(f"sv={i} is out of range: {name} has {k} directions, 0 to {k - 1}.")
@@ -320,11 +315,11 @@ def _indices(sv: Any, k: int, name: str) -> list[int]:
 
 
 def _constants_are_unseen(bare: Snapshot, matrix: Matrix) -> bool:
-    """Whether a constant vector written to the stream reaches no reader: all that come later centre what they read."""
+    """Whether nothing reads a constant vector that the matrix writes: everything later centres its input."""
     structure, weights, layer = bare.structure, bare.weights, matrix.layer
     own = structure.mlp_norm[layer] if matrix.kind == "W_out" else structure.attn_norm[layer]
     if own is None:
-        # No LayerNorm in front: where there is one all the same, it stands after the sum.
+        # No LayerNorm in front of the sublayer: if there is one, it comes after the sum.
         return f"blocks.{layer}.{'ln2' if matrix.kind == 'W_out' else 'ln1'}.w" in weights
     if structure.rms:
         return False

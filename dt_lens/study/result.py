@@ -11,7 +11,7 @@ import pandas as pd
 
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.video.video import SideBySide
-from dt_lens.edits.singular import Edit
+from dt_lens.edits.edit import Edit
 from dt_lens.statistics.rank_correlation import RankCorrelation
 from dt_lens.svd.weight_svd import WeightSVD
 

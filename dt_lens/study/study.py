@@ -13,7 +13,8 @@ from dt_lens.arguments import atomic_write, local_path
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.recording import record_actions
 from dt_lens.behaviour.video.video import SideBySide, side_by_side
-from dt_lens.edits.singular import Edit, SingularEdit
+from dt_lens.edits.edit import Edit
+from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import Count, Tell, reporting

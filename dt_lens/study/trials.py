@@ -15,7 +15,7 @@ from dt_lens.arguments import atomic_write
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.evaluate import evaluate
-from dt_lens.edits.singular import Edit
+from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.progress import Count
 from dt_lens.statistics.multiplicity import q_values

@@ -1,4 +1,4 @@
-"""Controls: random, at the same place, within reach, and with activations as loud as the edit on real inputs."""
+"""Controls: random, at the same place, within reach, and with activations of the edit's output energy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def collected(model: Any, batches: int = 4) -> Activations:
 
 
 def skewed(acts: Activations, seed: int = 0, rank: int | None = None) -> Activations:
-    """The same places with inputs that are very unlike each other in their directions."""
+    """The same places, with inputs whose second moments differ a lot from direction to direction."""
     generator = torch.Generator().manual_seed(seed)
     points = {}
     for name, moments in acts.points.items():
@@ -65,7 +65,7 @@ def test_norm_rank_and_output_energy_are_the_edits(make_dt: Make, name: str, sid
             assert control.note == ""
             assert control.energy == pytest.approx(edit.energy, rel=1e-9)
             assert control.output_energy(acts) == pytest.approx(edit.output_energy(acts), rel=1e-7)
-            # What a matched control is for: an unmatched one is louder or quieter.
+            # What a matched control is for: an unmatched one has another output energy.
             plain = edit.control(5).output_energy(acts)
             assert abs(plain / edit.output_energy(acts) - 1) > 1e-4
             cosine = float((edit.delta[0] @ edit.delta[1]).flatten() @ (control.delta[0] @ control.delta[1]).flatten())
@@ -147,15 +147,15 @@ def test_law_norm_and_output_energy_are_matched(
 
 @pytest.mark.parametrize("r", [1, 3, 8])
 @pytest.mark.parametrize("condition", [1.0001, 10, 1e6, 1e10])
-def test_every_energy_that_there_is_is_reached(r: int, condition: float) -> None:
-    """From the quietest frame that there is to the loudest, at steep and at nearly flat spectra."""
+def test_every_possible_output_energy_is_reached(r: int, condition: float) -> None:
+    """From the least that a frame can have to the most, at steep and at nearly flat spectra."""
     d, generator = 40, torch.Generator().manual_seed(1)
     Q = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
-    loudness = torch.logspace(0, -float(torch.tensor(condition).log10()), d, dtype=torch.float64)
-    moments = Moments(1, torch.zeros(d).double(), (Q * loudness) @ Q.T)
+    eigenvalues = torch.logspace(0, -float(torch.tensor(condition).log10()), d, dtype=torch.float64)
+    moments = Moments(1, torch.zeros(d).double(), (Q * eigenvalues) @ Q.T)
     spectrum = torch.linspace(2, 1, r).double()
-    most = float(spectrum.square() @ loudness[:r])
-    least = float(spectrum.square() @ loudness.flip(0)[:r])
+    most = float(spectrum.square() @ eigenvalues[:r])
+    least = float(spectrum.square() @ eigenvalues.flip(0)[:r])
     for share in (1e-3, 0.1, 0.5, 0.9, 0.999):
         target = (least ** (1 - share) * most**share) ** 0.5
         drawn = torch.randn(d, r, generator=generator, dtype=torch.float64)
@@ -166,10 +166,10 @@ def test_every_energy_that_there_is_is_reached(r: int, condition: float) -> None
 
 
 def test_without_a_tilt_the_draw_is_haar_and_with_one_it_leans(make_dt: Make) -> None:
-    """Of a target that a Haar draw has on average, no direction is preferred that is not louder than another."""
+    """At the output energy of an average Haar draw and above it, equal eigenvalues share alike."""
     d = 6
-    loudness = torch.tensor([4.0, 1, 1, 1, 1, 1]).double()
-    moments = Moments(1, torch.zeros(d).double(), torch.diag(loudness))
+    eigenvalues = torch.tensor([4.0, 1, 1, 1, 1, 1]).double()
+    moments = Moments(1, torch.zeros(d).double(), torch.diag(eigenvalues))
     generator = torch.Generator().manual_seed(0)
     n = 250
     for target, shares in ((1.5, 1 / 6), (3.0, 2 / 3)):
@@ -184,19 +184,21 @@ def test_without_a_tilt_the_draw_is_haar_and_with_one_it_leans(make_dt: Make) ->
         assert float(drawn.mean(0).abs().max()) < 4.5 * n**-0.5
 
 
-def test_what_is_out_of_reach_is_matched_as_nearly_as_can_be(make_dt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_energy_out_of_reach_is_matched_as_nearly_as_possible(
+    make_dt: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_dt(dtype=torch.float64)
     acts = collected(model)
     edit = SingularEdit(model, "blocks.0.mlp.W_in", value="flip")
-    loudest = float(torch.linalg.eigvalsh(acts.inputs["blocks.0.mlp.W_in"].second)[-1]) ** 0.5 * edit.energy
-    # No rank-one edit asks for more than the loudest direction gives, so such a request is made up.
+    most = float(torch.linalg.eigvalsh(acts.inputs["blocks.0.mlp.W_in"].second)[-1]) ** 0.5 * edit.energy
+    # No rank-one edit has more output energy than the largest eigenvalue gives, so such a request is made up.
     energy = Moments.energy
     monkeypatch.setattr(
-        Moments, "energy", lambda self, change: 2 * loudest if change is edit.delta else energy(self, change)
+        Moments, "energy", lambda self, change: 2 * most if change is edit.delta else energy(self, change)
     )
     control = edit.control(0, acts)
     assert "the nearest has" in control.note
-    assert energy(acts.inputs["blocks.0.mlp.W_in"], control.delta) == pytest.approx(loudest, rel=1e-3)
+    assert energy(acts.inputs["blocks.0.mlp.W_in"], control.delta) == pytest.approx(most, rel=1e-3)
 
 
 def test_records_name_the_activations(make_dt: Make) -> None:
@@ -212,7 +214,7 @@ def test_records_name_the_activations(make_dt: Make) -> None:
     for wrong, message in ((None, "none were given"), (other, f"these are {other.digest}")):
         with pytest.raises(DtLensError, match=message):
             load_edit(model, record, wrong)
-    # A record without a match needs none, and is what it was.
+    # A record without matched output energy needs no activations.
     plain = control.of.control(7)
     assert set(plain.to_dict()) == {"kind", "seed", "of"}
     assert torch.equal(load_edit(model, plain.to_dict(), acts).delta[0], plain.delta[0])
@@ -227,7 +229,7 @@ def test_another_models_activations_are_refused(make_dt: Make) -> None:
             ask()
     mine = collected(model)
     with SingularEdit(model, "blocks.0.mlp.W_in", 3, value="flip"):
-        # Edits in force change nothing of it.
+        # Edits in force make no difference.
         assert edit.output_energy(mine) == pytest.approx(edit.output_energy(collected(model)))
     few = collect_activations(model, batches=[model.probe()], matrices="*.W_out")
     with pytest.raises(DtLensError, match=r"hold nothing of what blocks.0.mlp.W_in reads"):
@@ -266,7 +268,7 @@ def conditioned(model: Any, weight: str, condition: float) -> None:
 def test_a_circuits_control_changes_the_weight_by_as_much_as_an_edit_does(
     make_dt: Make, circuit: str, side: Any, stays: str, matched: bool
 ) -> None:
-    """Where the factor that stays passes some directions on a thousand times less than others."""
+    """Where the unedited factor passes on some directions a thousand times less than others."""
     model = make_dt(dtype=torch.float64)
     conditioned(model, f"blocks.1.attn.{stays}", 1e3)
     acts = collected(model)
@@ -275,15 +277,15 @@ def test_a_circuits_control_changes_the_weight_by_as_much_as_an_edit_does(
     def size(change: Any) -> float:
         return float((change._placed.left @ change._placed.right).norm()) / change.energy
 
-    # What the factor hardly passes on would ask for hundreds of times as much.
+    # Directions that the factor hardly passes on would need hundreds of times as much.
     most = max(size(edit) for edit in edits)
     sizes = [size(edit.control(seed, acts if matched else None)) for edit in edits[:2] for seed in range(20)]
     assert sorted(sizes)[len(sizes) // 2] < 5 * most
     assert max(sizes) < 100 * most
 
 
-def test_a_control_shows_on_the_key_side_with_the_queries_bias(make_dt: Make) -> None:
-    """A change of W_K meets whole queries, what makes b_Q included: the scores move by that much."""
+def test_output_energy_on_the_key_side_includes_the_queries_bias(make_dt: Make) -> None:
+    """A change of W_K acts on whole queries, b_Q included: the scores move by that much."""
     model = make_dt(dtype=torch.float64)
     acts = collected(model)
     x = torch.cat([_normalized(model, seed) for seed in range(4)])
@@ -297,7 +299,7 @@ def test_a_control_shows_on_the_key_side_with_the_queries_bias(make_dt: Make) ->
 
 
 def _normalized(model: Any, seed: int) -> Tensor:
-    """What the second block's attention reads of a probe batch: real tokens as rows."""
+    """What the second block's attention reads for a probe batch, one row for each real token."""
     batch = model.probe(seed)
     with torch.no_grad():
         x = model.run_with_cache(**batch)[1]["blocks.1.ln1.hook_normalized"]
@@ -306,8 +308,8 @@ def _normalized(model: Any, seed: int) -> Tensor:
     return rows[batch["attention_mask"].bool().repeat_interleave(3, 1)]
 
 
-def test_a_control_says_what_the_edit_would(make_dt: Make, make_lm: Make) -> None:
-    """That heads share the weight it changes, and that the weights' precision cannot hold it."""
+def test_a_control_has_the_edits_remarks(make_dt: Make, make_lm: Make) -> None:
+    """That heads share the changed weight, and that the weights' precision cannot hold the change."""
     lens = dt_lens.wrap(make_lm("llama"), check=False)
     edit = SingularEdit(lens, "blocks.0.attn.OV.1", side="read", value="zero")
     assert "Heads 0 to 1 share W_V" in edit.control(0).note
@@ -327,8 +329,8 @@ def test_a_control_says_what_the_edit_would(make_dt: Make, make_lm: Make) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("side", "stays"), [("read", "W_O"), ("write", "W_V")])
-def test_controls_leave_alone_what_a_factor_does_not_pass_on(make_dt: Make, side: Any, stays: str, dtype: Any) -> None:
-    """Dimensions in which the factor holds nothing, or nothing but the rounding of an edit that was kept."""
+def test_controls_stay_in_the_image_of_the_unedited_factor(make_dt: Make, side: Any, stays: str, dtype: Any) -> None:
+    """Also where its other singular values are zero, or only rounding of what was zero."""
     model = make_dt(dtype=torch.float64)
     with torch.no_grad():
         weight = model.weights[f"blocks.0.attn.{stays}"][0]
@@ -346,12 +348,12 @@ def test_controls_leave_alone_what_a_factor_does_not_pass_on(make_dt: Make, side
 
 @pytest.mark.parametrize(("name", "side"), [("blocks.0.mlp.W_in", "read"), ("blocks.0.attn.OV.1", "write")])
 def test_controls_are_haar(make_dt: Make, name: str, side: str) -> None:
-    """Every direction alike, either sign alike: first and second moments of the sphere."""
+    """All directions and both signs are equally likely: first and second moments of the sphere."""
     model = make_dt(dtype=torch.float64)
     edit = SingularEdit(model, name, side=side, value="flip")  # type: ignore[arg-type]
     n = 1500
     lefts, rights, pairs = [], [], []
-    # A circuit's fixed side is what the other factor makes of directions that are all alike.
+    # In a circuit the fixed side is the unedited factor's image of Haar-random directions.
     back = torch.eye(16).double() if "OV" not in name else torch.linalg.pinv(find_matrix(model, name).raw(model)[0])
     for seed in range(n):
         left, right = edit.control(seed).delta

@@ -1,4 +1,4 @@
-"""Nothing is left broken: whatever happens inside or on the way, the weights come back bit for bit."""
+"""Nothing is left broken: whatever happens during an edit, the weights come back bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bits(model: Any) -> dict[str, bytes]:
 
 @contextmanager
 def nothing_changes(model: Any) -> Iterator[None]:
-    """Weights, hooks, modes and what is in force are afterwards what they were before."""
+    """Check that weights, hooks, modes and the edits in force are afterwards what they were before."""
     before, hooks = bits(model), hooked(model)
     modes = [module.training for module in model.modules()]
     active = list(getattr(model, "active_edits", []))
@@ -82,26 +82,26 @@ def test_ctrl_c_while_weights_are_written(make_dt: Make, monkeypatch: pytest.Mon
     with nothing_changes(model), pytest.raises(KeyboardInterrupt), SingularEdit(model, W_IN):
         entered.append(1)
     assert len(entered) == call
-    with nothing_changes(model), SingularEdit(model, W_IN):  # and all works as ever
+    with nothing_changes(model), SingularEdit(model, W_IN):  # and edits still work
         pass
 
 
-def test_ones_own_handler_gets_the_signal(make_dt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, write, heard = make_dt(), changes._write, []
+def test_the_users_own_handler_gets_the_signal(make_dt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, write, received = make_dt(), changes._write, []
 
     def interrupted(lens: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        assert not heard  # not in the middle of writing
+        assert not received  # not in the middle of writing
         write(lens)
 
-    before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    before = signal.signal(signal.SIGINT, lambda *_: received.append(1))
     try:
         monkeypatch.setattr(changes, "_write", interrupted)
         with nothing_changes(model), SingularEdit(model, W_IN) as edit:
-            assert edit.active  # a handler that goes on goes on
-            assert len(heard) == 1
-            heard.clear()
-        assert len(heard) == 1
+            assert edit.active  # the handler returned, so the edit goes ahead
+            assert len(received) == 1
+            received.clear()
+        assert len(received) == 1
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -159,7 +159,7 @@ def test_inference_mode(make_dt: Make, built: bool, entered: bool, left: bool, d
     assert torch.equal(outputs(model), before)
 
 
-def test_training_goes_on_around_an_edit(make_dt: Make) -> None:
+def test_training_continues_around_an_edit(make_dt: Make) -> None:
     model = make_dt().train()
     model.blocks[0].eval()  # a mode of its own
     loss = model(**model.probe()).action_preds.square().sum()
@@ -247,8 +247,8 @@ def test_an_edit_that_hits_a_copy_is_an_error(make_dt: Make) -> None:
             pass
 
 
-def test_an_edit_too_faint_for_the_activations_is_told_from_a_copy(make_dt: Make) -> None:
-    """A direction so weak that the bias drowns it: bits of the weights change, and none of what they compute."""
+def test_an_edit_too_faint_for_the_activations_is_distinguished_from_a_copy(make_dt: Make) -> None:
+    """A direction so weak that the bias drowns it: the weights change, and no bit of what they compute."""
     model = make_dt(dtype=torch.bfloat16)
     model.weights[W_IN].zero_()[:2, :2] = torch.diag(torch.tensor([2.0, 1e-6]))
     model.weights["blocks.0.mlp.b_in"].fill_(3.0)
@@ -263,7 +263,7 @@ def test_an_edit_of_weights_that_have_changed_is_refused(make_dt: Make) -> None:
     model = make_dt()
     edits = [SingularEdit(model, W_IN), SingularEdit(model, W_IN).control()]
     outer = SingularEdit(model, W_IN, 1)
-    with outer, edits[0]:  # other edits in force are no change of what an edit is made of
+    with outer, edits[0]:  # other edits in force do not change the weights that an edit is made from
         pass
     model.weights[W_IN][0, 0] += 1e-3
     for edit in edits:
@@ -274,13 +274,13 @@ def test_an_edit_of_weights_that_have_changed_is_refused(make_dt: Make) -> None:
         pass
 
 
-def test_an_edit_goes_once(make_dt: Make) -> None:
+def test_an_edit_is_applied_once(make_dt: Make) -> None:
     model = make_dt()
     edit = SingularEdit(model, W_IN)
     with nothing_changes(model), edit:
         assert edit.active
         assert model.active_edits == [edit]
-        with pytest.raises(DtLensError, match="in force already"):
+        with pytest.raises(DtLensError, match="already in force"):
             edit.apply()
         with pytest.raises(DtLensError, match="Direction 0 of"):
             SingularEdit(model, W_IN, value="flip").apply()
@@ -290,24 +290,24 @@ def test_an_edit_goes_once(make_dt: Make) -> None:
         pass
 
 
-def test_layers_that_are_one_memory(make_lm: Make) -> None:
-    """Tied blocks: the edit of one is an edit of both, says so, and is no part of what the other's directions are."""
+def test_layers_that_share_their_memory(make_lm: Make) -> None:
+    """Tied blocks: an edit of one edits both and says so, and does not change what the other's directions are."""
     original = make_lm("gpt2")
     original.transformer.h[1].mlp = original.transformer.h[0].mlp
     model = dt_lens.wrap(original, check=False)
     other = "blocks.1.mlp.W_in"
     alone, outside = SingularEdit(model, other, fold_layernorm=False), SingularEdit(model, other, 1)
     edit = SingularEdit(model, W_IN, value="zero", fold_layernorm=False)
-    for told in (edit, edit.control(), SingularEdit(model, "blocks.0.mlp.W_in", side="neuron")):
-        assert "blocks.0.mlp.W_in is one memory with blocks.1.mlp.W_in" in told.note
-    assert "one memory" not in SingularEdit(model, "blocks.0.attn.W_Q").note
+    for noted in (edit, edit.control(), SingularEdit(model, "blocks.0.mlp.W_in", side="neuron")):
+        assert "blocks.0.mlp.W_in shares its memory with blocks.1.mlp.W_in" in noted.note
+    assert "memory" not in SingularEdit(model, "blocks.0.attn.W_Q").note
     with nothing_changes(model), edit:
         assert torch.equal(model.weights[other], model.weights[W_IN])
         inside = SingularEdit(model, other, fold_layernorm=False)
         assert inside.sigma == alone.sigma
         assert torch.equal(inside.delta[0] @ inside.delta[1], alone.delta[0] @ alone.delta[1])
         for second in (inside, outside):
-            with pytest.raises(DtLensError, match="are one memory, and an edit of it is in force already"):
+            with pytest.raises(DtLensError, match="share their memory, and an edit of it is already in force"):
                 second.apply()
     with nothing_changes(model), outside:
         pass

@@ -1,4 +1,4 @@
-"""What an edit can be made of: a record, arguments, a decomposition that is handed over; and what is none of these."""
+"""What an edit is made from (a record, arguments, a given decomposition), and what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 W_IN = "blocks.0.mlp.W_in"
 
 
-def test_records_go_there_and_back(make_dt: Make) -> None:
+def test_records_make_the_round_trip(make_dt: Make) -> None:
     model = make_dt()
     vector = torch.randn(16)
     edits = [
@@ -49,8 +49,9 @@ def test_records_go_there_and_back(make_dt: Make) -> None:
         {"kind": "control", "seed": 0, "of": {}}, {"kind": "control", "seed": 0, "of": None}, {"kind": "patch"},
     ],
 )  # fmt: skip
-def test_what_is_no_record(make_dt: Make, record: Any) -> None:
-    with pytest.raises(DtLensError, match=r"no record of an edit|Unknown kind of edit"):
+def test_a_malformed_record_is_refused(make_dt: Make, record: Any) -> None:
+    refused = r"^Not an edit record: .*; records come from to_dict\(\)\.$|^Unknown kind of edit 'patch'; known are"
+    with pytest.raises(DtLensError, match=refused):
         load_edit(make_dt(), record)
 
 
@@ -99,13 +100,13 @@ def test_what_is_no_record(make_dt: Make, record: Any) -> None:
         ({"value": "random", "seed": 0.5}, "seed is 0.5"),
     ],
 )
-def test_what_is_no_edit(make_dt: Make, arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(make_dt: Make, arguments: dict[str, Any], message: str) -> None:
     model = make_dt()
     with pytest.raises(DtLensError, match=message):
         SingularEdit(model, **{"matrix": W_IN, **arguments})
 
 
-def test_more_of_what_is_no_edit(make_dt: Make) -> None:
+def test_wrong_models_activations_and_weights_are_refused(make_dt: Make) -> None:
     model = make_dt()
     with pytest.raises(DtLensError, match="takes a wrapped model, not a Linear"):
         SingularEdit(torch.nn.Linear(2, 2), W_IN)  # type: ignore[arg-type]
@@ -133,12 +134,12 @@ def test_a_layernorm_scale_of_zero(make_dt: Make) -> None:
             SingularEdit(model, name, side=side)  # type: ignore[arg-type]
         with SingularEdit(model, name, side=side, fold_layernorm=False):  # type: ignore[arg-type]
             pass
-    # What an OV circuit writes is edited in W_O, which no LayerNorm stands before.
+    # What an OV circuit writes is edited in W_O, which has no LayerNorm in front.
     with SingularEdit(model, "blocks.0.attn.OV.0", side="write"):
         pass
 
 
-def test_a_decomposition_handed_over_is_that_of_the_matrix(make_dt: Make) -> None:
+def test_a_given_decomposition_must_be_of_the_matrix(make_dt: Make) -> None:
     model = make_dt()
     svd, raw = WeightSVD(model), WeightSVD(model, fold_layernorm=False)
     given = SingularEdit(model, W_IN, 2, decomposition=svd[W_IN])
@@ -146,14 +147,14 @@ def test_a_decomposition_handed_over_is_that_of_the_matrix(make_dt: Make) -> Non
     for wrong in (svd["blocks.1.mlp.W_in"], raw[W_IN]):
         with pytest.raises(DtLensError, match="the edit is of blocks"):
             SingularEdit(model, W_IN, 2, decomposition=wrong)
-    with pytest.raises(DtLensError, match="that of other weights"):
+    with pytest.raises(DtLensError, match="is of other weights"):
         SingularEdit(model, W_IN, 2, decomposition=WeightSVD(make_dt(1))[W_IN])
     qk = svd["blocks.0.attn.QK.1"]
     assert SingularEdit(model, "blocks.0.attn.QK.1", side="key", decomposition=qk).sv == [0]
 
 
-def test_a_decomposition_fits_as_well_as_it_was_computed(make_dt: Make) -> None:
-    """Of a large matrix in low precision directions are known to six digits: still its own, and no other's."""
+def test_a_decomposition_must_fit_as_well_as_it_was_computed(make_dt: Make) -> None:
+    """The directions of a large matrix in low precision are known to six digits; they are accepted as its own."""
     model = make_dt()
     found = WeightSVD(model)[W_IN]
 
@@ -164,8 +165,8 @@ def test_a_decomposition_fits_as_well_as_it_was_computed(make_dt: Make) -> None:
     given = SingularEdit(model, W_IN, [0, 2], value="zero", decomposition=rough)
     for mine, own in zip(given.delta, SingularEdit(model, W_IN, [0, 2], value="zero").delta, strict=True):
         torch.testing.assert_close(mine, own, rtol=0, atol=1e-5)
-    with pytest.raises(DtLensError, match="that of other weights"):
+    with pytest.raises(DtLensError, match="is of other weights"):
         SingularEdit(model, W_IN, 0, decomposition=moved(1e-6))
     model.weights[W_IN][3, 5] += 1e-3
-    with pytest.raises(DtLensError, match="that of other weights"):
+    with pytest.raises(DtLensError, match="is of other weights"):
         SingularEdit(model, W_IN, 0, decomposition=rough)

@@ -42,8 +42,8 @@ def became(model: Any, edit: SingularEdit, fold: bool) -> Tensor:
     return found / sigma[:, None]
 
 
-def met(model: Any, name: str, row: int, fold: bool, centred: bool) -> Tensor:
-    """The unit direction that a scan compares with, worked out anew."""
+def compared(model: Any, name: str, row: int, fold: bool, centred: bool) -> Tensor:
+    """The unit direction that a scan compares with, computed independently."""
     embedding = model.embeddings[name]
     e = (embedding.effective if fold else embedding.directions)[row].double()
     e = e - e.mean() if centred else e
@@ -60,7 +60,7 @@ def test_the_vector_becomes_the_direction_that_a_scan_compares_with(
     label = model.embeddings[embedding].labels[1]
     matrix = find_matrix(model, name)
     centred = fold and matrix.centred(matrix.side(side))
-    unit = met(model, embedding, 1, fold, centred)
+    unit = compared(model, embedding, 1, fold, centred)
     d = WeightSVD(model, fold_layernorm=fold)[name]
     old = d.side(side)[[0, 2]].clone()
     edit = SingularEdit(model, name, [0, 2], side=side, value=(embedding, label), fold_layernorm=fold)
@@ -69,7 +69,7 @@ def test_the_vector_becomes_the_direction_that_a_scan_compares_with(
     for was, now in zip(old, new, strict=True):
         pole = 1.0 if float(was @ unit) >= 0 else -1.0
         torch.testing.assert_close(now, pole * unit, rtol=0, atol=1e-9)
-    # The same cosine as the table has: what is now read is the label, to the letter.
+    # The same cosine as in the table: what is now read is exactly the label.
     expected = WeightSVD(model, fold_layernorm=fold).cosines(name, embedding, side)[label].to_numpy()[[0, 2]]
     assert (old @ unit).tolist() == pytest.approx(expected.tolist(), abs=1e-9)
 
@@ -83,7 +83,7 @@ def test_turning_keeps_the_length_the_plane_and_the_angle(
     model = make_dt(dtype=torch.float64)
     label = model.embeddings["action_out"].labels[0]
     matrix = find_matrix(model, name)
-    unit = met(model, "action_out", 0, fold, fold and matrix.centred(matrix.side(side)))
+    unit = compared(model, "action_out", 0, fold, fold and matrix.centred(matrix.side(side)))
     old = WeightSVD(model, fold_layernorm=fold)[name].side(side)[[1, 3]].clone()
     edit = SingularEdit(
         model, name, [1, 3], side=side, value={"towards": ["action_out", label], "angle": angle}, fold_layernorm=fold
@@ -109,7 +109,7 @@ def test_turning_by_the_whole_angle_is_replacing(make_dt: Make) -> None:
 
 
 def test_a_planted_direction(make_dt: Make) -> None:
-    """One's own embedding: what is written becomes what was planted, whatever else the matrix does."""
+    """A user's embedding: what is written becomes what was planted, whatever else the matrix does."""
     model = make_dt(normalization="none", final_ln=False, dtype=torch.float64)
     planted = torch.nn.functional.one_hot(torch.tensor([3, 9]), 16).double()
     model.embeddings["mine"] = Embedding(-4 * planted, ["left", "right"])
@@ -142,14 +142,14 @@ def test_records_of_embeddings(make_dt: Make) -> None:
     assert (folded.to_dict()["fold_layernorm"], edits[3].to_dict()["fold_layernorm"]) == (True, False)
 
 
-def test_a_label_that_two_rows_share_is_told_by_its_row(make_dt: Make) -> None:
+def test_a_label_that_two_rows_share_is_recorded_by_its_row(make_dt: Make) -> None:
     model = make_dt()
     model.embeddings.relabel("action_out", ["a", "b", "b"])
     first, second = (SingularEdit(model, "blocks.0.mlp.W_out", value=("action_out", row)) for row in (1, 2))
     assert first.value == {"replace": ["action_out", "b"]}
     assert second.value == {"replace": ["action_out", 2]}
     torch.testing.assert_close(load_edit(model, second.to_dict()).delta, second.delta)
-    # A number is one of any kind.
+    # NumPy's numbers are accepted too.
     again = SingularEdit(model, "blocks.0.mlp.W_out", value=("action_out", np.int64(2), np.float32(30)))
     assert json.loads(json.dumps(again.value)) == {"towards": ["action_out", 2], "angle": 30.0}
 
@@ -159,14 +159,14 @@ def test_tokens_of_a_language_model(kind: str, make_lm: Make) -> None:
     lens = dt_lens.wrap(make_lm(kind).double(), check=False)
     for name, side in (("blocks.0.mlp.W_in", "read"), ("blocks.1.attn.OV.3", "write")):
         matrix = find_matrix(lens, name)
-        unit = met(lens, "token_out", 5, True, matrix.centred(matrix.side(side)))  # type: ignore[arg-type]
+        unit = compared(lens, "token_out", 5, True, matrix.centred(matrix.side(side)))  # type: ignore[arg-type]
         edit = SingularEdit(lens, name, 0, side=side, value=("token_out", "token 5"))  # type: ignore[arg-type]
         assert abs(float(became(lens, edit, True)[0] @ unit)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("value", ["zero", "flip", "constant", 0.0, 2.5, ("action_out", 0), ("action_out", 0, 20)])
 @pytest.mark.parametrize("sv", [-1, [-1, -2], slice(-3, None), [0, -1]])
-def test_every_dose_at_the_bottom_too(make_dt: Make, value: Any, sv: Any) -> None:
+def test_every_value_at_the_smallest_sigmas_too(make_dt: Make, value: Any, sv: Any) -> None:
     model = make_dt(dtype=torch.float64)
     for name, side in PLACES:
         k = len(WeightSVD(model)[name].sigma)
@@ -180,7 +180,7 @@ def test_every_dose_at_the_bottom_too(make_dt: Make, value: Any, sv: Any) -> Non
         assert all(torch.equal(w, before[n]) for n, w in model.weights.items())
 
 
-def test_the_last_directions_of_a_part_are_not_the_last_of_all(make_dt: Make) -> None:
+def test_a_partial_decomposition_does_not_hold_the_last_directions(make_dt: Make) -> None:
     model = make_dt()
     name = "blocks.0.mlp.W_in"
     part, whole = WeightSVD(model, 4)[name], WeightSVD(model)[name]
@@ -214,7 +214,7 @@ W_IN = "blocks.0.mlp.W_in"
         ({}, "with an embedding it must be"),
     ],
 )
-def test_what_is_no_direction_of_an_embedding(make_dt: Make, value: Any, message: str) -> None:
+def test_malformed_directions_of_embeddings_are_refused(make_dt: Make, value: Any, message: str) -> None:
     with pytest.raises(DtLensError, match=message):
         SingularEdit(make_dt(), W_IN, value=value)
 
@@ -224,10 +224,10 @@ def test_directions_that_no_edit_can_take(make_dt: Make) -> None:
     with pytest.raises(DtLensError, match="does not face the residual stream"):
         SingularEdit(model, W_IN, side="neuron", value=("action_out", 0))
     model.embeddings["flat"] = Embedding(torch.ones(1, 16), ["all"])
-    with pytest.raises(DtLensError, match="'all' of flat is zero where this side meets it"):
+    with pytest.raises(DtLensError, match="'all' of flat is zero as seen from this side"):
         SingularEdit(model, W_IN, value=("flat", "all"))
     model.embeddings["same"] = Embedding(WeightSVD(model)[W_IN].read[:1].clone(), ["v"])  # type: ignore[index]
-    with pytest.raises(DtLensError, match="lies along 'v' of same already"):
+    with pytest.raises(DtLensError, match="already lies along 'v' of same"):
         SingularEdit(model, W_IN, value=("same", "v", 10))
     with pytest.raises(DtLensError, match="changes no bit"):
         SingularEdit(model, W_IN, value=("same", "v")).apply()

@@ -116,7 +116,7 @@ def test_several_directions_at_once(make_dt: Make, sv: Any) -> None:
     assert edit.effective_energy == pytest.approx(float(d.sigma[chosen].norm()))
 
 
-def test_scan_and_edit_count_alike(make_dt: Make) -> None:
+def test_scan_and_edit_number_directions_alike(make_dt: Make) -> None:
     model = make_dt(dtype=torch.float64)
     svd = WeightSVD(model)
     before = svd["blocks.0.attn.OV.0"]
@@ -127,7 +127,7 @@ def test_scan_and_edit_count_alike(make_dt: Make) -> None:
             assert abs(float(after.left[0] @ before.left[sv])) == pytest.approx(1)
 
 
-def test_inside_another_edit_directions_count_as_without(make_dt: Make) -> None:
+def test_directions_are_the_same_inside_another_edit(make_dt: Make) -> None:
     model = make_dt(dtype=torch.float64)
     name = "blocks.0.mlp.W_in"
     alone = SingularEdit(model, name, 1, value="flip")
@@ -178,7 +178,7 @@ def test_a_constant_that_is_written_is_seen_only_without_layernorms(
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mlp.W_in", "blocks.0.mlp.W_out"])
-def test_without_layernorms_the_constant_edit_is_no_removal(make_dt: Make, name: str) -> None:
+def test_without_layernorms_the_constant_edit_is_not_a_removal(make_dt: Make, name: str) -> None:
     model = make_dt(normalization="none")
     seen = []
     for value in ("constant", "zero"):
@@ -235,7 +235,7 @@ def test_a_control_is_of_the_same_energy_and_rank_at_the_same_place(make_dt: Mak
     torch.testing.assert_close(*spectra, rtol=0, atol=1e-9 * edit.energy)
     cosine = float((edit.delta[0] @ edit.delta[1]).flatten() @ (control.delta[0] @ control.delta[1]).flatten())
     assert abs(cosine) < 0.8 * edit.energy**2
-    # The same place: the same weight changes, within the same head, and nothing else.
+    # The same place: the same weight changes, in the same head, and nothing else does.
     before = {n: w.clone() for n, w in model.weights.items()}
     touched = []
     for change in (edit, control):
@@ -257,7 +257,7 @@ def test_a_control_is_of_the_same_energy_and_rank_at_the_same_place(make_dt: Mak
 def test_overlapping_edits_are_refused(make_dt: Make) -> None:
     model = make_dt()
     with SingularEdit(model, W_IN, [0, 1]):
-        with pytest.raises(DtLensError, match=r"Direction 1 of blocks.0.mlp.W_in is being edited already"):
+        with pytest.raises(DtLensError, match=r"Direction 1 of blocks.0.mlp.W_in is already being edited"):
             SingularEdit(model, W_IN, [1, 2], value="flip").apply()
         with SingularEdit(model, W_IN, 2), SingularEdit(model, "blocks.1.mlp.W_in", 0):
             pass
@@ -293,8 +293,8 @@ def test_a_study_of_one_matrix_decomposes_it_once(make_dt: Make, monkeypatch: py
     assert len(made) == 2
 
 
-def test_edits_need_weights_and_structure_only_to_be_made(make_dt: Make) -> None:
-    """Snapshot and model give the same matrices: an edit does not depend on how the weights are asked for."""
+def test_a_snapshot_has_the_models_matrices(make_dt: Make) -> None:
+    """A snapshot gives the same matrices as the model."""
     model = make_dt()
     snapshot = Snapshot.of(model)
     for name in ("blocks.0.attn.OV.1", W_IN):

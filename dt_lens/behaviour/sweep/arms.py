@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dt_lens.behaviour.sweep.plan import Arm
-from dt_lens.edits.replacements import embedded_direction, find_direction
-from dt_lens.edits.singular import VALUES
+from dt_lens.edits.replacements import VALUES, embedded_direction, find_direction
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.embeddings import EmbeddingRegistry

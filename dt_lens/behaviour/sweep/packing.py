@@ -12,7 +12,8 @@ from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.running import acting_weights
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.edits.singular import Edit, load_edit
+from dt_lens.edits.edit import Edit
+from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.forward_mode import one_thread

@@ -19,7 +19,7 @@ from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.running import setting_of
 from dt_lens.behaviour.collect_activations import kept_activations
-from dt_lens.edits.singular import Edit
+from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName
