@@ -1,4 +1,4 @@
-"""The hooked decision transformer that the checkpoints of every code base load into."""
+"""The hooked decision transformer, into which the checkpoints of every code base load."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What a decision transformer takes: a check that a batch fits, and a random one."""
+"""Batches for a decision transformer: a check that one fits the model, and a random one."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def require_batch(
 ) -> None:
     """Raise ``DtLensError`` for a tensor whose shape does not fit the others or the model, or an index beyond a table.
 
-    ``states`` are not looked at when ``None``: a state encoder knows its own. ``actions`` may lack the last step's,
-    which is not taken yet.
+    Pass ``states=None`` for a model with a state encoder, which knows its own shapes. ``actions`` may lack the last
+    step's action, which has not been taken yet.
     """
     if timesteps.ndim != 2:
         raise DtLensError(f"timesteps has shape {list(timesteps.shape)}; this model wants [batch, step].")
@@ -53,7 +53,7 @@ def require_batch(
 
 
 def _require_rows(what: str, index: Tensor, rows: int) -> None:
-    # A row that a table has not is an error of its own kind on each device, and on some a late one.
+    # An index beyond a table fails differently on every device, and on some of them late.
     if index.is_floating_point():
         raise DtLensError(f"{what} are {str(index.dtype).removeprefix('torch.')}; they must be whole numbers.")
     if index.numel() and not torch.compiler.is_compiling():
@@ -67,9 +67,9 @@ def random_batch(
 ) -> dict[str, Any]:
     """Four windows of up to eight steps, one with padding: standard normal inputs at random times of an episode.
 
-    Tensors have ``like``'s type and device; actions of a discrete model are one-hot, some of them padding where the
-    model has that. Where positions are so few that a step more fits without its action, the last action is left out,
-    and so is the mask, which could hide nothing.
+    Tensors have ``like``'s type and device. Actions of a discrete model are one-hot; where the model has a padding
+    action, some are that. Where positions are so few that one more step fits without its action, the last action is
+    left out, and so is the mask, since no step could be padding.
     """
     generator = torch.Generator().manual_seed(seed)
     most = min(cfg.n_ctx, cfg.max_ep_len, 8, cfg.n_position if cfg.position == "step" else cfg.n_ctx)

@@ -1,4 +1,4 @@
-"""Write a decision transformer so that Hugging Face reads it back to identical outputs."""
+"""Save a decision transformer in Hugging Face's format, which its own class reads back to identical outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has to be known to run a decision transformer: everything that the code bases do differently."""
+"""The shape and the options of a decision transformer: everything in which the code bases differ."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ FLAGS = (
 class HookedDecisionTransformerConfig:
     """The shape and the options of a decision transformer.
 
-    Sizes are counts of features, ``n_ctx`` counts environment steps (a step is three tokens: return-to-go, state,
+    Sizes are counts of features; ``n_ctx`` counts environment steps (a step is three tokens: return-to-go, state,
     action) and ``max_ep_len`` counts rows of the timestep table.
 
-    Raises ``DtLensError`` for sizes or options that make no model.
+    Raises ``DtLensError`` for sizes or options that no model can have.
 
     >>> HookedDecisionTransformerConfig(state_dim=11, act_dim=3, n_heads=2).d_head
     64
@@ -50,9 +50,8 @@ class HookedDecisionTransformerConfig:
     n_ctx: int = 20
     max_ep_len: int = 1000
     act_fn: Activation = "relu"
-    normalization: Normalization = (
-        "pre"  # where a block's LayerNorms stand: before the sublayer, after the sum, nowhere
-    )
+    # Where a block's LayerNorms stand: "pre", before the sublayer; "post", after the sum; or nowhere.
+    normalization: Normalization = "pre"
     final_ln: bool = True  # a LayerNorm after the last block
     embed_ln: bool = True  # a LayerNorm over the interleaved tokens
     eps: float = 1e-5  # of the blocks' LayerNorms and the final one
@@ -62,15 +61,16 @@ class HookedDecisionTransformerConfig:
     # "constant": row 0 of the table is added to every token, which is what position ids of zero do. "learned": a row
     # for each token of the window. "step": a row for each step, added where the timestep's is, before embed_ln.
     position: Position = "none"
-    # Rows of the position table; tokens, not steps. Acting looks at 3 * n_ctx - 1 of them: its last action is to come.
+    # Rows of the position table. "learned" has one for each token; acting uses 3 * n_ctx - 1 of them, without the last
+    # step's action, which is yet to come.
     n_position: int = 1
     timestep_of: Literal["step", "window"] = "step"  # "window": every token has the row of the window's last step
     attn_scale_by_head: bool = True  # scores divided by sqrt(d_head)
     attn_scale_by_layer: bool = False  # and by (layer + 1)
     gated_mlp: bool = False  # act(x @ W_gate) * (x @ W_in) + b_in, instead of act(x @ W_in + b_in)
-    predicts: tuple[str, ...] = HEADS  # which heads there are; "action" always
-    embed_act: Literal["none", "tanh"] = "none"  # of the three embeddings, before the timestep's is added
-    action_padding: bool = False  # one more row in the action table, id act_dim: no action was taken
+    predicts: tuple[str, ...] = HEADS  # the output heads; "action" is always one
+    embed_act: Literal["none", "tanh"] = "none"  # applied to the three embeddings, before the timestep's is added
+    action_padding: bool = False  # one more row in the action table, id act_dim, for "no action was taken"
     # Dropout acts in training mode only: on the tokens, the attention pattern, and what each sublayer adds.
     embed_dropout: float = 0.1
     attn_dropout: float = 0.1
@@ -111,15 +111,15 @@ class HookedDecisionTransformerConfig:
                 )
         if self.position == "learned" and self.n_position < 2:
             raise DtLensError(
-                f"The configuration's n_position is {self.n_position}; learned positions need one each for the first "
-                "return-to-go and the first state."
+                f"The configuration's n_position is {self.n_position}; learned positions need at least 2, one for the "
+                "first return-to-go and one for the first state."
             )
 
     def _order_heads(self) -> None:
-        """``predicts`` as a tuple in one order, so that equal models have equal configurations."""
+        """Put ``predicts`` in one order, as a tuple, so that equal models have equal configurations."""
         given = self.predicts
         if not isinstance(given, (list, tuple)) or "action" not in given:
-            raise DtLensError(f"The configuration's predicts is {given!r}; it must list heads, 'action' among them.")
+            raise DtLensError(f"The configuration's predicts is {given!r}; it must be a list of heads with 'action'.")
         for head in given:
             if head not in HEADS:
                 raise DtLensError(
@@ -135,16 +135,11 @@ class HookedDecisionTransformerConfig:
 
     @property
     def n_actions(self) -> int:
-        """Rows of the action table: one for each coordinate or kind of action, and the padding's where there is one."""
+        """Rows of the action table: one for each action coordinate or action id, and one for a padding action."""
         return self.act_dim + self.action_padding
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of a full context: three for each step."""
-        return 3 * self.n_ctx
-
     def attn_scale(self, layer: int) -> float:
-        """What attention scores of ``layer`` are multiplied by."""
+        """The factor that attention scores of ``layer`` are multiplied by."""
         scale = self.d_head**-0.5 if self.attn_scale_by_head else 1.0
         return scale / (layer + 1) if self.attn_scale_by_layer else scale
 

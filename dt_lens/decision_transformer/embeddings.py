@@ -1,4 +1,4 @@
-"""The residual-stream directions that a decision transformer brings along."""
+"""The labelled directions of a decision transformer: rows of its embeddings and columns of its output heads."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ __all__ = ["decision_transformer_embeddings"]
 def decision_transformer_embeddings(
     weights: Mapping[str, Tensor], cfg: HookedDecisionTransformerConfig, facts: RunFacts, identity: str
 ) -> EmbeddingRegistry:
-    """The seven standard sets, as live views of the weights; a head that the model lacks has none.
+    """The seven standard embeddings, as live views of the weights, without those of heads that the model lacks.
 
     They are ``state_in``, ``action_in``, ``reward_in``, ``timestep_in``, ``action_out``, ``state_out``, ``reward_out``.
-    Where embeddings pass a tanh, what a kind of action puts into the stream is the tanh of its row: ``action_in`` of a
-    discrete model holds that, and is no view. The other sets remain the rows, which is what small inputs do.
+    Where embeddings pass through a tanh, a discrete action puts the tanh of its row into the stream: ``action_in`` then
+    holds that, and is a copy instead of a view. The other embeddings remain the rows, which is their effect for small
+    inputs.
+
+    Args:
+        weights: the model's weights by canonical name.
+        cfg: the model's configuration.
+        facts: which heads are trained, and the labels or the environment that has them.
+        identity: the model's, so that embeddings of two models are never mixed.
     """
     registry = EmbeddingRegistry(cfg.d_model, identity)
     state_labels, action_labels = coordinate_labels(facts)
-    # The environment's labels are used where they fit: a checkpoint may have been trained on another version of it.
+    # Only labels that fit are used: a checkpoint may have been trained on another version of the environment.
     state_labels = state_labels if len(state_labels) == cfg.state_dim else ()
     action_labels = action_labels if len(action_labels) == cfg.act_dim else ()
     embed_ln, ln_final = weights.get("embed_ln.w"), weights.get("ln_final.w")

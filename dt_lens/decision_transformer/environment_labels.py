@@ -1,4 +1,4 @@
-"""Names for the coordinates of states and actions, from the environment itself."""
+"""Names for the coordinates of states and actions, taken from the environment."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def environment_labels(
 ) -> tuple[Labels | None, Labels | None]:
     """The labels of an environment's observations and actions; ``None`` for what it does not name.
 
-    MuJoCo environments name joints and actuators; Gymnasium's Atari environments name action meanings, MiniGrid and
-    others have an ``actions`` enumeration. An environment that cannot be made here names nothing.
+    MuJoCo environments name joints and actuators, Gymnasium's Atari environments name their actions, MiniGrid and
+    others have an ``actions`` enumeration. An environment that cannot be made here has no labels.
     """
-    # Making an environment takes a while and its arguments may be lists, so what is remembered goes by their text.
+    # Making an environment takes a while, so results are kept; arguments may be lists, so the key is their text.
     key = f"{environment} {sorted((kwargs or {}).items())!r}"
     if key not in _KNOWN:
         _KNOWN[key] = _labels(environment, kwargs or {})
@@ -34,7 +34,7 @@ def _labels(environment: str, kwargs: Mapping[str, Any]) -> tuple[Labels | None,
     try:
         env = gym.make(environment, disable_env_checker=True, **kwargs)
     except Exception:
-        # Labels are an ornament: whatever keeps the environment from being made is told by the rollout that needs it.
+        # Labels are optional: the rollout that needs the environment reports why it cannot be made.
         return None, None
     try:
         return _mujoco_observations(env) or _box_observations(env), _actions(env)
@@ -115,6 +115,6 @@ def _actions(env: Any) -> Labels | None:
 
 
 def _actuator(model: Any, i: int) -> str:
-    # Gymnasium's models name no actuators; the joint that one drives says what it is.
+    # Gymnasium's models do not name their actuators; the joint that one drives says what it is.
     named = model.actuator(i).name
     return named or f"{model.joint(int(model.actuator_trnid[i, 0])).name} torque"

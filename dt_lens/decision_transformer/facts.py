@@ -1,4 +1,4 @@
-"""What a checkpoint must carry to be run, and usually does not: the facts of its training run."""
+"""The facts of a training run, which a checkpoint needs to be run and usually lacks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RunFacts:
     """The facts of a training run, stored as ``dt_lens.json`` beside the weights.
 
     States are fed as ``(observation - state_mean) / state_std`` and returns-to-go as ``return / return_scale``;
-    ``target_returns`` are in the environment's own units, the first is the default. Labels name the coordinates of the
+    ``target_returns`` are in the environment's own units; the first is the default. Labels name the coordinates of the
     state and action vectors. ``trained_heads`` names the output heads that had a loss: the usual recipe trains only
-    ``action``, and comparing with the others compares with noise. ``padding`` says what stands before the first step of
-    an episode: nothing that is looked at (``"mask"``), or steps that are (``"visible"``: states of zero as the
-    model reads them, no action, the first return-to-go, timestep 0), which is how some code bases train.
+    ``action``, and a comparison with any other head is a comparison with noise. ``padding`` says what fills the window
+    before the first step of an episode: masked steps (``"mask"``), or steps that the model sees (``"visible"``: states
+    of zero as the model reads them, no action, the first return-to-go, timestep 0), as some code bases train.
     """
 
     context: int  # steps the agent looks back
@@ -44,7 +44,7 @@ class RunFacts:
     action_labels: tuple[str, ...] | None = None
     trained_heads: tuple[str, ...] = ("action",)
     padding: Padding = "mask"
-    about: dict[str, Any] = field(default_factory=dict)  # free: dataset, recipe, scores
+    about: dict[str, Any] = field(default_factory=dict)  # anything else: dataset, recipe, scores
 
     def __post_init__(self) -> None:
         _require(isinstance(self.context, int) and not isinstance(self.context, bool) and self.context >= 1,
@@ -88,13 +88,13 @@ class RunFacts:
 
     def _freeze(self, name: str, convert: Callable[[Any], tuple[Any, ...] | None], wanted: str) -> None:
         value = getattr(self, name)
-        if value is not None or name in ("target_returns", "trained_heads"):  # what may be empty, and not absent
+        if value is not None or name in ("target_returns", "trained_heads"):  # may be empty, but not None
             frozen = convert(value)
             _require(frozen is not None, name, value, f"a list of {wanted}")
             object.__setattr__(self, name, frozen)
 
     def require_fit(self, state_dim: int, act_dim: int) -> None:
-        """Raise ``DtLensError`` when the facts tell of states or actions of another size than the model's."""
+        """Raise ``DtLensError`` if statistics or labels are of another size than the model's states or actions."""
         for name, size in (("state_mean", state_dim), ("state_labels", state_dim), ("action_labels", act_dim)):
             value = getattr(self, name)
             if value is not None and len(value) != size:
@@ -102,7 +102,7 @@ class RunFacts:
                 raise DtLensError(f"The run facts' {name} has {len(value)} entries; the model's {kind} has {size}.")
 
     def save(self, folder: Path) -> None:
-        """Write ``dt_lens.json`` into ``folder``; a value that JSON does not know is a ``DtLensError``."""
+        """Write ``dt_lens.json`` into ``folder``; a value that JSON cannot hold is a ``DtLensError``."""
         try:
             text = json.dumps(asdict(self), indent=1)
         except (TypeError, ValueError) as error:
@@ -114,13 +114,13 @@ class RunFacts:
 
     @classmethod
     def load(cls, folder: Path) -> RunFacts | None:
-        """Read ``dt_lens.json`` from ``folder``; ``None`` where there is none.
+        """Read ``dt_lens.json`` from ``folder``; ``None`` if there is no such file.
 
         Raises:
             DtLensError: for a file that is not JSON, or a field that is unknown or of the wrong kind.
         """
         file = folder / FACTS_FILE
-        if not file.exists() and not file.is_symlink():  # a link to nowhere is no lack of facts
+        if not file.exists() and not file.is_symlink():  # a broken link is an error, not a lack of facts
             return None
         return cls.from_dict(read_json(file), str(file))
 
@@ -145,7 +145,7 @@ FACTS = {f.name for f in fields(RunFacts)}  # keywords that every decision trans
 
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
-    """The checkpoint's facts, overridden by what the user gave; context 20 (the paper's) where nobody says."""
+    """The checkpoint's facts, overridden by the user's; the context is 20, as in the paper, if neither gives it."""
     chosen: dict[str, Any] = {name: value for name, value in given.items() if name in FACTS}
     if kept is not None:
         return replace(kept, **chosen)

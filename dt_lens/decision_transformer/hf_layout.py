@@ -1,6 +1,7 @@
-"""Hugging Face's layout of a decision transformer, as views of the canonical weights and back.
+"""From Hugging Face's layout of a decision transformer to canonical weights and configuration, and back.
 
-Every rule is a strided view (transpose, slice, split of an axis), so that one memory serves both models.
+Canonical weights are strided views of Hugging Face's tensors (transposes, slices, splits of an axis), so that both
+models share their memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dt_lens.errors import DtLensError, nearest
 
 __all__ = ["canonical_from_hf", "config_from_hf", "config_to_hf", "hf_from_canonical"]
 
-# Hugging Face's activation names to ours; "gelu_new" and its kin are one formula.
+# Hugging Face's activation names to ours; "gelu_new" and the like are one formula.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "gelu": "gelu",
@@ -31,7 +32,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class _Plain(NamedTuple):
-    """One tensor of each layout; ``transposed`` for ``nn.Linear``'s (out, in)."""
+    """A tensor that is one whole weight; ``transposed`` for ``nn.Linear``'s (out, in)."""
 
     key: str
     name: str
@@ -75,7 +76,7 @@ def canonical_from_hf(tensors: Mapping[str, Tensor], cfg: HookedDecisionTransfor
             f"The checkpoint holds {max(held) + 1} blocks and its configuration says {cfg.n_layers}; the two do not "
             "belong together."
         )
-    # Before anything is built for as many blocks as a configuration or a key may name.
+    # Checked first, so that a huge number in a configuration or a key builds nothing.
     absent = next((layer for layer in range(cfg.n_layers) if layer not in held), None)
     if absent is not None:
         raise DtLensError(
@@ -123,7 +124,7 @@ def canonical_from_hf(tensors: Mapping[str, Tensor], cfg: HookedDecisionTransfor
 def hf_from_canonical(weights: Mapping[str, Tensor], cfg: HookedDecisionTransformerConfig) -> dict[str, Tensor]:
     """Hugging Face's tensors from canonical weights, as contiguous copies.
 
-    Parts that Hugging Face has and ``cfg`` has not are neutral.
+    Parts that Hugging Face's model has and ``cfg`` lacks are filled with neutral values.
     """
     d = cfg.d_model
     kind = weights["blocks.0.mlp.W_in"]
@@ -173,11 +174,11 @@ def config_from_hf(
 ) -> HookedDecisionTransformerConfig:
     """Our configuration from the values of Hugging Face's ``DecisionTransformerConfig``.
 
-    ``config.json`` leaves out what has Hugging Face's default, so a missing value is that default. The context is
-    not in it; ``discrete_actions`` is there when ``save_pretrained`` wrote it.
+    ``config.json`` leaves out values that are Hugging Face's default, so a missing value is that default. It does not
+    hold the context; it holds ``discrete_actions`` if ``save_pretrained`` wrote it.
 
     Raises:
-        DtLensError: for a value that makes no model, or an option that this model does not represent.
+        DtLensError: for a value that no model can have, or an option that this model cannot represent.
     """
 
     def get(*names: str, default: Any) -> Any:
@@ -223,7 +224,7 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
     Raises:
         DtLensError: naming an option that Hugging Face's class cannot represent.
     """
-    # The epsilon of Hugging Face's embed_ln is torch's default, whatever its configuration says of the others.
+    # Hugging Face's embed_ln has torch's default epsilon; its configuration sets only those of the other LayerNorms.
     for name, wanted in (
         ("normalization", "pre"),
         ("embed_ln", True),
@@ -242,8 +243,8 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
             )
     if cfg.position in ("learned", "step"):
         raise DtLensError(
-            f"Hugging Face's decision transformer has no learned positions (position={cfg.position!r}), so it cannot "
-            "be saved so."
+            f"Hugging Face's decision transformer has no learned positions, so a model with position={cfg.position!r} "
+            "cannot be saved in its format."
         )
     names = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
     return {
@@ -254,7 +255,7 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
         "hidden_size": cfg.d_model,
         "max_ep_len": cfg.max_ep_len,
         "action_tanh": cfg.action_tanh,
-        "discrete_actions": cfg.discrete_actions,  # no field of Hugging Face's class, which keeps it all the same
+        "discrete_actions": cfg.discrete_actions,  # not a field of Hugging Face's class, which keeps it anyway
         "vocab_size": 1,
         "n_positions": cfg.n_position if cfg.position == "constant" else 1,
         "n_layer": cfg.n_layers,
@@ -267,7 +268,7 @@ def config_to_hf(cfg: HookedDecisionTransformerConfig) -> dict[str, Any]:
         "embd_pdrop": cfg.embed_dropout,
         "attn_pdrop": cfg.attn_dropout,
         "resid_pdrop": cfg.resid_dropout,
-        # There are no tokens; the class's defaults lie outside its vocabulary of one and make it warn.
+        # The model has no vocabulary; the class's default ids would make it warn.
         "bos_token_id": None,
         "eos_token_id": None,
     }

@@ -1,4 +1,4 @@
-"""A decision transformer with TransformerLens's hook points, one file to read from top to bottom.
+"""A decision transformer with TransformerLens's hook points, in one file to read from top to bottom.
 
 Chen et al., "Decision Transformer: Reinforcement Learning via Sequence Modeling" (2021). A step of an episode is three
 tokens, (return-to-go, state, action); a causal transformer reads them in order, and the action is predicted from the
@@ -34,7 +34,7 @@ __all__ = ["DecisionTransformerOutput", "HookedDecisionTransformer"]
 class DecisionTransformerOutput:
     """What a forward pass returns; the names are Hugging Face's."""
 
-    # The next state and return-to-go, read off the action's token; None where the model has no such head.
+    # The next state and return-to-go, read off the action's token; None if the model has no such head.
     state_preds: Float[Tensor, "batch acted state_dim"] | None
     action_preds: Float[Tensor, "batch step act_dim"]  # this step's action, read off the state's token
     return_preds: Float[Tensor, "batch acted 1"] | None
@@ -74,7 +74,7 @@ class Linear(nn.Module):
 
 
 class Table(nn.Module):
-    """Rows ``W [n, d_model]`` picked by an integer."""
+    """Rows ``W [n, d_model]``, looked up by an integer index."""
 
     def __init__(self, n: int, d_model: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Table(nn.Module):
 class ActionEmbed(Linear):
     """Continuous or one-hot actions ``[..., act_dim]``, or integer action ids ``[...]``.
 
-    The row of the padding action, where there is one, is the last; one-hot actions may leave it out.
+    The last row is the padding action's, if the model has one; one-hot actions may leave it out.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,14 +117,14 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; scores and pattern are computed explicitly only when somebody hooks them."""
+    """Causal multi-head attention; scores and pattern are computed explicitly only if they are hooked."""
 
     def __init__(self, cfg: HookedDecisionTransformerConfig, layer: int) -> None:
         super().__init__()
         shape = (cfg.n_heads, cfg.d_model, cfg.d_head)
         self.W_Q, self.W_K, self.W_V = _parameter(*shape), _parameter(*shape), _parameter(*shape)
         self.b_Q, self.b_K, self.b_V = (_parameter(cfg.n_heads, cfg.d_head, std=0.0) for _ in range(3))
-        # GPT-2's initialisation: what writes to the stream starts smaller, by the number of writers.
+        # GPT-2's initialisation: weights that write to the stream start smaller the more of them there are.
         self.W_O = _parameter(cfg.n_heads, cfg.d_head, cfg.d_model, std=0.02 / (2 * cfg.n_layers) ** 0.5)
         self.b_O = _parameter(cfg.d_model, std=0.0)
         self.scale = cfg.attn_scale(layer)
@@ -194,7 +194,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP around the residual stream, with LayerNorms before each, after each sum, or nowhere."""
+    """Attention and an MLP, each added to the residual stream; LayerNorms before each, after each sum, or nowhere."""
 
     def __init__(self, cfg: HookedDecisionTransformerConfig, layer: int) -> None:
         super().__init__()
@@ -211,15 +211,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
         x = self.hook_resid_pre(x)
         if self.normalization == "post":
-            x = self.hook_resid_mid(self.ln1(x + self._attend(x, allowed)))
-            return self.hook_resid_post(self.ln2(x + self._think(x)))
-        x = self.hook_resid_mid(x + self._attend(self.ln1(x), allowed))
-        return self.hook_resid_post(x + self._think(self.ln2(x)))
+            x = self.hook_resid_mid(self.ln1(x + self._attn_out(x, allowed)))
+            return self.hook_resid_post(self.ln2(x + self._mlp_out(x)))
+        x = self.hook_resid_mid(x + self._attn_out(self.ln1(x), allowed))
+        return self.hook_resid_post(x + self._mlp_out(self.ln2(x)))
 
-    def _attend(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+    def _attn_out(self, x: Tensor, allowed: Tensor | None) -> Tensor:
         return self.hook_attn_out(F.dropout(self.attn(x, allowed), self.dropout, self.training))
 
-    def _think(self, x: Tensor) -> Tensor:
+    def _mlp_out(self, x: Tensor) -> Tensor:
         return self.hook_mlp_out(F.dropout(self.mlp(x), self.dropout, self.training))
 
 
@@ -232,14 +232,14 @@ class HookedDecisionTransformer(SharingModule):
 
     Args:
         cfg: the shape and the options.
-        state_encoder: any module that maps a batch of states to ``[batch, step, d_model]``; a linear map when omitted.
-            One that reads something else than ``[batch, step, state_dim]`` tells the shape of one state in its
-            attribute ``state_shape``.
+        state_encoder: any module that maps a batch of states to ``[batch, step, d_model]``; a linear map by default.
+            If it reads anything but ``[batch, step, state_dim]``, its attribute ``state_shape`` is the shape of one
+            state.
 
     Attributes:
-        facts: what a rollout needs and the weights do not say: environment, normalisation, target returns, labels.
-        original: the user's own model when this one shares its storage, so that an edit here is seen there.
-        reference: the original's activations under canonical names, which ``certify`` holds the weights against.
+        facts: what a rollout needs and weights do not hold: environment, normalisation, target returns, labels.
+        original: the user's own model if this one shares its memory, so that an edit here is seen there.
+        reference: the original's activations under canonical names, against which ``certify`` checks the weights.
     """
 
     kind = "decision transformer"
@@ -297,14 +297,14 @@ class HookedDecisionTransformer(SharingModule):
             self._embeddings = self._fresh_embeddings()
             self._standard = {name: embedding.directions for name, embedding in self._embeddings.items()}
         elif self.cfg.embed_act != "none":
-            self._moved()  # directions behind a nonlinearity are no views
+            self._weights_moved()  # directions behind a nonlinearity are copies, which do not follow the weights
         return self._embeddings
 
     def _fresh_embeddings(self) -> EmbeddingRegistry:
         return decision_transformer_embeddings(self.weights, self.cfg, self.facts, self.identity)
 
-    def _moved(self) -> None:
-        # The standard directions are views of weights that have moved; labels, and what the user put in, stay.
+    def _weights_moved(self) -> None:
+        # The standard directions are views of weights that have moved; labels and the user's own embeddings stay.
         if self._embeddings is None:
             return
         for name, fresh in self._fresh_embeddings().items():
@@ -313,14 +313,14 @@ class HookedDecisionTransformer(SharingModule):
                 self._standard[name] = fresh.directions
 
     def probe(self, seed: int = 0) -> dict[str, Any]:
-        """A random batch for a check of the weights; a state encoder's ``state_shape`` is the shape of one state."""
+        """A small random batch, the same for the same seed."""
         shape = getattr(self.embed["state"], "state_shape", (self.cfg.state_dim,))
         return random_batch(self.cfg, shape, self.get_parameter("embed.return_to_go.W"), seed)
 
     def untrained(self, seed: int = 0) -> HookedDecisionTransformer:
-        """A model of the same shape before any training, repeatable by ``seed``.
+        """A freshly initialised model of the same shape, the same for the same seed.
 
-        Of a state encoder of the user's own every part starts anew that can (``reset_parameters``).
+        In a state encoder of the user's own, every module that has ``reset_parameters`` is reset.
         """
         encoder = self.embed["state"]
         own = None if isinstance(encoder, Linear) else copy.deepcopy(encoder)
@@ -335,7 +335,7 @@ class HookedDecisionTransformer(SharingModule):
         return fresh.eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedDecisionTransformer:
-        """A copy on memory of its own, looking at no original; edits in force are copied as plain weights."""
+        """A copy with its own memory and without an original; edits in force are copied as plain weights."""
         encoder = self.embed["state"]
         own = None if isinstance(encoder, Linear) else copy.deepcopy(encoder, memo)
         with torch.device("meta"):
@@ -360,12 +360,12 @@ class HookedDecisionTransformer(SharingModule):
 
         Args:
             states: ``[batch, step, state_dim]``, or whatever the state encoder takes.
-            actions: ``[batch, step, act_dim]``, or integer ids ``[batch, step]``. The last step's may be missing, as it
-                is when an agent chooses it; what is read off its token is missing then too.
+            actions: ``[batch, step, act_dim]``, or integer ids ``[batch, step]``. The last step's may be missing, as
+                when an agent is about to choose it; the predictions from its token are then missing too.
             returns_to_go: ``[batch, step, 1]``, in the units the model was trained in (divided by its return scale).
             timesteps: ``[batch, step]``, the step of the episode, from 0.
-            attention_mask: ``[batch, step]``, nonzero for real steps and 0 for padding; all real when omitted.
-            rewards: accepted for Hugging Face's signature and not used, as there.
+            attention_mask: ``[batch, step]``, nonzero for real steps and 0 for padding; all are real by default.
+            rewards: unused, as in Hugging Face's model, which has it in its signature.
 
         Raises:
             DtLensError: for a tensor whose size does not fit the model, or a timestep beyond its table.
@@ -407,9 +407,9 @@ class HookedDecisionTransformer(SharingModule):
 
     def _embed(self, kind: str, x: Tensor) -> Float[Tensor, "batch step d_model"]:
         module = self.embed[kind]
-        # An encoder of the user's own has its own last nonlinearity.
-        bent = self.cfg.embed_act == "tanh" and isinstance(module, Linear)
-        return torch.tanh(module(x)) if bent else module(x)
+        # A state encoder of the user's own applies its own nonlinearity.
+        squashed = self.cfg.embed_act == "tanh" and isinstance(module, Linear)
+        return torch.tanh(module(x)) if squashed else module(x)
 
     def _add_position(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
         if self.cfg.position in ("none", "step"):
@@ -428,6 +428,6 @@ class HookedDecisionTransformer(SharingModule):
     def _allowed(self, attention_mask: Tensor, n: int) -> Bool[Tensor, "batch 1 token token"]:
         real = repeat(attention_mask != 0, "batch step -> batch 1 1 (step kind)", kind=3)[..., :n]
         causal = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
-        # A padding token may look at itself: a row with nothing to look at would be NaN and would spread.
+        # A padding token attends to itself: a row without any token to attend to would be NaN and would spread.
         itself = torch.eye(n, dtype=torch.bool, device=real.device)
         return (real & causal) | itself

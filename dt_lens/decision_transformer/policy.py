@@ -1,11 +1,11 @@
-"""The decision transformer as an actor: the same function as the hooked model, with nothing that acting does not need.
+"""The decision transformer as an actor: the same function as the hooked model, with only what acting needs.
 
-An agent that acts wants one number per step, the action read off the last state's token. So the current action's token,
-which no earlier token may see, is left out; the last block works out its queries, its MLP and its output for one token
-only; and what a token looks like before it meets the others (``embed``, ``first_qkv``) can be worked out once, when it
-enters the window. Nothing here needs more than torch, so that a worker process starts quickly.
+An agent needs one vector per step, the action read off the last state's token. So the current action's token, which no
+earlier token sees, is left out; the last block computes its queries, its MLP and its output for one token only; and
+what depends on one token alone (``embed``, ``first_qkv``) can be computed once, when the token enters the window. This
+file needs nothing but torch, so that a worker process starts quickly.
 
-The test that holds this file to the textbook one is ``tests/decision_transformer/test_policy.py``.
+``tests/decision_transformer/test_policy.py`` checks it against the hooked model.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.errors import DtLensError
 
-__all__ = ["ActingModel", "acting_shapes", "last_action", "may_look"]
+__all__ = ["ActingModel", "acting_shapes", "additive_mask"]
 
 
 @dataclass(frozen=True)
 class _Norm:
-    """A LayerNorm, or nothing where the configuration has none."""
+    """A LayerNorm, or the identity if the configuration has none here."""
 
     w: Tensor | None
     b: Tensor | None
@@ -39,7 +39,7 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Linear:
-    """``y = x @ W + b``, kept the way ``torch.nn.functional.linear`` reads it: ``weight`` is ``W`` transposed."""
+    """``y = x @ W + b``, stored as ``torch.nn.functional.linear`` reads it: ``weight`` is ``W`` transposed."""
 
     weight: Tensor  # [d_out, d_in]
     bias: Tensor  # [d_out]
@@ -55,13 +55,13 @@ class _Block:
     qkv: _Linear  # the three projections side by side, heads in order within each: [3 * d_model, d_model]
     out: _Linear
     mlp_in: _Linear
-    mlp_gate: Tensor | None  # [d_mlp, d_model], as _Linear keeps it
+    mlp_gate: Tensor | None  # [d_mlp, d_model], as _Linear stores it
     mlp_out: _Linear
     scale: float
 
 
 def acting_shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the weights that acting takes."""
+    """The names and shapes of the weights that acting needs."""
     d, heads, e = cfg.d_model, cfg.n_heads, cfg.d_head
     shapes: dict[str, tuple[int, ...]] = {"embed.timestep.W": (cfg.max_ep_len, d)}
     for kind, size in (("return_to_go", 1), ("state", cfg.state_dim), ("action", cfg.n_actions)):
@@ -88,11 +88,11 @@ def acting_shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, 
 class ActingModel:
     """The weights of a decision transformer, arranged for acting.
 
-    The arrangement is a copy: an edit of the weights after this is not seen.
+    They are copies: a later edit of the model's weights has no effect here.
 
     Args:
-        weights: by canonical name, as ``HookedDecisionTransformer.weights`` gives them, on any device, in any one
-            floating-point type. Heads that do not act (``predict.state``, ``predict.return_to_go``) may be missing.
+        weights: by canonical name, as in ``HookedDecisionTransformer.weights``, on any device, all of one
+            floating-point type. The other heads (``predict.state``, ``predict.return_to_go``) may be missing.
         cfg: the shape and the options.
 
     Raises:
@@ -103,8 +103,8 @@ class ActingModel:
         self.cfg = cfg
         if cfg.position == "step" or cfg.timestep_of == "window":
             raise DtLensError(
-                "What a token of this model is depends on where in the window its step stands; acting without the full "
-                "model needs tokens that stay what they are."
+                "This model's tokens depend on where in the window their step stands; acting without the full model "
+                "needs tokens that do not change as the window moves on."
             )
 
         def get(name: str) -> Tensor:
@@ -151,7 +151,7 @@ class ActingModel:
     def random(
         cls, cfg: HookedDecisionTransformerConfig, dtype: torch.dtype, generator: torch.Generator
     ) -> ActingModel:
-        """A model of this shape with random weights of ordinary size, on the generator's device."""
+        """A model of this shape with random weights of a typical size, on the generator's device."""
 
         def draw(*shape: int) -> Tensor:
             x = torch.randn(shape, generator=generator, device=generator.device)
@@ -161,12 +161,12 @@ class ActingModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The type that the model computes in."""
         return self.predict_action.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device that holds the weights."""
         return self.predict_action.weight.device
 
     def embed(
@@ -177,10 +177,10 @@ class ActingModel:
         timesteps: Int[Tensor, "*batch"],
         action_timesteps: Int[Tensor, "*batch"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens (return-to-go, state, action), each ``[*batch, d_model]``, as the first block meets them.
+        """The tokens (return-to-go, state, action), each ``[*batch, d_model]``, as the first block reads them.
 
-        Where the model has a padding action, actions may be one entry wider: one-hot, the padding last. Position
-        embeddings that differ from token to token are not in it: they belong to the window, not to the token.
+        If the model has a padding action, actions may be one entry wider: one-hot, with padding last. Learned
+        positions are not included: they belong to the window, not to the token; see ``place``.
         """
         time = F.embedding(timesteps, self.timestep_table)
         action_time = time if action_timesteps is None else F.embedding(action_timesteps, self.timestep_table)
@@ -202,7 +202,7 @@ class ActingModel:
         return block.qkv(block.ln1(x) if self.cfg.normalization == "pre" else x)
 
     def place(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
-        """``x`` with learned positions added, where the model has them.
+        """``x`` with learned positions added, if the model has them.
 
         Raises:
             DtLensError: for a window longer than the position table.
@@ -227,7 +227,7 @@ class ActingModel:
         Args:
             x: the tokens of a window, the last action's left out.
             qkv: ``first_qkv(x)``.
-            mask: added to attention scores: 0 where a token (row) may look at another (column), ``-inf`` elsewhere.
+            mask: added to attention scores: 0 where a token (row) attends to another (column), ``-inf`` elsewhere.
         """
         cfg, last = self.cfg, self.cfg.n_layers - 1
         for l, block in enumerate(self.blocks):
@@ -248,12 +248,12 @@ class ActingModel:
         return x[:, -1]
 
     def action(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch act_dim"]:
-        """The action, given what ``hidden`` returns for a window that ends with a state."""
+        """The action, from what ``hidden`` returns for a window that ends with a state."""
         action = self.predict_action(self.ln_final(hidden))
         return torch.tanh(action) if self.cfg.action_tanh else action
 
     def _heads(self, x: Tensor, kinds: int) -> tuple[Tensor, ...]:
-        """Projections that lie side by side, apart and by head: ``kinds`` times ``[batch, head, token, d_head]``."""
+        """Split projections that lie side by side: ``kinds`` tensors of ``[batch, head, token, d_head]``."""
         pattern = "batch token (kind head e) -> kind batch head token e"
         return rearrange(x, pattern, kind=kinds, head=self.cfg.n_heads).unbind()
 
@@ -287,40 +287,12 @@ class ActingModel:
         return h
 
 
-def may_look(real: Bool[Tensor, "batch token"], dtype: torch.dtype) -> Float[Tensor, "batch 1 token token"]:
-    """The additive mask for tokens ``real [batch, token]``: causal, padding unseen, and padding looking at itself.
+def additive_mask(real: Bool[Tensor, "batch token"], dtype: torch.dtype) -> Float[Tensor, "batch 1 token token"]:
+    """The attention mask of ``hidden``: causal and without padding, given which tokens are ``real [batch, token]``.
 
-    A row with nothing to look at would be NaN and would spread.
+    A padding token attends to itself: a row without any token to attend to would be NaN and would spread.
     """
     n = real.shape[-1]
     causal = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
     allowed = (real[:, None, None, :] & causal) | torch.eye(n, dtype=torch.bool, device=real.device)
     return torch.zeros(allowed.shape, dtype=dtype, device=real.device).masked_fill_(~allowed, float("-inf"))
-
-
-def last_action(
-    weights: Mapping[str, Tensor],
-    cfg: HookedDecisionTransformerConfig,
-    states: Float[Tensor, "batch step state_dim"],
-    actions: Float[Tensor, "batch acted n_actions"],
-    returns_to_go: Float[Tensor, "batch step 1"],
-    timesteps: Int[Tensor, "batch step"],
-    attention_mask: Tensor | None = None,
-) -> Float[Tensor, "batch act_dim"]:
-    """The last step's action for a batch of windows: ``model(...).action_preds[:, -1]``, without the model.
-
-    The last step's entry of ``actions`` is not read, and may be missing. Inputs are in the model's own units, as for
-    ``HookedDecisionTransformer.forward``; ``attention_mask [batch, step]`` is 0 for padding.
-
-    Raises:
-        DtLensError: for a missing weight, or a window longer than the position table.
-    """
-    model = ActingModel(weights, cfg)
-    actions = F.pad(actions, (0, 0, 0, timesteps.shape[1] - actions.shape[1]))
-    tokens = rearrange(
-        list(model.embed(returns_to_go, states, actions, timesteps)), "kind batch step d -> batch (step kind) d"
-    )
-    x = model.place(tokens[:, :-1])
-    real = torch.ones_like(timesteps) if attention_mask is None else attention_mask
-    mask = may_look(repeat(real != 0, "batch step -> batch (step kind)", kind=3)[:, :-1], x.dtype)
-    return model.action(model.hidden(x, model.first_qkv(x), mask))

@@ -1,4 +1,4 @@
-"""One memory for two models: a hooked module whose weights are views of the user's own model's.
+"""A hooked module whose weights are views of the user's own model's, so that both share their memory.
 
 An edit made through the lens is then seen by the user's model, and a training step of the user's model by the lens.
 """
@@ -15,18 +15,16 @@ from dt_lens.lens.hooks import HookedRootModule
 from dt_lens.lens.protocol import Reference
 from dt_lens.lens.weights import require_computable
 
-__all__ = [
-    "SharingModule",
-]
+__all__ = ["SharingModule"]
 
 
 class SharingModule(HookedRootModule):
-    """A hooked module that may live on another model's memory.
+    """A hooked module that may share another model's memory.
 
     Attributes:
-        original: the user's own model when this one shares its storage, so that an edit here is seen there.
-        reference: the original's activations under canonical names, which ``certify`` holds the weights against.
-        identity: tells this model from every other, so that embeddings of two models are never mixed.
+        original: the user's own model if this one shares its memory, so that an edit here is seen there.
+        reference: the original's activations under canonical names, against which ``certify`` checks the weights.
+        identity: an id of this model alone, so that embeddings of two models are never mixed.
     """
 
     def __init__(self) -> None:
@@ -42,9 +40,9 @@ class SharingModule(HookedRootModule):
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Take ``weights`` as this model's own, sharing their storage; every name and shape must fit.
+        """Use ``weights`` as this model's own, sharing their memory; every name and shape must fit.
 
-        A weight may be any strided view, so a transposed or fused matrix of another model stays one memory with it.
+        A weight may be any strided view, such as a transposed matrix of another model, or a part of a fused one.
 
         Raises:
             DtLensError: naming the first weight that is missing, unknown, of another shape, or not floating-point.
@@ -65,22 +63,22 @@ class SharingModule(HookedRootModule):
         for name, parameter in mine.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))
-        self._moved()
+        self._weights_moved()
 
-    def look_at(
+    def share_with(
         self, original: nn.Module, weights: Callable[[], Mapping[str, Tensor]], reference: Reference | None
     ) -> None:
-        """Share storage with ``original``, whose weights under canonical names ``weights()`` gives as views."""
+        """Share the memory of ``original``, of whose weights ``weights()`` returns views under canonical names."""
         self.adopt(weights())
-        # Past nn.Module's registration: a submodule would list every weight twice.
+        # Not registered as a submodule, which would list every weight twice.
         object.__setattr__(self, "original", original)
         self.reference, self._original_weights = reference, weights
 
     def require_shared(self, names: Sequence[str]) -> None:
-        """Check that the original still shares these weights' storage.
+        """Check that the original still shares the memory of these weights, so that an edit reaches it.
 
         Raises:
-            DtLensError: naming the first that it does not, so that an edit would miss it.
+            DtLensError: naming the first weight that it does not share.
         """
         if self._original_weights is None:
             return
@@ -93,14 +91,14 @@ class SharingModule(HookedRootModule):
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharingModule:
-        # Moving or casting the lens moves what it looks at, and they stay one memory.
+        # Moving or casting the lens moves the original, and they still share their memory.
         if self.original is None or self._original_weights is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self._moved()
+            self._weights_moved()
         else:
             self.original._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self.adopt(self._original_weights())
         return self
 
-    def _moved(self) -> None:
-        """Called when the weights have got other storage."""
+    def _weights_moved(self) -> None:
+        """Called when the weights have new memory."""

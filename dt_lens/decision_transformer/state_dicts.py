@@ -1,8 +1,8 @@
-"""The frame of an adapter for a code base that saves a state dict; bundled adapters and a third party's stand in it.
+"""The base of adapters for code bases that save a state dict, bundled ones and third parties'.
 
-Such an adapter is a ``Layout``: what a file's shapes say of the model, which of its tensors is which canonical weight,
-and the code base's own forward pass over those tensors, which ``certify`` holds the lens against. docs/adapters.md goes
-through one line by line.
+Such an adapter is a ``Layout``: what the shapes in a file say about the model, which tensor is which canonical weight,
+and the code base's own forward pass over those tensors, against which ``certify`` checks the lens. docs/adapters.md
+goes through one line by line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Layout", "StateDictAdapter", "Tensors", "Trace", "ask_for_heads", "r
 
 
 class Tensors:
-    """A state dict, each tensor of it taken once under its exact key."""
+    """A state dict whose tensors are taken by their exact keys, so that one that nobody takes is noticed."""
 
     def __init__(self, tensors: Mapping[str, Tensor], kind: str) -> None:
         self.tensors, self.kind = tensors, kind
@@ -40,7 +40,7 @@ class Tensors:
         return key in self.tensors
 
     def size(self, key: str, ndim: int = 2) -> torch.Size:
-        """The shape of a tensor that the model cannot be without."""
+        """The shape of a tensor that every such model has."""
         if key not in self.tensors:
             raise DtLensError(f"The checkpoint has no tensor {key!r}, which {self.kind} has.")
         shape = self.tensors[key].shape
@@ -49,22 +49,22 @@ class Tensors:
         return shape
 
     def holds(self, pattern: str) -> bool:
-        """Whether there is a key that ``pattern`` is the whole of."""
+        """Whether ``pattern`` matches a whole key."""
         return any(re.fullmatch(pattern, key, re.ASCII) for key in self.tensors)
 
     def count(self, pattern: str) -> int:
-        """How many blocks there are, whose numbers ``pattern`` finds in the keys."""
+        """How many blocks there are; the first group of ``pattern`` finds a block's number in its keys."""
         named = [match[1] for key in self.tensors if (match := re.match(pattern, key, re.ASCII))]
-        found = {int(number) for number in named if len(number) < 10}  # a longer one is in a key of nobody's
+        found = {int(number) for number in named if len(number) < 10}  # no checkpoint has a longer one
         missing = next((number for number in range(len(found)) if number not in found), None)
         if missing is not None:
             raise DtLensError(
-                f"The checkpoint has tensors of block {max(found)} and none of block {missing}; {self.kind} has all."
+                f"The checkpoint has tensors of block {max(found)} but not of block {missing}; {self.kind} has both."
             )
         return len(found)
 
     def take(self, key: str, *shape: int) -> Tensor:
-        """The tensor of that key, which must have that shape."""
+        """The tensor under ``key``, which must have this shape."""
         if key not in self.tensors:
             raise DtLensError(f"The checkpoint has no tensor {key!r}, which {self.kind} of this shape needs.")
         tensor = self.tensors[key]
@@ -82,7 +82,7 @@ class Tensors:
         return {f"{name}.w": self.take(f"{key}.weight", d), f"{name}.b": self.take(f"{key}.bias", d)}
 
     def projection(self, key: str, name: str, letter: str, heads: int, d: int) -> dict[str, Tensor]:
-        """A query, key or value projection whose ``nn.Linear`` has its heads one after the other."""
+        """A query, key or value projection: an ``nn.Linear`` with its heads in order."""
         weight, bias = self.take(f"{key}.weight", d, d), self.take(f"{key}.bias", d)
         return {
             f"{name}.W_{letter}": rearrange(weight, "(head e) d -> head d e", head=heads),
@@ -90,7 +90,7 @@ class Tensors:
         }
 
     def output(self, key: str, name: str, heads: int, d: int) -> dict[str, Tensor]:
-        """The ``nn.Linear`` that brings the heads together."""
+        """The attention's output projection, an ``nn.Linear`` with its heads in order."""
         weight = self.take(f"{key}.weight", d, d)
         return {
             f"{name}.W_O": rearrange(weight, "d (head e) -> head e d", head=heads),
@@ -98,13 +98,13 @@ class Tensors:
         }
 
     def mlp(self, first: str, second: str, name: str, d: int, d_mlp: int) -> dict[str, Tensor]:
-        """The two ``nn.Linear`` of an MLP."""
+        """The two ``nn.Linear`` layers of an MLP."""
         up, down = self.linear(first, "up", d, d_mlp), self.linear(second, "down", d_mlp, d)
         names = {"W_in": up["up.W"], "b_in": up["up.b"], "W_out": down["down.W"], "b_out": down["down.b"]}
         return {f"{name}.{leaf}": tensor for leaf, tensor in names.items()}
 
     def require_all_taken(self) -> None:
-        """Raise ``DtLensError`` naming a tensor that nobody took: what it does would be lost."""
+        """Raise ``DtLensError`` naming a tensor that was not taken: its effect would be lost."""
         if self._left:
             key = min(self._left)
             raise DtLensError(
@@ -114,7 +114,7 @@ class Tensors:
 
 
 class Trace:
-    """One forward pass over a state dict, every activation of which is noted under its canonical name."""
+    """One forward pass over a state dict, which records activations under their canonical names."""
 
     def __init__(self, tensors: Mapping[str, Tensor], batch: Mapping[str, Any], n_heads: int) -> None:
         self.tensors, self.n_heads = tensors, n_heads
@@ -123,35 +123,35 @@ class Trace:
         real = torch.ones_like(batch["timesteps"]) if real is None else real
         real = repeat(real != 0, "n step -> n 1 1 (step kind)", kind=3)
         causal = torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool, device=real.device).tril()
-        # Padding sees itself: with nothing to see it would be NaN, which spreads.
+        # Padding attends to itself: a row without any token to attend to would be NaN and would spread.
         self.allowed = (real & causal) | torch.eye(len(causal), dtype=torch.bool, device=real.device)
 
     def note(self, name: str, x: Tensor) -> Tensor:
-        """Remember ``x`` and hand it on."""
+        """Record ``x`` and return it."""
         self.seen[name] = x
         return x
 
     def linear(self, key: str, x: Tensor) -> Tensor:
-        """``nn.Linear`` under that key, with its bias where it has one."""
+        """Apply the ``nn.Linear`` under ``key``, with its bias if it has one."""
         return F.linear(x, self.tensors[f"{key}.weight"], self.tensors.get(f"{key}.bias"))
 
     def norm(self, key: str, x: Tensor, eps: float = 1e-5) -> Tensor:
-        """``nn.LayerNorm`` under that key."""
+        """Apply the ``nn.LayerNorm`` under ``key``."""
         return F.layer_norm(x, x.shape[-1:], self.tensors[f"{key}.weight"], self.tensors[f"{key}.bias"], eps)
 
     def tokens(self, returns: Tensor, states: Tensor, actions: Tensor) -> Tensor:
-        """The three kinds ``[n, step, d]`` one after the other, step by step: ``[n, 3 * step, d]``."""
+        """Interleave the three kinds of tokens, each ``[n, step, d]``, step by step: ``[n, 3 * step, d]``."""
         return self.note("hook_embed", torch.stack((returns, states, actions), dim=2).flatten(1, 2))
 
     def attend(self, attn: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of heads that lie one after the other in ``[n, token, d]``."""
-        apart = {"q": q, "k": k, "v": v}
-        for letter, x in apart.items():
-            apart[letter] = rearrange(x, "n t (head e) -> n head t e", head=self.n_heads)
-            self.note(f"{attn}.hook_{letter}", rearrange(apart[letter], "n head t e -> n t head e"))
-        scores = apart["q"] @ apart["k"].transpose(-1, -2) / math.sqrt(apart["q"].shape[-1])
+        """Causal attention; ``q``, ``k``, ``v`` and the result are ``[n, token, d]``, with the heads in order."""
+        split = {"q": q, "k": k, "v": v}
+        for letter, x in split.items():
+            split[letter] = rearrange(x, "n t (head e) -> n head t e", head=self.n_heads)
+            self.note(f"{attn}.hook_{letter}", rearrange(split[letter], "n head t e -> n t head e"))
+        scores = split["q"] @ split["k"].transpose(-1, -2) / math.sqrt(split["q"].shape[-1])
         pattern = torch.softmax(scores.masked_fill(~self.allowed, -math.inf), dim=-1)
-        z = rearrange(self.note(f"{attn}.hook_pattern", pattern) @ apart["v"], "n head t e -> n t head e")
+        z = rearrange(self.note(f"{attn}.hook_pattern", pattern) @ split["v"], "n head t e -> n t head e")
         return rearrange(self.note(f"{attn}.hook_z", z), "n t head e -> n t (head e)")
 
 
@@ -160,42 +160,42 @@ class Layout(ABC):
 
     Args:
         tensors: everything in the state dict, by key.
-        given: what the file, the live model and the user say, in that order of growing weight.
+        given: options and run facts from the file, the live model and the user; later ones override earlier ones.
     """
 
     cfg: HookedDecisionTransformerConfig
     facts: RunFacts
     kind: ClassVar[str]  # "a CORL decision transformer", for messages
-    unused: ClassVar[str] = r"(?!)"  # whole keys that are in the file and not in the computation
+    unused: ClassVar[str] = r"(?!)"  # matches whole keys that are in the file but not used in the computation
 
     @abstractmethod
     def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None: ...
 
     @abstractmethod
     def canonical(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Canonical weights as views of the state dict's; what the lens has and the code base has not is left out."""
+        """Canonical weights as views of the state dict's; biases that the code base lacks may be left out."""
 
     @abstractmethod
     def forward(self, trace: Trace, batch: Mapping[str, Any]) -> None:
-        """The code base's own computation, noted in ``trace``."""
+        """The code base's own computation, recorded in ``trace``."""
 
     def state_encoder(self) -> nn.Module | None:
-        """What reads states, where it is no linear map."""
+        """The module that reads states, if that is not a linear map."""
         return None
 
     def call(self, model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The live model's own predictions for windows without padding, in Hugging Face's words."""
+        """The live model's own predictions for windows without padding, under Hugging Face's names."""
         raise NotImplementedError
 
 
 class StateDictAdapter:
-    """An adapter made of a ``Layout``; a subclass gives its name, its options, and the keys that tell its files.
+    """An adapter made of a ``Layout``; a subclass gives its name, its options, and the keys that identify its files.
 
     Attributes:
-        name: what ``adapter=`` takes; the name of the entry point.
+        name: the name of the entry point, which ``adapter=`` takes.
         layout: the class of ``Layout``.
-        marks: keys that are all in the code base's files and never in another's.
-        options: keywords of ``load`` and ``wrap`` beside the run facts, which all take.
+        marks: keys that the code base's files all have, and no other code base's files have together.
+        options: keywords of ``load`` and ``wrap`` in addition to the run facts, which every adapter takes.
     """
 
     name: str
@@ -208,11 +208,11 @@ class StateDictAdapter:
         return self.marks <= set(keys)
 
     def said_by_file(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What stands beside the tensors, and is not overridden by what was ``given``."""
+        """Options and facts that the file holds beside the tensors; ``given`` overrides them."""
         return {}
 
     def said_by_model(self, model: Any) -> dict[str, Any]:
-        """What a live model knows that its state dict does not."""
+        """Options and facts that a live model has and its state dict lacks."""
         return {}
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
@@ -220,14 +220,14 @@ class StateDictAdapter:
         tensors = checkpoint.tensors
         checkpoint.require_finite(self._used(tensors))
         layout = self._layout(tensors, {**self.said_by_file(checkpoint, given), **given})
-        return self._lens(_Held(self._used(tensors)), layout, live=False)
+        return self._lens(_FileTensors(self._used(tensors)), layout, live=False)
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, set(self.options) | FACTS)
         try:
             said = self.said_by_model(model)
         except (AttributeError, IndexError, KeyError, TypeError):
-            said = {}  # a class of somebody else's with the same tensors; what is needed is asked for
+            said = {}  # another class with the same tensors; what is needed is asked for by name
         layout = self._layout(model.state_dict(), {**said, **given})
         return self._lens(model, layout, live=True)
 
@@ -238,7 +238,7 @@ class StateDictAdapter:
         used = self._used(tensors)
         require_computable(used)
         layout = self.layout(Tensors(tensors, self.layout.kind), given)
-        # Before anything is built of it.
+        # Checked before a model is built.
         checked = Tensors(used, self.layout.kind)
         layout.canonical(checked)
         checked.require_all_taken()
@@ -255,20 +255,20 @@ class StateDictAdapter:
             weights = layout.canonical(Tensors(self._used(module.state_dict()), layout.kind))
             like = next(iter(weights.values()))
             for name, shape in shapes.items():
-                # A bias that the code base has not: zeros of the lens's own, one memory for as long as the model stays.
+                # A bias that the code base lacks is the lens's own zeros, the same tensor as long as the model stays.
                 if name not in weights and re.fullmatch(r"b|b_[A-Za-z]+", name.rpartition(".")[2]):
                     own[name] = own[name].to(like) if name in own else like.new_zeros(shape)
                     weights[name] = own[name]
             return weights
 
-        hooked.look_at(module, views, _Reference(module, layout, self._used, live))
+        hooked.share_with(module, views, _Reference(module, layout, self._used, live))
         hooked.facts = layout.facts
         hooked.train(module.training)
         return hooked
 
 
-class _Held(nn.Module):
-    """A file's tensors as parameters under the file's own keys, so that they move and are cast as one."""
+class _FileTensors(nn.Module):
+    """A file's tensors as parameters under the file's own keys, so that they are moved and cast together."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class _Held(nn.Module):
 
 
 class _Reference:
-    """The code base's forward pass over the tensors; of a live model, its own predictions at the end of it."""
+    """The code base's forward pass over the tensors; for a live model its predictions come from the model itself."""
 
     def __init__(
         self,
@@ -296,7 +296,7 @@ class _Reference:
         self.module, self.layout, self.used, self.live = module, layout, used, live
 
     def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Everything ``certify`` compares, without dropout."""
+        """Every activation that ``certify`` compares, without dropout."""
         trace = Trace(self.used(self.module.state_dict()), batch, self.layout.cfg.n_heads)
         with torch.no_grad():
             self.layout.forward(trace, batch)
@@ -311,7 +311,7 @@ class _Reference:
         try:
             self.module.eval()
             for row, steps in enumerate(real != 0):
-                # These models know no padding. Cut off, it changes nothing, unless the position in the window counts.
+                # These models have no padding. Cutting it off changes nothing, unless positions in the window count.
                 if self.layout.cfg.position != "none" and not steps.all():
                     continue
                 # A whole window may lack its last action.
@@ -332,7 +332,7 @@ class _Reference:
 
 
 def ask_for_heads(given: Mapping[str, Any], kind: str, usual: int) -> Any:
-    """The number of heads, which no shape tells."""
+    """The number of attention heads, which shapes do not show: the user has to give it."""
     if "n_heads" not in given:
         raise DtLensError(
             f"{kind[0].upper()}{kind[1:]}'s file does not say how many attention heads it has; pass n_heads= "
@@ -342,12 +342,12 @@ def ask_for_heads(given: Mapping[str, Any], kind: str, usual: int) -> Any:
 
 
 def run_facts(usual: Mapping[str, Any], given: Mapping[str, Any]) -> RunFacts:
-    """The facts of the run: what was said, and else what holds of every run of the code base."""
+    """The facts of the run: those given, and for the rest the code base's usual ones."""
     return given_facts(None, {**usual, **given})
 
 
-def steps_of_mask(tensors: Mapping[str, Tensor], key: str, extra: int = 0) -> dict[str, int]:
+def steps_of_mask(tensors: Mapping[str, Tensor], key: str) -> dict[str, int]:
     """The context that a square causal mask was made for: a step is three tokens."""
     mask = tensors.get(key)
-    width = mask.shape[-1] - extra if mask is not None and mask.ndim else 0
+    width = mask.shape[-1] if mask is not None and mask.ndim else 0
     return {"context": width // 3} if width > 0 and width % 3 == 0 else {}

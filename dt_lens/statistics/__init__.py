@@ -1,4 +1,4 @@
-"""Statistics of arrays: nulls, multiplicity, outcomes, rank correlation."""
+"""Statistics of arrays: null distributions, multiple tests, outcomes, rank correlation."""
 
 import lazy_loader
 

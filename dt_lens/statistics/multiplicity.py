@@ -1,4 +1,4 @@
-"""Many p-values at once, and two of the same statistic."""
+"""Adjusting many p-values for multiple testing, and choosing between two p-values of one statistic."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def q_values(p_values: ArrayLike) -> NDArray[Any]:
     """Benjamini and Hochberg's (1995) adjusted p-values: the share of false discoveries over the whole table.
 
     Args:
-        p_values: a row of them, ``[n]``; what was not tested is left out beforehand.
+        p_values: ``[n]``, without those of hypotheses that were not tested.
 
     Raises:
-        DtLensError: for what is no row of numbers between 0 and 1.
+        DtLensError: unless ``p_values`` is a row of numbers between 0 and 1.
 
     >>> [round(float(q), 3) for q in q_values([0.01, 0.02, 0.9])]
     [0.03, 0.03, 0.9]
@@ -38,10 +38,9 @@ def q_values(p_values: ArrayLike) -> NDArray[Any]:
 def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.float64]:
     """An exact upper bound on the p-value in the far tail, and elsewhere the share of ``draws`` random draws.
 
-    The smaller of the two would not do: at ``1 / (draws + 1)``, the smallest share, it holds for 37 % more statistics
-    than it should, those for which either is small. So the bound is taken where it says that fewer than 100 of the
-    draws would do as well, whatever they did, and a share there can hardly be as small. Of
-    fewer than 100 draws nothing is taken.
+    The smaller of the two would not be valid: 37 % more statistics than allowed would reach ``1 / (draws + 1)``, the
+    smallest share, because either of the two may be small. So the bound decides: it is used where it says that fewer
+    than 100 of the draws would be as extreme, whatever the draws were. With fewer than 100 draws the share is not used.
 
     >>> tail_or_share([1e-6, 0.0005, 0.3], [0.001, 0.001, 0.2], 999).tolist()
     [1e-06, 0.0005, 0.2]
@@ -51,7 +50,7 @@ def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: any of the claims wrongly supported with a chance of at most alpha.
+    """Holm's (1979) adjusted p-values: the chance that any claim is wrongly supported is at most alpha.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]

@@ -1,6 +1,6 @@
-"""Statistics of outcomes: pure functions of arrays, repeatable to the bit where they sample.
+"""Statistics of outcomes: pure functions of arrays, whose random draws are repeatable to the bit.
 
-Every interval is a pair (low, high) at the given confidence; ``(nan, nan)`` where the data allow none, never an error.
+Every interval is a pair (low, high) at the given confidence; ``(nan, nan)`` if the data allow none, never an error.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _NONE = Interval(float("nan"), float("nan"))
 
 
 def iqm(values: ArrayLike, axis: int = -1) -> Any:
-    """The interquartile mean: the mean of what is left when a quarter is cut off at either end.
+    """The interquartile mean: the mean of the middle half.
 
-    ``int(n / 4)`` values are cut at each end, as by ``scipy.stats.trim_mean``. Less of an outlier's plaything than the
-    mean and less noisy than the median (Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
-    Precipice", 2021).
+    ``int(n / 4)`` values are cut off at each end, as by ``scipy.stats.trim_mean``. It is less sensitive to outliers
+    than the mean and less noisy than the median (Agarwal et al., "Deep Reinforcement Learning at the Edge of the
+    Statistical Precipice", 2021).
 
     >>> float(iqm([0.0, 1.0, 2.0, 100.0]))
     1.5
@@ -61,11 +61,11 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Bootstrap interval of a statistic of one sample ``values [n]``; of paired differences, the paired bootstrap.
+    """Bootstrap interval of a statistic of one sample ``values [n]``; for paired differences, the paired bootstrap.
 
     Bias-corrected and accelerated (Efron, "Better bootstrap confidence intervals", 1987), or plain percentiles where
-    the correction is undefined, as for values that are nearly all alike. ``statistic`` must take ``axis``. Values that
-    are all equal give an interval of no width: a sample that does not vary says nothing about how much it could.
+    the correction is undefined, as for values that are nearly all equal. ``statistic`` must take ``axis``. If all the
+    values are equal the interval has no width: a sample that does not vary says nothing about how much it could.
     """
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2 or not np.isfinite(x).all():
@@ -91,7 +91,7 @@ def bootstrap_interval(
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion (1927): honest near 0 and 1, where the textbook one has no width.
+    """Wilson's score interval of a proportion (1927), which is sound near 0 and 1, where the textbook one has no width.
 
     >>> low, high = wilson(0, 100)
     >>> low, round(high, 3)
@@ -108,7 +108,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
     """Two-sided p of McNemar's exact test that two paired yes/no outcomes ``[n]`` are yes equally often.
 
-    Only pairs that differ tell: under the null each is a fair coin (McNemar 1947, in its exact binomial form). 1.0 when
+    Only pairs that differ count: under the null each is a fair coin (McNemar 1947, in its exact binomial form). 1.0 if
     none differs.
     """
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
@@ -121,16 +121,16 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
 def sign_flip(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Two-sided p that paired differences ``[n]`` are symmetric about 0, by flipping their signs (Fisher 1935).
 
-    The statistic is the mean. All ``2**n`` flips are tried where that is fewer than ``resamples``; otherwise that many
-    are drawn, and the data count as one of them, so p is never 0 (Phipson and Smyth 2010). 1.0 when all differences
-    are zero.
+    The statistic is the mean. All ``2**n`` flips are tried if there are no more than ``resamples`` of them; otherwise
+    that many are drawn, and the data count as one more, so p is never 0 (Phipson and Smyth 2010). 1.0 if all
+    differences are zero.
     """
     d = np.asarray(differences, dtype=np.float64)
     d = d[d != 0]  # a flipped zero is a zero
     if len(d) == 0:
         return 1.0
     observed = abs(d.sum())
-    slack = 1e-12 * np.abs(d).sum()  # the same sum in another order must count as equal
+    slack = 1e-12 * np.abs(d).sum()  # a sum that is equal but for rounding must count as equal
     if 2 ** len(d) <= resamples:
         signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
         return float((np.abs(signs @ d) >= observed - slack).mean())
@@ -143,7 +143,7 @@ def sign_flip(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int =
 def cohen_dz(differences: ArrayLike) -> float:
     """Cohen's d_z: the mean paired difference ``[n]`` over the standard deviation of the differences (Cohen 1988).
 
-    0.0 when all are zero; infinite when all are equal and not zero; ``nan`` for fewer than two.
+    0.0 if all are zero; infinite if all are equal but not zero; ``nan`` for fewer than two.
     """
     d = np.asarray(differences, dtype=np.float64)
     if len(d) < 2:
@@ -155,7 +155,7 @@ def cohen_dz(differences: ArrayLike) -> float:
 
 
 class SurvivalCurve(NamedTuple):
-    """Where the share of episodes still running stands after each time at which one ended or was cut."""
+    """The share of episodes still running, at every time at which one ended or was cut."""
 
     times: Float  # [k], ascending, in steps
     survival: Float  # [k], the estimate just after each time
@@ -190,8 +190,8 @@ def logrank(
 ) -> tuple[float, float]:
     """The log-rank statistic (standard normal under the null) and two-sided p that two survival curves are one.
 
-    Mantel (1966). It does not use the pairing, and so errs towards caution for episodes that share seeds. Positive when
-    the first group's episodes end earlier than expected. ``(0.0, 1.0)`` when nothing ended, or nothing can differ.
+    Mantel (1966). It does not use the pairing, and so is conservative for episodes that share seeds. Positive if the
+    first group's episodes end earlier than expected. ``(0.0, 1.0)`` if no episode ended, or no difference is possible.
     """
     groups = [_durations(first_times, first_ended), _durations(second_times, second_ended)]
     if sum(group.num_censored() for group in groups) == sum(len(group) for group in groups):

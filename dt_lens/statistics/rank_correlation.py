@@ -1,4 +1,4 @@
-"""Rank correlation inside strata: does one number go with another in each matrix, whatever the matrices differ in?"""
+"""Rank correlation inside strata: are two numbers related within each matrix, whatever the matrices differ in?"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["RankCorrelation", "at_equal_size", "rank_correlation", "rank_correla
 Array = NDArray[np.float64]
 RESAMPLES = 2000
 LEAST = 3  # members of a stratum
-NEIGHBOURS = 6  # members of a bin of near-equal size, and up to twice as many where fewer bins fit
-CHUNK = 4_000_000  # numbers held at a time
+NEIGHBOURS = 6  # members of a bin of nearly equal size; in a small stratum up to twice as many
+CHUNK = 4_000_000  # numbers held in memory at a time
 
 
 class RankCorrelation(NamedTuple):
@@ -43,19 +43,19 @@ def rank_correlation(
 ) -> RankCorrelation:
     """Spearman's rank correlation of ``x [n]`` and ``y [n]``, with ranks taken inside each stratum.
 
-    With one stratum it is Spearman's rho. With several, ranks are scaled to one range and centred in each, so that what
-    differs between strata counts for nothing (van Elteren's idea, 1960, for a correlation). With ``given`` it is the
-    partial rank correlation: what is linear in the ranks of ``given`` is taken out of both first, with one slope for
-    all strata (Conover, "Practical Nonparametric Statistics", section 5.4). That is right where the relations are
-    monotone and even; ``at_equal_size`` asks for less.
+    With one stratum it is Spearman's rho. With several, ranks are scaled to one range and centred in each, so that
+    differences between strata have no effect (van Elteren's idea, 1960, for a correlation). With ``given`` it is the
+    partial rank correlation: the part that is linear in the ranks of ``given`` is removed from both first, with one
+    slope for all strata (Conover, "Practical Nonparametric Statistics", section 5.4). That assumes relations that are
+    linear in ranks; ``at_equal_size`` does not.
 
     The interval is a bias-corrected percentile bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap",
-    chapter 14) that draws pairs inside strata; p is two-sided, by permuting ``x`` (what is left of it) inside strata,
-    the data counting as one permutation.
+    chapter 14) that draws pairs inside strata; p is two-sided, by permuting ``x`` (with ``given`` its residuals) inside
+    strata, and the data count as one permutation.
 
     Args:
-        x, y: numbers; pairs with one that is not finite are left out.
-        strata: a value for each pair; one stratum when omitted. Strata of fewer than three pairs are left out.
+        x, y: numbers; pairs that are not finite are left out.
+        strata: a value for each pair; by default one stratum. Strata of fewer than three pairs are left out.
         given: numbers to hold fixed.
 
     >>> rank_correlation([1, 2, 3, 4, 11, 12, 13, 14], [4, 3, 2, 1, 8, 7, 6, 5], [0, 0, 0, 0, 1, 1, 1, 1]).rho
@@ -88,13 +88,14 @@ def at_equal_size(
 ) -> RankCorrelation:
     """The rank correlation of ``x [n]`` and ``y [n]`` among neighbours in ``size [n]``.
 
-    In every stratum pairs are put in the order of ``size`` and cut into bins of about six; ranks and permutations stay
-    inside a bin. So whatever ``x`` and ``y`` have to do with the size, in any form, counts for next to nothing. It is
-    closer to 0 than a correlation over a stratum's whole range of sizes, as ranks among six are coarse. A stratum of
-    fewer than a dozen is one bin.
+    The pairs of every stratum are sorted by ``size`` and cut into bins of about six; ranks and permutations stay inside
+    a bin. So a relation of ``x`` or ``y`` with the size, of whatever form, has next to no effect. The result is closer
+    to 0 than a correlation over a stratum's whole range of sizes, because ranks among six are coarse. A stratum of
+    fewer than a dozen pairs is one bin.
 
     The interval is Bonett and Wright's ("Sample size requirements for estimating Pearson, Kendall and Spearman
-    correlations", 2000) with a degree of freedom less for each bin: pairs drawn again from six hold too many ties.
+    correlations", 2000) with one degree of freedom less for each bin, not a bootstrap: resampling six pairs makes too
+    many ties.
     """
     columns = np.stack([np.asarray(v, dtype=np.float64) for v in (x, y, size)])
     labels = np.zeros(columns.shape[1]) if strata is None else np.asarray(strata)
@@ -133,11 +134,11 @@ def rank_correlation_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RankCorrelation:
-    """How much better ``first [n]`` goes with ``y [n]`` than ``second [n]`` does: the difference of their correlations.
+    """How much better ``first [n]`` predicts ``y [n]`` than ``second [n]`` does: the difference of their correlations.
 
-    With ``second_y [n]`` that is what ``second`` is to go with.
-    The interval is a bias-corrected percentile bootstrap over the same resampled rows for both, inside strata.
-    ``p_value`` is twice the smaller share of resamples on either side of 0, the data counting as one.
+    With ``second_y [n]``, ``second`` is correlated with that instead of ``y``. The interval is a bias-corrected
+    percentile bootstrap over the same resampled rows for both, inside strata. ``p_value`` is twice the smaller share of
+    resamples on either side of 0, counting the data as one.
     """
     columns = [np.asarray(v, dtype=np.float64) for v in (first, second, y, y if second_y is None else second_y)]
     groups = list(_groups(columns, strata))
@@ -169,10 +170,10 @@ def rank_correlation_difference(
 
 
 def spearman_brown(halves: float) -> float:
-    """The reliability of a whole measurement whose two halves correlate by ``halves``; 0 where they do not agree.
+    """The reliability of a measurement whose two halves correlate by ``halves``; 0 if they do not agree.
 
-    That is the correlation that a second such measurement would have with it (Spearman, "Correlation calculated from
-    faulty data", 1910; Brown, "Some experimental results in the correlation of mental abilities", 1910).
+    It is the correlation to expect with a second such measurement (Spearman, "Correlation calculated from faulty data",
+    1910; Brown, "Some experimental results in the correlation of mental abilities", 1910).
 
     >>> spearman_brown(1.0), spearman_brown(-0.2)
     (1.0, 0.0)
@@ -182,7 +183,7 @@ def spearman_brown(halves: float) -> float:
 
 
 def _groups(columns: list[Array], strata: ArrayLike | None) -> Iterator[Array]:
-    """The finite columns of each stratum with three members or more, ``[column, n]``."""
+    """The finite pairs of each stratum that has three or more, ``[column, n]``."""
     data = np.stack(columns)
     labels = np.zeros(data.shape[1]) if strata is None else np.asarray(strata)
     finite = np.isfinite(data).all(0)
@@ -193,13 +194,13 @@ def _groups(columns: list[Array], strata: ArrayLike | None) -> Iterator[Array]:
 
 
 def _ranks(values: Array) -> Array:
-    """Centred ranks over the last axis, scaled so that a larger stratum's do not weigh more each."""
+    """Centred ranks over the last axis, scaled so that a member of a large stratum does not weigh more."""
     n = values.shape[-1]
     return np.asarray((stats.rankdata(values, axis=-1) - (n + 1) / 2) / n)
 
 
 def _residuals(strata: list[Array]) -> list[tuple[Array, Array]]:
-    """Ranks of x and y in each stratum, without what is linear in those of a third row, where there is one."""
+    """Ranks of x and y in each stratum, without the part that is linear in those of a third row, if there is one."""
     if len(strata[0]) == 2:
         return [(ranks[0], ranks[1]) for ranks in strata]
     size = np.maximum(sum((ranks[2] ** 2).sum(-1) for ranks in strata), 1e-300)
@@ -208,7 +209,7 @@ def _residuals(strata: list[Array]) -> list[tuple[Array, Array]]:
 
 
 def _moments(strata: list[Array]) -> Array:
-    """``[3, resample]``: the sums of xy, xx and yy of what is correlated, for ranks ``[column, resample, n]``."""
+    """``[3, resample]``: the sums of xy, xx and yy of the residuals, for ranks ``[column, resample, n]``."""
     return np.asarray(sum(_products(x, y) for x, y in _residuals(strata)))
 
 
@@ -220,18 +221,18 @@ def _rho(moments: Array | int) -> Array:
     xy, xx, yy = np.asarray(moments)
     with np.errstate(invalid="ignore", divide="ignore"):
         rho = xy / np.sqrt(xx * yy)
-    # What is left of x when it is the control itself is rounding.
+    # If x is the controlled variable itself, its residuals are only rounding.
     return np.where((xx > 1e-12) & (yy > 1e-12), rho, np.nan)
 
 
 def _permuted(residuals: list[tuple[Array, Array]], count: int, rng: np.random.Generator) -> Array:
-    """``count`` correlations of what is left of y with what is left of x in a random order inside each stratum."""
+    """``count`` correlations of y's residuals with x's, after x's are permuted inside each stratum."""
     shuffled = [rng.permuted(np.broadcast_to(x[0], (count, x.shape[-1])), axis=1) for x, _ in residuals]
     return _rho(sum(_products(x, y) for x, (_, y) in zip(shuffled, residuals, strict=True)))
 
 
 def _share_as_far(null: Array, found: float) -> float:
-    """The two-sided p of ``found``, the data counting as one permutation."""
+    """The two-sided p of ``found``, counting the data as one permutation."""
     return (int((np.abs(null) >= abs(found) - 1e-12).sum()) + 1) / (len(null) + 1)
 
 

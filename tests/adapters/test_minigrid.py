@@ -140,7 +140,7 @@ def test_a_field_that_does_nothing_can_be_ignored(tmp_path: Path) -> None:
         ("action_embedding.0.weight", lambda t: t[:1], "has 1 row"),
         ("time_embedding.bias", lambda t: torch.zeros(D), "linear time embedding"),
         ("transformer.blocks.0.mlp.b_gate", lambda t: torch.zeros(12), r"'transformer\.blocks\.0\.mlp\.b_gate' that"),
-        ("transformer.blocks.7.ln1.w", lambda t: torch.zeros(D), "of block 7 and none of block 2"),
+        ("transformer.blocks.7.ln1.w", lambda t: torch.zeros(D), "of block 7 but not of block 2"),
         ("transformer.unembed.W_U", lambda t: torch.zeros(D, D), r"'transformer\.unembed\.W_U' that .* no place for"),
         ("transformer.blocks.0.mlp.W_gate", lambda t: t / 0, r"W_gate' in .* holds NaN or infinite"),
         ("transformer.blocks.0.mlp.W_in", lambda t: t.long(), "holds int64 numbers"),

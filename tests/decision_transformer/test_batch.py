@@ -1,4 +1,4 @@
-"""A batch that does not fit is told so in one sentence, whichever tensor it is."""
+"""A batch that does not fit is refused in one sentence, whichever tensor is wrong; a random batch fits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dt_lens.decision_transformer.batch import random_batch, require_batch
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
 
 CFG = HookedDecisionTransformerConfig(5, 3, d_model=8, n_heads=2, n_layers=1, d_mlp=8, n_ctx=4, max_ep_len=20)
@@ -39,13 +40,13 @@ def good() -> dict[str, Any]:
         ("attention_mask", torch.ones(4, 5), r"attention_mask has shape \[4, 5\]; .* wants \[4, 4\]"),
     ],
 )
-def test_what_does_not_fit(name: str, value: torch.Tensor, message: str) -> None:
+def test_tensors_that_do_not_fit_are_refused(name: str, value: torch.Tensor, message: str) -> None:
     require_batch(CFG, **good())
     with pytest.raises(DtLensError, match=message):
         require_batch(CFG, **{**good(), name: value})
 
 
-def test_a_padding_action_is_an_id_or_a_column_more() -> None:
+def test_a_padding_action_is_one_more_id_or_one_more_column() -> None:
     cfg = replace(CFG, action_padding=True)
     for actions in (torch.full((4, 4), 3), torch.zeros(4, 4, 4), torch.zeros(4, 4, 3), torch.zeros(4, 3, 4)):
         require_batch(cfg, **{**good(), "actions": actions})
@@ -53,11 +54,18 @@ def test_a_padding_action_is_an_id_or_a_column_more() -> None:
         require_batch(cfg, **{**good(), "actions": torch.full((4, 4), 4)})
 
 
-def test_what_is_left_out() -> None:
-    require_batch(CFG, **{**good(), "actions": good()["actions"][:, :-1]})
-    require_batch(CFG, **{**good(), "attention_mask": None, "states": None})
-    empty = {name: x[:0] for name, x in good().items()}
-    require_batch(CFG, **empty)
+def test_what_may_be_missing() -> None:
+    """The last action, the mask, all rows, and states that a state encoder checks: accepted, and the model runs."""
+    model, batch = HookedDecisionTransformer(CFG), good()
+    short = {**batch, "actions": batch["actions"][:, :-1]}
+    no_mask = {name: x for name, x in batch.items() if name != "attention_mask"}
+    for accepted in (short, no_mask, {name: x[:0] for name, x in batch.items()}):
+        require_batch(CFG, **accepted)
+        assert model(**accepted).action_preds.shape == (len(accepted["timesteps"]), 4, 3)
+    pictures = {**batch, "states": torch.zeros(4, 4, 1, 2, 2)}
+    with pytest.raises(DtLensError, match="states has shape"):
+        require_batch(CFG, **pictures)
+    require_batch(CFG, **{**pictures, "states": None})
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""Writing: what Hugging Face cannot say is refused, and a failed write leaves what was there."""
+"""Saving: what Hugging Face's format cannot hold is refused, and a failed write leaves the old files."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_what_is_written(tmp_path: Path) -> None:
         ({"embed_ln": False}, "has no embed_ln=False"),
         ({"final_ln": False}, "has no final_ln=False"),
         ({"embed_ln_eps": 1e-3}, r"has no embed_ln_eps=0\.001"),
-        ({"position": "learned", "n_position": 12}, "no learned positions"),
-        ({"position": "step", "n_position": 12}, "no learned positions"),
+        ({"position": "learned", "n_position": 12}, "no learned positions, so a model with position='learned' cannot"),
+        ({"position": "step", "n_position": 12}, "no learned positions, so a model with position='step' cannot"),
         ({"timestep_of": "window"}, "has no timestep_of='window'"),
         ({"encoder": nn.Linear(5, 8)}, r"needs the weight 'embed\.state\.W', which this model lacks"),
     ],
 )
-def test_what_hugging_face_cannot_say(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_what_hugging_face_cannot_represent(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DtLensError, match=message):
         dt_lens.save_pretrained(small(**options), tmp_path / "agent")
     assert not (tmp_path / "agent").exists()

@@ -1,4 +1,4 @@
-"""The configuration refuses what makes no model."""
+"""The configuration: what no model can have is refused, and it survives a round trip."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ from dt_lens.errors import DtLensError
         ({"act_fn": ["relu"]}, "act_fn is"),
         ({"normalization": "prae"}, r"mean 'pre'\?"),
         ({"position": None}, "position is None; it must be one of none, constant, learned"),
-        ({"position": "learned", "n_position": 1}, "one each for the first return-to-go and the first state"),
+        (
+            {"position": "learned", "n_position": 1},
+            "need at least 2, one for the first return-to-go",
+        ),
         ({"embed_act": "relu"}, r"embed_act is 'relu'; it must be one of none, tanh"),
         ({"gated_mlp": "yes"}, "gated_mlp is 'yes'"),
-        ({"predicts": ["state"]}, r"predicts is \['state'\]; it must list heads, 'action' among them"),
+        ({"predicts": ["state"]}, r"predicts is \['state'\]; it must be a list of heads with 'action'"),
         ({"predicts": "action"}, "predicts is 'action'"),
         ({"predicts": ["action", "sate"]}, r"predicts names 'sate'; .* mean 'state'\?$"),
         ({"action_tanh": 1}, "action_tanh is 1; it must be true or false"),
@@ -41,7 +44,7 @@ from dt_lens.errors import DtLensError
         ({"attn_dropout": 1.5}, r"attn_dropout is 1\.5; it must lie in 0 to 1"),
     ],
 )
-def test_what_makes_no_model(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DtLensError, match=message):
         Config(**{"state_dim": 4, "act_dim": 2, **options})
 
@@ -49,7 +52,7 @@ def test_what_makes_no_model(options: dict[str, Any], message: str) -> None:
 def test_round_trip() -> None:
     cfg = Config(4, 2, d_model=24, n_heads=3, position="learned", n_position=60, eps=0, attn_scale_by_layer=True)
     assert Config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
-    assert cfg.d_head == 8 and cfg.n_tokens == 60
+    assert cfg.d_head == 8
     assert [cfg.attn_scale(layer) for layer in range(3)] == pytest.approx([8**-0.5 / n for n in (1, 2, 3)])
     headed = Config(4, 2, predicts=("state", "action"))  # type: ignore[arg-type]
     assert headed == Config.from_dict(json.loads(json.dumps(headed.to_dict()))) and hash(headed)

@@ -1,4 +1,4 @@
-"""The directions that a decision transformer brings along: which rows of which weight, under which names."""
+"""A decision transformer's own embeddings: which rows of which weight, under which names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import dt_lens
 from dt_lens.decision_transformer.facts import RunFacts
 
 
-def test_the_seven_sets_are_the_weights(make_hf: Any) -> None:
+def test_the_seven_embeddings_are_the_weights(make_hf: Any) -> None:
     hf = make_hf()
     lens = dt_lens.wrap(hf)
     theirs = {
@@ -46,7 +46,7 @@ def test_labels_come_from_the_facts_or_else_the_environment(make_hf: Any) -> Non
     assert named["action_out"].labels == ["push left", "push right"]
     own = dt_lens.wrap(hf, environment="CartPole-v1", action_labels=["l", "r"]).embeddings
     assert own["action_in"].labels == ["l", "r"] and own["state_in"].labels[0] == "cart position"
-    # Another environment's labels that do not fit are no labels.
+    # An environment's labels that do not fit are not used.
     assert dt_lens.wrap(hf, environment="Hopper-v5").embeddings["state_in"].labels[0] == "state 0"
 
 

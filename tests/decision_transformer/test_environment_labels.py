@@ -53,7 +53,7 @@ def test_free_joints_have_seven_positions_and_six_velocities() -> None:
         ("", None, None),
     ],
 )  # fmt: skip
-def test_others(name: str, state: object, action: object) -> None:
+def test_other_environments(name: str, state: object, action: object) -> None:
     assert environment_labels(name) == (state, action)
 
 

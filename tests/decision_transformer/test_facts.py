@@ -58,25 +58,25 @@ def test_arrays_become_plain_numbers(tmp_path: Path) -> None:
         ({"context": None}, "context is None"),
     ],
 )
-def test_what_is_refused(values: dict[str, Any], message: str) -> None:
+def test_wrong_facts_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DtLensError, match=message) as caught:
         RunFacts.from_dict({"context": 20, **values})
     assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("values", [[], 3, None, "text"])
-def test_what_is_no_object(values: Any) -> None:
+def test_facts_must_be_an_object(values: Any) -> None:
     with pytest.raises(DtLensError, match=r"the run facts holds a \w+; expected an object"):
         RunFacts.from_dict(values)
 
 
-def test_the_context_must_be_told() -> None:
+def test_the_context_must_be_given() -> None:
     with pytest.raises(DtLensError, match="lacks the field 'context'"):
         RunFacts.from_dict({"environment": "Hopper-v5"})
     assert RunFacts.from_dict(asdict(RunFacts(3))) == RunFacts(3)
 
 
-def test_what_json_does_not_know(tmp_path: Path) -> None:
+def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match="cannot be written as JSON"):
         RunFacts(3, about={"scores": np.zeros(3)}).save(tmp_path)
     assert list(tmp_path.iterdir()) == []

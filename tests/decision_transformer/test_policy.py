@@ -1,4 +1,4 @@
-"""The lean policy is the hooked model: same actions, for every configuration, window and padding."""
+"""The acting model computes what the hooked model computes, for every configuration, window and padding."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.decision_transformer.policy import ActingModel, acting_shapes, last_action
+from dt_lens.decision_transformer.policy import ActingModel, acting_shapes, additive_mask
 from dt_lens.errors import DtLensError
 
 STEPS = 5
@@ -38,7 +40,7 @@ def configurations(draw: st.DrawFn) -> HookedDecisionTransformerConfig:
         action_tanh=draw(st.booleans()),
         discrete_actions=draw(st.booleans()),
         position=draw(st.sampled_from(["none", "constant", "learned"])),
-        n_position=3 * STEPS - draw(st.integers(0, 1)),  # the action to come needs no position
+        n_position=3 * STEPS - draw(st.integers(0, 1)),  # the last action is yet to come and needs no position
         attn_scale_by_head=draw(st.booleans()),
         attn_scale_by_layer=draw(st.booleans()),
         eps=draw(st.sampled_from([1e-5, 1e-2])),
@@ -54,9 +56,9 @@ def _model(cfg: HookedDecisionTransformerConfig, seed: int) -> HookedDecisionTra
     torch.manual_seed(seed)
     model = HookedDecisionTransformer(cfg).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and LayerNorms too: at their initial values they hide mistakes
+        for parameter in model.parameters():  # also biases and LayerNorms, whose initial values would hide mistakes
             parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.double()  # so that a difference is a mistake and not rounding
+    return model.double()  # so that a difference is a mistake, not rounding
 
 
 def _episode(cfg: HookedDecisionTransformerConfig, batch: int, steps: int) -> tuple[torch.Tensor, ...]:
@@ -67,13 +69,31 @@ def _episode(cfg: HookedDecisionTransformerConfig, batch: int, steps: int) -> tu
     return states, actions, returns
 
 
+def _last_action(
+    model: HookedDecisionTransformer,
+    states: torch.Tensor,
+    actions: torch.Tensor,
+    returns_to_go: torch.Tensor,
+    timesteps: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the acting model makes of windows: ``model(...).action_preds[:, -1]``; the last action is not read."""
+    acting = ActingModel(model.weights, model.cfg)
+    actions = F.pad(actions, (0, 0, 0, timesteps.shape[1] - actions.shape[1]))
+    embedded = acting.embed(returns_to_go, states, actions, timesteps)
+    x = acting.place(rearrange(list(embedded), "kind batch step d -> batch (step kind) d")[:, :-1])
+    real = torch.ones_like(timesteps) if attention_mask is None else attention_mask
+    mask = additive_mask(repeat(real != 0, "batch step -> batch (step kind)", kind=3)[:, :-1], x.dtype)
+    return acting.action(acting.hidden(x, acting.first_qkv(x), mask))
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     cfg=configurations(),
     seed=st.integers(0, 2**16),
     padding=st.lists(st.integers(0, STEPS - 1), min_size=3, max_size=3),
 )
-def test_last_action_is_the_models_prediction(
+def test_the_last_action_is_the_models_prediction(
     cfg: HookedDecisionTransformerConfig, seed: int, padding: list[int]
 ) -> None:
     model = _model(cfg, seed)
@@ -86,9 +106,9 @@ def test_last_action_is_the_models_prediction(
                 states=states, actions=actions[:, :-1], returns_to_go=returns, timesteps=timesteps,
                 attention_mask=given_mask,
             ).action_preds[:, -1]  # fmt: skip
-        got = last_action(model.weights, cfg, states, actions, returns, timesteps, given_mask)
+        got = _last_action(model, states, actions, returns, timesteps, given_mask)
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
-        short = last_action(model.weights, cfg, states, actions[:, :-1], returns, timesteps, given_mask)
+        short = _last_action(model, states, actions[:, :-1], returns, timesteps, given_mask)
         assert torch.equal(short, got)
 
 
@@ -97,7 +117,7 @@ def test_last_action_is_the_models_prediction(
 def test_sliding_policy_is_the_model_on_padded_windows(
     cfg: HookedDecisionTransformerConfig, seed: int, restart: int
 ) -> None:
-    """Row 0 begins anew at ``restart``; the rows are reordered once; every action is still the model's."""
+    """Row 0 restarts at ``restart``; the rows are reordered once; every action is still the model's."""
     model = _model(cfg, seed)
     steps = 9
     states, actions, returns = _episode(cfg, 3, steps)
@@ -139,7 +159,7 @@ def test_sliding_policy_is_the_model_on_padded_windows(
     later=st.integers(0, 1),
     whole=st.booleans(),
 )
-def test_padding_that_is_seen(
+def test_visible_padding(
     cfg: HookedDecisionTransformerConfig, seed: int, restart: int, later: int, whole: bool
 ) -> None:
     """Before the first step: states of zero, no action, the first return-to-go, timestep 0, and no mask."""
@@ -158,7 +178,7 @@ def test_padding_that_is_seen(
     for t in range(steps):
         if t == restart:
             policy.restart(0)
-        if t == restart + later:  # with the episode's first action to come, and with its second
+        if t == restart + later:  # before the episode's first action, and before its second
             order = [2, 0]
             policy.keep(order)
         starts = [begin[row] if t >= begin[row] else 0 for row in order]
@@ -206,7 +226,7 @@ def test_single_precision_at_the_bundled_shape() -> None:
     timesteps = torch.arange(20).expand(6, 20)
     with torch.no_grad():
         expected = model(states=states, actions=actions, returns_to_go=returns, timesteps=timesteps).action_preds[:, -1]
-    got = last_action(model.weights, cfg, states, actions, returns, timesteps)
+    got = _last_action(model, states, actions, returns, timesteps)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""One memory for the lens and the model that it looks at, and a clear refusal when that is over."""
+"""The lens shares its memory with the model it wraps, and says so clearly when it no longer does."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_weight_is_the_users_own(make_hf: Any, make_batch: Any) -> None:
         kept = weight.clone()
         weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
         after = predictions(hf, batch)
-        # A key's bias is the same for all keys of a query, and only some times and one position are looked up.
+        # A key's bias is the same for all keys of a query, so it has no effect.
         if "b_K" not in name:
             assert not torch.allclose(before, after, atol=1e-5), f"a change of {name} is not seen by the model"
         torch.testing.assert_close(predictions(lens, batch), after, rtol=1e-5, atol=1e-5)
@@ -99,7 +99,7 @@ def test_a_model_that_moved_on_its_own_is_noticed(make_hf: Any, loosen: str) -> 
     edit = SingularEdit(lens, name)
     with pytest.raises(DtLensError, match=rf"no longer shares the weight '{name}'.*wrap it again\.$"):
         edit.apply()
-    if loosen == "replace":  # only what is gone is refused
+    if loosen == "replace":  # only that weight is refused
         lens.require_shared(["blocks.1.mlp.W_in"])
     again = dt_lens.wrap(hf)
     with SingularEdit(again, name):
@@ -115,7 +115,7 @@ def test_loading_new_values_in_place_keeps_the_lens(make_hf: Any, make_batch: An
     torch.testing.assert_close(predictions(lens, batch), predictions(other, batch), rtol=1e-5, atol=1e-5)
 
 
-def test_a_copy_of_the_lens_lets_go_of_the_model(make_hf: Any, make_batch: Any) -> None:
+def test_a_copy_of_the_lens_is_independent_of_the_model(make_hf: Any, make_batch: Any) -> None:
     hf = make_hf()
     lens = dt_lens.wrap(hf)
     copied = copy.deepcopy(lens)
@@ -127,7 +127,7 @@ def test_a_copy_of_the_lens_lets_go_of_the_model(make_hf: Any, make_batch: Any) 
     dt_lens.certify(copied)
 
 
-def test_the_model_is_no_part_of_the_lens(make_hf: Any) -> None:
+def test_the_model_is_not_a_submodule_of_the_lens(make_hf: Any) -> None:
     hf = make_hf()
     lens = dt_lens.wrap(hf)
     assert lens.original is hf
@@ -145,7 +145,7 @@ def test_labelled_directions_follow_the_weights(make_hf: Any) -> None:
     assert directions.dtype == torch.float64 and lens.embeddings["action_out"].labels == ["left", "right", "jump"]
     lens.weights["predict.action.W"].fill_(2.0)
     assert torch.equal(directions, torch.full_like(directions, 2.0))
-    # What the user put in stays as it is.
+    # The user's own embeddings stay as they are.
     assert lens.embeddings["mine"].labels == ["x", "y"] and lens.embeddings["state_in"].labels == ["only"]
     assert lens.embeddings["reward_in"].directions.dtype == torch.float64
 

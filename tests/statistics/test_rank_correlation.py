@@ -1,3 +1,5 @@
+"""Rank correlations against Spearman's, the textbook's partial one, and their own calibration."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,7 +22,7 @@ def test_without_strata_it_is_spearmans() -> None:
     assert rank_correlation(x, y) == found
 
 
-def test_levels_of_strata_count_for_nothing() -> None:
+def test_levels_of_strata_have_no_effect() -> None:
     rng = np.random.default_rng(1)
     strata = np.repeat(np.arange(4), 25)
     x, y = rng.standard_normal(100) + 10 * strata, rng.standard_normal(100) + 10 * strata
@@ -52,8 +54,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_at_equal_size_nothing_is_left_of_what_is_size(shape: str) -> None:
-    """A partial correlation takes out what is even in ranks, and finds a relation where the size has any other part."""
+def test_at_equal_size_removes_every_relation_with_size(shape: str) -> None:
+    """A partial correlation removes only what is linear in ranks, and finds a relation where there is more."""
     rng, trials, rejected = np.random.default_rng(6), 60, 0
     size, strata = np.tile(np.linspace(0, 1, 127), 2), np.repeat([0, 1], 127)
     of_x, of_y = (part(size) for part in SHAPES[shape])
@@ -68,7 +70,7 @@ def test_at_equal_size_nothing_is_left_of_what_is_size(shape: str) -> None:
     assert shape == "even" or linear > trials / 2
 
 
-def test_at_equal_size_what_is_there_is_found() -> None:
+def test_at_equal_size_finds_a_real_relation() -> None:
     rng, covered = np.random.default_rng(7), 0
     size = np.linspace(0, 1, 254)
     found = []
@@ -99,7 +101,7 @@ def test_p_is_uniform_and_intervals_cover_under_the_null() -> None:
     assert covered > 0.88 * trials
 
 
-def test_the_better_predictor_is_told() -> None:
+def test_the_better_predictor_is_found() -> None:
     rng = np.random.default_rng(4)
     strata = np.repeat(np.arange(3), 60)
     y = rng.standard_normal(180) + strata
@@ -116,7 +118,7 @@ def test_the_better_predictor_is_told() -> None:
     assert (same.rho, same.p_value) == (0.0, 1.0)
 
 
-def test_each_predictor_with_what_it_predicts_itself() -> None:
+def test_each_predictor_with_its_own_outcome() -> None:
     rng = np.random.default_rng(5)
     strata = np.repeat(np.arange(2), 50)
     first, second = rng.standard_normal((2, 100))
@@ -125,14 +127,14 @@ def test_each_predictor_with_what_it_predicts_itself() -> None:
     one, two = rank_correlation(first, y, strata).rho, rank_correlation(second, other, strata).rho
     assert found.rho == pytest.approx(one - two, abs=1e-12)
     assert found.low > 0.3
-    # Held against the first's, the second would have nothing to say.
+    # The second does not predict the first's outcome.
     assert abs(rank_correlation(second, y, strata).rho) < abs(two)
 
 
 @pytest.mark.parametrize(
     ("x", "y"), [([], []), ([1, 2], [2, 1]), ([1, 1, 1, 1], [1, 2, 3, 4]), ([np.nan] * 5, [1] * 5)]
 )
-def test_what_cannot_be_said_is_nan(x: list[float], y: list[float]) -> None:
+def test_an_undefined_correlation_is_nan(x: list[float], y: list[float]) -> None:
     found = rank_correlation(x, y)
     assert np.isnan(found.rho)
     assert found.p_value == 1.0

@@ -17,7 +17,7 @@ import torch
 from einops import repeat
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.policy import ActingModel, may_look
+from dt_lens.decision_transformer.policy import ActingModel, additive_mask
 
 __all__ = ["CUDA_LANES", "LEAST_LANES", "MOST_LANES", "Arrangement", "arrange", "plan_lanes"]
 
@@ -87,7 +87,7 @@ def _rows_agree(
                 tokens = torch.stack(model.embed(*(rows(x, width) for x in inputs)), dim=1)
                 x = rows(window, width)
                 real = torch.ones(width, n, dtype=torch.bool, device=device)
-                hidden = model.hidden(x, model.first_qkv(x), may_look(real, dtype))
+                hidden = model.hidden(x, model.first_qkv(x), additive_mask(real, dtype))
                 parts = (model.first_qkv(tokens).flatten(1), hidden, model.action(hidden))
                 bits = torch.cat(parts, dim=1)
                 seen = bits[:1] if seen is None else seen

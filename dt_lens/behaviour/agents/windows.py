@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import Padding
-from dt_lens.decision_transformer.policy import ActingModel, may_look
+from dt_lens.decision_transformer.policy import ActingModel, additive_mask
 
 __all__ = ["SlidingPolicy", "WindowPolicy"]
 
@@ -66,7 +66,7 @@ class SlidingPolicy:
         self._age = [0] * width
         model.place(self._tokens[:, 1:, : model.cfg.d_model])  # raises now, not at the first step
         seen = torch.full((width, 3 * context - 1), self._visible, device=model.device)
-        self._mask = may_look(seen, model.dtype)
+        self._mask = additive_mask(seen, model.dtype)
 
     def restart(self, row: int) -> None:
         """A new episode begins in ``row``; its window is empty."""
@@ -133,7 +133,7 @@ class SlidingPolicy:
         """Unmask the last ``n`` tokens of ``row``."""
         tokens = self._mask.shape[-1]
         real = torch.arange(tokens, device=self._mask.device) >= tokens - n
-        self._mask[row] = may_look(real[None], self._mask.dtype)[0]
+        self._mask[row] = additive_mask(real[None], self._mask.dtype)[0]
 
 
 class WindowPolicy:
