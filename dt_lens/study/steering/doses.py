@@ -77,15 +77,16 @@ def dosed(
     random: int | None = None,
     scale: float = 1.0,
     side: SideName = "read",
+    svd: WeightSVD | None = None,
 ) -> SingularEdit:
     """The edit that adds ``(dose - 1) sigma v u^T``, made on one side: sigma times ``dose``.
 
     With a seed ``random``, ``scale`` times that change with a random unit vector in place of the side's own: what is
-    read, or where it is written, is random, and the rest stays.
+    read, or where it is written, is random, and the rest stays. ``svd`` saves decomposing the matrix again.
     """
     if random is None:
         return SingularEdit(model, direction.matrix, direction.sv, side=side, value=dose)
-    found = WeightSVD(model)[direction.matrix]
+    found = (svd or WeightSVD(model))[direction.matrix]
     own = found.side(side)[direction.sv]
     drawn = torch.randn(len(own), generator=torch.Generator().manual_seed(random), dtype=own.dtype)
     if found.folded and found.matrix.centred(found.matrix.side(side)):
@@ -100,14 +101,20 @@ def put_side(model: Any, direction: Candidate) -> SideName:
 
 
 def output_energy_scale(
-    model: Any, direction: Candidate, random: int, activations: Activations, side: SideName
+    model: Any,
+    direction: Candidate,
+    random: int,
+    activations: Activations,
+    side: SideName,
+    svd: WeightSVD | None = None,
 ) -> float:
     """The scale at which a random direction's doses have the same output energy as the direction's own.
 
     On real inputs a random read direction mostly reads less than one of the model's own, so at the same norm it is too
     weak a control. Where only the output is random, the scale is 1.
     """
-    own, other = (dosed(model, direction, 2.0, seed, side=side).output_energy(activations) for seed in (None, random))
+    edits = (dosed(model, direction, 2.0, seed, side=side, svd=svd) for seed in (None, random))
+    own, other = (edit.output_energy(activations) for edit in edits)
     return own / other
 
 

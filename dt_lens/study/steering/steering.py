@@ -30,6 +30,7 @@ from dt_lens.study.steering.doses import DOES, Candidate, candidates_of, dosed, 
 from dt_lens.study.steering.page import write_steering
 from dt_lens.study.steering.result import SteeringResult, Verdict
 from dt_lens.study.trials import Trials
+from dt_lens.svd.weight_svd import WeightSVD
 
 __all__ = ["DOSES", "Candidate", "steer"]
 
@@ -229,7 +230,7 @@ class _Search:
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
         """How far random directions reach in place of the chosen one, on either side, from the two outermost doses."""
         ends, start = (min(self.doses), max(self.doses)), self.seed + FRESH
-        inputs, few = self._inputs(target, tell), slice(0, min(episodes, len(arms[1.0])))
+        svd, inputs, few = WeightSVD(self.model), self._inputs(target, tell), slice(0, min(episodes, len(arms[1.0])))
 
         def row(side: str, seed: int | None, scale: float, one: Evaluation, other: Evaluation) -> dict[str, Any]:
             low, high = (float(found.returns[few].mean()) for found in (one, other))
@@ -238,7 +239,7 @@ class _Search:
             return place | {"reach": (high - low) / extent, "failure_rise": rise}
 
         def run(side: SideName, seed: int | None, scale: float) -> dict[str, Any]:
-            edits = (dosed(self.model, direction, dose, seed, scale, side) for dose in ends)
+            edits = (dosed(self.model, direction, dose, seed, scale, side, svd) for dose in ends)
             return row(side, seed, scale, *(self._evaluate(edit, target, few.stop, start) for edit in edits))
 
         put = put_side(self.model, direction)
@@ -251,7 +252,7 @@ class _Search:
                 share = 0.7 + 0.15 * (half + number / RANDOM)
                 tell(f"random directions, {side} side  {number + 1} of {RANDOM}", share)
                 seed = self.seed + number
-                rows.append(run(side, seed, output_energy_scale(self.model, direction, seed, inputs, side)))
+                rows.append(run(side, seed, output_energy_scale(self.model, direction, seed, inputs, side, svd)))
         table = pd.DataFrame(rows)
         table["seed"] = table["seed"].astype("Int64")
         found: dict[str, Any] = {"random_directions": RANDOM, "put_side": put}

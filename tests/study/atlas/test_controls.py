@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,19 @@ from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.sweep import Sweep
+from dt_lens.study.atlas import tables
 from dt_lens.study.atlas.atlas import _removed, make_atlas
 from dt_lens.study.atlas.page import write_atlas
 from dt_lens.study.atlas.sentences import sentences
-from dt_lens.study.atlas.tables import reliability_of
 
 Run = Callable[..., SweepResults]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer bootstrap draws: correlations are the subject of ``tests/statistics/test_rank_correlation.py``."""
+    monkeypatch.setattr(tables, "rank_correlation", partial(tables.rank_correlation, resamples=400))
+    monkeypatch.setattr("dt_lens.statistics.rank_correlation.RESAMPLES", 400)  # read by at_equal_size
 
 
 @pytest.fixture
@@ -160,14 +168,15 @@ def test_a_grown_sweep_gives_its_range_of_episodes(agent: Any, run: Run, tmp_pat
 
 
 @pytest.mark.parametrize(("noise", "reliability"), [(1.0, 0.5), (0.5, 0.8), (1e9, 0.0)])
-def test_reliability_is_what_was_planted(noise: float, reliability: float) -> None:
+def test_reliability_is_what_was_planted(noise: float, reliability: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """If noise is as large as the effect, two measurements correlate by 0.5."""
     rng, n = np.random.default_rng(0), 3000
     size, true = np.tile(np.linspace(1, 30, n // 2), 2), rng.standard_normal(n)
     table = pd.DataFrame({"matrix": np.repeat(["a", "b"], n // 2), "kind": "W_in", "energy": size})
     for half in ("odd", "even"):
         table[f"damage_{half}"] = 3 * size + true + np.sqrt(2) * noise * rng.standard_normal(n)
-    found = reliability_of(table, 0).set_index(["what", "inside"])
+    monkeypatch.setattr(tables, "_groups", lambda rows: [("W_in", "W_in", rows)])
+    found = tables.reliability_of(table, 0).set_index(["what", "inside"])
     row = found.loc[("W_in", "equal size")]
     assert row["reliability"] == pytest.approx(reliability, abs=0.06)
     assert row["reliability_low"] <= row["reliability"] <= row["reliability_high"]
