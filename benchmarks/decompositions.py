@@ -1,12 +1,12 @@
-"""What structure saves: dt_lens's routes to a singular value decomposition against ``torch.linalg.svd``.
+"""Time dt_lens's singular value decompositions, which use a matrix's structure, against ``torch.linalg.svd``.
 
 Both sides get the same float64 matrices of GPT-2's shapes (or ``--d-model``'s) and must agree on the sigmas to 1e-9.
-Only dt_lens measures its error, which is in its time. The two take turns, and the median of the rounds' ratios is
+Only dt_lens measures its error, which its time includes. The two take turns, and the median of the rounds' ratios is
 printed.
 
     python benchmarks/decompositions.py [--rounds 3] [--d-model 768] [--heads 12]
 
-Timings mean something on a machine that does nothing else.
+Timings are only meaningful on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dt_lens.svd.solvers import decompose
 
-LEADING = 12  # directions, where not all are asked for
+LEADING = 12  # directions, if not all are computed
 
 
 def seconds(work: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
@@ -31,7 +31,7 @@ def seconds(work: Callable[[], list[Tensor]]) -> tuple[float, list[Tensor]]:
 
 
 def cases(d: int, heads: int) -> dict[str, tuple[list[list[Tensor]], int | None]]:
-    """Lists of factors to decompose one by one, and how many directions of each."""
+    """Lists of factors to decompose one by one, and the number of directions of each."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -1,13 +1,13 @@
-"""A full scan of a checkpoint bigger than memory should be: GPT-J-6B's shape, made up, in fp16 (12 GB).
+"""Time a full scan of a synthetic checkpoint of GPT-J-6B's shape, in fp16 (12 GB), without loading it whole.
 
     python benchmarks/large_scan.py make DIR            writes the checkpoint, in shards
     python benchmarks/large_scan.py scan DIR [--kept DIR2]
     python benchmarks/large_scan.py peer DIR            one W_in by torch.linalg.svd, and by dt-lens
 
-``scan`` takes every ``W_in``, ``W_out`` and OV circuit, the best ten directions of each, against both token embeddings,
-and prints seconds and the peak of resident memory (mapped pages of the files included); Ctrl-C stops it, and with
-``--kept`` the same command goes on. It ends with status 1 where it took more than 12 minutes or 4 GiB, or missed a
-direction that ``make`` planted. ``--blocks 2`` makes a small one.
+``scan`` compares the ten leading directions of every ``W_in``, ``W_out`` and OV circuit with both token embeddings,
+and prints seconds and peak resident memory (including mapped pages of the files). Ctrl-C stops it; with ``--kept`` the
+same command resumes. The exit status is 1 if it took more than 12 minutes or 4 GiB, or missed a direction that ``make``
+planted. ``--blocks 2`` makes a small checkpoint.
 
 The weights are noise with a spectrum on top that decays as trained ones do: sigma_i proportional to 1/sqrt(i) for 64
 directions, the largest about four times the edge of the noise. One direction that ``W_out`` of block 1 writes is the
@@ -96,7 +96,7 @@ def make(folder: Path, blocks: int) -> None:
 
 
 def scan(folder: Path, kept: Path | None) -> int:
-    """Scan, measure, and judge."""
+    """Scan, measure, and compare with the limits; returns the exit status."""
     from dt_lens import WeightSVD, open_checkpoint
 
     begin = time.perf_counter()
@@ -115,7 +115,7 @@ def scan(folder: Path, kept: Path | None) -> int:
 
 
 def peer(folder: Path) -> int:
-    """The best ten directions of one ``W_in``: the whole decomposition in float32, and dt-lens's in float64."""
+    """Time the ten leading directions of one ``W_in``: torch's full SVD in float32, and dt-lens's in float64."""
     from dt_lens import WeightSVD, open_checkpoint
 
     model = open_checkpoint(folder)

@@ -1,13 +1,13 @@
 """Environment steps per second: ``dt_lens.evaluate`` against the usual loop, on this machine, in this run.
 
 The usual loop is the one published with Hugging Face's decision transformer: one environment, the whole model at every
-step, the last 20 steps in view. It gets the same weights and whichever of torch's default number of threads and a
-single one is faster here. Both sides hop in Hopper-v5 and never fall (``terminate_when_unhealthy=False``), so that both
-run the same number of steps; the two take turns, and the median of the rounds' ratios is printed.
+step, a context of 20 steps. It gets the same weights, and one thread or torch's default number, whichever is faster
+here. Both run Hopper-v5 without termination (``terminate_when_unhealthy=False``), and so the same number of steps. They
+take turns, and the median of the rounds' ratios is printed.
 
     python benchmarks/rollouts.py [--rounds 3] [--steps 1000] [--workers 2] [--model hopper]
 
-Ends with status 1 where the ratio is below 6. Timings mean something on a machine that does nothing else.
+The exit status is 1 if the ratio is below 6. Timings are only meaningful on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PER_WORKER = 16  # episodes: a batch as full as evaluate makes it
 
 
 def published_loop(model: Any, facts: RunFacts, steps: int) -> int:
-    """One episode the usual way; returns its number of steps."""
+    """Run one episode with the usual loop; returns its number of steps."""
     env = gym.make(ENVIRONMENT, **KWARGS)
     mean, std = (torch.tensor(a, dtype=torch.float32) for a in (facts.state_mean, facts.state_std))
     scale, act_dim = facts.return_scale, env.action_space.shape[0]
@@ -69,7 +69,7 @@ def published_loop(model: Any, facts: RunFacts, steps: int) -> int:
 
 
 def a_model(name: str) -> Any:
-    """The bundled model ``name``, or one of its shape with random weights."""
+    """Load the bundled model ``name``, or make one of its shape with random weights."""
     try:
         return dt_lens.load(name)
     except dt_lens.DtLensError as error:
@@ -90,7 +90,7 @@ def rate(run: Any) -> float:
 
 
 def main() -> int:
-    """Measure, print, and judge."""
+    """Measure, print, and compare with the limit; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="length of an episode")

@@ -1,4 +1,4 @@
-"""Heatmaps of how singular directions match embeddings. Pure functions of tables."""
+"""Heatmaps of how singular directions match embeddings: pure functions of tables."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def scan_heatmap(
         embedding: its name, for the title.
         alpha: the false discovery rate at which a cell is marked.
         limit: the colour range is ``±limit``; by default the largest absolute cosine, at least 0.1. Give the same
-            limit to figures that are to be compared.
+            limit to figures that will be compared.
 
     Raises:
-        DtLensError: for q values or sigmas that do not fit the cosines.
+        DtLensError: if the q values or sigmas do not fit the cosines.
     """
     title = " × ".join(part for part in (matrix, embedding) if part) or "Cosines"
     if cosines.empty:
@@ -54,12 +54,14 @@ def scan_heatmap(
     numbers = [str(sv) for sv in cosines.index]
     strengths = None if sigma is None else np.asarray(sigma, dtype=np.float64)
     if strengths is not None and strengths.shape != (rows,):
-        raise DtLensError(f"There are {rows} directions in the cosines and {strengths.size} sigmas; give one for each.")
+        raise DtLensError(
+            f"The cosines have {rows} directions, but there are {strengths.size} sigmas; give one sigma per direction."
+        )
     names = numbers
     if strengths is not None:
         names = [f"{n}  <i>σ {s:.3g}</i>" for n, s in zip(numbers, strengths, strict=True)]
-    told = np.array([["" if np.isnan(cell) else f"<br>q {q_text(cell)}" for cell in row] for row in q], dtype=object)
-    hover = np.stack([np.broadcast_to(np.array(names, dtype=object)[:, None], values.shape), told], axis=-1)
+    q_texts = np.array([["" if np.isnan(cell) else f"<br>q {q_text(cell)}" for cell in row] for row in q], dtype=object)
+    hover = np.stack([np.broadcast_to(np.array(names, dtype=object)[:, None], values.shape), q_texts], axis=-1)
     top = limit if limit is not None else max(0.1, float(np.nanmax(np.abs(values), initial=0.0)))
     figure = go.Figure(
         go.Heatmap(
@@ -106,7 +108,7 @@ def scan_overview(
     alpha: float = 0.05,
     title: str = "Best match of every matrix with every embedding",
 ) -> go.Figure:
-    """The scan at a glance: for each matrix and embedding the best match of any direction.
+    """An overview of a scan: the best match of any direction, for each matrix and embedding.
 
     Args:
         table: the scan's rows: ``matrix sv embedding label cosine q_value``, also ``side``, ``sigma`` and ``z``.
@@ -116,7 +118,7 @@ def scan_overview(
         title: the figure's title.
 
     Raises:
-        DtLensError: for a missing column.
+        DtLensError: if a column is missing.
     """
     columns_of(
         table,
@@ -185,7 +187,7 @@ def scan_overview(
 def _significant(
     values: npt.NDArray[np.float64], q_values: pd.DataFrame | None, alpha: float
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    """Which cells to mark, and each cell's q (nan where there is none)."""
+    """Which cells to mark, and the q value of each cell (nan if it has none)."""
     q = np.full(values.shape, np.nan)
     if q_values is None:
         return np.zeros(values.shape, dtype=bool), q
@@ -203,12 +205,12 @@ def _significant(
 
 
 def _colours(low: float, high: float, name: str) -> dict[str, Any]:
-    """A colour axis that takes its colours from the template, diverging where the range spans zero."""
+    """A colour axis with the colours of the template, diverging if the range spans zero."""
     return {"cmin": low, "cmax": high, "autocolorscale": True, "colorbar": {"title": {"text": name, "side": "right"}}}
 
 
 def _labels(labels: Sequence[str]) -> dict[str, Any]:
-    """An axis that shows every label, turned where they are long or many."""
+    """An axis that shows every label, turned if they are long or many."""
     steep = sum(map(len, labels)) > 80
     return {
         "tickmode": "array",

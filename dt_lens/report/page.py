@@ -1,4 +1,4 @@
-"""The report: one HTML file that holds everything it shows and asks nobody for anything."""
+"""Write a report: one self-contained HTML file that makes no network request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Block", "Choice", "Folded", "Markup", "Note", "Plot", "Section", "Ta
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph set apart: what a reader must know to read the numbers right."""
+    """A paragraph set apart, with what a reader must know to read the numbers correctly."""
 
     text: str
     kind: Literal["note", "warning"] = "note"
@@ -34,7 +34,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plotly figure; its title and subtitle become the heading, ``caption`` stands below them."""
+    """A plotly figure; its title and subtitle become the heading, with ``caption`` below them."""
 
     figure: go.Figure
     caption: str = ""
@@ -62,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Video:
-    """An mp4 file, taken into the page; or, with ``file=None``, the sentence ``reason`` why there is none."""
+    """An mp4 file, embedded in the page; with ``file=None``, the sentence ``reason`` in its place."""
 
     file: Path | None
     caption: str = ""
@@ -71,14 +71,14 @@ class Video:
 
 @dataclass(frozen=True)
 class Markup:
-    """HTML that this package made, taken into the page as it is: whoever makes it has escaped what is data."""
+    """HTML that goes into the page unchanged; the code that makes it must escape data."""
 
     html: str
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks behind a line of text: there for who wants them, shut until opened."""
+    """Blocks behind a line of text, closed until the reader opens them."""
 
     title: str
     blocks: Sequence[Block]
@@ -89,7 +89,7 @@ Block: TypeAlias = "str | Note | Plot | Choice | Table | Video | Markup | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it. A string is a paragraph, in which `` `code` `` and ``**bold**`` are set."""
+    """A heading and the blocks below it; in a string, a paragraph, `` `code` `` and ``**bold**`` are formatted."""
 
     title: str
     blocks: Sequence[Block]
@@ -104,15 +104,15 @@ def write_report(
     facts: Mapping[str, object] | None = None,
     command: str = "",
 ) -> Path:
-    """Write one self-contained HTML file: plotly.js, figures, tables and videos are inside, nothing is fetched.
+    """Write one self-contained HTML file: plotly.js, figures, tables and videos are inside it.
 
     Args:
         path: the file; its folder is made where there is none. A file already there is replaced at the very end, so a
             report that cannot be written leaves the old one whole.
         title: the page's title.
-        sections: what the page says, in order.
+        sections: the page's contents, in order.
         verdict: a few sentences for the box at the top.
-        facts: name and value of what was run: model, environment, seed, versions.
+        facts: names and values of what was run: model, environment, seed, versions.
         command: the command line that makes this report again.
 
     Returns:
@@ -128,8 +128,8 @@ def write_report(
     return path
 
 
-# The page may run its own script and style, show what is inside it, and nothing else: a browser that honours this
-# refuses any request, whatever a label in the data says.
+# The page may use only its own script, style and data: the browser refuses any request, whatever a label in the data
+# says.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src data:"
 )
@@ -165,7 +165,7 @@ def _page(
         "<noscript><p class='note warning'>The figures need JavaScript; the text and the tables do not.</p></noscript>",
         "</header>",
         *contents,
-        f"<footer>Written by dt-lens {html.escape(__version__)}. All it shows is in this one file.</footer>",
+        f"<footer>Written by dt-lens {html.escape(__version__)}. Everything it shows is in this file.</footer>",
         "</main>\n</div>",
     ]
     if page.figures:
@@ -177,7 +177,7 @@ def _page(
 
 
 class _Page:
-    """Turns blocks into HTML and keeps the figures' data for the end of the page."""
+    """Turns blocks into HTML, and collects the figures' data for the end of the page."""
 
     def __init__(self) -> None:
         self.figures: list[str] = []
@@ -192,7 +192,7 @@ class _Page:
         """One block's HTML.
 
         Raises:
-            DtLensError: for something that is no block.
+            DtLensError: for an object that is not a block.
         """
         kinds: dict[type, Callable[[Any], str]] = {
             str: lambda text: f"<p>{_text(text)}</p>",
@@ -216,7 +216,7 @@ class _Page:
         )
 
     def plots(self, figures: Mapping[str, go.Figure], label: str, caption: str) -> str:
-        """A figure, or a list of figures to choose from."""
+        """The HTML of a figure, or of several to choose from."""
         if not figures:
             return f"<p>{_text(caption)}</p>" if caption else ""
         names = []
@@ -258,7 +258,7 @@ def _video(video: Video) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped text in which `` `code` `` and ``**bold**`` are set.
+    """Escape text and format `` `code` `` and ``**bold**`` in it.
 
     >>> _text("`a<b` is **not** <i>")
     '<code>a&lt;b</code> is <strong>not</strong> &lt;i&gt;'
@@ -273,14 +273,16 @@ def _text(text: str) -> str:
 
 
 def _specification(figure: go.Figure) -> dict[str, Any]:
-    """A figure as JSON values; its title moves out of the drawing into HTML, where it can wrap, and its template,
-    which the page has in two colours, out of it."""
+    """A figure as JSON values, without title and template.
+
+    The title becomes HTML, which can wrap; the page holds the template in two colours.
+    """
     made: dict[str, Any] = json.loads(figure.to_json())
     layout = made["layout"]
     layout.pop("template", None)
     title = layout.pop("title", None) or {}
     layout["margin"] = {"l": 60, "r": 20, "t": 70, "b": 50, **layout.get("margin", {})}
-    if title.get("text"):  # the room that it had
+    if title.get("text"):  # the height that it took
         layout["height"] = layout.get("height", 450) - 30
         layout["margin"]["t"] = max(20, layout["margin"]["t"] - 30)
     about = (title.get("subtitle") or {}).get("text")
@@ -288,12 +290,12 @@ def _specification(figure: go.Figure) -> dict[str, Any]:
 
 
 def _unmarked(text: str | None) -> str:
-    """Plotly's text without its markup, as plain words."""
+    """Plotly's text without its markup."""
     return html.unescape(re.sub(r"<[^>]*>", " ", text or "")).strip()
 
 
 def _data(name: str, values: Any) -> str:
-    """JSON in a script element that no browser runs; what could end the element is escaped."""
+    """JSON in a script element that is data; characters that could end the element are escaped."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     for character, code in (
         ("&", "\\u0026"),
@@ -307,5 +309,5 @@ def _data(name: str, values: Any) -> str:
 
 
 def _safe_script(script: str) -> str:
-    """A script that cannot close its own element: only strings can hold ``</script``, and in them ``\\/`` is ``/``."""
+    """Escape ``</script`` in a script: it can only occur in strings, in which ``\\/`` is ``/``."""
     return re.sub(r"</(script)", r"<\\/\1", script, flags=re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Figures of singular values: spectra, and sigma against the best match. Pure functions of tables and arrays."""
+"""Figures of singular values, and of sigma against the best match: pure functions of tables and arrays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def spectrum(
     tolerance: float = 1e-6,
     title: str = "Singular spectra",
 ) -> go.Figure:
-    """Singular values, largest first, one line a matrix, cut at the numerical rank.
+    """Singular values, largest first, one line for each matrix, cut at the numerical rank.
 
     Args:
         sigmas: for each matrix its singular values ``[k]``, in any order.
@@ -35,11 +35,11 @@ def spectrum(
             default suits float32 weights: a circuit of rank ``d_head`` stored as ``d_model`` values ends at ``d_head``.
         title: the figure's title.
 
-    Colours tell kinds of matrices apart (``W_in``, ``OV``, ...), dashes tell layers apart. A click on a kind in the
+    Colours distinguish kinds of matrices (``W_in``, ``OV``, ...), dashes distinguish layers. A click on a kind in the
     legend hides all its lines.
 
     Raises:
-        DtLensError: for an unknown scale, or values that are negative, not finite or not a vector.
+        DtLensError: if the scale is unknown, or values are negative, not finite or not a vector.
     """
     if scale not in ("relative", "log", "linear"):
         raise DtLensError(f"A spectrum's scale is 'relative', 'log' or 'linear', not {scale!r}.")
@@ -97,7 +97,7 @@ def spectrum(
             )
         seen.add(kind)
     for number, layer in enumerate(layers[: len(_DASHES)] if 1 < len(layers) <= len(_DASHES) else []):
-        figure.add_scatter(  # a key to the dashes: nothing is drawn
+        figure.add_scatter(  # an entry of the legend for the dashes; draws nothing
             x=[None],
             y=[None],
             mode="lines",
@@ -122,7 +122,7 @@ def sigma_against_cosine(
     alpha: float = 0.05,
     title: str = "Do strong directions match embeddings?",
 ) -> go.Figure:
-    """Each singular direction's sigma against its best absolute cosine with anything.
+    """Each singular direction's sigma against its best absolute cosine with any label.
 
     Args:
         table: the scan's rows: ``matrix sv sigma embedding label cosine q_value``, also ``side``.
@@ -131,7 +131,7 @@ def sigma_against_cosine(
         title: the figure's title.
 
     Raises:
-        DtLensError: for a missing column or another colour.
+        DtLensError: if a column is missing, or the colour is unknown.
     """
     columns_of(table, ["matrix", "sv", "sigma", "embedding", "label", "cosine", "q_value"], "Sigma against cosine")
     if colour not in ("embedding", "kind"):
@@ -195,4 +195,5 @@ def best_matches(table: pd.DataFrame, by: Sequence[str], value: str, alpha: floa
 
 
 def q_text(q: float) -> str:
+    """A q value as text."""
     return "< 0.001" if q < 0.001 else f"{q:.3f}"

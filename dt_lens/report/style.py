@@ -1,4 +1,4 @@
-"""One look for every figure: a light and a dark template, and colours that the colour-blind can tell apart."""
+"""The look of every figure: a light and a dark template, and colours that colour-blind readers can distinguish."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
     "plain",
 ]
 
-# Okabe and Ito's palette (2008) without its black and yellow, which vanish on a dark and on a light page, and two
-# more at the end; each stands out at 3 : 1 or more, or nearly so, from both backgrounds below.
+# Okabe and Ito's palette (2008) without black and yellow, which vanish on a dark or a light page, and with two more
+# colours at the end. The contrast with both backgrounds below is about 3 : 1 or more.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A6761D", "#8C6BD1")
 BASELINE = "#808890"
 EDIT = "#D55E00"
@@ -37,7 +37,7 @@ CONTROL = "#0072B2"
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Noto Sans", "DejaVu Sans", sans-serif'
 
-# Crameri's "vik" and Moreland's cool-warm share the idea: blue against orange-red through the page's own colour.
+# As in Crameri's "vik" and Moreland's cool-warm: from blue to orange-red through the colour of the page.
 _DIVERGING_LIGHT = ["#053f6b", "#0072B2", "#8fc3e0", "#f7f7f5", "#f3b58c", "#D55E00", "#7d2f00"]
 _DIVERGING_DARK = ["#9ad4f5", "#3a9bd6", "#1c4a6b", "#1d2127", "#6b3519", "#e0702a", "#ffc29a"]
 _SEQUENTIAL_LIGHT = ["#f7f7f5", "#d9e9f3", "#b7d6ea", "#8fc0e0", "#0b63a0"]
@@ -119,7 +119,7 @@ def dark() -> Any:
 
 
 def plain(text: object) -> str:
-    """``text`` as plotly shows it unchanged: plotly reads a subset of HTML, so names from data are escaped.
+    """Escape ``text`` so that plotly, which reads a subset of HTML, shows it unchanged.
 
     >>> plain("a<b & c")
     'a&lt;b &amp; c'
@@ -128,7 +128,7 @@ def plain(text: object) -> str:
 
 
 def columns_of(table: pd.DataFrame, needed: Iterable[str], what: str) -> None:
-    """Check that ``table`` has the columns ``needed``; others are welcome.
+    """Check that ``table`` has the columns ``needed``; it may have others.
 
     Raises:
         DtLensError: naming the first column that is missing.
@@ -156,7 +156,7 @@ def empty(title: str, why: str, x: str = "", y: str = "") -> go.Figure:
 
 
 def kind_of(matrix: str) -> tuple[str, str]:
-    """What a matrix is and where: its name without layer and head, and its layer.
+    """The kind and layer of a matrix: its name without layer and head, and the layer.
 
     >>> kind_of("blocks.2.attn.OV.3"), kind_of("blocks.0.mlp.W_in"), kind_of("predict.action")
     (('OV', '2'), ('W_in', '0'), ('predict.action', ''))
@@ -177,9 +177,16 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def finish(
     figure: go.Figure, title: str, subtitle: str, *, height: int, wide: int = 380, labels_above: bool = False
 ) -> go.Figure:
-    """Give ``figure`` the template, its title and its height, and tell the page how to show it in a narrow window:
-    the least width (pixels) at which it can be read, and whether the labels of its y axis may move into the plot,
-    above what they name."""
+    """Give ``figure`` the template, a title and a height.
+
+    Args:
+        figure: changed in place.
+        title: its title.
+        subtitle: a line below the title.
+        height: in pixels.
+        wide: the least width in pixels at which it can be read; a narrower page scrolls.
+        labels_above: whether a narrow page may move the labels of the y axis into the plot, above what they name.
+    """
     figure.update_layout(
         template=light(),
         title={"text": plain(title), "subtitle": {"text": plain(subtitle)}},
@@ -190,7 +197,7 @@ def finish(
 
 
 def ticks(low: float, high: float) -> dict[str, Any]:
-    """A logarithmic axis between two positive numbers, with plain numbers at its ticks: 0.1, 0.2, 0.5, 1, ..."""
+    """A logarithmic axis between two positive numbers, with plain numbers as ticks: 0.1, 0.2, 0.5, 1, ..."""
     if not (0 < low <= high < math.inf):
         return {"type": "log"}
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))

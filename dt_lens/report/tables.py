@@ -1,4 +1,4 @@
-"""Tables as HTML: numbers people can read, exact values one hover away, every column sortable."""
+"""Tables as HTML: readable numbers, exact values on hover, every column sortable."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NAMES = frozenset({"matrix", "embedding", "label", "environment"})  # set in th
 
 
 def number_format(name: str, values: pd.Series[Any]) -> Format:
-    """How the numbers of a column are written, from its name and its size.
+    """Choose how to write the numbers of a column, from its name and the size of its values.
 
-    p and q values have three decimals (or ``< 0.001``), rates are per cents, cosines have their sign, counts have
-    thousands separated, and other numbers as many decimals as their largest leaves sensible.
+    p and q values have three decimals (or ``< 0.001``), rates are percentages, cosines have a sign, whole numbers have
+    thousands separators, and other numbers have fewer decimals the larger the largest is.
 
     >>> write = number_format("return", pd.Series([2896.4, -5.0]))
     >>> write(2896.4), write(-5.0), write(float("nan"))
@@ -60,11 +60,11 @@ def table_html(
         frame: the rows.
         headings: other headings for some columns; by default underscores become spaces.
         formats: for some columns a format specification (``".3f"``) or a function of one value.
-        intervals: for a column the two columns that hold its interval's ends, shown with it in one cell. Columns
-            ``x``, ``x_low`` and ``x_high`` are joined without being named.
+        intervals: for a column, the two columns that hold the ends of its interval, shown in the same cell. Columns
+            ``x``, ``x_low`` and ``x_high`` are joined by default.
 
     Raises:
-        DtLensError: for a column that the table does not have.
+        DtLensError: if the table does not have a column.
     """
     columns = [str(column) for column in frame.columns]
     frame = frame.set_axis(columns, axis=1)
@@ -117,7 +117,7 @@ def _words(value: Any) -> str:
 
 
 def _or_dash(value: Any, write: Format) -> str:
-    """``write(value)`` with a real minus sign; a dash for what is missing."""
+    """``write(value)`` with a real minus sign; a dash for a missing value."""
     if value is None or value is pd.NA or (isinstance(value, numbers.Real) and math.isnan(value)):
         return "–"
     text = write(value)
@@ -125,7 +125,7 @@ def _or_dash(value: Any, write: Format) -> str:
 
 
 def _key(value: Any) -> str:
-    """What the page sorts by."""
+    """The text that the page sorts by."""
     if isinstance(value, numbers.Real):
         return "" if math.isnan(value) else repr(float(value))
     return _words(value)

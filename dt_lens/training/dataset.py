@@ -1,4 +1,4 @@
-"""Minari episodes as flat arrays, and the windows a decision transformer is trained on."""
+"""Minari episodes as flat arrays, and the windows that a decision transformer is trained on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Trajectories", "Windows", "read"]
 
 @dataclass(frozen=True)
 class Trajectories:
-    """A data set's episodes end to end: ``N`` steps of ``E`` episodes, in the environment's own units."""
+    """The episodes of a data set, concatenated: ``N`` steps of ``E`` episodes, in the environment's own units."""
 
     states: Float32[np.ndarray, "N state_dim"]
-    actions: Float32[np.ndarray, "N act_dim"]  # one-hot where actions are discrete
+    actions: Float32[np.ndarray, "N act_dim"]  # one-hot if actions are discrete
     rewards: Float32[np.ndarray, " N"]
     lengths: Int64[np.ndarray, " E"]
     discrete: bool
-    bounded: bool  # every action lies in [-1, 1], where a tanh can reach it
+    bounded: bool  # every action lies in [-1, 1], so a tanh can reach it
     dataset_id: str = ""
     environment: str | None = None
     environment_kwargs: dict[str, Any] | None = None
@@ -35,11 +35,13 @@ class Trajectories:
     def __post_init__(self) -> None:
         if not len(self.lengths) or self.lengths.min() < 1:
             raise DtLensError(
-                f"The data set {self.dataset_id!r} has no episodes, or empty ones; nothing can be learned."
+                f"The data set {self.dataset_id!r} has no episodes, or empty ones; give one to learn from."
             )
         for name in ("states", "actions", "rewards"):
             if not np.isfinite(getattr(self, name)).all():
-                raise DtLensError(f"The data set {self.dataset_id!r} has {name} that are not finite.")
+                raise DtLensError(
+                    f"The data set {self.dataset_id!r} has {name} that are not finite; remove or repair those steps."
+                )
 
     @property
     def starts(self) -> Int64[np.ndarray, " E"]:
@@ -55,7 +57,7 @@ class Trajectories:
 
     @property
     def returns_to_go(self) -> Float32[np.ndarray, " N"]:
-        """The rewards from each step to the end of its episode, this step's own included."""
+        """The sum of rewards from each step, inclusive, to the end of its episode."""
         backwards = np.cumsum(self.rewards[::-1].astype(np.float64))[::-1]  # to the end of the whole data set
         ends = self.starts + self.lengths
         after = np.append(backwards, 0.0)[ends]
@@ -64,31 +66,31 @@ class Trajectories:
 
     @property
     def state_mean(self) -> Float32[np.ndarray, " state_dim"]:
-        """Over all steps."""
+        """The mean state over all steps."""
         mean: np.ndarray[Any, Any] = self.states.mean(0, dtype=np.float64).astype(np.float32)
         return mean
 
     @property
     def state_std(self) -> Float32[np.ndarray, " state_dim"]:
-        """Over all steps; 1 for an entry that never changes, which a division would otherwise blow up."""
+        """The standard deviation over all steps; 1 for a constant entry, so that states can be divided by it."""
         std = self.states.std(0, dtype=np.float64)
         return np.where(std > 1e-6, std, 1.0).astype(np.float32)
 
     @property
     def return_scale(self) -> float:
-        """The power of ten that brings the largest return below 10: 1,000 for Hopper, as the original code has it."""
+        """The power of ten that brings the largest return below 10: 1,000 for Hopper, as in the original code."""
         largest = float(np.abs(self.returns).max())
         return 10.0 ** math.floor(math.log10(largest)) if largest > 0 else 1.0
 
 
 def read(dataset_id: str) -> Trajectories:
-    """Read a Minari data set, downloading it when it is not there.
+    """Read a Minari data set, downloading it if it is not stored locally.
 
-    Observations may be a Box of any shape, a Discrete, or a Dict or Tuple of these, flattened as
-    ``gymnasium.spaces.flatten`` does it; actions a Box or a Discrete.
+    Observations may be a Box of any shape, a Discrete, or a Dict or Tuple of these, flattened as by
+    ``gymnasium.spaces.flatten``. Actions may be a Box or a Discrete.
 
     Raises:
-        DtLensError: for an id that is neither local nor downloadable, or spaces that are neither of these.
+        DtLensError: if the data set is neither local nor downloadable, or has other spaces.
     """
     import minari
 
@@ -99,8 +101,8 @@ def read(dataset_id: str) -> Trajectories:
     except Exception as error:
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise DtLensError(
-            f"The Minari data set {dataset_id!r} is not here and cannot be downloaded ({reason}); "
-            "`minari list local` and `minari list remote` show what there is."
+            f"The Minari data set {dataset_id!r} is not stored locally and cannot be downloaded ({reason}); "
+            "`minari list local` and `minari list remote` list the data sets that exist."
         ) from error
     action_space = dataset.action_space
     if isinstance(action_space, gym.spaces.Discrete):
@@ -161,8 +163,8 @@ class Windows:
     """Batches of windows of ``context`` steps, with Hugging Face's keywords.
 
     As in the original code (Chen et al. 2021): an episode is drawn in proportion to its length, the window starts at
-    any of its steps, and where the episode ends before the window does it is padded on the left, with an attention
-    mask of 0. States are normalised and returns-to-go divided by the scale; padding is zeros.
+    any of its steps, and if the episode ends before the window does, the window is padded on the left, with an
+    attention mask of 0. States are normalised and returns-to-go divided by the scale; padding is zeros.
     """
 
     def __init__(self, data: Trajectories, context: int, device: str | torch.device = "cpu") -> None:
@@ -184,13 +186,13 @@ class Windows:
         return len(self._states)
 
     def sample(self, batch_size: int, early: float = 0.0, shortened: float = 0.0) -> dict[str, Tensor]:
-        """``batch_size`` windows, drawn with torch's global generator of the CPU.
+        """Draw ``batch_size`` windows with torch's global generator of the CPU.
 
-        The past tells which policy made an episode, so a model has little reason to look at its target, except where
-        there is no past. So a share ``early`` of the windows begins within the first ``context`` steps of an episode
-        (all episodes alike), and a share ``shortened`` is made to begin at a random step, all before it masked.
+        The past reveals which policy made an episode, so a model has little reason to use its target unless there is
+        little past. So a share ``early`` of the windows begins within the first ``context`` steps of an episode (every
+        episode equally likely), and in a share ``shortened`` all steps before a random one are masked.
         """
-        # A uniform step of the whole data set: an episode in proportion to its length, and a step of it.
+        # A uniform step of the whole data set draws an episode in proportion to its length.
         starts = torch.randint(len(self), (batch_size,))
         if early:
             episode = torch.randint(len(self._lengths), (batch_size,))

@@ -1,11 +1,11 @@
-"""Augmented random search: an expert, and every policy on the way to it, from the simulator alone.
+"""Augmented random search: find an expert, and every policy on the way to it, from the simulator alone.
 
 Mania, Guy and Recht, "Simple random search provides a competitive approach to reinforcement learning" (2018),
 version V2-t: a linear policy on running-normalised observations, antithetic perturbations, only the best directions
-used for the step. Its iterates span the returns from random to expert, which is what return conditioning learns from.
+used for the step. Its iterates span the returns from random to expert, which return conditioning needs.
 
 A second objective, the *pace*, continues from the expert towards episodes that last the whole time limit and earn a
-given forward return: without it almost no episode lies between "fell early" and "ran to the end", and a decision
+given forward return. Without it almost no episode lies between "fell early" and "ran to the end", and a decision
 transformer learns to ignore its target.
 """
 
@@ -49,7 +49,7 @@ class LinearPolicy:
 
 
 class Episode(NamedTuple):
-    """One episode: observations ``[T + 1, n]``, actions ``[T, m]``, rewards ``[T]`` and how it ended."""
+    """One episode: observations ``[T + 1, n]``, actions ``[T, m]``, rewards ``[T]``, and whether it terminated."""
 
     observations: Float
     actions: Float
@@ -64,7 +64,7 @@ class Episode(NamedTuple):
 
 
 def rollout(env: gym.Env[Any, Any], policy: LinearPolicy, seed: int, noise: float = 0.0) -> Episode:
-    """One episode under ``policy`` with Gaussian action noise of standard deviation ``noise``; ``seed`` decides all."""
+    """Run one episode with Gaussian action noise of standard deviation ``noise``; ``seed`` decides everything."""
     space = env.action_space
     assert isinstance(space, gym.spaces.Box)
     rng = np.random.default_rng([seed, 1])
@@ -88,7 +88,7 @@ def rollout(env: gym.Env[Any, Any], policy: LinearPolicy, seed: int, noise: floa
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What an augmented random search is told; the defaults are the paper's for Hopper, version V2-t."""
+    """The settings of an augmented random search; the defaults are the paper's for Hopper, version V2-t."""
 
     environment: str = "Hopper-v5"
     directions: int = 16
@@ -96,13 +96,13 @@ class SearchSettings:
     step: float = 0.02
     noise: float = 0.03
     seed: int = 0
-    pace: float | None = None  # wanted forward reward per step, or None: all the return there is
+    pace: float | None = None  # wanted forward reward per step; None maximises the return
 
     def score(self, episode: Episode, limit: int) -> float:
-        """What the search maximises for one episode.
+        """The score of one episode, which the search maximises.
 
-        Without a pace the return less the survival bonus, which otherwise pays for standing still. With one, the number
-        of steps survived less the distance between the forward return and ``pace * limit``.
+        Without a pace: the return without the survival bonus, which would reward standing still. With a pace: the
+        number of steps survived, minus the distance between the forward return and ``pace * limit``.
         """
         if self.pace is None:
             return float(episode.rewards.sum()) - episode.survive
@@ -113,7 +113,11 @@ _worker_env: dict[str, gym.Env[Any, Any]] = {}
 
 
 def environment(name: str) -> gym.Env[Any, Any]:
-    """The process's one instance of an environment, without Gymnasium's per-step checker."""
+    """Make an environment once per process, without Gymnasium's per-step checker.
+
+    Raises:
+        DtLensError: if Gymnasium cannot make it, or its spaces are not Boxes.
+    """
     if name not in _worker_env:
         try:
             made = gym.make(name, disable_env_checker=True)
@@ -131,7 +135,11 @@ def environment(name: str) -> gym.Env[Any, Any]:
 
 
 def time_limit(name: str) -> int:
-    """The step at which Gymnasium cuts an episode of ``name``."""
+    """The step at which Gymnasium cuts an episode of ``name``.
+
+    Raises:
+        DtLensError: if it has no time limit.
+    """
     spec = environment(name).spec
     if spec is None or spec.max_episode_steps is None:
         raise DtLensError(f"{name!r} has no time limit (max_episode_steps), which recording needs.")
@@ -155,7 +163,7 @@ _ProbeJob = tuple[SearchSettings, LinearPolicy, int, int]
 
 
 def _probe(job: _ProbeJob) -> _Probe:
-    """Both antithetic episodes of one perturbation, a pure function of its arguments."""
+    """Run both antithetic episodes of one perturbation; a pure function of its arguments."""
     settings, policy, iteration, k = job
     env, limit = environment(settings.environment), time_limit(settings.environment)
     delta = settings.noise * _perturbation(settings, iteration, k, policy.weight.shape)
@@ -167,7 +175,7 @@ def _probe(job: _ProbeJob) -> _Probe:
 
 
 class _State(NamedTuple):
-    """All of a search but its snapshots; replaced whole, so that an interruption never leaves half an iteration."""
+    """A search without its snapshots; replaced as a whole, so that an interruption cannot split an iteration."""
 
     iteration: int
     steps: int
@@ -179,7 +187,7 @@ class _State(NamedTuple):
 class Searcher:
     """An augmented random search that can be stopped after any iteration and continued from its file.
 
-    The sequence of policies depends on the settings alone, not on the number of worker processes.
+    The sequence of policies depends only on the settings, not on the number of worker processes.
     """
 
     def __init__(self, settings: SearchSettings, start: LinearPolicy | None = None) -> None:
@@ -187,7 +195,7 @@ class Searcher:
         assert isinstance(env.action_space, gym.spaces.Box) and isinstance(env.observation_space, gym.spaces.Box)
         n_action, n_observation = env.action_space.shape[0], env.observation_space.shape[0]
         self.settings = settings
-        # With a starting policy its normalisation is frozen: the weights mean nothing under another one.
+        # A starting policy keeps its normalisation: its weights mean nothing under another one.
         self._frozen = start is not None
         self._state = _State(0, 0, 0.0, np.zeros(n_observation), np.zeros(n_observation))
         still = LinearPolicy(np.zeros((n_action, n_observation)), np.zeros(n_observation), np.ones(n_observation))
@@ -195,12 +203,12 @@ class Searcher:
 
     @property
     def iteration(self) -> int:
-        """Iterations done."""
+        """The number of iterations done."""
         return self._state.iteration
 
     @property
     def steps(self) -> int:
-        """Environment steps used."""
+        """The number of environment steps used."""
         return self._state.steps
 
     @property
@@ -263,7 +271,7 @@ class Searcher:
         return float(np.mean([(p.plus + p.minus) / 2 for p in probes]))
 
     def save(self, file: Path) -> None:
-        """Write the whole state of the search, so that ``load`` continues exactly here."""
+        """Write the whole state of the search, from which ``load`` resumes exactly."""
         state, snapshots = self._state, self.snapshots
         with atomic_write(file) as part:
             np.savez_compressed(
@@ -279,10 +287,10 @@ class Searcher:
             )
 
     def load(self, file: Path) -> None:
-        """Continue from what ``save`` wrote.
+        """Resume from a file that ``save`` wrote.
 
         Raises:
-            DtLensError: when the file is no saved search, or one with other settings.
+            DtLensError: if the file is not a saved search, or one with other settings.
         """
         try:
             with np.load(file) as kept:
@@ -303,11 +311,11 @@ class Searcher:
 
 @contextmanager
 def in_order(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[list[Job]], Iterable[Result]]]:
-    """``map`` over worker processes, results in the order of the jobs, or in this process when there is one worker."""
+    """``map`` over worker processes, with results in the order of the jobs; one worker runs in this process."""
     if workers <= 1:
         yield lambda jobs: map(work, jobs)
         return
-    # An interrupt reaches the whole process group; the parent alone decides what it means.
+    # Ctrl-C reaches the whole process group; only the parent reacts to it.
     pool = mp.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield lambda jobs: pool.imap(work, jobs, chunksize=1)
@@ -317,6 +325,6 @@ def in_order(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[
 
 
 def evenly(snapshots: list[LinearPolicy], count: int) -> Iterator[LinearPolicy]:
-    """``count`` policies spread evenly over a search, first and last included."""
+    """Yield up to ``count`` policies spread evenly over a search, including the first and the last."""
     for index in np.unique(np.linspace(0, len(snapshots) - 1, count).round().astype(int)):
         yield snapshots[index]

@@ -1,9 +1,9 @@
-"""A data set with every return in it, made from the simulator alone and stored with Minari.
+"""Record a data set that covers every return, from the simulator alone, and store it with Minari.
 
-A decision transformer obeys its target only where the target told the training episodes apart. So this records the
-whole climb of a search from a random policy to an expert, then episodes of the expert slowed down to several paces,
-with several levels of exploration noise (so that past actions alone do not give the policy away), and keeps equally
-many episodes of every return.
+A decision transformer obeys its target only if targets distinguish the training episodes. So this module records all
+stages of a search from a random policy to an expert, then episodes of the expert slowed down to several paces, with
+several levels of exploration noise (so that past actions do not reveal the policy), and keeps equally many episodes of
+every return.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from dt_lens.training.expert import (
     time_limit,
 )
 
-__all__ = ["balanced", "record"]
+__all__ = ["PhaseReport", "balanced", "record"]
 
-Report = Callable[[str, int, int, str], None]
-"""Called with the name of the phase, how much of it is done, how much there is, and a few words on how it goes."""
+PhaseReport = Callable[[str, int, int, str], None]
+"""Called with the name of a phase, the amount done, the total, and a short text on the state of the phase."""
 
 CHUNK = 50  # candidate episodes in one file of the resumable state
 
@@ -57,39 +57,39 @@ def record(
     bins: int = 33,
     workers: int | None = None,
     folder: str | Path | None = None,
-    report: Report | None = None,
+    report: PhaseReport | None = None,
 ) -> str:
     """Record a data set from random to expert and store it with Minari; the defaults are the bundled Hopper's.
 
-    First augmented random search climbs to an expert. Then each pace continues from the search before it, towards
+    First, augmented random search finds an expert. Then each pace continues from the search before it, towards
     episodes that last the whole time limit at that fraction of the expert's forward reward per step. Then policies
     spread evenly over all of these searches are rolled out, and ``balanced`` keeps some of their episodes.
 
-    Everything is saved in ``folder`` as it goes: after an interruption the same call continues where it was and ends
-    with the same data set. The result depends on neither ``workers`` nor interruptions.
+    All state is saved in ``folder``, from which the same call resumes after an interruption. The data set depends
+    neither on ``workers`` nor on interruptions.
 
     Args:
         environment_id: any Gymnasium id with a flat Box observation, a Box action and a time limit.
         dataset_id: the Minari id to store it under, ``name-v0`` or ``namespace/name-v0``.
-        seed: of everything: searches, episodes, noise.
+        seed: of searches, episodes and noise.
         steps: environment steps of the search for the expert.
         paces: decreasing fractions of the expert's forward reward per step; empty for an environment whose ``info``
             has no ``"reward_forward"``.
         pace_steps: environment steps of the search for each pace.
         candidates: episodes to roll out.
         episodes: how many of them to keep at most.
-        noises: standard deviations of the Gaussian noise on the actions, in turn.
+        noises: standard deviations of the Gaussian noise on the actions, used in turn.
         bins: return bins of equal width to balance over.
-        workers: processes; as many as there are cores when omitted.
-        folder: where the state is kept; ``runs/record/<dataset id>`` when omitted.
-        report: called often, with the phase, what is done of it, what there is, and a few words.
+        workers: number of processes; one per core by default.
+        folder: for the state; ``runs/record/<dataset id>`` by default.
+        report: called often; see ``PhaseReport``.
 
     Returns:
         The data set's id; ``minari.load_dataset`` reads it.
 
     Raises:
-        DtLensError: for an id that Gymnasium or Minari cannot use, a data set that exists already, paces for an
-            environment without forward reward, or a state folder from other settings.
+        DtLensError: if Gymnasium or Minari cannot use an id, the data set exists already, paces are asked of an
+            environment without forward reward, or the folder holds the state of other settings.
     """
     report = report or (lambda *_: None)
     workers = workers or os.cpu_count() or 1
@@ -134,16 +134,19 @@ def record(
 
 
 def balanced(returns: NDArray[np.float64], lengths: NDArray[np.int64], keep: int, bins: int) -> list[int]:
-    """Indices of at most ``keep`` episodes, as equally many from every bin of the return as there are.
+    """Choose at most ``keep`` episodes, equally many from every bin of the return as far as possible.
 
-    Of a full bin the longest episodes stay: where a whole slow episode and a fast one that fell early have the same
-    return, a target of that return should mean the former.
+    From a full bin the longest episodes are kept: if a complete slow episode and a fast one that fell early have the
+    same return, a target of that return should mean the slow one.
 
     Args:
         returns: ``[n]``.
         lengths: ``[n]``, in steps.
-        keep: how many to keep at most.
-        bins: bins of equal width between the lowest and the highest return.
+        keep: the largest number of episodes to keep.
+        bins: number of bins of equal width between the lowest and the highest return.
+
+    Returns:
+        Indices, ascending.
 
     >>> balanced(np.array([0.0, 0.1, 0.2, 5.0]), np.array([9, 3, 7, 2]), keep=3, bins=2)
     [0, 2, 3]
@@ -153,7 +156,7 @@ def balanced(returns: NDArray[np.float64], lengths: NDArray[np.int64], keep: int
     members = [sorted(np.flatnonzero(place == b), key=lambda i: (-lengths[i], i)) for b in range(bins)]
     cap = max(c for c in range(keep + 1) if sum(min(len(m), c) for m in members) <= keep)
     kept = [int(i) for m in members for i in m[: max(cap, 1)]]
-    # Fewer than one for each bin: bins evenly from the lowest to the highest.
+    # With fewer than one episode for each bin, take bins spread evenly from the lowest to the highest.
     return sorted(
         kept if len(kept) <= keep else (kept[i] for i in np.linspace(len(kept) - 1, 0, keep).round().astype(int))
     )
@@ -171,8 +174,8 @@ def _check(dataset_id: str, **counts: int) -> None:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
         raise DtLensError(
-            f"{dataset_id!r} is no Minari id; write name-v0 or namespace/name-v0, of letters, digits, - and _, at "
-            "least two of them in a namespace."
+            f"{dataset_id!r} is not a Minari id; write name-v0 or namespace/name-v0, of letters, digits, - and _, with "
+            "at least two characters in a namespace."
         ) from error
     if get_dataset_path(dataset_id).exists():
         raise DtLensError(
@@ -180,19 +183,20 @@ def _check(dataset_id: str, **counts: int) -> None:
         )
 
 
-def _search(searcher: Searcher, file: Path, name: str, steps: int, workers: int, report: Report) -> None:
+def _search(searcher: Searcher, file: Path, name: str, steps: int, workers: int, report: PhaseReport) -> None:
     if file.exists():
         searcher.load(file)
     searcher.run(steps, workers, file, lambda done, score: report(name, min(done, steps), steps, f"score {score:,.0f}"))
 
 
 def _speed(environment_id: str, policy: LinearPolicy) -> float:
-    """Forward reward per step of four episodes without noise."""
+    """The forward reward per step over four episodes without noise."""
     rolled = [rollout(environment(environment_id), policy, seed) for seed in range(4)]
     speed = sum(e.forward for e in rolled) / sum(e.length for e in rolled)
     if not speed > 0:
         raise DtLensError(
-            f"{environment_id!r} has no info['reward_forward'] to pace, or an expert that stands; record without paces."
+            f"{environment_id!r} has no info['reward_forward'] to set a pace by, or an expert that does not move; "
+            "record without paces."
         )
     return speed
 
@@ -203,7 +207,7 @@ _Job = tuple[str, LinearPolicy, float, int]  # environment, policy, noise, seed
 def _jobs(
     environment_id: str, phases: list[list[LinearPolicy]], count: int, noises: tuple[float, ...], seed: int
 ) -> list[_Job]:
-    """``count`` rollouts, shared equally between the phases, spread evenly within each."""
+    """``count`` rollouts, divided equally between the phases and spread evenly within each."""
     jobs: list[_Job] = []
     for phase, snapshots in enumerate(phases):
         wanted = count * (phase + 1) // len(phases) - len(jobs)
@@ -221,13 +225,15 @@ def _roll(job: _Job) -> Episode:
     return rollout(environment(name), policy, seed, noise)
 
 
-def _roll_all(jobs: list[_Job], where: Path, recipe: dict[str, Any], workers: int, report: Report) -> list[Episode]:
-    """All episodes in order, in files of ``CHUNK`` that are read back instead of rolled out again."""
-    told = where / "recipe.json"
-    if told.exists() and json.loads(told.read_text(encoding="utf-8")) != recipe:
+def _roll_all(
+    jobs: list[_Job], where: Path, recipe: dict[str, Any], workers: int, report: PhaseReport
+) -> list[Episode]:
+    """Roll out all episodes in order; files of ``CHUNK`` episodes that exist already are read instead."""
+    kept = where / "recipe.json"
+    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != recipe:
         for stale in where.glob("episodes-*.npz"):
             stale.unlink()
-    with atomic_write(told) as part:
+    with atomic_write(kept) as part:
         part.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     episodes: list[Episode] = []
     with in_order(_roll, workers) as run_all:
@@ -291,7 +297,7 @@ def _store(episodes: Iterable[Episode], dataset_id: str, environment_id: str, re
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about authors, e-mail and links that there are none of
+            warnings.simplefilter("ignore", UserWarning)  # about missing authors, e-mail and links
             minari.create_dataset_from_buffers(
                 dataset_id,
                 buffers,

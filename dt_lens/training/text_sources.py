@@ -1,4 +1,4 @@
-"""Read text to train on: plain and HTML files, what repeats left out, a part held out."""
+"""Read text to train on from plain and HTML files, drop repeated paragraphs, and hold a part out."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dt_lens.errors import DtLensError, because
 
 __all__ = ["Corpus", "read_corpus"]
 
-BLOCK = 2_000  # characters that are held out or trained on together: some paragraphs
-REPEATED = 20  # characters from which on a paragraph that was seen before is left out
+BLOCK = 2_000  # characters (a few paragraphs) that are held out or trained on together
+REPEATED = 20  # least characters of a paragraph that is dropped if it occurred before
 
-_SILENT = {"script", "style", "svg", "head", "nav"}
+_HIDDEN = {"script", "style", "svg", "head", "nav"}
 _BREAKS = {
     "address", "blockquote", "body", "br", "center", "dd", "div", "dl", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "hr",
     "li", "ol", "p", "pre", "table", "td", "th", "title", "tr", "ul",
@@ -31,9 +31,9 @@ class Corpus:
     """Text in two parts that share no paragraph.
 
     Attributes:
-        segments: what to train on; text is continuous within a segment and not from one to the next.
-        held_out: what is kept back, a few paragraphs here and there, joined by blank lines.
-        characters: of each source by its file name, as read.
+        segments: text to train on, continuous within each segment but not from one to the next.
+        held_out: text that is not trained on: paragraphs from random places, joined by blank lines.
+        characters: the number read from each source, by its file name.
     """
 
     segments: tuple[str, ...]
@@ -42,20 +42,20 @@ class Corpus:
 
 
 def read_corpus(sources: Iterable[str | Path], *, unwrap: bool, held_out: float, seed: int) -> Corpus:
-    """Read the files, leave out what repeats, and hold a part of it out.
+    """Read the files, drop repeated paragraphs, and hold a part of the text out.
 
-    Files are UTF-8, ``.gz`` and ``.dz`` ones are unpacked, and of ``.html`` ones the text is taken. A paragraph of 20
-    characters or more that came before is left out, so that menus and copies neither flatter the held-out loss nor
-    fill the training. The held-out part is a random choice, by ``seed``, of blocks of about 2,000 characters.
+    Files are UTF-8; ``.gz`` and ``.dz`` files are unpacked, and of ``.html`` files the text is taken. A paragraph of 20
+    characters or more that occurred before is dropped, so that menus and copies neither lower the held-out loss nor
+    fill the training text. Blocks of about 2,000 characters are held out at random.
 
     Args:
         sources: files, in this order.
-        unwrap: whether lines of a plain text's paragraphs are joined, where line ends come from a page's width.
-        held_out: the share of blocks to hold out, at least one.
-        seed: of the choice.
+        unwrap: whether the lines of each paragraph of a plain text are joined, for text wrapped at a page's width.
+        held_out: the share of blocks to hold out; at least one block is.
+        seed: of the choice of blocks.
 
     Raises:
-        DtLensError: for a file that cannot be read as text, two of one name, or too little text to hold any out.
+        DtLensError: if a file cannot be read as text, two have the same name, or there is too little text.
     """
     seen: set[str] = set()
     blocks: list[list[str]] = []
@@ -63,14 +63,16 @@ def read_corpus(sources: Iterable[str | Path], *, unwrap: bool, held_out: float,
     for file in map(Path, sources):
         text, is_html = _read(file)
         if file.name in characters:
-            raise DtLensError(f"Two of the sources are called {file.name}; rename one, so that a record can name them.")
+            raise DtLensError(
+                f"Two of the sources are called {file.name}; rename one, since the record names them by file name."
+            )
         characters[file.name] = len(text)
         blocks.append(_blocks(_paragraphs(text, unwrap and not is_html, seen)))
     count = sum(map(len, blocks))
     if count < 2:
         raise DtLensError(
-            f"The sources hold {sum(characters.values()):,} characters; to train on some and hold some out takes at "
-            f"least {2 * BLOCK:,}."
+            f"The sources hold {sum(characters.values()):,} characters; give at least {2 * BLOCK:,}, so that some "
+            "can be held out."
         )
     kept_back = max(1, min(count - 1, round(held_out * count)))
     chosen = {int(i) for i in np.random.default_rng(seed).choice(count, kept_back, replace=False)}
@@ -97,14 +99,14 @@ def _flush(run: list[str], segments: list[str]) -> None:
 
 
 def _read(file: Path) -> tuple[str, bool]:
-    """The text of a file, and whether it came as HTML."""
+    """The text of a file, and whether the file is HTML."""
     packed = file.suffix in (".gz", ".dz")
     kind = Path(file.stem).suffix if packed else file.suffix
     try:
         data = file.read_bytes()
         text = (gzip.decompress(data) if packed else data).decode("utf-8")
     except FileNotFoundError as error:
-        raise DtLensError(f"There is no text file {str(file)!r}; check the path.") from error
+        raise DtLensError(f"The text file {str(file)!r} does not exist; check the path.") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DtLensError(
             f"{file} cannot be read as UTF-8 text: {because(error)}; give a text file in UTF-8."
@@ -118,12 +120,12 @@ def _read(file: Path) -> tuple[str, bool]:
 
 
 class _Text(HTMLParser):
-    """What a page says, a paragraph for every block of it; line ends only where the page is preformatted."""
+    """Collect the text of a page, one paragraph for each block element; line ends are kept in ``<pre>`` only."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parts: list[str] = []
-        self._silent = 0
+        self._hidden = 0
         self._preformatted = 0
 
     def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
@@ -133,20 +135,20 @@ class _Text(HTMLParser):
         self._step(tag, -1)
 
     def _step(self, tag: str, by: int) -> None:
-        if tag in _SILENT:
-            self._silent = max(0, self._silent + by)
+        if tag in _HIDDEN:
+            self._hidden = max(0, self._hidden + by)
         elif tag == "pre":
             self._preformatted = max(0, self._preformatted + by)
         if tag in _BREAKS:
             self.parts.append("\n\n")
 
     def handle_data(self, data: str) -> None:
-        if not self._silent:
+        if not self._hidden:
             self.parts.append(data if self._preformatted else re.sub(r"\s+", " ", data))
 
 
 def _paragraphs(text: str, unwrap: bool, seen: set[str]) -> list[str]:
-    """Paragraphs that are new, in order; the long ones among them are added to ``seen``."""
+    """Paragraphs that are not in ``seen``, in order; the long ones among them are added to it."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n").expandtabs()):
         lines = paragraph.split() if unwrap else [line.rstrip() for line in paragraph.strip("\n").split("\n")]

@@ -1,4 +1,4 @@
-"""The report is one file, asks nobody for anything, escapes what comes from data, and replaces the old one whole."""
+"""The report is one file, makes no request, escapes what comes from data, and replaces the old one as a whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dt_lens.report import heatmaps
 from dt_lens.report.page import Block, Choice, Folded, Note, Plot, Section, Table, Video, write_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&\"'"
-CLOSED_BY_NOBODY = {"meta", "link", "img", "source", "br", "input", "hr"}
+VOID_TAGS = {"meta", "link", "img", "source", "br", "input", "hr"}
 
 
 class Reader(HTMLParser):
@@ -36,7 +36,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in CLOSED_BY_NOBODY:
+        if tag not in VOID_TAGS:
             self.open.append(tag)
         if tag == "script":
             self.scripts.append("")
@@ -73,7 +73,7 @@ def read(path: Path) -> Reader:
     return Reader(path.read_text(encoding="utf-8"))
 
 
-def test_everything_is_in_the_file_and_nothing_is_asked_for(tmp_path: Path) -> None:
+def test_everything_is_in_the_file_and_nothing_is_requested(tmp_path: Path) -> None:
     video = tmp_path / "v.mp4"
     video.write_bytes(b"\x00film")
     made = write_report(
@@ -88,7 +88,7 @@ def test_everything_is_in_the_file_and_nothing_is_asked_for(tmp_path: Path) -> N
     for tag, attributes in page.tags:
         for name in ("src", "href", "action", "poster", "srcset"):
             value = attributes.get(name)
-            assert value is None or value.startswith(("#", "data:")), f"{tag} asks for {value}"
+            assert value is None or value.startswith(("#", "data:")), f"{tag} requests {value}"
     policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv"))
     assert policy is not None and "default-src 'none'" in policy and "http" not in policy
     css = made.read_text(encoding="utf-8").split("<style>")[1].split("</style>")[0]
@@ -112,7 +112,7 @@ def test_nothing_from_the_data_becomes_markup(tmp_path: Path) -> None:
     harmless, hostile = made("word"), made(HOSTILE)
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
     assert not any("onerror" in attributes for _, attributes in hostile.tags)
-    assert hostile.words.count("alert(1)") > 10, "it is shown, as words"
+    assert hostile.words.count("alert(1)") > 10, "it is shown as text"
 
 
 def test_figures_are_whole_and_their_titles_are_words(tmp_path: Path) -> None:
@@ -144,13 +144,13 @@ def test_the_same_report_is_the_same_bytes(tmp_path: Path) -> None:
     assert one == two
 
 
-def test_no_video_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_video_is_a_sentence(tmp_path: Path) -> None:
     sections = [Section("s", [Video(None, reason="No OpenGL here."), Video(tmp_path / "missing.mp4")])]
     page = read(write_report(tmp_path / "r.html", "t", sections))
     assert "No OpenGL here." in page.words and "missing.mp4 cannot be read" in page.words and page.count("video") == 0
 
 
-def test_something_that_is_no_block_is_refused(tmp_path: Path) -> None:
+def test_an_object_that_is_not_a_block_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match="int is none of them"):
         write_report(tmp_path / "r.html", "t", [Section("s", [3])])  # type: ignore[list-item]
     assert list(tmp_path.iterdir()) == []

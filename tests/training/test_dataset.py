@@ -1,3 +1,5 @@
+"""Returns-to-go, windows and padding are what the episodes say, and Minari data sets are read back."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,7 +16,7 @@ from dt_lens.training.dataset import Trajectories, Windows, read
 
 
 def planted(lengths: list[int]) -> Trajectories:
-    """Numbers that tell where they stand: state (step of the data, 1), action the step of the episode, reward 1."""
+    """Episodes whose numbers identify them: state (step of the data, 1), action the step of the episode, reward 1."""
     n = sum(lengths)
     step = np.concatenate([np.arange(length) for length in lengths]).astype(np.float32)
     return Trajectories(
@@ -90,7 +92,7 @@ def test_a_share_of_windows_comes_from_the_first_steps_of_all_episodes_alike() -
     assert 0.2 < short.float().mean() < 0.3
 
 
-def test_an_entry_that_never_changes_is_not_blown_up() -> None:
+def test_a_constant_entry_is_divided_by_one() -> None:
     data = planted([3, 5])
     assert data.state_std[1] == 1
     assert torch.isfinite(Windows(data, 2).sample(4)["states"]).all()

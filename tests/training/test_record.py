@@ -1,3 +1,5 @@
+"""A search and a recording repeat exactly, resume after an interruption, and refuse bad requests."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -131,7 +133,7 @@ def test_record_is_read_back_and_survives_an_interruption(minari_root: Path, mon
     [
         ({"environment_id": "NoSuch-v5"}, r"'NoSuch-v5': .*[^.]; give the id of one"),
         ({"environment_id": "CartPole-v1"}, "continuous"),
-        ({"dataset_id": "no version"}, "no Minari id"),
+        ({"dataset_id": "no version"}, "is not a Minari id"),
         ({"noises": ()}, "noises"),
         ({"episodes": 0}, "episodes is 0"),
         ({"environment_id": "Pendulum-v1", "paces": (0.5,), "steps": 10, "pace_steps": 10}, "record without paces"),

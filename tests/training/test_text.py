@@ -1,3 +1,5 @@
+"""A language model is trained exactly, resumed exactly, and on text that is not held out."""
+
 from __future__ import annotations
 
 import gzip
@@ -34,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences whose next word follows from the one before: a text to be learned."""
+    """Sentences in which each word depends on the one before: a text that can be learned."""
     rng = np.random.default_rng(0)
     after = {
         "the": ["cat", "dog"],
@@ -199,7 +201,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     for name, words in (
         ("latin.txt", "UTF-8"), ("half.gz", "half.gz"), ("no.gz", "no.gz"), ("short.txt", "5 characters"),
-        ("none.txt", "There is no text file"),
+        ("none.txt", "does not exist; check the path"),
     ):  # fmt: skip
         with pytest.raises(DtLensError, match=words):
             read_corpus([tmp_path / name], unwrap=False, held_out=0.1, seed=0)

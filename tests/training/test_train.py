@@ -1,3 +1,5 @@
+"""An agent is trained on real steps only, resumed exactly, and evaluated without changing the training."""
+
 from __future__ import annotations
 
 import json
