@@ -29,7 +29,7 @@ __all__ = [
 
 
 def whole_number(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
-    """``value`` as an int, if it is one of any kind, numpy's too, from ``least`` to ``most``.
+    """``value`` as an int from ``least`` to ``most``; NumPy's integers are accepted.
 
     Raises:
         DtLensError: for anything else, under its ``name``.
@@ -86,7 +86,7 @@ def names(value: Any, name: str) -> list[str]:
     """One name (or pattern of names) or several.
 
     Raises:
-        DtLensError: for what is no text, under its ``name``.
+        DtLensError: if it is not text, under its ``name``.
 
     >>> names("*.W_in", "matrices")
     ['*.W_in']
@@ -103,10 +103,10 @@ def names(value: Any, name: str) -> list[str]:
 
 
 def local_path(value: Any, name: str) -> Path:
-    """``value`` as the path of a file or folder, which need not be there.
+    """``value`` as the path of a file or folder, which need not exist.
 
     Raises:
-        DtLensError: for what names no file on any system, under its ``name``.
+        DtLensError: for something that cannot be a path, under its ``name``.
 
     >>> local_path("runs/sweep", "out").name
     'sweep'
@@ -185,7 +185,7 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
 
 
 def require_wrapped(model: Any, caller: str, *offers: str) -> None:
-    """Raise ``DtLensError`` for a model that does not offer, by name, what ``caller`` needs of a wrapped one."""
+    """Raise ``DtLensError`` unless ``model`` has the attributes of a wrapped model that ``caller`` needs."""
     if not all(hasattr(model, name) for name in offers):
         raise DtLensError(
             f"{caller} takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
@@ -193,6 +193,6 @@ def require_wrapped(model: Any, caller: str, *offers: str) -> None:
 
 
 def require_activations(given: Any) -> None:
-    """Raise ``DtLensError`` for what is not what ``dt_lens.collect_activations`` gives."""
+    """Raise ``DtLensError`` unless ``given`` is a result of ``dt_lens.collect_activations``."""
     if not hasattr(given, "inputs"):
-        raise DtLensError(f"activations is a {type(given).__name__}; it must be what collect_activations gives.")
+        raise DtLensError(f"activations is a {type(given).__name__}; it must be a result of collect_activations.")

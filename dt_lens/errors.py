@@ -1,4 +1,4 @@
-"""The one error class of the public surface."""
+"""The error class for bad input, and the words of its sentences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["DtLensError", "because", "nearest", "unwritable"]
 
 
 class DtLensError(Exception):
-    """Bad input, said in one sentence: what was wrong, what was expected, what to do.
+    """Bad input, described in one sentence: what was wrong, what was expected, what to do.
 
     Everything that goes wrong because of what the user passed in is one of these; the command line prints the
     sentence and exits with status 2.
@@ -17,7 +17,7 @@ class DtLensError(Exception):
 
 
 def because(error: BaseException) -> str:
-    """What another library's exception says, fit to stand inside a sentence: one line, without a final full stop.
+    """The message of another library's exception, for use inside a sentence: one line, without a final full stop.
 
     >>> because(ValueError("Bad thing.\\nMore of it."))
     'Bad thing. More of it'
@@ -29,7 +29,7 @@ def because(error: BaseException) -> str:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string, as for what is no text.
+    """``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string.
 
     >>> nearest("blocks.0.mlp.Win", ["blocks.0.mlp.W_in", "blocks.0.mlp.W_out"])
     " Did you mean 'blocks.0.mlp.W_in'?"

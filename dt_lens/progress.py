@@ -1,4 +1,4 @@
-"""How long work tells what it is doing: a bar on a terminal, lines in a log, a function of the user's, or nothing."""
+"""Report the progress of long work: a bar on a terminal, lines in a log, a function of the user's, or nothing."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 
 __all__ = ["Count", "Tell", "counting", "progress", "reporting", "silent"]
 
-Tell = Callable[[str, float], None]  # what is being done, and which share of everything is done
+Tell = Callable[[str, float], None]  # what is being done, and the share of the whole that is done
 Count = Callable[[float, int], None]  # how many are done, of how many
 
 
 def silent(what: str, share: float) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 @contextmanager
 def reporting(wanted: bool | Tell) -> Iterator[Tell]:
-    """``True`` for ``progress``, a function for itself, ``False`` for silence."""
+    """Yield a function that reports progress: the user's own, a bar's for ``True``, or ``silent`` for ``False``."""
     if callable(wanted):
         yield wanted
     elif wanted:
@@ -30,20 +30,21 @@ def reporting(wanted: bool | Tell) -> Iterator[Tell]:
 
 @contextmanager
 def counting(wanted: bool | Count, total: int, what: str) -> Iterator[Callable[[float], None] | None]:
-    """A function of how many of ``total`` are done: ``True`` for a bar of ``what``, a function for itself, or ``None``.
+    """Yield a function that reports how many of ``total`` are done, or ``None`` if ``wanted`` is ``False``.
 
-    At the end all are done.
+    It updates a bar labelled ``what`` if ``wanted`` is ``True``, or calls the user's own function. On exit, all are
+    reported as done.
     """
     if callable(wanted):
-        told = 0.0
+        last = 0.0
 
         def tell(done: float) -> None:
-            nonlocal told
-            told = min(done, float(total))
-            wanted(told, total)
+            nonlocal last
+            last = min(done, float(total))
+            wanted(last, total)
 
         yield tell
-        if told < total:
+        if last < total:
             wanted(float(total), total)
         return
     if not wanted:
@@ -61,7 +62,7 @@ def counting(wanted: bool | Count, total: int, what: str) -> Iterator[Callable[[
 
 @contextmanager
 def progress() -> Iterator[Tell]:
-    """A bar on standard error; where that is no terminal, a line whenever the kind of work changes."""
+    """Yield a function that updates a bar on standard error; without a terminal, it prints a line per kind of work."""
     if not sys.stderr.isatty():
         last = [""]
 

@@ -1,6 +1,6 @@
-"""What a model's matrices read while it works, kept as first and second moments, and the file that holds them.
+"""First and second moments of what a model's matrices read while it runs, and the file that holds them.
 
-``E[x]`` and ``E[x x^T]`` of a matrix's inputs are all it takes to know the output energy of any change of the matrix,
+``E[x]`` and ``E[x x^T]`` of a matrix's inputs determine the output energy of any change of the matrix,
 ``E ||x Delta||^2 = tr(Delta^T E[x x^T] Delta)``, and the covariance of any output. ``dt_lens.collect_activations``
 collects them.
 """
@@ -65,7 +65,7 @@ class Moments:
         return float(torch.special.entr(shares).sum().exp())
 
     def through(self, weight: Float[Tensor, "d e"], bias: Float[Tensor, " e"] | None = None) -> Moments:
-        """Of ``x @ weight + bias``."""
+        """The moments of ``x @ weight + bias``."""
         weight = weight.to(self.second)
         mean, second = self.mean @ weight, weight.T @ self.second @ weight
         if bias is not None:
@@ -76,21 +76,21 @@ class Moments:
         return Moments(self.count, mean, (second + second.T) / 2)
 
     def energy(self, change: LowRank) -> float:
-        """``sqrt(E ||x @ left @ right||^2)`` for a change of the matrix that reads ``x``."""
+        """The output energy ``sqrt(E ||x @ left @ right||^2)`` of a change of the matrix that reads ``x``."""
         left, right = (part.to(self.second) for part in change)
         inner, outer = left.T @ self.second @ left, right @ right.T
         return float((inner * outer).sum().clamp_min(0.0).sqrt())
 
 
 class _Inputs(Mapping[str, Moments]):
-    """Moments by the name of the matrix that reads them; several matrices read the same."""
+    """Moments by the name of the matrix that reads them; several matrices read the same vectors."""
 
     def __init__(self, points: Mapping[str, Moments], reads: Mapping[str, str]) -> None:
         self._points, self._reads = points, reads
 
     def __getitem__(self, name: str) -> Moments:
         if name not in self._reads:
-            raise DtLensError(f"These activations hold nothing of what {name} reads." + nearest(name, self._reads))
+            raise DtLensError(f"These activations do not cover what {name} reads." + nearest(name, self._reads))
         return self._points[self._reads[name]]
 
     def __contains__(self, name: object) -> bool:
@@ -105,15 +105,15 @@ class _Inputs(Mapping[str, Moments]):
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Moments of what every matrix of one model read, and of its residual stream, over real inputs.
+    """Moments of what the matrices of one model read, and of its residual stream, over real inputs.
 
     Attributes:
-        points: moments by the place in the forward pass where the vectors were seen.
+        points: moments by place in the forward pass.
         reads: the place of what each matrix reads, by the matrix's name.
         stream: moments at ``"blocks.{l}.hook_resid_pre"``, ``mid`` and ``post``.
         record: what was collected: ``model_id``, ``environment``, ``target_return``, ``seed``, ``episodes``, ``steps``,
             ... in plain JSON values.
-        made_of: a hash of each matrix of the model, by name; with it activations of another model are refused.
+        made_of: a hash of each matrix of the model, by name, so that activations of another model are refused.
     """
 
     points: Mapping[str, Moments]
@@ -124,12 +124,12 @@ class Activations:
 
     @property
     def inputs(self) -> Mapping[str, Moments]:
-        """Moments of what the raw matrix ``M`` reads (``y = x @ M``), by its name.
+        """Moments of what each raw matrix ``M`` reads (``y = x @ M``), by its name.
 
-        Behind a LayerNorm that is the norm's output, scale and bias included. ``W_out`` reads the MLP's activations,
+        After a LayerNorm that is the norm's output, scale and bias included. ``W_out`` reads the MLP's activations,
         ``W_O`` the values that all heads gathered, side by side, and one head's ``W_O.h`` its own. The circuit ``OV.h``
-        reads what its head attends to: the attention-weighted sum of what ``W_V`` reads. ``QK.h`` is told on its
-        query side; ``keys`` has the other. Asking for a matrix that was not watched is a ``DtLensError``.
+        reads what its head attends to: the attention-weighted sum of what ``W_V`` reads. For ``QK.h`` these
+        are the queries' inputs; ``keys`` has the keys'. Asking for a matrix that was not watched is a ``DtLensError``.
         """
         return _Inputs(self.points, self.reads)
 
@@ -148,13 +148,13 @@ class Activations:
         """What ``matrix`` of the unedited model ``lens`` reads.
 
         Raises:
-            DtLensError: when it was not watched, or these are another model's activations.
+            DtLensError: if it was not watched, or these are another model's activations.
         """
         moments = self.inputs[matrix.name]
         known = self.made_of.get(matrix.name)
         if known is not None and known != fingerprint(lens, matrix).hex():
             raise DtLensError(
-                f"These activations are another model's: its {matrix.name} differs; collect this model's own with "
+                f"These activations are of another model, whose {matrix.name} differs; collect this model's own with "
                 "dt_lens.collect_activations."
             )
         width = matrix.factors[0].view(lens.weights).shape[0]
@@ -172,16 +172,16 @@ class Activations:
             DtLensError: as ``of`` does.
         """
         self.of(matrix, lens)
-        # In an agent's last block only the last state's token asks.
+        # In an agent's last block only the last state's token is a query.
         place = self.reads[matrix.name].removesuffix(".query")
         if place not in self.points:
-            raise DtLensError(f"These activations hold nothing of the keys of {matrix.name}; collect them anew.")
+            raise DtLensError(f"These activations do not cover the keys of {matrix.name}; collect them again.")
         return self.points[place]
 
     def between(self, matrix: Matrix, lens: Weighted) -> Moments:
-        """What the second factor of a circuit is applied to: what it reads, through the first, with the first's bias.
+        """Moments of what a circuit's second factor is applied to: the input times the first factor, plus the bias.
 
-        Of ``OV`` that is what the head gathers, of ``QK`` the head's queries, before any rotation by position.
+        For ``OV`` that is what the head gathers, for ``QK`` the head's queries, before any rotation by position.
 
         Raises:
             DtLensError: as ``of`` does.
@@ -193,7 +193,7 @@ class Activations:
         return self.of(matrix, lens).through(first.view(weights), bias)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file, whole or not at all.
+        """Write everything to one safetensors file.
 
         Raises:
             DtLensError: when it cannot be written.
@@ -204,26 +204,31 @@ class Activations:
                 key = f"{kind} {name}"
                 tensors[f"{key} mean"], tensors[f"{key} second"] = found.mean.contiguous(), found.second.contiguous()
                 counts[key] = found.count
-        told = {"counts": counts, "reads": dict(self.reads), "record": dict(self.record), "made_of": dict(self.made_of)}
-        metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in told.items()}}
+        facts = {
+            "counts": counts,
+            "reads": dict(self.reads),
+            "record": dict(self.record),
+            "made_of": dict(self.made_of),
+        }
+        metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in facts.items()}}
         with atomic_write(path, SafetensorError) as part:
             save_file(tensors, part, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Activations:
-        """What ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            DtLensError: for a file that is not there, is damaged, or holds something else.
+            DtLensError: for a file that does not exist, is damaged, or holds something else.
         """
-        wrong = f"{path} is no file of activations"
+        wrong = f"{path} is not a file of activations"
         try:
             with safe_open(path, "pt") as file:
-                told = file.metadata() or {}
-                if told.get("format") != FORMAT:
+                facts = file.metadata() or {}
+                if facts.get("format") != FORMAT:
                     raise DtLensError(f"{wrong}; Activations.save and dt-lens activations write such files.")
                 counts, reads, record, made_of = (
-                    json.loads(told[name]) for name in ("counts", "reads", "record", "made_of")
+                    json.loads(facts[name]) for name in ("counts", "reads", "record", "made_of")
                 )
                 kinds: dict[str, dict[str, Moments]] = {"point": {}, "stream": {}}
                 for key, count in counts.items():

@@ -25,11 +25,11 @@ GROUP = "dt_lens.adapters"
 
 @runtime_checkable
 class Adapter(Protocol):
-    """What an architecture brings: how it recognises its own, and how it becomes a lens.
+    """One code base's checkpoints: how they are recognised, and how they become a lens.
 
-    Adapters fail closed: a key or an option that they neither handle nor knowingly ignore is a ``DtLensError`` naming
-    it. One whose code base saves a pickled dict of numbers, strings and bytes, with a file of torch's inside, also has
-    a method ``unpack(values, file)`` (``dt_lens.lens.checkpoints.Unpack``).
+    Adapters fail closed: they raise a ``DtLensError`` for a key or an option that they neither handle nor knowingly
+    ignore, and name it. One that reads weights in place is an ``Opener`` too, and one whose code base saves pickled
+    dicts of plain values with a file of torch's inside is an ``Unpacker``.
     """
 
     name: str
@@ -39,11 +39,33 @@ class Adapter(Protocol):
         ...
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> Lens:
-        """The model of a checkpoint; ``given`` is what the user said that the file does not."""
+        """The model of a checkpoint; ``given`` is what the user passed because the file does not say it."""
         ...
 
     def wrap(self, model: nn.Module, **given: Any) -> Lens:
         """The lens on a live model, sharing its storage where the layout allows."""
+        ...
+
+
+@runtime_checkable
+class Opener(Adapter, Protocol):
+    """An adapter that can also read a checkpoint's weights in place, without loading the model."""
+
+    def opens(self, shards: Shards) -> bool:
+        """Whether these files are of this kind."""
+        ...
+
+    def open(self, shards: Shards, **given: Any) -> Lens:
+        """The lens on the files, for weights only."""
+        ...
+
+
+@runtime_checkable
+class Unpacker(Adapter, Protocol):
+    """An adapter that can also read a pickled file of its code base's own form."""
+
+    def unpack(self, values: Mapping[str, Any], file: Path) -> tuple[bytes, Mapping[str, Any]] | None:
+        """The bytes of a file of torch's, and a configuration, from a pickled dict; ``None`` if it is another's."""
         ...
 
 
@@ -52,7 +74,7 @@ def _entries() -> dict[str, EntryPoint]:
     for entry in entry_points(group=GROUP):
         if entry.name in found and found[entry.name].value != entry.value:
             raise DtLensError(
-                f"Two installed packages both bring an adapter {entry.name!r} ({found[entry.name].value} and "
+                f"Two installed packages both have an adapter {entry.name!r} ({found[entry.name].value} and "
                 f"{entry.value}); uninstall one."
             )
         found[entry.name] = entry
@@ -68,7 +90,7 @@ def named_adapter(adapter: str | Adapter | type) -> Adapter:
     """An adapter from its registered name, from ``module:Class``, or from the class or object itself.
 
     Raises:
-        DtLensError: for a name that is not known, or an object that is no adapter.
+        DtLensError: for an unknown name, or an object that is not an adapter.
     """
     found: Any = adapter
     if isinstance(adapter, str):
@@ -92,7 +114,7 @@ def _made(adapter: str | Adapter | type, found: Any) -> Adapter:
         except TypeError as error:
             raise DtLensError(f"The adapter {adapter!r} cannot be made without arguments: {because(error)}.") from error
     if not isinstance(found, Adapter):
-        raise DtLensError(f"{adapter!r} is no adapter: it needs a name and the methods recognises, load and wrap.")
+        raise DtLensError(f"{adapter!r} is not an adapter: it needs a name and the methods recognises, load and wrap.")
     return found
 
 
@@ -103,20 +125,20 @@ def _imported(name: str, find: Callable[[], Any]) -> Any:
         raise DtLensError(f"The adapter {name!r} cannot be imported: {because(error)}.") from error
 
 
-def opener(shards: Shards, adapter: str | Adapter | type | None) -> Any:
-    """The one adapter that reads the weights of these files in place: it has ``opens`` and ``open``.
+def opener(shards: Shards, adapter: str | Adapter | type | None) -> Opener:
+    """The one adapter that reads the weights of these files in place.
 
     Raises:
-        DtLensError: when none or several do, or the one that was asked for cannot.
+        DtLensError: if none or several do, or the one that was asked for cannot.
     """
     if adapter is not None:
         found = named_adapter(adapter)
-        if not hasattr(found, "open"):
+        if not isinstance(found, Opener):
             raise DtLensError(f"The adapter {found.name!r} cannot read weights in place; use dt_lens.load.")
         return found
     known = _entries()
-    made: list[Any] = [_made(name, _imported(name, known[name].load)) for name in sorted(known)]
-    able = [found for found in made if hasattr(found, "open")]
+    made = [_made(name, _imported(name, known[name].load)) for name in sorted(known)]
+    able = [found for found in made if isinstance(found, Opener)]
     matches = [found for found in able if found.opens(shards)]
     if len(matches) == 1:
         return matches[0]
@@ -135,7 +157,7 @@ def unpack(
 ) -> tuple[bytes, Mapping[str, Any]] | None:
     """What the given adapter, or the first installed one that can, unpacks from a pickled dict of plain values."""
     names: list[Any] = [adapter] if adapter is not None else adapter_names()
-    able = [found for found in map(named_adapter, names) if hasattr(found, "unpack")]
+    able = [found for found in map(named_adapter, names) if isinstance(found, Unpacker)]
     unpacked = (found.unpack(values, file) for found in able)
     return next((one for one in unpacked if one is not None), None)
 
@@ -143,7 +165,7 @@ def unpack(
 def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None, seen: Iterable[str]) -> Adapter:
     """The one adapter that recognises ``source``.
 
-    ``seen`` tells the user what was looked at when none or several do.
+    ``seen`` is what the model holds, for the error if no adapter or several recognise it.
     """
     if adapter is not None:
         return named_adapter(adapter)

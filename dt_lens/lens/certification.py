@@ -1,11 +1,11 @@
-"""Proof by forward pass that every matrix's name, orientation, scale and heads are right.
+"""Prove by a forward pass that every matrix's name, orientation, scale and heads are right.
 
 A wrong reshape raises nothing when d_model equals n_heads * d_head, and a transposed square matrix has every size
 right. So each catalogued matrix is applied to the activation on its one side, and must give the activation on its other
-side, both cached from the original model wherever there is one: a copy of the weights cannot vouch for itself.
+side, both cached from the original model if there is one: a copy of the weights proves nothing about itself.
 
 Between the matrices, each part of the lens (LayerNorms, attention, activation function, heads) is fed the original's
-activation and must give the original's next one. So no error hides another, and none grows on the way.
+activation and must give the original's next one. So no error hides another, and none grows from block to block.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Certificate", "certify"]
 
 # Relative to the activation's own size: rounding through one part of the model in the weights' dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-# Where the lens's activation is noted and the original's goes on.
+# Here the lens's activation is noted, and the original's takes its place.
 EXCHANGED: tuple[str, ...] = (
     "hook_resid_pre",
     "hook_resid_mid",
@@ -42,10 +42,10 @@ EXCHANGED: tuple[str, ...] = (
     "hook_pre",
 )
 EXCHANGED += ("hook_pre_linear",)
-# A language model's tables, which are looked up and read off rather than multiplied from stream to stream.
+# A language model's tables, which face the stream on one side only.
 TABLES = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
-CHUNK = 2**17  # entries of a weight that are brought to float64 at a time: nobody's memory need hold all of it twice
-# What is read off the last activations, and the part whose fault a difference there is.
+CHUNK = 2**17  # entries of a weight that are converted to float64 at a time, so that memory never holds all of it twice
+# The model's outputs, and the part that is wrong if an output differs.
 READ_OFF = {
     "hook_final": "ln_final",
     "hook_action_pre": "predict.action.W",
@@ -58,7 +58,7 @@ READ_OFF = {
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was proven: the largest relative error of each part, and whose activations it was held against.
+    """The result of ``certify``: the largest relative error of each part, and whose activations it was compared with.
 
     ``errors`` is keyed by the names of matrices, raw and with the LayerNorm folded, and of the parts between them.
     """
@@ -77,17 +77,18 @@ class Certificate:
 
 
 def certify(model: Lens, seed: int = 0) -> Certificate:
-    """Prove the catalogue on one random batch.
+    """Prove every matrix and part of a model on one random batch.
 
-    The order is that of the forward pass and a matrix is only asked about once everything before it holds, so the first
-    failure is the culprit. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores.
+    The order is that of the forward pass, and a matrix is checked only after everything before it, so the first failure
+    is the cause. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores.
 
     Returns:
-        the errors: the largest difference, beyond what rounding explains, over the root mean square of the activation.
+        the error of each part: the largest difference, beyond what rounding explains, over the root mean square of the
+        activation.
 
     Raises:
-        DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; for
-            what is no wrapped model.
+        DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; or if
+            ``model`` is not a wrapped model that can run.
     """
     require_running(model, "certify")
     weights = model.weights
@@ -108,8 +109,8 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     for name, tensor in truth.items():
         if not name.endswith(("hook_pattern", "hook_attn_scores")) and not bool(torch.isfinite(tensor).all()):
             raise DtLensError(
-                f"certify: {name} of {against} is NaN or infinite on a random batch, so nothing can be held against "
-                "it; bring the model to a wider type with .float()."
+                f"certify: {name} of {against} is NaN or infinite on a random batch, so nothing can be compared "
+                "with it; convert the model to a wider type with .float()."
             )
     errors: dict[str, float] = {}
     with torch.inference_mode():
@@ -139,14 +140,14 @@ def _arithmetic(weight: Tensor) -> torch.dtype:
 
 
 def _without_padding(truth: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Zeros where there is padding: some implementations compute NaN there, and nobody looks at it."""
+    """Zeros where there is padding: some implementations compute NaN there, and nothing reads it."""
     mask = batch.get("attention_mask")
     if mask is None:
         return dict(truth)
 
     def blank(name: str, tensor: Tensor) -> Tensor:
         if name.endswith(("hook_pattern", "hook_attn_scores")):
-            return tensor  # queries by keys: keys that are padding have no weight, and those queries are left out
+            return tensor  # queries by keys: padded keys have no weight, and padded queries are left out
         real = mask.bool().repeat_interleave(tensor.shape[1] // mask.shape[1], 1)
         return tensor.where(rearrange(real, f"n t -> n t{' 1' * (tensor.ndim - 2)}"), 0)
 
@@ -191,7 +192,7 @@ class _Walk:
         self.eps = torch.finfo(dtype).eps
 
     def kept(self, tokens: Tensor) -> Tensor:
-        """Real tokens only: what padding computes is nobody's concern and differs between implementations."""
+        """Real tokens only: what is computed for padding is not used, and differs between implementations."""
         if self.mask is None or tokens.shape[0] != self.mask.shape[0]:
             return tokens.double()
         per_step = tokens.shape[1] // self.mask.shape[1]
@@ -297,7 +298,7 @@ class _Walk:
             yield self.check(norm, self.kept(self.normalized(norm)), self.kept(self.truth[entry]))
 
     def bare(self, norm: str) -> Tensor:
-        """The stream centred and divided by its scale, which is all that folding leaves of a LayerNorm."""
+        """The stream centred and divided by its scale: a folded LayerNorm does nothing else."""
         if f"{norm}.hook_normalized" in self.own:
             return self.own[f"{norm}.hook_normalized"].double()
         block, _, which = norm.rpartition(".")
@@ -309,7 +310,7 @@ class _Walk:
         return x / (x.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
 
     def normalized(self, norm: str) -> Tensor:
-        """What a norm gives: scaled and, unless it is an RMSNorm, shifted."""
+        """A norm's output: scaled and, unless it is an RMSNorm, shifted."""
         return self.bare(norm) * self.weights[f"{norm}.w"].double() + self.shift(norm)
 
     def shift(self, norm: str) -> Tensor:
@@ -318,7 +319,7 @@ class _Walk:
         return torch.zeros_like(self.weights[f"{norm}.w"], dtype=torch.float64) if bias is None else bias.double()
 
     def entry(self, entry: str, norm: str | None, stream: str) -> Tensor:
-        """What a sublayer's matrices are applied to: the stream, or the stream behind its LayerNorm."""
+        """What a sublayer's matrices are applied to: the stream, or the output of its LayerNorm."""
         if norm is None:
             return self.truth[stream]
         if entry in self.truth:
@@ -351,8 +352,7 @@ class _Walk:
         self, part: str, x: Tensor, W: Tensor, whole: Callable[[], Tensor], output: Tensor, b: Tensor | float
     ) -> Check:
         """A weight and its bias, applied to ``x`` a few columns at a time."""
-        # Into one tensor each: results kept one by one would lie between the chunks, whose memory then cannot be used
-        # again.
+        # Into one tensor each: separate results would lie between the chunks and keep their memory from being reused.
         made, terms = (x.new_empty((*x.shape[:-1], W.shape[1])) for _ in range(2))
         for chosen in _some_columns(W):
             M = W[:, chosen].double()
@@ -376,7 +376,7 @@ class _Walk:
         attn, scale = f"blocks.{layer}.attn", self.structure.attn_scale[layer]
         pattern = self.truth[f"{attn}.hook_pattern"].double()
         q, k, z = (self.by_query(layer, name) for name in "qkz")
-        met = [self.by_query(layer, f"rot_{name}") for name in "qk"] if self.structure.rotary else [q, k]
+        scored = [self.by_query(layer, f"rot_{name}") for name in "qk"] if self.structure.rotary else [q, k]
         for head in range(self.structure.n_heads):
             shared = head // self.structure.queries_per_key
             W_Q, W_O = (self.weights[f"{attn}.W_{letter}"][head].double() for letter in "QO")
@@ -394,7 +394,7 @@ class _Walk:
                 self.kept(expected.where(seen, 0)),
                 self.kept(score_slack[:, head]),
             )
-            turned = einsum(met[0][:, :, head], met[1][:, :, head], "n q e, n k e -> n q k")
+            turned = einsum(scored[0][:, :, head], scored[1][:, :, head], "n q e, n k e -> n q k")
             attended = torch.softmax((turned * scale).masked_fill(~seen, float("-inf")), -1)
             slack = self.kept(pattern_slack[:, head])
             part = f"the attention scale of block {layer}"
@@ -402,7 +402,7 @@ class _Walk:
             moved = einsum(pattern[:, head], _through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
             yield self.check(OV.name, self.kept(moved + b_V @ W_O), self.kept(z[:, :, head] @ W_O))
             if norm is not None:
-                # Folding is exact whatever the activations, so the matrices just proven vouch for the folded ones.
+                # Folding is exact for any activations, so the matrices just proven give what the folded ones must.
                 bare = self.bare(norm)
                 bare = bare if self.structure.rms else bare - bare.mean(-1, keepdim=True)
                 plain = bare * self.weights[f"{norm}.w"].double()
@@ -419,7 +419,7 @@ class _Walk:
 
 
 def _through(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """``x`` times a circuit, which is never multiplied out."""
+    """``x`` times a circuit, factor by factor."""
     for factor in factors:
         x = x @ factor
     return x

@@ -1,4 +1,4 @@
-"""Read a checkpoint from disk without running anything that is in it."""
+"""Read a checkpoint from disk without running any code in it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Checkpoint:
     """Tensors by key, and whatever else the files say.
 
     ``tensors`` and ``config`` (of ``config.json``, empty where there is none) are what an adapter recognises; ``extra``
-    holds what stood beside the state dict in a pickled file; ``folder`` is where further files may lie.
+    holds what else was in a pickled file with the state dict; ``folder`` is where further files may be.
     """
 
     path: Path
@@ -62,11 +62,11 @@ class Checkpoint:
     def require_finite(self, keys: Iterable[str]) -> None:
         """Raise ``DtLensError`` naming the first of these tensors that holds a NaN or an infinity.
 
-        For an adapter to ask of what it uses: a causal mask may well be infinite.
+        An adapter calls it for the tensors that it uses: a causal mask, say, may be infinite.
         """
         for key in keys:
             tensor = self.tensors[key]
-            # Numbers of one byte have no such test, and no model computes with them: their type is refused elsewhere.
+            # isfinite does not take one-byte numbers, and no model computes with them: their type is refused elsewhere.
             wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1
             if wide and not bool(torch.isfinite(tensor).all()):
                 raise DtLensError(
@@ -93,7 +93,7 @@ def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoin
             raise DtLensError(f"There is no file or folder {str(path)!r}; give the path of a checkpoint.")
         folder = path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a null character
-        raise DtLensError(f"{str(path)[:200]!r} cannot be looked at: {because(error)}.") from error
+        raise DtLensError(f"{str(path)[:200]!r} cannot be accessed: {because(error)}.") from error
     checkpoint = _read_folder(path, unpack) if folder else _read_file(path, unpack)
     if path.name in WEIGHTS and (path.parent / "config.json").is_file():  # one file of a folder in that form
         checkpoint = replace(checkpoint, config=read_json(path.parent / "config.json"))
@@ -105,18 +105,18 @@ def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoin
 
 
 def _require_plain(path: Path, key: str, tensor: Tensor) -> None:
-    """Raise ``DtLensError`` for a tensor that has not one number in memory for each that its shape promises.
+    """Raise ``DtLensError`` for a tensor whose memory does not hold one number for each entry of its shape.
 
-    Or a name that would not fit into a sentence.
+    Also for a name that would not fit into a sentence.
     """
     if len(key) > 300 or not key.isprintable():
-        raise DtLensError(f"{path} has a tensor {key[:60]!r}..., which is no name that a model's part can have.")
+        raise DtLensError(f"{path} has a tensor {key[:60]!r}..., which cannot be the name of a part of a model.")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         raise DtLensError(f"The tensor {key!r} in {path} is sparse or quantized; save it as a plain tensor.")
     if tensor.is_meta:
         raise DtLensError(f"The tensor {key!r} in {path} was saved on the meta device, without numbers; save it whole.")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        # An edit of one number would be an edit of many, and a few bytes may promise a shape that no memory holds.
+        # An edit of one number would be an edit of many, and a few bytes could claim a shape that no memory holds.
         raise DtLensError(
             f"The tensor {key!r} in {path} has shape {list(tensor.shape)} and repeats fewer numbers than that; save it "
             "with .contiguous()."
@@ -127,7 +127,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; a ``DtLensError`` for anything else."""
     try:
         if file.exists() and not file.is_file():  # reading a pipe or a device may never end
-            raise IsADirectoryError("it is no file")
+            raise IsADirectoryError("it is not a file")
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DtLensError(f"{file} cannot be read as JSON: {because(error)}.") from error
@@ -154,14 +154,16 @@ def read_index(file: Path) -> dict[str, str]:
     """Which file holds which tensor, as the index of some shards says.
 
     Raises:
-        DtLensError: for an index of another form, or one beside a single file that it does not mean.
+        DtLensError: for an index of another form, or one in a folder with a single weights file that it does not name.
     """
     shards = read_json(file).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise DtLensError(f"{file} has no weight_map; it should name the shard of every tensor.")
     for shard in set(shards.values()):
         if not shard or shard != Path(shard).name or not shard.isprintable() or len(shard) > 255:
-            raise DtLensError(f"{file} names a shard {shard[:80]!r}, which is no name of a file beside it.")
+            raise DtLensError(
+                f"{file} names a shard {shard[:80]!r}, which is not the name of a file in the same folder."
+            )
     single = file.with_name(file.name.removesuffix(".index.json"))
     if single.exists() and set(shards.values()) != {single.name}:
         raise DtLensError(f"{file.parent} holds {single.name} and an index of other files; remove what is out of date.")
@@ -193,7 +195,7 @@ def _read_file(file: Path, unpack: Unpack | None) -> Checkpoint:
         return Checkpoint(file, load_file(file), folder=file.parent)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise DtLensError(
-            f"{file} is no whole safetensors file ({because(error)}); it may be truncated, so fetch it again."
+            f"{file} is not a complete safetensors file ({because(error)}); it may be truncated, so fetch it again."
         ) from error
 
 
@@ -211,7 +213,7 @@ def _read_pickle(file: Path, unpack: Unpack | None) -> Checkpoint:
     except DtLensError:
         raise
     except Exception as error:
-        # torch.load answers a file that is no checkpoint with whatever its parser stumbled over.
+        # torch.load may raise anything for a file that is not a checkpoint.
         wanted = _wants(file, error)
         if wanted:
             raise DtLensError(
@@ -239,7 +241,7 @@ def _read_pickle(file: Path, unpack: Unpack | None) -> Checkpoint:
     bad = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
     if bad is not None:
         raise DtLensError(
-            f"{file} holds {str(bad)!r}, which is no tensor; expected a state dict, which maps names to tensors."
+            f"{file} holds {str(bad)!r}, which is not a tensor; expected a state dict, which maps names to tensors."
         )
     return Checkpoint(file, {str(k): v for k, v in tensors.items()}, config, extra, file.parent)
 
@@ -253,14 +255,14 @@ def _unpickled(file: Path | IO[bytes]) -> Any:
 
 
 def _require_checksums(file: Path | IO[bytes]) -> None:
-    """Raise for records of torch's zip that are not what was written: torch writes their checksums and never looks."""
+    """Raise for damaged records in torch's zip file: torch writes checksums and never checks them."""
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        # For one that is marked as a folder (bit 4 is MS-DOS's) torch hands out memory that nobody wrote to.
+        # For one that is marked as a folder (bit 4 is MS-DOS's) torch returns memory that was never written.
         damaged = next((record.filename for record in records if record.external_attr & 16 or record.is_dir()), None)
-        # All are zero where torch was told to leave them out.
+        # All are zero if torch was set to leave them out.
         if damaged is None and any(record.CRC for record in records):
             damaged = archive.testzip()
     if damaged is not None:
@@ -268,13 +270,13 @@ def _require_checksums(file: Path | IO[bytes]) -> None:
 
 
 class _Plain(pickle._Unpickler):
-    """Numbers, strings, bytes and what holds them; anything that has to be called for is refused.
+    """An unpickler of numbers, strings, bytes and their containers; anything else is refused.
 
-    Python's own unpickler: the one in C makes room for as many objects as any four bytes say that there will be.
+    Based on Python's own unpickler: the one in C allocates as much memory as any four bytes of the file ask for.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+        raise pickle.UnpicklingError(f"{module}.{name} is not a plain value")
 
 
 def _plain_values(file: Path) -> Any:
@@ -282,7 +284,7 @@ def _plain_values(file: Path) -> Any:
     try:
         with file.open("rb") as stream:
             return _Plain(stream).load()
-    except Exception:  # an unpickler stumbles over what is no pickle in many ways
+    except Exception:  # an unpickler may raise anything for a file that is not a pickle
         return None
 
 
@@ -291,8 +293,7 @@ def _wants(file: Path, error: Exception) -> str | None:
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if named:
         return named[1]
-    # torch.load refuses a pickle that torch did not write before it comes to what that calls; it can be read without
-    # running it.
+    # torch.load refuses a pickle that torch did not write before it reaches the call, so its opcodes are read here.
     wanted: list[str] = []
     strings: list[str] = []
     try:
@@ -305,5 +306,5 @@ def _wants(file: Path, error: Exception) -> str | None:
                 elif isinstance(argument, str):
                     strings.append(argument)
     except Exception:
-        return None  # no pickle at all
+        return None  # not a pickle
     return wanted[0] if wanted else None

@@ -1,4 +1,4 @@
-"""Which simple mistake explains a weight that does not reproduce its activation."""
+"""Find the simple mistake that explains why a weight does not reproduce its activation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "explain"]
 
-MOST_HEADS = 6  # whose every order is tried: 720 of them
+MOST_HEADS = 6  # with more, the orders are too many to try: 6 heads have 720
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a part made of its input, and what was cached, tokens first, in float64.
+    """What a part computed from its input, and the cached activation that it should equal, tokens first, in float64.
 
-    Where the part is a weight, ``source @ weight`` and a bias make the computed side. ``slack`` is the difference that
-    rounding explains. The weight is computed when somebody asks, which is when it does not fit.
+    If the part is a weight, ``computed`` is ``source @ weight`` plus a bias. ``slack`` is the difference that rounding
+    explains. ``weight`` is a function, called only if the part does not fit.
     """
 
     part: str

@@ -26,7 +26,7 @@ class Embedding:
 
     Attributes:
         directions: ``[n, d_model]``, raw: what the embedding or head itself holds; live where it is a view of a weight.
-            Anything that makes such a tensor will do.
+            Anything that ``torch.as_tensor`` takes will do.
         labels: one for each direction; numbered when left out.
         kind: what the directions stand for: ``"state"``, ``"action"``, ``"reward"`` (the return-to-go), ``"timestep"``,
             ``"token"``, ...
@@ -37,14 +37,14 @@ class Embedding:
         owner: the identity of the model they belong to; ``None`` for the user's own until they are registered.
 
     Raises:
-        DtLensError: for directions that are no matrix, none at all, or not finite, for labels that do not fit, or a
+        DtLensError: for directions that are not a matrix, are empty or not finite, for labels that do not fit, or a
             side that is neither ``"in"`` nor ``"out"``.
 
     >>> Embedding(torch.eye(3), ["x", "y", "z"]).kind
     'user'
     """
 
-    directions: Tensor  # [n, d_model]; checked below, with a sentence, as users make these
+    directions: Tensor  # [n, d_model]; checked below, with an error sentence, since users make these
     labels: Sequence[str] = ()
     kind: str = "user"
     side: StreamSide = "in"
@@ -69,7 +69,7 @@ class Embedding:
             )
         if isinstance(self.labels, str):
             raise DtLensError(f"labels is {self.labels!r}; give a list with one label for each direction.")
-        # Unlike isfinite, which makes copies, this looks at a large table in place.
+        # Unlike isfinite, aminmax makes no copy of a large table.
         if not all(bool(torch.isfinite(end)) for end in self.directions.aminmax()):
             raise DtLensError("Directions hold NaN or infinite values; every entry must be finite.")
         n = len(self.directions)
@@ -83,7 +83,7 @@ class Embedding:
 
     @property
     def effective(self) -> Float[Tensor, "n d_model"]:
-        """The directions ``[n, d_model]`` as the stream has them, up to length: through the LayerNorm in between.
+        """The directions ``[n, d_model]`` as they act on the stream, up to length: through the LayerNorm in between.
 
         A change ``e`` of a token before a LayerNorm of scale ``w`` moves the stream by ``diag(w) C e``, with ``C`` the
         centring; a head ``e`` behind one reads the stream along ``C diag(w) e``. The LayerNorm's division, and the part
@@ -102,7 +102,7 @@ class Embedding:
         """The row of a label.
 
         Raises:
-            DtLensError: for a label that is not there, with the nearest that is.
+            DtLensError: for an unknown label, with the nearest known one.
         """
         if label not in self.labels:
             raise DtLensError(f"{self.name or 'The embedding'} has no label {label!r}." + nearest(label, self.labels))
@@ -114,16 +114,16 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
     """A model's embeddings by name, extensible in one line.
 
     ``registry["mine"] = Embedding(vectors, labels)`` adds a set; ``registry.relabel("state_in", [...])`` swaps labels.
-    What belongs to another model, or has another dimension, is refused: directions of different models never meet by
-    accident.
+    Embeddings of another model or of another dimension are refused, so that directions of different models are never
+    compared by accident.
 
     Attributes:
         d_model: the stream's dimension.
         owner: the identity of the model.
 
     Raises:
-        DtLensError: on getting or deleting a name that is not there (with the nearest that is), and on setting what is
-            no ``Embedding``, has another dimension, or belongs to another model.
+        DtLensError: on getting or deleting an unknown name (with the nearest known one), and on setting a value that is
+            not an ``Embedding``, has another dimension, or belongs to another model.
     """
 
     d_model: int
@@ -140,8 +140,7 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
     def __setitem__(self, name: str, embedding: Embedding) -> None:
         if not isinstance(embedding, Embedding):
             raise DtLensError(
-                f"An embedding is wanted for {name!r}, not a {type(embedding).__name__}; write Embedding(directions, "
-                "labels)."
+                f"{name!r} must be an Embedding, not a {type(embedding).__name__}; write Embedding(directions, labels)."
             )
         if embedding.directions.shape[1] != self.d_model:
             raise DtLensError(
@@ -176,7 +175,7 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
         """Give the set ``name`` other labels, one for each direction.
 
         Raises:
-            DtLensError: for a name that is not there, or another number of labels.
+            DtLensError: for an unknown name, or another number of labels.
         """
         self._sets[name] = replace(self[name], labels=list(labels))
 
@@ -184,7 +183,7 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
         """The sets whose names match any shell-style pattern; all of them for ``None``.
 
         Raises:
-            DtLensError: for what is no pattern, or one that matches nothing, with the nearest name.
+            DtLensError: for something that is not a pattern, or one that matches nothing, with the nearest name.
         """
         if patterns is None:
             return list(self._sets.values())

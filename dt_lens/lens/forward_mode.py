@@ -1,4 +1,4 @@
-"""Evaluation mode for a moment: without dropout, and as it was afterwards."""
+"""Run a model the same way every time: without dropout, on one thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["one_thread", "evaluating"]
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside ``with``, of the wrapped model too, and each module's own mode afterwards."""
+    """Put a model, and the model that it wraps, in eval mode; restore each module's own mode on exit."""
     parts: tuple[Any, Any] = (model, getattr(model, "original", None))
     modules = [module for part in parts if hasattr(part, "modules") for module in part.modules()]
     training = [module for module in modules if module.training]
@@ -28,7 +28,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread, as in a worker: a sum split over threads rounds differently."""
+    """Run torch on one thread, as a worker does: a sum that is split over threads rounds differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""TransformerLens's two classes with types, which mypy is told not to look for in TransformerLens itself."""
+"""TransformerLens's two classes, with types: mypy does not follow imports into TransformerLens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["HookPoint", "HookedRootModule"]
 if TYPE_CHECKING:
 
     class HookPoint:
-        """The identity, where a hook may read and replace a tensor."""
+        """The identity function; a hook on it may read and replace its tensor."""
 
         def __call__(self, x: Tensor) -> Tensor: ...
         def has_hooks(self) -> bool: ...

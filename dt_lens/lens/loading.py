@@ -1,4 +1,4 @@
-"""What every wrapped model offers, and the two ways to one: ``load`` a checkpoint, ``wrap`` a live model."""
+"""Make a wrapped model: ``load`` a checkpoint, ``wrap`` a live model, or ``open_checkpoint`` for its weights only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "tok
 
 
 def load(source: str | Path, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
-    """A model from a bundled name, a local file or folder, or a Hugging Face hub id.
+    """Load a model by a bundled name, from a local file or folder, or from the Hugging Face hub.
 
     Args:
         source: ``"hopper"``, ``"runs/walker"``, ``"model.pt"``,
@@ -29,13 +29,13 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
         adapter: insist on one by name, ``"module:Class"``, class or object; found by the checkpoint's content when
             omitted.
         check: certify the result (a forward pass or two); leave it on.
-        given: what the file does not tell, such as ``n_heads=1``, ``environment="Hopper-v5"``, ``context=20``.
+        given: what the file does not say, such as ``n_heads=1``, ``environment="Hopper-v5"``, ``context=20``.
 
     Returns:
         the wrapped model, in evaluation mode; for a decision transformer a ``HookedDecisionTransformer``.
 
     Raises:
-        DtLensError: when there is no such model, the file is damaged, no adapter knows it, or ``certify`` refuses it.
+        DtLensError: if the model does not exist, the file is damaged, no adapter knows it, or ``certify`` refuses it.
     """
     if not isinstance(source, (str, Path)):
         raise DtLensError(
@@ -47,14 +47,14 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
 
 
 def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
-    """The lens on a live torch model, sharing its storage: an edit made through it is seen by the model itself.
+    """Wrap a live torch model. The lens shares its storage, so an edit made through the lens edits the model itself.
 
-    The arguments are ``load``'s. A model that is moved, cast or loaded anew after wrapping gets other storage: wrap it
-    again (an edit notices and says so).
+    The arguments are ``load``'s. A model that is moved, cast or loaded again after wrapping has other storage: wrap it
+    again (an edit raises an error that says so).
     """
     if is_wrapped(model):
         if given:
-            raise DtLensError(f"This model is wrapped already, so {next(iter(given))}= comes too late; leave it out.")
+            raise DtLensError(f"This model is wrapped already, so {next(iter(given))}= cannot change it; leave it out.")
         return model
     if not isinstance(model, nn.Module):
         raise DtLensError(
@@ -65,22 +65,22 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
 
 
 def open_checkpoint(source: str | Path, *, adapter: str | Adapter | type | None = None, **given: Any) -> Any:
-    """The weights of a language model straight from its safetensors files, for models bigger than memory.
+    """Open the safetensors files of a language model for its weights only, for models bigger than memory.
 
-    What comes back can be decomposed, scanned and compared like any wrapped model, and cannot run: it is neither
-    certified nor edited. Files are mapped into memory; a weight is there as long as somebody holds it.
+    The result can be decomposed, scanned and compared like any wrapped model. It cannot run, so it cannot be certified
+    or edited. Files are mapped into memory; a weight stays mapped as long as something refers to it.
 
     Args:
         source: a local folder in Hugging Face's form with ``config.json`` and ``model.safetensors`` or its shards.
         adapter: insist on one, as for ``load``.
-        given: ``tokenizer=``; the one whose files lie in the folder when left out.
+        given: ``tokenizer=``; the one in the folder by default.
 
     Returns:
         a ``WeightsOnly``.
 
     Raises:
-        DtLensError: when there is no such folder, a shard is missing or cut off, no adapter knows the model or can read
-            it so, or a tensor does not fit.
+        DtLensError: if the folder does not exist, a shard is missing or cut off, no adapter can read the model this
+            way, or a tensor does not fit.
     """
     if not isinstance(source, (str, Path)):
         raise DtLensError(f"open_checkpoint takes the path of a folder, not a {type(source).__name__}.")
@@ -104,18 +104,18 @@ def _locate(source: str | Path) -> Path:
     name, path = str(source), Path(source)
     models = bundled()
     try:
-        # A folder that merely has a bundled model's name, such as a study's results, does not hide the model.
+        # A folder that has a bundled model's name by chance, such as a study's results, does not hide the model.
         if path.exists() and not (name in models and path.is_dir() and not (path / "config.json").exists()):
             return path
-        # A hub id has the form of a relative path; what looks like a file, or lies in a folder that is here, is one.
+        # A hub id looks like a relative path; with a checkpoint's suffix, or in a folder that exists, it is a path.
         if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in SUFFIXES and not path.parent.is_dir():
             return _download(name)
     except (OSError, ValueError) as error:
-        raise DtLensError(f"{name[:200]!r} cannot be looked at: {because(error)}.") from error
+        raise DtLensError(f"{name[:200]!r} cannot be accessed: {because(error)}.") from error
     if name in models:
         return models[name]
     raise DtLensError(
-        f"There is no model {name!r}: it is no local file or folder and none of the bundled models "
+        f"There is no model {name!r}: it is not a local file or folder, nor a bundled model "
         f"({', '.join(models)})." + nearest(name, models)
     )
 
@@ -131,7 +131,7 @@ def _download(hub_id: str) -> Path:
             f"There is no local path {hub_id!r}, and no model of that id on the Hugging Face hub that you may read; "
             "check the name."
         ) from error
-    except Exception as error:  # each way of being offline has an exception of its own
+    except Exception as error:  # being offline raises many different exceptions
         raise DtLensError(
             f"There is no local path {hub_id!r}, and the Hugging Face hub could not be reached for a model of that id; "
             "check the name and the connection."

@@ -1,10 +1,10 @@
-"""The catalogue: every matrix with a name, its two sides, its factors, and the LayerNorm in front of it.
+"""The catalogue of a model's matrices: each one's name, two sides, factors, and the LayerNorm in front of it.
 
 A matrix ``M [d_left, d_right]`` acts as ``y = x @ M``. Some are weights; ``OV.h = W_V[h] W_O[h]`` and
 ``QK.h = W_Q[h] W_K[h]^T`` are circuits, products of two thin factors (Elhage et al., "A Mathematical Framework for
 Transformer Circuits", 2021).
 
-Folding: what a reading matrix sees is ``(x - mean) / std * w + b``, so up to the scale it acts on the stream as
+Folding: a matrix that reads the stream sees ``(x - mean) / std * w + b``, so up to the scale it acts on the stream as
 ``(I - 11^T/d) diag(w) W``. The folded matrix is that product.
 """
 
@@ -44,7 +44,7 @@ RESIDUAL: tuple[SideName, ...] = ("read", "write", "query", "key")  # the sides 
 
 
 class Structure(NamedTuple):
-    """What the catalogue needs to know of a model.
+    """The facts about a model that the catalogue needs.
 
     ``attn_norm[l]`` and ``mlp_norm[l]`` are the prefixes (``"blocks.0.ln1"``) of the LayerNorm that layer ``l``'s
     attention and MLP read through, or ``None`` where they read the stream itself (no LayerNorm, or post-LayerNorm
@@ -55,14 +55,14 @@ class Structure(NamedTuple):
             where every head has its own.
         rms: the norms divide by the root mean square and do not centre (RMSNorm); they have no bias.
         parallel: attention and MLP read the same stream, and both are added to it at once (GPT-J).
-        rotary: queries and keys are turned by their position before they meet; QK is then the circuit of two tokens at
+        rotary: queries and keys are rotated by their position before the score; QK is then the circuit of two tokens at
             the same position.
     """
 
     n_layers: int
     n_heads: int
     d_model: int
-    attn_scale: tuple[float, ...]  # what scores are multiplied by, per layer
+    attn_scale: tuple[float, ...]  # the factor of the attention scores, per layer
     attn_norm: tuple[str | None, ...]
     mlp_norm: tuple[str | None, ...]
     n_kv_heads: int | None = None
@@ -77,7 +77,7 @@ class Structure(NamedTuple):
 
 
 class Weighted(Protocol):
-    """What the catalogue needs of a model: its weights by canonical name, and its structure."""
+    """Anything with weights by canonical name and a structure: a wrapped model, or a snapshot of one."""
 
     @property
     def weights(self) -> Mapping[str, Tensor]: ...
@@ -87,7 +87,7 @@ class Weighted(Protocol):
 
 
 class Snapshot(NamedTuple):
-    """The weights and structure of a model at one moment: a wrapped model collects them anew each time it is asked."""
+    """The weights and structure of a model, collected once: a wrapped model collects them again at each access."""
 
     weights: Mapping[str, Tensor]
     structure: Structure
@@ -131,7 +131,7 @@ def _inverse(pattern: str) -> str:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One catalogued matrix: ``name`` and where it stands, its sides, and how to compute it."""
+    """One catalogued matrix: its name, its place in the model, its sides, and how to compute it."""
 
     name: str
     kind: str  # W_in, W_out, W_Q, W_K, W_V, W_O, OV, QK
@@ -158,12 +158,12 @@ class Matrix:
         """Which of ``left`` and ``right`` a side's name means; ``None`` is the only side on the residual stream.
 
         Raises:
-            DtLensError: for a side this matrix has not, or ``None`` where two would do.
+            DtLensError: for a side that this matrix does not have, or ``None`` if two sides face the stream.
         """
         if side is None:
             if len(self.residual_sides) != 1:
                 raise DtLensError(
-                    f"{self.name} has two sides on the residual stream; say side={self.left!r} or side={self.right!r}."
+                    f"{self.name} has two sides on the residual stream; pass side={self.left!r} or side={self.right!r}."
                 )
             side = self.residual_sides[0]
         if side == self.left:
@@ -173,7 +173,7 @@ class Matrix:
         raise DtLensError(f"{self.name} has no side {side!r}; it has {self.left!r} and {self.right!r}.")
 
     def norm(self, side: Literal["left", "right"]) -> str | None:
-        """The prefix of the LayerNorm (``"blocks.0.ln1"``) that a side reads through, if any."""
+        """The prefix of the LayerNorm (``"blocks.0.ln1"``) that a side reads through, or ``None``."""
         return self.left_norm if side == "left" else self.right_norm
 
     def centred(self, side: Literal["left", "right"]) -> bool:
@@ -245,23 +245,23 @@ class MatrixFactors:
 def fold(
     matrix: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"], centre: bool = True
 ) -> Float[Tensor, "d_model out"]:
-    """``(I - 11^T/d) diag(w) matrix``: what a matrix does to the stream in front of a LayerNorm of scale ``w``.
+    """``(I - 11^T/d) diag(w) matrix``: a matrix with the LayerNorm in front of it, of scale ``w``, folded in.
 
     The mean runs over the stream, which is the matrix's input, not over its outputs. Without ``centre`` it stays, as in
     front of an RMSNorm (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
     """
     scaled = w.to(matrix)[:, None] * matrix
-    # In place: a large matrix need not be there three times.
+    # In place, so that memory does not hold a large matrix three times.
     return scaled.sub_(scaled.mean(0, keepdim=True)) if centre else scaled
 
 
 def unfold(change: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"], norm: str) -> Tensor:
     """A change of the folded matrix carried back to the raw weight: ``diag(1/w) change``, ``[d_model, out]``.
 
-    ``change`` has columns without a mean, as everything has that is folded; then folding gives it back.
+    ``change`` must have columns of mean zero, as folded matrices do; then folding the result gives ``change`` back.
 
     Raises:
-        DtLensError: when a scale in ``w`` is zero: the raw weight's row is then multiplied by nothing.
+        DtLensError: if a scale in ``w`` is zero: the raw weight's row then has no effect.
     """
     if bool((w == 0).any()):
         where = int((w == 0).nonzero()[0])
@@ -284,8 +284,8 @@ ATTENTION: dict[str, tuple[SideName, SideName, str]] = {
 def catalogue(lens: Weighted, per_head: bool = False) -> dict[str, Matrix]:
     """Every matrix of a model by name, in the order of the forward pass.
 
-    ``blocks.{l}.attn.W_Q`` and its kin hold all heads side by side, ``[d_model, n_heads * d_head]``; with ``per_head``
-    each head's own is listed too, as ``blocks.{l}.attn.W_Q.{h}``.
+    ``blocks.{l}.attn.W_Q``, ``W_K``, ``W_V`` and ``W_O`` hold all heads side by side, ``[d_model, n_heads * d_head]``;
+    with ``per_head`` each head's own is listed too, as ``blocks.{l}.attn.W_Q.{h}``.
     """
     return dict(_catalogue(lens.structure, frozenset(lens.weights), per_head))
 
@@ -327,7 +327,7 @@ def find_matrix(lens: Weighted, name: str, head: int | None = None) -> Matrix:
     """The catalogued matrix called ``name``, or that head's own when ``head`` is given.
 
     Raises:
-        DtLensError: for a name that is not in the catalogue, with the nearest that is.
+        DtLensError: for an unknown name, with the nearest known one.
     """
     if not isinstance(name, str):
         raise DtLensError(f"A matrix is named by text, such as 'blocks.0.mlp.W_in', not {name!r}.")
@@ -350,7 +350,7 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
     """The catalogued matrices that match any of the shell-style ``patterns`` (all when ``None``), in forward order.
 
     Raises:
-        DtLensError: for what is no pattern, or one that matches nothing, with the nearest name.
+        DtLensError: for something that is not a pattern, or one that matches nothing, with the nearest name.
     """
     lens = Snapshot.of(lens)
     listed = catalogue(lens)
@@ -359,7 +359,7 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
     everything = catalogue(lens, per_head=True)
     chosen: set[str] = set()
     for pattern in names(patterns, "matrices"):
-        # A star means the listed ones; heads of W_Q and its kin are named in full.
+        # A star matches the listed ones only; a single head of W_Q, W_K, W_V or W_O must be named in full.
         matched = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
         matched = matched or [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
         if not matched:

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors checkpoint, read one at a time: the files are mapped into memory, never loaded."""
+"""Read a safetensors checkpoint one tensor at a time: the files are mapped into memory, not loaded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Shards:
     """The tensors in a folder in Hugging Face's form (one ``model.safetensors``, or shards and their index).
 
     Attributes:
-        folder: where they lie.
+        folder: where the files are.
         config: the values of ``config.json``; empty where there is none.
         files: the file of every tensor, by its key.
         shapes: the shape of every tensor, by its key.
 
     Raises:
         DtLensError: for a folder without safetensors, a shard that is missing or cut off, or an index that names a
-            tensor that its shard has not.
+            tensor that its shard does not hold.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,9 +63,9 @@ class Shards:
                 raise DtLensError(f"{INDEX} says that {name} holds the tensor {key!r}, and it does not.")
 
     def read(self, key: str, take: Callable[[Any], Tensor]) -> Tensor:
-        """What ``take`` gets out of the open file that holds ``key``; the file is closed again afterwards.
+        """Open the file that holds ``key``, and return what ``take`` reads from it.
 
-        A tensor stays mapped as long as somebody holds it, and costs no memory once nobody does.
+        A tensor stays mapped as long as something refers to it; after that it takes no memory.
         """
         file = self.files[key]
         try:
@@ -77,17 +77,17 @@ class Shards:
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     if file.exists() and not file.is_file():  # opening a pipe may never end
-        raise DtLensError(f"{file} is no file; fetch it again.")
+        raise DtLensError(f"{file} is not a file; fetch it again.")
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        missing = "is missing" if not file.exists() else f"is no whole safetensors file ({because(error)})"
+        missing = "is missing" if not file.exists() else f"is not a complete safetensors file ({because(error)})"
         raise DtLensError(f"{file} {missing}; fetch it again.") from error
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read whenever they are asked for; nothing is kept.
+    """Tensors by name, each read from its file at every access; nothing is kept.
 
     Args:
         readers: a function for each name.

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Turn a tokenizer's labels into readable text, such as ``Ġcaf`` into ``␣caf``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = [
 
 
 def texts(labels: Sequence[str]) -> list[str]:
-    """What labels stand for: a word's start is a space, and bytes are characters again where they form some.
+    """The text that token labels stand for: the mark of a word's start becomes a space, and bytes become characters.
 
     Labels are taken for byte-level tokens when some begin with ``Ġ`` and none holds a space; for SentencePiece's when
-    some begin with ``▁`` and none holds a space. Others stand for themselves. Bytes that are no characters are written
-    ``\\\\xe2``.
+    some begin with ``▁`` and none holds a space. Other labels are returned unchanged. Bytes that form no
+    character are written ``\\\\xe2``.
 
     >>> texts(["Ġcaf", "Ã©", "Ċ", "âĢ"])
     [' caf', 'é', '\\n', '\\\\xe2\\\\x80']
@@ -35,7 +35,7 @@ def texts(labels: Sequence[str]) -> list[str]:
 
 
 def from_bytes(label: str) -> str:
-    """The text of a byte-level token; one with other characters, such as a special token's, as it is spelled."""
+    """The text of a byte-level token; a label with other characters, such as a special token's, unchanged."""
     alphabet = byte_alphabet()
     if not all(character in alphabet for character in label):
         return label
@@ -44,14 +44,14 @@ def from_bytes(label: str) -> str:
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for: printable Latin-1 itself, others moved up."""
+    """The byte of each character in GPT-2's byte-level tokens: printable Latin-1 is itself, others are moved up."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in set(plain)]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(moved)}
 
 
 def spelled(text: str) -> str:
-    """A text on one line, nothing of it invisible: spaces at the ends or in a row as ``␣``, others escaped.
+    """A text on one line with every character visible: spaces at the ends or in a row as ``␣``, others escaped.
 
     >>> spelled(" the"), spelled("a b"), spelled("a  b\\n"), spelled("\\u200b")
     ('␣the', 'a b', 'a␣␣b\\\\n', '\\\\u200b')

@@ -1,6 +1,6 @@
-"""Watch a model's forward passes: sums over what each matrix reads and over the residual stream, in float64.
+"""Sum up, over many forward passes, what each matrix reads and what is in the residual stream, in float64.
 
-Only sums are kept, so that hours of behaviour cost no more memory than a step of it.
+Only sums are kept, so the memory does not grow with the number of passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 
 
 class _Sums:
-    """Running sums over vectors of one place."""
+    """Running first and second sums over the vectors at one place."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -53,7 +53,7 @@ class Watch:
 
     Args:
         model: a wrapped model, as it is now.
-        matrices: shell patterns; every catalogued matrix when ``None``. Heads' own parts come with the whole.
+        matrices: shell patterns; every catalogued matrix when ``None``. The parts of single heads come with the whole.
         last_narrows: in the last block, count queries, what heads gather and the MLP only for tokens that are ``used``.
 
     Attributes:
@@ -72,7 +72,7 @@ class Watch:
         every = catalogue(lens, per_head=True)
         wanted = [m for m in every.values() if m.name in chosen or m.name.rpartition(".")[0] in chosen]
         self.reads = {matrix.name: self._place(matrix) for matrix in wanted}
-        # A QK circuit meets keys too, which are more tokens than the queries.
+        # A QK circuit also reads keys, which are more tokens than the queries.
         self._places = {*self.reads.values(), *(f"blocks.{m.layer}.attn_in" for m in wanted if m.kind == "QK")}
         self.made_of = {matrix.name: fingerprint(lens, matrix).hex() for matrix in wanted}
         self.hooks = self._hooks()
@@ -80,7 +80,7 @@ class Watch:
         self._stream: dict[str, _Sums] = {}
 
     def _place(self, matrix: Matrix) -> str:
-        """Where in the forward pass stands what a matrix reads."""
+        """The place in the forward pass of what a matrix reads."""
         block = f"blocks.{matrix.layer}"
         match matrix.kind:
             case "W_K" | "W_V":
@@ -95,7 +95,7 @@ class Watch:
                 return f"{block}.mlp_in"
             case "W_out":
                 return f"{block}.mlp.hook_post"
-        raise DtLensError(f"Nothing is known of what {matrix.name} reads.")
+        raise DtLensError(f"It is not known what {matrix.name} reads.")
 
     def _hooks(self) -> frozenset[str]:
         structure, hooks = self._lens.structure, set[str]()
@@ -120,8 +120,8 @@ class Watch:
         """Count one batch.
 
         Args:
-            cache: its activations, ``[batch, token, ...]``, all of ``hooks`` that there are.
-            real: the tokens to count: padding is none.
+            cache: its activations, ``[batch, token, ...]``, those of ``hooks`` that the model has.
+            real: the tokens to count, without padding.
             used: those among them whose output in the last block is read; with ``last_narrows``.
         """
         for layer in range(self._lens.structure.n_layers):
@@ -134,7 +134,7 @@ class Watch:
             if name in cache:
                 self._stream.setdefault(name, _Sums()).add(cache[name][rows])
         if layer == self._narrow and f"{block}.{STREAM[0]}" in cache:
-            # What attention adds to, where it matters.
+            # What attention adds to, at the tokens that are used.
             self._stream.setdefault(f"{block}.{STREAM[0]}.query", _Sums()).add(cache[f"{block}.{STREAM[0]}"][used])
         places = {place for place in self._places if place.startswith(f"{block}.")}
         attn_in, query, mlp_in = (f"{block}.{name}" for name in ("attn_in", "attn_in.query", "mlp_in"))
@@ -143,7 +143,7 @@ class Watch:
             x = self._entry(cache, structure.attn_norm[layer], f"{block}.hook_resid_pre")
             self._count(places, attn_in, x, real)
             self._count(places, query, x, used)
-            # Nobody attends to padding, and some models compute NaN there.
+            # Padding is never attended to, and some models compute NaN there.
             attended = x.where(real[..., None], 0.0)
             for place in gathered:
                 pattern = cache[f"{block}.attn.hook_pattern"][:, int(place.rpartition(".")[2])]
@@ -184,13 +184,13 @@ class Watch:
         return max((sums.count for sums in self._stream.values()), default=0)
 
     def moments(self) -> tuple[dict[str, Moments], dict[str, Moments]]:
-        """By place, and of the stream.
+        """The moments by place, and those of the stream.
 
         Raises:
-            DtLensError: when no token was counted, or something was not finite.
+            DtLensError: if no token was counted, or an activation is not finite.
         """
         if not self.tokens:
-            raise DtLensError("No token was seen, so there are no activations; give more episodes or texts.")
+            raise DtLensError("No token was seen, so there are no activations; use more episodes or texts.")
         points, stream = ({name: sums.moments() for name, sums in kind.items()} for kind in (self._sums, self._stream))
         for found in (points, stream):
             for name, moments in found.items():
@@ -201,7 +201,7 @@ class Watch:
         }, stream
 
     def _part(self, place: str, points: Mapping[str, Moments]) -> Moments:
-        """A place's moments; of what one head gathered, a block of those of all heads."""
+        """The moments of a place; for one head's input of ``W_O``, a block of those of all heads."""
         if place in points:
             return points[place]
         whole, _, head = place.rpartition(".")

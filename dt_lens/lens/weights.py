@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Hashes of weights, and the check that a forward pass can use them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def fingerprint(lens: Weighted, matrix: Matrix) -> bytes:
-    """A hash of every bit that a matrix is made of, its LayerNorm's scale included."""
+    """A hash of every bit of the weights that a matrix is computed from, its LayerNorm's scale included."""
     weights, digest = lens.weights, hashlib.blake2b(digest_size=16)
     parts = [(f"{factor.weight} {factor.head}", weights[factor.weight], factor.head) for factor in matrix.factors]
     norms = dict.fromkeys(norm for norm in (matrix.left_norm, matrix.right_norm) if norm is not None)
@@ -39,7 +39,7 @@ def fingerprint(lens: Weighted, matrix: Matrix) -> bytes:
 def hash_of(tensor: Tensor) -> bytes:
     """A hash of every bit of a tensor, its type and its shape."""
     tensor = tensor.detach()
-    # In the order of the memory, so that a large transposed weight is not copied to be looked at.
+    # In memory order, so that a large transposed weight is hashed without a copy.
     strides: Sequence[int] = tensor.stride()
     order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {order}".encode(), digest_size=16)
@@ -48,7 +48,7 @@ def hash_of(tensor: Tensor) -> bytes:
 
 
 def memory_of(weight: Tensor) -> tuple[Any, ...]:
-    """The same for two weights that are one: layers may share them."""
+    """A key that is equal for two names of one weight: layers may share their memory."""
     return weight.data_ptr(), weight.device, weight.shape, weight.stride()
 
 
@@ -58,7 +58,7 @@ def weight_bytes(weight: Tensor) -> bytes:
 
 
 def require_computable(weights: Mapping[str, Tensor]) -> None:
-    """Raise ``DtLensError`` for weights that no forward pass can use: not floating-point, or of several kinds."""
+    """Raise ``DtLensError`` for weights that cannot run: not floating-point, or of several types or devices."""
     for name, weight in weights.items():
         if weight.dtype not in DTYPES:
             raise DtLensError(
@@ -66,11 +66,11 @@ def require_computable(weights: Mapping[str, Tensor]) -> None:
                 "float64, float32, bfloat16 or float16."
             )
         if weight.is_meta:
-            raise DtLensError(f"The weight {name!r} lies on the meta device and has no numbers; load the model first.")
+            raise DtLensError(f"The weight {name!r} is on the meta device and holds no numbers; load the model first.")
     kinds = {(str(weight.dtype), str(weight.device)): name for name, weight in weights.items()}
     if len(kinds) > 1:
         (kind, name), (other, second) = list(kinds.items())[:2]
         raise DtLensError(
-            f"The weight {name!r} is {kind[0]} on {kind[1]} and {second!r} is {other[0]} on {other[1]}; bring the "
-            "model to one type and one device with .to()."
+            f"The weight {name!r} is {kind[0]} on {kind[1]} and {second!r} is {other[0]} on {other[1]}; convert "
+            "the model to one type and one device with .to()."
         )

@@ -1,4 +1,4 @@
-"""The bundled models: one folder each, in Hugging Face's format, with a card."""
+"""Where the bundled models are: one folder each, in Hugging Face's format, with a card."""
 
 from __future__ import annotations
 

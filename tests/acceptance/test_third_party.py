@@ -114,14 +114,14 @@ def test_without_it_the_file_is_unknown(agent: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "text", "said"),
     [
-        ("toy", "Adapter = None", "Two installed packages both bring an adapter 'toy' ("),
+        ("toy", "Adapter = None", "Two installed packages both have an adapter 'toy' ("),
         (
             "broken",
             "import no_such_module",
             "The adapter 'broken' cannot be imported: No module named 'no_such_module'",
         ),
         ("broken", "raise SystemError('what\\never')", "The adapter 'broken' cannot be imported: what ever."),
-        ("broken", "class Adapter: pass", "'broken' is no adapter: it needs a name and the methods "),
+        ("broken", "class Adapter: pass", "'broken' is not an adapter: it needs a name and the methods "),
     ],
     ids=["duplicate", "import", "raises", "none"],
 )

@@ -139,7 +139,7 @@ def test_wrapping_twice_and_wrapping_a_lens(make_hf: Any) -> None:
     one.weights["blocks.0.mlp.W_in"][0, 0] = 7.0
     assert two.weights["blocks.0.mlp.W_in"][0, 0] == 7.0
     assert dt_lens.wrap(one) is one
-    with pytest.raises(DtLensError, match=r"wrapped already, so context= comes too late; leave it out\.$"):
+    with pytest.raises(DtLensError, match=r"wrapped already, so context= cannot change it; leave it out\.$"):
         dt_lens.wrap(one, context=3)
 
 
@@ -216,7 +216,7 @@ def test_tensors_that_do_not_fit(make_hf: Any, folder: Path) -> None:
         ({k: v.to(torch.int8) for k, v in good.items()}, r"holds int8 numbers; weights must be float64, .*\.$"),
         (
             {**good, key: good[key].half()},
-            r"float16 on cpu; bring the model to one type and one device with \.to\(\)\.$",
+            r"float16 on cpu; convert the model to one type and one device with \.to\(\)\.$",
         ),
         ({**good, key: good[key] + float("nan")}, rf"'{key}' in .* holds NaN or infinite values; .*\.$"),
     ):
@@ -304,5 +304,5 @@ def test_discrete_actions(make_hf: Any, tmp_path: Path) -> None:
 def test_a_model_without_numbers(make_hf: Any) -> None:
     with torch.device("meta"):
         hf = make_hf()
-    with pytest.raises(DtLensError, match="lies on the meta device"):
+    with pytest.raises(DtLensError, match="is on the meta device"):
         dt_lens.wrap(hf)

@@ -144,7 +144,7 @@ def test_a_field_that_does_nothing_can_be_ignored(tmp_path: Path) -> None:
         ("transformer.unembed.W_U", lambda t: torch.zeros(D, D), r"'transformer\.unembed\.W_U' that .* no place for"),
         ("transformer.blocks.0.mlp.W_gate", lambda t: t / 0, r"W_gate' in .* holds NaN or infinite"),
         ("transformer.blocks.0.mlp.W_in", lambda t: t.long(), "holds int64 numbers"),
-        ("transformer.blocks.0.mlp.W_in", lambda t: t.double(), "bring the model to one type"),
+        ("transformer.blocks.0.mlp.W_in", lambda t: t.double(), "convert the model to one type"),
     ],
 )
 def test_damaged_files(key: str, change: Callable[[Any], Any] | None, message: str, tmp_path: Path) -> None:

@@ -319,8 +319,8 @@ def test_an_unknown_weight_is_named(make: Make) -> None:
         ({k: v for k, v in good.items() if k != "ln_final.w"}, "'ln_final.w' is missing"),
         ({**good, "ln_final.w": torch.zeros(3)}, r"'ln_final.w' has shape \[3\]"),
         ({**good, "ln_final.w": torch.ones(8, dtype=torch.int8)}, "'ln_final.w' holds int8 numbers"),
-        ({**good, "ln_final.w": torch.ones(8, dtype=torch.float64)}, "bring the model to one type"),
-        ({**good, "ln_final.w": torch.ones(8, device="meta")}, "'ln_final.w' lies on the meta device"),
+        ({**good, "ln_final.w": torch.ones(8, dtype=torch.float64)}, "convert the model to one type"),
+        ({**good, "ln_final.w": torch.ones(8, device="meta")}, "'ln_final.w' is on the meta device"),
     ):
         before = {name: weight.data_ptr() for name, weight in model.weights.items()}
         with pytest.raises(DtLensError, match=message):

@@ -232,7 +232,7 @@ def test_another_models_activations_are_refused(make_dt: Make) -> None:
         # Edits in force make no difference.
         assert edit.output_energy(mine) == pytest.approx(edit.output_energy(collected(model)))
     few = collect_activations(model, batches=[model.probe()], matrices="*.W_out")
-    with pytest.raises(DtLensError, match=r"hold nothing of what blocks.0.mlp.W_in reads"):
+    with pytest.raises(DtLensError, match=r"do not cover what blocks.0.mlp.W_in reads"):
         edit.output_energy(few)
     small = replace(collected(make_dt(d_model=8)), made_of={})
     with pytest.raises(DtLensError, match="have 8 entries and the matrix reads 16"):

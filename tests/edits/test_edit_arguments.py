@@ -60,7 +60,7 @@ def test_a_malformed_record_is_refused(make_dt: Make, record: Any) -> None:
     [
         ({"matrix": "blocks.0.mlp.W_inn"}, "Did you mean 'blocks.0.mlp.W_in'"),
         ({"matrix": "blocks.0.attn.OV", "head": 5, "side": "read"}, "no head 5"),
-        ({"matrix": "blocks.0.attn.OV.0"}, "say side='read' or side='write'"),
+        ({"matrix": "blocks.0.attn.OV.0"}, "pass side='read' or side='write'"),
         ({"matrix": "blocks.0.attn.QK.0", "side": "read"}, "'query' and 'key'"),
         ({"side": "write"}, "no side 'write'; it has 'read' and 'neuron'"),
         ({"sv": 15}, r"sv=15 is out of range: blocks.0.mlp.W_in has 15 directions, 0 to 14"),
@@ -83,7 +83,7 @@ def test_a_malformed_record_is_refused(make_dt: Make, record: Any) -> None:
         ({"matrix": 5}, "named by text"),
         ({"matrix": [W_IN]}, "named by text"),
         ({"decomposition": "x"}, "decomposition is a str; it must be what WeightSVD gives"),
-        ({"activations": "x"}, "activations is a str; it must be what collect_activations gives"),
+        ({"activations": "x"}, "activations is a str; it must be a result of collect_activations"),
         ({"value": "random", "seed": 2**70}, "seed is 1180591620717411303424; it must be a whole number of at least"),
         ({"value": ("action_out", 0, 10**400)}, "it must be a number of degrees"),
         ({"value": "constan"}, "Did you mean 'constant'"),
@@ -113,7 +113,7 @@ def test_wrong_models_activations_and_weights_are_refused(make_dt: Make) -> None
     with pytest.raises(DtLensError, match="seed is 'a'"):
         SingularEdit(model, W_IN).control("a")  # type: ignore[arg-type]
     for wrong in (None, "x"):
-        with pytest.raises(DtLensError, match="it must be what collect_activations gives"):
+        with pytest.raises(DtLensError, match="it must be a result of collect_activations"):
             SingularEdit(model, W_IN).output_energy(wrong)  # type: ignore[arg-type]
     with pytest.raises(DtLensError, match="activations is a str"):
         SingularEdit(model, W_IN).control(0, "x")  # type: ignore[arg-type]

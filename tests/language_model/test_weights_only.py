@@ -149,7 +149,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     config.write_text(json.dumps(values))
     whole = (folder / names[1]).read_bytes()
     (folder / names[1]).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DtLensError, match=r"no whole safetensors file"):
+    with pytest.raises(DtLensError, match=r"is not a complete safetensors file"):
         dt_lens.open_checkpoint(folder)
     (folder / names[1]).unlink()
     with pytest.raises(DtLensError, match=r"is missing; fetch it again"):

@@ -181,12 +181,12 @@ def test_what_is_no_file_of_activations(make_dt: Make, tmp_path: Path) -> None:
         Activations.load(tmp_path / "none.safetensors")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DtLensError, match="no file of activations that can be read"):
+    with pytest.raises(DtLensError, match="is not a file of activations that can be read"):
         Activations.load(cut)
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(2)}, cut)
-    with pytest.raises(DtLensError, match=r"no file of activations; Activations.save"):
+    with pytest.raises(DtLensError, match=r"is not a file of activations; Activations\.save"):
         Activations.load(cut)
     with pytest.raises(
         DtLensError, match=r"below\.safetensors cannot be written: .*; choose another folder or make room\.$"

@@ -88,7 +88,7 @@ def test_duplicates_are_refused(monkeypatch: pytest.MonkeyPatch, module: str, tm
     install(monkeypatch, kzl__again="dt_lens_adapters.kzl:KZLDecisionTransformer")  # the same, installed twice
     adapter_names()
     install(monkeypatch, kzl__other=f"{module}:Mine")
-    with pytest.raises(DtLensError, match=r"Two installed packages both bring an adapter 'kzl' .*; uninstall one\.$"):
+    with pytest.raises(DtLensError, match=r"Two installed packages both have an adapter 'kzl' .*; uninstall one\.$"):
         adapter_names()
 
 
@@ -108,10 +108,10 @@ def test_two_that_recognise_the_same(monkeypatch: pytest.MonkeyPatch, module: st
         ("broken_adapter:Mine", "'broken_adapter:Mine' cannot be imported"),
         (":Mine", "cannot be imported"),
         ("someones_adapter:", "cannot be imported"),
-        ("someones_adapter:NotOne", "is no adapter: it needs a name and the methods recognises, load and wrap"),
+        ("someones_adapter:NotOne", "is not an adapter: it needs a name and the methods recognises, load and wrap"),
         ("someones_adapter:Demanding", "cannot be made without arguments"),
-        (dict, "is no adapter"),
-        (3, "3 is no adapter"),
+        (dict, "is not an adapter: it needs"),
+        (3, "3 is not an adapter: it needs"),
     ],
 )
 def test_what_is_no_adapter(module: str, adapter: Any, message: str) -> None:

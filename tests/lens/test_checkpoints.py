@@ -1,4 +1,4 @@
-"""Files that are no checkpoint, or a broken or a hostile one: one sentence, nothing run, nothing else raised."""
+"""Files that are not a checkpoint, or a broken or hostile one: one error sentence, no code run, nothing else raised."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def save_tensors(file: Path) -> None:
 def test_a_file_that_is_no_checkpoint(tmp_path: Path, suffix: str, write: Callable[[Path], None]) -> None:
     file = tmp_path / f"agent{suffix}"
     write(file)
-    expected = "no whole safetensors file" if suffix == ".safetensors" else "cannot be read as a checkpoint"
+    expected = "not a complete safetensors file" if suffix == ".safetensors" else "cannot be read as a checkpoint"
     assert expected in refusal(file)
 
 
@@ -130,8 +130,8 @@ def test_a_whole_module_is_refused_with_its_name(tmp_path: Path) -> None:
         (torch.zeros(2), "holds a Tensor; expected a state dict"),
         (3, "holds a int; expected a state dict"),
         ({}, "holds no tensors; expected the weights of a model"),
-        ({"a": torch.zeros(2), "epoch": 3}, "holds 'epoch', which is no tensor; expected a state dict"),
-        ({"state_dict": {"a": torch.zeros(2), "b": "x"}}, "holds 'b', which is no tensor"),
+        ({"a": torch.zeros(2), "epoch": 3}, "holds 'epoch', which is not a tensor; expected a state dict"),
+        ({"state_dict": {"a": torch.zeros(2), "b": "x"}}, "holds 'b', which is not a tensor"),
         ({"a": torch.eye(3).to_sparse()}, "The tensor 'a' in"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert "holds no model.safetensors or pytorch_model.bin" in refusal(tmp_path)
     (tmp_path / "model.safetensors").mkdir()
-    assert "no whole safetensors file" in refusal(tmp_path)
+    assert "is not a complete safetensors file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "not json", "[1]", "3", "null", '"x"', "[" * 100_000, "\x00"])

@@ -56,7 +56,7 @@ def test_load_of_something_else(source: Any) -> None:
 def test_bundled_names(agent: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "bundled", lambda: {"jumper": agent})
     assert dt_lens.load("jumper").cfg.d_model == 16
-    with pytest.raises(DtLensError, match=r"no model 'jumpr': .* bundled models \(jumper\)\. Did you mean 'jumper'\?$"):
+    with pytest.raises(DtLensError, match=r"'jumpr': .* nor a bundled model \(jumper\)\. Did you mean 'jumper'\?$"):
         dt_lens.load("jumpr")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jumper").mkdir()  # the results of a study, say
@@ -74,7 +74,7 @@ def test_certifying_can_be_left_out(agent: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class TestTheHub:
-    """A name with one slash that is nothing here is a model on the hub, which may be out of reach."""
+    """A name with one slash that does not exist locally is a model on the hub, which may be out of reach."""
 
     def test_offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -113,5 +113,5 @@ class TestTheHub:
     @pytest.mark.parametrize("name", ["runs/agent.pt", "a/b/c", "agent", "/some/agent", "../agent", "~/agent.ckpt"])
     def test_what_looks_like_a_file_is_not_looked_for_there(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(loading, "_download", lambda name: pytest.fail("asked the hub"))
-        with pytest.raises(DtLensError, match="it is no local file or folder and none of the bundled models"):
+        with pytest.raises(DtLensError, match="it is not a local file or folder, nor a bundled model"):
             dt_lens.load(name)

@@ -217,7 +217,7 @@ def test_tables_carry_the_weighting(make_dt: Make, tmp_path: Path) -> None:
     best = svd.strongest("*.W_in")
     assert bool(best["p_value"].between(0, 1).all())
     assert svd.scan("*.W_in", "shuffled", draws=2).attrs["draws"] == 2
-    with pytest.raises(DtLensError, match="must be what collect_activations gives"):
+    with pytest.raises(DtLensError, match="must be a result of collect_activations"):
         WeightSVD(model, activations=torch.eye(16))  # type: ignore[arg-type]
 
 
