@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import dt_lens
@@ -21,6 +23,19 @@ def test_the_edit_of_the_readme_hurts_and_goes_away() -> None:
         edited = evaluate(model, episodes=16, seed=0)
     assert evaluate(model, episodes=16, seed=0).to_frame().equals(base.to_frame())
     assert edited.compare(base).difference < 0
+
+
+def check_report(folder: Path) -> None:
+    """The report has every section, figure and edit of a study with one strong and one weak edit, and plotly.js."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<section id="([^"]+)">', page) == [f"section-{n}" for n in range(1, 7)]
+    assert page.count('data-figure="') == 7
+    assert page.count("plotly.js v") == 1
+    verdicts = pd.read_csv(folder / "verdicts.csv")
+    assert sorted(verdicts["role"]) == ["strong", "weak"]
+    for row in verdicts.itertuples():
+        assert f"{row.matrix}" in page
+        assert f"{row.verdict}" in page
 
 
 def test_the_study_runs_and_reports(tmp_path: Path) -> None:
@@ -40,4 +55,4 @@ def test_the_study_runs_and_reports(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith(str(tmp_path / "report.html"))
-    assert (tmp_path / "report.html").stat().st_size > 1_000_000
+    check_report(tmp_path)
