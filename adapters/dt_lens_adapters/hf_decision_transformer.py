@@ -81,7 +81,7 @@ class HFDecisionTransformer:
 
         with torch.device("meta"):
             hooked = HookedDecisionTransformer(cfg)
-        hooked.share_with(model, views, HFReference(model, cfg))
+        hooked.look_at(model, views, HFReference(model, cfg))
         hooked.facts = facts
         hooked.train(model.training)
         return hooked

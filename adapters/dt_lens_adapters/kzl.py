@@ -68,7 +68,7 @@ class KZLDecisionTransformer:
         facts.require_fit(cfg.state_dim, cfg.act_dim)
         with torch.device("meta"):
             hooked = HookedDecisionTransformer(cfg)
-        hooked.share_with(model, lambda: canonical_from_hf(used(live.tensors()), cfg), _KZLReference(live, config))
+        hooked.look_at(model, lambda: canonical_from_hf(used(live.tensors()), cfg), _KZLReference(live, config))
         hooked.facts = facts
         hooked.train(model.training)
         return hooked

@@ -65,7 +65,7 @@ class SharingModule(HookedRootModule):
             setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))
         self._weights_moved()
 
-    def share_with(
+    def look_at(
         self, original: nn.Module, weights: Callable[[], Mapping[str, Tensor]], reference: Reference | None
     ) -> None:
         """Share the memory of ``original``, of whose weights ``weights()`` returns views under canonical names."""

@@ -261,7 +261,7 @@ class StateDictAdapter:
                     weights[name] = own[name]
             return weights
 
-        hooked.share_with(module, views, _Reference(module, layout, self._used, live))
+        hooked.look_at(module, views, _Reference(module, layout, self._used, live))
         hooked.facts = layout.facts
         hooked.train(module.training)
         return hooked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -21,12 +21,16 @@ from dt_lens.statistics.outcomes import (
 )
 from dt_lens.statistics.rank_correlation import rank_correlation
 
+# A busy machine draws and runs slowly; that says nothing about the statistics.
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 values = arrays(np.float64, st.integers(1, 30), elements=st.integers(-3000, 3000).map(float))
 episodes = st.integers(1, 30).flatmap(
     lambda n: st.tuples(arrays(np.int64, n, elements=st.integers(1, 20)), arrays(np.bool_, n))
 )
 
 
+@SETTINGS
 @given(values)
 def test_iqm_lies_between_the_quartiles(x: np.ndarray) -> None:
     assert x.min() <= iqm(x) <= x.max()
@@ -34,7 +38,7 @@ def test_iqm_lies_between_the_quartiles(x: np.ndarray) -> None:
     np.testing.assert_allclose(iqm(-x), -iqm(x), atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(SETTINGS, max_examples=40)
 @given(values)
 def test_intervals_never_fail(x: np.ndarray) -> None:
     with warnings.catch_warnings():
@@ -46,7 +50,7 @@ def test_intervals_never_fail(x: np.ndarray) -> None:
         assert np.isnan(low)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(SETTINGS, max_examples=50)
 @given(values)
 def test_sign_flip_ignores_direction_and_scale(x: np.ndarray) -> None:
     p = sign_flip(x, resamples=500, seed=1)
@@ -55,6 +59,7 @@ def test_sign_flip_ignores_direction_and_scale(x: np.ndarray) -> None:
     assert np.isnan(cohen_dz(x)) or cohen_dz(-x) == -cohen_dz(x)
 
 
+@SETTINGS
 @given(st.integers(0, 200), st.integers(1, 200))
 def test_wilson_holds_the_proportion(k: int, n: int) -> None:
     k = min(k, n)
@@ -64,6 +69,7 @@ def test_wilson_holds_the_proportion(k: int, n: int) -> None:
     assert wilson(n - k, n) == (1 - high, 1 - low) or np.allclose(wilson(n - k, n), (1 - high, 1 - low))
 
 
+@SETTINGS
 @given(arrays(np.bool_, st.tuples(st.just(2), st.integers(1, 40))))
 def test_mcnemar_is_symmetric(pairs: np.ndarray) -> None:
     assert 0 < mcnemar(pairs[0], pairs[1]) <= 1
@@ -71,6 +77,7 @@ def test_mcnemar_is_symmetric(pairs: np.ndarray) -> None:
     assert mcnemar(pairs[0], pairs[1]) == mcnemar(~pairs[0], ~pairs[1])
 
 
+@SETTINGS
 @given(episodes)
 def test_survival_falls_from_one(episode: tuple[np.ndarray, np.ndarray]) -> None:
     times, ended = episode
@@ -84,7 +91,7 @@ def test_survival_falls_from_one(episode: tuple[np.ndarray, np.ndarray]) -> None
             assert np.isclose(s, (times > t).mean())
 
 
-@settings(max_examples=50)
+@settings(SETTINGS, max_examples=50)
 @given(episodes, episodes)
 def test_logrank_is_antisymmetric_and_finite(
     a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
@@ -98,7 +105,7 @@ def test_logrank_is_antisymmetric_and_finite(
     assert logrank(*a, *a) == (0.0, 1.0) or abs(logrank(*a, *a)[0]) < 1e-9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(SETTINGS, max_examples=30)
 @given(arrays(np.float64, st.tuples(st.just(2), st.integers(1, 20)), elements=st.integers(-9, 9).map(float)))
 def test_a_rank_correlation_sees_ranks_only(pairs: np.ndarray) -> None:
     x, y = pairs
