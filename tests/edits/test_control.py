@@ -225,7 +225,7 @@ def test_another_models_activations_are_refused(make_dt: Make) -> None:
     acts = collected(make_dt(1))
     edit = SingularEdit(model, "blocks.0.mlp.W_in", value="zero")
     for ask in (lambda: edit.output_energy(acts), lambda: edit.control(0, acts)):
-        with pytest.raises(DtLensError, match=r"another model's: its blocks.0.mlp.W_in differs"):
+        with pytest.raises(DtLensError, match=r"of another model, whose blocks\.0\.mlp\.W_in differs"):
             ask()
     mine = collected(model)
     with SingularEdit(model, "blocks.0.mlp.W_in", 3, value="flip"):

@@ -143,7 +143,7 @@ def test_only_what_was_asked_for_is_watched(make_dt: Make) -> None:
     model = make_dt()
     acts = collect_activations(model, batches=[model.probe()], matrices=["*.W_in", "blocks.1.attn.OV.0"])
     assert set(acts.inputs) == {"blocks.0.mlp.W_in", "blocks.1.mlp.W_in", "blocks.1.attn.OV.0"}
-    with pytest.raises(DtLensError, match=r"nothing of what blocks.0.mlp.W_out reads.*Did you mean"):
+    with pytest.raises(DtLensError, match=r"do not cover what blocks.0.mlp.W_out reads.*Did you mean"):
         acts.inputs["blocks.0.mlp.W_out"]
     whole = collect_activations(model, batches=[model.probe()])
     for name in acts.inputs:
