@@ -51,7 +51,7 @@ def test_the_same_predictions(
 
 def test_left_padding_is_a_shorter_window() -> None:
     model = make()
-    lens, batch = dt_lens.wrap(model), batch_of(model)
+    lens, batch = dt_lens.wrap(model, check=False), batch_of(model)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]])
     mine = lensed(lens, {**batch, "attention_mask": mask})
     for row, real in enumerate(mask.bool()):
@@ -65,7 +65,7 @@ def test_what_the_script_saves(tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match=r"pass n_heads= \(the code base's default is n_heads=1\)\.$"):
         dt_lens.load(file)
     for given_heads in ({"n_heads": 2}, {}):
-        lens = dt_lens.load(file, **given_heads)
+        lens = dt_lens.load(file, check=False, **given_heads)
         batch = batch_of(model)
         torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
         assert lens.facts.context == 4 and lens.cfg.n_heads == 2 and lens.cfg.max_ep_len == 40
@@ -77,7 +77,7 @@ def test_what_the_script_saves(tmp_path: Path) -> None:
     certificate = certify(lens, seed=3)
     assert set(catalogue(lens)) <= set(certificate.errors) and certificate.against == "the original model"
     assert set(lens.embeddings) == {"state_in", "action_in", "reward_in", "timestep_in", "action_out"}
-    assert dt_lens.load(file, return_scale=1, target_returns=[5]).facts.target_returns == (5.0,)
+    assert dt_lens.load(file, return_scale=1, target_returns=[5], check=False).facts.target_returns == (5.0,)
     lens.to(torch.float64)
     certify(lens)
     lens.require_shared(list(lens.weights))
@@ -90,7 +90,7 @@ def test_a_bare_state_dict_and_settings_of_another_model(tmp_path: Path) -> None
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(DtLensError, match="pass n_heads="):
             dt_lens.load(tmp_path / "dt.pt")
-    lens = dt_lens.load(tmp_path / "dt.pt", n_heads=4)
+    lens = dt_lens.load(tmp_path / "dt.pt", n_heads=4, check=False)
     assert lens.facts.return_scale == 1000.0 and lens.facts.state_mean is None
     (tmp_path / "config.yaml").write_text(SETTINGS.replace("max_action: 1.0", "max_action: 2.0"))
     with pytest.raises(DtLensError, match=r"multiplies its actions by max_action=2\.0"):
@@ -233,7 +233,7 @@ def test_a_wrong_map_is_noticed(mistaken: Any) -> None:
 
 def test_edits_reach_the_live_model(edits_reach: Any) -> None:
     model = make()
-    lens, batch = dt_lens.wrap(model), batch_of(model)
+    lens, batch = dt_lens.wrap(model, check=False), batch_of(model)
     edits_reach(lens, lambda: original(model, batch), lambda: lensed(lens, batch))
 
 
@@ -256,7 +256,7 @@ def test_a_planted_direction_is_found() -> None:
         # Behind the block's own LayerNorm, whose scale folding multiplies by.
         planted = (state - state.mean()) / model.blocks[1].norm1.weight
         value += torch.outer(torch.nn.functional.normalize(torch.randn(16), dim=0), 9.0 * planted)
-    lens = dt_lens.wrap(model, state_labels=["a", "b", "height", "d", "e"])
+    lens = dt_lens.wrap(model, state_labels=["a", "b", "height", "d", "e"], check=False)
     table = WeightSVD(lens).scan(matrices=["blocks.1.attn.W_V"], embeddings=["state_in"], null="haar", seed=0)
     best = table.sort_values("cosine", key=np.abs, ascending=False).iloc[0]
     assert best["sv"] == 0 and best["label"] == "height" and abs(best["cosine"]) > 0.99

@@ -56,12 +56,13 @@ def test_images(tmp_path: Path, discrete: bool) -> None:
     model = make(discrete, states=(2, 20, 20))
     filters = {"filters": [[3, 6, 3], [4, 3, 2]], "activation": "relu", "feature_size": 16}
     act = "gelu" if discrete else "relu"
+    said: dict[str, Any] = {"n_heads": 2, "act_fn": act}
     file = whole_file(model, tmp_path / "a.d3", act, {"type": "pixel", "params": filters})
     batch = batch_of(model)
     for lens in (
         dt_lens.load(file),
-        dt_lens.wrap(model, image_side=20),
-        dt_lens.load(weights_file(model, tmp_path / "a.pt"), n_heads=2, act_fn=act, strides=[3, 2], image_side=20),
+        dt_lens.wrap(model, image_side=20, check=False),
+        dt_lens.load(weights_file(model, tmp_path / "a.pt"), **said, strides=[3, 2], image_side=20, check=False),
     ):
         assert lens.cfg.state_dim == 800
         torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
@@ -73,7 +74,7 @@ def test_images(tmp_path: Path, discrete: bool) -> None:
         ({"strides": [3, 2], "image_side": "20"}, "image_side is '20'"),
     ):
         with pytest.raises(DtLensError, match=message):
-            dt_lens.load(tmp_path / "a.pt", n_heads=2, act_fn=act, **options)
+            dt_lens.load(tmp_path / "a.pt", **said, **options)
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -84,7 +85,7 @@ def test_a_whole_file(tmp_path: Path, discrete: bool) -> None:
         "reward_scaler": {"type": "multiply", "params": {"multiplier": 0.01}},
     }
     file = whole_file(model, tmp_path / "model_5000.d3", "swish", vector("swish", "tanh"), **scalers)
-    lens, batch = dt_lens.load(file), batch_of(model)
+    lens, batch = dt_lens.load(file, check=False), batch_of(model)
     torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
     assert lens.facts.state_mean == (1,) * 5 and lens.facts.state_std == (2.5,) * 5
     assert lens.facts.return_scale == 100 and lens.cfg.act_fn == "silu" and lens.cfg.discrete_actions == discrete
@@ -93,7 +94,7 @@ def test_a_whole_file(tmp_path: Path, discrete: bool) -> None:
     lens.to(torch.float64)
     certify(lens)
     lens.require_shared(list(lens.weights))
-    assert dt_lens.load(file, return_scale=2.0, context=3).facts.return_scale == 2.0
+    assert dt_lens.load(file, return_scale=2.0, context=3, check=False).facts.return_scale == 2.0
 
 
 def test_weights_alone(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_weights_alone(tmp_path: Path) -> None:
         dt_lens.load(file, n_heads=2)
     with pytest.raises(DtLensError, match=r"act_fn is 'geglu'; of d3rlpy's activations dt-lens knows relu"):
         dt_lens.load(file, n_heads=2, act_fn="geglu")
-    lens = dt_lens.load(file, n_heads=2, act_fn="relu")
+    lens = dt_lens.load(file, n_heads=2, act_fn="relu", check=False)
     torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
     (tmp_path / "params.json").write_text('{"learning_rate": 0.1}')  # somebody else's
     with pytest.raises(DtLensError, match="pass n_heads="):
@@ -113,7 +114,9 @@ def test_weights_alone(tmp_path: Path) -> None:
     whole_file(model, tmp_path / "x.d3", "relu", vector())
     config = pickle.loads((tmp_path / "x.d3").read_bytes())["config"]
     (tmp_path / "params.json").write_text(config)  # the training run's
-    torch.testing.assert_close(lensed(dt_lens.load(file), batch), original(model, batch), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        lensed(dt_lens.load(file, check=False), batch), original(model, batch), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_settings_that_do_not_fit(tmp_path: Path) -> None:
@@ -127,7 +130,7 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
         file = whole_file(make(), tmp_path / "a.d3", "relu", vector(), **params)
         with pytest.raises(DtLensError, match=message):
             dt_lens.load(file)
-    assert dt_lens.load(file, ignore_options=["reward_scaler"]).facts.return_scale == 1.0
+    assert dt_lens.load(file, ignore_options=["reward_scaler"], check=False).facts.return_scale == 1.0
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_a_wrong_map_around_the_blocks_is_noticed(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("discrete", [False, True])
 def test_edits_reach_the_live_model(edits_reach: Any, discrete: bool) -> None:
     model = make(discrete)
-    lens, batch = dt_lens.wrap(model), batch_of(model)
+    lens, batch = dt_lens.wrap(model, check=False), batch_of(model)
     edits_reach(lens, lambda: original(model, batch), lambda: lensed(lens, batch))
 
 
@@ -246,7 +249,7 @@ def test_a_planted_direction_is_found() -> None:
         out = model._gpt2._transformer[1]._mlp._l2.weight  # (out, in)
         out.mul_(0.01)
         out += torch.outer(head - head.mean(), nn.functional.normalize(torch.randn(out.shape[1]), dim=0)) * 9
-    lens = dt_lens.wrap(model, action_labels=["hip", "knee", "foot"])
+    lens = dt_lens.wrap(model, action_labels=["hip", "knee", "foot"], check=False)
     table = WeightSVD(lens).scan(matrices=["blocks.1.mlp.W_out"], embeddings=["action_out"], null="haar", seed=0)
     best = table.sort_values("cosine", key=np.abs, ascending=False).iloc[0]
     assert best["sv"] == 0 and best["label"] == "foot" and abs(best["cosine"]) > 0.99
@@ -280,6 +283,6 @@ def stateful_return(model: Minimal, seed: int, target: float, limit: int) -> flo
 @pytest.mark.parametrize("by_window", [True, False])
 def test_rollouts_are_d3rlpys_own(by_window: bool) -> None:
     model = make(True, seed=5, size=0.4, states=4, act_dim=2, by_window=by_window)
-    lens = dt_lens.wrap(model, environment="CartPole-v1", target_returns=[20.0])
+    lens = dt_lens.wrap(model, environment="CartPole-v1", target_returns=[20.0], check=False)
     result = dt_lens.evaluate(lens, episodes=3, seed=0, max_steps=25)
     assert list(result.to_frame()["return"]) == [stateful_return(model, seed, 20.0, 25) for seed in range(3)]

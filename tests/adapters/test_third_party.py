@@ -44,7 +44,7 @@ def saved(toy_dt: Any, agent: Any, tmp_path: Path) -> Path:
 
 
 def test_a_file_tells_all(saved: Path) -> None:
-    model = dt_lens.load(saved, adapter=ADAPTER)
+    model = dt_lens.load(saved, adapter=ADAPTER, check=False)
     assert (model.cfg.n_heads, model.cfg.n_layers, model.cfg.d_mlp, model.facts.context) == (3, 2, 36, 5)
     assert (model.facts.environment, model.facts.return_scale, model.facts.target_returns) == (
         "CartPole-v1",
@@ -104,7 +104,7 @@ def test_what_is_missing_is_asked_for_and_what_is_too_much_is_named(saved: Path)
     torch.save(held["model"], saved)
     with pytest.raises(DtLensError, match=r"A toy_dt agent's file does not say how many .* pass n_heads= "):
         dt_lens.load(saved, adapter=ADAPTER)
-    assert dt_lens.load(saved, adapter=ADAPTER, n_heads=3, context=5).cfg.n_ctx == 5
+    assert dt_lens.load(saved, adapter=ADAPTER, n_heads=3, context=5, check=False).cfg.n_ctx == 5
     with pytest.raises(DtLensError, match=r"Unknown option 'heads' .* mean 'n_heads'"):
         dt_lens.load(saved, adapter=ADAPTER, heads=3)
     torch.save(held["model"] | {"ladder.0.gate.weight": torch.zeros(3)}, saved)

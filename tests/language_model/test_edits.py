@@ -18,7 +18,7 @@ def dense(lens: Any, name: str, folded: bool = True) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_only_a_norm_that_centres_makes_a_removal_of_a_constant(kind: str, make_lm: Any) -> None:
-    lens = dt_lens.wrap(make_lm(kind))
+    lens = dt_lens.wrap(make_lm(kind), check=False)
     name = "blocks.1.mlp.W_in"
     d, before = WeightSVD(lens)[name], dense(lens, name)
     edit = SingularEdit(lens, name, sv=2)
@@ -35,7 +35,7 @@ def test_only_a_norm_that_centres_makes_a_removal_of_a_constant(kind: str, make_
 
 @pytest.mark.parametrize("side", ["read", "write"])
 def test_an_edit_of_one_head_and_of_all_that_share_with_it(side: Any, make_lm: Any) -> None:
-    lens = dt_lens.wrap(make_lm("llama"))  # heads 0 and 1 share keys and values, and so do 2 and 3
+    lens = dt_lens.wrap(make_lm("llama"), check=False)  # heads 0 and 1 share keys and values, and so do 2 and 3
     before = [dense(lens, f"blocks.0.attn.OV.{head}", False) for head in range(4)]
     edit = SingularEdit(lens, "blocks.0.attn.OV.1", sv=0, side=side, value="zero")
     with edit:
@@ -51,7 +51,7 @@ def test_an_edit_of_one_head_and_of_all_that_share_with_it(side: Any, make_lm: A
 
 @pytest.mark.parametrize(("side", "shared"), [("query", False), ("key", True)])
 def test_queries_are_a_heads_own_and_keys_are_shared(side: Any, shared: bool, make_lm: Any) -> None:
-    lens = dt_lens.wrap(make_lm("mistral"))
+    lens = dt_lens.wrap(make_lm("mistral"), check=False)
     edit = SingularEdit(lens, "blocks.1.attn.QK.3", sv=1, side=side, value=0.5)
     tokens = torch.arange(8)[None]
     before = lens(tokens)
@@ -64,7 +64,7 @@ def test_queries_are_a_heads_own_and_keys_are_shared(side: Any, shared: bool, ma
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "gpt_neo", "llama", "qwen2"])
 @pytest.mark.parametrize("matrix", ["mlp.W_in", "mlp.W_gate", "mlp.W_out", "attn.W_Q", "attn.W_O"])
 def test_an_edit_and_its_control_on_every_family(kind: str, matrix: str, make_lm: Any) -> None:
-    lens = dt_lens.wrap(make_lm(kind))
+    lens = dt_lens.wrap(make_lm(kind), check=False)
     name = f"blocks.0.{matrix}"
     if name not in lens.weights:
         pytest.skip(f"{kind} has no {matrix}")
@@ -79,7 +79,7 @@ def test_an_edit_and_its_control_on_every_family(kind: str, matrix: str, make_lm
 
 
 def test_directions_behind_an_rmsnorm_live_in_all_dimensions(make_lm: Any) -> None:
-    lens = dt_lens.wrap(make_lm("llama"))
+    lens = dt_lens.wrap(make_lm("llama"), check=False)
     d = WeightSVD(lens)["blocks.0.mlp.W_gate"]
     assert float(d.read.sum(1).abs().max()) > 0.1  # a LayerNorm's would have no mean
     w = lens.weights["blocks.0.ln2.w"].double()

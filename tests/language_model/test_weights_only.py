@@ -58,7 +58,9 @@ def test_the_scan_is_the_loaded_models(kind: str, dtype: torch.dtype, tmp_path: 
     assert list(catalogue(opened)) == list(catalogue(loaded))
     for name, weight in loaded.weights.items():
         assert torch.equal(opened.weights[name], weight), name
-    one, two = (WeightSVD(model, rank=6).scan(embeddings=["token_in", "token_out"]) for model in (opened, loaded))
+    one, two = (
+        WeightSVD(model, rank=6).scan(embeddings=["token_in", "token_out"], draws=200) for model in (opened, loaded)
+    )
     pd.testing.assert_frame_equal(one, two)
 
 
@@ -79,7 +81,7 @@ def test_a_vocabulary_in_blocks(kind: str, tmp_path: Path, monkeypatch: pytest.M
 def test_a_stopped_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "WHOLE", 0)
     folder = saved("gptj", tmp_path / "model")
-    straight = WeightSVD(dt_lens.open_checkpoint(folder), rank=4).scan(embeddings="token_*")
+    straight = WeightSVD(dt_lens.open_checkpoint(folder), rank=4).scan(embeddings="token_*", draws=200)
     told: list[str] = []
 
     def stop(what: str, share: float) -> None:
@@ -89,7 +91,7 @@ def test_a_stopped_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def go(tell: Any) -> pd.DataFrame:
         resumed = WeightSVD(dt_lens.open_checkpoint(folder), rank=4, resume=tmp_path / "kept")
-        return resumed.scan(embeddings="token_*", progress=tell)
+        return resumed.scan(embeddings="token_*", progress=tell, draws=200)
 
     with pytest.raises(KeyboardInterrupt):
         go(stop)
