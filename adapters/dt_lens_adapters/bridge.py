@@ -1,7 +1,7 @@
 """TransformerLens's ``TransformerBridge`` around a model of a family that dt-lens knows.
 
 The bridge has put its own modules into the model that it wraps and renamed what the model's state dict shows, so that
-Hugging Face's forward pass is no longer there to be held against. A second model of Hugging Face's class is built
+there is no forward pass of Hugging Face's left to compare with. A second model of Hugging Face's class is built
 around the same parameters: no number is copied, an edit through the lens is seen by the bridge, and the bridge's own
 logits are the proof that it computes with these weights.
 """
@@ -33,7 +33,7 @@ WRAPPED = "._original_component"
 
 
 class Bridge:
-    """The adapter."""
+    """The adapter for a live ``TransformerBridge``."""
 
     name = "bridge"
 
@@ -41,14 +41,14 @@ class Bridge:
         return isinstance(source, nn.Module) and any(b.__name__ == "TransformerBridge" for b in type(source).__mro__)
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedLanguageModel:
-        raise DtLensError("A TransformerBridge is no file; load the model's folder, or wrap the live bridge.")
+        raise DtLensError("A TransformerBridge is not a file; load the model's folder, or wrap the live bridge.")
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedLanguageModel:
         refuse_unknown(given, {"tokenizer"})
         bridge: Any = model
         wrapped = bridge.original_model
         family = _family(wrapped)
-        config = copy.deepcopy(wrapped.config)  # the twin's attention is switched while it is looked at
+        config = copy.deepcopy(wrapped.config)  # the twin's attention is switched while it runs with hooks
         with torch.device("meta"):
             wanted = set(type(wrapped)(config).state_dict())
         tensors = _parameters(wrapped, wanted)
@@ -125,6 +125,6 @@ def _require_same_logits(bridge: Any, lens: HookedLanguageModel) -> None:
     eps = torch.finfo(mine.dtype).eps
     if not bool((theirs - mine).abs().max() <= 1e3 * eps * mine.abs().max()):
         raise DtLensError(
-            "The bridge's logits are not those of the model inside it, so its weights cannot be vouched for; wrap one "
+            "The bridge's logits are not those of the model inside it, so its weights cannot be certified; wrap one "
             "that was not processed."
         )

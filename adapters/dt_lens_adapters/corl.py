@@ -2,7 +2,7 @@
 
 Pre-LayerNorm blocks around ``nn.MultiheadAttention``, whose three input projections are one tensor, an exact GELU, and
 one head, for actions. The training script saves ``{"model_state", "state_mean", "state_std"}`` and, beside it, its
-settings as ``config.yaml``; where that lies there and fits, nothing has to be asked.
+settings as ``config.yaml``; where that file is present and fits, no keyword is needed.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class CORLDecisionTransformer(StateDictAdapter):
                 said["state_mean"], said["state_std"] = (torch.as_tensor(x).flatten() for x in (mean, std))
             except (TypeError, ValueError, RuntimeError) as error:
                 raise DtLensError(
-                    f"The state_mean or state_std in {checkpoint.path} is no array of numbers ({because(error)}); save "
-                    "the model_state alone and pass state_mean= and state_std=."
+                    f"The state_mean or state_std in {checkpoint.path} is not an array of numbers ({because(error)}); "
+                    "save the model_state alone and pass state_mean= and state_std=."
                 ) from error
         return said | _settings(checkpoint)
 

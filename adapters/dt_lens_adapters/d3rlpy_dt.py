@@ -44,7 +44,7 @@ class _Layout(Layout):
 
     def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
         act_dim, d = tensors.size("_output.weight")
-        # All of them, so that one that is missing is missed.
+        # Any of them, so that a missing one is reported as missing.
         self.discrete = not any(key in tensors for key in ("_action_embed.bias", "_output.bias", "_embed_ln.weight"))
         by_window = GLOBAL in tensors or WINDOW in tensors
         self.table = GLOBAL if by_window else TABLE
@@ -254,7 +254,7 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
     def said_by_file(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
         beside = (checkpoint.folder / "params.json") if checkpoint.folder else None
         settings = checkpoint.config or (read_json(beside) if beside and beside.is_file() else {})
-        # Another program's params.json is none of ours.
+        # Other programs write a params.json too.
         ours = {"observation_shape", "config"} <= set(settings)
         return said_by_settings(settings, given.get("ignore_options", ())) if ours else {}
 
@@ -269,7 +269,7 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
 def _numbered(tensors: Tensors, pattern: str, ndim: int) -> list[str]:
     """Keys of layers, without what follows their number, in the order of their numbers.
 
-    A layer has a weight of so many sizes, or a bias whose weight is missing.
+    A layer has a weight of ``ndim`` sizes, or a bias without a weight.
     """
     found: dict[int, str] = {}
     for key in tensors.tensors:
@@ -282,7 +282,7 @@ def _numbered(tensors: Tensors, pattern: str, ndim: int) -> list[str]:
 
 
 def _act(name: Any, argument: str) -> str:
-    """Our name of an activation of d3rlpy's."""
+    """dt-lens's name of an activation of d3rlpy's."""
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise DtLensError(
             f"{argument} is {name!r}; of d3rlpy's activations dt-lens knows {', '.join(ACTIVATIONS)}."

@@ -11,9 +11,9 @@ from dt_lens.errors import DtLensError, because
 
 __all__ = ["ACTIVATIONS", "said_by_settings", "settings_in"]
 
-# d3rlpy's names of activations, and the one of ours that is other; "none" is none.
+# d3rlpy's names of activations to dt-lens's; "none" is the identity.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "tanh": "tanh", "swish": "silu", "silu": "silu", "none": "none"}
-# What an encoder's layers are shows in their tensors; dropout and the widths say nothing more.
+# Options of a state encoder. Its layers are read off their tensors; dropout does nothing in evaluation mode.
 ENCODER = {
     "activation", "dropout_rate", "exclude_last_activation", "feature_size", "filters", "hidden_units",
     "last_activation", "use_batch_norm", "use_dense", "use_layer_norm",
@@ -99,7 +99,9 @@ def _encoder(factory: Mapping[str, Any], shape: Any) -> dict[str, Any]:
         said["strides"] = [stride for _, _, stride in params["filters"]]
     if len(shape) == 3:
         if shape[1] != shape[2]:
-            raise DtLensError(f"This d3rlpy model reads images of {shape[1]} x {shape[2]}; dt-lens wants square ones.")
+            raise DtLensError(
+                f"This d3rlpy model reads images of {shape[1]} x {shape[2]}; dt-lens reads square ones only."
+            )
         said["image_side"] = shape[1]
     return said
 
@@ -127,8 +129,8 @@ def _return_scale(kind: str, params: Mapping[str, Any]) -> float:
     if kind == "return":
         return (float(params["return_max"]) - float(params["return_min"])) / float(multiplier)
     raise DtLensError(
-        f"This d3rlpy model scales rewards by {kind!r}, which is no division of the return-to-go; to look at its "
-        "weights all the same pass ignore_options=['reward_scaler']."
+        f"This d3rlpy model scales rewards by {kind!r}, which does not divide the return-to-go by a number; to "
+        "inspect its weights anyway pass ignore_options=['reward_scaler']."
     )
 
 
@@ -137,5 +139,5 @@ def _require_unit_box(kind: str, params: Mapping[str, Any]) -> None:
     if kind != "min_max" or any(abs(abs(edge) - 1.0) > 1e-3 for edge in edges):
         raise DtLensError(
             f"This d3rlpy model scales its actions by {kind!r} and dt-lens gives them to the environment as they are; "
-            "to look at its weights all the same pass ignore_options=['action_scaler']."
+            "to inspect its weights anyway pass ignore_options=['action_scaler']."
         )

@@ -14,7 +14,7 @@ __all__ = ["FAMILY", "GPT2"]
 
 
 def read(values: Values) -> LanguageModelConfig:
-    """The configuration; ``n_inner`` is four times the width where nobody says otherwise."""
+    """The configuration; ``n_inner`` is four times the width by default."""
     d, layers = values.size("n_embd", "hidden_size"), values.layers("n_layer", "num_hidden_layers")
     d_head = values.share(d, "n_head", "num_attention_heads")
     scale = d_head**-0.5 if values.flag("scale_attn_weights") else 1.0
@@ -99,14 +99,14 @@ FAMILY = Family(
         "tie_word_embeddings": True,
     },
     read=read,
-    # The causal masks of older releases. Whole keys: a suffix match on "attn.bias" would swallow "c_attn.bias" too.
+    # The causal masks of older releases. Whole keys: a suffix match on "attn.bias" would match "c_attn.bias" too.
     ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
     prefix="transformer.",
 )
 
 
 class GPT2(LanguageModelAdapter):
-    """The adapter."""
+    """The adapter for GPT-2."""
 
     name = "gpt2"
     family = FAMILY

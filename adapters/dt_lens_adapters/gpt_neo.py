@@ -17,7 +17,7 @@ __all__ = ["FAMILY", "GPTNeo"]
 
 
 def read(values: Values) -> LanguageModelConfig:
-    """The configuration; the MLP is four times the width where nobody says otherwise."""
+    """The configuration; the MLP is four times the width by default."""
     d, layers = values.size("hidden_size"), values.layers("num_layers", "num_hidden_layers")
     d_head = values.share(d, "num_heads", "num_attention_heads")
     _require_kinds(values.given.get("attention_types"), layers)
@@ -40,7 +40,7 @@ def read(values: Values) -> LanguageModelConfig:
 
 
 def _require_kinds(kinds: Any, layers: int) -> None:
-    """Hugging Face's class writes them out, as often as they say, before it counts them."""
+    """Raise unless there is one kind for each layer: Hugging Face's class expands any counts before it checks them."""
     plain = isinstance(kinds, (list, tuple)) and all(
         isinstance(kind, (list, tuple)) and len(kind) == 2 and isinstance(kind[0], list) and type(kind[1]) is int
         for kind in kinds
@@ -112,7 +112,7 @@ FAMILY = Family(
 
 
 class GPTNeo(LanguageModelAdapter):
-    """The adapter."""
+    """The adapter for GPT-Neo."""
 
     name = "gpt_neo"
     family = FAMILY

@@ -18,10 +18,10 @@ MOST_POSITIONS = 2**17
 
 
 def read(values: Values) -> LanguageModelConfig:
-    """The configuration; ``n_inner`` is four times the width where nobody says otherwise."""
+    """The configuration; ``n_inner`` is four times the width by default."""
     d, layers = values.size("n_embd", "hidden_size"), values.layers("n_layer", "num_hidden_layers")
     d_head = values.share(d, "n_head", "num_attention_heads")
-    # Each block has a table of so many rotations, which no tensor of the file vouches for.
+    # Each block has a table of this many rotations, whose size no tensor of the file limits.
     rotated, n_ctx = values.size("rotary_dim"), values.size("n_positions", "max_position_embeddings")
     if rotated > d_head or n_ctx > MOST_POSITIONS:
         raise DtLensError(
@@ -106,7 +106,7 @@ FAMILY = Family(
 
 
 class GPTJ(LanguageModelAdapter):
-    """The adapter."""
+    """The adapter for GPT-J."""
 
     name = "gptj"
     family = FAMILY

@@ -17,18 +17,18 @@ from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts
 from dt_lens.decision_transformer.hf_layout import canonical_from_hf, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
-from dt_lens.language_model.original import NOT_OF_NUMBERS
+from dt_lens.language_model.original import IGNORED_FIELDS
 from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.weights import require_computable
 
 __all__ = ["HFDecisionTransformer"]
 
 # What the files hold and the model does not use: GPT-2's token table, and the causal masks of older releases. The
-# patterns are whole keys: a suffix match on "attn.bias" would swallow "attn.c_attn.bias" too.
+# patterns are whole keys: a suffix match on "attn.bias" would match "attn.c_attn.bias" too.
 UNUSED = re.compile(r"encoder\.wte\.weight|encoder\.h\.\d+\.attn\.(masked_)?bias")
 OPTIONS = {"discrete_actions", "ignore_options", *FACTS}
-# What older releases wrote into every configuration and a decision transformer has no use for: options for generating
-# text, for pooling and for files, and other names of what there is.
+# What older releases wrote into every configuration and a decision transformer does not use: options for generating
+# text, for pooling and for files, and other names of options that it has.
 OLD_OPTIONS = {
     "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size", "decoder_start_token_id",
     "discrete_actions", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
@@ -43,7 +43,7 @@ OLD_OPTIONS = {
 
 
 class HFDecisionTransformer:
-    """The adapter; the tensors of the file or of the live model become views of one another, no copy is made."""
+    """The adapter; the lens's weights are views of the file's or the live model's tensors."""
 
     name = "hf_decision_transformer"
 
@@ -56,7 +56,7 @@ class HFDecisionTransformer:
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
         if not checkpoint.config:
             raise DtLensError(
-                f"{checkpoint.path} lies without its config.json, which tells the number of heads and the options; "
+                f"{checkpoint.path} has no config.json beside it, which gives the number of heads and the options; "
                 "give the folder that holds both."
             )
         checkpoint.require_finite(used(checkpoint.tensors))
@@ -98,12 +98,12 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def used(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a state dict the model computes with."""
+    """The tensors of a state dict that the model computes with."""
     return {key: tensor for key, tensor in tensors.items() if not UNUSED.fullmatch(key)}
 
 
 def _facts_beside(model: nn.Module) -> RunFacts | None:
-    """The run facts of the folder that ``from_pretrained`` read, if that is what was done."""
+    """The run facts of the folder that ``from_pretrained`` read, if the model came from one."""
     folder = Path(str(getattr(model, "name_or_path", "") or "?"))
     return RunFacts.load(folder) if folder.is_dir() else None
 
@@ -121,16 +121,16 @@ def original(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ignored: 
     _refuse_foreign_options(config, ignored)
     from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
-    # There are no tokens: one row of a table that is never read, and no ids, whose defaults lie outside it and make the
-    # class warn.
-    plain = {name: value for name, value in config.items() if name not in NOT_OF_NUMBERS}
+    # The model reads no tokens: its token table, which is never read, gets one row, and the special ids are unset:
+    # their defaults lie outside that table and make the class warn.
+    plain = {name: value for name, value in config.items() if name not in IGNORED_FIELDS}
     values = {**plain, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
     try:
         with torch.device("meta"):
             model: nn.Module = DecisionTransformerModel(DecisionTransformerConfig(**values))
         kept["encoder.wte.weight"] = next(iter(kept.values())).new_zeros(1, cfg.d_model)
         model.load_state_dict(kept, strict=True, assign=True)
-    except Exception as error:  # what its validation raises is its own affair
+    except Exception as error:  # its validation may raise anything
         raise DtLensError(f"Hugging Face's class refuses this configuration: {because(error)}.") from error
     return model.eval()
 
@@ -143,8 +143,8 @@ def _refuse_foreign_options(config: Mapping[str, Any], ignored: Collection[str])
     for name in config:
         if name not in known and not name.startswith(("_", "summary_")):
             raise DtLensError(
-                f"config.json has an option {name!r} that Hugging Face's decision transformer has not, so what it does "
-                f"would be lost; if it does nothing, pass ignore_options=[{name!r}]." + nearest(name, known)
+                f"config.json has an option {name!r} that Hugging Face's decision transformer does not have, so its "
+                f"effect would be lost; if it has none, pass ignore_options=[{name!r}]." + nearest(name, known)
             )
 
 

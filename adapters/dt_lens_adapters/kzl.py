@@ -2,7 +2,7 @@
 
 The blocks are an early copy of Hugging Face's GPT-2, so the tensors are Hugging Face's under other names:
 ``transformer.`` for ``encoder.``, and no position table. The file says nothing of heads, context or normalisation;
-heads cannot be told from shapes.
+the number of heads cannot be read off shapes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class KZLDecisionTransformer:
         checkpoint.require_finite(key for key in checkpoint.tensors if not MASK.fullmatch(_rename(key)))
         tensors = _renamed(checkpoint.tensors)
         with _in_kzls_words():
-            # Before a row of positions is made like one of them.
+            # Before a row of positions is made in their type.
             require_computable({key: tensor for key, tensor in tensors.items() if not MASK.fullmatch(key)})
             config = _config(tensors, given)
             tensors.setdefault(POSITION, _no_position(tensors))
@@ -117,7 +117,7 @@ class _KZLReference:
 
 @contextmanager
 def _in_kzls_words() -> Iterator[None]:
-    """Tensors are called in errors what the file calls them."""
+    """Use the file's names of tensors in errors."""
     try:
         yield
     except DtLensError as error:
@@ -137,11 +137,11 @@ def _no_position(renamed: Mapping[str, Tensor]) -> Tensor:
 
 
 def _facts(renamed: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The run facts that were given, and what kzl's code says of the others."""
+    """The run facts that were given, and kzl's own values of the others."""
     facts = {name: value for name, value in given.items() if name in FACTS}
     facts.setdefault("return_scale", 1000.0)  # what kzl's experiment.py uses in every gym environment
     widths = [tensor.shape[-1] for key, tensor in renamed.items() if MASK.fullmatch(key) and tensor.ndim]
-    # A causal mask is as wide as the context's tokens where somebody chose it; 1024 is GPT-2's default, no context.
+    # A causal mask has three tokens a step of the context, where somebody chose it; 1024 is GPT-2's default.
     if widths and widths[0] % 3 == 0:
         facts.setdefault("context", widths[0] // 3)
     if "discrete_actions" in given:
@@ -162,7 +162,7 @@ def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str
         return tensors[key].shape
 
     layers = {int(m[1]) for key in tensors if (m := re.match(r"encoder\.h\.([0-9]{1,6})\.", key))}
-    act_fn = given.get("act_fn", "relu")  # kzl's default; the file cannot tell
+    act_fn = given.get("act_fn", "relu")  # kzl's default; the file does not say
     if not isinstance(act_fn, str) or act_fn not in NAMES:
         raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn), NAMES))
     rows = shape("embed_timestep.weight")[0]
@@ -187,7 +187,7 @@ def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str
 
 
 def _read_live(model: Any) -> dict[str, Any]:
-    """What a live kzl model knows that its state dict does not."""
+    """What a live kzl model holds and its state dict does not."""
     inner = getattr(getattr(model, "transformer", None), "config", None)
     found: dict[str, Any] = {}
     if inner is not None:

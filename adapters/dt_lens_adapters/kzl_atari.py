@@ -1,10 +1,10 @@
-"""The Atari half of kzl/decision-transformer: minGPT blocks behind a convolutional reader of frames.
+"""The Atari half of kzl/decision-transformer: minGPT blocks after a convolutional encoder of frames.
 
 Return, action and frame embeddings go through a tanh; there is no LayerNorm over them. Each token has a learned
 position in the window, and all tokens of a window have the embedding of one timestep: here, as in the authors' own
 rollouts, that of the window's last step. A state is four grey frames of 84 x 84 pixels between 0 and 1. A state dict of
-the naive model (``model_type="naive"``, behaviour cloning without returns) has the very same keys and cannot be told
-apart.
+the naive model (``model_type="naive"``, behaviour cloning without returns) has the same keys and cannot be
+distinguished.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class _Layout(Layout):
 
     def call(self, model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         ids = batch["actions"].argmax(-1, keepdim=True)
-        # Only with targets does it read the last action too; what the loss then is matters to nobody.
+        # It reads the last action only when it gets targets; the loss is not used.
         time = batch["timesteps"][:, -1:, None]
         logits, _ = model(batch["states"], ids, targets=ids, rtgs=batch["returns_to_go"], timesteps=time)
         return {"action_preds": logits}

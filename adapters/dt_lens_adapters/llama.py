@@ -17,7 +17,7 @@ __all__ = ["LLAMA", "MISTRAL", "QWEN2", "Llama", "Mistral", "Qwen2"]
 
 
 def read(values: Values) -> LanguageModelConfig:
-    """The configuration; as many heads of keys as of queries, sharing d_model, where nobody says otherwise."""
+    """The configuration; by default as many heads of keys as of queries, which share d_model."""
     d, layers = values.size("hidden_size"), values.layers("num_hidden_layers")
     heads = values.size("num_attention_heads")
     shared = values.get("num_key_value_heads") is not None
@@ -149,21 +149,21 @@ QWEN2 = replace(
 
 
 class Llama(LanguageModelAdapter):
-    """The adapter."""
+    """The adapter for Llama."""
 
     name = "llama"
     family = LLAMA
 
 
 class Mistral(LanguageModelAdapter):
-    """The adapter."""
+    """The adapter for Mistral."""
 
     name = "mistral"
     family = MISTRAL
 
 
 class Qwen2(LanguageModelAdapter):
-    """The adapter."""
+    """The adapter for Qwen2."""
 
     name = "qwen2"
     family = QWEN2

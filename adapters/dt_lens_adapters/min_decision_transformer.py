@@ -1,7 +1,7 @@
 """State dicts and live models of nikhilbarhate99/min-decision-transformer.
 
 Post-LayerNorm blocks, ``x = ln1(x + attention(x)); x = ln2(x + mlp(x))``, an exact GELU, no LayerNorm after the last
-one, no positions but the timestep's, and no padding mask. The mask's width tells the context; nothing tells the heads.
+one, no positions but the timestep's, and no padding mask. The mask's width gives the context; nothing gives the heads.
 """
 
 from __future__ import annotations

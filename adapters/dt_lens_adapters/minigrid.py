@@ -1,8 +1,8 @@
 """MiniGrid decision transformers as jbloomAus/DecisionTransformerInterpretability trains and saves them.
 
 The blocks are TransformerLens's, so they have canonical names already. Around them stand ``nn.Embedding`` and
-``nn.Linear`` layers, most of them without a bias. Positions are learned, one for each token that acting looks at,
-beside a table of timesteps; before an episode's first step stand steps of padding that the model sees.
+``nn.Linear`` layers, most of them without a bias. Positions are learned, one for each token of the context, besides
+a table of timesteps. Before an episode's first step the window holds steps of padding that the model sees.
 
 A file holds, beside the state dict, what it was trained with as JSON; or it is the state dict alone, from whose shapes
 all but the activation function can be read.
@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu", "gelu": "gelu", "silu": "silu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }  # fmt: skip
 EPS = 1e-5  # TransformerLens's default
-# Fields of the JSON beside the state dict that say nothing of what is computed.
+# Fields of the JSON beside the state dict that do not change what is computed.
 UNUSED_FIELDS = {
     "model_config": {"seed", "device", "d_head"},
     "environment_config": {
@@ -81,7 +81,7 @@ class MiniGridLayout(Layout):
             raise DtLensError(
                 "This model has a linear time embedding ('time_embedding.bias'); dt-lens reads those that have a table."
             )
-        # A part that is anywhere must be everywhere, so that one that is missing is missed.
+        # A part that one block has, all must have, so that a missing one is reported.
         self.normed = tensors.holds(r"transformer\.(blocks\.\d{1,6}\.ln[12]|ln_final)\.[wb]")
         self.gated = tensors.holds(BLOCK + r"mlp\.W_gate")
         self.n_layers = tensors.count(BLOCK)
@@ -159,7 +159,7 @@ class MiniGridLayout(Layout):
         rows = table[actions] if not actions.is_floating_point() else actions @ table[: actions.shape[-1]]
         if acted:  # else there is nothing to compare
             trace.note("hook_embed_action", rows)
-        # A window may end before its last action: that one is to come.
+        # A window may end before its last action, which is still to be chosen.
         tokens = returns.new_zeros(len(returns), 2 * time.shape[1] + acted, time.shape[-1])
         tokens[:, 0::3], tokens[:, 1::3], tokens[:, 2::3] = returns + time, states + time, rows + time[:, :acted]
         trace.note("hook_embed", tokens)
@@ -229,7 +229,7 @@ class MiniGridLayout(Layout):
             timesteps=batch["timesteps"][..., None],
         )
         named = dict(zip(("state_preds", "action_preds", "return_preds"), out, strict=True))
-        # With no last action its class fills in what is read off another token.
+        # Without a last action its class fills in predictions from another token.
         acted = ids.shape[1]
         return {
             name: prediction if name == "action_preds" else prediction[:, :acted]
@@ -243,7 +243,7 @@ class MiniGridLayout(Layout):
 
 
 class MiniGridDecisionTransformer(StateDictAdapter):
-    """The adapter. A live model without a forward pass of its own is held against this file's, over its own tensors."""
+    """The adapter. A live model without a forward pass is compared with this file's, over the model's tensors."""
 
     name = "minigrid_decision_transformer"
     layout = MiniGridLayout
@@ -278,10 +278,10 @@ def _either(key: str) -> str:
 
 def _read(name: str, value: Any) -> dict[str, Any]:
     try:
-        # A mapping that stands there as it is has to be plain too.
+        # A mapping must hold plain values too.
         values = json.loads(value if isinstance(value, str) else json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
-        raise DtLensError(f"The checkpoint's {name} is no JSON: {because(error)}.") from error
+        raise DtLensError(f"The checkpoint's {name} is not JSON: {because(error)}.") from error
     if not isinstance(values, Mapping):
         raise DtLensError(f"The checkpoint's {name} holds a {type(values).__name__}; expected named fields.")
     return dict(values)
@@ -293,13 +293,13 @@ def _refuse_unknown_fields(said: Mapping[str, Any], ignored: Any) -> None:
         for field in said.get(name, {}):
             if field not in known and field not in ignored:
                 raise DtLensError(
-                    f"The checkpoint's {name} has a field {field!r} that dt-lens does not know, so what it does would "
-                    f"be lost; if it does nothing, pass ignore_options=[{field!r}]." + nearest(str(field), known)
+                    f"The checkpoint's {name} has a field {field!r} that dt-lens does not know, so its effect would "
+                    f"be lost; if it has none, pass ignore_options=[{field!r}]." + nearest(str(field), known)
                 )
 
 
 def _require_agreement(stated: Mapping[str, Any], sizes: Mapping[str, int], normed: bool, gated: bool) -> None:
-    """The file's own words against its shapes."""
+    """Raise unless what the file says of its sizes agrees with its tensors."""
     norms: dict[Any, bool] = {"LN": True, True: True, False: False, None: False}
     norm = stated.get("layer_norm", normed)
     if not isinstance(norm, (str, bool, type(None))) or norm not in norms:
@@ -348,14 +348,16 @@ def _usual_facts(
         try:
             facts["target_returns"] = sorted({float(target) for target in targets}, reverse=True)
         except (TypeError, ValueError) as error:
-            raise DtLensError(f"The checkpoint's offline_config has initial_rtg={targets!r}, no numbers.") from error
+            raise DtLensError(
+                f"The checkpoint's offline_config has initial_rtg={targets!r}, which are not numbers."
+            ) from error
     if isinstance(run.get("trajectory_path"), str):
         facts["about"] = {"trajectories": run["trajectory_path"]}
     return facts
 
 
 def _environment_options(world: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the code base makes its environment with when it evaluates."""
+    """The options with which the code base makes its environment to evaluate."""
     options: dict[str, Any] = {}
     for name, option in (("one_hot_obs", "one_hot"), ("fully_observed", "fully_observed")):
         if world.get(name):
@@ -369,7 +371,7 @@ def _environment_options(world: Mapping[str, Any], run: Mapping[str, Any]) -> di
 
 
 def view_labels(state_dim: int) -> tuple[str, ...] | None:
-    """Names such as ``"key at (2, 6)"`` for the numbers of a flat view, ``None`` for what is no view.
+    """Names such as ``"key at (2, 6)"`` for the numbers of a flat view; ``None`` for any other state.
 
     ``x`` runs from left to right and ``y`` towards the agent, who stands in the middle of the last row.
     """
@@ -381,7 +383,7 @@ def view_labels(state_dim: int) -> tuple[str, ...] | None:
 
 
 def _view(state_dim: int) -> tuple[int, int] | None:
-    """The side of a square view and its channels, where a state is one."""
+    """The side of a square view and its channels; ``None`` for any other state."""
     for channels in sorted(CHANNELS, reverse=True):
         side = math.isqrt(state_dim // channels)
         if side >= 3 and side % 2 and channels * side * side == state_dim:

@@ -1,7 +1,7 @@
 """MiniGrid's environments with the agent's view as one flat vector, which is what MiniGrid decision transformers read.
 
 Importing this registers ``Flat/<id>`` for every id that MiniGrid registers, and the memory task of fixed start that
-jbloomAus/DecisionTransformerInterpretability trains in, which MiniGrid has not. So an environment is made by
+jbloomAus/DecisionTransformerInterpretability trains in, which MiniGrid does not have. So an environment is made by
 ``gymnasium.make("dt_lens_adapters.minigrid_environments:Flat/MiniGrid-Empty-5x5-v0", one_hot=True)``.
 """
 

@@ -1,6 +1,6 @@
 """State dicts of small GPTs written after Karpathy's nanoGPT: GPT-2 with ``nn.Linear`` for ``Conv1D``.
 
-They are GPT-2 in every part, so Hugging Face's class runs them: each matrix is handed to it transposed, without a copy.
+They are GPT-2 in every part, so Hugging Face's class runs them: it gets each matrix transposed, without a copy.
 Two spellings are known, ``transformer.h.{l}.`` with ``wte`` and ``wpe``, and ``blocks.{l}.`` with ``tok_emb`` and
 ``pos_emb``. Where the file holds the characters of its vocabulary (``stoi``, ``itos``), they name the tokens.
 """
@@ -27,7 +27,7 @@ from dt_lens_adapters.gpt2 import FAMILY
 __all__ = ["CharacterTokenizer", "NanoGPT"]
 
 OPTIONS = {"n_heads", "act_fn", "tokenizer"}
-# What the files say to GPT-2's keys, whole keys to whole keys.
+# The files' keys to GPT-2's; each pattern is a whole key.
 RENAMED = (
     (re.compile(r"(?:transformer\.wte|tok_emb)\.weight"), "transformer.wte.weight"),
     (re.compile(r"(?:transformer\.wpe|pos_emb)\.weight"), "transformer.wpe.weight"),
@@ -42,7 +42,7 @@ RENAMED = (
 )
 LINEAR = re.compile(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight")
 MASK = re.compile(r"(?:transformer\.h|blocks)\.\d+\.attn\.(?:bias|mask)")
-COMPILED = "_orig_mod."  # what torch.compile puts in front
+COMPILED = "_orig_mod."  # the prefix that torch.compile adds
 
 
 class CharacterTokenizer:
@@ -89,7 +89,7 @@ class NanoGPT:
         """The lens over Hugging Face's GPT-2.
 
         Args:
-            given: ``n_heads=``, where the file does not tell; ``act_fn=`` (exact GELU when omitted); ``tokenizer=``.
+            given: ``n_heads=``, where the file does not say; ``act_fn=`` (exact GELU when omitted); ``tokenizer=``.
         """
         refuse_unknown(given, OPTIONS)
         with _in_the_files_words(checkpoint):
@@ -110,12 +110,12 @@ class NanoGPT:
         return HookedLanguageModel(model, FAMILY, cfg, tokenizer)
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedLanguageModel:
-        raise DtLensError("A live model of this kind is not known; save its state_dict() and dt_lens.load the file.")
+        raise DtLensError("A live model of this kind cannot be wrapped; save its state_dict() and load that file.")
 
 
 @contextmanager
 def _in_the_files_words(checkpoint: Checkpoint) -> Iterator[None]:
-    """Tensors are called in errors what the file calls them, where it has them; there is no config.json."""
+    """Use the file's names of tensors in errors, and do not mention a config.json."""
     try:
         yield
     except DtLensError as error:
@@ -126,7 +126,7 @@ def _in_the_files_words(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _renamed(key: str) -> str | None:
-    """Hugging Face's key for the file's; ``None`` for one that it has not."""
+    """Hugging Face's key for the file's, or ``None``."""
     for pattern, name in RENAMED:
         found = pattern.fullmatch(key.removeprefix(COMPILED))
         if found:
@@ -204,14 +204,14 @@ def _one_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _tokenizer(extra: Mapping[str, Any], d_vocab: int) -> CharacterTokenizer | None:
-    """The characters that the file names, where it names one for each token."""
+    """A tokenizer of the file's characters, if it has one for each token."""
     itos, stoi = extra.get("itos"), extra.get("stoi")
     if isinstance(stoi, Mapping):
         named = {number: character for character, number in stoi.items() if isinstance(number, int)}
     elif isinstance(itos, (list, tuple)):
         named = dict(enumerate(itos))
     else:
-        # JSON has no keys but strings.
+        # JSON's keys are strings.
         spelled = {str(i): c for i, c in itos.items()} if isinstance(itos, Mapping) else {}
         named = {int(i): c for i, c in spelled.items() if re.fullmatch(r"[0-9]{1,9}", i)}
     if set(named) != set(range(d_vocab)):

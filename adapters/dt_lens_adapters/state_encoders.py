@@ -1,4 +1,4 @@
-"""What reads states where it is no linear map: a stack of linear maps, or convolutions over images."""
+"""State encoders that are more than one linear map: a stack of them, or convolutions over images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _behind(x: Tensor, names: Sequence[str]) -> Tensor:
 
 
 class LinearStack(nn.Module):
-    """Linear maps, each with the activations that stand behind it.
+    """Linear maps, each followed by its activations.
 
     Args:
-        widths: features in front of, between and behind the maps.
+        widths: features before, between and after the maps.
         behind: for each map the names of its activations, in order; none for a linear one.
     """
 
@@ -41,15 +41,15 @@ class LinearStack(nn.Module):
 
 
 class ConvStack(nn.Module):
-    """Convolutions over square images without padding, then one linear map over all that is left.
+    """Convolutions over square images without padding, then one linear map over the flattened result.
 
     Args:
-        channels: of the image and behind each convolution.
+        channels: of the image and after each convolution.
         kernels, strides: of each convolution.
         side: pixels of the image's edge.
-        d_model: what the linear map makes of it.
-        inner: behind each convolution, in order.
-        last: behind the linear map, in order.
+        d_model: the linear map's output size.
+        inner: the activations after each convolution, in order.
+        last: the activations after the linear map, in order.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ConvStack(nn.Module):
         self.state_shape = (channels[0] * side * side,)
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[batch, step, channel * row * column]``, or with these three apart, to ``[batch, step, d_model]``."""
+        """``[batch, step, channel * row * column]``, or with these three as axes, to ``[batch, step, d_model]``."""
         x = torch.unflatten(states.flatten(2), 2, self.image).flatten(0, 1)
         for conv in self.convs:
             x = _behind(conv(x), self.inner)

@@ -1,4 +1,4 @@
-"""dt-lens on the agents of toy_dt: an adapter in one file, outside dt-lens. docs/adapters.md goes through it."""
+"""dt-lens on the agents of toy_dt: an adapter in one file, outside dt-lens. docs/adapters.md explains it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class ToyDecisionTransformer(StateDictAdapter):
     def said_by_file(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
         settings = checkpoint.extra.get("settings", {})
         if not isinstance(settings, Mapping):
-            raise DtLensError(f"The settings in {checkpoint.path} are no dict; save the file with toy_dt's save().")
+            raise DtLensError(f"The settings in {checkpoint.path} are not a dict; save the file with toy_dt's save().")
         said = {ours: settings[theirs] for theirs, ours in SETTINGS.items() if theirs in settings}
         return said | ({"target_returns": [settings["goal"]]} if "goal" in settings else {})
 

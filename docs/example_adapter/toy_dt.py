@@ -72,7 +72,7 @@ def save(model: ToyDT, path: str, env: str = "CartPole-v1", scale: float = 500.0
 
 
 def balance(obs: np.ndarray) -> int:
-    """A controller that stands until the time limit."""
+    """A controller that keeps the pole up until the time limit."""
     return int(obs @ np.array([0.1, 0.4, 1.5, 1.0]) > 0)
 
 

@@ -1,4 +1,4 @@
-"""What all adapters of language models do alike, given a family's declaration."""
+"""The adapter of a language model, made from a family's declaration."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["LanguageModelAdapter"]
 
 
 class LanguageModelAdapter:
-    """An adapter that a family's declaration makes; a subclass names the family.
+    """An adapter made from a family's declaration; a subclass names the family.
 
     Attributes:
         name: the adapter's name, which ``adapter=`` takes.
-        family: what it knows of its models; ``open_checkpoint`` reads weights by it without building one.
+        family: the declaration; ``open_checkpoint`` reads weights by it without building a model.
     """
 
     name: ClassVar[str]
@@ -42,7 +42,7 @@ class LanguageModelAdapter:
         """The lens over Hugging Face's own class, filled with the checkpoint's tensors without a copy.
 
         Args:
-            given: ``tokenizer=``; the one whose files lie in the folder when left out, and none where there are none.
+            given: ``tokenizer=``; by default the one whose files are in the folder, if any.
         """
         refuse_unknown(given, {"tokenizer"})
         model = original(self.family, checkpoint)
@@ -51,7 +51,7 @@ class LanguageModelAdapter:
         return self.wrap(model, **given)
 
     def open(self, shards: Shards, **given: Any) -> WeightsOnly:
-        """The weights alone, read from their files when they are asked for.
+        """The weights alone, each read from its file when it is used.
 
         Args:
             given: ``tokenizer=``, as for ``load``.
@@ -67,7 +67,7 @@ class LanguageModelAdapter:
         return self.family.recognises(shards.config, shards.files)
 
     def wrap(self, model: nn.Module, *, tokenizer: Any = None, **given: Any) -> HookedLanguageModel:
-        """The lens on a live model, looking at its own memory."""
+        """The lens on a live model, on the model's own memory."""
         from dt_lens.language_model.model import HookedLanguageModel
 
         refuse_unknown(given, {"tokenizer"})
@@ -76,7 +76,7 @@ class LanguageModelAdapter:
 
 
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer whose files lie beside the weights, or ``None``."""
+    """The tokenizer whose files are beside the weights, or ``None``."""
     names = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
         return None

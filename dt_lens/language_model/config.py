@@ -24,10 +24,10 @@ class LanguageModelConfig:
     """A decoder's sizes and options, as TransformerLens names them.
 
     ``act_fn`` is Hugging Face's name of the activation. ``attn_scale`` is what scores are multiplied by, one number for
-    each layer. ``tied``: the unembedding is the token embedding's memory. The four ``*_bias`` tell which biases there
-    are.
+    each layer. ``tied``: the unembedding is the token embedding's memory. The four ``*_bias`` say which biases
+    exist.
 
-    Raises ``DtLensError`` for sizes or options that make no model.
+    Raises ``DtLensError`` for sizes or options that no model can have.
     """
 
     family: str
@@ -74,7 +74,9 @@ class LanguageModelConfig:
                     f"{', '.join(get_args(allowed))}."
                 )
         if len(self.attn_scale) != self.n_layers:
-            raise DtLensError(f"There are {len(self.attn_scale)} attention scales for {self.n_layers} layers.")
+            raise DtLensError(
+                f"attn_scale has {len(self.attn_scale)} entries; give one for each of {self.n_layers} layers."
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -116,7 +118,7 @@ class LanguageModelConfig:
 
 
 class Values:
-    """The values of a ``config.json``, which leaves out what has its class's default.
+    """The values of a ``config.json``, with its class's defaults for what it leaves out.
 
     Args:
         given: what the file holds, or a live model's ``config.to_dict()``.
@@ -128,7 +130,7 @@ class Values:
         self.defaults = defaults
 
     def get(self, *names: str) -> Any:
-        """The first of these names that holds something, else the first's default (``None`` where there is none)."""
+        """The value of the first of these names that is set, else the first name's default or ``None``."""
         for name in names:
             if self.given.get(name) is not None:
                 return self.given[name]
@@ -142,7 +144,7 @@ class Values:
         return value
 
     def layers(self, *names: str) -> int:
-        """A number of blocks, for each of which something is made before the tensors are looked at."""
+        """A number of blocks, at most ``MOST_LAYERS``: entries are made for each before any tensor is read."""
         value = self.size(*names)
         if value > MOST_LAYERS:
             raise DtLensError(f"config.json says {names[0]} is {value}; a model of at most {MOST_LAYERS} can be read.")
@@ -156,7 +158,7 @@ class Values:
         return value
 
     def share(self, whole: int, *names: str) -> int:
-        """``whole`` divided by a number of equal parts; ``DtLensError`` where it does not come out even."""
+        """``whole`` divided by a number of equal parts; ``DtLensError`` if there is a remainder."""
         parts = self.size(*names)
         if whole % parts:
             raise DtLensError(f"config.json says {names[0]} is {parts}, which does not divide {whole} equally.")

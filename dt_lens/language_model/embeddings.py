@@ -1,4 +1,4 @@
-"""The residual-stream directions that a language model brings along: its tokens, and its positions where learned."""
+"""The embeddings of a language model: its tokens, and its positions where they are learned."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CENTRED = "token_out_centred"
 
 @dataclass(eq=False, repr=False)
 class TokenEmbeddings(EmbeddingRegistry):
-    """A language model's embeddings; besides what it lists, ``token_out_centred`` is made when it is asked for by name.
+    """A language model's embeddings, and ``token_out_centred``, which is computed on access and not listed.
 
-    Centred over the vocabulary: each row of ``token_out`` less their mean, the direction that raises all logits alike
-    and that the softmax does not see. It is a table of its own, as large as ``token_out`` itself, made of the weights
-    of the moment and not kept; so it takes no part in a scan that does not name it.
+    Each row of ``token_out`` less their mean over the vocabulary: the mean raises all logits alike, which the softmax
+    does not see. The table is as large as ``token_out``. It is computed from the current weights and not kept, so only
+    a scan that names it uses it.
     """
 
     def __getitem__(self, name: str) -> Embedding:
@@ -38,13 +38,13 @@ def language_model_embeddings(
 ) -> TokenEmbeddings:
     """``token_in`` (rows of ``embed.W_E``), ``token_out`` (columns of ``unembed.W_U``), ``position_in``, as live views.
 
-    ``token_out`` stands behind ``ln_final``: its ``effective`` directions go through that.
+    ``token_out`` comes after ``ln_final``, which its ``effective`` directions include.
 
     Args:
         weights: canonical weights; those of the embeddings and ``ln_final.w`` are enough.
         d_model: the stream's dimension.
         owner: the model's identity.
-        labels: of the tokens; numbered when left out.
+        labels: of the tokens; numbered when omitted.
         rms: whether ``ln_final`` is an RMSNorm.
     """
     registry = TokenEmbeddings(d_model, owner)

@@ -1,4 +1,4 @@
-"""A family of language models, declared: how to know its checkpoints, where the weights lie, where activations pass."""
+"""The declaration of a family of language models: its checkpoints, and where its weights and activations are."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Family:
 
     Attributes:
         name: the adapter's.
-        model_types: what ``model_type`` in config.json says of it.
+        model_types: the values of ``model_type`` in its config.json.
         architectures: the classes of live models, and what ``architectures`` in config.json says.
         whole: rules for the weights outside the blocks, by canonical name.
         block: rules for a block's weights, by canonical name without ``blocks.{l}.``; keys without ``block_key``.
         block_key: the start of a block's keys, ``{l}`` for the layer.
-        modules: where activations pass.
-        defaults: what a value means that config.json leaves out.
-        read: the configuration from those values.
+        modules: the live model's modules, whose inputs and outputs are the activations.
+        defaults: the values that config.json leaves out.
+        read: makes the configuration from those values.
         ignored: whole keys that are knowingly not read, as regular expressions.
         prefix: what checkpoints of the bare model lack in front of their keys.
         single_inside: the class computes norms or attention in float32, whatever type its weights have.
@@ -75,24 +75,24 @@ class Family:
         """The configuration from the values of a config.json.
 
         Raises:
-            DtLensError: for a value that makes no model.
+            DtLensError: for a value that no model can have.
         """
         return self.read(Values(values, self.defaults))
 
     def layout(self, cfg: LanguageModelConfig) -> Layout:
-        """Where every weight of a model of this configuration lies."""
+        """Where every weight of a model of this configuration is stored."""
         embed, unembed = self.whole["embed.W_E"], self.whole["unembed.W_U"]
         ignored = self.ignored
-        whole = {name: rule for name, rule in self.whole.items() if _there(rule, cfg)}
+        whole = {name: rule for name, rule in self.whole.items() if _exists(rule, cfg)}
         if cfg.tied:
-            # A file of a tied model may hold the one memory under one name or under both.
+            # A file of a tied model may hold the one table under one name or under both.
             whole["unembed.W_U"] = unembed._replace(key=embed.key)
             ignored = (*ignored, unembed.key.replace(".", r"\."))
         first = [name for name in whole if not name.startswith(("ln_final", "unembed"))]
         entries = {name: Stored.of(whole[name], cfg.sizes) for name in first}
         for layer in range(cfg.n_layers):
             for name, rule in self.block.items():
-                if _there(rule, cfg):
+                if _exists(rule, cfg):
                     rule = rule._replace(key=self.block_key + rule.key)
                     entries[f"blocks.{layer}.{name}"] = Stored.of(rule, cfg.sizes, layer)
         entries |= {name: Stored.of(rule, cfg.sizes) for name, rule in whole.items() if name not in first}
@@ -109,5 +109,6 @@ class Family:
         return bool({embed, embed.removeprefix(self.prefix)} & set(keys))
 
 
-def _there(rule: At, cfg: LanguageModelConfig) -> bool:
+def _exists(rule: At, cfg: LanguageModelConfig) -> bool:
+    """Whether a model of this configuration has the rule's weight."""
     return rule.when is None or bool(getattr(cfg, rule.when))

@@ -19,15 +19,15 @@ def token_labels(tokenizer: Any, d_vocab: int) -> list[str]:
 
     Raises:
         DtLensError: when the tokenizer knows more tokens than the model has rows, so that they do not belong together,
-            or cannot tell its tokens.
+            or cannot say what its tokens are.
     """
     try:
         texts = _texts(tokenizer, d_vocab)
     except DtLensError:
         raise
-    except Exception as error:  # anybody's tokenizer
+    except Exception as error:  # any tokenizer may raise anything
         raise DtLensError(
-            f"The tokenizer, a {type(tokenizer).__name__}, cannot tell what its tokens stand for: {because(error)}."
+            f"The tokenizer, a {type(tokenizer).__name__}, cannot say what its tokens stand for: {because(error)}."
         ) from error
     labels, taken = [], set[str]()
     for i, text in enumerate(texts):
@@ -44,7 +44,9 @@ def token_labels(tokenizer: Any, d_vocab: int) -> list[str]:
 def _texts(tokenizer: Any, d_vocab: int) -> list[str | None]:
     known = len(tokenizer)
     if not known:
-        raise DtLensError(f"The tokenizer, a {type(tokenizer).__name__}, cannot tell what its tokens stand for: none.")
+        raise DtLensError(
+            f"The tokenizer, a {type(tokenizer).__name__}, has no tokens; pass the model's own, or tokenizer=None."
+        )
     if known > d_vocab:
         raise DtLensError(
             f"The tokenizer has {known} tokens and the model {d_vocab} rows for them, so the two do not belong "

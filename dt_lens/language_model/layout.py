@@ -1,4 +1,4 @@
-"""Where each canonical weight lies in a checkpoint: one declaration for live models and for files.
+"""Where each canonical weight is stored in a checkpoint: one declaration for live models and for files.
 
 Every rule is a strided view (a slice, a split or a transposition of axes), so that one memory serves both sides, and a
 file can be read one tensor, or one part of a fused tensor, at a time. A rule's einops pattern says which axes the
@@ -34,7 +34,7 @@ class At(NamedTuple):
 
     ``pattern`` leads from the stored tensor, or its part, to the canonical one, with axes named ``vocab``, ``ctx``,
     ``d`` (d_model), ``head``, ``kv`` (heads of keys and values), ``e`` (d_head) and ``mlp``. ``when`` is a flag of the
-    configuration without which there is no such weight.
+    configuration; where it is false the weight does not exist.
     """
 
     key: str
@@ -44,7 +44,7 @@ class At(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Where one canonical weight of one model lies: a rule with its sizes filled in."""
+    """Where one canonical weight of one model is stored: a rule with its sizes filled in."""
 
     key: str
     pattern: str
@@ -70,7 +70,7 @@ class Stored(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What of the stored tensor belongs to this weight."""
+        """The part of the stored tensor that is this weight."""
         whole = [slice(None)] * len(self.shape)
         if self.part is not None:
             width = self.shape[self.part.axis] // self.part.of
@@ -82,11 +82,11 @@ class Stored(NamedTuple):
         return self._arrange(tensor[self.slices] if self.part is not None else tensor)
 
     def read(self, file: Any, key: str | None = None) -> Tensor:
-        """The canonical weight out of an open safetensors file; only its own part is read.
+        """The canonical weight from an open safetensors file; only its own part is read.
 
         Args:
             file: what ``safetensors.safe_open`` gives.
-            key: what the file calls the tensor, where that is not ``self.key``.
+            key: the tensor's name in the file; ``self.key`` when omitted.
         """
         key = self.key if key is None else key
         return self._arrange(file.get_tensor(key) if self.part is None else file.get_slice(key)[self.slices])
@@ -100,7 +100,7 @@ class Layout:
     """All weights of one model, and which other keys a checkpoint of it may hold.
 
     Attributes:
-        entries: where each canonical weight lies, in the order of the forward pass.
+        entries: where each canonical weight is stored, in the order of the forward pass.
         ignored: whole keys (regular expressions) that the model does not compute with.
         prefix: what older checkpoints leave out in front of every key but the unembedding's.
         n_layers: the number of blocks.
@@ -114,7 +114,7 @@ class Layout:
     block: str = ""
 
     def key_map(self, held: Iterable[str]) -> dict[str, str]:
-        """This layout's keys to the checkpoint's own, which are the same or lack the prefix.
+        """Map this layout's keys to the checkpoint's own, which are the same or lack the prefix.
 
         Raises:
             DtLensError: naming a key that is missing, or one that this model has no place for.

@@ -40,13 +40,13 @@ class HookedLanguageModel(HookedRootModule):
         family: the declaration that fits it.
         cfg: its configuration.
         tokenizer: names the tokens, and turns text into them; numbered tokens without.
-        original: the user's own model where ``model`` merely shares its memory.
+        original: the user's own model, if ``model`` merely shares its memory.
         check_shared: raises when ``original`` no longer shares the weights of these names.
 
     Attributes:
         original: the user's own model: an edit made here is seen there.
-        reference: its activations under canonical names, which ``certify`` holds the weights against.
-        identity: tells this model from every other, so that embeddings of two models are never mixed.
+        reference: its activations under canonical names, with which ``certify`` checks the weights.
+        identity: unique to this model, so that embeddings of two models are never mixed.
 
     Raises:
         DtLensError: for a model that has a weight too many or too few for its configuration, or weights that no forward
@@ -68,12 +68,12 @@ class HookedLanguageModel(HookedRootModule):
     ) -> None:
         super().__init__()
         self.model = model
-        # Past nn.Module's registration: it would list every module twice.
+        # Not registered as a submodule, which would list every module twice.
         object.__setattr__(self, "original", model if original is None else original)
         self.cfg = cfg
         self.family = family
         self.identity = uuid.uuid4().hex
-        # A live model's unembedding is looked for where it is, tied or not.
+        # A live model has its unembedding under a key of its own, tied or not.
         self._layout = family.layout(cfg.replace(tied=False))
         self._check_shared = check_shared
         self._embeddings: EmbeddingRegistry | None = None
@@ -84,7 +84,7 @@ class HookedLanguageModel(HookedRootModule):
         self.reference = LanguageModelReference(model, family, cfg)
         require_computable(self.weights)
         if tokenizer is not None:
-            _ = self.labels  # a tokenizer of another model is told now
+            _ = self.labels  # refuses a tokenizer of another model now
         self.setup()
 
     def setup(self) -> None:
@@ -104,11 +104,11 @@ class HookedLanguageModel(HookedRootModule):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        pass  # train() and eval() go on to the wrapped model, which is asked
+        pass  # train() and eval() set the wrapped model's mode, which is read above
 
     @property
     def tokenizer(self) -> Any:
-        """Turns text into tokens and names them; ``None`` where there is none. A new one brings new labels."""
+        """Turns text into tokens and names them, or ``None``. Setting another one changes the labels."""
         return self._tokenizer
 
     @tokenizer.setter
@@ -122,7 +122,7 @@ class HookedLanguageModel(HookedRootModule):
 
     @property
     def arithmetic(self) -> torch.dtype | None:
-        """The type whose rounding the forward pass has, where that is not the weights' own."""
+        """The type that the forward pass computes in, where it is not the weights' own."""
         wide = self.weights["embed.W_E"].dtype == torch.float64
         return torch.float32 if wide and self.family.single_inside else None
 
@@ -133,7 +133,7 @@ class HookedLanguageModel(HookedRootModule):
 
     @property
     def labels(self) -> list[str]:
-        """What each token is called; numbered without a tokenizer."""
+        """The label of each token; numbered without a tokenizer."""
         if self._labels is None:
             n = self.cfg.d_vocab
             self._labels = [f"token {i}" for i in range(n)]
@@ -143,15 +143,15 @@ class HookedLanguageModel(HookedRootModule):
 
     @property
     def embeddings(self) -> EmbeddingRegistry:
-        """``token_in``, ``token_out`` and ``position_in`` where positions are learned; yours to extend.
+        """``token_in``, ``token_out`` and ``position_in`` where positions are learned; you may add sets.
 
-        ``embeddings["token_out_centred"]`` is made when asked for: ``token_out`` less its mean over the vocabulary.
+        ``embeddings["token_out_centred"]`` is computed on access: ``token_out`` less its mean over the vocabulary.
         """
         tables = {name: weight for name, weight in self.weights.items() if name in TABLES}
         place = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in tables.values())
         if self._embeddings is None or place != self._tables:
             fresh = language_model_embeddings(tables, self.cfg.d_model, self.identity, self.labels, self.structure.rms)
-            # What the user put in stays; the standard sets are views of weights that have moved.
+            # Keep the sets that the user added; the standard ones are views of weights that have moved.
             for name, own in ({} if self._embeddings is None else self._embeddings).items():
                 if own.directions is not self._standard.get(name):
                     fresh[name] = own

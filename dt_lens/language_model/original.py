@@ -1,4 +1,4 @@
-"""Hugging Face's own class over tensors that are there already: the model that a lens looks at."""
+"""Build Hugging Face's own class over loaded tensors, without a copy."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dt_lens.errors import DtLensError, because
 from dt_lens.language_model.family import Family
 from dt_lens.lens.checkpoints import Checkpoint
 
-__all__ = ["NOT_OF_NUMBERS", "config_values", "fill", "original"]
-# Nothing of these is in the numbers; the class may look elsewhere for code, or make as many labels as they say.
-NOT_OF_NUMBERS = {
+__all__ = ["IGNORED_FIELDS", "config_values", "fill", "original"]
+# These do not change what is computed; they may make the class fetch code or create any number of labels.
+IGNORED_FIELDS = {
     "_attn_implementation", "_experts_implementation", "_name_or_path", "attn_implementation", "auto_map", "dtype",
     "experts_implementation", "id2label", "label2id", "num_labels", "quantization_config", "torch_dtype",
 }  # fmt: skip
 
 
 def config_values(model: nn.Module) -> dict[str, Any]:
-    """The values of a live model's configuration, whose memory tells whether the unembedding is tied."""
+    """The values of a live model's configuration; its memory says whether the unembedding is tied."""
     config: Any = model.config
     values: dict[str, Any] = config.to_dict()
     embed, unembed = (getattr(model, f"get_{side}_embeddings")() for side in ("input", "output"))
@@ -48,7 +48,7 @@ def original(family: Family, checkpoint: Checkpoint) -> nn.Module:
         if second is not None and not (second.shape == first.shape and torch.equal(second, first)):
             raise DtLensError(
                 f"The configuration ties {unembed!r} to the token embedding, and the checkpoint holds another one; "
-                'say "tie_word_embeddings": false in config.json if it is meant.'
+                'say "tie_word_embeddings": false in config.json if that is intended.'
             )
         tensors[unembed] = first
     return fill(_class(family), _hf_config(family, checkpoint.config), tensors)
@@ -76,8 +76,8 @@ def _class(family: Family) -> Any:
 
 def _hf_config(family: Family, values: Mapping[str, Any]) -> Any:
     try:
-        return _class(family).config_class(**{name: v for name, v in values.items() if name not in NOT_OF_NUMBERS})
-    except Exception as error:  # what its validation raises is its own affair
+        return _class(family).config_class(**{name: v for name, v in values.items() if name not in IGNORED_FIELDS})
+    except Exception as error:  # its validation may raise anything
         raise DtLensError(f"Hugging Face's class refuses this configuration: {because(error)}.") from error
 
 

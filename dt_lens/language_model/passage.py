@@ -1,9 +1,9 @@
-"""Where activations pass in a live model: torch hooks that show them under TransformerLens's names and take them back.
+"""Torch hooks on a live model that show its activations under TransformerLens's names and let them be replaced.
 
-Nothing of the model is replaced. For the time of one forward pass, hooks on its own modules hand every wanted
-activation to ``see``, heads split; what ``see`` gives back in its place goes on through the model. Between the rotation
-of queries and keys and the pattern there is no module, so Hugging Face's attention interface, or the method ``_attn``
-of older classes, is led past ``see`` and then runs Hugging Face's own eager code.
+No module of the model is replaced. During one forward pass, hooks on its modules call ``see`` with every wanted
+activation, heads split, and the model goes on with what ``see`` returns. No module lies between the rotated queries and
+keys and the pattern: there ``see`` is called from a function registered with Hugging Face's attention interface, or
+around the method ``_attn`` of older classes, and Hugging Face's own eager code computes the pattern.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["hook_names", "passing"]
 
 See = Callable[[str, Tensor], Tensor]
 Core = Callable[..., Any]
-EAGER = "dt_lens_eager"  # the name under which Hugging Face's attention interface knows the way past ``see``
+EAGER = "dt_lens_eager"  # the name of ``_attend`` in Hugging Face's attention interface
 _cores: ContextVar[Mapping[int, Core]] = ContextVar("cores", default={})  # noqa: B039 (never written into)
 
 
@@ -48,12 +48,12 @@ def hook_names(cfg: LanguageModelConfig) -> list[str]:
 def passing(
     model: nn.Module, family: Family, cfg: LanguageModelConfig, see: See, wanted: Callable[[str], bool]
 ) -> Iterator[None]:
-    """While this is open, every wanted activation of ``model`` goes through ``see(name, activation)``.
+    """Within this context ``see(name, activation)`` is called for every wanted activation of ``model``.
 
     Besides ``hook_names``, ``blocks.{l}.attn_in`` and ``mlp_in`` (what the norms give) and ``logits`` may be wanted.
-    What ``see`` returns goes on instead; the same tensor leaves everything as it is. Exceptions: ``hook_scale`` and
+    The model goes on with what ``see`` returns; returning the same tensor changes nothing. ``hook_scale`` and
     ``hook_normalized`` (the stream divided by its scale, before the norm's own weights) are computed beside the norm
-    and replace its output only when something else is returned.
+    and replace its output only if another tensor is returned.
 
     Raises:
         DtLensError: when the model lacks a module that its family has.
@@ -126,7 +126,7 @@ class _Passage:
         self.output(path, f"{b}.hook_resid_post")
 
     def seen(self, name: str, x: Tensor, heads: int | None) -> Tensor:
-        """``x`` itself unless ``see`` gives something else."""
+        """``x`` itself unless ``see`` returns another tensor."""
         if heads is None:
             return self.see(name, x)
         split = rearrange(x, "n t (h e) -> n t h e", h=heads)
@@ -134,7 +134,7 @@ class _Passage:
         return x if given is split else rearrange(given, "n t h e -> n t (h e)")
 
     def output(self, path: str, name: str, heads: int | None = None) -> None:
-        """What a module gives: its output, or the first of several."""
+        """See a module's output, or the first of several."""
         if not self.wanted(name):
             return
 
@@ -148,7 +148,7 @@ class _Passage:
         self.handles.append(self.module(path).register_forward_hook(hook))
 
     def entry(self, path: str, name: str, heads: int | None = None) -> None:
-        """What a module is given: its first input."""
+        """See a module's first input."""
         if self.wanted(name):
             self.before(path, lambda x: self.seen(name, x, heads))
 
@@ -163,7 +163,7 @@ class _Passage:
         self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
 
     def middle(self, layer: int, path: str) -> None:
-        """The stream between attention and MLP. It also skips the MLP, past every module: see ``rejoin``."""
+        """See the stream between attention and MLP; a change to it must also go around the MLP: see ``rejoin``."""
         name = f"blocks.{layer}.hook_resid_mid"
         if not self.wanted(name):
             return
@@ -177,7 +177,7 @@ class _Passage:
         self.before(path, replace)
 
     def rejoin(self, layer: int, path: str) -> None:
-        """Add to what the MLP gives the change that the stream past it has not seen."""
+        """Add the change of the stream to the MLP's output; the path around the MLP lacks it."""
 
         def hook(_module: nn.Module, _inputs: Any, out: Any) -> Any:
             change = self.skipped.pop(layer, None)
@@ -233,7 +233,7 @@ class _Passage:
         self.handles.append(self.module(paths[0]).register_forward_hook(hook))
 
     def core(self, attn: str, path: str) -> None:
-        """The way from queries, keys and values ``[n, head, t, e]`` to the pattern and what it gathers."""
+        """See rotated queries and keys ``[n, head, t, e]``, and the pattern computed from them."""
         q_name, k_name, pattern_name = (f"{attn}.hook_{name}" for name in ("rot_q", "rot_k", "pattern"))
         if not any(self.wanted(name) for name in (q_name, k_name, pattern_name)):
             return
@@ -261,7 +261,7 @@ class _Passage:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """Eager attention past the cores, where there are any, and afterwards the model's own again."""
+        """Run eager attention through the cores, if there are any; restore the model's own on exit."""
         if not self.cores:
             yield
             return
@@ -310,7 +310,7 @@ def _mask(*args: Any, **named: Any) -> Tensor | None:
 
 
 def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:
-    """Hugging Face's own eager attention of this module's file, past the core of the module where it has one."""
+    """Hugging Face's own eager attention from this module's file, through the module's core if it has one."""
     files = [sys.modules[base.__module__] for base in type(module).__mro__]
     eager = next(vars(file)["eager_attention_forward"] for file in files if "eager_attention_forward" in vars(file))
 

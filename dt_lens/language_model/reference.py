@@ -17,7 +17,7 @@ __all__ = ["LanguageModelReference"]
 
 
 class LanguageModelReference:
-    """What ``certify`` holds a language model's weights against."""
+    """The original's activations, with which ``certify`` checks a language model's weights."""
 
     def __init__(self, model: nn.Module, family: Family, cfg: LanguageModelConfig) -> None:
         self.model = model
@@ -28,7 +28,7 @@ class LanguageModelReference:
         """One evaluation-mode pass of the original, heads split.
 
         Raises:
-            DtLensError: when the MLP does not compute what the configuration says that it computes.
+            DtLensError: when the MLP does not compute what the configuration says.
         """
         model: Any = self.model
         seen: dict[str, Tensor] = {}
@@ -37,7 +37,7 @@ class LanguageModelReference:
             seen[name] = x
             return x
 
-        # What the norms compute inside is the lens's own sum; only what they give is the original's.
+        # Inside a norm it is the lens that computes; only the norm's output is the original's.
         def wanted(name: str) -> bool:
             return not name.endswith((".hook_scale", ".hook_normalized"))
 
@@ -54,11 +54,13 @@ class LanguageModelReference:
         return {name: tensor.detach() for name, tensor in seen.items()}
 
     def _require_activation(self, block: str, seen: Mapping[str, Tensor]) -> None:
-        """The neurons are what the configured activation makes of the MLP's matrices, gate and input told apart."""
+        """Raise unless the neurons are the configured activation of the MLP's input (times the gated part)."""
         from transformers.activations import ACT2FN
 
         if self.cfg.act_fn not in ACT2FN:
-            raise DtLensError(f"The configuration's activation is {self.cfg.act_fn!r}, which Hugging Face has not.")
+            raise DtLensError(
+                f"The configuration's activation is {self.cfg.act_fn!r}, which Hugging Face does not have."
+            )
         pre, post = seen[f"{block}.mlp.hook_pre"], seen[f"{block}.mlp.hook_post"]
         made = ACT2FN[self.cfg.act_fn](pre)
         if self.cfg.gated:

@@ -22,16 +22,16 @@ __all__ = ["WeightsOnly"]
 
 
 class WeightsOnly:
-    """A checkpoint whose weights are read from its files when somebody asks; it cannot run.
+    """A checkpoint whose weights are read from its files on access; it cannot run.
 
     ``WeightSVD``, ``scan``, ``top``, token tables and ``compare`` take it like any wrapped model. Its layout is not
-    certified, which takes a forward pass: a tiny model of the same class is, in the tests.
+    certified, which would take a forward pass; the tests certify tiny models of the same classes.
 
     Attributes:
         cfg: sizes and options.
         weights: read-only, by canonical name; each is read from its file anew.
         tokenizer: the one beside the weights, if any.
-        identity: tells this model from every other.
+        identity: unique to this model.
 
     Raises:
         DtLensError: naming a tensor that is missing, unknown, or of a shape that does not fit the configuration.
@@ -53,7 +53,7 @@ class WeightsOnly:
         small = next(name for name in self._weights if name.endswith(".w"))
         if not self._weights[small].is_floating_point():
             raise DtLensError(
-                f"The weights in {shards.folder} are no floating-point numbers; quantised ones are not read."
+                f"The weights in {shards.folder} are not floating-point numbers; quantised weights cannot be read."
             )
 
     @property
@@ -68,7 +68,7 @@ class WeightsOnly:
 
     @property
     def embeddings(self) -> EmbeddingRegistry:
-        """``token_in``, ``token_out`` and, where positions are learned, ``position_in``; yours to extend."""
+        """``token_in``, ``token_out`` and, where positions are learned, ``position_in``; you may add sets."""
         if self._embeddings is None:
             labels = token_labels(self.tokenizer, self.cfg.d_vocab) if self.tokenizer is not None else ()
             self._embeddings = language_model_embeddings(

@@ -195,9 +195,9 @@ def test_damaged_files(tmp_path: Path, key: str, change: Any, message: str) -> N
         dt_lens.load(tmp_path / "agent.pt", n_heads=2)
 
 
-def test_statistics_that_are_none(tmp_path: Path) -> None:
+def test_statistics_that_are_not_numbers(tmp_path: Path) -> None:
     for mean, message in (
-        ("zero", "state_mean or state_std in .* is no array of numbers"),
+        ("zero", "state_mean or state_std in .* is not an array of numbers"),
         (np.zeros(3), "state_mean has 3 entries"),
         (np.full(5, np.nan), "state_mean is"),
     ):
@@ -207,7 +207,7 @@ def test_statistics_that_are_none(tmp_path: Path) -> None:
             dt_lens.load(tmp_path / "a.pt", n_heads=2)
 
 
-def test_a_class_that_does_not_tell_its_heads() -> None:
+def test_a_class_that_does_not_say_its_heads() -> None:
     model = make()
     for block in model.blocks:
         attention = block.attention

@@ -75,5 +75,5 @@ def test_what_is_refused(params: dict[str, Any], message: str, ignored: str | No
 
 
 def test_images_that_are_not_square_are_refused() -> None:
-    with pytest.raises(DtLensError, match="reads images of 84 x 80; dt-lens wants square ones"):
+    with pytest.raises(DtLensError, match="reads images of 84 x 80; dt-lens reads square ones only"):
         said_by_settings(settings((4, 84, 80), encoder_factory=PIXEL))

@@ -173,7 +173,7 @@ def test_wrapping_twice_and_wrapping_a_lens(make_hf: Any) -> None:
         ({"action_tanh": "false"}, "action_tanh is 'false'; it must be true or false"),
         ({"scale_attn_weights": 1}, "attn_scale_by_head is 1"),
         ({"attn_pdrop": 7}, "attn_dropout is 7"),
-        ({"rotary": True}, r"an option 'rotary' that .* has not, .* pass ignore_options=\['rotary'\]"),
+        ({"rotary": True}, r"an option 'rotary' that .* does not have, .* pass ignore_options=\['rotary'\]"),
         ({"initializer_range": "wide"}, "Hugging Face's class refuses this configuration"),
     ],
 )
@@ -251,7 +251,7 @@ def test_weights_without_their_configuration(folder: Path) -> None:
     )  # found beside
     (folder / "config.json").unlink()
     for path in (folder, folder / "model.safetensors"):
-        with pytest.raises(DtLensError, match=r"lies without its config\.json, .* give the folder that holds both\.$"):
+        with pytest.raises(DtLensError, match=r"has no config\.json beside it, .* give the folder that holds both\.$"):
             dt_lens.load(path)
 
 

@@ -39,7 +39,7 @@ def test_a_state_dict_loads_to_the_same_outputs(hf: Any, make_batch: Any, tmp_pa
     assert dt_lens.load(tmp_path / "agent.pt", n_heads=2, context=9, return_scale=10, check=False).facts.context == 9
 
 
-def test_a_mask_of_gpt2s_default_width_tells_no_context(hf: Any, tmp_path: Path) -> None:
+def test_a_mask_of_gpt2s_default_width_says_nothing_of_the_context(hf: Any, tmp_path: Path) -> None:
     for width in (1024, None):
         torch.save(renamed(hf, width), tmp_path / "agent.pt")
         assert dt_lens.load(tmp_path / "agent.pt", n_heads=2, check=False).facts.context == 20
@@ -54,7 +54,7 @@ def test_the_attention_bias_is_not_taken_for_a_mask(hf: Any, tmp_path: Path) -> 
         assert torch.equal(torch.cat(mine), tensors[f"transformer.h.{layer}.attn.c_attn.bias"])
 
 
-def test_what_shapes_cannot_tell_is_asked_for(hf: Any, tmp_path: Path) -> None:
+def test_what_shapes_do_not_say_is_asked_for(hf: Any, tmp_path: Path) -> None:
     tensors = renamed(hf)
     file = tmp_path / "agent.pt"
     torch.save(tensors, file)

@@ -365,7 +365,7 @@ def _damaged(folder: Path, change: Callable[[dict[str, Tensor], dict[str, Any]],
         (lambda t, c: c.update(architectures=["GPT2ForSequenceClassification"]), "No adapter recognises"),
     ],
 )
-def test_what_does_not_fit_is_told_in_one_sentence(change: Any, said: str, make_lm: Any, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_in_one_sentence(change: Any, said: str, make_lm: Any, tmp_path: Path) -> None:
     make_lm("gpt2").save_pretrained(tmp_path)
     assert re.search(said, _damaged(tmp_path, change))
 
@@ -389,7 +389,7 @@ def test_unknown_options_and_foreign_models(make_lm: Any) -> None:
         dt_lens.wrap(make_lm("gpt2").transformer)
 
 
-def test_a_weight_that_the_family_has_not_is_named(make_lm: Any) -> None:
+def test_a_weight_that_the_family_does_not_have_is_named(make_lm: Any) -> None:
     model = make_lm("gpt2")
     model.transformer.h[0].attn.lora = torch.nn.Linear(16, 2)
     with pytest.raises(DtLensError, match=r"transformer\.h\.0\.attn\.lora\.weight"):

@@ -107,16 +107,16 @@ def test_what_the_file_says_of_its_run(tmp_path: Path) -> None:
         ({"model_config": config(agent(), state_embedding_type="CNN")}, {}, "state_embedding_type='CNN', which"),
         ({"model_config": config(agent(), rotary=1)}, {}, r"a field 'rotary' .* pass ignore_options=\['rotary'\]"),
         ({"environment_config": {"one_hot": True}}, {}, r"environment_config has a field 'one_hot' .* 'one_hot_obs'\?"),
-        ({"model_config": "{"}, {}, "model_config is no JSON"),
+        ({"model_config": "{"}, {}, "model_config is not JSON"),
         ({"model_config": "[1]"}, {}, "model_config holds a list"),
-        ({"offline_config": {"initial_rtg": ["high"]}}, {}, r"initial_rtg=\['high'\], no numbers"),
+        ({"offline_config": {"initial_rtg": ["high"]}}, {}, r"initial_rtg=\['high'\], which are not numbers"),
         ({}, {"n_heads": 2}, "Unknown option 'n_heads'"),
         ({}, {"context": 5}, "context=5 does not fit this checkpoint, whose 11 positions hold 4 steps"),
         ({}, {"act_fn": "rely"}, r"act_fn is 'rely'; .* mean 'relu'\?"),
         ({}, {"padding": "none"}, "padding is 'none'; it must be 'mask' or 'visible'"),
     ],
 )
-def test_words_that_do_not_fit(beside: dict[str, Any], given: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_fields_that_do_not_fit(beside: dict[str, Any], given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match=message):
         dt_lens.load(save(agent(), tmp_path / "agent.pt", **beside), **given)
 

@@ -116,8 +116,8 @@ def test_what_is_missing_is_asked_for_and_what_is_too_much_is_named(saved: Path)
         dt_lens.load(saved, adapter=ADAPTER)
 
 
-def test_settings_that_are_none(saved: Path) -> None:
+def test_settings_that_are_not_a_dict(saved: Path) -> None:
     held = torch.load(saved, weights_only=True)
     torch.save(held | {"settings": "none"}, saved)
-    with pytest.raises(DtLensError, match=r"The settings in .* are no dict"):
+    with pytest.raises(DtLensError, match=r"The settings in .* are not a dict"):
         dt_lens.load(saved, adapter=ADAPTER)

@@ -49,8 +49,8 @@ def test_a_tokenizer_of_a_larger_model_is_refused(make_lm: Any) -> None:
         dt_lens.wrap(make_lm("gpt2"), tokenizer=Tokens([str(i) for i in range(30)]))
 
 
-def test_a_tokenizer_that_is_none(make_lm: Any) -> None:
-    with pytest.raises(DtLensError, match="a dict, cannot tell"):
+def test_an_object_that_is_not_a_tokenizer(make_lm: Any) -> None:
+    with pytest.raises(DtLensError, match="a dict, has no tokens"):
         dt_lens.wrap(make_lm("gpt2"), tokenizer={})
 
 

@@ -176,7 +176,7 @@ def test_a_copy_is_a_model_of_its_own(make_lm: Any) -> None:
         ("text", "without a tokenizer"),
     ],
 )
-def test_tokens_that_are_none(tokens: Any, said: str, make_lm: Any) -> None:
+def test_tokens_of_another_form(tokens: Any, said: str, make_lm: Any) -> None:
     with pytest.raises(DtLensError, match=said):
         dt_lens.wrap(make_lm("gptj"), check=False)(tokens)
 
@@ -186,7 +186,7 @@ def test_a_mask_of_another_shape(make_lm: Any) -> None:
         dt_lens.wrap(make_lm("gpt2"), check=False)(TOKENS, attention_mask=torch.ones(2, 3))
 
 
-def test_attention_that_shows_no_pattern_is_told(make_lm: Any) -> None:
+def test_attention_that_shows_no_pattern_is_refused(make_lm: Any) -> None:
     model = make_lm("gptj")
     lens = dt_lens.wrap(model, check=False)
     model.config._attn_implementation = "flash_attention_2"

@@ -78,15 +78,15 @@ def test_a_vocabulary_in_blocks(kind: str, tmp_path: Path, monkeypatch: pytest.M
     assert ((p - expected).abs() <= 0.1 * expected + 0.02).all()
 
 
-def test_a_stopped_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_scan_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "WHOLE", 0)
     folder = saved("gptj", tmp_path / "model")
     straight = WeightSVD(dt_lens.open_checkpoint(folder), rank=4).scan(embeddings="token_*", draws=200)
-    told: list[str] = []
+    reported: list[str] = []
 
     def stop(what: str, share: float) -> None:
-        told.append(what)
-        if len(told) == 9:
+        reported.append(what)
+        if len(reported) == 9:
             raise KeyboardInterrupt
 
     def go(tell: Any) -> pd.DataFrame:

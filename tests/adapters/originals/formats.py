@@ -47,7 +47,7 @@ class Format:
     theirs: Callable[[Path, Mapping[str, Tensor]], Tensor]
     given: dict[str, Any] = field(default_factory=dict)
     unused: str = r"(?!)"  # keys that are in the file and not in the computation
-    marks: frozenset[str] = frozenset()  # keys without which it is no file of this format
+    marks: frozenset[str] = frozenset()  # keys that every file of this format has
     opens: bool = False  # open_checkpoint reads it too
     zipped: bool = False  # in torch's zip, which holds checksums
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import dt_lens
 from dt_lens import DtLensError
-from dt_lens.language_model.original import NOT_OF_NUMBERS
+from dt_lens.language_model.original import IGNORED_FIELDS
 from dt_lens.lens.adapters import adapter_names
 
 SIZES = (12, 120)  # examples of a property in every run, and in make fuzz
@@ -64,7 +64,7 @@ def test_fields_of_any_value(made: Any, scratch: Any, law: Any, said: Any, name:
             values = json.loads((path / name).read_text())
             key = data.draw(st.sampled_from(sorted(values) + (NAMES if name == "config.json" else ["unheard_of"])))
             # What is not of the numbers changes no answer; to write out 10**9 labels is their class's own affair.
-            known = made.theirs(path, made.tensors) if key in NOT_OF_NUMBERS else None
+            known = made.theirs(path, made.tensors) if key in IGNORED_FIELDS else None
             if data.draw(st.integers(0, 9)):
                 values[key] = data.draw(st.sampled_from(ODD))
             else:
@@ -86,7 +86,9 @@ def test_fields_of_any_value(made: Any, scratch: Any, law: Any, said: Any, name:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", ["config.json", "dt_lens.json", "model.safetensors.index.json", "tokenizer.json"])
-def test_texts_that_are_no_configuration(formats: Any, scratch: Any, law: Any, said: Any, name: str, text: str) -> None:
+def test_texts_that_are_not_a_configuration(
+    formats: Any, scratch: Any, law: Any, said: Any, name: str, text: str
+) -> None:
     for kind in ("Hugging Face DT", "gpt2", "llama in 3"):
         made = formats[kind]
         with scratch() as folder:
@@ -143,8 +145,8 @@ def test_options_of_any_value(made: Any, scratch: Any, law: Any, size: int) -> N
         with scratch() as folder:
             path = made.write(folder, made.tensors)
             # Heads and activations are the user's word: another one is another model.
-            told = name in ("n_heads", "act_fn", "encoder_act", "encoder_last_act", "embed_act", "action_tanh")
-            expected: Callable[[], Any] | None = (lambda: torch.tensor(math.nan)) if told else None
+            another_model = name in ("n_heads", "act_fn", "encoder_act", "encoder_last_act", "embed_act", "action_tanh")
+            expected: Callable[[], Any] | None = (lambda: torch.tensor(math.nan)) if another_model else None
             law(made, path, given={name: value}, expected=expected)
         little(before)
 

@@ -1,4 +1,4 @@
-"""Files that are cut off, damaged, hostile, or no files: one sentence, nothing run, and never another model."""
+"""Files that are cut off, damaged, hostile, or not files: one sentence, nothing run, and never another model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_damaged_bytes(made: Any, scratch: Any, law: Any, size: int) -> None:
             file = data.draw(st.sampled_from(weights(path := made.write(folder, made.tensors))))
             whole = bytearray(file.read_bytes())
             head = struct.unpack("<Q", whole[:8])[0] + 8 if file.suffix == ".safetensors" else 3000
-            if file.suffix == ".d3":  # of its configuration there is no checksum
+            if file.suffix == ".d3":  # its configuration has no checksum
                 whole, rest = whole[: (end := whole.rindex(b"config\x94"))], whole[end:]
             else:
                 rest = bytearray()
@@ -182,7 +182,7 @@ def empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize("turn", [a_folder, a_loop, nowhere, a_pipe, no_end, empty])
-def test_what_is_no_file(made: Any, scratch: Any, law: Any, said: Any, turn: Callable[[Path], None]) -> None:
+def test_paths_that_are_not_files(made: Any, scratch: Any, law: Any, said: Any, turn: Callable[[Path], None]) -> None:
     with scratch() as whole:
         made.write(whole, made.tensors)
         names = [file.name for file in whole.iterdir()]

@@ -1,4 +1,4 @@
-"""Tensors that are missing, too many, of another shape or type, or no numbers: named, or without any effect."""
+"""Tensors that are missing, too many, of another shape or type, or not finite: named, or without any effect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHERS = (
     torch.float8_e5m2,
 )  # fmt: skip
 
-# What the sizes of a model are read off where no configuration tells them: another size there is told at a neighbour.
+# Keys that are strange, and keys that adapters read sizes or numbers of blocks off.
 STRANGE_KEYS = (
     "x", "", ".", "..", "weight", "blocks.0", "transformer.h.2.ln_1.weight", "encoder.h.2.ln_1.weight",
     "blocks.2.attn.query.weight", "transformer.2.attention.q_net.weight", "_gpt2._transformer.2._mlp._l1.weight",
@@ -61,7 +61,7 @@ def reshaped(data: st.DataObject, tensor: Tensor) -> Tensor:
 
 
 def if_they_can(made: Any, path: Path, tensors: dict[str, Tensor]) -> Tensor:
-    """The code base's answer; none where its model of the old sizes cannot be asked."""
+    """The code base's answer; NaN where its model of the old sizes cannot run."""
     try:
         answer: Tensor = made.theirs(path, tensors)
     except (RuntimeError, IndexError):
@@ -106,14 +106,14 @@ def test_a_tensor_too_many_is_named(made: Any, scratch: Any, law: Any, size: int
         with scratch() as folder:
             message = law(made, made.write(folder, tensors))
         assert message is not None
-        # One of a layer that is not there is missed with its neighbours.
+        # For a layer that does not exist, a missing neighbour is named.
         stem = re.sub(r"\.\d+\..*$|\.(weight|bias)$", "", re.sub("^encoder.", "transformer.", key))
         assert repr(key[:60])[:-1] in message or "block" in message or (stem and stem in message), message
 
     check()
 
 
-def test_another_shape_is_told(made: Any, scratch: Any, law: Any, size: int) -> None:
+def test_another_shape_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
     @settings(SETTINGS, max_examples=2 * size)
     @given(data=st.data(), key=st.sampled_from(sorted(made.tensors)))
     def check(data: st.DataObject, key: str) -> None:
@@ -127,20 +127,20 @@ def test_another_shape_is_told(made: Any, scratch: Any, law: Any, size: int) -> 
             message = law(made, path, tensors, expected=lambda: if_they_can(made, path, tensors))
         if message is not None:
             named = any(made.called(other, message) for other in made.tensors)
-            # A size that heads do not divide, or that a file's own words contradict, is told as that.
-            told_apart = ["belong together"] if made.name == "MiniGrid" else ["state_mean has 5", "max_timestep is"]
+            # A size that heads do not divide, or that the file's own configuration contradicts, is named as that.
+            contradicted = ["belong together"] if made.name == "MiniGrid" else ["state_mean has 5", "max_timestep is"]
             assert (
                 named
                 or "No adapter recognises" in message
                 or "head" in message
                 or " is 0" in message
-                or any(words in message for words in told_apart)
+                or any(words in message for words in contradicted)
             ), message
 
     check()
 
 
-def test_what_is_no_number_is_named(made: Any, scratch: Any, law: Any, size: int) -> None:
+def test_values_that_are_not_finite_are_named(made: Any, scratch: Any, law: Any, size: int) -> None:
     @settings(SETTINGS, max_examples=size)
     @given(data=st.data(), key=st.sampled_from(sorted(made.tensors)))
     def check(data: st.DataObject, key: str) -> None:
@@ -214,7 +214,7 @@ def test_other_numbers_are_another_model(made: Any, scratch: Any, law: Any, size
         else:
             tensors[key] = {"zero": torch.zeros_like(tensor), "flipped": tensor.flip(0)}.get(way, tensor.roll(8, 0))
         with scratch() as folder:
-            # With huge numbers, rounding or a mask of -10,000 decides: whose answer is right cannot be told.
+            # With huge numbers, rounding or a mask of -10,000 decides, so neither answer is right.
             unknown = (lambda: torch.tensor(math.nan)) if way == "huge" else None
             message = law(made, made.write(folder, tensors), tensors, expected=unknown)
         assert message is None or way in ("huge", "exchanged"), message
