@@ -184,13 +184,15 @@ def test_a_configuration_that_makes_no_model(folder: Path, values: dict[str, Any
     assert str(caught.value).endswith((".", "?")) and "\n" not in str(caught.value)
 
 
-def test_options_that_do_nothing(folder: Path) -> None:
+def test_options_that_do_nothing(make_hf: Any, make_batch: Any, folder: Path) -> None:
+    batch = make_batch(make_hf().config)
+    expected = predictions(dt_lens.load(folder, check=False), batch)
     rewrite(
         folder, vocab_size=10**12, max_length=20, summary_type="cls_index", _name_or_path="x", torch_dtype="float32"
     )
-    dt_lens.load(folder)
+    assert torch.equal(predictions(dt_lens.load(folder), batch), expected)
     rewrite(folder, rotary=False)
-    dt_lens.load(folder, ignore_options=["rotary"])
+    assert torch.equal(predictions(dt_lens.load(folder, ignore_options=["rotary"]), batch), expected)
 
 
 @pytest.mark.parametrize("field", ["n_layer", "action_tanh", "activation_function"])
@@ -231,6 +233,7 @@ def test_facts_that_do_not_fit(folder: Path) -> None:
         ({"state_mean": [0.0] * 4, "state_std": [1.0] * 4}, "state_mean has 4 entries; the model's state has 5"),
         ({"action_labels": ["x"]}, "action_labels has 1 entries; the model's action has 3"),
         ({"contxt": 3}, r"Unknown option 'contxt' .* mean 'context'\?$"),
+        ({"ignore_options": "rotary"}, r"ignore_options is 'rotary'; it must be a list of names of options\.$"),
         ({"context": 0}, "context is 0; it must be a positive number of steps"),
         ({"discrete_actions": "yes"}, "discrete_actions is 'yes'"),
         ({"return_scale": "many"}, "return_scale is 'many'; it must be a positive number"),

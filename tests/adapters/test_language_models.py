@@ -293,7 +293,10 @@ def test_options_of_the_classes(kind: str, options: dict[str, Any], make_lm: Any
 
 
 def test_a_head_wider_than_its_share(make_lm: Any) -> None:
-    dt_lens.wrap(make_lm("llama", head_dim=6))
+    model = make_lm("llama", head_dim=6)
+    lens = dt_lens.wrap(model)
+    assert lens.cfg.d_head == 6 and lens.weights["blocks.0.attn.W_Q"].shape == (4, 16, 6)
+    torch.testing.assert_close(lens.run_with_cache(TOKENS)[0], model(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "llama"])
