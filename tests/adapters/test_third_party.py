@@ -11,6 +11,7 @@ import torch
 
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
+from dt_lens.lens import Adapter, Checkpoint, Lens, Reference, named_adapter
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example_adapter"
 ADAPTER = "dt_lens_toy:ToyDecisionTransformer"
@@ -55,6 +56,13 @@ def test_a_file_tells_all(saved: Path) -> None:
     assert set(WeightSVD(model).scan(["*.W_in", "*.OV.*"])["matrix"].str.split(".").str[1]) == {"0", "1"}
     table = WeightSVD(model).top("blocks.1.mlp.W_out", "action_out", k=2)
     assert set(table["label"]) == set(model.embeddings["action_out"].labels)
+
+
+def test_the_protocols_of_the_face_are_satisfied(saved: Path) -> None:
+    model = dt_lens.load(saved, adapter=ADAPTER, check=False)
+    assert isinstance(named_adapter(ADAPTER), Adapter) and isinstance(model, Lens)
+    assert isinstance(model.reference, Reference)
+    assert sys.modules["dt_lens_toy"].Checkpoint is Checkpoint
 
 
 def test_the_lens_computes_what_the_agent_does(agent: Any) -> None:
