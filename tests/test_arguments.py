@@ -55,13 +55,13 @@ NAME = "blocks.0.mlp.W_in"
         ("tokens", {"k": 1.5}, "k is 1.5"),
     ],
 )
-def test_arguments_that_are_none(make_dt: Make, method: str, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(make_dt: Make, method: str, arguments: dict[str, Any], message: str) -> None:
     one = {"matrix": NAME, "embedding": "state_in"} if method in ("cosines", "top") else {"matrices": NAME}
     with pytest.raises(DtLensError, match=message):
         getattr(WeightSVD(make_dt()), method)(**{**one, **arguments})
 
 
-def test_names_that_are_no_text(make_dt: Make) -> None:
+def test_names_that_are_not_text_are_refused(make_dt: Make) -> None:
     model = make_dt()
     for name in (None, 5, [NAME], slice(1)):
         with pytest.raises(DtLensError, match="A matrix is named by text"):
@@ -80,8 +80,8 @@ def test_numbers_of_any_kind(make_dt: Make) -> None:
 
 
 @pytest.mark.parametrize("path", [3, None, b"here", ["here"], "a\0b"])
-def test_paths_that_are_none(make_dt: Make, path: Any) -> None:
-    """Every door through which a file or folder comes in; ``None`` where it means none is passed over."""
+def test_invalid_paths_are_refused(make_dt: Make, path: Any) -> None:
+    """Every public argument that takes a file or folder; ``None`` is left out where it means that there is none."""
     model = make_dt()
     doors: dict[str, Callable[[Any], Any]] = {
         "source": SweepResults,
@@ -97,7 +97,7 @@ def test_paths_that_are_none(make_dt: Make, path: Any) -> None:
 
 
 @pytest.mark.parametrize("p", [[0.1, np.nan], [1.1], [-0.1], 0.5, [[0.1]], ["a"], None, "x", [1j]])
-def test_p_values_that_are_none(p: Any) -> None:
+def test_invalid_p_values_are_refused(p: Any) -> None:
     with pytest.raises(DtLensError, match="p_values must be a row of numbers between 0 and 1"):
         q_values(p)
 

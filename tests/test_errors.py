@@ -1,4 +1,4 @@
-"""The one error class and the words around it."""
+"""The error class, and the functions that word its sentences."""
 
 from __future__ import annotations
 

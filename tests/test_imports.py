@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"dt_lens": ROOT / "dt_lens", "dt_lens_adapters": ROOT / "adapters" / "dt_lens_adapters"}
 
-# What each room may import, beside itself and the files at the root.
+# What each room may import, besides itself and the files at the root.
 BASE = {"lens", "statistics", "report"}
 BEHAVIOUR = {*BASE, "svd", "edits", "decision_transformer"}
 ROOMS: dict[str, set[str]] = {

@@ -147,7 +147,7 @@ def test_only_what_was_asked_for_is_watched(make_dt: Make) -> None:
         acts.inputs["blocks.0.mlp.W_out"]
     whole = collect_activations(model, batches=[model.probe()])
     for name in acts.inputs:
-        # Where nobody looks at the pattern the model takes another way to the same attention.
+        # If no hook reads the pattern, the model computes the same attention another way.
         torch.testing.assert_close(acts.inputs[name].second, whole.inputs[name].second, rtol=1e-5, atol=1e-6)
 
 
@@ -173,7 +173,7 @@ def test_a_file_goes_there_and_back(make_dt: Make, tmp_path: Path) -> None:
     assert collect_activations(model, batches=[model.probe(1)]).digest != acts.digest
 
 
-def test_what_is_no_file_of_activations(make_dt: Make, tmp_path: Path) -> None:
+def test_files_that_are_not_activations_are_refused(make_dt: Make, tmp_path: Path) -> None:
     model = make_dt()
     file = tmp_path / "acts.safetensors"
     collect_activations(model, batches=[model.probe()]).save(file)
@@ -194,7 +194,7 @@ def test_what_is_no_file_of_activations(make_dt: Make, tmp_path: Path) -> None:
         collect_activations(model, batches=[model.probe()]).save(file / "below.safetensors")
 
 
-def test_what_activations_cannot_be_collected_of(make_dt: Make, make_lm: Make) -> None:
+def test_models_and_batches_that_give_no_activations_are_refused(make_dt: Make, make_lm: Make) -> None:
     model, lm = make_dt(), dt_lens.wrap(make_lm("gpt2"), check=False)
     for batches, message in (([], "No token was seen"), ([{"states": torch.zeros(1)}], "cannot run on batch 0")):
         with pytest.raises(DtLensError, match=message):

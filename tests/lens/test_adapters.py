@@ -1,4 +1,4 @@
-"""Adapters are found by what they recognise, and a third party brings one without touching this repository."""
+"""Adapters are found by what they recognise, and a third party adds one without touching this repository."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_ours_are_installed() -> None:
     assert named_adapter(one) is one
 
 
-def test_a_third_partys(monkeypatch: pytest.MonkeyPatch, module: str, tmp_path: Path) -> None:
+def test_a_third_partys_adapter_is_found(monkeypatch: pytest.MonkeyPatch, module: str, tmp_path: Path) -> None:
     torch.save({"mine.weight": torch.zeros(2)}, tmp_path / "agent.pt")
     with pytest.raises(
         DtLensError, match=r"No adapter recognises this model, which holds mine\.weight, \.\.\.; dt-lens knows"
@@ -114,7 +114,7 @@ def test_two_that_recognise_the_same(monkeypatch: pytest.MonkeyPatch, module: st
         (3, "3 is not an adapter: it needs"),
     ],
 )
-def test_what_is_no_adapter(module: str, adapter: Any, message: str) -> None:
+def test_objects_that_are_not_adapters_are_refused(module: str, adapter: Any, message: str) -> None:
     with pytest.raises(DtLensError, match=message):
         named_adapter(adapter)
 
@@ -134,6 +134,6 @@ def test_an_unknown_architecture_says_what_it_saw() -> None:
 
 
 @pytest.mark.parametrize("thing", [None, 3, "hopper", {"a": torch.zeros(2)}, torch.zeros(3), nn.Linear])
-def test_what_is_no_module(thing: Any) -> None:
+def test_wrap_refuses_what_is_not_a_torch_module(thing: Any) -> None:
     with pytest.raises(DtLensError, match=r"wrap takes a torch model, not a \w+; use dt_lens\.load"):
         dt_lens.wrap(thing)

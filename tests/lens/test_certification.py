@@ -1,4 +1,4 @@
-"""certify believes nothing: every way in which an adapter can be wrong is refused, and the culprit has a name."""
+"""certify refuses every way in which an adapter can be wrong, and names the part that is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SQUARE = {"hidden_size": 12, "n_inner": 12, "n_layer": 2, "n_head": 3, "state_di
 
 @pytest.fixture(scope="module")
 def right_model(make_hf: Any) -> Callable[..., Any]:
-    """A model that the adapter as it is wraps without complaint."""
+    """A model that the unchanged adapter wraps without an error."""
 
     @functools.cache
     def make(**options: Any) -> Any:
@@ -315,7 +315,7 @@ def test_folding_that_is_wrong(monkeypatch: pytest.MonkeyPatch, make_hf: Any, mi
 def test_circuits_whose_folding_is_wrong(
     monkeypatch: pytest.MonkeyPatch, make_hf: Any, kind: str, reference: bool
 ) -> None:
-    """Every other matrix is folded rightly, so only the circuit's own check can tell."""
+    """Every other matrix is folded correctly, so only the circuit's own check can find it."""
     lens = dt_lens.wrap(make_hf(**SQUARE), check=False)
     if not reference:
         lens.reference = None
@@ -349,7 +349,7 @@ def test_what_is_proven(make_hf: Any) -> None:
     )
 
 
-def test_what_is_no_wrapped_model() -> None:
+def test_an_object_that_is_not_a_wrapped_model_is_refused() -> None:
     with pytest.raises(DtLensError, match="certify takes a wrapped model, not a int"):
         dt_lens.certify(3)  # type: ignore[arg-type]
 

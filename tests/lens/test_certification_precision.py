@@ -48,7 +48,7 @@ def test_errors_do_not_grow_from_block_to_block(make_hf: Any) -> None:
     assert certificate.worst < 0.03
 
 
-def test_what_padding_computes_is_nobodys_concern(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_not_compared(make_hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision Hugging Face's padding may be NaN."""
     lens = dt_lens.wrap(make_hf())
     right = lens.reference.activations

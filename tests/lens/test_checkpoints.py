@@ -21,7 +21,7 @@ from dt_lens.lens.checkpoints import read_checkpoint
 
 
 def refusal(path: Path | str) -> str:
-    """What reading says, which must be one sentence of ours; loading must say the same."""
+    """The error of reading a file, which must be one sentence of dt-lens's own; loading must give the same one."""
     with pytest.raises(DtLensError) as caught:
         read_checkpoint(path)
     message = str(caught.value)
@@ -87,7 +87,7 @@ def save_tensors(file: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".safetensors", ""])
 @pytest.mark.parametrize("write", [write_text, write_nothing, write_picture, write_zeros, write_archive])
-def test_a_file_that_is_no_checkpoint(tmp_path: Path, suffix: str, write: Callable[[Path], None]) -> None:
+def test_a_file_that_is_not_a_checkpoint(tmp_path: Path, suffix: str, write: Callable[[Path], None]) -> None:
     file = tmp_path / f"agent{suffix}"
     write(file)
     expected = "not a complete safetensors file" if suffix == ".safetensors" else "cannot be read as a checkpoint"
@@ -141,7 +141,7 @@ def test_a_file_with_something_else_in_it(tmp_path: Path, saved: Any, message: s
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_none_are_refused_where_they_are_used(tmp_path: Path, value: float) -> None:
+def test_non_finite_numbers_are_refused_where_they_are_used(tmp_path: Path, value: float) -> None:
     torch.save({"mask": torch.tensor(float("-inf")), "a": torch.tensor([1.0, value])}, tmp_path / "agent.pt")
     checkpoint = read_checkpoint(tmp_path / "agent.pt")
     with pytest.raises(DtLensError, match=r"The tensor 'a' in .*agent\.pt holds NaN or infinite values; .*\.$"):
@@ -161,7 +161,7 @@ def test_state_dicts_are_found_where_code_bases_put_them(tmp_path: Path) -> None
         assert checkpoint.folder == tmp_path
 
 
-def test_arrays_of_numbers_beside_the_weights(tmp_path: Path) -> None:
+def test_arrays_of_numbers_in_a_pickle_with_the_weights(tmp_path: Path) -> None:
     arrays = {"mean": np.ones((1, 3), np.float32), "scale": np.float64(2.0), "ids": np.arange(3, dtype=np.int64)}
     torch.save({"model_state": {"a": torch.zeros(2)}, **arrays}, tmp_path / "agent.pt")
     extra = read_checkpoint(tmp_path / "agent.pt").extra
@@ -177,7 +177,7 @@ def as_bytes(saved: Any) -> bytes:
 
 
 class Unpacks:
-    """An adapter of somebody's: a file of torch's under ``"weights"``, and notes; it loads nothing."""
+    """A third party's adapter: a file of torch's under ``"weights"``, and notes; it loads nothing."""
 
     name = "unpacks"
 
@@ -231,13 +231,13 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "not json", "[1]", "3", "null", '"x"', "[" * 100_000, "\x00"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_json_that_is_none(tmp_path: Path, name: str, text: str) -> None:
+def test_invalid_json(tmp_path: Path, name: str, text: str) -> None:
     save_tensors(tmp_path / "model.safetensors")
     (tmp_path / name).write_text(text)
     assert name in refusal(tmp_path)
 
 
-def test_json_that_is_no_text(tmp_path: Path) -> None:
+def test_json_that_is_not_text(tmp_path: Path) -> None:
     save_tensors(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00{}")
     assert "config.json cannot be read as JSON" in refusal(tmp_path)
@@ -249,7 +249,7 @@ def test_an_index_that_names_no_shards(tmp_path: Path, index: Any) -> None:
     assert "has no weight_map; it should name the shard of every tensor" in refusal(tmp_path)
 
 
-def test_an_index_of_shards_that_are_not_there(tmp_path: Path) -> None:
+def test_an_index_of_missing_shards(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "one.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "one.safetensors', though model.safetensors.index.json names it" in refusal(tmp_path)
@@ -257,9 +257,17 @@ def test_an_index_of_shards_that_are_not_there(tmp_path: Path) -> None:
     assert set(read_checkpoint(tmp_path).tensors) == {"a", "b"}
 
 
-@pytest.mark.parametrize("path", ["nowhere.pt", "no/where/at/all.ckpt", "x" * 5000, "nul\0character.pt"])
-def test_a_path_that_leads_nowhere(path: str) -> None:
-    refusal(path)
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere.pt", "There is no file or folder 'nowhere.pt'; give the path of a checkpoint."),
+        ("no/where/at/all.ckpt", "There is no file or folder 'no/where/at/all.ckpt'; give the path of a checkpoint."),
+        ("x" * 5000, "cannot be accessed: "),
+        ("nul\0character.pt", "it must be the path of a file or folder"),
+    ],
+)
+def test_a_path_that_does_not_exist(path: str, said: str) -> None:
+    assert said in refusal(path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -69,7 +69,7 @@ def test_without_a_layernorm_the_effective_directions_are_the_raw_ones(make_dt: 
         assert torch.equal(embedding.effective, embedding.directions)
 
 
-def test_ones_own_set_in_one_line(make_dt: Make) -> None:
+def test_a_users_own_set_takes_one_line(make_dt: Make) -> None:
     model = make_dt()
     for n, given in enumerate([torch.eye(16), np.eye(16), np.eye(16, dtype=int).tolist()]):
         model.embeddings[f"mine{n}"] = Embedding(given, [f"axis {i}" for i in range(16)])
@@ -119,7 +119,7 @@ def test_models_are_not_mixed(make_dt: Make) -> None:
         ("nonsense", {}, "must be numbers"),
     ],
 )
-def test_what_is_no_embedding(given: Any, options: dict[str, Any], message: str) -> None:
+def test_invalid_embeddings_are_refused(given: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DtLensError, match=message):
         Embedding(given, **options)
 

@@ -48,7 +48,7 @@ def test_load_takes_text_and_paths(agent: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("source", [None, 3, ["hopper"], torch.nn.Linear(2, 2)])
-def test_load_of_something_else(source: Any) -> None:
+def test_load_refuses_what_is_not_a_name_or_path(source: Any) -> None:
     with pytest.raises(DtLensError, match=r"load takes a name or a path, not a \w+; use dt_lens\.wrap"):
         dt_lens.load(source)
 
@@ -111,7 +111,7 @@ class TestTheHub:
         assert dt_lens.load("some/agent").cfg.d_model == 16 and asked == ["some/agent"]
 
     @pytest.mark.parametrize("name", ["runs/agent.pt", "a/b/c", "agent", "/some/agent", "../agent", "~/agent.ckpt"])
-    def test_what_looks_like_a_file_is_not_looked_for_there(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def test_a_name_that_looks_like_a_file_is_not_fetched(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(loading, "_download", lambda name: pytest.fail("asked the hub"))
         with pytest.raises(DtLensError, match="it is not a local file or folder, nor a bundled model"):
             dt_lens.load(name)

@@ -94,7 +94,7 @@ def test_without_a_layernorm_in_front_nothing_is_folded(make_dt: Make, normaliza
         assert torch.equal(matrix.dense(model), matrix.dense(model, fold_layernorm=False))
 
 
-def test_unfolding_is_the_way_back() -> None:
+def test_unfolding_inverts_folding() -> None:
     w = torch.rand(9) + 0.5
     change = torch.randn(9, 4, dtype=torch.float64)
     change -= change.mean(0)
@@ -116,7 +116,7 @@ def test_a_change_of_a_factor_is_scattered_to_where_it_came_from(make_dt: Make) 
             assert float(whole.norm()) == pytest.approx(float(change.norm()))
 
 
-def test_sides_are_asked_for_by_name(make_dt: Make) -> None:
+def test_sides_have_names(make_dt: Make) -> None:
     model = make_dt()
     assert find_matrix(model, "blocks.0.mlp.W_out").side(None) == "right"
     assert find_matrix(model, "blocks.0.mlp.W_in").side("neuron") == "right"
@@ -163,7 +163,7 @@ def test_patterns(make_dt: Make) -> None:
     assert len(patterns) == 8 and len(chosen(patterns)) == 20
 
 
-def test_a_fingerprint_tells_every_bit(make_dt: Make) -> None:
+def test_a_fingerprint_depends_on_every_bit(make_dt: Make) -> None:
     model = make_dt()
     matrix = find_matrix(model, "blocks.0.attn.OV.1")
     before = fingerprint(model, matrix)

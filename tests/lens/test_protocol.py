@@ -1,4 +1,4 @@
-"""What a wrapped model is: dt-lens's own three, and one of somebody else's making."""
+"""What a wrapped model is: dt-lens's own three classes, and a third party's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Make = Callable[..., Any]
 
 
 class Own:
-    """A lens that is neither of dt-lens's classes nor a torch module: it passes on what another one has."""
+    """A lens that is neither of dt-lens's classes nor a torch module: it delegates to another lens."""
 
     kind = "toy"
     can_run, can_act = True, False
@@ -64,7 +64,7 @@ def test_three_kinds_of_wrapped_model(make_dt: Make, make_lm: Make, opened: Any)
     assert [(model.can_run, model.can_act) for model in found] == [(True, True), (True, False), (False, False)]
 
 
-def test_a_lens_of_somebodys_own(make_dt: Make) -> None:
+def test_a_third_partys_lens(make_dt: Make) -> None:
     inner = make_dt()
     model: Lens = Own(inner)  # mypy checks this line
     assert isinstance(model, Lens) and dt_lens.wrap(model) is model  # type: ignore[arg-type]

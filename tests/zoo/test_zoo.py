@@ -1,3 +1,5 @@
+"""The bundled models are complete, and do what their cards say."""
+
 from __future__ import annotations
 
 import re
