@@ -138,11 +138,19 @@ def test_a_study_leaves_a_report_and_goes_on_where_it_was(dt_lens: Run, cartpole
         (("evaluate", "{model}", "--edit", "blocks.0.mlp.W_in", "--value", "nought"), "constant"),
         (("evaluate", "{model}", "--env", "Hopper-v5"), "11"),
         (("evaluate", "{model}", "--env", "NoSuch-v0"), "NoSuch"),
-        (("train", "no/such-v0", "--steps", "1"), "no/such-v0"),
     ],
 )
 def test_mistakes_are_one_sentence(dt_lens: Run, cartpole: Path, words: tuple[str, ...], needed: str) -> None:
     refused(dt_lens(*(word.format(model=cartpole) for word in words)), needed)
+
+
+def test_an_unknown_data_set_is_one_sentence(dt_lens: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr("minari.storage.hosting.list_remote_datasets", refuse)
+    refused(dt_lens("train", "no/such-v0", "--steps", "1"), "no/such-v0")
 
 
 class _Bomb:

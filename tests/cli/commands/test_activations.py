@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-from typer.testing import CliRunner
+from typing import Any
 
 from dt_lens import Activations, collect_activations, load
-from dt_lens.cli.app import app
 
 
-def test_the_file_is_what_the_function_gives(tmp_path: Path) -> None:
+def test_the_file_is_what_the_function_gives(dt_lens: Callable[..., Any], cartpole: Path, tmp_path: Path) -> None:
     out = tmp_path / "acts.safetensors"
-    asked = [
-        "activations",
-        "hopper",
-        "--episodes",
-        "1",
-        "--seed",
-        "3",
-        "--max-steps",
-        "8",
-        "--matrices",
-        "*.W_in,*.OV.*",
-    ]
-    result = CliRunner().invoke(app, [*asked, "--out", str(out)])
-    assert result.exit_code == 0, result.output
+    options = ["--episodes", 1, "--seed", 3, "--max-steps", 5, "--matrices", "*.W_in,*.OV.*"]
+    result = dt_lens("activations", cartpole, *options, "--out", out)
+    assert result.returncode == 0, result.stderr
     found = Activations.load(out)
-    again = collect_activations(load("hopper"), episodes=1, seed=3, max_steps=8, matrices=["*.W_in", "*.OV.*"])
+    model = load(cartpole, check=False)
+    again = collect_activations(model, episodes=1, seed=3, max_steps=5, matrices=["*.W_in", "*.OV.*"])
     assert found.digest == again.digest
     assert found.record == again.record
-    assert found.record["steps"] == 8
-    assert "effective rank" in result.output
-    assert "2.mlp.W_in" in result.output
-    assert found.digest in result.output
+    assert found.record["steps"] == 5
+    assert "effective rank" in result.stdout
+    assert "0.mlp.W_in" in result.stdout
+    assert found.digest in result.stdout

@@ -1,0 +1,81 @@
+"""The commands ``train``, ``train-text`` and ``record`` pass their options to the functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dt_lens.training.settings import AgentSettings, TextSettings
+
+Run = Callable[..., Any]
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@pytest.fixture
+def calls() -> Calls:
+    return []
+
+
+def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dt_lens.training import train as module
+
+    def fake(*words: Any, report: Callable[[Any], None], **options: Any) -> None:
+        calls.append((words, options))
+        report(module.AgentProgress(1, 2, 0.25, {30.0: 7.0}))
+
+    monkeypatch.setattr(module, "train", fake)
+    sizes = ["--steps", 2, "--batch-size", 3, "--context", 4, "--d-model", 8, "--layers", 5, "--heads", 2]
+    others = ["--lr", 0.5, "--seed", 9, "--targets", "30,20", "--eval-every", 6, "--eval-episodes", 7]
+    done = dt_lens("train", "a/b-v0", "--out", "somewhere", *sizes, *others, "--env", "CartPole-v1", "--fresh")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The model: somewhere\n" and "loss 0.2500  target → return 30 → 7" in done.stderr
+    settings = AgentSettings(
+        steps=2, batch_size=3, context=4, d_model=8, n_layers=5, n_heads=2, lr=0.5, seed=9, targets=(30.0, 20.0)
+    )
+    rest = {"eval_every": 6, "eval_episodes": 7, "environment": "CartPole-v1", "device": "cpu", "resume": False}
+    assert calls == [(("a/b-v0", Path("somewhere"), settings), rest)]
+
+
+def test_train_refuses_bad_settings_in_one_sentence(dt_lens: Run) -> None:
+    done = dt_lens("train", "a/b-v0", "--d-model", 10, "--heads", 3)
+    assert done == (2, "", "dt-lens: d_model is 10; it must be a multiple of n_heads, 3.\n")
+    done = dt_lens("train", "a/b-v0", "--targets", "30,x")
+    assert done == (2, "", "dt-lens: --targets holds 'x'; expected numbers separated by commas.\n")
+
+
+def test_train_text_trains_with_its_options(dt_lens: Run, tmp_path: Path) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text("\n\n".join(f"Paragraph {i} of a story that has no end." * 5 for i in range(60)))
+    sizes = ["--batch-size", 2, "--context", 8, "--vocabulary", 300, "--d-model", 8, "--layers", 1, "--heads", 2]
+    others = ["--dropout", 0.1, "--lr", 0.01, "--unwrap", "--held-out", 0.25, "--seed", 3, "--eval-every", 1]
+    done = dt_lens("train-text", text, "--out", tmp_path / "out", "--steps", 2, *sizes, *others)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"The model: {tmp_path / 'out'}\n"
+    settings = TextSettings(
+        steps=2, batch_size=2, context=8, vocabulary=300, d_model=8, n_layers=1, n_heads=2, dropout=0.1, lr=0.01,
+        unwrap=True, held_out=0.25, seed=3,
+    )  # fmt: skip
+    kept = json.loads((tmp_path / "out" / "training.json").read_text())["settings"]
+    assert TextSettings(**kept) == settings
+    assert len((tmp_path / "out" / "curve.jsonl").read_text().splitlines()) == 2
+
+
+def test_record_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dt_lens.training import record as module
+
+    def fake(*words: Any, report: Callable[..., None], **options: Any) -> str:
+        calls.append((words, options))
+        report("expert", 1, 2, "score 3")
+        return words[1]
+
+    monkeypatch.setattr(module, "record", fake)
+    counts = ["--steps", 1, "--pace-steps", 2, "--candidates", 3, "--episodes", 4, "--seed", 5, "--workers", 1]
+    done = dt_lens("record", "Walker2d-v5", "--dataset", "a/b-v0", "--paces", "0.7,0.4", "--folder", "there", *counts)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The data set: a/b-v0\n" and "expert: score 3" in done.stderr
+    rest = {"steps": 1, "pace_steps": 2, "candidates": 3, "episodes": 4, "seed": 5, "workers": 1}
+    assert calls == [(("Walker2d-v5", "a/b-v0"), {**rest, "paces": [0.7, 0.4], "folder": Path("there")})]
