@@ -1,1 +1,5 @@
 """Training: Minari data in, checkpoint out; text in, checkpoint out."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -186,10 +186,10 @@ def test_a_folder_that_cannot_be_written_is_found_out_at_once(dt_lens: Run, cart
 
 @pytest.mark.parametrize("command", ["train", "train_text", "record"])
 def test_defaults_are_the_recipe_of_the_bundled_model(command: str) -> None:
-    from dt_lens.training.record import record
+    from dt_lens.training.agent import train
+    from dt_lens.training.recording import record
     from dt_lens.training.settings import AgentSettings, TextSettings
     from dt_lens.training.text import train_text
-    from dt_lens.training.train import train
 
     recipes: dict[str, list[Callable[..., Any]]] = {
         "train": [train, AgentSettings],

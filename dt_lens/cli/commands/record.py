@@ -33,7 +33,7 @@ def record(
     ] = None,
 ) -> None:
     """Train an expert by random search, and store episodes from random to expert as a Minari data set."""
-    from dt_lens.training.record import record as make
+    from dt_lens.training.recording import record as make
 
     fractions = [to_float(p, "paces") for p in paces.split(",") if p.strip()]
     with progress() as tell:

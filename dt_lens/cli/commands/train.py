@@ -12,7 +12,7 @@ from dt_lens.cli.output import progress
 from dt_lens.training.settings import AgentSettings
 
 if TYPE_CHECKING:
-    from dt_lens.training.train import AgentProgress
+    from dt_lens.training.agent import AgentProgress
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     fresh: Fresh = False,
 ) -> None:
     """Train a decision transformer on a Minari data set and write it in Hugging Face's format."""
-    from dt_lens.training.train import train as fit
+    from dt_lens.training.agent import train as fit
 
     settings = AgentSettings(
         steps=steps,

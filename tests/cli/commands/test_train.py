@@ -21,7 +21,7 @@ def calls() -> Calls:
 
 
 def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dt_lens.training import train as module
+    from dt_lens.training import agent as module
 
     def fake(*words: Any, report: Callable[[Any], None], **options: Any) -> None:
         calls.append((words, options))
@@ -65,7 +65,7 @@ def test_train_text_trains_with_its_options(dt_lens: Run, tmp_path: Path) -> Non
 
 
 def test_record_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dt_lens.training import record as module
+    from dt_lens.training import recording as module
 
     def fake(*words: Any, report: Callable[..., None], **options: Any) -> str:
         calls.append((words, options))

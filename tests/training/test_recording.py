@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dt_lens.errors import DtLensError
-from dt_lens.training import record as module
+from dt_lens.training import recording as module
 from dt_lens.training.dataset import read
 from dt_lens.training.expert import LinearPolicy, Searcher, SearchSettings, environment, evenly, rollout
-from dt_lens.training.record import balanced, record
+from dt_lens.training.recording import balanced, record
 
 TINY: dict[str, Any] = {
     "seed": 2,

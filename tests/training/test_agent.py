@@ -15,9 +15,9 @@ import torch
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from dt_lens.errors import DtLensError
+from dt_lens.training.agent import AgentProgress, action_loss, train
 from dt_lens.training.dataset import Windows
 from dt_lens.training.settings import AgentSettings
-from dt_lens.training.train import AgentProgress, action_loss, train
 
 
 def small(**changes: Any) -> AgentSettings:
