@@ -1,4 +1,4 @@
-"""A folder in which finished pieces of a long computation wait for the next time it is started."""
+"""On-disk cache of results that take long to compute, so that interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torch import Tensor
 from dt_lens.arguments import atomic_write
 from dt_lens.version import __version__
 
-__all__ = ["KeptResults"]
+__all__ = ["ResultCache"]
 
 
-class KeptResults:
-    """Named tensors by key, a safetensors file each; a key says everything that the tensors depend on.
+class ResultCache:
+    """Named tensors by key, one safetensors file each; a key names everything that the tensors depend on.
 
-    A file that was cut off, or that somebody damaged, counts as not there.
+    The version of dt-lens is part of every key. A truncated or damaged file is computed again.
 
     Args:
-        folder: made when it is not there; nothing is kept when ``None``.
+        folder: created if missing; with ``None`` nothing is cached.
 
     Raises:
-        DtLensError: when the folder cannot be made or written to.
+        DtLensError: when the folder cannot be created or written to.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
 
     def get(self, key: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """What is kept under ``key``, or else what ``make`` gives, which is kept from then on."""
+        """The tensors stored under ``key``; if there are none, those that ``make`` returns, which are then stored."""
         if self.folder is None:
             return make()
         digest = hashlib.blake2b(f"{__version__} {key}".encode(), digest_size=16).hexdigest()
         file = self.folder / f"{digest}.safetensors"
         if file.is_file():
             try:
-                kept: Mapping[str, Tensor] = load_file(file)
-                return kept
+                stored: Mapping[str, Tensor] = load_file(file)
+                return stored
             except (SafetensorError, OSError, ValueError):
-                pass  # cut off: made again
+                pass  # truncated: computed again
         made = make()
         with atomic_write(file, SafetensorError) as part:
             save_file({name: tensor.contiguous() for name, tensor in made.items()}, part)

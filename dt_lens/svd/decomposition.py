@@ -1,4 +1,4 @@
-"""The singular directions of one named matrix, and which of them the weights' precision can tell apart.
+"""The singular directions of one named matrix, and which of them the weights' precision can distinguish.
 
 ``M = sum_i sigma_i left_i right_i^T``; for ``y = x M`` the left vectors live on the input side, the right ones on the
 output side.
@@ -30,11 +30,11 @@ __all__ = [
     "with_canonical_signs",
 ]
 
-# Two singular vectors count as told apart when rounding the weights mixes them by less than this many radians ...
+# Two singular vectors count as distinguished when rounding the weights mixes them by less than this many radians ...
 MAX_ANGLE = 0.1
-# ... allowing for so many standard deviations of what rounding does.
+# ... at so many standard deviations of what rounding does.
 DEVIATIONS = 3.0
-# A weight of more entries than this is looked at in so many rows and columns to see how it is rounded.
+# The rounding of a weight with more than CHUNK entries is estimated from SAMPLE of its rows and columns.
 CHUNK, SAMPLE = 2**18, 256
 
 
@@ -47,10 +47,10 @@ class Decomposition:
         left, right: ``[k, d_left]``, ``[k, d_right]``, unit rows. Signs are canonical: the entry of largest magnitude
             on the first side that faces the residual stream is positive.
         folded: whether the LayerNorm before the matrix is folded in.
-        blocks: the directions in groups, ``[start, stop)``; a group of more than one holds sigmas too close to tell
-            apart under rounding of the weights, and only its span means anything.
+        blocks: the directions in groups, ``[start, stop)``; the sigmas of a group of more than one are too close to
+            distinguish under rounding of the weights, and only its span means anything.
         error: the largest relative residual, measured; see ``dt_lens.svd.solvers.SVD``.
-        gain: of directions weighted by activations (``dt_lens.svd.weighted``): how long ``M right_i`` is; sigma
+        gain: of directions weighted by activations (``dt_lens.svd.weighted``): the length of ``M right_i``; sigma
             is then the standard deviation of the output along ``right_i``, and the left rows are not orthogonal.
         activations: the digest of those activations, or an empty string.
     """
@@ -82,26 +82,26 @@ class Decomposition:
         }
 
     @classmethod
-    def from_tensors(cls, matrix: Matrix, kept: Mapping[str, Tensor]) -> Decomposition:
+    def from_tensors(cls, matrix: Matrix, stored: Mapping[str, Tensor]) -> Decomposition:
         """The inverse of ``tensors``."""
-        blocks = tuple((start, stop) for start, stop in kept["blocks"].tolist())
-        error, folded = kept["error"].tolist()
-        digest = bytes(kept["activations"].tolist()).decode() if "gain" in kept else ""
-        parts = kept["sigma"], kept["left"], kept["right"]
-        return cls(matrix, *parts, bool(folded), blocks, error, kept.get("gain"), digest)
+        blocks = tuple((start, stop) for start, stop in stored["blocks"].tolist())
+        error, folded = stored["error"].tolist()
+        digest = bytes(stored["activations"].tolist()).decode() if "gain" in stored else ""
+        parts = stored["sigma"], stored["left"], stored["right"]
+        return cls(matrix, *parts, bool(folded), blocks, error, stored.get("gain"), digest)
 
     def side(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
         """The directions on a side by its name (``None``: the only side on the residual stream).
 
         Raises:
-            DtLensError: for a side that the matrix has not, or ``None`` where it has two.
+            DtLensError: for a side that does not exist, or ``None`` where the matrix has two.
         """
         return self.left if self.matrix.side(side) == "left" else self.right
 
     def spanning(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
         """``side``, with the rows of a block orthonormal, so that lengths of projections on its span are right.
 
-        They are, except where activations weigh the directions: then the rows of ``left`` are not orthogonal.
+        Only the rows of ``left`` differ, and only where directions are weighted by activations.
         """
         rows = self.side(side)
         if self.gain is None or self.matrix.side(side) == "right":
@@ -117,7 +117,7 @@ class Decomposition:
 
     @property
     def read(self) -> Float[Tensor, "k d_model"] | None:
-        """Directions read from the stream; ``None`` where there are none (QK has ``query`` and ``key``)."""
+        """Directions read from the stream, or ``None`` (QK has ``query`` and ``key``)."""
         return self._maybe("read")
 
     @property
@@ -149,7 +149,7 @@ class Decomposition:
         """The group ``[start, stop)`` that direction ``sv`` belongs to.
 
         Raises:
-            DtLensError: for a direction that is not there.
+            DtLensError: for a direction that does not exist.
         """
         for block in self.blocks:
             if block[0] <= sv < block[1]:
@@ -204,7 +204,7 @@ def _text_tensor(text: str) -> Tensor:
 def with_canonical_signs(
     matrix: Matrix, left: Float[Tensor, "k d_left"], right: Float[Tensor, "k d_right"]
 ) -> tuple[Tensor, Tensor]:
-    """The rows turned so that the largest entry of the first side on the residual stream is positive."""
+    """Flip pairs of rows so that the largest entry on the first side on the residual stream is positive."""
     sign_side = left if matrix.left in RESIDUAL else right
     largest = sign_side.gather(1, sign_side.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(left)
@@ -212,7 +212,7 @@ def with_canonical_signs(
 
 
 def _floor(factors: MatrixFactors) -> float:
-    """The sigma that float64's rounding may leave where centring takes everything away."""
+    """The sigma that float64's rounding may leave of a matrix that centring removes."""
     if not factors.folded:
         return 0.0
     size = 8 * EPS
@@ -224,9 +224,9 @@ def _floor(factors: MatrixFactors) -> float:
 
 
 def _unknown(factors: MatrixFactors, rank: int | None) -> float:
-    """The spectral norm of what rounding the weights does to the matrix, about; 0 where nobody would use it.
+    """About the spectral norm of the weights' rounding; 0 where the solver does not use it.
 
-    That is where no Krylov space is looked for: in a circuit, in a small matrix, or when all directions are wanted.
+    That is where it does not try a Krylov space: for a circuit, a small matrix, or all directions.
 
     Independent errors of one standard deviation, ``m x n``, have a norm of about ``sqrt(m) + sqrt(n)`` times that
     (Vershynin, "High-Dimensional Probability", 2018, section 7.3).
@@ -304,9 +304,9 @@ def blocks_of(sigma: Float[Tensor, " k"], noise: Float[Tensor, " k"]) -> tuple[t
 
 
 def common_boundary(a: Decomposition, b: Decomposition, k: int, whole: bool = True) -> int:
-    """The number of leading directions nearest to ``k`` that cuts no block of near-equal sigmas in either; 0 for none.
+    """The number of leading directions nearest to ``k`` that cuts no block of near-equal sigmas in either; 0 if none.
 
-    Where not the whole of a matrix was decomposed, its last block may go on.
+    Without ``whole``, only leading directions were decomposed, and the last block may be cut.
     """
     ends = {stop for _, stop in a.blocks} & {stop for _, stop in b.blocks}
     if not whole:

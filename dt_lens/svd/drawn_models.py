@@ -1,4 +1,4 @@
-"""Models of the same shape in which there is nothing to find: freshly initialised ones, and shuffled weights."""
+"""Models of the same shape without learned structure: freshly initialised ones, and shuffled weights."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class Drawn(NamedTuple):
 
 
 def shuffled(model: Any, registry: EmbeddingRegistry, seed: int) -> Drawn:
-    """The entries of every weight that matrices are made of in random order; LayerNorms and embeddings as they are."""
+    """Put the entries of every catalogued weight in random order; LayerNorms and embeddings are unchanged."""
 
     def permuted(name: str, weight: Tensor) -> Tensor:
         order = torch.from_numpy(_generator(seed, name).permutation(weight.numel()))
-        # Entries in no order: this is the one place where a tensor may be read flat.
+        # The order of entries does not matter here, so the tensor may be flattened.
         return weight.detach().flatten()[order.to(weight.device)].view(weight.shape)
 
     return Drawn(_Redrawn(model, permuted), model.structure, registry)
 
 
 def untrained(model: Any, registry: EmbeddingRegistry, seed: int) -> Drawn:
-    """A model of the same shape before any training: what its own ``untrained(seed)`` gives, embeddings included.
+    """A model of the same shape before any training: what its own ``untrained(seed)`` returns, embeddings included.
 
-    A model that offers no such thing has Gaussian entries of each weight's mean and standard deviation instead, scales
-    of one in its LayerNorms, and its embeddings as they are. Embeddings that are the user's own stay as they are too.
+    For a model without that method: Gaussian entries of each weight's mean and standard deviation, scales of one in the
+    LayerNorms, and unchanged embeddings. Embeddings that the user registered are unchanged in either case.
     """
     if not callable(getattr(type(model), "untrained", None)):
 
@@ -53,20 +53,20 @@ def untrained(model: Any, registry: EmbeddingRegistry, seed: int) -> Drawn:
     fresh = model.untrained(seed)
     own = fresh.embeddings
     if registry is model.embeddings:
-        met = own
+        registered = own
         for name, embedding in registry.items():
-            if name not in met or met[name].directions.shape != embedding.directions.shape:
-                met[name] = replace(embedding, owner=None)
+            if name not in registered or registered[name].directions.shape != embedding.directions.shape:
+                registered[name] = replace(embedding, owner=None)
     else:
-        met = EmbeddingRegistry(registry.d_model, own.owner)
+        registered = EmbeddingRegistry(registry.d_model, own.owner)
         for name, embedding in registry.items():
             same = name in own and own[name].directions.shape == embedding.directions.shape
-            met[name] = own[name] if same else replace(embedding, owner=None)
-    return Drawn(dict(fresh.weights), fresh.structure, met)
+            registered[name] = own[name] if same else replace(embedding, owner=None)
+    return Drawn(dict(fresh.weights), fresh.structure, registered)
 
 
 class _Redrawn(Mapping[str, Tensor]):
-    """Weights made anew from a model's own when somebody asks, the last few kept; the same for the same seed."""
+    """Weights drawn anew from a model's own when they are read, the last few cached; the same for the same seed."""
 
     def __init__(self, model: Any, make: Callable[[str, Tensor], Tensor], ones: bool = False) -> None:
         self._weights: Mapping[str, Tensor] = model.weights

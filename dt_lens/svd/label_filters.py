@@ -1,8 +1,4 @@
-"""What labels say: tokens spelled so that a reader can tell them apart, and filters on them.
-
-Tokenizers mark a word's start with a space, with ``Ġ`` (byte-level BPE, whose every character stands for a byte:
-Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2) or with ``▁`` (SentencePiece).
-"""
+"""Filters on the labels of an embedding: rules for the text that a label stands for."""
 
 from __future__ import annotations
 
@@ -21,9 +17,9 @@ __all__ = [
     "Rule",
     "ascii_only",
     "at_least",
-    "kept_labels",
+    "passing_labels",
+    "whole_words",
 ]
-__all__ += ["whole_words"]
 
 Rule = Callable[[str], bool]
 _ESCAPED = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
@@ -32,15 +28,15 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 @runtime_checkable
 class Filter(Protocol):
-    """A rule that wants to see all labels before it judges one."""
+    """A rule that needs all labels to decide on one."""
 
     def among(self, labels: Sequence[str], texts: Sequence[str]) -> list[bool]:
-        """Which of the labels pass; ``texts`` is what they stand for."""
+        """Whether each of the labels passes; ``texts`` is what they stand for."""
         ...
 
 
 def ascii_only(text: str) -> bool:
-    """A rule: nothing but printable ASCII, and no escaped bytes (``\\\\xe2``) or characters either.
+    """A rule: printable ASCII only, without escaped bytes (``\\\\xe2``) or characters.
 
     >>> ascii_only(" the"), ascii_only("é"), ascii_only("\\\\xe2")
     (True, False, False)
@@ -50,10 +46,10 @@ def ascii_only(text: str) -> bool:
 
 @dataclass(frozen=True)
 class _WholeWords:
-    """A rule: letters only, from a word's start on.
+    """A rule: whole words, of letters only.
 
-    A word starts at its space; where no label of an embedding begins with one, at the beginning of any label that is
-    not marked as a continuation (``##ing``).
+    A word starts with a space; where no label of an embedding does, any label is a word that is not marked as a
+    continuation (``##ing``).
 
     >>> whole_words(" don't"), whole_words("ing"), whole_words(" 42")
     (True, False, False)
@@ -90,7 +86,7 @@ class _AtLeast:
 
 
 def at_least(counts: Mapping[str, float] | pd.Series[float], minimum: float = 1) -> Filter:
-    """A rule: labels that were counted ``minimum`` times or more, in ``counts`` by label (or by its text).
+    """A rule: labels with a count of ``minimum`` or more, in ``counts`` by label (or by its text).
 
     Raises:
         DtLensError: for counts that are neither a mapping nor a Series.
@@ -100,11 +96,11 @@ def at_least(counts: Mapping[str, float] | pd.Series[float], minimum: float = 1)
     return _AtLeast({str(label): float(count) for label, count in counts.items()}, minimum)
 
 
-def kept_labels(labels: Sequence[str], where: Rule | Filter | Sequence[Rule | Filter] | None) -> list[int] | None:
-    """The numbers of the labels that pass every rule; ``None`` when there is no rule. A rule sees a label's text.
+def passing_labels(labels: Sequence[str], where: Rule | Filter | Sequence[Rule | Filter] | None) -> list[int] | None:
+    """The row numbers of the labels whose text passes every rule; ``None`` without a rule.
 
     Raises:
-        DtLensError: for something that is no rule.
+        DtLensError: for an object that is not a rule.
     """
     if where is None:
         return None
@@ -113,12 +109,13 @@ def kept_labels(labels: Sequence[str], where: Rule | Filter | Sequence[Rule | Fi
     passed = [True] * len(labels)
     for rule in rules:
         if isinstance(rule, Filter):
-            told = rule.among(labels, meant)
+            found = rule.among(labels, meant)
         elif callable(rule):
-            told = [bool(rule(text)) for text in meant]
+            found = [bool(rule(text)) for text in meant]
         else:
             raise DtLensError(
-                f"A filter is {rule!r:.80}; give a function of a label that tells whether it is kept, or several."
+                f"A filter is {rule!r:.80}; give a function of a label's text that returns whether it is shown, or "
+                "several such functions."
             )
-        passed = [a and b for a, b in zip(passed, told, strict=True)]
-    return [i for i, kept in enumerate(passed) if kept]
+        passed = [a and b for a, b in zip(passed, found, strict=True)]
+    return [i for i, passes in enumerate(passed) if passes]

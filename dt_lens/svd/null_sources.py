@@ -1,4 +1,4 @@
-"""Which null each part of a scan is held against, and what that takes: nothing, activations, or drawn models."""
+"""Where the nulls of a scan come from: a covariance of activations, or pools of matches in drawn models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,57 +20,55 @@ from dt_lens.progress import Tell
 from dt_lens.statistics.nulls.covariance import CovarianceMaximum
 from dt_lens.statistics.nulls.kinds import NULLS, Null
 from dt_lens.statistics.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
-from dt_lens.svd.cache import KeptResults
+from dt_lens.svd.cache import ResultCache
+from dt_lens.svd.decompositions import Decompositions
 from dt_lens.svd.drawn_models import shuffled, untrained
 from dt_lens.svd.pairings import Pairing
 from dt_lens.svd.side_labels import SideLabels
-
-if TYPE_CHECKING:
-    from dt_lens.svd.weight_svd import WeightSVD
 
 __all__ = ["CovarianceSource", "NullSource", "Pools", "draw_pools", "covariance_of_pairings", "require_null"]
 
 Array = NDArray[np.float64]
 POOL = 10_000  # matches that every pool should hold at least,
-DRAWS = (3, 100)  # within so many drawn models
+DRAWS = (3, 100)  # from no fewer and no more drawn models than this
 
 
 class NullSource(Protocol):
-    """Where a scan finds the null of each of its parts."""
+    """What a scan asks for the null of each of its pairings."""
 
-    def null(self, meeting: Pairing, span: int) -> Null:
-        """Of the best match of one direction of this matrix side, or of one span, with these labels."""
+    def null(self, pairing: Pairing, span: int) -> Null:
+        """The null of the best match of one direction (or one span of ``span`` directions) of a pairing."""
         ...
 
-    def told(self) -> dict[str, Any]:
-        """What the table's ``attrs`` say of it."""
+    def attrs(self) -> dict[str, Any]:
+        """What the table's ``attrs`` say about the null."""
         ...
 
 
 def require_null(name: object) -> None:
-    """Raise ``DtLensError`` for a null that there is not."""
+    """Raise ``DtLensError`` if ``name`` is not a known null."""
     if not isinstance(name, str) or name not in NULLS:
         raise DtLensError(f"Unknown null {name!r}; known are {', '.join(NULLS)}." + nearest(name, NULLS))
 
 
 class CovarianceSource:
-    """Nulls with the covariance of what each matrix side meets.
+    """The null source of ``"covariance"``: Gaussians with the covariance of the vectors on each matrix side.
 
     Args:
         lens: the model's weights and structure.
         activations: of its real inputs, or the file that holds them; or one covariance ``[d_model, d_model]`` for all
-            sides, taken as it is.
+            sides, used unchanged.
         fold: whether LayerNorms are folded into the matrices.
         seed: of the draws.
         draws: directions drawn for each null; see ``CovarianceMaximum``.
-        kept: where nulls of large vocabularies wait for the next time.
+        cache: stores the nulls of large vocabularies.
 
     Raises:
-        DtLensError: without activations, or with something else in their place.
+        DtLensError: if ``activations`` is ``None``, or neither activations, nor their file, nor an array.
     """
 
     def __init__(
-        self, lens: Snapshot, activations: Any, fold: bool, seed: int, draws: int | None, kept: KeptResults
+        self, lens: Snapshot, activations: Any, fold: bool, seed: int, draws: int | None, cache: ResultCache
     ) -> None:
         if activations is None:
             raise DtLensError(
@@ -90,29 +88,29 @@ class CovarianceSource:
                     "covariance [d_model, d_model]."
                 ) from error
         self.lens, self.activations, self.fold, self.seed, self.draws = lens, activations, fold, seed, draws
-        self._kept = kept
+        self._cache = cache
         self._covariances: dict[tuple[str, SideName], tuple[bytes, Array]] = {}
         self._nulls: dict[tuple[Any, ...], CovarianceMaximum] = {}
 
-    def null(self, meeting: Pairing, span: int) -> Null:
-        labels, where = meeting.labels, (meeting.matrix.name, meeting.side)
+    def null(self, pairing: Pairing, span: int) -> Null:
+        labels, where = pairing.labels, (pairing.matrix.name, pairing.side)
         if where not in self._covariances:
             S = covariance_of_pairings(
-                MatrixFactors.of(self.lens, meeting.matrix, self.fold), meeting.side, self.activations
+                MatrixFactors.of(self.lens, pairing.matrix, self.fold), pairing.side, self.activations
             )
             self._covariances[where] = (hashlib.blake2b(S.tobytes(), digest_size=16).digest(), S)
         digest, S = self._covariances[where]
         key = (digest, labels.digest, labels.centred, span, self.seed, self.draws)
         if key not in self._nulls:
-            kept = self._kept if not labels.whole else KeptResults(None)
-            made = kept.get(f"covariance null {key}", lambda: self._made(labels, S, span).tensors())
+            cache = self._cache if not labels.whole else ResultCache(None)
+            made = cache.get(f"covariance null {key}", lambda: self._made(labels, S, span).tensors())
             self._nulls[key] = CovarianceMaximum.from_tensors(made)
         return self._nulls[key]
 
     def _made(self, labels: SideLabels, S: Array, span: int) -> CovarianceMaximum:
         return CovarianceMaximum.of(labels.for_null, S, labels.centred, self.seed, span, self.draws)
 
-    def told(self) -> dict[str, Any]:
+    def attrs(self) -> dict[str, Any]:
         given = self.activations
         digest = (
             given.digest if hasattr(given, "digest") else hashlib.blake2b(given.tobytes(), digest_size=8).hexdigest()
@@ -121,16 +119,16 @@ class CovarianceSource:
 
 
 def covariance_of_pairings(factors: MatrixFactors, side: SideName, activations: Any) -> Array:
-    """The covariance ``[d_model, d_model]`` of what one side of a matrix meets.
+    """The covariance ``[d_model, d_model]`` of the vectors that directions on one side of a matrix are drawn like.
 
-    A reading side meets what the matrix reads; with folding, the stream as its LayerNorm leaves it before scale and
-    bias. The key side of a ``QK`` circuit meets what keys are made of. A writing side meets the stream that it is added
-    to, as it is before, of the tokens whose output is used. As if one more input had been of the
-    same size and without direction, ``trace / (d (n + 1))`` is added to each variance: what ``n`` inputs have not shown
-    is not impossible. An array is taken as it is.
+    On a reading side these are the matrix's inputs; with folding, the stream as its LayerNorm leaves it before scale
+    and bias. On the key side of a ``QK`` circuit they are the inputs of the keys. On a writing side they are the stream
+    before the matrix's output is added, at the tokens whose output is used. ``trace / (d (n + 1))`` is added to each
+    variance, as if one more input of the same size had no preferred direction: what ``n`` inputs have not shown is not
+    impossible. An array is returned unchanged.
 
     Raises:
-        DtLensError: when the activations do not hold that, or are another model's.
+        DtLensError: when the activations lack these vectors, or are another model's.
     """
     if isinstance(activations, np.ndarray):
         return activations
@@ -142,7 +140,7 @@ def covariance_of_pairings(factors: MatrixFactors, side: SideName, activations: 
         if early and f"blocks.{matrix.layer}.attn_in.query" in activations.points:
             place += ".query"
         if place not in activations.stream:
-            raise DtLensError(f"These activations hold nothing of the stream at {place}; collect them anew.")
+            raise DtLensError(f"These activations lack the stream at {place}; collect them again.")
         moments = activations.stream[place]
     elif side == "key":
         moments = activations.keys(matrix, lens)
@@ -161,13 +159,13 @@ def covariance_of_pairings(factors: MatrixFactors, side: SideName, activations: 
 class Pools:
     """The best matches of drawn models, pooled by kind of matrix, side, embedding and size of block.
 
-    A null source for ``WeightSVD.scan(null=pools)``: made once by ``WeightSVD.pools``, used for many scans of models of
-    the same shape.
+    A null source for ``WeightSVD.scan(null=pools)``, made once by ``WeightSVD.pools`` and used for many scans of models
+    of the same shape.
 
     Attributes:
         name: ``"untrained"`` or ``"shuffled"``.
         draws: how many models were drawn.
-        seed: with which they were.
+        seed: of the draws.
         single: best matches of directions, or of spans of several.
         whole: best matches of whole matrices with whole embeddings.
     """
@@ -178,61 +176,64 @@ class Pools:
     single: dict[tuple[str, str, str, int], PooledMaximum]
     whole: dict[tuple[str, str, str], PooledMaximum]
 
-    def null(self, meeting: Pairing, span: int) -> PooledMaximum:
-        """The pool that a part of a scan belongs to.
+    def null(self, pairing: Pairing, span: int) -> PooledMaximum:
+        """The pool of a pairing's kind.
 
         Raises:
             DtLensError: when these pools were drawn for other matrices or embeddings.
         """
-        where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
+        where = pairing.kind
         if (*where, span) not in self.single:
             raise DtLensError(
-                f"These pools hold nothing of the {where[1]} side of {where[0]} with {where[2]} in blocks of {span}; "
-                "draw them with the same matrices and embeddings."
+                f"These pools lack the {where[1]} side of {where[0]} with {where[2]} in blocks of {span}; draw them "
+                "with the same matrices and embeddings."
             )
         return self.single[*where, span]
 
-    def frame(self, meeting: Pairing) -> PooledMaximum:
+    def frame(self, pairing: Pairing) -> PooledMaximum:
         """The pool of whole matrices of this kind; raises as ``null`` does."""
-        where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
+        where = pairing.kind
         if where not in self.whole:
-            raise DtLensError(f"These pools hold nothing of the {where[1]} side of {where[0]} with {where[2]}.")
+            raise DtLensError(
+                f"These pools lack the {where[1]} side of {where[0]} with {where[2]}; draw them with the same matrices "
+                "and embeddings."
+            )
         return self.whole[where]
 
-    def told(self) -> dict[str, Any]:
+    def attrs(self) -> dict[str, Any]:
         smallest = min((pool.smallest for pool in self.single.values()), default=1.0)
         assumes = NULLS[self.name].assumes
         return {"null": self.name, "assumes": assumes, "draws": self.draws, "smallest_p": smallest}
 
 
 def draw_pools(
-    svd: WeightSVD, name: str, meetings: Sequence[Pairing], seed: int, draws: int | None, tell: Tell
+    svd: Decompositions, name: str, pairings: Sequence[Pairing], seed: int, draws: int | None, tell: Tell
 ) -> Pools:
-    """Draw ``draws`` models and pool what their directions match best, in blocks of the sizes that ``meetings`` have.
+    """Draw ``draws`` models and pool the best matches of their directions, in blocks of the sizes in ``pairings``.
 
-    Each drawn model is decomposed as the model itself is, whole; its blocks are consecutive directions.
+    Each drawn model is decomposed with the same settings as the model itself; its blocks are consecutive directions.
 
     Raises:
-        DtLensError: for another null than ``"untrained"`` and ``"shuffled"``, fewer than one draw, or a seed below 0.
+        DtLensError: for a null other than ``"untrained"`` and ``"shuffled"``, fewer than one draw, or a seed below 0.
     """
     if name not in ("untrained", "shuffled"):
         raise DtLensError(f"Only 'untrained' and 'shuffled' draw models, not {name!r}.")
     seed = whole_number(seed, "seed", 0)
-    draws = _enough(meetings) if draws is None else whole_number(draws, "draws", 1)
+    draws = _enough(pairings) if draws is None else whole_number(draws, "draws", 1)
     make, of = (untrained, UntrainedMaximum.of) if name == "untrained" else (shuffled, ShuffledMaximum.of)
-    matrices = list(dict.fromkeys(meeting.matrix.name for meeting in meetings))
-    embeddings = list(dict.fromkeys(meeting.labels.embedding.name for meeting in meetings))
-    wanted = {(meeting.matrix.name, meeting.side, meeting.labels.embedding.name): meeting for meeting in meetings}
+    matrices = list(dict.fromkeys(pairing.matrix.name for pairing in pairings))
+    embeddings = list(dict.fromkeys(pairing.labels.embedding.name for pairing in pairings))
+    wanted = {(pairing.matrix.name, pairing.side, pairing.labels.embedding.name): pairing for pairing in pairings}
     single: dict[tuple[str, str, str, int], list[Array]] = {}
     whole: dict[tuple[str, str, str], list[float]] = {}
     for draw in range(draws if wanted else 0):
         tell(f"drawing the {name} model {draw + 1} of {draws}", draw / draws)
         state = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
         twin = svd.like(make(svd.model, svd.registry, state))
-        for meeting, own in _pairs(twin.meetings(matrices, embeddings), wanted):
-            where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
+        for pairing, own in _pairs(twin.pairings(matrices, embeddings), wanted):
+            where = pairing.kind
             for span in {1, *own.sizes.tolist()}:
-                found = _lengths(meeting, span)
+                found = _lengths(pairing, span)
                 single.setdefault((*where, span), []).append(found)
                 if span == 1 and len(found):
                     whole.setdefault(where, []).append(float(found.max()))
@@ -246,29 +247,29 @@ def draw_pools(
     )
 
 
-def _enough(meetings: Sequence[Pairing]) -> int:
-    """How many models fill every pool: with fewer a true discovery has no p-value small enough to be one."""
+def _enough(pairings: Sequence[Pairing]) -> int:
+    """How many models fill every pool: with fewer, no p-value is small enough for a discovery."""
     sizes: dict[tuple[str, str, str], int] = {}
-    for meeting in meetings:
-        where = (meeting.matrix.kind, meeting.side, meeting.labels.embedding.name)
-        sizes[where] = sizes.get(where, 0) + len(meeting.found.sigma)
+    for pairing in pairings:
+        where = pairing.kind
+        sizes[where] = sizes.get(where, 0) + len(pairing.decomposition.sigma)
     least = max(1, min(sizes.values(), default=1))
     return int(np.clip(-(-POOL // least), *DRAWS))
 
 
 def _pairs(
-    meetings: Sequence[Pairing], wanted: dict[tuple[str, SideName, str], Pairing]
+    pairings: Sequence[Pairing], wanted: dict[tuple[str, SideName, str], Pairing]
 ) -> Iterator[tuple[Pairing, Pairing]]:
-    for meeting in meetings:
-        where = (meeting.matrix.name, meeting.side, meeting.labels.embedding.name)
+    for pairing in pairings:
+        where = (pairing.matrix.name, pairing.side, pairing.labels.embedding.name)
         if where in wanted:
-            yield meeting, wanted[where]
+            yield pairing, wanted[where]
 
 
-def _lengths(meeting: Pairing, span: int) -> Array:
-    """The best matches of a drawn matrix's directions, so many of them at a time."""
-    directions = meeting.directions
+def _lengths(pairing: Pairing, span: int) -> Array:
+    """The best matches of a drawn matrix's directions, in blocks of ``span``."""
+    directions = pairing.directions
     directions = directions[: len(directions) // span * span]
     if not len(directions):
         return np.empty(0)
-    return meeting.labels.best(directions, np.arange(0, len(directions), span)).length
+    return pairing.labels.best(directions, np.arange(0, len(directions), span)).length

@@ -1,4 +1,4 @@
-"""The figures of a decomposition, straight from a ``WeightSVD``, for a notebook."""
+"""Figures of a ``WeightSVD`` and its scans, for a notebook."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The table of a scan: every direction of every matrix against what it matches best, with the chance of that."""
+"""The table of a scan: the best match of every direction of every matrix, and how probable it is under a null."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,10 @@ from dt_lens.progress import Tell
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.nulls.haar import HaarMaximum
 from dt_lens.statistics.nulls.kinds import Null
+from dt_lens.svd.decompositions import Decompositions
 from dt_lens.svd.null_sources import CovarianceSource, NullSource, Pools, draw_pools, require_null
 from dt_lens.svd.pairings import DECOMPOSING, Pairing
 from dt_lens.svd.side_labels import Best, SideLabels
-
-if TYPE_CHECKING:
-    from dt_lens.svd.weight_svd import WeightSVD
 
 __all__ = ["COLUMNS", "null_source", "scan_table"]
 
@@ -32,7 +30,7 @@ COLUMNS += ["z", "p_value", "q_value"]
 
 
 def scan_table(
-    svd: WeightSVD,
+    svd: Decompositions,
     matrices: Sequence[str] | str | None,
     null: str | Pools,
     seed: int,
@@ -45,19 +43,19 @@ def scan_table(
     require_null(null if not isinstance(null, Pools) else null.name)
     seed = whole_number(seed, "seed", 0)
     draws = None if draws is None else whole_number(draws, "draws", 1)
-    meetings = svd.meetings(matrices, embeddings, tell)
-    source = null_source(svd, null, meetings, seed, activations, draws, tell)
-    parts = _parts(svd, meetings, source, tell)
+    pairings = svd.pairings(matrices, embeddings, tell)
+    source = null_source(svd, null, pairings, seed, activations, draws, tell)
+    parts = _parts(svd, pairings, source, tell)
     columns: dict[str, Any] = {
         name: np.concatenate([part[name] for part in parts]) if parts else [] for name in COLUMNS[:-1]
     }
     table = pd.DataFrame(columns)
     table["head"] = pd.array([None if head < 0 else head for head in table["head"]], dtype="Int64")
     table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
-    told: dict[Any, Any] = source.told()
+    attrs: dict[Any, Any] = source.attrs()
     table.attrs = {
         "fold_layernorm": svd.fold_layernorm,
-        **told,
+        **attrs,
         "seed": null.seed if isinstance(null, Pools) else seed,
         "untrained": [e.name for e in svd.registry.values() if not e.trained],
     }
@@ -67,9 +65,9 @@ def scan_table(
 
 
 def null_source(
-    svd: WeightSVD,
+    svd: Decompositions,
     null: str | Pools,
-    meetings: list[Pairing],
+    pairings: list[Pairing],
     seed: int,
     activations: Any,
     draws: int | None,
@@ -78,49 +76,49 @@ def null_source(
     """Where a scan's nulls come from.
 
     Raises:
-        DtLensError: for activations that the null has no use for, and as the nulls do.
+        DtLensError: for activations that the null does not use, and as the nulls do.
     """
     if isinstance(null, Pools):
         return null
     if activations is not None and null != "covariance":
-        raise DtLensError(f"activations= are of use for null='covariance', not for {null!r}; leave them out.")
+        raise DtLensError(f"only null='covariance' uses activations=, and null is {null!r}; leave them out.")
     if null == "haar":
         return _Rotations(svd, seed, draws)
     if null == "covariance":
-        return CovarianceSource(Snapshot.of(svd.model), activations, svd.fold_layernorm, seed, draws, svd.kept)
-    return draw_pools(svd, null, meetings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
+        return CovarianceSource(Snapshot.of(svd.model), activations, svd.fold_layernorm, seed, draws, svd.cache)
+    return draw_pools(svd, null, pairings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
 
 
-def _parts(svd: WeightSVD, meetings: list[Pairing], source: NullSource, tell: Tell) -> list[dict[str, Any]]:
-    """The columns of every meeting. All that meet the same labels do so at once: a vocabulary is read once."""
+def _parts(svd: Decompositions, pairings: list[Pairing], source: NullSource, tell: Tell) -> list[dict[str, Any]]:
+    """The columns of every pairing; those with the same labels are computed together, so a vocabulary is read once."""
     groups: dict[int, list[int]] = {}
-    for place, meeting in enumerate(meetings):
-        groups.setdefault(id(meeting.labels), []).append(place)
-    parts: list[dict[str, Any]] = [{}] * len(meetings)
+    for place, pairing in enumerate(pairings):
+        groups.setdefault(id(pairing.labels), []).append(place)
+    parts: list[dict[str, Any]] = [{}] * len(pairings)
     for number, places in enumerate(groups.values()):
-        labels, some = meetings[places[0]].labels, [meetings[place] for place in places]
+        labels, some = pairings[places[0]].labels, [pairings[place] for place in places]
         share = DECOMPOSING + (1 - DECOMPOSING) * number / len(groups)
         tell(f"comparing with {labels.embedding.name}", share)
         best = _best(svd, labels, some)
         tell(f"drawing the null of {labels.embedding.name}", share)
         begin = 0
-        for place, meeting in zip(places, some, strict=True):
-            sizes = meeting.sizes
+        for place, pairing in zip(places, some, strict=True):
+            sizes = pairing.sizes
             mine = slice(begin, begin + len(sizes))
             begin, lengths = mine.stop, best.length[mine]
             p, z = np.ones(len(sizes)), np.zeros(len(sizes))
             for size in np.unique(sizes):
-                law, these = source.null(meeting, int(size)), sizes == size
+                law, these = source.null(pairing, int(size)), sizes == size
                 p[these], z[these] = law.p_value(lengths[these]), law.z(lengths[these])
-            parts[place] = meeting.columns(best.cosine[mine], best.label[mine], z, p)
+            parts[place] = pairing.columns(best.cosine[mine], best.label[mine], z, p)
     return parts
 
 
-def _best(svd: WeightSVD, labels: SideLabels, meetings: list[Pairing]) -> Best:
-    """The best label of every block of directions of these matrix sides, one after the other."""
-    directions = np.concatenate([meeting.directions for meeting in meetings])
-    before = np.cumsum([0, *(len(meeting.directions) for meeting in meetings)])
-    starts = np.concatenate([meeting.starts + first for meeting, first in zip(meetings, before, strict=False)])
+def _best(svd: Decompositions, labels: SideLabels, pairings: list[Pairing]) -> Best:
+    """The best label of every block of directions, for all pairings with these labels one after the other."""
+    directions = np.concatenate([pairing.directions for pairing in pairings])
+    before = np.cumsum([0, *(len(pairing.directions) for pairing in pairings)])
+    starts = np.concatenate([pairing.starts + first for pairing, first in zip(pairings, before, strict=False)])
     if not len(starts):
         return Best(np.empty(0), np.empty(0), np.empty(0, np.int64))
 
@@ -128,21 +126,21 @@ def _best(svd: WeightSVD, labels: SideLabels, meetings: list[Pairing]) -> Best:
         found = labels.best(directions, starts)._asdict()
         return {name: torch.from_numpy(value) for name, value in found.items()}
 
-    if labels.whole or svd.kept.folder is None:
+    if labels.whole or svd.cache.folder is None:
         return labels.best(directions, starts)
     state = hashlib.blake2b(directions.tobytes() + starts.tobytes(), digest_size=16).hexdigest()
-    kept = svd.kept.get(f"best {labels.digest.hex()} {state}", make)
-    return Best(*(kept[name].numpy() for name in Best._fields))
+    stored = svd.cache.get(f"best {labels.digest.hex()} {state}", make)
+    return Best(*(stored[name].numpy() for name in Best._fields))
 
 
 class _Rotations:
-    """The nulls of random rotations, which a ``WeightSVD`` keeps."""
+    """The null source of ``"haar"``: random rotations, which ``Decompositions`` caches."""
 
-    def __init__(self, svd: WeightSVD, seed: int, draws: int | None) -> None:
+    def __init__(self, svd: Decompositions, seed: int, draws: int | None) -> None:
         self._svd, self._seed, self._draws = svd, seed, draws
 
-    def null(self, meeting: Pairing, span: int) -> Null:
-        return self._svd.rotations(meeting.labels, span, self._seed, self._draws)
+    def null(self, pairing: Pairing, span: int) -> Null:
+        return self._svd.rotations(pairing.labels, span, self._seed, self._draws)
 
-    def told(self) -> dict[str, Any]:
+    def attrs(self) -> dict[str, Any]:
         return {"null": "haar", "assumes": HaarMaximum.assumes}

@@ -1,6 +1,6 @@
-"""An embedding as one side of matrices meets it: the best label of every direction, and the null of that best match.
+"""The labels of an embedding as matrix sides are compared with them: best matches, cosines, and their null.
 
-A vocabulary of fifty thousand tokens need not fit in memory in float64: its rows are made, compared and forgotten a
+A vocabulary of fifty thousand tokens need not fit in memory in float64: its rows are computed, compared and discarded a
 block at a time.
 """
 
@@ -24,12 +24,12 @@ from dt_lens.statistics.nulls.haar import HaarMaximum, LabelBlocks
 
 __all__ = ["TINY", "BLOCK", "unit_rows", "row_blocks", "Best", "SideLabels"]
 
-TINY = 1e-12  # where centring leaves no more of a direction than this, or than its dtype's rounding, none is left
+TINY = 1e-12  # a direction of which centring leaves less than this share, or its dtype's rounding, counts as zero
 BLOCK = 2**23  # numbers held at a time, several times over in float64
 
 Array = NDArray[np.float64]
 WHOLE = 2**23  # numbers of an embedding that is held at once, in float64
-ROWS = 1024  # chosen labels looked at together
+ROWS = 1024  # chosen labels computed together
 
 
 class Best(NamedTuple):
@@ -48,7 +48,7 @@ class SideLabels:
     """Unit or zero rows ``[n, d]`` of an embedding, and the space they live in.
 
     With folding the rows are effective directions. On a side that reads through a LayerNorm they are also centred,
-    since a constant is what the centring removes: directions and labels live in ``d_model - 1`` dimensions then.
+    since the LayerNorm removes constants: directions and labels then live in ``d_model - 1`` dimensions.
 
     Raises:
         DtLensError: when the embedding holds values that are not finite.
@@ -64,7 +64,7 @@ class SideLabels:
 
     @property
     def dimension(self) -> int:
-        """Of the space in which labels and directions lie."""
+        """The dimension of the space in which labels and directions lie."""
         return self.width - int(self.centred)
 
     @property
@@ -87,7 +87,7 @@ class SideLabels:
 
     @cached_property
     def digest(self) -> bytes:
-        """Tells these rows from others."""
+        """A hash of everything that the rows depend on."""
         if self.whole:
             return hashlib.blake2b(self._rows.tobytes(), digest_size=16).digest()
         digest = hashlib.blake2b(f"{self.folded} {self.centred} {self.embedding.rms}".encode(), digest_size=16)
@@ -135,9 +135,9 @@ class SideLabels:
             else:
                 chosen = unit_rows(self.embedding, torch.from_numpy(label[some]), self.folded, self.centred).numpy()
             for i, row in zip(range(first, first + len(chosen)), chosen, strict=True):
-                met = directions[starts[i] : starts[i] + sizes[i]] @ row
-                length[i] = min(float(np.sqrt(met @ met)), 1.0)
-                cosine[i] = np.sign(met[0]) * length[i] if sizes[i] == 1 else length[i]
+                cosines = directions[starts[i] : starts[i] + sizes[i]] @ row
+                length[i] = min(float(np.sqrt(cosines @ cosines)), 1.0)
+                cosine[i] = np.sign(cosines[0]) * length[i] if sizes[i] == 1 else length[i]
         return length, cosine
 
     def cosines(self, directions: Array) -> Array:
@@ -150,7 +150,7 @@ class SideLabels:
         return found
 
     def null(self, span: int, seed: int, draws: int | None = None) -> HaarMaximum:
-        """The null of the best match of one direction, or of one span of directions, turned at random."""
+        """The null of the best match of one direction, or of one span of directions, rotated at random."""
         return HaarMaximum.of(self.for_null, self.dimension if self.whole else None, seed, span, draws)
 
     @property
@@ -185,14 +185,15 @@ def unit_rows(
         rows: which of them.
         folded: effective directions instead of raw ones.
         centred: the side reads through a norm that removes constants, so they are removed here too.
-        dtype: of the arithmetic and the rows; float32 is several times faster, and for ranking enough.
+        dtype: of the arithmetic and the rows; float32 is several times faster, and enough for ranking.
 
-    On the processor, wherever the model is.
+    Returns:
+        the rows on the CPU, wherever the model is.
 
     Raises:
         DtLensError: for directions that are not finite.
     """
-    # A copy, as what follows works in place, and in order: a head's directions are columns of its weight.
+    # A copy, as the rest works in place; contiguous, since a head's directions are columns of its weight.
     picked = embedding.directions[rows].detach()
     E = picked.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
     if not bool(torch.isfinite(E.norm(dim=1)).all()):
@@ -202,7 +203,7 @@ def unit_rows(
     kept = (left > max(TINY, torch.finfo(embedding.directions.dtype).eps)) & (lengths > 0)
     E.mul_(torch.where(kept, 1 / lengths.clamp_min(1e-30), 0.0))
     if dtype != torch.float64:
-        # What nearly vanishes under centring is told from nothing in double precision.
+        # A row that nearly vanishes under centring is decided in double precision.
         unsure = (left <= 1e-3).flatten().nonzero().flatten()
         if len(unsure):
             numbers = torch.arange(len(embedding))[rows] if isinstance(rows, slice) else rows
@@ -213,8 +214,8 @@ def unit_rows(
 def _on_stream(E: Tensor, embedding: Embedding, folded: bool, centred: bool) -> Tensor:
     """``Embedding.effective`` and the side's centring, in place and in the rows' own precision.
 
-    Returns what share of its length centring leaves of each row, ``[n, 1]``. Scaling is no loss, whatever it does to
-    the length: a direction may well be small beside the largest scale.
+    Returns the share of its length that centring leaves of each row, ``[n, 1]``. Scaling does not count as a loss,
+    whatever it does to the length: a direction may well be small compared with the largest scale.
     """
     left = E.new_ones(len(E), 1)
 
@@ -244,12 +245,12 @@ def row_blocks(
 ) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n d_model"]]]:
     """The rows numbered ``kept`` (all when ``None``), block by block, with their numbers; see ``unit_rows``.
 
-    ``width`` is how many numbers the caller computes for each row; blocks are the smaller for it.
+    ``width`` is how many numbers the caller computes for each row; the more, the smaller the blocks.
     """
     numbers = torch.arange(len(embedding)) if kept is None else torch.as_tensor(list(kept), dtype=torch.long)
     size = max(1, BLOCK // (embedding.directions.shape[1] + width))
     for some in torch.split(numbers, size):
-        # A slice reads rows that lie together without a table of them.
+        # A slice reads adjacent rows without an index of them.
         together = len(some) and int(some[-1] - some[0]) + 1 == len(some)
         rows = slice(int(some[0]), int(some[-1]) + 1) if together else some
         yield some, unit_rows(embedding, rows, folded, centred, dtype)

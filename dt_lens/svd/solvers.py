@@ -54,7 +54,7 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
         rank: how many triples at most.
         floor: sigmas up to this size are zeros, whatever the largest one is; for matrices that are a difference of
             larger ones. Sigmas that rounding in float64 makes of zeros are cut in any case.
-        noise: the spectral norm of what is not known of the matrix, as when its entries were rounded. An error of a
+        noise: the spectral norm of the matrix's own uncertainty, such as the rounding of its entries. An error of a
             tenth of it is allowed, and a Krylov space may be found in float32.
 
     Raises:
@@ -63,8 +63,8 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
     sizes = [max(abs(float(end)) for end in factor.aminmax()) if factor.numel() else 0.0 for factor in factors]
     if not all(math.isfinite(size) for size in sizes):
         raise DtLensError("A matrix holds NaN or infinite values, so it has no singular value decomposition.")
-    # A power of two changes no digit, and keeps the squares of huge and tiny entries representable. Between these
-    # bounds they are, and a large matrix is not copied.
+    # Scaling by a power of two changes no digit and keeps the squares of huge and tiny entries representable. Between
+    # these bounds they are so without it, and a large matrix is not copied.
     scales = [1.0 if size == 0 or 1e-60 < size < 1e60 else 2.0 ** round(math.log2(size)) for size in sizes]
     scaled = [factor if scale == 1 else factor / scale for factor, scale in zip(factors, scales, strict=True)]
     scale = scales[0] * (scales[1] if len(scales) == 2 else 1.0)
@@ -76,7 +76,7 @@ def _product(factors: list[Tensor], rank: int | None, floor: float, noise: float
     A, B = factors
     qa, ra = torch.linalg.qr(A)
     qb, rb = torch.linalg.qr(B.T)
-    # The product may be far smaller than its factors; what rounding leaves of it is no direction.
+    # The product may be far smaller than its factors, and what is only rounding is not a direction.
     floor = max(floor, _zero(A.shape[0], *B.shape) * float(A.norm() * B.norm()))
     sigma, left, right, error = _single([ra @ rb.T], rank, floor)
     left, right = left @ qa.T, right @ qb.T
@@ -92,7 +92,7 @@ def _single(factors: list[Tensor], rank: int | None, floor: float, noise: float 
     (M,) = factors
     small = min(M.shape)
     routes: list[Callable[[Tensor, int | None], Triple]] = [_lapack, _gesvd]
-    # The smallest sigmas of square matrices are mostly too small for squares, and the attempt would be wasted.
+    # Square matrices mostly have sigmas too small to be squared, and the attempt would be wasted.
     if small > GRAM and max(M.shape) >= 2 * small:
         routes.insert(0, _gram)
     if small > KRYLOV and rank is not None and rank * 64 <= small:
@@ -153,7 +153,7 @@ def _krylov(M: Tensor, rank: int | None) -> Triple:
 
 
 def _krylov_single(M: Tensor, rank: int | None) -> Triple:
-    """The leading triples, for where seven digits will do: from a space found in float32, computed in float64."""
+    """The leading triples where seven digits are enough: from a space found in float32, computed in float64."""
     assert rank is not None
     if M.shape[0] < M.shape[1]:
         right, sigma, left = _krylov_single(M.T, rank)
@@ -183,10 +183,10 @@ def _krylov_space(M: Tensor, rank: int, tolerance: float) -> Triple:
     while True:
         for _ in range(3):
             block = M.T @ image
-            for _ in range(2):  # once is not enough, twice is
+            for _ in range(2):  # once is not enough for orthogonality, twice is
                 block = torch.linalg.qr(block - space @ (space.T @ block))[0]
             before, image = image, M @ block
-            # The space is orthonormal, so M^T M is block tridiagonal in it: only neighbours meet.
+            # The space is orthonormal, so M^T M is block tridiagonal in it: only neighbours couple.
             ritz = torch.nn.functional.pad(ritz, (0, width, 0, width))
             ritz[-width:, -width:] = image.T @ image
             ritz[-width:, -2 * width : -width] = image.T @ before
@@ -194,8 +194,8 @@ def _krylov_space(M: Tensor, rank: int, tolerance: float) -> Triple:
             space = torch.cat([space, block], 1)
         right, sigma, left = _by_image(M, space @ torch.linalg.eigh(ritz)[1][:, -width:])
         wanted = float((M.T @ left[:, :rank] - right[:, :rank] * sigma[:rank]).norm() / sigma[0].clamp_min(1e-30))
-        # Beyond a quarter of the short side the whole decomposition is the shorter way; and single precision ends
-        # somewhere.
+        # Beyond a quarter of the short side the whole decomposition is faster; and in single precision the residual
+        # stops falling.
         stuck = M.dtype == torch.float32 and wanted > 0.5 * last
         if wanted < tolerance or stuck or space.shape[1] + 3 * width > max(n // 4, 8 * width):
             return right, sigma, left
@@ -211,7 +211,7 @@ def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
     """Cut at the rank, and measure: ``M right = sigma left``, ``M^T left = sigma right``, both sides orthonormal."""
     left, sigma, right = found
     keep = int((sigma > max(float(sigma[0]) * _zero(*M.shape), floor)).sum()) if len(sigma) else 0
-    # A route that was asked for everything must have found everything.
+    # A route that was asked for all triples must have found all of them.
     whole = rank is None or (keep <= rank and len(sigma) == min(M.shape))
     keep = keep if rank is None else min(keep, rank)
     left, sigma, right = left[:, :keep], sigma[:keep], right[:, :keep]
@@ -224,7 +224,7 @@ def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
         (left.T @ left - identity).abs().max(),
         (right.T @ right - identity).abs().max(),
     ]
-    # A complete basis leaves nothing out, so that M is rebuilt follows from the above.
+    # With a complete basis the residuals above already show that M is rebuilt.
     if whole and keep < min(M.shape):
         missing = (M - (left * sigma) @ right.T).norm()
         residuals.append((missing - floor * min(M.shape) ** 0.5).clamp_min(0.0) / M.norm())

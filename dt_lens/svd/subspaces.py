@@ -1,12 +1,12 @@
 """How much of the span of a matrix's leading directions lies in the span of an embedding's labels.
 
-For those who do not trust single vectors: a span is the same whichever vectors it is told by.
+A span does not depend on the vectors that it is given by, so nothing here rests on a single vector.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,11 +20,9 @@ from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.nulls.haar import LabelBlocks
 from dt_lens.statistics.nulls.subspaces import SubspaceOverlap
 from dt_lens.svd.decomposition import common_boundary
+from dt_lens.svd.decompositions import Decompositions
 from dt_lens.svd.pairings import Pairing
 from dt_lens.svd.side_labels import SideLabels
-
-if TYPE_CHECKING:
-    from dt_lens.svd.weight_svd import WeightSVD
 
 __all__ = ["COLUMNS", "label_span", "subspaces"]
 
@@ -37,7 +35,7 @@ Array = NDArray[np.float64]
 
 
 def subspaces(
-    svd: WeightSVD,
+    svd: Decompositions,
     matrices: Sequence[str] | str | None = None,
     embeddings: Sequence[str] | str | None = None,
     k: int | Sequence[int] = SIZES,
@@ -48,16 +46,16 @@ def subspaces(
     """See ``WeightSVD.subspaces``."""
     sizes, seed = whole_numbers(k, "k", 1), whole_number(seed, "seed", 0)
     if not sizes:
-        raise DtLensError("k holds no number; give a whole number of at least 1, or several.")
+        raise DtLensError("k is empty; give one or several whole numbers of at least 1.")
     rows: list[tuple[Any, ...]] = []
     spans: dict[bytes, Array] = {}
     with reporting(progress) as tell:
-        meetings = svd.meetings(matrices, embeddings, lambda what, share: tell(what, share / 2))
-        for number, meeting in enumerate(meetings):
-            tell(f"comparing with {meeting.labels.embedding.name}", 0.5 + 0.5 * number / len(meetings))
-            if meeting.labels.digest not in spans:
-                spans[meeting.labels.digest] = label_span(meeting.labels)
-            rows += _rows(meeting, spans[meeting.labels.digest], sizes, seed)
+        pairings = svd.pairings(matrices, embeddings, lambda what, share: tell(what, share / 2))
+        for number, pairing in enumerate(pairings):
+            tell(f"comparing with {pairing.labels.embedding.name}", 0.5 + 0.5 * number / len(pairings))
+            if pairing.labels.digest not in spans:
+                spans[pairing.labels.digest] = label_span(pairing.labels)
+            rows += _rows(pairing, spans[pairing.labels.digest], sizes, seed)
     table = pd.DataFrame(rows, columns=COLUMNS[:-1])
     table["head"] = table["head"].astype("Int64")
     table["q_value"] = q_values(table["p_value"].to_numpy(dtype=np.float64))
@@ -72,26 +70,26 @@ def subspaces(
 
 
 def label_span(labels: SideLabels) -> Array:
-    """An orthonormal basis ``[m, d]`` of the span of an embedding's labels, as one side of matrices meets them."""
+    """An orthonormal basis ``[m, d]`` of the span of an embedding's labels."""
     found = labels.for_null
     gram = np.zeros((labels.width, labels.width))
     for block in found.blocks() if isinstance(found, LabelBlocks) else [found]:
         gram += block.astype(np.float64).T @ block.astype(np.float64)
     values, vectors = np.linalg.eigh(gram)
-    # The Gram matrix has the squares of the singular values, and half of the digits.
+    # The Gram matrix has the squares of the singular values, so half of their digits are lost.
     kept = values > max(RANK**2, 1e-13) * values[-1] if values[-1] > 0 else np.zeros(len(values), bool)
     return np.ascontiguousarray(vectors[:, kept].T)
 
 
-def _rows(meeting: Pairing, span: Array, sizes: Sequence[int], seed: int) -> list[tuple[Any, ...]]:
-    matrix, found, labels = meeting.matrix, meeting.found, meeting.labels
-    rows, directions, seen = [], meeting.directions, set()
+def _rows(pairing: Pairing, span: Array, sizes: Sequence[int], seed: int) -> list[tuple[Any, ...]]:
+    matrix, found, labels = pairing.matrix, pairing.decomposition, pairing.labels
+    rows, directions, seen = [], pairing.directions, set()
     dimension, constants = labels.dimension, _behind_centring(labels)
     if constants:
-        # What is written along the constant vector reaches no label: compare in the space that does.
+        # What is written along the constant vector reaches no label: compare in the space orthogonal to it.
         directions, dimension = directions - directions.mean(1, keepdims=True), dimension - 1
     for wanted in sizes:
-        # Directions that cannot be told apart are in the span together, or not at all.
+        # Directions that cannot be distinguished are all in the span, or none of them is.
         k = common_boundary(found, found, min(wanted, len(found.sigma)))
         if k == 0 or k in seen or not len(span):
             continue
@@ -103,7 +101,7 @@ def _rows(meeting: Pairing, span: Array, sizes: Sequence[int], seed: int) -> lis
         null = SubspaceOverlap(len(within), min(len(span), dimension), dimension)
         overlap = float(np.square(cosines).sum())
         few = min(null.k, null.m)
-        where = (matrix.name, matrix.layer, matrix.head, meeting.side, k, labels.embedding.name, null.m)
+        where = (matrix.name, matrix.layer, matrix.head, pairing.side, k, labels.embedding.name, null.m)
         largest = (float(cosines.max()), null.largest_cosine(SAMPLES, seed))
         shares = (overlap / few, null.mean / few, float(null.z(overlap)), float(null.p_value(overlap)))
         rows.append((*where, dimension, *largest, *shares))
@@ -118,6 +116,6 @@ def _behind_centring(labels: SideLabels) -> bool:
 
 
 def _basis(directions: Array) -> Array:
-    """Orthonormal rows of the same span, from directions that are orthonormal but for a constant taken away."""
+    """Orthonormal rows of the same span, for directions that centring has left almost orthonormal."""
     _, sigma, right = np.linalg.svd(directions, full_matrices=False)
     return np.asarray(right[sigma > RANK])

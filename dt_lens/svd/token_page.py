@@ -1,10 +1,9 @@
-"""A token table as HTML: in a notebook (light or dark, which it cannot know), and as a page of its own."""
+"""A token table as HTML: for a notebook, whose theme may be light or dark, and as a page."""
 
 from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -12,12 +11,9 @@ from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError
 from dt_lens.lens.token_text import spelled, texts
 
-if TYPE_CHECKING:
-    from dt_lens.svd.token_table import TokenTable
-
 __all__ = ["save_tokens", "token_html"]
 
-# Colours with an alpha lie over any page: ink stays readable on both. Blue away, orange towards, as in the heatmaps.
+# Colours with an alpha keep text readable on light and dark pages. Blue away, orange towards, as in the heatmaps.
 _TOWARDS, _AWAY, _STRONGEST = "213,94,0", "0,114,178", 0.55
 _STYLE = """
 .dtl-tokens { font-size: 13px; line-height: 1.5; overflow-x: auto; }
@@ -38,17 +34,20 @@ _STYLE = """
 """
 
 
-def token_html(table: TokenTable, limit: int | None = None) -> str:
+def token_html(rows: pd.DataFrame, labels: dict[str, tuple[int, int]], limit: int | None = None) -> str:
     """A table for each matrix side: a row per direction with its sigma, two columns per embedding, one for each pole.
 
-    A label's colour goes by its cosine, on one scale for the whole table; its exact text, row and cosine are a hover
-    away. ``limit`` cuts after so many matrix sides and says so.
+    A label's colour shows its cosine, on one scale for the whole table; hovering shows its exact text, row and cosine.
+
+    Args:
+        rows: a ``TokenTable``'s rows.
+        labels: for each embedding how many labels passed the filter, and how many there are.
+        limit: show only so many matrix sides, and say how many more there are.
     """
-    rows = table.rows
     top = float(rows["cosine"].abs().max()) if len(rows) else 1.0
     sides = list(rows.groupby(["matrix", "side"], sort=False))
     shown = sides if limit is None else sides[:limit]
-    parts = [_side(part, table.shown, top or 1.0) for _, part in shown]
+    parts = [_side(part, labels, top or 1.0) for _, part in shown]
     if len(shown) < len(sides):
         parts.append(
             f'<p class="quiet">{len(sides) - len(shown)} more are in the table; choose matrices, or use to_html().</p>'
@@ -104,21 +103,21 @@ def _chips(found: pd.DataFrame, top: float) -> list[str]:
     return chips
 
 
-def save_tokens(table: TokenTable, file: Path) -> Path:
-    """Write a token table to a ``.csv`` or ``.html`` file; see ``TokenTable.save``."""
+def save_tokens(rows: pd.DataFrame, labels: dict[str, tuple[int, int]], folded: bool, file: Path) -> Path:
+    """Write a token table's rows to a ``.csv`` or ``.html`` file; see ``TokenTable.save``."""
     if file.suffix == ".csv":
         with atomic_write(file) as part:
-            table.rows.to_csv(part, index=False)
+            rows.to_csv(part, index=False)
         return file
     if file.suffix != ".html":
-        raise DtLensError(f"A token table is written to a .csv or a .html file, not to {file.name!r}.")
+        raise DtLensError(f"A token table is written to a .csv or .html file, not to {file.name!r}.")
     from dt_lens.report.page import Markup, Section, write_report
 
-    folded = "LayerNorms folded in" if table.folded else "weights and labels as they are stored"
+    how = "LayerNorms folded in" if folded else "raw weights and labels"
     note = (
-        f"Each row is a singular direction, largest σ first, {folded}; a label's number is its cosine with it. "
+        f"Each row is a singular direction, largest σ first, {how}; a label's number is its cosine with it. "
         "A direction's sign is a convention: towards and away could change places. ␣ is a space."
     )
     return write_report(
-        file, "Token table", [Section("Directions and their labels", [note, Markup(token_html(table))])]
+        file, "Token table", [Section("Directions and their labels", [note, Markup(token_html(rows, labels))])]
     )

@@ -1,11 +1,11 @@
-"""Token tables: the labels that singular directions point towards and away from, several embeddings side by side."""
+"""Token tables: the labels that singular directions point towards and away from, in several embeddings side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,30 +18,30 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, select_matrices
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
-from dt_lens.svd.label_filters import Filter, Rule, kept_labels
+from dt_lens.svd.decompositions import Decompositions
+from dt_lens.svd.label_filters import Filter, Rule, passing_labels
+from dt_lens.svd.pairings import is_natural, residual_side
 from dt_lens.svd.side_labels import row_blocks, unit_rows
-
-if TYPE_CHECKING:
-    from dt_lens.svd.weight_svd import WeightSVD
+from dt_lens.svd.token_page import save_tokens, token_html
 
 __all__ = ["TokenTable", "extremes", "poles", "token_table"]
 
 PLACE = ["matrix", "layer", "head", "side", "sv", "block", "sigma"]
 COLUMNS = [*PLACE, "embedding", "pole", "rank", "label", "index", "cosine"]
-SPARE = 16  # candidates more than asked for: single precision ranks, double precision decides
+SPARE = 16  # extra candidates: single precision ranks them, double precision decides
 LARGE = 1024  # from this short side on, no more directions are computed than are shown
 Names = Sequence[str] | str
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """The labels at both poles of singular directions. Shown by Jupyter as a coloured table, printed as text.
+    """The labels at both poles of singular directions; a coloured table in Jupyter, text when printed.
 
     Attributes:
         rows: a row per direction, embedding, pole and rank, with the columns ``matrix layer head side sv block sigma
             embedding pole rank label index cosine``. ``pole`` is ``"+"`` for the labels of largest cosine, ``"-"`` for
             those of smallest; a direction's sign is a convention, so neither pole is the right one. ``block`` is how
-            many directions cannot be told apart from this one, itself included; ``index`` is the label's row in its
+            many directions cannot be distinguished from this one, itself included; ``index`` is the label's row in its
             embedding.
         shown: for each embedding the labels that passed the filter, and all of them.
         folded: whether LayerNorms are folded in.
@@ -69,20 +69,16 @@ class TokenTable:
         return table.reindex(order)
 
     def to_html(self, limit: int | None = None) -> str:
-        """The table as HTML that fits a light and a dark page, for the first ``limit`` matrices; see the report."""
-        from dt_lens.svd.token_page import token_html
-
-        return token_html(self, limit)
+        """The table as HTML for light and dark pages, cut after ``limit`` matrix sides."""
+        return token_html(self.rows, self.shown, limit)
 
     def save(self, file: str | Path) -> Path:
-        """Write the rows to a ``.csv`` file, or a page of its own to a ``.html`` file.
+        """Write the rows to a ``.csv`` file, or a page to a ``.html`` file.
 
         Raises:
             DtLensError: for another suffix, or a file that cannot be written.
         """
-        from dt_lens.svd.token_page import save_tokens
-
-        return save_tokens(self, local_path(file, "file"))
+        return save_tokens(self.rows, self.shown, self.folded, local_path(file, "file"))
 
     def _repr_html_(self) -> str:
         return self.to_html(limit=12)
@@ -97,16 +93,16 @@ class TokenTable:
                 lines.append(f"  sv {sv}  σ {sigma:.4g}")
                 for (embedding, pole), found in one.groupby(["embedding", "pole"], sort=False):
                     words = zip(texts(list(found["label"])), found["cosine"], strict=True)
-                    told = "  ".join(f"{spelled(word)} {cosine:+.2f}" for word, cosine in words)
-                    lines.append(f"    {embedding} {pole}  {told}")
+                    shown = "  ".join(f"{spelled(word)} {cosine:+.2f}" for word, cosine in words)
+                    lines.append(f"    {embedding} {pole}  {shown}")
         return "\n".join(lines)
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-class _Meeting(NamedTuple):
-    """One matrix side with one embedding, and which of the group's directions are this matrix's."""
+class _Part(NamedTuple):
+    """One matrix side with one embedding: the first ``k`` directions, to be compared with its labels."""
 
     matrix: Matrix
     side: SideName
@@ -118,7 +114,7 @@ class _Meeting(NamedTuple):
 
 
 def token_table(
-    svd: WeightSVD,
+    svd: Decompositions,
     matrices: Names,
     embeddings: Names | None = None,
     k: int = 8,
@@ -129,16 +125,17 @@ def token_table(
     """Both poles of the first ``k`` directions of some matrices, in several embeddings.
 
     Args:
-        svd: the decompositions; folded or not is theirs to say.
+        svd: the decompositions, folded or raw.
         matrices: names or shell patterns.
-        embeddings: names or shell patterns. By default reading sides meet input embeddings and writing sides output
-            embeddings; named ones are met on whatever side a matrix has in the residual stream, and where it both reads
-            and writes, on the side where such an embedding is met.
+        embeddings: names or shell patterns. By default input embeddings are compared with reading sides and output
+            embeddings with writing sides; named ones with whatever side a matrix has on the residual stream, and where
+            it both reads and writes, as by default.
         k: directions of each matrix.
-        n: labels at each pole. Where fewer than ``2 n`` are left, each is shown once, on the side that it points to as
+        n: labels at each pole. Where fewer than ``2 n`` pass the filter, each is shown once, at the pole of its sign as
             far as there is room.
         where: a filter or several, all of which a label must pass: ``dt_lens.svd.ascii_only``, ``whole_words``,
-            ``at_least(counts, 100)``, or any function of a label's text. Sets of which none passes are left out.
+            ``at_least(counts, 100)``, or any function of a label's text. Embeddings of which no label passes are left
+            out.
         side: only this side of every matrix, with every embedding.
 
     Raises:
@@ -147,10 +144,10 @@ def token_table(
     k, n = whole_number(k, "k", 1), whole_number(n, "n", 1)
     chosen = svd.registry.select(embeddings)
     named = embeddings is not None
-    kept = {embedding.name: kept_labels(list(embedding.labels), where) for embedding in chosen}
-    met = list(_meetings(svd, matrices, chosen, named, k, side))
-    if not met:
-        raise DtLensError("None of the embeddings is met on a side of these matrices; name the embeddings to compare.")
+    kept = {embedding.name: passing_labels(list(embedding.labels), where) for embedding in chosen}
+    compared = list(_parts(svd, matrices, chosen, named, k, side))
+    if not compared:
+        raise DtLensError("No embedding is compared with these matrices by default; pass embeddings=")
     parts: dict[int, dict[str, Any]] = {}
     shown = {}
     for embedding in chosen:
@@ -159,54 +156,54 @@ def token_table(
         shown[embedding.name] = (count, len(embedding))
         for centred in (False, True):
             # One pass over the vocabulary serves all matrices.
-            group = [(i, m) for i, m in enumerate(met) if (m.embedding, m.centred) == (embedding.name, centred)]
-            if not group:
+            group = [
+                (i, part)
+                for i, part in enumerate(compared)
+                if (part.embedding, part.centred) == (embedding.name, centred)
+            ]
+            if not group or not count:
                 continue
-            if not count:
-                continue
-            together = torch.cat([m.directions for _, m in group])
+            together = torch.cat([part.directions for _, part in group])
             index, cosine = extremes(together, embedding, n, passing, svd.fold_layernorm, centred)
             start = 0
-            for place, meeting in group:
-                stop = start + len(meeting.directions)
-                parts[place] = _rows(meeting, embedding, index[start:stop], cosine[start:stop], n)
+            for place, part in group:
+                stop = start + len(part.directions)
+                parts[place] = _rows(part, embedding, index[start:stop], cosine[start:stop], n)
                 start = stop
     if not parts:
-        names = ", ".join(dict.fromkeys(m.embedding for m in met))
-        raise DtLensError(f"No label of {names} passes the filter; loosen it, or name another set.")
+        names = ", ".join(dict.fromkeys(part.embedding for part in compared))
+        raise DtLensError(f"No label of {names} passes the filter; loosen it, or name another embedding.")
     columns = {name: [value for i in sorted(parts) for value in parts[i][name]] for name in COLUMNS}
     rows = pd.DataFrame(columns)
     rows["head"] = rows["head"].astype("Int64")
-    # A direction's embeddings stand together.
+    # Rows of one direction are next to each other, whatever the embedding.
     order = rows.groupby(["matrix", "side", "sv"], sort=False).ngroup()
     rows = rows.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
     return TokenTable(rows, {e: shown[e] for e in dict.fromkeys(rows["embedding"])}, svd.fold_layernorm)
 
 
-def _meetings(
-    svd: WeightSVD, matrices: Names, chosen: Sequence[Embedding], named: bool, k: int, side: SideName | None
-) -> Iterator[_Meeting]:
+def _parts(
+    svd: Decompositions, matrices: Names, chosen: Sequence[Embedding], named: bool, k: int, side: SideName | None
+) -> Iterator[_Part]:
     lens = Snapshot.of(svd.model)
     for matrix in select_matrices(lens, matrices):
         sides = matrix.residual_sides
         if side is not None:
-            sides = (matrix.left if matrix.side(side) == "left" else matrix.right,)
-            if sides[0] not in matrix.residual_sides:
-                raise DtLensError(f"The {side} side of {matrix.name} is not in the residual stream, where labels are.")
+            sides = (residual_side(matrix, side),)
         natural = not named or (side is None and set(sides) == {"read", "write"})
         found: Decomposition | None = None
         for one in sides:
             for embedding in chosen:
-                if natural and (embedding.side == "out") != (one == "write"):
+                if natural and not is_natural(embedding, one):
                     continue
                 found = found or _decomposed(svd, lens, matrix, k)
                 directions = found.side(one)[:k].clone()
                 blocks = [stop - start for start, stop in map(found.block_of, range(len(directions)))]
                 centred = svd.fold_layernorm and matrix.centred(matrix.side(one))
-                yield _Meeting(matrix, one, embedding.name, found.sigma[:k], blocks, directions, centred)
+                yield _Part(matrix, one, embedding.name, found.sigma[:k], blocks, directions, centred)
 
 
-def _decomposed(svd: WeightSVD, lens: Snapshot, matrix: Matrix, k: int) -> Decomposition:
+def _decomposed(svd: Decompositions, lens: Snapshot, matrix: Matrix, k: int) -> Decomposition:
     factors = MatrixFactors.of(lens, matrix, svd.fold_layernorm)
     stored = factors.stored()
     if svd.rank is None and len(stored) == 1 and min(stored[0].shape) >= LARGE:
@@ -264,17 +261,17 @@ def poles(cosine: Float[Tensor, " c"], n: int) -> tuple[slice, slice]:
     return slice(0, plus), slice(max(plus, count - n), count)
 
 
-def _rows(meeting: _Meeting, embedding: Embedding, index: list[Tensor], cosine: list[Tensor], n: int) -> dict[str, Any]:
+def _rows(part: _Part, embedding: Embedding, index: list[Tensor], cosine: list[Tensor], n: int) -> dict[str, Any]:
     made: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    matrix = meeting.matrix
+    matrix = part.matrix
     for sv, (rows, values) in enumerate(zip(index, cosine, strict=True)):
         plus, minus = poles(values, n)
         for pole, chosen in (("+", range(plus.start, plus.stop)), ("-", range(minus.stop - 1, minus.start - 1, -1))):
             for rank, i in enumerate(chosen):
                 at = int(rows[i])
-                row: tuple[Any, ...] = (matrix.name, matrix.layer, matrix.head, meeting.side, sv, meeting.blocks[sv])
+                row: tuple[Any, ...] = (matrix.name, matrix.layer, matrix.head, part.side, sv, part.blocks[sv])
                 row += (
-                    float(meeting.sigma[sv]),
+                    float(part.sigma[sv]),
                     embedding.name,
                     pole,
                     rank,

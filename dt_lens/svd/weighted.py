@@ -1,13 +1,14 @@
-"""Singular directions weighted by what a matrix really reads: sigma is the spread of the output, not of the weights.
+"""Singular directions weighted by a matrix's real inputs: sigma is the spread of the output, not of the weights.
 
 For inputs of covariance ``C`` the outputs ``x @ M`` have the covariance ``M^T C M``. Its eigenvectors ``v_i`` are the
-principal axes of the output, ``sigma_i^2 = v_i^T M^T C M v_i`` the variance along each, and ``M v_i`` is read for it:
-``M = sum_i (M v_i) v_i^T``, a term for every direction in which the output moves. (Principal components of the output,
-Jolliffe, "Principal Component Analysis", 2002; the same as the singular value decomposition of ``C^(1/2) M``.)
+principal axes of the output, ``sigma_i^2 = v_i^T M^T C M v_i`` the variance along each, and ``M v_i`` the direction
+that is read for it: ``M = sum_i (M v_i) v_i^T``, a term for every direction in which the output varies. (Principal
+components of the output, Jolliffe, "Principal Component Analysis", 2002; the same as the singular value decomposition
+of ``C^(1/2) M``.)
 
-The covariance is about the mean: a mean output acts as a bias, and a direction is there to tell inputs apart. So it is
-the same whether a LayerNorm on the input side is folded in or not: folding changes neither the ``v_i`` nor the sigmas,
-only how what is read is expressed, ``M v_i`` in the normalised inputs or ``(I - 11^T/d) diag(w) M v_i`` in the stream.
+The covariance is about the mean, since a mean output acts as a bias and does not distinguish inputs. So it is the same
+whether a LayerNorm on the input side is folded in or not: folding changes neither the ``v_i`` nor the sigmas, only how
+the read direction is expressed, as ``M v_i`` in the normalised inputs or ``(I - 11^T/d) diag(w) M v_i`` in the stream.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ __all__ = ["decompose_weighted"]
 
 
 def decompose_weighted(factors: MatrixFactors, activations: Activations, rank: int | None = None) -> Decomposition:
-    """The decomposition of one catalogued matrix by the spread of its output over real inputs.
+    """Decompose one catalogued matrix by the spread of its output over real inputs.
 
     ``sigma`` is the standard deviation of the output along the rows of ``right``, which are orthonormal; the rows of
-    ``left`` are ``M right_i`` at unit length, and not orthogonal; ``gain`` is that length. Directions along which the
-    output moves by no more than the activations were rounded are left out. ``blocks`` tell which sigmas the rounding of
-    the weights mixes; what another sample of inputs would change is not in them. A ``QK`` circuit is weighted by the
-    queries' inputs only.
+    ``left`` are ``M right_i`` scaled to unit length, and not orthogonal; ``gain`` is the length of ``M right_i``.
+    Directions along which the output varies by no more than the activations' rounding are left out. ``blocks`` show
+    which sigmas the rounding of the weights mixes, not what another sample of inputs would change. A ``QK`` circuit is
+    weighted by the queries' inputs only.
 
     Args:
         factors: the matrix of the unedited model; folded, what is read is expressed in the stream before the LayerNorm.
@@ -50,10 +51,10 @@ def decompose_weighted(factors: MatrixFactors, activations: Activations, rank: i
     moments = activations.of(matrix, factors.lens)
     raw = factors.raw()
     seen = factors.effective() if factors.folded else raw
-    # On the input side the inputs are as the raw matrix reads them; a norm on the other side is part of the output.
+    # The covariance is of the raw matrix's inputs; a norm on the other side is part of the output.
     first = raw[0]
     spread, axes = torch.linalg.eigh(moments.covariance.to(first))
-    # Second moments less squared means: what is left of nothing after the rounding of such a difference is nothing.
+    # A variance below the rounding of second moments minus squared means counts as zero.
     exact = len(spread) * EPS * float(moments.second.diagonal().sum())
     spread = torch.where(spread > exact, spread, 0.0).sqrt()
     try:
@@ -73,7 +74,7 @@ def decompose_weighted(factors: MatrixFactors, activations: Activations, rank: i
 
 
 def _floor(factors: MatrixFactors, activations: Activations) -> float:
-    """The standard deviation that the rounding of the inputs may give an output that never moves."""
+    """The standard deviation that the rounding of the inputs may give an output that never varies."""
     weights = factors.stored()
     size = float(torch.finfo(weights[0].dtype).eps)
     for weight in weights:

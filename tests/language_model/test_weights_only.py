@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalL
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.lens.matrices import catalogue
+from dt_lens.svd import decompositions as svd
 from dt_lens.svd import side_labels as matching
-from dt_lens.svd import weight_svd as svd
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 70}
 GPT |= {"bos_token_id": 0, "eos_token_id": 0}

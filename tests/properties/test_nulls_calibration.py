@@ -90,8 +90,8 @@ def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(n: int) -> 
         shared = svd
         table = svd.scan(null="haar", embeddings="known")
         even += discovered(table)
-        met = zip(svd.meetings(), table["cosine"], strict=True)
-        p = np.array([float(source.null(meeting, 1).p_value(cosine)) for meeting, cosine in met])
+        matches = zip(svd.pairings(), table["cosine"], strict=True)
+        p = np.array([float(source.null(pairing, 1).p_value(cosine)) for pairing, cosine in matches])
         found += bool((stats.false_discovery_control(p) < 0.05).any())
         p_values.append(p)
     # The very numbers that a scan gives.

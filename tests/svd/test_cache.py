@@ -1,4 +1,4 @@
-"""Results that are kept in a folder."""
+"""The on-disk cache of results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dt_lens.errors import DtLensError
-from dt_lens.svd.cache import KeptResults
+from dt_lens.svd import cache
+from dt_lens.svd.cache import ResultCache
 
 
 def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
@@ -17,7 +18,7 @@ def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> No
     with pytest.raises(
         DtLensError, match=r"file/.* cannot be written: Not a directory; choose another folder or make room\.$"
     ):
-        KeptResults(file).get("key", lambda: {"x": torch.zeros(2)})
+        ResultCache(file).get("key", lambda: {"x": torch.zeros(2)})
     assert file.read_text() == "in the way"
 
 
@@ -27,5 +28,20 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(DtLensError, match="No space left"):
-        KeptResults(tmp_path / "kept").get("key", lambda: {"x": torch.zeros(2)})
+        ResultCache(tmp_path / "kept").get("key", lambda: {"x": torch.zeros(2)})
     assert not list((tmp_path / "kept").iterdir())
+
+
+def test_another_key_and_another_version_are_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+
+    def read(key: str) -> float:
+        def make() -> dict[str, torch.Tensor]:
+            made.append(float(len(made)))
+            return {"x": torch.tensor([made[-1]])}
+
+        return float(ResultCache(tmp_path).get(key, make)["x"])
+
+    assert [read("a"), read("b"), read("a"), read("b")] == [0, 1, 0, 1]
+    monkeypatch.setattr(cache, "__version__", "0.0.0")
+    assert [read("a"), read("a")] == [2, 2]

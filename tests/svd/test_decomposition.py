@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dt_lens import DtLensError
 from dt_lens.lens.matrices import MatrixFactors, Snapshot, Structure, catalogue, find_matrix
-from dt_lens.svd.decomposition import DEVIATIONS, MAX_ANGLE, decompose_matrix, rounding_noise
+from dt_lens.svd.decomposition import DEVIATIONS, MAX_ANGLE, blocks_of, decompose_matrix, rounding_noise
 
 Make = Callable[..., Any]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -215,6 +215,18 @@ def test_rounding_noise_is_predicted(make_dt: Make, name: str, dtype: torch.dtyp
         predicted.append(rounding_noise(MatrixFactors.of(rounded, matrix), d.left, d.right))
     ratio = torch.stack(seen).square().mean().sqrt() / torch.stack(predicted).square().mean().sqrt()
     assert 0.75 < float(ratio) < 1.33
+
+
+def test_the_noisier_of_two_directions_decides_whether_they_are_one_block() -> None:
+    sigma = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    mixing = MAX_ANGLE / DEVIATIONS  # noise that just joins sigmas that are 1 apart
+    for noise, blocks in (
+        ([1.1, 0, 0], ((0, 2), (2, 3))),
+        ([0, 1.1, 0], ((0, 3),)),
+        ([0, 0, 1.1], ((0, 1), (1, 3))),
+        ([0.9, 0.9, 0.9], ((0, 1), (1, 2), (2, 3))),
+    ):
+        assert blocks_of(sigma, mixing * torch.tensor(noise, dtype=torch.float64)) == blocks
 
 
 def test_sigmas_that_are_equal_are_one_block_in_any_dtype() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from dt_lens import DtLensError
 from dt_lens.lens.token_text import spelled, texts
-from dt_lens.svd.label_filters import ascii_only, at_least, kept_labels, whole_words
+from dt_lens.svd.label_filters import ascii_only, at_least, passing_labels, whole_words
 
 
 def test_gpt2s_tokens_are_readable(real_checkpoints: Callable[[str], Path]) -> None:
@@ -35,7 +35,7 @@ def test_gpt2s_tokens_are_readable(real_checkpoints: Callable[[str], Path]) -> N
         decoded = tokenizer.decode([number], clean_up_tokenization_spaces=False)
         if "�" not in decoded:
             assert meant[tokens[number]] == decoded
-    words = [tokens[i] for i in kept_labels(tokens, [ascii_only, whole_words]) or []]
+    words = [tokens[i] for i in passing_labels(tokens, [ascii_only, whole_words]) or []]
     assert 20_000 < len(words) < 40_000
     assert {"Ġthe", "ĠParis"} <= set(words) and not {"the", "Ġ42", "ing", "Ġ,"} & set(words)
 
@@ -56,21 +56,21 @@ def test_nothing_is_invisible(text: str, shown: str) -> None:
 
 def test_filters_all_must_pass() -> None:
     labels = [" the", "the", " été", " 42", " of", " don't", "\n", " a b"]
-    assert kept_labels(labels, None) is None
-    assert kept_labels(labels, ascii_only) == [0, 1, 3, 4, 5, 7]
-    assert kept_labels(labels, whole_words) == [0, 2, 4, 5, 7]
-    assert kept_labels(labels, [ascii_only, whole_words]) == [0, 4, 5, 7]
-    assert kept_labels(labels, lambda text: text.endswith("e")) == [0, 1]
+    assert passing_labels(labels, None) is None
+    assert passing_labels(labels, ascii_only) == [0, 1, 3, 4, 5, 7]
+    assert passing_labels(labels, whole_words) == [0, 2, 4, 5, 7]
+    assert passing_labels(labels, [ascii_only, whole_words]) == [0, 4, 5, 7]
+    assert passing_labels(labels, lambda text: text.endswith("e")) == [0, 1]
     counts = {" the": 100, " of": 9.5, "the": 5}
-    assert kept_labels(labels, at_least(counts, 5)) == [0, 1, 4]
-    assert kept_labels(labels, at_least(pd.Series(counts), 10)) == [0]
-    assert kept_labels(["Ġthe", "Ġof"], at_least({"Ġthe": 3, " of": 3}, 3)) == [0, 1]  # by label, or by its text
-    assert kept_labels(["walk", "##ing", "leg position", "x2"], whole_words) == [0, 2]
+    assert passing_labels(labels, at_least(counts, 5)) == [0, 1, 4]
+    assert passing_labels(labels, at_least(pd.Series(counts), 10)) == [0]
+    assert passing_labels(["Ġthe", "Ġof"], at_least({"Ġthe": 3, " of": 3}, 3)) == [0, 1]  # by label, or by its text
+    assert passing_labels(["walk", "##ing", "leg position", "x2"], whole_words) == [0, 2]
 
 
 @pytest.mark.parametrize("bad", [3, ["ascii"], "ascii"])
 def test_what_is_no_filter_is_refused(bad: object) -> None:
     with pytest.raises(DtLensError, match="filter"):
-        kept_labels([" the"], bad)  # type: ignore[arg-type]
+        passing_labels([" the"], bad)  # type: ignore[arg-type]
     with pytest.raises(DtLensError, match="Series"):
         at_least([1, 2])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Scans under every null: the same columns, what each null is held against, and what it takes."""
+"""Scans under every null: the same columns, the null of each row, and what each null needs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def moments(x: torch.Tensor) -> Moments:
 
 
 def activations_of(model: Any, seed: int = 0) -> tuple[Activations, torch.Tensor]:
-    """Made-up activations of a uneven stream: every LayerNorm's output is computed by hand from the stream."""
+    """Made-up activations of an uneven stream: every LayerNorm's output is computed by hand from the stream."""
     generator = torch.Generator().manual_seed(seed)
     d = model.cfg.d_model
     scales = torch.arange(1, d + 1, dtype=torch.float64) ** -1.0
@@ -98,7 +98,7 @@ def test_what_is_planted_is_found_under_every_null(make_dt: Make, null: str) -> 
     assert whole["null_median"] < 0.8 * abs(whole["cosine"])
 
 
-def test_the_covariance_that_each_side_meets(make_dt: Make) -> None:
+def test_the_covariance_on_each_side(make_dt: Make) -> None:
     model = make_dt(2, **SMALL)
     acts, normalised = activations_of(model)
     lens = Snapshot.of(model)
@@ -175,12 +175,12 @@ def test_a_covariance_from_an_array_and_from_a_file(make_dt: Make, tmp_path: Pat
         svd.scan("*.W_*", "covariance", embeddings="action_*", activations=tmp_path / "acts.safetensors"),
         svd.scan("*.W_*", "covariance", embeddings="action_*", activations=acts),
     )
-    for wrong, told in (
+    for wrong, needed in (
         (None, "needs activations"),
         ("nowhere.safetensors", "nowhere"),
         ([["a"]], "expected activations"),
     ):
-        with pytest.raises(DtLensError, match=told):
+        with pytest.raises(DtLensError, match=needed):
             svd.scan(null="covariance", activations=wrong)
     with pytest.raises(DtLensError, match="does not fit"):
         svd.scan(null="covariance", activations=np.eye(5))
@@ -190,7 +190,7 @@ def test_a_covariance_from_an_array_and_from_a_file(make_dt: Make, tmp_path: Pat
         svd.strongest(null="covariance")
 
 
-def test_blocks_are_held_against_blocks_of_their_size(make_dt: Make) -> None:
+def test_blocks_are_compared_with_blocks_of_their_size(make_dt: Make) -> None:
     model = make_dt(5, d_model=16, d_mlp=24, n_layers=1, n_heads=1, normalization="none", embed_ln=False)
     rng = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 16, generator=rng, dtype=torch.float64))[0] for n in (16, 24))

@@ -1,12 +1,12 @@
-"""How large a match chance alone would give, and what that makes of a table of matches.
+"""Null distributions of the best match of a direction with a set of labels.
 
-Each null is a class with ``p_value(match)``, ``z(match)`` and ``assumes``, one sentence on what a direction without
-meaning is taken to be:
+Each null is a class with ``p_value(match)``, ``z(match)`` and ``assumes``, one sentence on what a meaningless direction
+is taken to be:
 
 - ``HaarMaximum``: points anywhere;
-- ``CovarianceMaximum``: is a draw from the stream's own Gaussian;
-- ``UntrainedMaximum``: is what a freshly initialised model of the same shape has;
-- ``ShuffledMaximum``: is what the same weights have when their entries are put in random order.
+- ``CovarianceMaximum``: is a draw from a Gaussian with the stream's covariance;
+- ``UntrainedMaximum``: comes from a freshly initialised model of the same shape;
+- ``ShuffledMaximum``: comes from the same weights with their entries in random order.
 
 ``SubspaceOverlap`` is the null of whole subspaces.
 """

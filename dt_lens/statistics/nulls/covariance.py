@@ -1,4 +1,4 @@
-"""The null of a stream that is not round: a direction drawn from the Gaussian of what a matrix side meets.
+"""The null of an anisotropic stream: a direction drawn from a Gaussian with a given covariance.
 
 For one label ``a`` and ``x ~ N(0, S)`` the event ``cos^2(x, a) >= t^2`` is ``g^T B g >= 0`` for a quadratic form in
 normals, ``B = S^1/2 (a a^T - t^2 I) S^1/2``, which has one positive eigenvalue. Imhof's inversion ("Computing the
@@ -41,7 +41,7 @@ Array = NDArray[Any]
 NODES = 48  # of the quadrature
 DEEPEST = 1380.0  # -2 log of the smallest probability that is computed
 MANY = 300  # labels from which on the grid is coarser
-FLAT = 1e-12  # an eigenvalue below so much of the largest is none
+FLAT = 1e-12  # an eigenvalue below this share of the largest counts as zero
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class CovarianceMaximum:
     """The distribution of the best match of a direction drawn from ``N(0, S)`` with a set of labels.
 
     For one label p is exact, up to quadrature (about six digits). For several it is the sum of the single labels'
-    probabilities (the union bound) where that is below ``100 / (1 + B)``, which is close where labels are far apart
-    and too large where they are alike, and elsewhere the share of ``B`` draws, ``(1 + #) / (1 + B)``. For
+    probabilities (the union bound) where that is below ``100 / (1 + B)``, which is tight where labels are far apart
+    and too large where they are similar, and elsewhere the share of ``B`` draws, ``(1 + #) / (1 + B)``. For
     spans, drawn as the span of so many independent vectors, it is the share of draws alone, which is never below
     ``1 / (1 + B)``.
 
@@ -62,8 +62,8 @@ class CovarianceMaximum:
     """
 
     assumes: ClassVar[str] = (
-        "A direction that means nothing is a draw from a Gaussian with the covariance of what its side of the matrix "
-        "meets, so it lies where the stream varies."
+        "A direction that means nothing is a draw from a Gaussian with the covariance of the vectors on its side of "
+        "the matrix, so it lies where the stream varies."
     )
 
     n_labels: int
@@ -89,7 +89,7 @@ class CovarianceMaximum:
 
         Args:
             labels: directions in rows.
-            covariance: of the vectors that directions of no meaning look like; its scale does not matter.
+            covariance: of the vectors that meaningless directions are drawn like; its scale does not matter.
             centred: constants are removed from what is drawn, as a LayerNorm does.
             seed: of the draws.
             span: of how many dimensions the random subspace is.
@@ -114,11 +114,11 @@ class CovarianceMaximum:
         return cls(n, len(values), span, float(drawn.mean()), float(drawn.std()), drawn, t, log_union)
 
     def p_value(self, cosine: ArrayLike) -> Array:
-        """The chance that the best match is ``cosine`` (its absolute value) or more; for several labels no less."""
+        """How probable a best match of ``cosine`` (its absolute value) or more is; for several labels a bound."""
         t = np.clip(np.abs(np.asarray(cosine, dtype=np.float64)), 0.0, 1.0)
         if self.n_labels == 0:
             return np.ones_like(t)
-        # Beyond the last point of the grid nothing is claimed to be rarer than there.
+        # Beyond the last point of the grid p stays at its value there.
         log_union = PchipInterpolator(_stretched(self._t), self._log_union)(_stretched(np.minimum(t, self._t[-1])))
         union = np.exp(np.minimum(log_union, 0.0))
         if self.n_labels == 1 and self.span == 1:
@@ -127,7 +127,7 @@ class CovarianceMaximum:
         return tail_or_share(union, (1 + above) / (1 + len(self._drawn)), len(self._drawn))
 
     def z(self, cosine: ArrayLike) -> Array:
-        """How many of the null's standard deviations the best match lies above the null's mean; 0 where it has none."""
+        """How many of the null's standard deviations the best match lies above the null's mean; 0 where that is 0."""
         above = np.abs(np.asarray(cosine, dtype=np.float64)) - self.mean
         return np.asarray(above / self.std if self.std > 1e-12 else np.zeros_like(above))
 
@@ -146,12 +146,12 @@ class CovarianceMaximum:
 
 
 def _stretched(t: Array) -> Array:
-    """The scale on which the log of a chance is nearly straight; of a round Gaussian's, like ``(1 - t^2)^(d/2)``."""
+    """A scale on which log p is nearly linear; for an isotropic Gaussian p falls like ``(1 - t^2)^(d/2)``."""
     return np.asarray(-np.log1p(-np.minimum(np.square(t), 1 - 1e-15)))
 
 
 class _Blocks:
-    """All labels in the covariance's eigenvectors, ``[m, r]`` at a time; unit rows but for what lies outside them."""
+    """All labels in coordinates along the covariance's eigenvectors, ``[m, r]`` at a time."""
 
     def __init__(self, labels: Array | LabelBlocks, vectors: Array) -> None:
         self.labels, self.vectors = labels, vectors
@@ -172,7 +172,7 @@ def _turned(labels: ArrayLike | LabelBlocks, vectors: Array) -> tuple[int, _Bloc
 
 
 def _eigen(covariance: ArrayLike, width: int, centred: bool) -> tuple[Array, Array]:
-    """The eigenvalues that are more than nothing, with their vectors in columns; the largest is 1."""
+    """The eigenvalues that do not count as zero, scaled so that the largest is 1, and their vectors in columns."""
     S = np.asarray(covariance, dtype=np.float64)
     if S.shape != (width, width) or not np.isfinite(S).all():
         raise DtLensError(
@@ -213,7 +213,7 @@ def _best_matches(blocks: _Blocks, values: Array, span: int, samples: int, rng: 
 
 
 def _union(blocks: _Blocks, values: Array, n: int) -> tuple[Array, Array]:
-    """Matches ``t`` from 0 up, and at each the log of the sum over the labels of the chance to match one so well."""
+    """Matches ``t`` from 0 up, and at each the log of the labels' probabilities of such a match, summed."""
     grid = _grid(values, 160 if n <= MANY else 72)
     w = np.exp(grid)[:, None]
     fine = np.linspace(grid[0], grid[-1] + 200.0, 4001)
@@ -257,11 +257,11 @@ def _log_determinant(grid: Array, values: Array) -> Array:
 
 
 def _grid(values: Array, count: int) -> Array:
-    """Logarithms of ``w`` from where everything is matched to where next to nothing is."""
+    """Logarithms of ``w`` from where p is 1 to where it is the smallest that is computed."""
     low, high = np.log(1e-7 / values.sum()), np.log(1e14 / values[0])
     if _log_determinant(np.array([high]), values)[0] > DEEPEST:
         high = brentq(lambda x: float(_log_determinant(np.array([x]), values)[0]) - DEEPEST, low, high)
-    # Half of the points evenly, half where the probability falls.
+    # Half of the points evenly spaced, half where the probability falls.
     even = np.linspace(low, high, 2001)
     fallen = _log_determinant(even, values)
     measure = (even - low) / (high - low) + np.sqrt(fallen / fallen[-1])
@@ -269,7 +269,7 @@ def _grid(values: Array, count: int) -> Array:
 
 
 def _quadrature(grid: Array, fallen: CubicSpline[Any], values: Array) -> tuple[Array, Array]:
-    """What is integrated from every grid point on, in ``v = sqrt(log(w / w0))``, where it is smooth.
+    """The integrand from every grid point on, in ``v = sqrt(log(w / w0))``, in which it is smooth.
 
     Returns:
         ``lift [r, k, q]``, the label's part ``F(w) - F(w0)`` by coordinate, and ``weights [k, q]``.
@@ -289,10 +289,10 @@ def _quadrature(grid: Array, fallen: CubicSpline[Any], values: Array) -> tuple[A
 
 
 def _at(t: Array, support: Array, z: Array, dz: Array, log_p: Array, fallen: CubicSpline[Any], grid: Array) -> Array:
-    """The log of the labels' summed chances at matches ``t [q]``, from what each has on the grid, ``[n, k]``.
+    """The log of the labels' summed probabilities at matches ``t [q]``, from their values on the grid, ``[n, k]``.
 
-    ``log w`` is interpolated as a function of ``z = log(F / (support - F))``, which it equals for a round Gaussian;
-    then the chance's deviation from ``exp(-depth / 2)``, which changes slowly, as a function of ``log w``.
+    ``log w`` is interpolated as a function of ``z = log(F / (support - F))``, equal to it for an isotropic Gaussian;
+    then the probability's deviation from ``exp(-depth / 2)``, which changes slowly, as a function of ``log w``.
     """
     n, last = len(z), len(grid) - 1
     slow = log_p + fallen(grid) / 2
@@ -304,14 +304,14 @@ def _at(t: Array, support: Array, z: Array, dz: Array, log_p: Array, fallen: Cub
             target = np.log(match**2) - np.log(np.maximum(ends - match**2, 0.0))
         i = np.clip((z <= target[:, None]).sum(1) - 1, 0, last - 1)
         h = z[rows, i + 1] - z[rows, i]
-        # Before the grid and behind it the nearest point stands: the chance there is the larger one.
+        # Outside the grid its nearest point is used, where the probability is larger.
         s = np.clip((target - z[rows, i]) / h, 0.0, 1.0)
         # Cubic Hermite: values and slopes of log w at both ends.
         m0, m1, rise = h / dz[rows, i], h / dz[rows, i + 1], grid[i + 1] - grid[i]
         along = rise * s**2 * (3 - 2 * s) + m0 * s * (1 - s) ** 2 - m1 * s**2 * (1 - s)
         part = along / rise
         value = slow[rows, i] * (1 - part) + slow[rows, i + 1] * part - fallen(grid[i] + along) / 2
-        # A label that sticks out of the Gaussian's support is matched no better than its part inside.
+        # A label outside the Gaussian's support cannot be matched better than its part inside it.
         value = np.where((ends < 1 - 1e-9) & (match**2 >= ends), -np.inf, value)
         total[q] = np.logaddexp.reduce(value)
     return total

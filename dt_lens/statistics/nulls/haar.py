@@ -1,9 +1,8 @@
-"""How large a match chance alone would give, and what that makes of a table of matches.
+"""The null of a random rotation: the best match of a random direction with a set of labels.
 
 The null is a random rotation: one direction, uniform on the sphere (Haar), against a given set of labelled directions.
 For one label ``cos^2`` is Beta(1/2, (d-1)/2) (Muirhead, "Aspects of Multivariate Statistical Theory", theorem 1.5.7).
-Nobody looks at one label: the statistic is the best match over all of them, so the null is the distribution of that
-maximum.
+The statistic is the best match over all labels, so the null is the distribution of that maximum.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ __all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum"]
 Array = NDArray[np.float64]
 Floats = NDArray[Any]  # float32 or float64
 CHUNK = 4_000_000  # numbers held at a time
-OUTSIDE = 1e-6  # the share of labels' squared lengths that may lie outside the space they are said to lie in
+OUTSIDE = 1e-6  # the share of labels' squared lengths that may lie outside the given number of dimensions
 
 
 def cap_probability(cosine: ArrayLike, dimension: int, span: int = 1) -> Array:
-    """The chance that a random subspace meets a given unit vector at ``cosine`` or more; exact.
+    """The probability that a unit vector's projection on a random subspace is ``cosine`` or longer; exact.
 
     The subspace has ``span`` of ``dimension`` dimensions; ``cosine`` is the length of the vector's projection on it,
     any shape, and for ``span=1`` the absolute cosine. Its square is Beta(span/2, (dimension-span)/2).
@@ -59,8 +58,9 @@ class HaarMaximum:
     with ``N`` the number of labels matched by a direction drawn from a randomly chosen label's cap (the union estimator
     of Karp, Luby and Madras, "Monte-Carlo approximation algorithms for enumeration problems", 1989). The relative error
     is bounded at every t, however far in the tail; it is exact for one label, and for labels so far apart that their
-    caps do not meet. ``E[1/N]`` is smooth in ``t``: it is drawn on a grid with common random numbers and interpolated.
-    Where p is large plain draws of the best match are the better estimate, and the two are weighted by their precision.
+    caps do not intersect. ``E[1/N]`` is smooth in ``t``: it is drawn on a grid with common random numbers, and
+    interpolated. Where p is large plain draws of the best match are the better estimate, and the two are weighted by
+    their precision.
 
     Attributes:
         n_labels: how many labels.
@@ -97,7 +97,7 @@ class HaarMaximum:
         draw.
 
         Args:
-            labels: directions in rows; ``LabelBlocks`` tell their dimension themselves.
+            labels: directions in rows; ``LabelBlocks`` know their dimension.
             dimension: of the space in which labels and direction lie, default ``d``; ``d - 1`` behind a LayerNorm's
                 centring, where all of them are orthogonal to the constant vector.
             seed: of the Monte Carlo part.
@@ -116,7 +116,7 @@ class HaarMaximum:
             E = unit_labels(labels)
             n, dimension = len(E), _dimension(E, dimension)
         if n == 0 or span >= dimension:
-            # Without labels the best match is 0, and the whole space matches everything.
+            # Without labels the best match is 0; the whole space matches every label perfectly.
             flat = np.full(2, -np.log(max(n, 1)))
             return cls(n, dimension, span, float(n > 0), 0.0, np.array([0.0, 1.0]), flat, np.empty(0))
         tail = _cap_cosine(np.concatenate([np.linspace(1, 0.1, 10), np.logspace(-1.5, -16, 18)]), dimension, span)
@@ -151,7 +151,7 @@ class HaarMaximum:
         return cls(int(n_labels), int(dimension), int(span), mean, std, *grids)
 
     def p_value(self, cosine: ArrayLike) -> Array:
-        """The chance that the best match is ``cosine`` (its absolute value) or more."""
+        """The probability that the best match is ``cosine`` (its absolute value) or more."""
         t = np.clip(np.abs(np.asarray(cosine, dtype=np.float64)), 0.0, 1.0)
         if self.n_labels == 0:
             return np.ones_like(t)
@@ -164,12 +164,17 @@ class HaarMaximum:
         return np.asarray((1 - p) * p + p * plain)
 
     def z(self, cosine: ArrayLike) -> Array:
-        """How many of the null's standard deviations the best match lies above the null's mean; 0 where it has none."""
+        """How many of the null's standard deviations the best match lies above the null's mean; 0 where that is 0."""
         above = np.abs(np.asarray(cosine, dtype=np.float64)) - self.mean
         return above / self.std if self.std > 0 else np.zeros_like(above)
 
 
 def unit_labels(labels: ArrayLike) -> Array:
+    """Labels as unit rows in float64, zero rows left out.
+
+    Raises:
+        DtLensError: for values that are not finite or not ``[n, d]``.
+    """
     E = np.asarray(labels, dtype=np.float64)
     if E.ndim != 2 or not np.isfinite(E).all():
         raise DtLensError(f"Labels have shape {list(E.shape)}; a null takes finite directions in rows, [n, d].")
@@ -178,14 +183,14 @@ def unit_labels(labels: ArrayLike) -> Array:
 
 
 def _dimension(E: Array, dimension: int | None) -> int:
-    """The dimension of the space of the labels ``[n, d]``: ``d`` unless it is told."""
+    """The dimension of the space of the labels ``[n, d]``: ``d`` unless given."""
     return E.shape[1] if dimension is None else whole_number(dimension, "dimension", 1)
 
 
 def _coordinates(E: Array, dimension: int) -> Array:
     """The labels ``[n, d]`` in coordinates that depend on their angles alone, ``[n, dimension]``.
 
-    A rotated model then meets the very same draws.
+    A rotated model is then compared with the very same draws.
     """
     n = len(E)
     if n <= dimension:
@@ -202,14 +207,14 @@ def _coordinates(E: Array, dimension: int) -> Array:
 
 @dataclass(frozen=True)
 class LabelBlocks:
-    """Labels too many to hold in float64 at once, ``[n, d]``, read a block at a time whenever they are needed.
+    """Labels ``[n, d]``, too many to hold in float64 at once, read a block at a time whenever they are needed.
 
-    The null then depends on the basis that the labels are written in by its Monte Carlo draws, and not otherwise.
+    The null then depends on the labels' basis, but only through its Monte Carlo draws.
 
     Attributes:
         n: how many labels, zero rows left out.
         width: ``d``.
-        centred: all labels are orthogonal to the constant vector, and the random direction is.
+        centred: all labels are orthogonal to the constant vector, and so is the random direction.
         rows: unit rows in float64 for an array of numbers of labels.
         blocks: all unit rows in order, in float32, as an iterator over blocks ``[m, d]``.
     """
@@ -222,7 +227,7 @@ class LabelBlocks:
 
     @property
     def dimension(self) -> int:
-        """Of the space in which labels and directions lie."""
+        """The dimension of the space in which labels and directions lie."""
         return self.width - int(self.centred)
 
     def draw(self, rng: np.random.Generator, size: int, span: int) -> Array:
@@ -258,8 +263,8 @@ class _Whole:
 def _shares(C: _Whole | LabelBlocks, span: int, grid: Array, samples: int, rng: np.random.Generator) -> Array:
     """``E[1/N]`` at every threshold of the grid, from subspaces drawn in a random label's cap.
 
-    A subspace that meets a label at cosine ``c`` holds one vector ``c label + sqrt(1 - c^2) h``, and the rest of it is
-    orthogonal to the label and to ``h``.
+    A subspace in which a label has a projection of length ``c`` holds one vector ``c label + sqrt(1 - c^2) h``, and the
+    rest of it is orthogonal to the label and to ``h``.
     """
     total, caps = np.zeros_like(grid), cap_probability(grid, C.dimension, span)
     # How deep in the cap a draw lies is its quantile; the inverse of the distribution is slow, so it is tabulated.
@@ -273,7 +278,7 @@ def _shares(C: _Whole | LabelBlocks, span: int, grid: Array, samples: int, rng: 
         frame = C.draw(rng, size, span)
         frame -= own[:, :, None] * np.einsum("sd,sdk->sk", own, frame)[:, None]
         frame = np.linalg.qr(frame)[0]
-        # The sign of a QR column is LAPACK's: make it a coin's.
+        # The sign of a QR column is LAPACK's choice: draw it at random.
         coin = rng.choice(np.array([-1, 1], dtype=np.float32), size)[:, None]
         cosines = [np.maximum(np.interp(log_uniform, nodes, table), t) for table, t in zip(depth, grid, strict=True)]
         counts, begin = np.zeros((len(grid), size), np.int64), 0
@@ -314,7 +319,7 @@ def _best_matches(C: _Whole | LabelBlocks, span: int, samples: int, rng: np.rand
 def frame_maximum(
     labels: ArrayLike, directions: int, dimension: int | None = None, samples: int = 1000, seed: int = 0
 ) -> Array:
-    """Draws of the best match over ``directions`` orthonormal directions and ``labels [n, d]``, randomly rotated.
+    """Draw the best match over ``directions`` orthonormal directions, randomly rotated, and ``labels [n, d]``.
 
     This is the null for "the strongest match in the whole matrix". Returns ``[samples]``, sorted. Monte Carlo: with
     ``B`` draws the smallest p-value is ``1 / (B + 1)``.
@@ -330,7 +335,7 @@ def frame_maximum(
     # Only the span of the labels matters, so of a Haar-random orthogonal matrix only as many rows are drawn as it
     # has dimensions, and as many columns as there are directions: the shorter of both, and cut.
     inside, count = min(len(E), dimension), min(directions, dimension)
-    C = C[:, :inside].astype(np.float32)  # of all that is multiplied here, seven digits will do
+    C = C[:, :inside].astype(np.float32)  # seven digits are enough for these products
     rng = np.random.default_rng([seed, len(E), directions, dimension])
     best = np.empty(samples)
     for i in range(samples):

@@ -1,4 +1,4 @@
-"""What every null offers, and the nulls of single directions by name."""
+"""The nulls of single directions by name, and their interface."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["NULLS", "Null"]
 
 
 class Null(Protocol):
-    """What every null can do."""
+    """The interface of every null of single directions."""
 
     assumes: ClassVar[str]
 
     def p_value(self, cosine: ArrayLike) -> Array:
-        """The chance of a best match as good or better, any shape."""
+        """The probability of a best match as good or better, any shape."""
         ...
 
     def z(self, cosine: ArrayLike) -> Array:

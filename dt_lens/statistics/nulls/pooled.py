@@ -1,4 +1,4 @@
-"""Nulls that are drawn and not derived: the best matches of models in which there is nothing to find."""
+"""Nulls that are drawn, not derived: pooled best matches of models without learned structure."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class PooledMaximum:
         """The null of these best matches, in any order.
 
         Raises:
-            DtLensError: for none at all, or values that are not finite.
+            DtLensError: for an empty array, or values that are not finite.
         """
         drawn = np.sort(np.asarray(matches, dtype=np.float64).ravel())
         if not len(drawn) or not np.isfinite(drawn).all():
-            raise DtLensError(f"A pooled null needs finite best matches, at least one, and has {len(drawn)}.")
+            raise DtLensError(f"A pooled null needs finite best matches, at least one; it was given {len(drawn)}.")
         return cls(drawn)
 
     @property
@@ -58,18 +58,18 @@ class PooledMaximum:
 
     @property
     def smallest(self) -> float:
-        """The smallest p-value that there can be."""
+        """The smallest possible p-value."""
         return 1 / (1 + len(self.drawn))
 
     def p_value(self, cosine: ArrayLike) -> Array:
-        """The share of draws with a match as good, the match itself counted among them."""
+        """The share of draws with a match as good, counting the match itself as one of them."""
         t = np.abs(np.asarray(cosine, dtype=np.float64))
         # A match that equals a draw up to rounding counts as equal.
         above = len(self.drawn) - np.searchsorted(self.drawn, t - 1e-12)
         return np.asarray((1 + above) / (1 + len(self.drawn)))
 
     def z(self, cosine: ArrayLike) -> Array:
-        """How many standard deviations of the draws the best match lies above their mean; 0 where there is none."""
+        """How many standard deviations of the draws the best match lies above their mean; 0 where that is 0."""
         above = np.abs(np.asarray(cosine, dtype=np.float64)) - self.mean
         return np.asarray(above / self.std if self.std > 1e-12 else np.zeros_like(above))
 

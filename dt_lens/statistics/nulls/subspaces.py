@@ -1,4 +1,4 @@
-"""How much of one subspace lies in another, and how much chance alone would put there.
+"""The overlap of one subspace with another, and its distribution when one is random.
 
 For orthonormal bases ``A [d, k]`` and ``B [d, m]`` the singular values of ``A^T B`` are the cosines of the principal
 angles (Golub and Van Loan, "Matrix Computations", section 6.4.3). Their sum of squares is ``tr(P_A P_B)``. With one of
@@ -23,9 +23,9 @@ __all__ = ["SubspaceOverlap"]
 
 Array = NDArray[Any]
 HELD = 4_000_000  # numbers held at a time
-STEEP = 100.0  # from this exponent of the tail on, a Beta of the same mean and variance will do
-SAMPLES = 9_999  # draws where it will not
-BOUNDED = 0.01  # the share of every level that the bound on the tail may use up, beside the draws
+STEEP = 100.0  # from this exponent of the tail on, a Beta of the same mean and variance is accurate enough
+SAMPLES = 9_999  # draws where it is not
+BOUNDED = 0.01  # the share of every level that goes to the bound on the tail; the rest goes to the draws
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class SubspaceOverlap:
     where either subspace, or the complement of either, is a line: ``cos^2 ~ Beta(m/2, (d-m)/2)``. In between, ``s`` is
     given the Beta distribution of that mean and variance on its range, ``max(0, k+m-d)`` to ``min(k, m)``, if that is
     good enough. Where little room is left its tail is too thin: the chance to come within ``e`` of the maximum goes
-    like ``e^N``, ``N = m (d-k) / 2`` for ``m <= k`` and ``k+m <= d``. For ``N < 100`` an overlap is held against 9,999
-    exact ``draws`` instead, itself counted as one; its p-value is below 0.0001 only where the chance is bounded.
+    like ``e^N``, ``N = m (d-k) / 2`` for ``m <= k`` and ``k+m <= d``. For ``N < 100`` an overlap is compared with 9,999
+    exact ``draws`` instead, itself counted as one; its p-value is below 0.0001 only where the bound on the tail is.
 
     Attributes:
         k, m: dimensions of the two subspaces, each at most ``dimension``.
@@ -73,7 +73,7 @@ class SubspaceOverlap:
 
     @property
     def std(self) -> float:
-        """Of the sum of squared cosines; 0 where either is nothing, or the whole space."""
+        """Of the sum of squared cosines; 0 where either subspace is zero or the whole space."""
         k, m, d = self.k, self.m, self.dimension
         if d < 2:
             return 0.0
@@ -85,7 +85,7 @@ class SubspaceOverlap:
 
     @property
     def exact(self) -> bool:
-        """Whether ``p_value`` is no approximation: the distribution is known, or its draws are (see above)."""
+        """Whether ``p_value`` is not an approximation: the distribution is known, or there are exact draws."""
         return self._known or self._exponent < STEEP
 
     @property
@@ -106,7 +106,7 @@ class SubspaceOverlap:
         return small * (self.dimension - large) / 2
 
     def p_value(self, overlap: ArrayLike) -> Array:
-        """The chance of a sum of squared cosines of ``overlap`` or more, any shape."""
+        """The probability of a sum of squared cosines of ``overlap`` or more, any shape."""
         s = np.asarray(overlap, dtype=np.float64)
         low, high = self._range
         if self.std == 0 or high <= low:
@@ -119,12 +119,12 @@ class SubspaceOverlap:
         return np.asarray(betaincc(centre * weight, (1 - centre) * weight, share))
 
     def _among_draws(self, s: Array) -> Array:
-        """The smaller of the share of draws with as much overlap and a bound, so weighted that both may err at once."""
+        """The smaller of the share of draws and the bound on the tail, weighted so that both may be used at once."""
         share = _drawn(self.k, self.m, self.dimension).p_value(s)
         return np.asarray(np.minimum(1.0, np.minimum(share / (1 - BOUNDED), self._bound(s) / BOUNDED)))
 
     def _bound(self, s: Array) -> Array:
-        """No less than the chance of ``s`` or more, and the nearer to it the nearer ``s`` comes to its maximum.
+        """An upper bound on the probability of ``s`` or more, tighter as ``s`` approaches its maximum.
 
         The part of the smaller subspace's basis that lies in the complement of the other is a random ``X [m, d-k]``
         of density ``c det(1 - X X^T)^((k-m-1)/2)``, and ``|X|^2 = m - s`` (Muirhead, section 3.3). The determinant
@@ -141,7 +141,7 @@ class SubspaceOverlap:
         return np.asarray(np.exp(np.minimum(log, 0.0)))
 
     def z(self, overlap: ArrayLike) -> Array:
-        """How many standard deviations above the mean; 0 where there is nothing to vary."""
+        """How many standard deviations above the mean; 0 where the overlap cannot vary."""
         above = np.asarray(overlap, dtype=np.float64) - self.mean
         return np.asarray(above / self.std if self.std > 0 else np.zeros_like(above))
 

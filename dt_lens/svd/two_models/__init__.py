@@ -1,4 +1,4 @@
-"""What changed between two models of one shape."""
+"""What changed between two models of the same shape."""
 
 import lazy_loader
 

@@ -1,2 +1,3 @@
+from .comparison import ModelChanges as ModelChanges
 from .comparison import compare as compare
-from .page import write_comparison as write_comparison
+from .page import write_page as write_page

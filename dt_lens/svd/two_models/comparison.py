@@ -1,10 +1,9 @@
-"""Two models of the same shape, before and after fine-tuning for instance: what changed in every matrix."""
+"""What changed in every matrix between two models of the same shape, such as before and after fine-tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,21 +11,23 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.arguments import local_path, require_wrapped, whole_number
+from dt_lens.arguments import require_wrapped, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import Tell, reporting
 from dt_lens.svd.decomposition import Decomposition, common_boundary, rounding_noise
+from dt_lens.svd.pairings import is_natural
 from dt_lens.svd.solvers import decompose
 from dt_lens.svd.two_models.direction_pairs import match_directions
 from dt_lens.svd.two_models.label_changes import By, Owner, label_changes
 from dt_lens.svd.two_models.matrix_change import change_factors, leading, measure
+from dt_lens.svd.two_models.summary import most_changed, notebook_html
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["ModelChanges", "compare"]
 
 Array = NDArray[np.float64]
 MATCHED = 1024  # directions at most that are matched where a matrix has more
@@ -42,12 +43,11 @@ def compare(
     fold_layernorm: bool = True,
     names: tuple[str, str] = ("A", "B"),
     progress: bool | Tell = False,
-) -> Comparison:
+) -> ModelChanges:
     """What changed between two models of the same shape, matrix by matrix.
 
     Args:
-        a, b: wrapped models, or weights alone: of both the weights, the structure and the embeddings are used, so no
-            forward pass is made.
+        a, b: wrapped models, or weights alone: only weights, structure and embeddings are used, never a forward pass.
         matrices: names or shell patterns; every catalogued matrix when ``None``.
         k: of how many leading directions the subspaces are compared; moved to the nearest number that cuts no group of
             near-equal sigmas.
@@ -57,22 +57,22 @@ def compare(
         progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
 
     Returns:
-        a ``Comparison``. Its ``table`` has a row for each matrix:
+        a ``ModelChanges``. Its ``table`` has a row for each matrix:
 
         - ``relative_change``: ``||B - A||_F / ||A||_F``;
-        - ``change_stable_rank``, ``change_effective_rank``, ``change_leading_share``: of how many directions ``B - A``
-          is (``matrix_change.sizes``), zeros where nothing changed;
+        - ``change_stable_rank``, ``change_effective_rank``, ``change_leading_share``: how many directions ``B - A`` has
+          (``matrix_change.sizes``), zeros where nothing changed;
         - ``spectrum_change``, ``spectrum_change_max``: the L2 norm of the sigmas' differences over that of A's sigmas,
           and the largest difference over A's largest sigma; ``spectral_norm_change``: the largest sigma's, signed;
-        - ``k``, and for the left (input) and the right (output) side of the matrix, ``left_side`` and ``right_side``
-          telling their names: ``_angle`` and ``_angle_max``, the mean and the largest principal angle in degrees
+        - ``k``, and for the left (input) and the right (output) side of the matrix, named in ``left_side`` and
+          ``right_side``: ``_angle`` and ``_angle_max``, the mean and the largest principal angle in degrees
           between the leading subspaces (Golub and Van Loan, "Matrix Computations", section 6.4.3), ``_overlap``, the
           mean squared cosine of the angles, and what two random (Haar) subspaces would have: ``_haar_overlap``,
           ``k / dimension``, and ``_haar_angle``.
 
     Raises:
-        DtLensError: for something that is no wrapped model, matrices that only one model has or that differ in shape or
-            in the LayerNorm before them, a ``k`` below 1, or weights that are not finite.
+        DtLensError: for an object that is not a wrapped model, matrices that only one model has or that differ in shape
+            or in the LayerNorm before them, a ``k`` below 1, or weights that are not finite.
     """
     for model in (a, b):
         require_wrapped(model, "compare", "weights", "structure")
@@ -92,19 +92,21 @@ def compare(
     table = pd.DataFrame(rows)
     table["head"] = table["head"].astype("Int64")
     table.attrs = {"fold_layernorm": fold_layernorm, "k": k, "names": list(names)}
-    return Comparison(table, names, fold_layernorm, spectra, notes, a, b, k, states)
+    return ModelChanges(table, names, fold_layernorm, spectra, notes, a, b, k, states)
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """What ``compare`` found. The table and the spectra are kept; directions and labels are read when asked for.
+class ModelChanges:
+    """What ``compare`` found. Table and spectra are computed once; directions and labels when they are asked for.
+
+    ``dt_lens.svd.two_models.write_page`` writes it to a folder.
 
     Attributes:
-        table: a row per matrix; the columns are told at ``compare``.
+        table: a row per matrix; ``compare`` describes the columns.
         names: of the two models.
         folded: whether each model's LayerNorms are folded in.
         spectra: for each matrix the singular values of A, of B and of ``B - A``, largest first.
-        notes: what a reader should know of the pair, such as weights stored in different precisions.
+        notes: what a reader should know about the pair, such as weights stored in different precisions.
     """
 
     table: pd.DataFrame
@@ -118,22 +120,22 @@ class Comparison:
     _states: dict[str, tuple[bytes, bytes]] = field(repr=False)
 
     def directions(self, matrix: str, least: float = 0.5, rank: int | None = None) -> pd.DataFrame:
-        """Which directions of A are which of B: blocks matched by the overlap of their spans on both sides.
+        """Match A's directions with B's: blocks, by the overlap of their spans on both sides.
 
         Args:
             matrix: one of the compared matrices.
-            least: pairs of a smaller overlap count as unmatched.
-            rank: match only so many leading directions of each; of matrices larger than 1024 at most 1024.
+            least: pairs with a smaller overlap count as unmatched.
+            rank: match only so many leading directions of each; at most 1024 of matrices larger than that.
 
         Returns:
             a DataFrame ``sv_a block_a sigma_a sv_b block_b sigma_b sigma_change overlap <side>_angle <side>_angle sign
-            matched``. ``sv`` is the first of ``block`` directions that cannot be told apart; sigmas are a block's root
-            mean square; ``sigma_change`` is relative; angles are the spans' largest principal angle in degrees;
+            matched``. ``sv`` is the first of ``block`` directions that cannot be distinguished; sigmas are a block's
+            root mean square; ``sigma_change`` is relative; angles are the spans' largest principal angle in degrees;
             ``sign`` is -1 where the pair does the opposite to the same input. Where ``matched`` is false, one of the
             two is missing.
 
         Raises:
-            DtLensError: for a matrix that was not compared, or that changed since.
+            DtLensError: for a matrix that was not compared, or that has changed since.
         """
         found = self._matrix(matrix)
         one, two = (leading(factors, rank or MATCHED) for factors in self._both(found))
@@ -161,12 +163,12 @@ class Comparison:
         return table
 
     def change(self, matrix: str, k: int | None = None) -> Decomposition:
-        """The singular directions of the change ``B - A`` itself, the leading ``k``; none where nothing changed.
+        """The leading ``k`` singular directions of the change ``B - A``; none where nothing changed.
 
-        Those that rounding either model's weights could make by itself are left out.
+        Directions that the rounding of either model's weights could cause are left out.
 
         Raises:
-            DtLensError: for a matrix that was not compared, or that changed since.
+            DtLensError: for a matrix that was not compared, or that has changed since.
         """
         found = self._matrix(matrix)
         both = self._both(found)
@@ -196,12 +198,12 @@ class Comparison:
         n: int | None = 50,
         embeddings: Owner = "own",
     ) -> pd.DataFrame:
-        """Which labels moved, most first.
+        """The labels that moved most, largest change first.
 
         Args:
             matrix: one of the compared matrices.
             embedding: one that both models have.
-            side: of the matrix; by default the side where the embedding is met.
+            side: of the matrix; by default the one that the embedding is compared with in a scan.
             by: ``"subspace"``, the length of a label's projection on the leading ``k`` directions of A and of B;
                 ``"directions"``, its cosine with each of the first ``k`` directions of A and with what that direction
                 is in B; ``"change"``, its cosine with the leading ``k`` directions of ``B - A``.
@@ -212,12 +214,12 @@ class Comparison:
         Returns:
             a DataFrame with ``label index`` and the values ``a``, ``b`` and ``change`` (for ``"change"``: ``a`` and
             ``b`` by either's labels, the larger first), for directions also ``sv_a sv_b``, for the change ``sv sigma``;
-            ``label_cosine`` is the cosine of the label's own direction in A with that in B. ``table.attrs`` tells whose
+            ``label_cosine`` is the cosine of the label's own direction in A with that in B. ``table.attrs`` says whose
             embeddings were used.
 
         Raises:
-            DtLensError: for a matrix that was not compared, or that changed since, or an embedding or side that there
-                is not.
+            DtLensError: for a matrix that was not compared, or that has changed since, or an embedding or side that
+                does not exist.
         """
         found = self._matrix(matrix)
         count = k or self._k
@@ -247,7 +249,7 @@ class Comparison:
             return figures.angle_heatmap(self.table, **options)
         if what == "change":
             return figures.change_heatmap(self.table, **options)
-        raise DtLensError(f"There is no plot {what!r}; there are 'change', 'spectra' and 'angles'.")
+        raise DtLensError(f"Unknown plot {what!r}; known are 'change', 'spectra' and 'angles'.")
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table."""
@@ -255,40 +257,27 @@ class Comparison:
 
     def most_changed(self, count: int = 10) -> pd.DataFrame:
         """The rows of largest relative change."""
-        return self.table.sort_values("relative_change", ascending=False, kind="stable").head(count)
-
-    def save(self, folder: str | Path, command: str = "") -> Path:
-        """Write ``comparison.html``, a page with figures, tables and the labels that moved, and ``comparison.csv``.
-
-        Returns:
-            the page's path.
-
-        Raises:
-            DtLensError: when the folder cannot be written.
-        """
-        from dt_lens.svd.two_models.page import write_comparison
-
-        return write_comparison(self, local_path(folder, "folder"), command)
+        return most_changed(self.table, count)
 
     def embeddings_of_both(self, side: SideName) -> list[str]:
-        """The embeddings of both models that are naturally met on a side, and whose labels are of both."""
+        """The embeddings that both models have and that are compared with a side by default."""
         try:
             one, two = self._a.embeddings, self._b.embeddings
         except AttributeError:
             return []
-        return [name for name in one if name in two and (one[name].side == "out") == (side == "write")]
+        return [name for name in one if name in two and is_natural(one[name], side)]
 
     def __repr__(self) -> str:
         changed = int((self.table["relative_change"] > 0).sum())
-        lines = [f"Comparison of {self.names[0]} with {self.names[1]}: {changed} of {len(self.table)} matrices changed"]
+        lines = [
+            f"ModelChanges of {self.names[0]} and {self.names[1]}: {changed} of {len(self.table)} matrices changed"
+        ]
         shown = self.most_changed(5)
         lines += [f"  {name}  {size:.3g}" for name, size in zip(shown["matrix"], shown["relative_change"], strict=True)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from dt_lens.svd.two_models.page import notebook_html
-
-        return notebook_html(self)
+        return notebook_html(self.table, self.names, self.notes)
 
     def _lenses(self) -> tuple[Snapshot, Snapshot]:
         return Snapshot.of(self._a), Snapshot.of(self._b)
@@ -332,7 +321,7 @@ def _comparable(a: Snapshot, b: Snapshot, patterns: Names | None, fold: bool) ->
 
 
 def _precisions(a: Snapshot, b: Snapshot, chosen: Sequence[Matrix]) -> tuple[set[torch.dtype], set[torch.dtype]]:
-    """The dtypes of the weights that are compared, each looked at once.
+    """The dtypes of the weights that are compared, in A and in B.
 
     Raises:
         DtLensError: for weights of different shapes.

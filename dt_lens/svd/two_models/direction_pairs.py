@@ -1,4 +1,4 @@
-"""Which singular directions of one matrix are which of another's, when both have moved."""
+"""Match the singular directions of two versions of a matrix."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from dt_lens.svd.decomposition import Decomposition
 __all__ = ["Pair", "match_directions"]
 
 Array = NDArray[np.float64]
-INSIDE = 0.8  # a direction with so much of its energy in a block's span, on both sides, belongs to that block
+INSIDE = (
+    0.8  # a direction with at least this share of its energy in a block's span, on both sides, belongs to that block
+)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Directions of A and what they are in B; either is empty where nothing matches.
+    """Directions of A with the directions of B that match them; either is empty where nothing matches.
 
     Attributes:
-        a, b: which directions, a block where there are several.
+        a, b: indices of directions; a block where there are several.
         overlap: of the spans, the geometric mean of both sides: 0 to 1.
         sign: 1 where the pair maps the same input to the same output, -1 where to its opposite, 0 without a match.
         left_angle, right_angle: the largest principal angle between the spans, in degrees.
@@ -39,13 +41,13 @@ class Pair:
 
 
 def match_directions(a: Decomposition, b: Decomposition, least: float = 0.5) -> list[Pair]:
-    """The blocks of ``a`` with those of ``b``: the pairing of largest total overlap, pairs below ``least`` undone.
+    """Pair the blocks of ``a`` with those of ``b`` for the largest total overlap, and drop pairs below ``least``.
 
-    Directions that cannot be told apart in one matrix are one block in both: a block of A whose span holds several
+    Directions that cannot be distinguished in one matrix are one block in both: a block of A whose span holds several
     directions of B is matched with all of them at once.
 
     Returns:
-        the pairs in the order of A's sigmas, then what is only in B.
+        the pairs in the order of A's sigmas, then the unmatched directions of B.
     """
     left, right = (np.asarray((x @ y.T).cpu().numpy()) for x, y in ((a.left, b.left), (a.right, b.right)))
     groups = _joined(_ranges(a), _ranges(b), left**2, right**2)

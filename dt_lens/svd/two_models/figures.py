@@ -1,4 +1,4 @@
-"""Figures of what changed between two models. Pure functions of the comparison's table and spectra."""
+"""Figures of what changed between two models: pure functions of the comparison's table and spectra."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("W_Q", "W_K", "W_V", "W_O", "QK", "OV", "W_gate", "W_in", "W_out")
 def change_heatmap(
     table: pd.DataFrame, *, value: str = "relative_change", title: str = "How much every matrix changed"
 ) -> go.Figure:
-    """A cell for each layer and kind of matrix; of a circuit with several heads the head that changed most.
+    """A heatmap with a cell for each layer and kind of matrix; of several heads, the one that changed most.
 
     Args:
         table: the comparison's: ``matrix kind layer head`` and the column ``value``.
@@ -41,22 +41,22 @@ def change_heatmap(
         if finite.empty:
             continue
         row = finite.sort_values(value, ascending=False, kind="stable").iloc[0]
-        told = f"{plain(row['matrix'])}<br>{_words(value)} {row[value]:.4g}"
+        hover = f"{plain(row['matrix'])}<br>{_words(value)} {row[value]:.4g}"
         if len(group) > 1:
-            told += f"<br>largest of {len(group)} heads; their mean is {finite[value].astype(float).mean():.4g}"
+            hover += f"<br>largest of {len(group)} heads; their mean is {finite[value].astype(float).mean():.4g}"
         if "change_effective_rank" in row:
-            told += f"<br>effective rank of the change {row['change_effective_rank']:.1f}"
-        cells.append((int(row["layer"]), str(kind), float(row[value]), told))
+            hover += f"<br>effective rank of the change {row['change_effective_rank']:.1f}"
+        cells.append((int(row["layer"]), str(kind), float(row[value]), hover))
     heads = int(table["head"].nunique())
     about = f"{_words(value)}, ‖B − A‖ / ‖A‖" if value == "relative_change" else _words(value)
-    about += " · of several heads the largest" if heads > 1 else ""
+    about += " · of several heads, the largest" if heads > 1 else ""
     return _grid(cells, title, about, _short)
 
 
 def angle_heatmap(table: pd.DataFrame, *, title: str = "How far the leading subspaces turned") -> go.Figure:
-    """The mean principal angle of the leading subspaces by layer and by side in the residual stream, in degrees.
+    """A heatmap of the mean principal angle, in degrees, of the leading subspaces, by layer and residual side.
 
-    Of several heads the one that turned most; hovering tells what two random subspaces would have.
+    Of several heads, the one that turned most; hovering shows the angle between two random subspaces.
 
     Raises:
         DtLensError: for a missing column.
@@ -70,16 +70,16 @@ def angle_heatmap(table: pd.DataFrame, *, title: str = "How far the leading subs
             if row[f"{side}_side"] not in RESIDUAL or np.isnan(angle):
                 continue
             place = int(row["layer"]), f"{row['kind']} {row[f'{side}_side']}"
-            told = (
+            hover = (
                 f"{plain(row['matrix'])}, {row[f'{side}_side']} side, {row['k']} directions<br>principal angles: mean "
                 f"{angle:.1f}°, largest {row[f'{side}_angle_max']:.1f}°<br>random subspaces: mean "
                 f"{row[f'{side}_haar_angle']:.1f}°"
             )
             if place not in best or angle > best[place][0]:
-                best[place] = (angle, told)
+                best[place] = (angle, hover)
     if not best:
         return empty(title, "No matrix has a side on the residual stream.")
-    cells = [(layer, name, angle, told) for (layer, name), (angle, told) in best.items()]
+    cells = [(layer, name, angle, hover) for (layer, name), (angle, hover) in best.items()]
     about = "mean principal angle in degrees · 0: the same subspace · 90: nothing shared"
     return _grid(cells, title, about, lambda v: f"{v:.0f}°" if v >= 9.95 else f"{v:.1f}°", high=90.0)
 
@@ -91,7 +91,7 @@ def spectra_shift(
     most: int = 8,
     title: str = "How the singular values moved",
 ) -> go.Figure:
-    """``(sigma_B - sigma_A) / largest sigma_A`` over the directions, for the ``most`` changed spectra.
+    """``(sigma_B - sigma_A) / largest sigma_A`` over the directions, for the ``most`` spectra that changed most.
 
     Args:
         spectra: for each matrix its singular values in A and in B (and of the change), largest first.
@@ -143,15 +143,15 @@ def _short(value: float) -> str:
 def _grid(
     cells: list[tuple[int, str, float, str]], title: str, about: str, write: Any, high: float | None = None
 ) -> go.Figure:
-    """Layers down, kinds across, the numbers in the cells."""
+    """A heatmap with layers down, kinds across and the numbers in the cells."""
     layers = sorted({layer for layer, *_ in cells})
     order = {kind: i for i, kind in enumerate(KINDS)}
     kinds = sorted({kind for _, kind, *_ in cells}, key=lambda kind: (order.get(kind.split()[0], len(order)), kind))
     grid = np.full((len(layers), len(kinds)), np.nan)
-    text, hover = np.full(grid.shape, "", dtype=object), np.full(grid.shape, "", dtype=object)
-    for layer, kind, value, told in cells:
+    text, hovers = np.full(grid.shape, "", dtype=object), np.full(grid.shape, "", dtype=object)
+    for layer, kind, value, hover in cells:
         at = layers.index(layer), kinds.index(kind)
-        grid[at], text[at], hover[at] = value, write(value), told
+        grid[at], text[at], hovers[at] = value, write(value), hover
     top = high if high is not None else float(np.nanmax(grid, initial=0.0)) or 1.0
     figure = go.Figure(
         go.Heatmap(
@@ -161,7 +161,7 @@ def _grid(
             text=text,
             texttemplate="%{text}",
             textfont={"size": 11},
-            customdata=hover,
+            customdata=hovers,
             hovertemplate="%{customdata}<extra></extra>",
             hoverongaps=False,
             coloraxis="coloraxis",

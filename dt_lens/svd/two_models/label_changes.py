@@ -1,4 +1,4 @@
-"""Which labels a matrix has come closer to or gone away from, between two models."""
+"""The labels that a matrix's directions have moved towards or away from between two models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding
-from dt_lens.lens.matrices import RESIDUAL, Matrix, SideName
+from dt_lens.lens.matrices import SideName
 from dt_lens.svd.decomposition import Decomposition
+from dt_lens.svd.pairings import natural_side
 from dt_lens.svd.side_labels import row_blocks, unit_rows
 from dt_lens.svd.two_models.direction_pairs import match_directions
 
@@ -35,7 +36,7 @@ def label_changes(
     folded: bool,
     owner: Owner,
 ) -> pd.DataFrame:
-    """The rows of ``Comparison.labels``, for the first ``k`` directions of ``found``; see there."""
+    """The rows of ``ModelChanges.labels`` for the first ``k`` directions of ``found``."""
     if by not in ("subspace", "directions", "change") or owner not in ("own", "a"):
         raise DtLensError(
             f"by is {by!r} and embeddings {owner!r}; by is 'subspace', 'directions' or 'change', and embeddings 'own' "
@@ -44,7 +45,7 @@ def label_changes(
     matrix = found[0].matrix
     one = models[0].embeddings[embedding]
     two = one if owner == "a" else models[1].embeddings[embedding]
-    side = _side(matrix, one, side)
+    side = natural_side(matrix, one, side)
     common_a, common_b = _common(one, two)
     centred = folded and matrix.centred(matrix.side(side))
     directions = [d.side(side).cpu() for d in found]
@@ -83,20 +84,11 @@ def label_changes(
     return table
 
 
-def _side(matrix: Matrix, embedding: Embedding, side: SideName | None) -> SideName:
-    if side is None and set(matrix.residual_sides) == {"read", "write"}:
-        side = "write" if embedding.side == "out" else "read"
-    side = matrix.left if matrix.side(side) == "left" else matrix.right
-    if side not in RESIDUAL:
-        raise DtLensError(f"The {side} side of {matrix.name} is not in the residual stream, where labels are.")
-    return side
-
-
 def _common(one: Embedding, two: Embedding) -> tuple[list[int], list[int]]:
-    """The rows of the labels that both have: the same ones in the same order, or else by name.
+    """The rows of the labels that both have: paired in order where the labels are the same, otherwise by name.
 
     Raises:
-        DtLensError: when there are none.
+        DtLensError: when they have none in common.
     """
     first, second = list(one.labels), list(two.labels)
     if first == second:
@@ -115,7 +107,7 @@ def _common(one: Embedding, two: Embedding) -> tuple[list[int], list[int]]:
 
 
 def _aligned(directions: list[torch.Tensor], a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """The sign that turns B's direction to A's on this side; a block's lengths have none."""
+    """The sign that aligns B's direction with A's on this side; 1 for blocks, whose lengths have no sign."""
     if len(a) > 1 or len(b) > 1:
         return 1.0
     return -1.0 if float(directions[0][a[0]] @ directions[1][b[0]]) < 0 else 1.0

@@ -1,7 +1,7 @@
 """How one matrix differs between two models: the change itself, the spectra, and the leading subspaces.
 
 A circuit's change is never multiplied out: ``B1 B2 - A1 A2 = [B1 - A1, A1] [B2; B2 - A2]`` is a product of thin factors
-again, and of small numbers where the change is small, so that nothing cancels.
+again, and of small numbers where the change is small, so that no digits cancel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
 
 
 def sizes(sigma: Array) -> dict[str, float]:
-    """How many directions a matrix of these singular values ``[n]`` has, and how much of it the first is; 0 for none.
+    """How many directions a matrix of singular values ``[n]`` has, and the first one's share; zeros for a zero matrix.
 
     ``stable_rank``: ``||M||_F^2 / ||M||_2^2`` (Rudelson and Vershynin, "Sampling from large matrices", 2007).
     ``effective_rank``: the exponential of the entropy of ``sigma / sum(sigma)`` (Roy and Vetterli, "The effective
@@ -57,7 +57,7 @@ def sizes(sigma: Array) -> dict[str, float]:
 
 
 def measure(a: MatrixFactors, b: MatrixFactors, k: int) -> Measured:
-    """Everything that the comparison's table tells of one matrix; see ``model_comparison.compare``.
+    """One row of the comparison's table; ``comparison.compare`` describes the columns.
 
     Raises:
         DtLensError: when its weights hold NaN or infinite values.
@@ -94,7 +94,7 @@ def change_factors(a: MatrixFactors, b: MatrixFactors) -> tuple[list[Tensor], fl
 
 
 def leading(factors: MatrixFactors, k: int | None) -> Decomposition:
-    """The decomposition, of a large matrix only its first ``k`` directions and a few more."""
+    """The decomposition; of a large matrix only the first ``k`` directions and a few more."""
     stored = factors.stored()
     cut = k is not None and len(stored) == 1 and min(stored[0].shape) >= LARGE
     return decompose_matrix(factors, k + SPARE if cut and k is not None else None)
@@ -132,7 +132,7 @@ def _change(A: list[Tensor], B: list[Tensor]) -> tuple[list[Tensor], float]:
 
 
 def _singular_values(factors: list[Tensor], floor: float = 0.0) -> Array:
-    """Those above rounding, largest first."""
+    """The singular values of a product that are above rounding, largest first."""
     M = factors[0]
     if len(factors) == 2:
         M = torch.linalg.qr(factors[0], mode="r")[1] @ torch.linalg.qr(factors[1].T, mode="r")[1].T

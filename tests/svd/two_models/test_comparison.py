@@ -134,7 +134,7 @@ def test_directions_that_rounding_makes_are_left_out(make_dt: Make, name: str) -
     assert len(dt_lens.compare(a, b).change(name).sigma) == 2
 
 
-def test_another_basis_inside_a_head_is_no_change_of_its_circuits(make_dt: Make) -> None:
+def test_another_basis_inside_a_head_does_not_change_its_circuits(make_dt: Make) -> None:
     a = make_dt(dtype=torch.float64)
     b = copy.deepcopy(a)
     turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
@@ -176,7 +176,7 @@ def test_directions_that_swapped_places_are_found(make_dt: Make) -> None:
     assert found[["read_angle", "neuron_angle"]].max(axis=None) < 1e-4
 
 
-def test_unmatched_directions_are_said(make_dt: Make) -> None:
+def test_unmatched_directions_are_listed(make_dt: Make) -> None:
     found = dt_lens.compare(make_dt(0, d_model=32), make_dt(5, d_model=32)).directions("blocks.0.attn.OV.0", least=0.7)
     lost = found[~found["matched"]]
     assert len(lost) and lost["overlap"].isna().all()
@@ -212,7 +212,7 @@ def test_a_direction_written_the_other_way_round_moved_no_label(make_dt: Make) -
         assert moved["change"].abs().max() < 1e-12 and moved["a"].abs().max() > 0.1
 
 
-def test_each_model_has_its_own_labels_unless_told(make_dt: Make) -> None:
+def test_each_model_has_its_own_labels_by_default(make_dt: Make) -> None:
     a = make_dt(dtype=torch.float64, **BARE)
     b = copy.deepcopy(a)
     b.weights["embed.state.W"].copy_(torch.randn(5, 16, dtype=torch.float64))
@@ -225,7 +225,7 @@ def test_each_model_has_its_own_labels_unless_told(make_dt: Make) -> None:
     assert same.attrs["embeddings"] == "the first model's for both"
 
 
-def test_labels_are_met_by_name_where_the_sets_differ(make_dt: Make) -> None:
+def test_labels_are_paired_by_name_where_the_sets_differ(make_dt: Make) -> None:
     a = make_dt(dtype=torch.float64, **BARE)
     b = copy.deepcopy(a)
     rows = torch.randn(4, 16, dtype=torch.float64)
@@ -249,17 +249,17 @@ def test_weights_alone_are_enough(make_dt: Make) -> None:
     assert found._repr_html_()
 
 
-def test_other_precisions_are_told(make_dt: Make) -> None:
+def test_other_precisions_are_noted(make_dt: Make) -> None:
     a = make_dt()
     found = dt_lens.compare(a, copy.deepcopy(a).to(torch.bfloat16), "*.W_in", names=("full", "half"))
     assert "full is stored as float32 and half as bfloat16" in found.notes[0] and "2e-03" in found.notes[0]
     assert found.table["relative_change"].between(0.001, 0.004).all()
 
 
-def test_progress_is_told(make_dt: Make) -> None:
-    told: list[tuple[str, float]] = []
-    dt_lens.compare(make_dt(), make_dt(1), "*.W_in", progress=lambda *state: told.append(state))
-    assert told == [("comparing blocks.0.mlp.W_in", 0.0), ("comparing blocks.1.mlp.W_in", 0.5)]
+def test_progress_is_reported(make_dt: Make) -> None:
+    reports: list[tuple[str, float]] = []
+    dt_lens.compare(make_dt(), make_dt(1), "*.W_in", progress=lambda *state: reports.append(state))
+    assert reports == [("comparing blocks.0.mlp.W_in", 0.0), ("comparing blocks.1.mlp.W_in", 0.5)]
 
 
 def test_what_changed_since_is_noticed(make_dt: Make) -> None:
@@ -305,7 +305,7 @@ def test_other_mistakes(make_dt: Make) -> None:
     ):
         with pytest.raises(DtLensError, match=needed):
             found.labels("blocks.0.mlp.W_in", "state_in", **options)
-    with pytest.raises(DtLensError, match="no plot"):
+    with pytest.raises(DtLensError, match="Unknown plot 'x'"):
         found.plot("x")
 
 

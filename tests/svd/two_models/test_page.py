@@ -14,6 +14,7 @@ import torch
 
 import dt_lens
 from dt_lens import DtLensError
+from dt_lens.svd.two_models import ModelChanges, write_page
 from dt_lens.svd.two_models.figures import angle_heatmap, change_heatmap, spectra_shift
 
 Make = Callable[..., Any]
@@ -79,7 +80,8 @@ def test_nothing_to_draw_is_said(make_dt: Make) -> None:
 
 
 def test_the_page_holds_what_changed(comparison: Any, tmp_path: Any) -> None:
-    page = comparison.save(tmp_path / "out", "dt-lens compare a b").read_text()
+    assert isinstance(comparison, ModelChanges)
+    page = write_page(comparison, tmp_path / "out", "dt-lens compare a b").read_text()
     assert "<after>" not in page.split("<script")[0]
     assert "matrices differ between before and &lt;after&gt;; most of all blocks.1.mlp.W_out" in page
     assert "Two random subspaces of the same sizes" in page and "dt-lens compare a b" in page
@@ -98,11 +100,11 @@ def test_the_notebook_shows_what_changed_most(comparison: Any) -> None:
 
 def test_a_page_of_two_equal_models(make_dt: Make, tmp_path: Any) -> None:
     model = make_dt()
-    page = dt_lens.compare(model, model, "*.W_in").save(tmp_path).read_text()
+    page = write_page(dt_lens.compare(model, model, "*.W_in"), tmp_path).read_text()
     assert "have the same weights in all 2 matrices" in page
 
 
 def test_a_folder_that_cannot_be_written(comparison: Any, tmp_path: Any) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DtLensError, match="cannot be written"):
-        comparison.save(tmp_path / "file" / "out")
+        write_page(comparison, tmp_path / "file" / "out")

@@ -1,0 +1,149 @@
+"""Decompositions of a model's matrices, computed when first used, and the embeddings they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from dt_lens.arguments import local_path, require_activations, require_wrapped, whole_number
+from dt_lens.errors import DtLensError
+from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, find_matrix, select_matrices
+from dt_lens.lens.weights import fingerprint
+from dt_lens.progress import Tell, silent
+from dt_lens.statistics.nulls.haar import HaarMaximum
+from dt_lens.svd.cache import ResultCache
+from dt_lens.svd.decomposition import Decomposition, decompose_matrix
+from dt_lens.svd.pairings import DECOMPOSING, Pairing, is_natural
+from dt_lens.svd.side_labels import SideLabels
+from dt_lens.svd.weighted import decompose_weighted
+
+if TYPE_CHECKING:
+    from dt_lens.lens.activations import Activations
+    from dt_lens.lens.protocol import Lens
+
+__all__ = ["Decompositions"]
+
+Names = Sequence[str] | str
+
+
+class Decompositions:
+    """The decompositions of a model's matrices by name, and the pairings of their sides with embeddings.
+
+    What every table of ``WeightSVD`` is computed from; ``WeightSVD`` describes the arguments and what they raise.
+
+    Attributes:
+        model: the wrapped model.
+        rank: how many directions of each matrix at most; all when ``None``.
+        fold_layernorm: whether LayerNorms are folded in.
+        activations: what the decompositions are weighted by, or ``None``.
+        cache: where finished results are stored, so that an interrupted run resumes.
+    """
+
+    def __init__(
+        self,
+        model: Lens,
+        rank: int | None = None,
+        embeddings: EmbeddingRegistry | Names | None = None,
+        fold_layernorm: bool = True,
+        resume: str | Path | None = None,
+        *,
+        activations: Activations | None = None,
+    ) -> None:
+        require_wrapped(model, type(self).__name__, "structure", "embeddings")
+        self.model = model
+        self.rank = None if rank is None else whole_number(rank, "rank", 1)
+        self.fold_layernorm = fold_layernorm
+        if activations is not None:
+            require_activations(activations)
+        self.activations = activations
+        self._registry = embeddings if isinstance(embeddings, EmbeddingRegistry) else None
+        own, given = model.embeddings, self._registry
+        if given is not None and (given.d_model, given.owner) != (own.d_model, own.owner):
+            raise DtLensError(
+                "These embeddings belong to another model; register copies with owner=None to compare on purpose."
+            )
+        # Named embeddings are compared with every side, unnamed ones with the sides that suit them.
+        self._named: Names | None = None if isinstance(embeddings, EmbeddingRegistry) else embeddings
+        if self._named is not None:
+            own.select(self._named)
+        self._done: dict[str, tuple[bytes, Decomposition]] = {}
+        self._nulls: dict[tuple[Any, ...], HaarMaximum] = {}
+        self.cache = ResultCache(None if resume is None else local_path(resume, "resume"))
+
+    @property
+    def registry(self) -> EmbeddingRegistry:
+        """The embeddings that directions are compared with."""
+        return self.model.embeddings if self._registry is None else self._registry
+
+    def __getitem__(self, name: str) -> Decomposition:
+        """The decomposition of the matrix called ``name``; computed again only when a bit of its weights changed.
+
+        Raises:
+            DtLensError: for a name that is not in the catalogue, with the nearest that is; for weights that hold NaN.
+        """
+        return self._decomposition(Snapshot.of(self.model), name)
+
+    def _decomposition(self, lens: Snapshot, name: str) -> Decomposition:
+        matrix = find_matrix(lens, name)
+        state = fingerprint(lens, matrix)
+        if name not in self._done or self._done[name][0] != state:
+            weighted = "" if self.activations is None else f" {self.activations.digest}"
+            key = f"svd {name} {state.hex()} {self.rank} {self.fold_layernorm}{weighted}"
+            stored = self.cache.get(key, lambda: self._decomposed(lens, matrix).tensors())
+            self._done[name] = (state, Decomposition.from_tensors(matrix, stored))
+        return self._done[name][1]
+
+    def _decomposed(self, lens: Snapshot, matrix: Matrix) -> Decomposition:
+        factors = MatrixFactors.of(lens, matrix, self.fold_layernorm)
+        if self.activations is None:
+            return decompose_matrix(factors, self.rank)
+        return decompose_weighted(factors, self.activations, self.rank)
+
+    def like(self, model: Any) -> Self:
+        """The same settings for another model of the same shape."""
+        registry = self._named if self._registry is None else model.embeddings
+        # Other weights, and the same inputs: not checked against the weights they were collected with.
+        inputs = None if self.activations is None else replace(self.activations, made_of={})
+        return type(self)(model, self.rank, registry, self.fold_layernorm, activations=inputs)
+
+    def pairings(
+        self, matrices: Names | None = None, embeddings: Names | None = None, tell: Tell = silent
+    ) -> list[Pairing]:
+        """Every matrix side on the residual stream with every embedding that it is compared with."""
+        lens = Snapshot.of(self.model)
+        named = self._named if embeddings is None else embeddings
+        chosen = self.registry.select(named)
+        made: dict[tuple[str, bool], SideLabels] = {}  # the same rows are compared with many matrices
+        pairings: list[Pairing] = []
+        wanted = select_matrices(lens, matrices)
+        for number, matrix in enumerate(wanted):
+            tell(f"decomposing {matrix.name}", DECOMPOSING * number / len(wanted))
+            decomposition = self._decomposition(lens, matrix.name)
+            for side in matrix.residual_sides:
+                for embedding in chosen:
+                    if named is None and not is_natural(embedding, side):
+                        continue
+                    key = (embedding.name, self._centred(matrix, side))
+                    if key not in made:
+                        made[key] = self.labels_of(embedding, matrix, side)
+                    pairings.append(Pairing(decomposition, side, made[key]))
+        return pairings
+
+    def labels_of(self, embedding: Embedding, matrix: Matrix, side: SideName) -> SideLabels:
+        """An embedding's labels as one side of a matrix is compared with them."""
+        return SideLabels(embedding, self.fold_layernorm, self._centred(matrix, side))
+
+    def _centred(self, matrix: Matrix, side: SideName) -> bool:
+        return self.fold_layernorm and matrix.centred(matrix.side(side))
+
+    def rotations(self, labels: SideLabels, span: int, seed: int, draws: int | None = None) -> HaarMaximum:
+        """The null of a random rotation of one direction, or of a span, against these labels; cached."""
+        key = (labels.digest, labels.dimension, span, seed, draws)
+        if key not in self._nulls:
+            cache = self.cache if not labels.whole else ResultCache(None)
+            made = cache.get(f"null {key}", lambda: labels.null(span, seed, draws).tensors())
+            self._nulls[key] = HaarMaximum.from_tensors(made)
+        return self._nulls[key]

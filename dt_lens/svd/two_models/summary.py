@@ -1,0 +1,71 @@
+"""What changed between two models in one sentence and one small table: for the notebook and for the page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import pandas as pd
+
+from dt_lens.lens.matrices import RESIDUAL
+
+__all__ = ["HEADINGS", "most_changed", "notebook_html", "readable", "sentence"]
+
+HEADINGS = {
+    "relative_change": "relative change",
+    "change_effective_rank": "effective rank of the change",
+    "change_stable_rank": "stable rank",
+    "change_leading_share": "its first direction's share",
+    "spectrum_change": "spectrum change",
+    "spectral_norm_change": "largest σ change",
+}
+SHOWN = ["matrix", *HEADINGS, "k"]
+
+
+def most_changed(table: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The ``count`` rows of largest relative change, largest first."""
+    return table.sort_values("relative_change", ascending=False, kind="stable").head(count)
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The most important columns of a comparison's table, with angles under the names of their sides."""
+    shown = table[SHOWN].copy()
+    for side in ("left", "right"):
+        for name in dict.fromkeys(table[f"{side}_side"]):
+            if name not in RESIDUAL:
+                continue
+            values = table[f"{side}_angle"].where(table[f"{side}_side"] == name)
+            column = f"{name}_angle"
+            shown[column] = values if column not in shown else shown[column].fillna(values)
+    return shown
+
+
+def sentence(table: pd.DataFrame, names: tuple[str, str]) -> str:
+    """How many matrices differ between the two named models, and which one most."""
+    changed, (a, b) = table[table["relative_change"] > 0], names
+    if changed.empty:
+        return f"{a} and {b} have the same weights in all {len(table)} matrices."
+    most = most_changed(table, 1).iloc[0]
+    return (
+        f"{len(changed)} of {len(table)} matrices differ between {a} and {b}; most of all {most['matrix']}, by "
+        f"{most['relative_change']:.2g} of its norm."
+    )
+
+
+def notebook_html(table: pd.DataFrame, names: tuple[str, str], notes: Sequence[str]) -> str:
+    """The most changed matrices as a plain table that suits a light and a dark notebook."""
+    shown = readable(most_changed(table, 12))
+    headings = {name: name for name in shown.columns} | {k: v for k, v in HEADINGS.items() if k in shown.columns}
+    head = "".join(f"<th>{html.escape(headings[name])}</th>" for name in shown.columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) + "</tr>"
+        for row in shown.itertuples(index=False)
+    )
+    caption = html.escape(" ".join([sentence(table, names), *notes]))
+    return f"<p>{caption}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,54 @@
+"""Decompositions by name, and what makes one differ from another in the cache on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dt_lens import Embedding, WeightSVD
+from dt_lens.svd.decomposition import Decomposition
+from dt_lens.svd.decompositions import Decompositions
+
+Make = Callable[..., Any]
+W_IN = "blocks.0.mlp.W_in"
+
+
+@pytest.fixture(scope="module")
+def model(make_dt: Make) -> Any:
+    return make_dt()
+
+
+def test_the_cache_holds_each_rank_and_folding_apart(model: Any, tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{}, {"rank": 3}, {"fold_layernorm": False}, {"rank": 3, "fold_layernorm": False}]
+
+    def read() -> list[Decomposition]:
+        return [WeightSVD(model, resume=tmp_path, **options)[W_IN] for options in settings]
+
+    first = read()
+    assert len(list(tmp_path.iterdir())) == len(settings)
+    for found in (first, read()):  # computed, and from the cache
+        assert [(len(d.sigma), d.folded) for d in found] == [(15, True), (3, True), (16, False), (3, False)]
+        for options, d in zip(settings, found, strict=True):
+            direct = WeightSVD(model, **options)[W_IN]
+            assert torch.equal(d.sigma, direct.sigma) and torch.equal(d.left, direct.left)
+    assert len(list(tmp_path.iterdir())) == len(settings)
+
+
+def test_another_model_of_the_same_shape_gets_the_same_settings(model: Any, make_dt: Make, tmp_path: Path) -> None:
+    other = make_dt(1)
+    svd = WeightSVD(model, 3, "state_*", False, tmp_path).like(other)
+    assert isinstance(svd, WeightSVD) and isinstance(svd, Decompositions)
+    assert (svd.model, svd.rank, svd.fold_layernorm, svd.cache.folder) == (other, 3, False, None)
+    assert {pairing.labels.embedding.name for pairing in svd.pairings()} == {"state_in", "state_out"}
+
+
+def test_labels_are_prepared_once_for_all_matrices_alike(model: Any) -> None:
+    pairings = Decompositions(model).pairings("*.W_*", ["state_in"])
+    prepared = {(id(pairing.labels), pairing.labels.centred) for pairing in pairings}
+    assert len(pairings) > 4
+    assert sorted(centred for _, centred in prepared) == [False, True]
+    assert all(isinstance(pairing.labels.embedding, Embedding) for pairing in pairings)
