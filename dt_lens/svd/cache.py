@@ -22,7 +22,7 @@ class ResultCache:
     The version of dt-lens is part of every key. A truncated or damaged file is computed again.
 
     Args:
-        folder: created if missing; with ``None`` nothing is cached.
+        folder: created if missing; ``None`` turns the cache off.
 
     Raises:
         DtLensError: when the folder cannot be created or written to.

@@ -281,7 +281,7 @@ def _variances(weight: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float
 
 
 def _ulp(weight: Tensor) -> Tensor:
-    """The distance between neighbouring numbers at each entry, in float64; nothing at zero, which is exact."""
+    """The distance between neighbouring numbers at each entry, in float64; 0 at zero, which is exact."""
     kind = torch.finfo(weight.dtype)
     exponent = torch.frexp(weight.double())[1] - 1
     ulp = kind.eps * torch.exp2(exponent.double())

@@ -178,7 +178,7 @@ def unit_rows(
     centred: bool,
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "n d_model"]:
-    """Some of an embedding's directions as unit rows; zero rows where centring leaves nothing.
+    """Some of an embedding's directions as unit rows; zero rows where centring removes everything.
 
     Args:
         embedding: the labelled directions.

@@ -139,7 +139,7 @@ def token_table(
         side: only this side of every matrix, with every embedding.
 
     Raises:
-        DtLensError: for an unknown matrix, embedding or side, a filter that nothing passes, or a count below 1.
+        DtLensError: for an unknown matrix, embedding or side, a filter that no label passes, or a count below 1.
     """
     k, n = whole_number(k, "k", 1), whole_number(n, "n", 1)
     chosen = svd.registry.select(embeddings)

@@ -1,4 +1,4 @@
-"""Where there is nothing to find, nothing is found more often than is said."""
+"""False discoveries on models without structure are no more frequent than promised."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_discoveries_under_a_true_null_come_out_at_the_promised_rate(make_dt: Ca
         p_values.append(table["p_value"].to_numpy())
     low, high = stats.binom.interval(0.999, SCANS, 0.05)
     assert found <= high, f"{found} of {SCANS} scans"
-    # Not so careful either that it never finds anything: dependence costs a little, not all.
+    # And not far fewer: dependence between rows costs some discoveries, not all.
     assert found >= low / 2
     first = np.array([p[0] for p in p_values])
     assert stats.kstest(first, "uniform").pvalue > 1e-3
@@ -49,7 +49,7 @@ def test_a_cap_is_a_probability_that_falls_with_the_cosine_and_grows_with_the_sp
     assert 0 <= p <= 1
     assert p <= float(cap_probability(t, dimension, span + 1)) + 1e-12
     assert p <= float(cap_probability(t * 0.9, dimension, span)) + 1e-12
-    # A span meets a vector where its complement misses it.
+    # A span holds the part of a vector that its complement lacks.
     if span < dimension:
         other = float(cap_probability((1 - t**2) ** 0.5, dimension, dimension - span))
         np.testing.assert_allclose(p, 1 - other, atol=1e-6)

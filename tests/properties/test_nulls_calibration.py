@@ -1,4 +1,4 @@
-"""Where there is nothing to find, each null finds something in five scans of a hundred, or in fewer.
+"""On models without structure each null makes a discovery in at most five scans of a hundred.
 
 Every scan is whole: a model, its decompositions, its matches, Benjamini and Hochberg over its table.
 """

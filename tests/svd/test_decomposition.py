@@ -89,7 +89,7 @@ def test_a_read_direction_moves_the_neurons_by_sigma_along_the_neuron_direction(
     d = directions(model, "blocks.1.mlp.W_in")
     hooks = ("blocks.1.hook_resid_mid", "blocks.1.mlp.hook_pre")
     read, step = d.read[sv], 1e-6
-    # A stream without a part along the direction: what a LayerNorm does to the token's own direction is no folding.
+    # A stream without a part along the direction: folding does not describe how a LayerNorm scales the token itself.
     x = torch.randn(2, 12, 16, dtype=torch.float64)
     x = x - (x @ read)[..., None] * read
     length = x.std(-1, correction=0, keepdim=True)

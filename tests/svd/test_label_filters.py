@@ -23,7 +23,7 @@ def test_gpt2s_tokens_are_readable(real_checkpoints: Callable[[str], Path]) -> N
     assert meant["Ġthe"] == " the" and meant["Ċ"] == "\n" and meant["Ã©"] == "é" and meant["âĢĶ"] == "—"
     assert meant["<|endoftext|>"] == "<|endoftext|>"
     assert spelled(meant["Ġthe"]) == "␣the" and spelled(meant["ĊĊ"]) == "\\n\\n" and spelled(meant["Ġ"]) == "␣"
-    assert spelled(meant["âĢ"]) == "\\xe2\\x80"  # bytes that are no character
+    assert spelled(meant["âĢ"]) == "\\xe2\\x80"  # bytes that are not a character
     shown = [spelled(text) for text in meant.values()]
     assert all(word.isprintable() and word for word in shown)
     # What looks the same is the same: a real backslash before the letters of an escape is all that could be confused.

@@ -73,7 +73,7 @@ def test_every_null_gives_the_same_table_with_other_p_values(make_dt: Make) -> N
     assert tables["untrained"].attrs["draws"] == 3
     assert tables["untrained"]["p_value"].min() >= tables["untrained"].attrs["smallest_p"]
     assert len({round(float(table["p_value"].sum()), 6) for table in tables.values()}) == len(tables)
-    # And repeats: the seed is all that there is to chance.
+    # The same seed gives the same table.
     for null in ("untrained", "shuffled"):
         again = WeightSVD(model).scan(null=null, seed=2, draws=3)
         pd.testing.assert_frame_equal(again, tables[null])
@@ -117,7 +117,7 @@ def test_the_covariance_on_each_side(make_dt: Make) -> None:
         found = covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, name)), "write", acts)
         close(found, acts.stream[f"blocks.0.hook_resid_{place}"].covariance)
         assert np.linalg.eigvalsh(found)[0] > 0
-    # A scale of zero is no division by it, and a plain array is taken as it is.
+    # A scale of zero is not divided by, and a plain array is used unchanged.
     model.weights["blocks.0.ln2.w"][3] = 0
     fresh, _ = activations_of(model)
     assert np.isfinite(
@@ -205,7 +205,7 @@ def test_blocks_are_compared_with_blocks_of_their_size(make_dt: Make) -> None:
         table = svd.scan("*.W_in", null, embeddings="state_in", **options)
         haar = svd.scan("*.W_in", embeddings="state_in")
         assert table["block"].tolist()[:2] == [3, 5]
-        # Spans match better than directions, and are no discoveries for that.
+        # Spans match better than directions, which does not make them discoveries.
         assert table["cosine"][1] > 0.5
         np.testing.assert_allclose(table["p_value"][:2], haar["p_value"][:2], atol=0.35)
     pools = svd.pools("untrained", "*.W_in", "state_in", draws=8)
@@ -253,7 +253,7 @@ def test_untrained_models_are_initialised_as_the_architecture_is(make_dt: Make, 
     assert not torch.equal(fresh.embeddings["state_in"].directions, model.embeddings["state_in"].directions)
     before = torch.random.get_rng_state()
     assert torch.equal(model.untrained(3).weights["embed.state.W"], fresh.weights["embed.state.W"])
-    assert torch.equal(torch.random.get_rng_state(), before)  # nobody else's random numbers are spent
+    assert torch.equal(torch.random.get_rng_state(), before)  # the global random state is not used
     lm = dt_lens.wrap(make_lm("gpt2"))
     drawn = untrained(lm, lm.embeddings, 0)
     assert drawn.weights["blocks.0.mlp.W_in"].shape == lm.weights["blocks.0.mlp.W_in"].shape

@@ -1,4 +1,4 @@
-"""Rows of an embedding as a side meets them: the effective directions, whatever the precision and the block."""
+"""Rows of an embedding as a side is compared with them: effective directions, whatever the precision and the block."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_blocks_are_the_rows_in_order(embedding: Embedding, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_centring_takes_away_is_no_direction(dtype: torch.dtype) -> None:
+def test_what_centring_removes_is_not_a_direction(dtype: torch.dtype) -> None:
     constant, near = torch.full((12,), 0.7), torch.full((12,), 0.7)
     near[3] += 1e-4
     rows = unit_rows(Embedding(torch.stack([constant, near])), slice(None), True, True, dtype)
     assert not rows[0].any()
     wanted = (near.double() - near.double().mean()) / (near.double() - near.double().mean()).norm()
-    np.testing.assert_allclose(rows[1], wanted, atol=1e-6)  # told in double precision
+    np.testing.assert_allclose(rows[1], wanted, atol=1e-6)  # decided in double precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -63,19 +63,19 @@ def test_it_is_the_table_of_cosines_sorted(blocks: None, make_dt: Make, fold: bo
         assert [labels[i] for i in table["index"]] == list(table["label"])
 
 
-def test_circuits_meet_both_sides_and_say_their_head(make_dt: Make) -> None:
+def test_circuits_are_compared_on_both_sides_and_name_their_head(make_dt: Make) -> None:
     svd = WeightSVD(with_vocabulary(make_dt()))
     table = svd.tokens("blocks.*.attn.OV.*", ["token_in", "token_out"], k=2, n=3).to_frame()
-    met = table[["matrix", "layer", "head", "side", "embedding"]].drop_duplicates()
-    assert len(met) == 2 * 2 * 2  # layers, heads, sides
-    assert {(s, e) for s, e in zip(met["side"], met["embedding"], strict=True)} == {
+    compared = table[["matrix", "layer", "head", "side", "embedding"]].drop_duplicates()
+    assert len(compared) == 2 * 2 * 2  # layers, heads, sides
+    assert {(s, e) for s, e in zip(compared["side"], compared["embedding"], strict=True)} == {
         ("read", "token_in"),
         ("write", "token_out"),
     }
     assert table[table["matrix"] == "blocks.1.attn.OV.1"][["layer", "head"]].drop_duplicates().to_numpy().tolist() == [
         [1, 1]
     ]
-    # A side that is asked for meets every embedding; QK has two, and both are shown.
+    # A side given by name is compared with every embedding; QK has two, and both are shown.
     one = svd.tokens("blocks.0.attn.OV.0", ["token_in", "token_out"], side="read").to_frame()
     assert set(one["embedding"]) == {"token_in", "token_out"} and set(one["side"]) == {"read"}
     assert set(svd.tokens("blocks.0.attn.QK.0", "token_in").to_frame()["side"]) == {"query", "key"}
@@ -111,7 +111,7 @@ def test_few_labels_are_each_shown_once(make_dt: Make, left: int) -> None:
 
 @pytest.mark.parametrize(("values", "ends"), [([3, 2, 1, -1], (2, 2)), ([3, 2, 1, 0.5], (2, 2)), ([-1.0], (0, 1))])
 def test_poles(values: list[float], ends: tuple[int, int]) -> None:
-    plus, minus = poles(torch.tensor(values), 2)
+    plus, minus = poles(torch.tensor(values, dtype=torch.float64), 2)
     assert (plus.stop - plus.start, minus.stop - minus.start) == ends
 
 
@@ -137,7 +137,7 @@ def test_wide_frame_has_embeddings_side_by_side(make_dt: Make) -> None:
     assert repr(table).startswith("blocks.0.mlp.W_in, read side\n  sv 0")
 
 
-def test_blocks_of_directions_are_told(make_dt: Make) -> None:
+def test_blocks_of_directions_are_shown(make_dt: Make) -> None:
     model = make_dt(normalization="none")
     W = model.weights["blocks.0.mlp.W_in"]
     with torch.no_grad():

@@ -210,7 +210,7 @@ def test_tables_carry_the_weighting(make_dt: Make, tmp_path: Path) -> None:
     assert again.activations == acts.digest
     assert again.gain is not None
     assert torch.equal(again.left, svd[W_IN].left)
-    # What is kept for one weighting is not found by another.
+    # What is cached for one weighting is not used for another.
     plain = WeightSVD(model, resume=tmp_path)[W_IN]
     assert (plain.activations, plain.gain) == ("", None)
     assert torch.equal(plain.strength, plain.sigma)

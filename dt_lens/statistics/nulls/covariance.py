@@ -138,10 +138,10 @@ class CovarianceMaximum:
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     @classmethod
-    def from_tensors(cls, kept: Mapping[str, Tensor]) -> CovarianceMaximum:
+    def from_tensors(cls, stored: Mapping[str, Tensor]) -> CovarianceMaximum:
         """The inverse of ``tensors``."""
-        n_labels, dimension, span, mean, std = kept["numbers"].tolist()
-        arrays = (kept[name].numpy() for name in ("drawn", "t", "log_union"))
+        n_labels, dimension, span, mean, std = stored["numbers"].tolist()
+        arrays = (stored[name].numpy() for name in ("drawn", "t", "log_union"))
         return cls(int(n_labels), int(dimension), int(span), mean, std, *arrays)
 
 

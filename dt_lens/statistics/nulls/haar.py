@@ -144,10 +144,10 @@ class HaarMaximum:
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     @classmethod
-    def from_tensors(cls, kept: Mapping[str, Tensor]) -> HaarMaximum:
+    def from_tensors(cls, stored: Mapping[str, Tensor]) -> HaarMaximum:
         """The inverse of ``tensors``."""
-        n_labels, dimension, span, mean, std = kept["numbers"].tolist()
-        grids = (kept[name].numpy() for name in ("grid", "log_share", "drawn"))
+        n_labels, dimension, span, mean, std = stored["numbers"].tolist()
+        grids = (stored[name].numpy() for name in ("grid", "log_share", "drawn"))
         return cls(int(n_labels), int(dimension), int(span), mean, std, *grids)
 
     def p_value(self, cosine: ArrayLike) -> Array:

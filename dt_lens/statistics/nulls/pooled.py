@@ -87,6 +87,6 @@ class ShuffledMaximum(PooledMaximum):
     """The best matches of the model's own weights with their entries in random order, embeddings as they are."""
 
     assumes = (
-        "A direction that means nothing comes from a matrix of the same entries in no order, and the embeddings are "
-        "what they are."
+        "A direction that means nothing comes from a matrix of the same entries in random order, and the "
+        "embeddings are the model's own."
     )

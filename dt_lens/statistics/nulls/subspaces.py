@@ -52,7 +52,7 @@ class SubspaceOverlap:
     """
 
     assumes: ClassVar[str] = (
-        "A subspace that means nothing is turned anywhere with equal chance, in all dimensions of the residual stream."
+        "A subspace that means nothing lies anywhere with equal chance, in all dimensions of the residual stream."
     )
 
     k: int

@@ -1,4 +1,4 @@
-"""The covariance null against brute force, textbook cases, and an integral that shares nothing with it."""
+"""The covariance null against brute force, textbook cases, and an independent integral."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_labels_in_blocks_and_kept_in_a_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("covariance", "told"),
+    ("covariance", "sentence"),
     [
         (np.eye(5), "does not fit"),
         (np.full((4, 4), np.nan), "finite"),
@@ -174,6 +174,6 @@ def test_labels_in_blocks_and_kept_in_a_file() -> None:
         (np.zeros((4, 4)), "not zero"),
     ],
 )
-def test_bad_covariances(covariance: Array, told: str) -> None:
-    with pytest.raises(DtLensError, match=told):
+def test_bad_covariances(covariance: Array, sentence: str) -> None:
+    with pytest.raises(DtLensError, match=sentence):
         CovarianceMaximum.of(np.eye(4), covariance)

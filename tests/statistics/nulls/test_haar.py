@@ -103,7 +103,7 @@ def test_exact_cases() -> None:
     f = t**2 * (d - 1) / (1 - t**2)
     np.testing.assert_allclose(one.p_value(t), stats.f.sf(f, 1, d - 1), rtol=1e-10)
     np.testing.assert_allclose(HaarMaximum.of(gaussian(1, d), span=3).p_value(t), cap_probability(t, d, 3), rtol=1e-10)
-    # Caps of orthogonal labels do not meet beyond 45 degrees, where the union bound is an equality.
+    # Caps of orthogonal labels do not intersect beyond 45 degrees, where the union bound is an equality.
     far = np.array([0.75, 0.9, 0.99])
     np.testing.assert_allclose(HaarMaximum.of(np.eye(d)).p_value(far), d * cap_probability(far, d), rtol=1e-3)
     # Labels that coincide, or point away from each other, are one label.

@@ -51,7 +51,7 @@ def test_a_line_is_exact(m: int, d: int) -> None:
     for null in (SubspaceOverlap(1, m, d), SubspaceOverlap(m, 1, d)):
         assert null.exact
         np.testing.assert_allclose(null.p_value(cosine**2), cap_probability(cosine, d, m), rtol=1e-9)
-    # And so is a hyperplane: what it misses of a subspace is what its normal meets.
+    # And so is a hyperplane: the overlap that it lacks is the overlap of its normal.
     plane = SubspaceOverlap(d - 1, m, d)
     assert plane.exact or m in (1, d)
     np.testing.assert_allclose(plane.p_value(m - 1 + cosine**2), 1 - cap_probability((1 - cosine**2) ** 0.5, d, m))
@@ -70,7 +70,7 @@ def test_the_matched_beta_against_exact_draws(k: int, m: int, d: int) -> None:
 
 
 @pytest.mark.parametrize(("k", "m", "d"), [(2, 2, 4), (3, 3, 6), (3, 5, 9), (4, 4, 8), (2, 46, 48), (2, 3, 5)])
-def test_subspaces_that_nearly_fill_the_space_are_no_discovery(k: int, m: int, d: int) -> None:
+def test_subspaces_that_nearly_fill_the_space_are_not_discoveries(k: int, m: int, d: int) -> None:
     """What is drawn under the null has a p-value of alpha or less in a share alpha of cases."""
     null = SubspaceOverlap(k, m, d)
     assert null.exact
@@ -91,7 +91,7 @@ def test_far_in_the_tail_the_chance_is_that_of_a_ball(m: int, d: int) -> None:
     # A hundredth of all draws are nearer than this, and so 1e-9 of them nearer than a part of it, by volume.
     near, exponent = float(np.quantile(m - total, 0.01)), m * (d - m - 1) / 2
     found = float(null.p_value(m - near * (1e-9 / 0.01) ** (1 / exponent)))
-    assert found == pytest.approx(100 * 1e-9, rel=0.1)  # a hundredth of every level is kept for the bound
+    assert found == pytest.approx(100 * 1e-9, rel=0.1)  # a hundredth of every level goes to the bound
     assert float(null.p_value(m)) == 0
 
 
@@ -128,7 +128,7 @@ def test_a_planted_plane_that_no_single_direction_shows(make_dt: Make) -> None:
     assert 0.3 < four["haar_largest"] < 0.9
     assert four["q_value"] < 1e-6
     assert svd.scan("*.W_in", embeddings="state_in")["cosine"].abs().max() < 0.95
-    # Other embeddings have nothing to do with it.
+    # Other embeddings are not involved.
     others = svd.subspaces("*.W_in", ["action_in", "reward_in"], k=4)
     assert (others["p_value"] > 1e-4).all()
     assert table.attrs["null"] == "haar"
@@ -139,7 +139,7 @@ def test_spans_behind_a_layernorm_and_blocks(make_dt: Make) -> None:
     table = WeightSVD(model).subspaces(k=(1, 3, 40))
     reading = table[table["side"] != "write"]
     assert (reading["dimension"] == 15).all()
-    # What is written reaches the heads through ln_final, which takes constants out; raw, there is nothing between.
+    # What is written reaches the heads through ln_final, which removes constants; raw labels ignore ln_final.
     assert (table[table["side"] == "write"]["dimension"] == 15).all()
     raw = WeightSVD(model, fold_layernorm=False).subspaces("*.W_out", k=3)
     assert (raw["dimension"] == 16).all()
@@ -172,8 +172,8 @@ def test_spans_are_calibrated() -> None:
     assert stats.kstest(p, "uniform").pvalue > 1e-3
 
 
-def test_writes_that_avoid_constants_are_no_discovery(make_dt: Make) -> None:
-    """Twenty state labels behind ln_final fill the space that constants leave: that a span lies in it says nothing."""
+def test_writes_that_avoid_constants_are_not_discoveries(make_dt: Make) -> None:
+    """Twenty state labels behind ln_final fill the space without constants, so every span lies in it."""
     model = make_dt(seed=3, d_model=16, d_mlp=24, state_dim=20, n_layers=1)
     W = model.weights["blocks.0.mlp.W_out"]
     W -= W.mean(1, keepdim=True)
