@@ -1,4 +1,4 @@
-"""From what a sweep is asked for to its arms: which directions of which matrices, which edits, which controls."""
+"""The arms of a sweep from its settings: which directions of which matrices, which edits, which controls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dt_lens.behaviour.sweep.plan import Arm
+from dt_lens.behaviour.sweep.settings import SV, SweepSettings, as_list
 from dt_lens.edits.replacements import VALUES, embedded_direction, find_direction
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.activations import Activations
@@ -17,23 +18,19 @@ from dt_lens.lens.protocol import Lens
 from dt_lens.svd.decomposition import decompose_matrix
 from dt_lens.svd.weighted import decompose_weighted
 
-__all__ = ["SV", "listed", "make_arms", "parse_value", "resolve_sv", "scales_sigma"]
+__all__ = ["make_arms", "parse_value", "resolve_sv", "scales_sigma"]
 
-MATCHES = ("frobenius", "output")
-DIRECTIONS = ("plain", "activation")
 RANGE = re.compile(r"(-?\d+)-(-?\d+)")
-
-SV = int | str | Sequence[int | str]
 
 
 def parse_value(value: Any, embeddings: EmbeddingRegistry | None = None) -> tuple[str, Any]:
-    """An edit's value as text, and as a record of ``SingularEdit`` has it.
+    """An edit's value as text, and in the form that a record of ``SingularEdit`` has.
 
     As text an embedding's direction is ``"replace:action_out:thigh_joint torque"``, by its label or the number of its
     row, and ``"towards:action_out:thigh_joint torque:30"`` turns by 30 degrees.
 
     Raises:
-        DtLensError: for what is none of these, or a label that the embedding has not.
+        DtLensError: if it is not an edit's value, or the embedding has no such label.
 
     >>> parse_value("scale:0.5"), parse_value(2), parse_value("zero")
     (('scale:0.5', 0.5), ('scale:2', 2.0), ('zero', 'zero'))
@@ -70,13 +67,15 @@ def _digits(number: float) -> str:
 
 
 def _embedded(value: Any, embeddings: EmbeddingRegistry | None) -> tuple[str, dict[str, Any]]:
-    """A direction of an embedding, in whichever form it is given."""
+    """A direction of an embedding, given in any of its forms."""
     meant = embedded_direction(value)
     if meant is None:
-        raise DtLensError(f"edits holds {value!r}; of an embedding it must be (name, label) or (name, label, degrees).")
+        raise DtLensError(
+            f"edits holds {value!r}; for an embedding it must be (name, label) or (name, label, degrees)."
+        )
     name, label, angle = meant
     if embeddings is not None:
-        # As text a row's number looks like a label.
+        # In text a row's number looks like a label.
         if isinstance(label, str) and label.isdecimal() and label not in embeddings[name].labels:
             label = int(label)
         label = find_direction(embeddings, name, label)[2]
@@ -85,20 +84,8 @@ def _embedded(value: Any, embeddings: EmbeddingRegistry | None) -> tuple[str, di
     return f"towards:{name}:{label}:{_digits(angle)}", {"towards": [name, label], "angle": angle}
 
 
-def listed(given: Any) -> list[Any]:
-    """What is given as a list: text, a mapping or a single thing alone.
-
-    >>> listed("zero"), listed(("zero", 2)), listed(None)
-    (['zero'], ['zero', 2], [None])
-    """
-    try:
-        return [given] if isinstance(given, str | Mapping) else list(given)
-    except TypeError:  # it cannot be iterated
-        return [given]
-
-
 def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
-    """Which of the ``k`` directions of matrix ``name`` are meant, ascending.
+    """The indices that ``sv`` selects among the ``k`` directions of matrix ``name``, ascending.
 
     ``sv`` is an index, ``"all"``, a range with both ends (``"0-9"``), text with several of these and commas, or a
     sequence of them; a negative index counts from the smallest sigma.
@@ -107,9 +94,9 @@ def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
     ([0, 2, 3, 4, 9], [8, 9], [0, 1, 2])
 
     Raises:
-        DtLensError: for text that is none of these, or an index that the matrix has not.
+        DtLensError: if the text is malformed, or the index is out of the matrix's range.
     """
-    parts = [p.strip() for part in listed(sv) for p in (part.split(",") if isinstance(part, str) else [str(part)])]
+    parts = [p.strip() for part in as_list(sv) for p in (part.split(",") if isinstance(part, str) else [str(part)])]
     chosen: set[int] = set()
     for part in parts:
         match = RANGE.fullmatch(part)
@@ -135,7 +122,7 @@ def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
 
 
 def sides_of(matrix: Matrix, wanted: Sequence[str] | None) -> list[SideName]:
-    """The sides of ``matrix`` that are edited: the wanted ones that it has; by default all on the residual stream."""
+    """The sides of ``matrix`` to edit: the wanted ones that it has; by default all on the residual stream."""
     if wanted is None:
         return list(matrix.residual_sides)
     both: list[SideName] = [matrix.left, matrix.right]
@@ -146,54 +133,36 @@ def sides_of(matrix: Matrix, wanted: Sequence[str] | None) -> list[SideName]:
 
 
 def scales_sigma(value: Any) -> bool:
-    """Whether the edit multiplies sigma and leaves both vectors their directions, so that it is one on every side."""
+    """Whether the edit only multiplies sigma, and is therefore the same edit on either side."""
     return isinstance(value, float) or value in ("zero", "flip")
 
 
-def make_arms(
-    model: Lens,
-    matrices: Sequence[str] | str | None,
-    sv: SV,
-    sides: Sequence[str] | None,
-    values: Sequence[Any],
-    controls: int,
-    seed: int,
-    baseline: bool,
-    fold_layernorm: bool,
-    control_match: str = "frobenius",
-    directions: str = "plain",
-    activations: Activations | None = None,
-) -> list[Arm]:
+def make_arms(model: Lens, settings: SweepSettings, activations: Activations | None = None) -> list[Arm]:
     """The arms of a sweep: a baseline, then each edit followed by its controls.
 
-    Edits of one matrix come together and with ascending directions, so that they share decompositions. Without
-    ``activations`` the arms that take some are only told, and cannot be made.
+    The edits of one matrix stand together, with ascending directions, so that they share decompositions. Without
+    ``activations`` the arms that need them are listed but cannot be made into edits.
 
     Raises:
-        DtLensError: for matrices, directions, sides or values that there are not.
+        DtLensError: if a matrix, direction, side or value does not exist.
     """
     bare = Snapshot.of(model)
-    parsed = dict(parse_value(value, getattr(model, "embeddings", None)) for value in values)
-    if not parsed:
-        raise DtLensError("edits is empty; give at least one value, such as constant.")
-    for name, word, words in (("control_match", control_match, MATCHES), ("directions", directions, DIRECTIONS)):
-        if word not in words:
-            raise DtLensError(f"{name} is {word!r}; it must be one of {', '.join(words)}." + nearest(str(word), words))
+    parsed = dict(parse_value(value, getattr(model, "embeddings", None)) for value in as_list(settings.edits))
     digest = "" if activations is None else activations.digest
     known = sorted({side for matrix in select_matrices(bare) for side in (matrix.left, matrix.right)})
+    sides, directions, fold, seed = settings.sides, settings.directions, settings.fold_layernorm, settings.seed
     for side in sides or ():
         if side not in known:
             raise DtLensError(f"The model has no side {side!r}; sides are {', '.join(known)}.")
-    if matrices is not None and not (matrices and all(isinstance(pattern, str) for pattern in matrices)):
-        raise DtLensError(f"matrices is {matrices!r}; it must be names or patterns, such as '*.W_in'; None is all.")
-    arms = [Arm(0, "baseline")] if baseline else []
-    for matrix in select_matrices(bare, matrices):
-        factors = MatrixFactors.of(bare, matrix, fold_layernorm)
+    matching = {"match": "output", "activations": digest} if settings.control_match == "output" else {}
+    arms = [Arm(0, "baseline")] if settings.baseline else []
+    for matrix in select_matrices(bare, settings.matrices):
+        factors = MatrixFactors.of(bare, matrix, fold)
         if directions == "activation" and activations is not None:
             k = len(decompose_weighted(factors, activations).sigma)
         else:
             k = len(decompose_matrix(factors).sigma)
-        for index in resolve_sv(sv, k, matrix.name):
+        for index in resolve_sv(settings.sv, k, matrix.name):
             chosen = sides_of(matrix, sides)
             for side in chosen:
                 for text, value in parsed.items():
@@ -206,7 +175,7 @@ def make_arms(
                         "side": side,
                         "value": value,
                         "seed": seed,
-                        "fold_layernorm": fold_layernorm or not (matrix.foldable or isinstance(value, dict)),
+                        "fold_layernorm": fold or not (matrix.foldable or isinstance(value, dict)),
                         **({"activations": digest} if directions == "activation" else {}),
                     }
                     edit = Arm(
@@ -222,9 +191,8 @@ def make_arms(
                         record=record,
                     )
                     arms.append(edit)
-                    for draw in range(seed, seed + controls):
-                        matching = {"match": "output", "activations": digest} if control_match == "output" else {}
+                    for draw in range(seed, seed + settings.controls):
                         of = {"kind": "control", "seed": draw, **matching, "of": record}
                         control = edit._replace(number=len(arms), kind="control", of=edit.number, record=of)
-                        arms.append(control._replace(control=draw, match=control_match))
+                        arms.append(control._replace(control=draw, match=settings.control_match))
     return arms

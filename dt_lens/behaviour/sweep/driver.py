@@ -1,4 +1,4 @@
-"""One run of a sweep: units out to an engine, outcomes into the store."""
+"""One run of a sweep: sends units to an engine and writes their outcomes to the store."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.errors import DtLensError
 from dt_lens.progress import Tell
 
-__all__ = ["Drive"]
+__all__ = ["Driver"]
 
-TRIES = 3  # a unit whose workers die so often is given up in this run
+TRIES = 3  # a unit whose worker has died so many times is given up in this run
 WAIT_SECONDS = 0.5
-TELL_SECONDS = 1.0
+REPORT_SECONDS = 1.0
 
 
-class Drive:
-    """One run of the driver, from what the store has to what it can have.
+class Driver:
+    """Runs the units of a store until none is left that can be run.
 
     Args:
-        store: open.
+        store: an open store.
         packer: makes the arms' edits.
-        todo: what ``store.advance()`` gave.
-        units: how many units there are up to now, those that are done included.
-        tell: the progress.
+        todo: the units to run, from ``store.advance()``.
+        units: how many units the plan has so far, finished ones included.
+        tell: receives the progress.
     """
 
     def __init__(self, store: Store, packer: Packer, todo: Sequence[Block], units: int, tell: Tell) -> None:
         self.store, self.packer, self.tell = store, packer, tell
-        self.todo, self.all = deque(todo), units
-        self.running: dict[int, tuple[Block, int]] = {}  # by unit: what, and the number of its run
+        self.todo, self.units = deque(todo), units
+        self.running: dict[int, tuple[Block, int]] = {}  # by unit: its block, and the number of its run
         self.tries: Counter[int] = Counter()
-        self.episodes = 0  # run here
-        self.began = self.told = time.monotonic()
+        self.episodes = 0  # finished in this run
+        self.began = self.reported = time.monotonic()
 
     def run(self, engine: Engine, job: Job) -> None:
         """Run everything that can be run."""
@@ -50,28 +50,28 @@ class Drive:
             engine.start(job)
             while self.todo:
                 while self.todo or self.running:
-                    for unit in self._begun(engine.free):
+                    for unit in self._begin(engine.free):
                         engine.submit(unit)
-                    self._look_ahead()
+                    self._pack_next()
                     self._report()
                     events = engine.wait(WAIT_SECONDS)
                     if events:
                         with self.store.writing():
                             for event in events:
-                                self._keep(event)
-                blocks, self.all = self.store.advance()  # the next rung
+                                self._record(event)
+                blocks, self.units = self.store.advance()  # the next rung
                 self.todo.extend(blocks)
         except KeyboardInterrupt:
             left = len(self.todo) + len(self.running)
             raise KeyboardInterrupt(
-                f"Stopped with {self.all - left} of {self.all} units done; the same command goes on from there."
+                f"Stopped with {self.units - left} of {self.units} units done; the same command resumes from there."
             ) from None
         finally:
             engine.stop()
         self._report(force=True)
 
-    def _begun(self, free: int) -> list[Unit]:
-        """The next units, as many as can be begun, logged as begun."""
+    def _begin(self, free: int) -> list[Unit]:
+        """The next units, at most ``free``; they are logged as begun."""
         began: list[Unit] = []
         if free and self.todo:
             with self.store.writing():
@@ -83,7 +83,7 @@ class Drive:
                         began.append(unit)
         return began
 
-    def _keep(self, event: Event) -> None:
+    def _record(self, event: Event) -> None:
         block, run = self.running.pop(event.unit)
         if event.kind == "done":
             self.store.finish(run, event)
@@ -92,14 +92,14 @@ class Drive:
         self.store.end(run, event)
         self.tries[event.unit] += 1
         if event.kind == "refused":
-            self.store.fail(event.unit, event.said)
+            self.store.fail(event.unit, event.message)
         elif self.tries[event.unit] < TRIES:
             self.todo.appendleft(block)
         else:
-            self.store.fail(event.unit, f"The workers that ran it died {TRIES} times, last by {event.said}.")
+            self.store.fail(event.unit, f"The workers that ran it died {TRIES} times, last by {event.message}.")
 
     def _packed(self, block: Block) -> Unit | None:
-        """The unit as it travels; ``None`` where the arm's edit cannot be put in force, which is kept."""
+        """The unit with its weights; ``None`` if the arm's edit cannot be put in force, which is written down."""
         try:
             packed = self.packer.pack(self.store.arms[block.arm])
         except DtLensError as error:
@@ -108,42 +108,43 @@ class Drive:
             return None
         known = self.store.model_id_of(block.arm)
         if known is None:
-            self.store.describe(block.arm, packed)
+            self.store.set_packed(block.arm, packed)
         elif known != packed.model_id:
             raise DtLensError(
                 f"Arm {block.arm} of the sweep comes out with other bits here than where it was begun; "
-                "go on with it on that machine, or begin anew in another folder."
+                "resume it on that machine, or start again in another folder."
             )
         return Unit(block.number, packed.change, block.seed, block.episodes)
 
-    def _look_ahead(self) -> None:
-        """Make the next edit while the workers are busy, so that none waits for it."""
+    def _pack_next(self) -> None:
+        """Make the next edit while the workers are busy, so that none has to wait for it."""
         if self.todo:
-            with suppress(DtLensError):  # said when its turn comes
+            with suppress(DtLensError):  # reported when its turn comes
                 self.packer.pack(self.store.arms[self.todo[0].arm])
 
     def _report(self, force: bool = False) -> None:
         now = time.monotonic()
-        if not force and now < self.told + TELL_SECONDS:
+        if not force and now < self.reported + REPORT_SECONDS:
             return
-        self.told = now
+        self.reported = now
         blocks = [*self.todo, *(block for block, _ in self.running.values())]
-        left, later = sum(block.episodes for block in blocks), self.store.later()
-        done = self.all - len(blocks)
+        left, later = sum(block.episodes for block in blocks), self.store.episodes_ahead()
+        done = self.units - len(blocks)
         rungs = len(self.store.rungs)
-        text = f"rung {self.store.standing().rung + 1} of {rungs}: " if rungs > 1 else ""
-        text += f"{done} of {self.all} units"
+        text = f"rung {self.store.halving_state().rung + 1} of {rungs}: " if rungs > 1 else ""
+        text += f"{done} of {self.units} units"
         elapsed = now - self.began
         if self.episodes and elapsed > 0:
             rate = self.episodes / elapsed
             text += f"  {rate:.2g} episodes/s, {duration((left + later) / rate)} left"
         per_unit = left / len(blocks) if blocks else 1.0
-        ahead = later / per_unit  # units that are not there yet
-        self.tell(text, done / (self.all + ahead))
+        ahead = later / per_unit  # units of later rungs
+        self.tell(text, done / (self.units + ahead))
 
 
 def duration(seconds: float) -> str:
-    """
+    """Seconds as a rough duration.
+
     >>> duration(42), duration(600), duration(8000)
     ('42 s', '10 min', '2.2 h')
     """

@@ -1,9 +1,9 @@
-"""Successive halving: every edit gets a few episodes, the stronger half a few more, and those left all of them.
+"""Successive halving: every edit gets a few episodes, the half with larger differences more, the last half all of them.
 
 The rungs before the last only select. They have seeds of their own, and an edit's p-value and effect come from the
-seeds of the last rung alone, which the selection never saw; an edit that was stopped counts with p = 1. So an edit of
-no effect comes out with p at most alpha with probability at most alpha, as without halving. (Jamieson and Talwalkar,
-2016, for the algorithm.)
+seeds of the last rung alone, which the selection never saw; an edit that was stopped counts with p = 1. So an edit
+without effect gets p <= alpha with probability at most alpha, as without halving. Algorithm: Jamieson and Talwalkar,
+"Non-stochastic best arm identification and hyperparameter optimization", 2016.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["Standing", "climb", "parse_halving", "read_standing", "rungs_of"]
+__all__ = ["HalvingState", "halving_state", "parse_halving", "read_halving_state", "rungs_of"]
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a sweep has come.
+class HalvingState:
+    """How far a sweep has come. One without halving is always on its only rung.
 
     Attributes:
-        rung: the one that is being run; the last one also when everything is done.
+        rung: the current one; the last one also when everything is done.
         reached: the rung that each edit has entered, by arm.
-        stopped: edits that go no further.
+        stopped: edits that were not promoted.
     """
 
     rung: int
@@ -42,7 +42,7 @@ def parse_halving(halving: Any) -> list[int] | None:
     ([4, 8], [4], None)
 
     Raises:
-        DtLensError: for anything else.
+        DtLensError: if it is anything else.
     """
     if halving is None:
         return None
@@ -59,7 +59,7 @@ def parse_halving(halving: Any) -> list[int] | None:
 
 
 def rungs_of(options: Mapping[str, Any], episodes: int | None = None) -> list[range]:
-    """The seeds of each rung of a sweep with these options, the last one's with as many ``episodes``.
+    """The seeds of each rung of a sweep with these options; the last rung has ``episodes``, by default the options'.
 
     >>> rungs_of({"seed": 3, "episodes": 20, "halving": [4, 8]})
     [range(3, 7), range(7, 15), range(15, 35)]
@@ -71,40 +71,40 @@ def rungs_of(options: Mapping[str, Any], episodes: int | None = None) -> list[ra
     return rungs
 
 
-def climb(
+def halving_state(
     rungs: Sequence[range], differences: Mapping[int, Mapping[int, float]], missing: Mapping[int, Collection[int]]
-) -> Standing:
-    """Who has come how far: a function of what was measured alone.
+) -> HalvingState:
+    """Which rung each edit has reached, computed from the outcomes alone.
 
-    At the end of each rung but the last those edits go on whose mean paired difference, over all their episodes so
-    far, is the largest in size: half of them, rounded up; of equal ones the earlier.
+    At the end of each rung but the last, half of its edits, rounded up, are promoted: those whose mean paired
+    difference over all episodes so far is largest in absolute value; among equals the earlier edit.
 
     Args:
-        rungs: the seeds of each.
-        differences: of returns from the unedited agent, by edit and seed; an edit without any is there too.
-        missing: seeds of an edit that could not be run. Such an edit is not waited for, and goes no further.
+        rungs: the seeds of each rung.
+        differences: of returns from the unedited agent, by edit and seed; an edit without episodes has an empty entry.
+        missing: seeds of an edit that could not be run. Such an edit is stopped, and the others do not wait for it.
     """
     reached, stopped = dict.fromkeys(differences, 0), set[int]()
     for rung, seeds in enumerate(rungs[:-1]):
-        standing = [arm for arm in differences if arm not in stopped]
-        whole = [arm for arm in standing if all(seed in differences[arm] for seed in seeds)]
-        for arm in standing:
+        competing = [arm for arm in differences if arm not in stopped]
+        whole = [arm for arm in competing if all(seed in differences[arm] for seed in seeds)]
+        for arm in competing:
             if any(seed not in differences[arm] and seed not in missing.get(arm, ()) for seed in seeds):
-                return Standing(rung, reached, frozenset(stopped))
+                return HalvingState(rung, reached, frozenset(stopped))
         so_far = range(rungs[0].start, seeds.stop)
         size = {arm: abs(float(np.mean([differences[arm][seed] for seed in so_far]))) for arm in whole}
         size = {arm: -1.0 if np.isnan(value) else value for arm, value in size.items()}
         best = set(sorted(whole, key=lambda arm: -size[arm])[: -(-len(whole) // 2)])
         reached |= dict.fromkeys(best, rung + 1)
-        stopped |= set(standing) - best
-    return Standing(len(rungs) - 1, reached, frozenset(stopped))
+        stopped |= set(competing) - best
+    return HalvingState(len(rungs) - 1, reached, frozenset(stopped))
 
 
-def read_standing(db: sqlite3.Connection, rungs: Sequence[range]) -> Standing:
-    """The standing of the sweep in a file."""
+def read_halving_state(db: sqlite3.Connection, rungs: Sequence[range]) -> HalvingState:
+    """The state of the sweep in an open file."""
     kinds: dict[int, str] = dict(db.execute("SELECT arm, kind FROM arms ORDER BY arm").fetchall())
     if len(rungs) == 1:
-        return Standing(0, {arm: 0 for arm, kind in kinds.items() if kind == "edit"})
+        return HalvingState(0, {arm: 0 for arm, kind in kinds.items() if kind == "edit"})
     returns: dict[int, dict[int, float]] = {arm: {} for arm in kinds}
     rows = db.execute(
         "SELECT arm, episodes.seed, return FROM episodes JOIN units USING (unit) JOIN arms USING (arm) "
@@ -122,7 +122,7 @@ def read_standing(db: sqlite3.Connection, rungs: Sequence[range]) -> Standing:
     unedited = {} if baseline is None else returns[baseline]
     lost = set() if baseline is None else missing.get(baseline, set())
     edits = [arm for arm, kind in kinds.items() if kind == "edit"]
-    return climb(
+    return halving_state(
         rungs,
         {arm: {seed: r - unedited[seed] for seed, r in returns[arm].items() if seed in unedited} for arm in edits},
         {arm: missing.get(arm, set()) | lost for arm in edits},

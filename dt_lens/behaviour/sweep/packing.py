@@ -1,4 +1,4 @@
-"""From an arm to what a worker needs of it: the weights that its edit changes, made one arm at a time."""
+"""What a worker needs to run an arm: the weights that its edit changes."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from dt_lens.lens.weights import hash_of
 
 __all__ = ["Packed", "Packer"]
 
-KEPT = 2  # arms: the one whose units are being begun, and the next
+KEPT = 2  # packed arms: the one whose units are being begun, and the next
 
 
 class Packed(NamedTuple):
-    """What an arm makes of the model."""
+    """What an arm changes in the model."""
 
     change: bytes  # the weights that differ, as safetensors
     energy: float  # 0 for the baseline
-    output_energy: float | None  # of the change of the output on real inputs, where some are known
+    output_energy: float | None  # of the change of the output on real inputs, if activations are known
     model_id: str
     note: str
 
 
 class Packer:
-    """Makes arms' edits on the model, reads the changed weights off, and undoes them bit for bit.
+    """Makes the edits of arms on the model, copies the changed weights, and undoes the edits bit for bit.
 
-    On one thread: with another number of them the decomposition might round differently, and an interrupted sweep would
-    go on with other bits.
+    On one thread: with another number of threads the decomposition might round differently, and a resumed sweep would
+    get other bits.
     """
 
     def __init__(self, model: HookedDecisionTransformer, activations: Activations | None = None) -> None:
@@ -47,10 +47,10 @@ class Packer:
         self._kept: dict[int, Packed] = {}
 
     def pack(self, arm: Arm) -> Packed:
-        """The arm's edit, in force for a moment.
+        """The changes of the arm's edit, which is put in force and undone.
 
         Raises:
-            DtLensError: when it cannot be put in force.
+            DtLensError: if it cannot be put in force.
         """
         if arm.number not in self._kept:
             with one_thread():
@@ -68,20 +68,20 @@ class Packer:
             change, identity = save(changed) if changed else b"", model_id(self._model)
         if edit is None:
             return Packed(change, 0.0, None, identity, "")
-        return Packed(change, edit.energy, self._loudness(edit), identity, edit.note)
+        return Packed(change, edit.energy, self._output_energy(edit), identity, edit.note)
 
     def _edit(self, record: Mapping[str, Any]) -> Edit:
         return load_edit(self._model, record, self._activations)
 
-    def _loudness(self, edit: Edit) -> float | None:
+    def _output_energy(self, edit: Edit) -> float | None:
         try:
             return None if self._activations is None else edit.output_energy(self._activations)
-        except DtLensError:  # activations of some matrices only
+        except DtLensError:  # the activations cover only some matrices
             return None
 
     def output_energy(self, arm: Arm) -> float | None:
-        """The output energy of an arm's edit on real inputs, where activations are known; it is not put in force."""
+        """The output energy of an arm's edit on real inputs, if activations are known. The model is not changed."""
         if arm.record is None or self._activations is None:
             return None
         with one_thread():
-            return self._loudness(self._edit(arm.record))
+            return self._output_energy(self._edit(arm.record))

@@ -1,4 +1,4 @@
-"""What a sweep will do, worked out before anything runs: its arms, its episodes, and the options that identify it."""
+"""What a sweep will do, decided before anything runs: its arms, its episodes, and the options that identify it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from dt_lens.behaviour.agents.lanes import MOST_LANES
 
-__all__ = ["SOFTWARE", "Arm", "Block", "Plan", "block_size_of", "contents", "cut", "identity_of", "unite"]
+__all__ = ["SOFTWARE", "Arm", "Block", "Plan", "block_size_of", "identity_of", "merge_arms", "split_seeds", "summarise"]
 
 FORMAT = 2
-SOFTWARE = ("torch", "gymnasium", "mujoco", "numpy")  # another version of these may give other bits
+SOFTWARE = ("torch", "gymnasium", "mujoco", "numpy")  # another version of one of these may give other bits
 SIDES = ("query", "key", "read", "neuron", "head", "write")  # left of a matrix before right, for any matrix
 
-# What all arms of a file share. A file can take up more arms and more episodes, but none of another kind.
+# What all arms of a file share: a file can take more arms and more episodes, but none that differ in one of these.
 IDENTITY = (
     "model",
     "environment",
@@ -29,13 +29,13 @@ IDENTITY = (
     *(f"version of {name}" for name in SOFTWARE),
     "registration",
 )
-LATER = ("registration",)  # of which older files say nothing: unknown there, and taken up
+UNKNOWN_IN_OLD_FILES = ("registration",)  # accepted where a file lacks it, and then written
 
 
 class Arm(NamedTuple):
-    """One condition: the unedited model, an edit, or a control of one. It is what its record says."""
+    """One condition: the unedited model, an edit, or a control of an edit. Its record identifies it."""
 
-    number: int  # its place in the table
+    number: int  # its place in the table, from 0
     kind: str  # baseline, edit, control
     of: int | None = None  # the edit whose control this is
     matrix: str | None = None
@@ -45,13 +45,13 @@ class Arm(NamedTuple):
     sv: int | None = None
     value: str | None = None
     control: int | None = None  # the control's seed
-    match: str | None = None  # what a control has in common with its edit: frobenius, output
+    match: str | None = None  # what a control shares with its edit: frobenius, output
     directions: str | None = None  # plain, activation
     record: dict[str, Any] | None = None  # of the edit, as its to_dict gives it
 
 
 class Block(NamedTuple):
-    """One arm with one block of seeds: a unit of work that is not packed yet."""
+    """One arm with one block of seeds: a unit of work without its weights."""
 
     number: int
     arm: int
@@ -61,38 +61,39 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides a sweep's results: with the same plan another run goes on where one stopped."""
+    """Everything that decides a sweep's results: another run with the same plan resumes where one stopped."""
 
     options: Mapping[str, Any]  # plain JSON values
     arms: Sequence[Arm]
     catalogue: Sequence[str] = ()  # names of all matrices, in the order of a table
-    block_size: int | None = None  # as asked for
+    block_size: int | None = None  # None for the default
 
     def difference(self, other: Mapping[str, Any]) -> str | None:
-        """Why a file with the options ``other`` cannot take up this plan, in words; ``None`` where it can."""
+        """Why a file with the options ``other`` cannot hold this plan, in words; ``None`` if it can."""
         mine = json.loads(json.dumps(self.options))
-        if not isinstance(other["format"], int) or other["format"] > FORMAT:
+        if other["format"] != FORMAT:
             return f"its format is {_short(other['format'])} and this version of dt-lens writes {FORMAT}"
         for name in IDENTITY:
-            there, here = _apart(other.get(name), mine.get(name))
-            if there != here and not (name in LATER and there is None):
+            there, here = _differing(other.get(name), mine.get(name))
+            if there != here and not (name in UNKNOWN_IN_OLD_FILES and there is None):
                 return f"its {name} is {_short(there)} and this one's {_short(here)}"
         here, there = mine.get("activations") or {}, other.get("activations") or {}
         if here and there and here["digest"] != there["digest"]:
             return f"its activations are {there['digest']} and this one's {here['digest']}"
         return None
 
-    def is_at_home(self, other: Mapping[str, Any]) -> bool:
-        """Whether the agent's first steps are here what they were for the file with the options ``other``.
+    def repeats_first_steps(self, other: Mapping[str, Any]) -> bool:
+        """Whether the agent's first steps come to the same bits here as for the file with the options ``other``.
 
-        A file of before they were kept does not say, nor does an agent whose first steps never repeat.
+        True as well where this cannot be known: in old files, which do not hold them, and for an agent whose first
+        steps never repeat.
         """
         here, there = self.options.get("steps"), other.get("steps")
         return here is None or there is None or here == there
 
 
-def _apart(one: Any, other: Any) -> tuple[Any, Any]:
-    """Of two mappings what they do not have in common; anything else as it is."""
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """The entries in which two mappings differ; anything else unchanged."""
     if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
         return one, other
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
@@ -105,7 +106,7 @@ def _short(value: Any) -> str:
 
 
 def block_size_of(episodes: int, wanted: int | None) -> int:
-    """Episodes of a unit: about ``MOST_LANES``, all units alike, so that none runs half empty.
+    """Episodes per unit: about ``MOST_LANES``, in units of nearly equal size, so that none leaves lanes empty.
 
     >>> [block_size_of(n, None) for n in (12, 16, 20, 100)]
     [12, 16, 10, 15]
@@ -113,10 +114,10 @@ def block_size_of(episodes: int, wanted: int | None) -> int:
     return min(episodes, wanted) if wanted else math.ceil(episodes / math.ceil(episodes / MOST_LANES))
 
 
-def cut(seeds: Iterable[int], wanted: int | None) -> Iterator[tuple[int, int]]:
-    """Units that cover ``seeds``: the first seed and the number of episodes of each, none across a gap.
+def split_seeds(seeds: Iterable[int], wanted: int | None) -> Iterator[tuple[int, int]]:
+    """Split ``seeds`` into units: the first seed and the number of episodes of each; no unit spans a gap.
 
-    >>> list(cut([0, 1, 2, 3, 4, 9], 3)), list(cut(range(20), None))
+    >>> list(split_seeds([0, 1, 2, 3, 4, 9], 3)), list(split_seeds(range(20), None))
     ([(0, 3), (3, 2), (9, 1)], [(0, 10), (10, 10)])
     """
     ordered, first = sorted(seeds), 0
@@ -130,12 +131,12 @@ def cut(seeds: Iterable[int], wanted: int | None) -> Iterator[tuple[int, int]]:
 
 
 def identity_of(record: Mapping[str, Any] | None) -> str:
-    """What makes two arms one, in whichever run they were asked for: the edit's record; the baseline has none."""
+    """What identifies an arm across runs, as text: its edit's record, which the baseline does not have."""
     return json.dumps(record, sort_keys=True)
 
 
-def unite(arms: Iterable[Arm], kept: Iterable[Arm], catalogue: Sequence[str]) -> list[Arm]:
-    """The arms of both, each once, in the order in which one plan of them all has them, and numbered so.
+def merge_arms(arms: Iterable[Arm], kept: Iterable[Arm], catalogue: Sequence[str]) -> list[Arm]:
+    """The arms of both, each once, ordered and numbered as in one plan of them all.
 
     The baseline comes first, then matrices as in ``catalogue``, ascending directions, sides, values in the order of
     ``arms``, and each edit is followed by its controls.
@@ -163,8 +164,8 @@ def unite(arms: Iterable[Arm], kept: Iterable[Arm], catalogue: Sequence[str]) ->
     ]
 
 
-def contents(arms: Sequence[Arm]) -> dict[str, Any]:
-    """What arms there are, as options tell it."""
+def summarise(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Which arms there are, in the form of a file's options."""
     directions: dict[str, dict[int, None]] = {}
     controls: dict[int, int] = {}
     for arm in arms:

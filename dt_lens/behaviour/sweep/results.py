@@ -1,4 +1,4 @@
-"""What a sweep's file says: a row per edit, a row per episode, and the evaluations behind them."""
+"""Read a sweep's file: a row per edit, a row per episode, and the evaluations behind them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from dt_lens.arguments import local_path
 from dt_lens.behaviour.agents.episodes import FailureRule
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.sweep.halving import read_standing, rungs_of
+from dt_lens.behaviour.sweep.halving import read_halving_state, rungs_of
+from dt_lens.behaviour.sweep.plan import FORMAT
 from dt_lens.behaviour.sweep.schema import decoding, read_options
-from dt_lens.behaviour.sweep.store import FILE, KEPT, in_words
+from dt_lens.behaviour.sweep.store import FILE, KEPT, explain_errors
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.outcomes import bootstrap_interval, logrank, sign_flip, wilson
@@ -36,13 +37,13 @@ NAN = float("nan")
 
 
 class SweepResults:
-    """A sweep's file, read; also while its driver runs, and without the model.
+    """Reads a sweep's file, without the model, and also while its driver runs.
 
     Args:
         source: the file, or the folder it is in.
 
     Raises:
-        DtLensError: when there is no such file, or it is no sweep's.
+        DtLensError: if there is no such file, or it is not a sweep's.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -55,15 +56,21 @@ class SweepResults:
 
     @contextmanager
     def _reading(self) -> Iterator[tuple[sqlite3.Connection, dict[str, Any]]]:
-        """The file as it is at one moment, and its options then; nothing but reading it stands inside."""
-        with in_words(self.file, reading=True):
+        """A consistent view of the file, and its options. Only code that reads the file belongs inside."""
+        with explain_errors(self.file, reading=True):
             db = sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro", uri=True, timeout=10, isolation_level=None)
             try:
                 db.execute("BEGIN")
-                if db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:  # its driver has only made the file
+                if db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:  # its driver has made no table yet
                     raise DtLensError(f"The sweep in {self.file} has not begun; run it first.")
                 with decoding():
-                    yield db, read_options(db)
+                    options = read_options(db)
+                    if options["format"] != FORMAT:
+                        raise DtLensError(
+                            f"The format of {self.file} is {options['format']} and this version of dt-lens reads "
+                            f"{FORMAT}; read it with the version that wrote it."
+                        )
+                    yield db, options
             except pd.errors.DatabaseError as error:
                 raise error.__cause__ or error from None  # pandas wraps what SQLite raises
             finally:
@@ -71,26 +78,25 @@ class SweepResults:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the file was asked for up to now, as plain JSON values."""
+        """The options of the file: the settings of all runs so far, as plain JSON values."""
         with self._reading() as (_, options):
             return options
 
     def activations(self) -> Activations | None:
-        """The activations kept beside the file; ``None`` where the sweep took none, or where they are gone."""
+        """The activations kept next to the file; ``None`` if the sweep used none, or if their file is missing."""
         from dt_lens.lens.activations import Activations
 
         kept = self.file.with_name(KEPT)
         return Activations.load(kept) if self.options.get("activations") and kept.is_file() else None
 
     def controls(self) -> dict[int, list[int]]:
-        """The controls of each edit that has some, planned or run, by their numbers.
+        """The numbers of the controls of each edit that has some, planned or run.
 
-        Where a sweep has both kinds they are those that match the output energy as well, the closer match of the two.
+        If an edit has controls of both kinds, those that match the output energy as well: the closer match.
         """
         found: dict[int, dict[str, list[int]]] = {}
-        with self._reading() as (db, options):
-            query = f"SELECT arm, of, {_columns(options, 'match')} FROM arms WHERE kind = 'control' ORDER BY arm"
-            for arm, of, match in db.execute(query):
+        with self._reading() as (db, _):
+            for arm, of, match in db.execute("SELECT arm, of, match FROM arms WHERE kind = 'control' ORDER BY arm"):
                 found.setdefault(of, {}).setdefault(match, []).append(arm)
         return {of: by_match.get("output") or by_match["frobenius"] for of, by_match in found.items()}
 
@@ -108,10 +114,9 @@ class SweepResults:
 
     def episodes(self) -> pd.DataFrame:
         """A row per episode: arm, what identifies the arm, seed, return, length, terminated, truncated."""
-        with self._reading() as (db, options):
-            columns = _columns(options, *PLACE)
+        with self._reading() as (db, _):
             query = f"""
-                SELECT arms.arm, {columns}, episodes.seed, return, length, terminated, truncated
+                SELECT arms.arm, {_columns(*PLACE)}, episodes.seed, return, length, terminated, truncated
                 FROM episodes JOIN units USING (unit) JOIN arms USING (arm) ORDER BY arms.arm, episodes.seed
             """
             frame = pd.read_sql_query(query, db)
@@ -119,13 +124,13 @@ class SweepResults:
         return _typed(frame.astype({"terminated": bool, "truncated": bool}))
 
     def evaluations(self, failure: FailureRule | None = None) -> dict[int, Evaluation]:
-        """An ``Evaluation`` for every arm that has episodes, by the arm's number; of all of its episodes."""
+        """An ``Evaluation`` of all episodes of every arm that has some, by the arm's number."""
         with self._reading() as (db, options):
             measured = _measured(db, options)
         return _judged(measured, failure)
 
     def baseline(self, failure: FailureRule | None = None) -> Evaluation | None:
-        """The unedited agent's evaluation; ``None`` where it has no episodes yet, or was left out."""
+        """The unedited agent's evaluation; ``None`` if it has no episodes yet, or was left out."""
         with self._reading() as (db, options):
             measured = _measured(db, options)
         return _judged({0: measured[0]}, failure)[0] if options["baseline"] and 0 in measured else None
@@ -134,20 +139,20 @@ class SweepResults:
         """A row per edit and control, in the order of the plan, indexed by the arm's number.
 
         ``kind`` (edit or control), ``of`` (a control's edit), ``matrix``, ``layer``, ``head``, ``side``, ``sv``,
-        ``value``, ``directions``, ``control`` (a control's seed), ``match`` (what it has in common with its edit),
-        ``energy`` and ``output_energy`` (where activations are known) say what the arm is. Then ``episodes``,
+        ``value``, ``directions``, ``control`` (a control's seed), ``match`` (what it shares with its edit), ``energy``
+        and ``output_energy`` (if activations are known) identify the arm. Then ``episodes``,
         ``mean_return``; ``difference`` (mean paired difference of the return from the unedited agent), its bootstrap
         interval and ``p_value`` (sign flips), as ``Comparison`` gives them; ``q_value`` (Benjamini-Hochberg over the
         edits; none for controls); ``failure_rate`` with its Wilson interval; ``mean_length``; ``survival`` (Kaplan and
-        Meier's share still running at the end) and ``survival_p_value`` (log-rank); ``note``: what to know of the
+        Meier's share still running at the end) and ``survival_p_value`` (log-rank); ``note``: what to know about the
         edit, or why it could not be measured.
 
-        Before the sweep is finished, numbers are of the episodes that are there, differences of the pairs.
+        Before the sweep is finished, the numbers are computed from the episodes so far, differences from the pairs.
 
-        With successive halving there is a column ``rung``, the one that an edit has come to. The numbers of an edit
-        that came to the last one, and of its controls, are of the last rung's seeds, which the selection did not see.
-        Those of an edit that was stopped are of the seeds that it was selected by, its p-values are 1, and it counts in
-        ``q_value`` as it is. One of which nothing is decided yet has no p-value.
+        With successive halving a column ``rung`` says which rung an edit has reached. The numbers of an edit that
+        reached the last rung, and of its controls, come from the last rung's seeds, which the selection did not see.
+        Those of an edit that was stopped come from the seeds of the selection, its p-values are 1, and it counts in
+        ``q_value``. An edit about which nothing is decided yet has no p-value.
 
         Args:
             failure: what counts as failing, as for ``Evaluation``.
@@ -156,54 +161,49 @@ class SweepResults:
         if not (isinstance(confidence, int | float) and 0 < confidence < 1):
             raise DtLensError(f"confidence is {confidence!r}; it must be a number between 0 and 1, such as 0.95.")
         with self._reading() as (db, options):
-            columns = _columns(options, *PLACE, *ENERGIES)
-            said = "trim(coalesce(note, '') || ' ' || coalesce(error, '')) AS said"
-            query = f"SELECT arm, {columns}, {said} FROM arms WHERE kind <> 'baseline' ORDER BY arm"
+            note = "trim(coalesce(note, '') || ' ' || coalesce(error, '')) AS note"
+            query = f"SELECT arm, {_columns(*PLACE, *ENERGIES)}, {note} FROM arms WHERE kind <> 'baseline' ORDER BY arm"
             arms = pd.read_sql_query(query, db)
             measured = _measured(db, options)
             rungs = rungs_of(options)
-            standing = read_standing(db, rungs)
+            state = read_halving_state(db, rungs)
             edits = [arm if pd.isna(of) else int(of) for arm, of in zip(arms["arm"], arms["of"], strict=True)]
-            reached = [standing.reached[edit] for edit in edits]
+            reached = [state.reached[edit] for edit in edits]
         evaluations = _judged(measured, failure)
         baseline = evaluations.get(0) if options["baseline"] else None
         rows = []
         for arm, of, rung in zip(arms["arm"], arms["of"], reached, strict=True):
             evaluation = evaluations.get(arm)
             if len(rungs) > 1 and evaluation is not None:
-                evaluation = _shown(evaluation, rungs, rung, control=not pd.isna(of))
+                evaluation = _counted(evaluation, rungs, rung, control=not pd.isna(of))
             row = _numbers(evaluation, baseline, confidence)
             if rung < len(rungs) - 1:
-                p = 1.0 if arm in standing.stopped and row["episodes"] else NAN
+                p = 1.0 if arm in state.stopped and row["episodes"] else NAN
                 row |= {"p_value": p, "survival_p_value": p}
             rows.append(row | ({"rung": rung} if len(rungs) > 1 else {}))
         table = pd.concat([arms, pd.DataFrame(rows, index=arms.index)], axis=1)
         for energy in ENERGIES:
             table[energy] = table[energy].astype(np.float64)
-        if len(rungs) > 1:  # controls that were begun before their edit was overtaken tell no more than others
+        if len(rungs) > 1:  # controls that were begun before their edit was overtaken count as not begun
             idle = (table["kind"] == "control") & (table["rung"] < len(rungs) - 1)
             for energy in ENERGIES:
                 table.loc[idle, energy] = NAN
-            table.loc[idle, "said"] = ""
+            table.loc[idle, "note"] = ""
         tested = (table["kind"] == "edit") & table["p_value"].notna()
         q = pd.Series(NAN, index=table.index)
         q[tested] = q_values(table.loc[tested, "p_value"])
         table.insert(list(table).index("p_value") + 1, "q_value", q)
-        table["note"] = table.pop("said")
+        table["note"] = table.pop("note")  # last
         return _typed(table).set_index("arm")
 
 
-def _columns(options: Mapping[str, Any], *names: str) -> str:
-    """Columns of arms for a SELECT, those that came with format 2 also where a file has them not."""
-    if options["format"] > 1:
-        return ", ".join(f"arms.{name}" for name in names)
-    match = "CASE kind WHEN 'control' THEN 'frobenius' END AS match"
-    absent = {"match": match, "directions": "'plain' AS directions", "output_energy": "NULL AS output_energy"}
-    return ", ".join(absent.get(name, f"arms.{name}") for name in names)
+def _columns(*names: str) -> str:
+    """Columns of the arms for a SELECT that joins other tables."""
+    return ", ".join(f"arms.{name}" for name in names)
 
 
 def _measured(db: sqlite3.Connection, options: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """What ``Evaluation.from_outcomes`` takes, but for the failure rule, of every arm that has episodes."""
+    """The arguments of ``Evaluation.from_outcomes``, without the failure rule, for every arm that has episodes."""
     arms = db.execute("SELECT arm, record, model_id FROM arms ORDER BY arm").fetchall()
     rows = db.execute(
         "SELECT arm, episodes.seed, return, length, terminated, truncated "
@@ -231,8 +231,8 @@ def _judged(measured: Mapping[int, Mapping[str, Any]], failure: FailureRule | No
     return {arm: Evaluation.from_outcomes(failure=failure, **of_arm) for arm, of_arm in measured.items()}
 
 
-def _shown(evaluation: Evaluation, rungs: Sequence[range], rung: int, control: bool) -> Evaluation | None:
-    """The episodes that an arm's numbers are of: those of the last rung, or those that stopped it before."""
+def _counted(evaluation: Evaluation, rungs: Sequence[range], rung: int, control: bool) -> Evaluation | None:
+    """The episodes that an arm's numbers come from: those of the last rung, or those by which it was stopped."""
     last = rung == len(rungs) - 1
     seeds = rungs[-1] if last else range(0 if control else rungs[rung].stop)
     found = np.intersect1d(evaluation.seeds, seeds)
@@ -272,7 +272,7 @@ def _numbers(evaluation: Evaluation | None, baseline: Evaluation | None, confide
     row["survival"] = float(evaluation.survival.survival[-1])
     pair = _pair(evaluation, baseline)
     if pair is not None:
-        # What Evaluation.compare gives, without the bootstraps that a table has no column for.
+        # As Evaluation.compare, without the bootstraps for which the table has no column.
         edited, unedited = pair
         differences = edited.returns - unedited.returns
         row["difference"] = float(differences.mean())
@@ -284,7 +284,7 @@ def _numbers(evaluation: Evaluation | None, baseline: Evaluation | None, confide
 
 
 def _pair(edited: Evaluation, baseline: Evaluation | None) -> tuple[Evaluation, Evaluation] | None:
-    """Both at the seeds that both have."""
+    """Both evaluations at the seeds that both have."""
     if baseline is None:
         return None
     common = np.intersect1d(edited.seeds, baseline.seeds)
@@ -294,7 +294,7 @@ def _pair(edited: Evaluation, baseline: Evaluation | None) -> tuple[Evaluation, 
 
 
 def at_seeds(evaluation: Evaluation, seeds: Any) -> Evaluation:
-    """The episodes of an evaluation that have one of ``seeds``."""
+    """The episodes of an evaluation whose seed is one of ``seeds``."""
     keep = np.isin(evaluation.seeds, seeds)
     names = ("seeds", "returns", "lengths", "terminated", "truncated")
     return replace(evaluation, **{name: getattr(evaluation, name)[keep] for name in names})

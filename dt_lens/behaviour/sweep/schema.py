@@ -1,4 +1,4 @@
-"""The tables of a sweep's file, and how a file of an earlier format becomes one of this."""
+"""The tables of a sweep's file, and how arms and options are written to and read from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ __all__ = [
     "read_arms",
     "read_options",
     "renumber",
-    "upgrade",
 ]
 
 APPLICATION = 0x64_74_6C_73  # "dtls"
@@ -46,7 +45,7 @@ CREATE TABLE runs (
 );
 CREATE INDEX unit_arm ON units (arm);
 """
-NEEDED = (  # options that every format has
+NEEDED = (  # options that every file has
     "format",
     "model",
     "episodes",
@@ -59,30 +58,19 @@ NEEDED = (  # options that every format has
     "baseline",
 )
 COLUMNS = Arm._fields[1:]
-SINCE_2 = {"match": "TEXT", "directions": "TEXT", "output_energy": "REAL"}
 
 
 def create(db: sqlite3.Connection) -> None:
-    """Empty tables."""
+    """Make the tables, empty."""
     for statement in SCHEMA.split(";\n"):
         if statement.strip():
             db.execute(statement)
     db.execute(f"PRAGMA application_id = {APPLICATION}")
 
 
-def upgrade(db: sqlite3.Connection) -> None:
-    """Give a file of format 1 the columns of format 2; what they hold was true of every arm then."""
-    present = {row[1] for row in db.execute("PRAGMA table_info(arms)")}
-    for column, kind in SINCE_2.items():
-        if column not in present:
-            db.execute(f"ALTER TABLE arms ADD COLUMN {column} {kind}")
-    db.execute("UPDATE arms SET match = 'frobenius' WHERE kind = 'control' AND match IS NULL")
-    db.execute("UPDATE arms SET directions = 'plain' WHERE kind <> 'baseline' AND directions IS NULL")
-
-
 @contextmanager
 def decoding() -> Iterator[None]:
-    """What makes no sense among what a file says, as SQLite's own error; nothing but reading stands inside."""
+    """Raise SQLite's own error where a file's text makes no sense. Only code that reads a file belongs inside."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
@@ -93,7 +81,7 @@ def read_options(db: sqlite3.Connection) -> dict[str, Any]:
     """The options of a file.
 
     Raises:
-        sqlite3.DatabaseError: where they cannot be read.
+        sqlite3.DatabaseError: if they cannot be read.
     """
     with decoding():
         (text,) = db.execute("SELECT options FROM plan").fetchone()
@@ -104,10 +92,10 @@ def read_options(db: sqlite3.Connection) -> dict[str, Any]:
 
 
 def read_arms(db: sqlite3.Connection) -> list[Arm]:
-    """The arms of a file, by number.
+    """The arms of a file, in the order of their numbers.
 
     Raises:
-        sqlite3.DatabaseError: where they cannot be read.
+        sqlite3.DatabaseError: if they cannot be read.
     """
     rows = db.execute(f"SELECT arm, {', '.join(COLUMNS)} FROM arms ORDER BY arm")
     with decoding():
@@ -115,15 +103,15 @@ def read_arms(db: sqlite3.Connection) -> list[Arm]:
 
 
 def add_arms(db: sqlite3.Connection, arms: Sequence[Arm]) -> None:
-    """Arms whose numbers are free."""
+    """Insert arms, whose numbers must be free."""
     marks = ", ".join("?" * (1 + len(COLUMNS)))
     rows = ((*arm[:-1], None if arm.record is None else json.dumps(arm.record)) for arm in arms)
     db.executemany(f"INSERT INTO arms (arm, {', '.join(COLUMNS)}) VALUES ({marks})", rows)
 
 
 def renumber(db: sqlite3.Connection, numbers: dict[int, Arm]) -> None:
-    """Give the arms with these numbers those of the ``Arm``; their units stay theirs."""
-    # By way of negative numbers, so that none is taken while they change places.
+    """Give each arm, found by its old number, the number of the ``Arm``; its units follow."""
+    # Through negative numbers, so that no number is taken twice on the way.
     moved = [(-1 - arm.number, old) for old, arm in numbers.items()]
     for table in ("arms", "units"):
         db.executemany(f"UPDATE {table} SET arm = ? WHERE arm = ?", moved)

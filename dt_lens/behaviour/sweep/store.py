@@ -1,7 +1,7 @@
 """The one file of a sweep: SQLite, written by the driver alone, in transactions.
 
 ``kill -9`` leaves either the whole of a transaction or nothing of it. While the driver runs the file is in WAL mode,
-with two companions beside it and a third that holds the lock; when it ends, in whatever orderly way, one file is left.
+with SQLite's two companion files and a lock file next to it; after any orderly end only the one file is left.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dt_lens.behaviour.sweep.engines.engine import Event
-from dt_lens.behaviour.sweep.file_lock import Lock
-from dt_lens.behaviour.sweep.halving import Standing, read_standing, rungs_of
+from dt_lens.behaviour.sweep.halving import HalvingState, read_halving_state, rungs_of
 from dt_lens.behaviour.sweep.packing import Packed
-from dt_lens.behaviour.sweep.plan import FORMAT, Block, Plan, contents, cut, identity_of, unite
+from dt_lens.behaviour.sweep.plan import Block, Plan, identity_of, merge_arms, split_seeds, summarise
 from dt_lens.behaviour.sweep.schema import (
     APPLICATION,
     add_arms,
@@ -28,19 +29,18 @@ from dt_lens.behaviour.sweep.schema import (
     read_arms,
     read_options,
     renumber,
-    upgrade,
 )
 from dt_lens.errors import DtLensError, because, unwritable
 
-__all__ = ["FILE", "KEPT", "Store", "in_words"]
+__all__ = ["FILE", "KEPT", "Store", "explain_errors"]
 
 FILE = "sweep.sqlite"
-KEPT = "activations.safetensors"  # beside it
+KEPT = "activations.safetensors"  # in the same folder
 
 
 @contextlib.contextmanager
-def in_words(file: Path, reading: bool = False) -> Iterator[None]:
-    """SQLite's errors as one sentence that says what to do."""
+def explain_errors(file: Path, reading: bool = False) -> Iterator[None]:
+    """Turn SQLite's errors into one sentence that says what to do."""
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -51,30 +51,57 @@ def in_words(file: Path, reading: bool = False) -> Iterator[None]:
             if "locked" in said:
                 raise DtLensError(f"Another program holds {file}; close it and give the same command again.") from error
         raise DtLensError(
-            f"{file} is damaged, or no sweep's file ({because(error)}); move it away, and the sweep begins anew."
+            f"{file} is damaged, or not a sweep's file ({because(error)}); move it away, and the sweep begins anew."
         ) from error
 
 
 def _unreadable(file: Path, error: sqlite3.OperationalError) -> DtLensError:
     return DtLensError(
-        f"{file} cannot be read: {because(error)}; see that you may read it, or, if its sweep was cut off and the "
+        f"{file} cannot be read: {because(error)}; check that you may read it, or, if its sweep was cut off and the "
         "folder is read-only, copy the folder to where you can write."
     )
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold the lock of a sweep's file. The system releases it when the process ends, however it ends.
+
+    Raises:
+        DtLensError: if another process holds it, or the lock file cannot be made.
+    """
+    lock_file = file.with_name(f"{file.name}.lock")
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DtLensError(
+            f"Another process is running the sweep in {file}; wait for it, or give another folder."
+        ) from None
+    except OSError as error:
+        raise unwritable(file, error) from error
+    try:
+        yield
+    finally:
+        # filelock leaves its file, and a finished sweep is one file. Removed while the lock is held, the file cannot be
+        # another driver's; and since filelock 4 a lock on a file that has been removed counts as not acquired.
+        with contextlib.suppress(OSError):  # on Windows, where filelock removes it by itself
+            lock_file.unlink()
+        lock.release()
 
 
 class Store:
     """The file, open for its driver. Make one with ``Store.open``.
 
-    Every method that writes must stand inside ``with store.writing():``, but for ``advance``.
+    Every method that writes must be called inside ``with store.writing():``, except ``advance``.
 
     Attributes:
-        arms: those of the file, which holds what all commands so far asked for.
-        options: of the file.
+        arms: the arms of the file: those of this run and of all runs before.
+        options: the options of the file.
     """
 
     def __init__(self, file: Path, plan: Plan) -> None:
         self.file, self.plan = file, plan
-        with in_words(file):
+        with explain_errors(file):
             self._db = sqlite3.connect(file, isolation_level=None, timeout=10)
             try:
                 self._prepare()
@@ -85,16 +112,16 @@ class Store:
     @classmethod
     @contextlib.contextmanager
     def open(cls, file: Path, plan: Plan) -> Iterator[Store]:
-        """The store of ``plan``, made new or gone on with; one file is left at the end.
+        """The store of ``plan``, new or resumed; one file is left at the end.
 
         Raises:
-            DtLensError: when the file is another plan's, damaged, in use, or cannot be written.
+            DtLensError: if the file is another plan's, damaged, in use, or cannot be written.
         """
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(file, error) from error
-        with Lock(file):
+        with _locked(file):
             store = cls(file, plan)
             try:
                 yield store
@@ -109,43 +136,40 @@ class Store:
             raise DtLensError(f"{self.file} is a database of something else; give the sweep another folder.")
         if tables and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(found)
-        kept = self._kept_options() if tables else None
+        kept = self._options_in_file() if tables else None
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         with self.writing():
-            self._take_up(kept)
+            self._merge(kept)
 
-    def _kept_options(self) -> dict[str, Any]:
-        """The options in the file; what it holds and what the plan asks for must be able to stand in one table."""
+    def _options_in_file(self) -> dict[str, Any]:
+        """The options in the file, whose outcomes and the plan's must be fit to stand in one table."""
         options = read_options(self._db)
         with decoding():
-            difference, at_home = self.plan.difference(options), self.plan.is_at_home(options)
+            difference, repeats = self.plan.difference(options), self.plan.repeats_first_steps(options)
         if difference is not None:
             raise DtLensError(
-                f"{self.file} holds another sweep: {difference}; give the same options to go on with it, or another "
-                "folder."
+                f"{self.file} holds another sweep: {difference}; give the same options to resume it, or another folder."
             )
-        if not at_home:
+        if not repeats:
             raise DtLensError(
                 f"The agent's first steps come to other bits here than where {self.file} was begun (another processor, "
-                "build of a library, or state of the environment's code); go on with it there, or give another folder."
+                "build of a library, or state of the environment's code); resume it there, or give another folder."
             )
         return options
 
-    def _take_up(self, kept: dict[str, Any] | None) -> None:
-        """Make the file one of all that it holds and all that the plan asks for, as if both had been asked at once."""
+    def _merge(self, kept: dict[str, Any] | None) -> None:
+        """Add the plan's arms and options to the file, as if everything in it had been planned at once."""
         db, options = self._db, dict(self.plan.options)
         if kept is None:
             create(db)
-        elif kept["format"] < FORMAT:
-            upgrade(db)
         before = read_arms(db)
-        with decoding():  # the plan's own arms are known to go together
-            self.arms = unite(self.plan.arms, before, self.plan.catalogue)
+        with decoding():  # merging the plan's own arms does not raise
+            self.arms = merge_arms(self.plan.arms, before, self.plan.catalogue)
         if kept is not None:
             options["episodes"] = max(options["episodes"], kept["episodes"])
             options["activations"] = options.get("activations") or kept.get("activations")
-        self.options = {**options, **contents(self.arms)}
+        self.options = {**options, **summarise(self.arms)}
         if self.options != kept:
             db.execute("DELETE FROM plan")
             db.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options),))
@@ -155,23 +179,23 @@ class Store:
             renumber(db, known)
             add_arms(db, list(by_identity.values()))
         if db.execute("SELECT 1 FROM units WHERE status = 'failed' LIMIT 1").fetchone():
-            db.execute("UPDATE units SET status = 'todo' WHERE status = 'failed'")  # they get another chance
+            db.execute("UPDATE units SET status = 'todo' WHERE status = 'failed'")  # tried again
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """A transaction: all of what is written inside, or nothing of it."""
-        with in_words(self.file):
+        """A transaction: everything inside is written, or nothing."""
+        with explain_errors(self.file):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # a full disk has rolled it back already
+                if self._db.in_transaction:  # after a full disk SQLite has already rolled back
                     self._db.execute("ROLLBACK")
                 raise
 
     def close(self) -> None:
-        """Fold the companions into the one file."""
+        """Fold SQLite's companion files into the one file."""
         # What cannot be folded in now, on a full disk, is read from the companions next time.
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -180,28 +204,28 @@ class Store:
 
     @property
     def rungs(self) -> list[range]:
-        """The seeds of each rung, as many in the last one as the plan asks for."""
+        """The seeds of each rung; the last one has the plan's number of episodes."""
         return rungs_of(self.options, self.plan.options["episodes"])
 
-    def standing(self) -> Standing:
+    def halving_state(self) -> HalvingState:
         """How far the sweep has come."""
-        with in_words(self.file):
-            return read_standing(self._db, self.rungs)
+        with explain_errors(self.file):
+            return read_halving_state(self._db, self.rungs)
 
     def advance(self) -> tuple[list[Block], int]:
-        """What can be run now, and how many units the plan has up to now.
+        """The units that can be run now, and how many units the plan has so far, finished ones included.
 
-        Arms of the file that the plan does not ask for are left as they are, unless all are needed to select among.
+        Arms of the file that are not in the plan are not run, except under halving, which selects among all.
         """
-        wanted = self._wanted()
-        with in_words(self.file):
+        wanted = self._wanted_seeds()
+        with explain_errors(self.file):
             rows = self._db.execute("SELECT unit, arm, seed, episodes, status FROM units").fetchall()
         uncovered = {arm: set(seeds) for arm, seeds in wanted.items()}
         for _, arm, seed, episodes, _ in rows:
             if arm in uncovered:
                 uncovered[arm].difference_update(range(seed, seed + episodes))
         number = 1 + max((row[0] for row in rows), default=-1)
-        new = [(arm, *unit) for arm, seeds in uncovered.items() for unit in cut(seeds, self.plan.block_size)]
+        new = [(arm, *unit) for arm, seeds in uncovered.items() for unit in split_seeds(seeds, self.plan.block_size)]
         added = [(number + i, *unit) for i, unit in enumerate(new)]
         if added:
             with self.writing():
@@ -217,28 +241,28 @@ class Store:
         todo = [block for block, status in mine if status == "todo"]
         return sorted(todo, key=lambda block: (block.arm, block.seed)), len(mine)
 
-    def later(self) -> int:
-        """How many episodes the rungs after this one will have."""
+    def episodes_ahead(self) -> int:
+        """How many episodes the rungs after the current one will have."""
         rungs = self.rungs
         if len(rungs) == 1:
             return 0
-        standing, edits = self.standing(), sum(arm.kind == "edit" for arm in self.arms)
+        state, edits = self.halving_state(), sum(arm.kind == "edit" for arm in self.arms)
         controls = sum(arm.kind == "control" for arm in self.arms) / max(edits, 1)
-        going = len(standing.reached) - len(standing.stopped)
+        competing = len(state.reached) - len(state.stopped)
         episodes = 0.0
-        for rung in range(standing.rung + 1, len(rungs)):
-            going = -(-going // 2)
-            episodes += going * len(rungs[rung]) * (1 + controls * (rung == len(rungs) - 1))
+        for rung in range(state.rung + 1, len(rungs)):
+            competing = -(-competing // 2)
+            episodes += competing * len(rungs[rung]) * (1 + controls * (rung == len(rungs) - 1))
         return round(episodes)
 
-    def _wanted(self) -> dict[int, range]:
-        """The seeds that each arm should have by now."""
+    def _wanted_seeds(self) -> dict[int, range]:
+        """The seeds that each arm should have run by the end of the current rung."""
         rungs = self.rungs
         every = range(rungs[0].start, rungs[-1].stop)
         if len(rungs) == 1:
             mine = {identity_of(arm.record) for arm in self.plan.arms}
             return {arm.number: every for arm in self.arms if identity_of(arm.record) in mine}
-        reached = self.standing().reached
+        reached = self.halving_state().reached
         wanted = {}
         for arm in self.arms:
             if arm.of is None:
@@ -249,37 +273,37 @@ class Store:
         return wanted
 
     def model_id_of(self, arm: int) -> str | None:
-        """The ``model_id`` with which an arm's first unit was begun; ``None`` where none was."""
-        with in_words(self.file):
+        """The ``model_id`` of an arm's edited model, kept with its first unit; ``None`` if no unit was begun."""
+        with explain_errors(self.file):
             found: str | None = self._db.execute("SELECT model_id FROM arms WHERE arm = ?", (arm,)).fetchone()[0]
             return found
 
-    def describe(self, arm: int, packed: Packed) -> None:
-        """Keep what is known of an arm once its edit is made."""
+    def set_packed(self, arm: int, packed: Packed) -> None:
+        """Write what is known of an arm once its edit has been made."""
         self._db.execute(
             "UPDATE arms SET energy = ?, output_energy = ?, model_id = ?, note = ? WHERE arm = ?",
             (packed.energy, packed.output_energy, packed.model_id, packed.note, arm),
         )
 
     def arms_without_output_energy(self) -> list[int]:
-        """The arms that were begun without knowing their output energy."""
-        with in_words(self.file):
+        """The arms that were begun and have no output energy."""
+        with explain_errors(self.file):
             rows = self._db.execute(
                 "SELECT arm FROM arms WHERE model_id IS NOT NULL AND output_energy IS NULL AND kind <> 'baseline'"
             )
             return [arm for (arm,) in rows]
 
     def set_output_energy(self, arm: int, energy: float) -> None:
-        """Keep the output energy of an arm that was begun before activations were known."""
+        """Write the output energy of an arm that was begun before activations were known."""
         self._db.execute("UPDATE arms SET output_energy = ? WHERE arm = ?", (energy, arm))
 
     def void(self, arm: int, error: str) -> None:
-        """Keep that an arm's edit cannot be put in force, and why; its units will not be run."""
+        """Write that an arm's edit cannot be put in force, and why; its units will not be run."""
         self._db.execute("UPDATE arms SET error = ? WHERE arm = ?", (error, arm))
         self._db.execute("UPDATE units SET status = 'void' WHERE arm = ? AND status <> 'done'", (arm,))
 
     def begin(self, unit: int) -> int:
-        """Log that a unit is begun; the number of the run."""
+        """Log that a unit is begun; returns the number of the run."""
         cursor = self._db.execute(
             "INSERT INTO runs (unit, driver, began) VALUES (?, ?, ?)", (unit, os.getpid(), _now())
         )
@@ -287,7 +311,7 @@ class Store:
         return cursor.lastrowid
 
     def finish(self, run: int, event: Event) -> None:
-        """Keep the outcomes of a unit."""
+        """Write the outcomes of a unit, and log that its run is done."""
         rows: list[tuple[Any, ...]] = [
             (event.unit, o.seed, float(o.total), int(o.length), int(o.terminated), int(o.truncated))
             for o in event.outcomes
@@ -297,7 +321,7 @@ class Store:
         self.end(run, event)
 
     def fail(self, unit: int, error: str) -> None:
-        """Keep that a unit could not be run, and why; the next driver tries it again."""
+        """Write that a unit could not be run, and why; the next driver tries it again."""
         self._db.execute("UPDATE units SET status = 'failed', error = ? WHERE unit = ?", (error, unit))
 
     def end(self, run: int, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""The unit of work: one arm of a sweep with one block of seeds. A pure function of what it is given."""
+"""The unit of work: one arm of a sweep with one block of seeds. Its outcomes depend on nothing else."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["Unit", "run_unit"]
 
 
 class Unit(NamedTuple):
-    """An arm with a block of seeds, as it travels to a worker."""
+    """An arm with a block of seeds, in the form that is sent to a worker."""
 
     number: int
-    change: bytes  # the weights in which the arm differs from the base, as safetensors; empty where in none
+    change: bytes  # the weights in which the arm differs from the base, as safetensors; empty if none
     seed: int  # of the first episode
     episodes: int
 
 
 def run_unit(job: Job, base: Mapping[str, Tensor], unit: Unit) -> list[Outcome]:
-    """The outcomes of ``unit``, by seed: the same bits in every process, in any order, beside any others.
+    """Run ``unit``; its outcomes by seed are the same bits in every process, whatever else runs.
 
     Args:
         job: what all units share; its weights and lanes are not used.
-        base: the unedited weights that acting takes, by name.
-        unit: which one.
+        base: the unedited weights that acting needs, by name.
+        unit: the unit to run.
 
     Raises:
-        DtLensError: for an action that is not finite.
+        DtLensError: if an action is not finite.
     """
     weights = save({**base, **(load(unit.change) if unit.change else {})})
     seeds = range(unit.seed, unit.seed + unit.episodes)

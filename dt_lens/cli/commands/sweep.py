@@ -119,11 +119,10 @@ def sweep(
     with _long_progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
+        from dt_lens.behaviour.sweep.settings import SweepSettings
         from dt_lens.behaviour.sweep.sweep import Sweep
 
-        planned = Sweep(
-            loaded,
-            folder,
+        settings = SweepSettings(
             matrices=split(matrices, "matrices"),
             sv=sv,
             sides=split(sides, "sides"),
@@ -141,8 +140,8 @@ def sweep(
             block_size=block_size,
             baseline=baseline,
             fold_layernorm=not raw,
-            workers=workers,
         )
+        planned = Sweep(loaded, folder, settings, workers=workers)
         with resumable():
             planned.run(tell, _engine(engine, address, workers))
     found = planned.table()

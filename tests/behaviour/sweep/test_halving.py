@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from dt_lens.behaviour.sweep.halving import climb, parse_halving, rungs_of
+from dt_lens.behaviour.sweep.halving import halving_state, parse_halving, rungs_of
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.outcomes import sign_flip
@@ -33,18 +33,18 @@ def differences(*rows: list[float]) -> dict[int, dict[int, float]]:
 
 def test_who_goes_on() -> None:
     rungs = [range(2), range(2, 3), range(3, 9)]
-    found = climb(rungs, differences([1, 1], [-9, -9], [2, 2], [0, -30], [3, -3]), {})
+    found = halving_state(rungs, differences([1, 1], [-9, -9], [2, 2], [0, -30], [3, -3]), {})
     assert (found.rung, found.stopped) == (1, {0, 4})
     assert found.reached == {0: 0, 1: 1, 2: 1, 3: 1, 4: 0}  # the mean counts, whichever its sign: 9, 2 and 15
-    found = climb(rungs, differences([1, 1], [-9, -9, 30], [2, 2, 2], [0, -30, 1], [3, -3]), {})
+    found = halving_state(rungs, differences([1, 1], [-9, -9, 30], [2, 2, 2], [0, -30, 1], [3, -3]), {})
     assert (found.rung, found.stopped) == (2, {0, 4, 2})  # 4, 2 and 9.67 over all three
     assert [arm for arm, rung in found.reached.items() if rung == 2] == [1, 3]
-    assert climb(rungs, differences([5, 5], [5, 5], [5]), {}).rung == 0  # not yet
-    given_up = climb(rungs, differences([5, 5], [5, 5], [5]), {2: {1}})
+    assert halving_state(rungs, differences([5, 5], [5, 5], [5]), {}).rung == 0  # not yet
+    given_up = halving_state(rungs, differences([5, 5], [5, 5], [5]), {2: {1}})
     assert (given_up.rung, given_up.stopped) == (1, {1, 2})  # of equals the earlier one; who cannot be run is stopped
-    assert climb(rungs, differences([1, 1], [float("nan"), 1]), {}).stopped == {1}
-    assert climb(rungs, {}, {}).rung == 2
-    assert climb([range(5)], differences([1], [2]), {}).stopped == frozenset()
+    assert halving_state(rungs, differences([1, 1], [float("nan"), 1]), {}).stopped == {1}
+    assert halving_state(rungs, {}, {}).rung == 2
+    assert halving_state([range(5)], differences([1], [2]), {}).stopped == frozenset()
 
 
 @pytest.mark.parametrize("halving", ["", "4,", "a", [0], [1.5], "-1", [None], {}])
@@ -135,7 +135,7 @@ def discoveries(rng: np.random.Generator, shift: float, arms: int = 24) -> tuple
     # Episodes of the unedited agent are shared by all edits, as in a sweep.
     data = shift + rng.standard_normal((arms, 24)) - 0.5 * rng.standard_normal(24)
     measured = {arm: dict(enumerate(row)) for arm, row in enumerate(data)}
-    found = climb(rungs, measured, {})
+    found = halving_state(rungs, measured, {})
     ends = [arm for arm in range(arms) if found.reached[arm] == 2]
     p = np.ones(arms)
     p[ends] = [sign_flip(data[arm, 12:], resamples=500) for arm in ends]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dt_lens.behaviour.sweep.arms import parse_value, resolve_sv
-from dt_lens.behaviour.sweep.plan import block_size_of, cut, unite
+from dt_lens.behaviour.sweep.plan import block_size_of, merge_arms, split_seeds
 from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
 
@@ -76,8 +76,8 @@ def test_arms_and_units(make_sweep: Make, agent: Any) -> None:
         edit = load_edit(agent, json.loads(json.dumps(arm.record)))
         assert edit.to_dict() == arm.record
         assert edit.matrix.name == arm.matrix
-    assert unite(plan.arms, (), plan.catalogue) == list(plan.arms)
-    assert list(cut(range(3, 10), 3)) == [(3, 3), (6, 3), (9, 1)]
+    assert merge_arms(plan.arms, (), plan.catalogue) == list(plan.arms)
+    assert list(split_seeds(range(3, 10), 3)) == [(3, 3), (6, 3), (9, 1)]
 
 
 def test_what_only_scales_sigma_is_not_measured_once_for_each_side(make_sweep: Make) -> None:

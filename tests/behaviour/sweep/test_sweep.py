@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.behaviour.sweep.engines.local import LocalEngine
-from dt_lens.behaviour.sweep.file_lock import Lock
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE, Store
 from dt_lens.behaviour.sweep.units import Unit
@@ -130,7 +130,7 @@ def test_another_plan_is_refused(make_sweep: Make, inline: Make, make_model: Mak
 
 def test_a_second_driver_is_refused(make_sweep: Make, inline: Make) -> None:
     sweep = make_sweep()
-    with Lock(sweep.file), pytest.raises(DtLensError, match="Another process is running the sweep in"):
+    with FileLock(f"{sweep.file}.lock"), pytest.raises(DtLensError, match="Another process is running the sweep in"):
         sweep.run(engine=inline())
     sweep.run(engine=inline())
 

@@ -1,4 +1,4 @@
-"""Units on the nodes of a Ray cluster, each on one core. Ray is imported when an engine starts, and not before."""
+"""Runs units on the nodes of a Ray cluster, each on one core. Ray is imported only when an engine starts."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.agents.running import Job
 from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.behaviour.sweep.engines.node import run_on_node
-from dt_lens.behaviour.sweep.proof import prove
+from dt_lens.behaviour.sweep.fingerprint import fingerprint
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.errors import DtLensError, because
 
 __all__ = ["RayEngine"]
 
-LOOK_SECONDS = 1.0  # between looks at how large the cluster is
-KNOCK_SECONDS = 10.0
+RESIZE_SECONDS = 1.0  # between queries of the cluster's size
+CONNECT_SECONDS = 10.0
 
 
 class RayEngine:
-    """Runs units as tasks of a Ray cluster; nodes may come and go while it does.
+    """Runs units as tasks of a Ray cluster; nodes may join and leave meanwhile.
 
-    A unit whose node or process is lost comes back as dead, and the driver sends it again. Every node first runs a few
-    steps of the unedited agent, and must come to the driver's bits: where one with another processor or other libraries
-    does not, nothing of it is kept, because its outcomes would not repeat here, and the sweep ends with a sentence that
-    names it. Without that node the same command goes on.
+    A unit whose node or process is lost is reported dead, and the driver submits it again. Every node first runs a few
+    steps of the unedited agent, which must come to the driver's bits. If they do not, because of another processor or
+    other libraries, nothing of that node is kept, since its outcomes would not repeat here, and the sweep ends with a
+    sentence that names it. Without that node the same command resumes.
 
-    dt-lens has to be installed on every node, in the driver's version, with whatever package registers the environment.
+    Every node needs dt-lens in the driver's version, and the package that registers the environment.
 
     Args:
         address: of the cluster, ``"10.0.0.5:6379"``, as ``ray start --head`` prints it; ``"auto"`` for the one that
-            runs on this machine; ``None`` for that one or, where there is none, a new one of this machine alone.
-        workers: units at a time; one a core of the cluster by default.
+            runs on this machine; ``None`` for that one or, if none runs, a new one of this machine alone.
+        workers: units at a time; as many as the cluster has cores by default.
 
     Raises:
-        DtLensError: from ``start`` and ``wait``, when Ray is not installed, there is no cluster, or nodes cannot run
-            the units.
+        DtLensError: from ``start`` and ``wait``, if Ray is not installed, there is no cluster, or nodes cannot run the
+            units.
     """
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
         self.address, self.count = address, workers
-        self._running: dict[Any, int] = {}  # unit, by reference to its answer
+        self._running: dict[Any, int] = {}  # unit, by the reference to its answer
         self._cores = 0
-        self._looked = float("-inf")
+        self._resized = float("-inf")
         self._own = False
-        self._ear = EventBuffer()
+        self._buffer = EventBuffer()
 
     def start(self, job: Job) -> None:
         self._ray = ray = _import_ray()
         if not ray.is_initialized():
             try:
                 check_reachable(self.address)
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # where Ray is started here, it reports nothing
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports nothing
                 ray.init(address=self.address, log_to_driver=False, logging_level="error", include_dashboard=None)
             except (OSError, ValueError, RuntimeError) as error:
                 raise DtLensError(
@@ -66,17 +66,17 @@ class RayEngine:
                     "--head, and give the address that it prints."
                 ) from error
             self._own = True
-        self._proof = prove(job)
+        self._fingerprint = fingerprint(job)
         packed = cloudpickle.dumps(job)
         self._token = hashlib.sha256(packed).hexdigest()
         self._job = ray.put(packed)
-        # The driver counts deaths and sends a unit again; Ray must not do so unseen.
+        # The driver counts deaths and submits a unit again; Ray must not do so unseen.
         self._task = ray.remote(num_cpus=1, max_retries=0)(run_on_node)
 
     @property
     def free(self) -> int:
-        if (now := time.monotonic()) >= self._looked + LOOK_SECONDS:
-            self._cores, self._looked = int(self._ray.cluster_resources().get("CPU", 0)), now
+        if (now := time.monotonic()) >= self._resized + RESIZE_SECONDS:
+            self._cores, self._resized = int(self._ray.cluster_resources().get("CPU", 0)), now
         return max(0, min(self._cores, self.count or self._cores) - len(self._running))
 
     def submit(self, unit: Unit) -> None:
@@ -90,30 +90,30 @@ class RayEngine:
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=seconds)
         if ready:
             ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-        return self._ear.hear(map(self._heard, ready))
+        return self._buffer.collect(map(self._event_of, ready))
 
-    def _heard(self, reference: Any) -> Event:
+    def _event_of(self, reference: Any) -> Event:
         unit, lost = self._running.pop(reference), self._ray.exceptions
         try:
-            kind, node, proof, answer = self._ray.get(reference)
-        except lost.RayTaskError as error:  # whatever the agent raises comes back as an answer
+            kind, node, found, answer = self._ray.get(reference)
+        except lost.RayTaskError as error:  # an error of the agent comes back as an answer
             raise DtLensError(
                 f"A node of the Ray cluster cannot run this agent ({because(error.cause or error)}); install dt-lens "
                 f"there, in this version, and what the environment needs."
             ) from error
         except lost.LocalRayletDiedError as error:
-            raise DtLensError("Ray has ended on this machine; start it, and the same command goes on.") from error
+            raise DtLensError("Ray has ended on this machine; start it, and the same command resumes.") from error
         except lost.RayError as error:
-            return Event("died", unit, "a node", said=type(error).__name__)
-        if proof != self._proof:
-            why = _apart(proof, self._proof)
+            return Event("died", unit, "a node", message=type(error).__name__)
+        if found != self._fingerprint:
+            why = _first_difference(found, self._fingerprint)
             raise DtLensError(
                 f"{node.capitalize()} of the Ray cluster comes to other bits than this machine ({why}); take it out of "
-                "the cluster, and the same command goes on."
+                "the cluster, and the same command resumes."
             )
         if kind == "done":
             return Event("done", unit, node, [Outcome(*row) for row in answer])
-        return Event("refused", unit, node, said=answer)
+        return Event("refused", unit, node, message=answer)
 
     def stop(self) -> None:
         for reference in self._running:
@@ -125,10 +125,10 @@ class RayEngine:
 
 
 def check_reachable(address: str | None) -> None:
-    """Raise ``OSError`` where nobody listens: Ray itself tries for minutes."""
+    """Raise ``OSError`` if nothing listens at ``address``: Ray itself keeps trying for minutes."""
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit() and "://" not in host:
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _import_ray() -> Any:
@@ -140,10 +140,10 @@ def _import_ray() -> Any:
     return ray
 
 
-def _apart(theirs: Mapping[str, str | None], mine: Mapping[str, str | None]) -> str:
-    """The first thing in which two proofs differ.
+def _first_difference(theirs: Mapping[str, str | None], mine: Mapping[str, str | None]) -> str:
+    """The first entry in which two fingerprints differ, in words.
 
-    >>> _apart({"version of torch": "2", "steps": "a"}, {"version of torch": "3", "steps": "b"})
+    >>> _first_difference({"version of torch": "2", "steps": "a"}, {"version of torch": "3", "steps": "b"})
     'version of torch 2, here 3'
     """
     name = next(name for name in mine if mine[name] != theirs.get(name))

@@ -1,4 +1,4 @@
-"""What the driver asks of whatever runs its units: local processes, or machines elsewhere."""
+"""The protocol between a sweep's driver and whatever runs its units: local processes, or a cluster."""
 
 from __future__ import annotations
 
@@ -14,64 +14,64 @@ __all__ = ["EventBuffer", "Engine", "Event"]
 
 
 class Event(NamedTuple):
-    """What became of a unit.
+    """What happened to a unit.
 
-    ``"done"``: it ran. ``"refused"``: it raised, and would again. ``"died"``: whoever ran it is gone; it can be sent
-    again.
+    ``"done"``: it ran. ``"refused"``: it raised an error, and would again. ``"died"``: the process that ran it is gone;
+    it can be submitted again.
     """
 
     kind: Literal["done", "refused", "died"]
     unit: int
-    worker: str  # who ran it, for the log
+    worker: str  # which process ran it, for the log
     outcomes: Sequence[Outcome] = ()
-    said: str = ""  # the sentence of what was raised, or how it died
+    message: str = ""  # the error's sentence, or how the process died
 
 
 class Engine(Protocol):
-    """Runs units; knows nothing of the store. A unit that it was given comes back as exactly one event."""
+    """Runs units; knows nothing of the store. Every submitted unit comes back as exactly one event."""
 
     def start(self, job: Job) -> None:
-        """Get ready to run units of ``job``."""
+        """Prepare to run units of ``job``."""
         ...
 
     @property
     def free(self) -> int:
-        """How many more units can be begun at once."""
+        """How many more units can be submitted now."""
         ...
 
     def submit(self, unit: Unit) -> None:
-        """Begin a unit. Never called when ``free`` is 0."""
+        """Start a unit. Not to be called when ``free`` is 0."""
         ...
 
     def wait(self, seconds: float) -> list[Event]:
-        """What has happened; after ``seconds`` at the latest, though it be nothing.
+        """The events since the last call; waits for the first one, but no longer than ``seconds``.
 
         Raises:
-            DtLensError: when nothing can be run at all.
+            DtLensError: if no unit can be run at all.
         """
         ...
 
     def stop(self) -> None:
-        """End everything that still runs."""
+        """Stop everything that still runs."""
         ...
 
 
 class EventBuffer:
-    """Loses no event to an error after it: what was heard is told first, and the error raised the next time."""
+    """Keeps an error from hiding the events before it: they are returned first, and the next call raises the error."""
 
     def __init__(self) -> None:
         self._error: DtLensError | None = None
 
-    def hear(self, events: Iterable[Event]) -> list[Event]:
-        """The events, up to where they end or raise ``DtLensError``; raises it where there are none before it."""
+    def collect(self, events: Iterable[Event]) -> list[Event]:
+        """All events, or those before a ``DtLensError``; raises the error if there are none before it."""
         if self._error is not None:
             raise self._error
-        heard: list[Event] = []
+        collected: list[Event] = []
         try:
             for event in events:
-                heard.append(event)
+                collected.append(event)
         except DtLensError as error:
-            if not heard:
+            if not collected:
                 raise
             self._error = error
-        return heard
+        return collected

@@ -1,7 +1,10 @@
-"""Worker processes on this machine, each on one core. One that dies is replaced; its unit is reported dead.
+"""Worker processes on this machine, each on one core. One that dies is replaced, and only its own unit runs again.
 
-``evaluate`` has a pool of its own (``dt_lens.behaviour.agents.workers``), loky's, which stays warm between evaluations.
-It does not suit a sweep: when one of its workers dies the whole pool breaks, and what the other workers run is lost.
+``evaluate`` has another pool, loky's (``dt_lens.behaviour.agents.workers``), because the two need opposite things. When
+one of loky's workers is killed its pool breaks, and what the other workers run is lost. A sweep runs for days and must
+survive that, so this engine owns its processes and replaces them one by one. ``evaluate`` runs for seconds: its workers
+stay warm between calls, and take seeds one at a time while they run, so that no lane idles at the end. The workers of a
+sweep live as long as one run and take whole units, because a unit is what is written, or run again.
 """
 
 from __future__ import annotations
@@ -27,14 +30,14 @@ from dt_lens.errors import DtLensError
 
 __all__ = ["LocalEngine"]
 
-DRAIN_SECONDS = 1.0  # for what a worker that has ended still said
-STARTS = 3  # so many workers in a row that die before they are ready mean that none will be
+DRAIN_SECONDS = 1.0  # for reading what is left in the pipe of a worker that has ended
+STARTS = 3  # if so many workers in a row die before they are ready, none will be
 
 
 @dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen[bytes]
-    listener: threading.Thread = field(init=False)  # reads what it says until its pipe ends
+    reader: threading.Thread = field(init=False)  # reads its messages until its pipe ends
     ready: bool = False
     unit: int | None = None
 
@@ -44,9 +47,9 @@ class _Worker:
 
 
 class LocalEngine:
-    """``workers`` processes of this Python.
+    """Runs units in ``workers`` processes of this Python.
 
-    They are no children by fork, and no copies of the calling script: a script needs no ``if __name__ ==
+    The processes are started anew, not forked, and do not import the calling script: it needs no ``if __name__ ==
     "__main__"``, and neither torch's threads nor an environment's state is inherited.
     """
 
@@ -55,7 +58,7 @@ class LocalEngine:
         self._workers: list[_Worker] = []
         self._inbox: queue.SimpleQueue[tuple[_Worker, bytes | None]] = queue.SimpleQueue()
         self._failed_starts = 0
-        self._ear = EventBuffer()
+        self._buffer = EventBuffer()
 
     def start(self, job: Job) -> None:
         # Environments that the user's script registers are classes that a worker cannot import.
@@ -70,24 +73,24 @@ class LocalEngine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            start_new_session=True,  # a terminal's Ctrl-C goes to the driver alone
+            start_new_session=True,  # Ctrl-C in a terminal reaches only the driver
         )
         worker = _Worker(process)
         self._workers.append(worker)
-        worker.listener = threading.Thread(target=self._listen, args=(worker,), daemon=True)
-        worker.listener.start()
+        worker.reader = threading.Thread(target=self._read, args=(worker,), daemon=True)
+        worker.reader.start()
         self._send(worker, self._job)
 
-    def _listen(self, worker: _Worker) -> None:
+    def _read(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
-        with worker.process.stdout as said:
-            while (frame := read_frame(said)) is not None:
+        with worker.process.stdout as answers:
+            while (frame := read_frame(answers)) is not None:
                 self._inbox.put((worker, frame))
         self._inbox.put((worker, None))
 
     def _send(self, worker: _Worker, message: bytes) -> None:
         assert worker.process.stdin is not None
-        with contextlib.suppress(OSError):  # it has just died, which its end of the other pipe tells
+        with contextlib.suppress(OSError):  # it has just died, which the end of its other pipe shows
             write_frame(worker.process.stdin, message)
 
     @property
@@ -100,29 +103,29 @@ class LocalEngine:
         self._send(worker, pickle.dumps(tuple(unit)))
 
     def wait(self, seconds: float) -> list[Event]:
-        self._look()
-        return self._ear.hear(self._events(seconds))
+        self._find_ended()
+        return self._buffer.collect(self._events(seconds))
 
     def _events(self, seconds: float) -> Iterator[Event]:
         with contextlib.suppress(queue.Empty):
             worker, frame = self._inbox.get(timeout=seconds)
             while True:
-                yield from self._heard(worker, frame)
+                yield from self._handle(worker, frame)
                 worker, frame = self._inbox.get_nowait()
 
-    def _look(self) -> None:
-        """Hear of workers that have ended though their pipe has not: a process that one forked holds it open."""
+    def _find_ended(self) -> None:
+        """Find workers that have ended though their pipe has not: a process that they forked holds it open."""
         for worker in self._workers:
             if worker.process.poll() is not None:
-                worker.listener.join(DRAIN_SECONDS)
-                if worker.listener.is_alive():
+                worker.reader.join(DRAIN_SECONDS)
+                if worker.reader.is_alive():
                     self._inbox.put((worker, None))
 
-    def _heard(self, worker: _Worker, frame: bytes | None) -> list[Event]:
-        if worker not in self._workers:  # its end was heard of already
+    def _handle(self, worker: _Worker, frame: bytes | None) -> list[Event]:
+        if worker not in self._workers:  # it has been replaced already
             return []
         if frame is None:
-            return self._lost(worker)
+            return self._replace(worker)
         kind, *rest = pickle.loads(frame)
         if kind == "broken":
             raise DtLensError(f"A worker process cannot run this agent: {rest[0].rstrip('.')}.")
@@ -133,9 +136,9 @@ class LocalEngine:
         assert unit is not None and unit == rest[0]
         if kind == "done":
             return [Event("done", unit, worker.name, [Outcome(*row) for row in rest[1]])]
-        return [Event("refused", unit, worker.name, said=rest[1])]
+        return [Event("refused", unit, worker.name, message=rest[1])]
 
-    def _lost(self, worker: _Worker) -> list[Event]:
+    def _replace(self, worker: _Worker) -> list[Event]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(timeout=2)  # its pipe closes a little before it has ended
         status = _end(worker)
@@ -145,10 +148,10 @@ class LocalEngine:
             if self._failed_starts >= max(STARTS, self.count + 1):
                 raise DtLensError(
                     f"Worker processes end before they are ready ({status}); see what they print above, and whether "
-                    "memory suffices for so many workers."
+                    "there is enough memory for so many workers."
                 )
         self._spawn()
-        return [] if worker.unit is None else [Event("died", worker.unit, worker.name, said=status)]
+        return [] if worker.unit is None else [Event("died", worker.unit, worker.name, message=status)]
 
     def stop(self) -> None:
         for worker in self._workers:
@@ -159,11 +162,11 @@ class LocalEngine:
 
 
 def _end(worker: _Worker) -> str:
-    """End a process for good; how it ended."""
+    """Kill a process if it still runs, and say how it ended."""
     process = worker.process
     process.kill()
     status = process.wait()
     assert process.stdin is not None
     with contextlib.suppress(OSError):
-        process.stdin.close()  # the other pipe is its listener's to close: it may still be reading
+        process.stdin.close()  # the other pipe is closed by its reader, which may still be reading
     return f"signal {-status}" if status < 0 else f"exit status {status}"

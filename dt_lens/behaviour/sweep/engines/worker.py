@@ -1,7 +1,8 @@
-"""A worker process: ``python -m dt_lens.behaviour.sweep.worker``, units in at one pipe, outcomes out at another.
+"""A worker process, ``python -m dt_lens.behaviour.sweep.engines.worker``: reads units from one pipe, writes outcomes to
+another.
 
-It reads in a thread of its own, so that it notices the driver's end in the middle of a unit and leaves at once. It
-writes nothing but to its pipe.
+It reads in a thread of its own, so that it notices in the middle of a unit that the driver has ended, and exits at
+once. It writes to nothing but its pipe.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def write_frame(pipe: IO[bytes], message: bytes) -> None:
 
 
 def read_frame(pipe: IO[bytes]) -> bytes | None:
-    """The next message; ``None`` when the other side has gone, also in the middle of one."""
+    """The next message; ``None`` if the other side has closed the pipe, even in the middle of a message."""
     try:
         head = pipe.read(_LENGTH.size)
         if len(head) < _LENGTH.size:
@@ -39,13 +40,13 @@ def read_frame(pipe: IO[bytes]) -> bytes | None:
 
 
 def main() -> None:
-    """Serve until the driver closes its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it ends the workers
-    # What an environment prints must not end up among the outcomes.
+    """Run units until the driver closes its end of the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the driver, which ends the workers
+    # What an environment prints must not be mixed with the outcomes.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    # A process that the environment forks closes its sys.stdin, which must not be the one that the thread waits on: the
-    # thread's lock would be held in the fork for ever.
+    # A process that the environment forks closes its sys.stdin, which must not be the pipe on which the thread waits:
+    # the fork would wait for ever for the thread's lock.
     orders = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -83,7 +84,7 @@ def main() -> None:
             answer("done", unit.number, [tuple(outcome) for outcome in run_unit(job, base, unit)])
         except DtLensError as error:
             answer("refused", unit.number, str(error))
-        except Exception as error:  # somebody's environment may raise anything
+        except Exception as error:  # an environment may raise anything
             answer("refused", unit.number, f"The rollout raised {type(error).__name__}: {because(error)}.")
 
 

@@ -48,7 +48,7 @@ def test_an_address_where_nobody_listens(make_sweep: Make) -> None:
 
 
 def test_ray_is_imported_when_it_is_needed() -> None:
-    code = "import sys, dt_lens.behaviour.sweep.cluster; raise SystemExit('ray' in sys.modules)"
+    code = "import sys, dt_lens.behaviour.sweep.engines.cluster; raise SystemExit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -85,7 +85,7 @@ def test_a_node_is_killed_in_the_middle(
             return events
 
     sweep = make_sweep(tmp_path / "ray", **OPTIONS)
-    with pytest.raises(KeyboardInterrupt, match=r"Stopped with \d of 52 units done; the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped with \d of 52 units done; the same command resumes"):
         sweep.run(engine=Interrupted(two_nodes.address))
     first = [run for run in log_of(sweep.file) if run[2] == "done"]
     assert len(first) < 12
@@ -134,8 +134,8 @@ def test_a_node_is_killed_in_the_middle(
 
     # A node that would come to other bits is refused before anything of it is kept.
     monkeypatch.setattr(clusters, "run_on_node", mine)
-    prove = clusters.prove
-    monkeypatch.setattr(clusters, "prove", lambda job: {**prove(job), "version of torch": "1.0"})
+    fingerprint = clusters.fingerprint
+    monkeypatch.setattr(clusters, "fingerprint", lambda job: {**fingerprint(job), "version of torch": "1.0"})
     with pytest.raises(
         DtLensError, match=r"comes to other bits than this machine \(version of torch 2\S+, here 1\.0\)"
     ):

@@ -1,4 +1,4 @@
-"""What is heard from those who run units."""
+"""Events that engines report."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.errors import DtLensError
 
 
-def test_no_event_is_lost_to_an_error_after_it() -> None:
+def test_events_before_an_error_are_returned_first() -> None:
     def events(count: int) -> Iterator[Event]:
         for unit in range(count):
             yield Event("done", unit, "here")
         raise DtLensError("This is the end.")
 
-    ear = EventBuffer()
-    assert ear.hear([]) == []
-    assert [event.unit for event in ear.hear(events(2))] == [0, 1]
+    buffer = EventBuffer()
+    assert buffer.collect([]) == []
+    assert [event.unit for event in buffer.collect(events(2))] == [0, 1]
     for _ in range(2):
         with pytest.raises(DtLensError, match="the end"):
-            ear.hear([Event("done", 5, "here")])
+            buffer.collect([Event("done", 5, "here")])
     with pytest.raises(DtLensError, match="the end"):
-        EventBuffer().hear(events(0))
+        EventBuffer().collect(events(0))

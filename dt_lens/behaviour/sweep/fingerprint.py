@@ -1,4 +1,4 @@
-"""What tells whether an agent acts to the same bits elsewhere: versions, its environment, and its first steps."""
+"""Whether an agent acts to the same bits elsewhere: versions of software, the environment, and its first steps."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dt_lens.behaviour.sweep.units import Unit, run_unit
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
-__all__ = ["first_steps", "prove", "registration", "software"]
+__all__ = ["fingerprint", "first_steps", "registration", "software"]
 
 STEPS = 20
 
 
 def software() -> dict[str, str]:
-    """Versions of what the bits of an outcome come from."""
+    """The versions of the packages on which the bits of an outcome depend."""
     return {f"version of {name}": version(name) for name in SOFTWARE}
 
 
 def registration(spec: EnvSpec) -> dict[str, Any]:
-    """What makes the environment that ``spec`` registers, as JSON values; the same id may stand for another one."""
+    """How ``spec`` makes its environment, as JSON values: the same id may be registered for another environment."""
     known = {
         "entry_point": spec.entry_point,
         "package": _package(_named(spec.entry_point)),
@@ -49,7 +49,7 @@ def _plain(value: Any) -> Any:
 
 
 def _named(value: Any) -> str:
-    """Where a class or function is defined; of anything else its class, for what it prints need not repeat."""
+    """Where a class or function is defined; for any other object its class, since its text need not repeat."""
     if isinstance(value, str):
         return value
     kind = value if hasattr(value, "__qualname__") else type(value)
@@ -57,17 +57,17 @@ def _named(value: Any) -> str:
 
 
 def _package(entry_point: str) -> str | None:
-    """Name and version of the distribution that an entry point is of; ``None`` where it is of none."""
+    """Name and version of the distribution of an entry point; ``None`` if it belongs to none."""
     module = entry_point.partition(":")[0].partition(".")[0]
     with suppress(PackageNotFoundError, ValueError):
         return f"{module} {version(module)}"
-    # Where it has another name than its module, which takes longer to find out.
+    # The distribution has another name than its module, which takes longer to find out.
     names = sorted(set(packages_distributions().get(module, ())))
     return ", ".join(f"{name} {version(name)}" for name in names) or None
 
 
 def first_steps(job: Job) -> str | None:
-    """A hash of the unedited agent's first steps in two episodes; ``None`` where they do not repeat even here."""
+    """A hash of the unedited agent's first steps in two episodes; ``None`` if they do not repeat even here."""
     one, other = _steps(job), _steps(job)
     return one if one == other else None
 
@@ -78,13 +78,13 @@ def _steps(job: Job) -> str:
         outcomes = repr([(o.total.hex(), o.length) for o in run_unit(short, load(job.weights), Unit(0, b"", 0, 2))])
     except DtLensError as error:
         outcomes = str(error)
-    except Exception as error:  # somebody's environment may raise anything, and say another thing each time
+    except Exception as error:  # an environment may raise anything, with another message each time
         outcomes = type(error).__name__
     return hashlib.sha256(outcomes.encode()).hexdigest()
 
 
-def prove(job: Job) -> Mapping[str, str | None]:
-    """What two machines must have in common so that one can run units of the other's."""
+def fingerprint(job: Job) -> Mapping[str, str | None]:
+    """What must be equal on two machines before one may run units of the other's sweep."""
     package = registration(job.task.spec)["package"]
     versions = {"version of dt-lens": __version__, **software(), "package of the environment": package}
     return {**versions, "steps": first_steps(job)}

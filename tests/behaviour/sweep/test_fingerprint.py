@@ -15,7 +15,7 @@ import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.envs.registration import EnvSpec
 
-from dt_lens.behaviour.sweep.proof import first_steps, prove, registration
+from dt_lens.behaviour.sweep.fingerprint import fingerprint, first_steps, registration
 from dt_lens.errors import DtLensError
 
 Make = Callable[..., Any]
@@ -116,7 +116,7 @@ def test_an_agent_whose_steps_never_repeat_can_go_on(make_sweep: Make, inline: M
 def test_an_environment_that_raises_has_a_proof(make_sweep: Make, register: Make) -> None:
     job = make_sweep(environment=register(Broken))._job()
     assert first_steps(job) == first_steps(job) != first_steps(make_sweep()._job())
-    assert prove(job) == prove(job)
+    assert fingerprint(job) == fingerprint(job)
 
 
 def test_a_registration_is_plain_and_repeats() -> None:

@@ -1,0 +1,123 @@
+"""``SweepSettings``: everything that a sweep is asked for, checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dt_lens.arguments import whole_number
+from dt_lens.behaviour.sweep.halving import parse_halving
+from dt_lens.errors import DtLensError, nearest
+from dt_lens.lens.activations import Activations
+
+__all__ = ["SV", "SweepSettings", "as_list"]
+
+MATCHES = ("frobenius", "output")
+DIRECTIONS = ("plain", "activation")
+LAST_SEED = 2**63 - 1  # the largest integer of SQLite
+
+SV = int | str | Sequence[int | str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """What a sweep edits, what it compares each edit with, and over which episodes. ``Sweep`` takes the same keywords.
+
+    Args:
+        matrices: names or shell patterns, such as ``"*.W_in"``; all matrices by default.
+        sv: which singular directions of each matrix, one edit per direction: an index, ``"0-9"``, ``"all"``, or a
+            sequence of these; negative ones count from the smallest sigma.
+        sides: which sides are edited, such as ``["write"]``; by default every side on the residual stream, and only one
+            of them if the edit scales sigma, which is the same edit on each.
+        edits: what the singular vector becomes: values of ``SingularEdit``, numbers or ``"scale:0.5"``, and directions
+            of embeddings, by a label or the number of its row: ``"replace:action_out:thigh_joint torque"`` and
+            ``"towards:action_out:thigh_joint torque:30"``.
+        controls: random edits of the same size per edit: ``edit.control(seed)``, ``edit.control(seed + 1)``, ...
+        control_match: what a control has in common with its edit: ``"frobenius"``, the norm of the change, or
+            ``"output"``, that and the output energy on the agent's own inputs.
+        directions: ``"plain"``, or ``"activation"`` for those of ``SingularEdit(activations=...)``.
+        activations: ``Activations`` or a file of them; by default they are collected if they are needed, before
+            anything else, from the agent's first ten episodes. They are kept next to the sweep's file, and every run
+            that resumes it uses them.
+        episodes: number of episodes of every arm.
+        seed: of the first episode, of the controls, and of ``"random"`` edits.
+        environment, environment_kwargs, target_return, max_steps: as for ``evaluate``.
+        block_size: episodes per unit of work; about 16 by default. Changes no result.
+        halving: successive halving: the episodes of each rung before the last, such as ``[4, 8]``. Every edit runs 4
+            episodes, the half with the larger differences 8 more, and half of those, with their controls, all
+            ``episodes`` on fresh seeds. See ``SweepResults.table`` for what the numbers mean then.
+        baseline: run the unedited agent too; differences need it.
+        fold_layernorm: as for ``SingularEdit``.
+
+    Raises:
+        DtLensError: if a setting is wrong whatever the model is. ``Sweep`` checks the rest against the model.
+    """
+
+    matrices: Sequence[str] | str | None = None
+    sv: SV = 0
+    sides: Sequence[str] | str | None = None
+    edits: Sequence[Any] | str | float = ("constant",)
+    controls: int = 0
+    control_match: str = "frobenius"
+    directions: str = "plain"
+    activations: Activations | str | Path | None = None
+    episodes: int = 20
+    seed: int = 0
+    environment: str | None = None
+    environment_kwargs: Mapping[str, Any] | None = None
+    target_return: float | None = None
+    max_steps: int | None = None
+    block_size: int | None = None
+    halving: str | int | Sequence[int] | None = None
+    baseline: bool = True
+    fold_layernorm: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("controls", 0), ("episodes", 1), ("seed", 0)):
+            self._keep(name, whole_number(getattr(self, name), name, least))
+        for name in ("max_steps", "block_size"):
+            if getattr(self, name) is not None:
+                self._keep(name, whole_number(getattr(self, name), name, 1))
+        rungs = parse_halving(self.halving)
+        self._keep("halving", rungs)
+        if rungs is not None and not self.baseline:
+            raise DtLensError("halving selects by the difference from the unedited agent; it needs the baseline.")
+        if self.seed + max(sum(rungs or ()) + self.episodes - 1, self.controls) > LAST_SEED:
+            raise DtLensError(f"seed is {self.seed}; the last episode's must be below 2**63, so give a smaller one.")
+        for name, words in (("control_match", MATCHES), ("directions", DIRECTIONS)):
+            word = getattr(self, name)
+            if word not in words:
+                raise DtLensError(
+                    f"{name} is {word!r}; it must be one of {', '.join(words)}." + nearest(str(word), words)
+                )
+        self._keep("edits", self.edits.split(",") if isinstance(self.edits, str) else as_list(self.edits))
+        if not self.edits:
+            raise DtLensError("edits is empty; give at least one value, such as constant.")
+        for name in ("matrices", "sides"):
+            if getattr(self, name) is not None:
+                self._keep(name, as_list(getattr(self, name)))
+        patterns = self.matrices
+        if patterns is not None and not (patterns and all(isinstance(pattern, str) for pattern in patterns)):
+            raise DtLensError(f"matrices is {patterns!r}; it must be names or patterns, such as '*.W_in'; None is all.")
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether the arms cannot be made without activations."""
+        return self.directions == "activation" or (self.control_match == "output" and self.controls > 0)
+
+
+def as_list(given: Any) -> list[Any]:
+    """``given`` as a list; text, a mapping or a single value becomes a list of one.
+
+    >>> as_list("zero"), as_list(("zero", 2)), as_list(None)
+    (['zero'], ['zero', 2], [None])
+    """
+    try:
+        return [given] if isinstance(given, str | Mapping) else list(given)
+    except TypeError:  # not iterable
+        return [given]
