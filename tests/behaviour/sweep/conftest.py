@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from safetensors.torch import load
 
+from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.sweep.units import Unit, run_unit
 
 
 class Inline:
-    """Runs units in this process; ``width`` are taken at a time and come back in an order of the seed's."""
+    """Runs units in this process; ``width`` are taken at a time and come back in an order that the seed decides."""
 
     def __init__(self, width: int = 1, seed: int = 0) -> None:
         self.width, self.random, self.pending = width, random.Random(seed), list[Unit]()
@@ -35,15 +37,62 @@ class Inline:
         self.random.shuffle(self.pending)
         count = self.random.randint(1, max(1, len(self.pending)))
         taken, self.pending = self.pending[:count], self.pending[count:]
-        return [Event("done", unit.number, "here", run_unit(self.job, self.base, unit)) for unit in taken]
+        return [Event("done", unit.number, "here", self.outcomes(unit)) for unit in taken]
+
+    def outcomes(self, unit: Unit) -> list[Outcome]:
+        return run_unit(self.job, self.base, unit)
 
     def stop(self) -> None:
         self.pending.clear()
 
 
-@pytest.fixture
+def key_of(job: Any) -> tuple[Any, ...]:
+    """What an outcome depends on besides the edit and the seed."""
+    return (job.weights, repr(job.task.spec), repr(job.task.kwargs), job.task.time_limit, repr(job.conditions))
+
+
+class Remembering(Inline):
+    """Runs every episode once in a test session, for tests of what is done with outcomes.
+
+    An outcome depends only on job, edit and seed; that this is so is checked with engines that remember nothing.
+    """
+
+    known: ClassVar[dict[tuple[Any, ...], Outcome]] = {}
+
+    def outcomes(self, unit: Unit) -> list[Outcome]:
+        keys = [(*key_of(self.job), unit.change, unit.seed + i) for i in range(unit.episodes)]
+        if any(key not in self.known for key in keys):
+            self.known.update(zip(keys, super().outcomes(unit), strict=True))
+        return [self.known[key] for key in keys]
+
+
+class Interrupted(Remembering):
+    """Is interrupted, as by Ctrl-C, when it waits for the ``at``-th time."""
+
+    def __init__(self, at: int, width: int = 1) -> None:
+        super().__init__(width)
+        self.left = at
+
+    def wait(self, seconds: float) -> list[Event]:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return super().wait(seconds)
+
+
+@pytest.fixture(scope="session")
 def inline() -> type[Inline]:
     return Inline
+
+
+@pytest.fixture(scope="session")
+def remembering() -> type[Remembering]:
+    return Remembering
+
+
+@pytest.fixture(scope="session")
+def interrupted() -> type[Interrupted]:
+    return Interrupted
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +100,47 @@ def agent(make_model: Callable[..., Any]) -> Any:
     return make_model("Pendulum-v1")
 
 
+@pytest.fixture(scope="session")
+def known_steps() -> dict[tuple[Any, ...], str | None]:
+    return {}
+
+
 @pytest.fixture
-def make_sweep(agent: Any, tmp_path: Path) -> Callable[..., Sweep]:
-    """A sweep of seven arms and 14 units by default, in seconds."""
+def make_sweep(agent: Any, tmp_path: Path, known_steps: dict[tuple[Any, ...], str | None]) -> Callable[..., Sweep]:
+    """A sweep of seven arms and 14 units by default."""
 
     def make(out: Path | None = None, model: Any = None, **options: Any) -> Sweep:
         chosen: dict[str, Any] = {"matrices": ["*.W_in", "*.0.mlp.W_out"], "sv": 0, "controls": 1, "episodes": 6}
         chosen |= {"block_size": 3, "max_steps": 9, "edits": "zero", "seed": 3, "workers": 1}
-        return Sweep(model or agent, tmp_path if out is None else out, **{**chosen, **options})
+        sweep = Sweep(model or agent, tmp_path if out is None else out, **{**chosen, **options})
+        if "environment" not in options:  # an agent's first steps are run once in a session
+            key = key_of(sweep._job())
+            if key not in known_steps:
+                known_steps[key] = sweep._steps
+            sweep._steps = known_steps[key]
+        return sweep
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_folders() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def finished(
+    make_sweep: Callable[..., Sweep], finished_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Sweep]:
+    """A finished sweep: run once in a session with the same options, and a copy of its files from then on."""
+
+    def make(out: Path | None = None, **options: Any) -> Sweep:
+        key = repr(sorted(options.items()))
+        if key not in finished_folders:
+            whole = make_sweep(tmp_path_factory.mktemp("finished"), **options).run(engine=Remembering(2))
+            finished_folders[key] = whole.file.parent
+        sweep = make_sweep(out, **options)
+        shutil.copytree(finished_folders[key], sweep.file.parent, dirs_exist_ok=True)
+        return sweep
 
     return make

@@ -1,4 +1,4 @@
-"""Activations of a sweep: controls as loud as their edits, the same bits in every run that goes on."""
+"""Activations of a sweep: controls with their edits' output energy, and the same bits in every run that resumes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def identical(one: Any, other: Any) -> None:
     same(one.episodes(), other.episodes(), check_exact=True)
 
 
-def test_controls_that_are_as_loud(make_sweep: Make, inline: Make, agent: Any, tmp_path: Path) -> None:
-    sweep = make_sweep(control_match="output").run(engine=inline(2))
+def test_controls_with_the_same_output_energy(make_sweep: Make, remembering: Make, agent: Any, tmp_path: Path) -> None:
+    sweep = make_sweep(control_match="output").run(engine=remembering(2))
     assert sorted(file.name for file in tmp_path.iterdir()) == [KEPT, FILE]
     activations = Activations.load(tmp_path / KEPT)
     again = collect_activations(agent, episodes=10, seed=3, max_steps=9)
@@ -43,68 +43,68 @@ def test_controls_that_are_as_loud(make_sweep: Make, inline: Make, agent: Any, t
     edit = SingularEdit(agent, of.iloc[0]["matrix"], 0, value="zero", seed=3)
     assert edits.iloc[0]["output_energy"] == edit.output_energy(activations)
     with edit.control(3, activations):
-        loud = evaluate(agent, episodes=6, seed=3, max_steps=9, workers=1)
-    same(sweep.evaluations()[of.index[0]].to_frame(), loud.to_frame(), check_exact=True)
+        matched = evaluate(agent, episodes=6, seed=3, max_steps=9, workers=1)
+    same(sweep.evaluations()[of.index[0]].to_frame(), matched.to_frame(), check_exact=True)
     with edit.control(3):
-        quiet = evaluate(agent, episodes=6, seed=3, max_steps=9, workers=1)
-    assert quiet.mean != loud.mean
+        unmatched = evaluate(agent, episodes=6, seed=3, max_steps=9, workers=1)
+    assert unmatched.mean != matched.mean
 
 
-def test_a_file_without_activations_takes_them_up(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+def test_a_file_without_activations_can_take_some(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:
     larger = {"controls": 2, "control_match": "output"}
-    whole = make_sweep(tmp_path / "whole", **larger).run(engine=inline())
-    grown = make_sweep(tmp_path / "grown", controls=0).run(engine=inline())
+    whole = make_sweep(tmp_path / "whole", **larger).run(engine=remembering())
+    grown = make_sweep(tmp_path / "grown", controls=0).run(engine=remembering())
     assert grown.table()["output_energy"].isna().all()
-    grown = make_sweep(tmp_path / "grown", **larger).run(engine=inline())
+    grown = make_sweep(tmp_path / "grown", **larger).run(engine=remembering())
     identical(grown, whole)
-    # Both kinds of control beside an edit.
-    both = make_sweep(tmp_path / "grown", controls=1).run(engine=inline())
+    # An edit with both kinds of control.
+    both = make_sweep(tmp_path / "grown", controls=1).run(engine=remembering())
     assert list(both.table()["match"].fillna("-"))[:4] == ["-", "frobenius", "output", "output"]
     assert both.table()["output_energy"].notna().all()
 
 
-def test_a_run_that_goes_on_has_the_same_activations(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+def test_a_run_that_resumes_has_the_same_activations(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:
     options = {"control_match": "output", "matrices": "*.0.mlp.W_in", "episodes": 3}
-    sweep = make_sweep(**options).run(engine=inline())
+    sweep = make_sweep(**options).run(engine=remembering())
     digest = Activations.load(tmp_path / KEPT).digest
     (tmp_path / KEPT).unlink()
-    make_sweep(**options | {"episodes": 4}).run(engine=inline())  # collected once more
+    make_sweep(**options | {"episodes": 4}).run(engine=remembering())  # collected again
     assert Activations.load(tmp_path / KEPT).digest == digest
     other = collect_activations(sweep.model, episodes=2, seed=50, max_steps=9)
     with pytest.raises(
         DtLensError, match=rf"holds another sweep: its activations are \w+ and this one's {other.digest}"
     ):
-        make_sweep(**options, activations=other).run(engine=inline())
+        make_sweep(**options, activations=other).run(engine=remembering())
     other.save(tmp_path / KEPT)
     with pytest.raises(DtLensError, match=r"activations.safetensors holds others than the sweep was made with; copy"):
-        make_sweep(**options).run(engine=inline())
+        make_sweep(**options).run(engine=remembering())
     (tmp_path / KEPT).unlink()
     with closing(sqlite3.connect(sweep.file)) as db, db:
         db.execute("UPDATE plan SET options = json_set(options, '$.activations.digest', 'elsewhere')")
     with pytest.raises(DtLensError, match="is missing, and they come out with other bits here") as caught:
-        make_sweep(**options).run(engine=inline())
+        make_sweep(**options).run(engine=remembering())
     assert "\n" not in str(caught.value)
 
 
-def test_given_activations(make_sweep: Make, inline: Make, make_model: Make, agent: Any, tmp_path: Path) -> None:
+def test_given_activations(make_sweep: Make, remembering: Make, make_model: Make, agent: Any, tmp_path: Path) -> None:
     options = {"matrices": "*.0.mlp.W_in", "episodes": 3, "control_match": "output"}
     own = collect_activations(agent, episodes=2, seed=50, max_steps=9)
     own.save(tmp_path / "own.safetensors")
-    sweep = make_sweep(tmp_path / "out", **options, activations=tmp_path / "own.safetensors").run(engine=inline())
+    sweep = make_sweep(tmp_path / "out", **options, activations=tmp_path / "own.safetensors").run(engine=remembering())
     assert sweep.results.options["activations"] == {**own.record, "digest": own.digest}
-    make_sweep(tmp_path / "out", **options | {"episodes": 4}).run(engine=inline())  # found beside the file
+    make_sweep(tmp_path / "out", **options | {"episodes": 4}).run(engine=remembering())  # found next to the file
     stranger = collect_activations(make_model("Pendulum-v1", seed=1), episodes=1, max_steps=9)
     with pytest.raises(DtLensError, match="another model's"):
         make_sweep(**options, activations=stranger)
 
 
-def test_directions_by_their_output_and_towards_labels(make_sweep: Make, inline: Make, agent: Any) -> None:
+def test_directions_by_their_output_and_towards_labels(make_sweep: Make, remembering: Make, agent: Any) -> None:
     edits = ["replace:action_out:action 0", ("action_out", 0, 30), "zero"]
     label = agent.embeddings["action_out"].labels[0]
     edits[0] = f"replace:action_out:{label}"
     options = {"matrices": "*.1.mlp.W_out", "edits": edits, "controls": 0, "episodes": 3}
-    sweep = make_sweep(**options).run(engine=inline())
-    sweep = make_sweep(**options, directions="activation").run(engine=inline())
+    sweep = make_sweep(**options).run(engine=remembering())
+    sweep = make_sweep(**options, directions="activation").run(engine=remembering())
     table = sweep.table()
     named = [f"replace:action_out:{label}", f"towards:action_out:{label}:30", "zero"]
     assert list(table["value"]) == named * 2
@@ -137,9 +137,9 @@ def test_directions_by_their_output_and_towards_labels(make_sweep: Make, inline:
         (True, "edits holds True"),
     ],
 )
-def test_labels_that_there_are_not(agent: Any, value: Any, sentence: str) -> None:
+def test_labels_that_do_not_exist(agent: Any, value: Any, sentence: str) -> None:
     with pytest.raises(DtLensError, match=sentence):
         parse_value(value, agent.embeddings)
-    if isinstance(value, Mapping | list):  # an edit takes what a sweep takes, and nothing more
+    if isinstance(value, Mapping | list):  # an edit refuses the same
         with pytest.raises(DtLensError):
             SingularEdit(agent, "blocks.1.mlp.W_out", value=value)

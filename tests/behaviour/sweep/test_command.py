@@ -1,42 +1,55 @@
-"""The command ``dt-lens sweep`` in a process of its own."""
+"""The command ``dt-lens sweep``."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from dt_lens.behaviour.sweep import sweep as sweeps
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE
+from dt_lens.cli import main
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.errors import DtLensError
 
-
-def dt_lens(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from dt_lens.cli import main; main()", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+Make = Callable[..., Any]
 
 
-def test_it_leaves_one_file_and_refuses_another_plan(agent: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def dt_lens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[object, str, str]]:
+    """Runs a command in this process: its exit status, what it prints, and what it prints on standard error."""
+
+    def run(*words: str | Path) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dt-lens", *map(str, words)])
+        status: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_it_leaves_one_file_and_refuses_another_plan(
+    agent: Any, remembering: Make, dt_lens: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = save_pretrained(agent, tmp_path / "model")
     words = ["sweep", model, "--matrices", "*.W_in,*.0.attn.OV.0", "--sv", "-1", "--seed", "3", "--max-steps", "9"]
-    words += [
-        "--edits",
-        "zero,scale:0.5",
-        "--controls",
-        "1",
-        "--sides",
-        "read",
-        "--workers",
-        "1",
-        "--out",
-        tmp_path / "out",
-    ]
-    done = dt_lens(*words, "--episodes", "6", "--table", tmp_path / "table.csv")
+    words += ["--edits", "zero,scale:0.5", "--controls", "1", "--sides", "read", "--workers", "1"]
+    words += ["--out", tmp_path / "out"]
+    # Once as a user runs it, in a process of its own with a worker; then in this one.
+    command = [sys.executable, "-c", "from dt_lens.cli import main; main()", *map(str, words)]
+    command += ["--episodes", "6", "--table", str(tmp_path / "table.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert [file.name for file in (tmp_path / "out").iterdir()] == [FILE]
     assert "Unedited: Pendulum-v1, target return 200: 6 episodes, seeds 3 to 8" in done.stdout
@@ -47,21 +60,23 @@ def test_it_leaves_one_file_and_refuses_another_plan(agent: Any, tmp_path: Path)
     written, table = pd.read_csv(tmp_path / "table.csv"), results.table()
     assert len(written) == len(table) == 12
     assert list(written["difference"]) == list(table["difference"])
-    grown = dt_lens(*words, "--episodes", "7", "--control-match", "output")
-    assert grown.returncode == 0, grown.stderr
+
+    monkeypatch.setattr(sweeps, "LocalEngine", remembering)
+    status, _, error = dt_lens(*words, "--episodes", "7", "--control-match", "output")
+    assert status == 0, error
     table = results.table()
     assert len(table) == 18 and list(table["match"].dropna()) == ["frobenius", "output"] * 6
-    # Arms that were not asked for any more have the episodes that they had.
+    # Arms that are no longer named have the episodes that they had.
     assert set(table.loc[table["match"] == "frobenius", "episodes"]) == {6}
     assert set(table.loc[table["match"] != "frobenius", "episodes"]) == {7}
-    other = dt_lens(*words, "--episodes", "6", "--target-return", "5")
-    assert other.returncode == 2 and "Traceback" not in other.stderr
-    sentence = other.stderr.strip().splitlines()[-1]
+    status, _, error = dt_lens(*words, "--episodes", "6", "--target-return", "5")
+    assert status == 2 and "Traceback" not in error
+    sentence = error.strip().splitlines()[-1]
     assert sentence.startswith("dt-lens: ") and sentence.endswith(".")
     assert "holds another sweep: its target_return is 200.0 and this one's 5.0" in sentence
 
 
-def test_engines_that_there_are_not() -> None:
+def test_engines_that_do_not_exist() -> None:
     from dt_lens.cli.commands.sweep import sweep
 
     with pytest.raises(DtLensError, match="--engine is 'moon'; it must be local or ray"):

@@ -1,4 +1,4 @@
-"""A file is gone on with only by those who come to its bits: the same environment behind the id, the same steps."""
+"""A sweep is resumed only where it comes to the same bits: the same environment behind the id, the same steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = "Other-v0"
 
 
 class Drifting(PendulumEnv):
-    """Pendulums of which no two are alike."""
+    """Pendulums, no two of them equal."""
 
     made = 0
 
@@ -38,7 +38,7 @@ class Broken(PendulumEnv):
 
 
 class Heavier(PendulumEnv):
-    """The same registration as ``PendulumEnv`` under its name would have."""
+    """Another pendulum, to be registered under the same id."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -47,7 +47,7 @@ class Heavier(PendulumEnv):
 
 @pytest.fixture
 def register() -> Iterator[Callable[..., str]]:
-    """Registers an environment of one name, another one each time."""
+    """Registers an environment under one id, another one each time."""
 
     def register(entry_point: Any = PendulumEnv, **options: Any) -> str:
         gym.registry.pop(NAME, None)
@@ -59,7 +59,7 @@ def register() -> Iterator[Callable[..., str]]:
 
 
 def forget(file: Any, *names: str) -> None:
-    """Make the file one that says nothing of these options."""
+    """Remove these options from the file."""
     with closing(sqlite3.connect(file)) as db, db:
         (text,) = db.execute("SELECT options FROM plan").fetchone()
         options = {name: value for name, value in json.loads(text).items() if name not in names}
@@ -83,7 +83,7 @@ def test_another_environment_under_the_same_name(make_sweep: Make, inline: Make,
 def test_other_steps_under_the_same_registration(
     make_sweep: Make, inline: Make, register: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on another processor, or with the environment's code changed in its place."""
+    """As on another processor, or with changed code of the environment."""
     make_sweep(environment=register(Heavier)).run(engine=inline())
     init = Heavier.__init__
 
@@ -93,27 +93,27 @@ def test_other_steps_under_the_same_registration(
 
     monkeypatch.setattr(Heavier, "__init__", changed)
     sweep = make_sweep(environment=NAME, episodes=7)
-    with pytest.raises(DtLensError, match=r"first steps come to other bits here than where .* was begun .*; go on"):
+    with pytest.raises(DtLensError, match=r"first steps come to other bits here than where .* was begun .*; resume"):
         sweep.run(engine=inline())
-    assert sweep.results.options["episodes"] == 6  # nothing of it was kept
+    assert sweep.results.options["episodes"] == 6  # nothing was written
 
 
-def test_what_a_file_does_not_say_is_taken_up(make_sweep: Make, inline: Make) -> None:
-    whole = make_sweep().run(engine=inline())
-    table, said = whole.table(), whole.results.options
+def test_options_that_a_file_lacks_are_added(make_sweep: Make, finished: Make, remembering: Make) -> None:
+    whole = finished()
+    table, options = whole.table(), whole.results.options
     forget(whole.file, "registration", "steps")
-    again = make_sweep().run(engine=inline())
+    again = make_sweep().run(engine=remembering())
     pd.testing.assert_frame_equal(again.table(), table, check_exact=True)
-    assert again.results.options == said  # from then on it does
+    assert again.results.options == options
 
 
-def test_an_agent_whose_steps_never_repeat_can_go_on(make_sweep: Make, inline: Make, register: Make) -> None:
+def test_an_agent_whose_steps_never_repeat_can_resume(make_sweep: Make, inline: Make, register: Make) -> None:
     sweep = make_sweep(environment=register(Drifting)).run(engine=inline())
     assert sweep.results.options["steps"] is None
     make_sweep(environment=NAME, controls=2).run(engine=inline())
 
 
-def test_an_environment_that_raises_has_a_proof(make_sweep: Make, register: Make) -> None:
+def test_an_environment_that_raises_has_a_fingerprint(make_sweep: Make, register: Make) -> None:
     job = make_sweep(environment=register(Broken))._job()
     assert first_steps(job) == first_steps(job) != first_steps(make_sweep()._job())
     assert fingerprint(job) == fingerprint(job)

@@ -1,4 +1,4 @@
-"""A file takes up more: nothing that is finished is lost or run again, and the table is that of the larger sweep."""
+"""A file grows: nothing that is finished is lost or run again, and the table is that of the larger sweep."""
 
 from __future__ import annotations
 
@@ -12,27 +12,11 @@ import pandas as pd
 import pytest
 
 from dt_lens.behaviour.sweep.plan import identity_of
-from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.schema import read_arms
 from dt_lens.behaviour.sweep.store import FILE
 
 Make = Callable[..., Any]
 same = pd.testing.assert_frame_equal
-
-# What the format was when sweeps could not grow.
-FORMAT_1 = """
-CREATE TABLE old (
-    arm INTEGER PRIMARY KEY, kind TEXT NOT NULL, of INTEGER REFERENCES arms, matrix TEXT, layer INTEGER, head INTEGER,
-    side TEXT, sv INTEGER, value TEXT, control INTEGER, record TEXT,
-    energy REAL, model_id TEXT, note TEXT, error TEXT
-);
-INSERT INTO old SELECT arm, kind, of, matrix, layer, head, side, sv, value, control, record, energy, model_id, note,
-    error FROM arms;
-DROP TABLE arms;
-ALTER TABLE old RENAME TO arms;
-UPDATE plan SET options = json_remove(json_set(options, '$.format', 1),
-    '$.halving', '$.activations', '$.control_match', '$.directions', '$.registration', '$.steps');
-"""
 
 
 def identical(one: Any, other: Any) -> None:
@@ -42,7 +26,7 @@ def identical(one: Any, other: Any) -> None:
 
 
 def done(file: Path) -> dict[tuple[str, int], list[tuple[Any, ...]]]:
-    """The episodes of each finished unit, by what its arm is and its first seed."""
+    """The episodes of each finished unit, by its arm's identity and its first seed."""
     with closing(sqlite3.connect(file)) as db:
         identities = {arm.number: identity_of(arm.record) for arm in read_arms(db)}
         units = db.execute("SELECT unit, arm, seed FROM units WHERE status = 'done'").fetchall()
@@ -53,7 +37,7 @@ def done(file: Path) -> dict[tuple[str, int], list[tuple[Any, ...]]]:
 
 
 def runs_per_unit(file: Path) -> set[int]:
-    """How often a unit was finished; none was begun again after that."""
+    """How often units were finished; none was begun again afterwards."""
     with closing(sqlite3.connect(file)) as db:
         assert set(dict(db.execute("SELECT unit, result FROM runs ORDER BY run")).values()) == {"done"}
         return {count for (count,) in db.execute("SELECT count(*) FROM runs WHERE result = 'done' GROUP BY unit")}
@@ -68,12 +52,14 @@ LARGER: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("more", LARGER)
-def test_a_grown_sweep_is_the_larger_one(make_sweep: Make, inline: Make, tmp_path: Path, more: dict[str, Any]) -> None:
+def test_a_grown_sweep_is_the_larger_one(
+    make_sweep: Make, remembering: Make, tmp_path: Path, more: dict[str, Any]
+) -> None:
     larger = {**SMALL, **more}
-    whole = make_sweep(tmp_path / "whole", **larger).run(engine=inline(2))
-    small = make_sweep(**SMALL).run(engine=inline())
+    whole = make_sweep(tmp_path / "whole", **larger).run(engine=remembering(2))
+    small = make_sweep(**SMALL).run(engine=remembering())
     before = done(small.file)
-    grown = make_sweep(**larger).run(engine=inline(3, seed=1))
+    grown = make_sweep(**larger).run(engine=remembering(3, seed=1))
     identical(grown, whole)
     assert before.items() <= done(grown.file).items()
     assert runs_per_unit(grown.file) == {1}
@@ -82,60 +68,38 @@ def test_a_grown_sweep_is_the_larger_one(make_sweep: Make, inline: Make, tmp_pat
     assert (of["of"] == of.index - 1 - (of["control"] - 3)).all()  # each edit is followed by its controls
 
 
-def test_it_grows_in_the_middle_of_its_work(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    class Interrupted(inline):  # type: ignore[misc]
-        count = 0
-
-        def wait(self, seconds: float) -> Any:
-            self.count += 1
-            if self.count == 4:
-                raise KeyboardInterrupt
-            return super().wait(seconds)
-
+def test_it_grows_in_the_middle_of_its_work(
+    make_sweep: Make, remembering: Make, interrupted: Make, tmp_path: Path
+) -> None:
     larger = {"sv": "0,1", "controls": 2, "episodes": 8, "block_size": 3}
-    whole = make_sweep(tmp_path / "whole", **larger).run(engine=inline(2))
+    whole = make_sweep(tmp_path / "whole", **larger).run(engine=remembering(2))
     with pytest.raises(KeyboardInterrupt, match="Stopped with 3 of 14 units"):
-        make_sweep().run(engine=Interrupted())
+        make_sweep().run(engine=interrupted(4))
     with pytest.raises(KeyboardInterrupt, match="Stopped with 6 of 57 units"):
-        make_sweep(**larger).run(engine=Interrupted())
-    grown = make_sweep(**larger).run(engine=inline(2))
+        make_sweep(**larger).run(engine=interrupted(4))
+    grown = make_sweep(**larger).run(engine=remembering(2))
     identical(grown, whole)
     assert runs_per_unit(grown.file) == {1}
 
 
-def test_what_is_not_asked_for_any_more_stays(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    """Fewer arms are run, fewer episodes asked for: nothing goes, and nothing else is run."""
+def test_arms_that_are_no_longer_named_stay(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:
+    """A run with fewer arms or episodes removes nothing, and runs nothing else."""
     both = {"matrices": "*.mlp.W_in", "edits": "zero,flip", "sv": "0,1", "controls": 1}
-    whole = make_sweep(tmp_path / "whole", **both).run(engine=inline(2))
-    first = make_sweep(**both | {"edits": "zero", "matrices": "*.0.mlp.W_in"}).run(engine=inline())
+    whole = make_sweep(tmp_path / "whole", **both).run(engine=remembering(2))
+    first = make_sweep(**both | {"edits": "zero", "matrices": "*.0.mlp.W_in"}).run(engine=remembering())
     before = done(first.file)
-    other = make_sweep(**both | {"edits": "flip", "sv": 1, "episodes": 3, "baseline": False}).run(engine=inline())
+    other = make_sweep(**both | {"edits": "flip", "sv": 1, "episodes": 3, "baseline": False}).run(engine=remembering())
     assert before.items() <= done(other.file).items()
     table = other.table()
     assert list(table["episodes"]) == [6, 6, 3, 3, 6, 6, 3, 3]
     assert table.loc[table["value"] == "flip", "difference"].notna().all()
-    again = make_sweep(**both | {"edits": "zero", "matrices": "*.0.mlp.W_in", "sv": 0}).run(engine=inline())
-    assert list(again.table()["episodes"]) == [6, 6, 6, 6, 3, 3, 3, 3]  # 6 are asked for, but not of these
-    identical(make_sweep(**both).run(engine=inline()), whole)
+    again = make_sweep(**both | {"edits": "zero", "matrices": "*.0.mlp.W_in", "sv": 0}).run(engine=remembering())
+    assert list(again.table()["episodes"]) == [6, 6, 6, 6, 3, 3, 3, 3]  # 6 episodes, but not of the other arms
+    identical(make_sweep(**both).run(engine=remembering()), whole)
 
 
-def test_a_baseline_can_come_later(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    whole = make_sweep(tmp_path / "whole").run(engine=inline())
-    without = make_sweep(baseline=False).run(engine=inline())
+def test_a_baseline_can_come_later(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:
+    whole = make_sweep(tmp_path / "whole").run(engine=remembering())
+    without = make_sweep(baseline=False).run(engine=remembering())
     assert without.results.baseline() is None
-    identical(make_sweep().run(engine=inline()), whole)
-
-
-def test_a_file_of_the_first_format_grows(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    whole = make_sweep(tmp_path / "whole", controls=2, episodes=8).run(engine=inline(2))
-    old = make_sweep(controls=1).run(engine=inline())
-    table = old.table()
-    before = done(old.file)
-    with closing(sqlite3.connect(old.file)) as db:
-        db.executescript(FORMAT_1)
-    same(SweepResults(tmp_path).table(), table, check_exact=True)  # read as it is
-    same(SweepResults(tmp_path).episodes(), old.episodes(), check_exact=True)
-    grown = make_sweep(controls=2, episodes=8).run(engine=inline())
-    identical(grown, whole)
-    assert before.items() <= done(grown.file).items()
-    assert runs_per_unit(grown.file) == {1}
+    identical(make_sweep().run(engine=remembering()), whole)

@@ -1,4 +1,4 @@
-"""Successive halving: who goes on, what the numbers are then, and that nothing is discovered where nothing is."""
+"""Successive halving: which edits are promoted, what their numbers mean, and that the null is kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def differences(*rows: list[float]) -> dict[int, dict[int, float]]:
     return {arm: dict(enumerate(row)) for arm, row in enumerate(rows)}
 
 
-def test_who_goes_on() -> None:
+def test_which_edits_are_promoted() -> None:
     rungs = [range(2), range(2, 3), range(3, 9)]
     found = halving_state(rungs, differences([1, 1], [-9, -9], [2, 2], [0, -30], [3, -3]), {})
     assert (found.rung, found.stopped) == (1, {0, 4})
@@ -48,16 +48,16 @@ def test_who_goes_on() -> None:
 
 
 @pytest.mark.parametrize("halving", ["", "4,", "a", [0], [1.5], "-1", [None], {}])
-def test_what_is_no_halving(halving: Any, make_sweep: Make) -> None:
+def test_a_halving_that_is_not_valid(halving: Any, make_sweep: Make) -> None:
     with pytest.raises(DtLensError, match="it must be the episodes of each rung before the last, such as 4,8"):
         parse_halving(halving)
     with pytest.raises(DtLensError, match="needs the baseline"):
         make_sweep(halving=2, baseline=False)
 
 
-def test_a_sweep_by_halves(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    sweep = make_sweep(**HALVING).run(engine=inline(3))
-    full = make_sweep(tmp_path / "full", **HALVING | {"episodes": 10, "halving": None}).run(engine=inline(3))
+def test_a_sweep_by_halves(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:
+    sweep = make_sweep(**HALVING).run(engine=remembering(3))
+    full = make_sweep(tmp_path / "full", **HALVING | {"episodes": 10, "halving": None}).run(engine=remembering(3))
     rungs = rungs_of(sweep.results.options)
     assert rungs == [range(3, 5), range(5, 8), range(8, 13)]
     table, episodes, everything = sweep.table(), sweep.episodes(), full.episodes()
@@ -86,50 +86,41 @@ def test_a_sweep_by_halves(make_sweep: Make, inline: Make, tmp_path: Path) -> No
     assert list(edits["q_value"]) == list(q_values(edits["p_value"]))
 
 
-def test_a_sweep_by_halves_grows(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    """With more edits others may be among the stronger half; the table is that of the larger sweep all the same."""
+def test_a_sweep_by_halves_grows(make_sweep: Make, finished: Make, remembering: Make, tmp_path: Path) -> None:
+    """With more edits others may be in the better half; the table is still that of the larger sweep."""
     larger = HALVING | {"edits": "zero,flip", "controls": 2, "episodes": 7}
-    whole = make_sweep(tmp_path / "whole", **larger).run(engine=inline(2))
-    small = make_sweep(tmp_path / "grown", **HALVING).run(engine=inline())
+    whole = make_sweep(tmp_path / "whole", **larger).run(engine=remembering(2))
+    small = finished(tmp_path / "grown", **HALVING)
     before = small.episodes().drop(columns=["arm", "of"])
-    grown = make_sweep(tmp_path / "grown", **larger).run(engine=inline(2, seed=1))
+    grown = make_sweep(tmp_path / "grown", **larger).run(engine=remembering(2, seed=1))
     same(grown.table(), whole.table(), check_exact=True)
     assert len(before.merge(grown.episodes().drop(columns=["arm", "of"]))) == len(before)
     with pytest.raises(DtLensError, match=r"its halving is \[2, 3\] and this one's \[3\]"):
-        make_sweep(tmp_path / "grown", **HALVING | {"halving": 3}).run(engine=inline())
+        make_sweep(tmp_path / "grown", **HALVING | {"halving": 3}).run(engine=remembering())
 
 
-def test_a_sweep_by_halves_goes_on_where_it_was_stopped(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    class Interrupted(inline):  # type: ignore[misc]
-        count = 0
-
-        def wait(self, seconds: float) -> Any:
-            self.count += 1
-            if self.count == 5:
-                raise KeyboardInterrupt
-            return super().wait(seconds)
-
-    whole = make_sweep(tmp_path / "whole", **HALVING).run(engine=inline(2))
+def test_a_stopped_sweep_by_halves_resumes(make_sweep: Make, finished: Make, interrupted: Make, tmp_path: Path) -> None:
+    whole = finished(tmp_path / "whole", **HALVING)
     sweep = make_sweep(tmp_path / "stopped", **HALVING)
-    told: list[str] = []
+    texts: list[str] = []
     shares: list[float] = []
     for _ in range(20):
         try:
-            sweep.run(lambda what, share: (told.append(what), shares.append(share)), engine=Interrupted(2))
+            sweep.run(lambda what, share: (texts.append(what), shares.append(share)), engine=interrupted(5, 2))
             break
         except KeyboardInterrupt:
             undecided = sweep.table()
             standing = undecided["rung"] < 2
             assert set(undecided.loc[standing, "p_value"].dropna()) <= {1.0}
     identical(sweep, whole)
-    assert told[0].startswith("rung 1 of 3: 0 of ") and told[-1].startswith("rung 3 of 3: ")
+    assert texts[0].startswith("rung 1 of 3: 0 of ") and texts[-1].startswith("rung 3 of 3: ")
     assert shares[-1] == 1.0 and max(shares[:-1]) <= 1.0
 
 
 def discoveries(rng: np.random.Generator, shift: float, arms: int = 24) -> tuple[bool, bool, float, float]:
-    """One sweep of edits that shift the return by ``shift``: is anything discovered, rightly done and naively?
+    """One sweep of edits that shift the return by ``shift``: is anything discovered, from fresh episodes and naively?
 
-    And the mean estimate of those that came to the end, from fresh episodes and from all.
+    Also the mean estimate of the edits that reached the last rung, from fresh episodes and from all.
     """
     rungs = [range(4), range(4, 12), range(12, 24)]
     # Episodes of the unedited agent are shared by all edits, as in a sweep.
@@ -144,17 +135,17 @@ def discoveries(rng: np.random.Generator, shift: float, arms: int = 24) -> tuple
     return bool((q_values(p) <= 0.05).any()), bool((q_values(naive) <= 0.05).any()), *estimates
 
 
-def test_nothing_is_discovered_where_nothing_is() -> None:
-    """Under a true null sweeps with any discovery are 5 % at most; with the episodes of the selection they are not."""
+def test_the_null_gives_few_discoveries() -> None:
+    """Under a true null at most 5 % of sweeps discover anything; with the episodes of the selection more do."""
     rng, sweeps = np.random.default_rng(0), 400
     drawn = [discoveries(rng, 0.0) for _ in range(sweeps)]
     right, naive = (sum(row[i] for row in drawn) for i in (0, 1))
     assert binomtest(right, sweeps, 0.05, alternative="greater").pvalue > 0.01
     assert binomtest(naive, sweeps, 0.05, alternative="greater").pvalue < 1e-6
-    # A survivor's estimate from all episodes is drawn away from zero by what selected it.
+    # The selection biases a survivor's estimate from all episodes away from zero.
     assert np.mean([row[3] for row in drawn]) > 1.1 * np.mean([row[2] for row in drawn]) / np.sqrt(2)
 
 
-def test_what_is_there_is_found() -> None:
+def test_a_real_effect_is_found() -> None:
     rng = np.random.default_rng(1)
     assert np.mean([discoveries(rng, 1.5)[0] for _ in range(40)]) > 0.9

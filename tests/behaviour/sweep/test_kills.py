@@ -1,4 +1,4 @@
-"""``kill -9`` of the driver or of a worker, then the same command: nothing lost, nothing twice, the same table."""
+"""``kill -9`` of the driver or a worker, then the same command: nothing is lost or run twice, the table is the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import pandas as pd
 import pytest
 
 from dt_lens.behaviour.sweep import store as stores
+from dt_lens.behaviour.sweep.engines.engine import Event
+from dt_lens.behaviour.sweep.engines.local import LocalEngine
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE
 from dt_lens.decision_transformer.checkpoint import save_pretrained
@@ -27,7 +30,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks, and sends POS
 
 
 def forked(run: Callable[[], object]) -> int:
-    """``run`` in a child that has imported everything already; its process id."""
+    """Run in a child, which has everything imported already; its process id."""
     child = os.fork()
     if child == 0:
         try:
@@ -45,7 +48,7 @@ def ended(child: int) -> int:
 
 
 def query(file: Path, *sql: str) -> list[list[tuple[Any, ...]]]:
-    """What each question is answered, all at one moment: a driver may be at work on the file."""
+    """The rows of each query, all from one moment: a driver may be writing to the file."""
     db = sqlite3.connect(file, isolation_level=None)
     try:
         db.execute("BEGIN")
@@ -56,7 +59,7 @@ def query(file: Path, *sql: str) -> list[list[tuple[Any, ...]]]:
         db.close()
 
 
-def finished(file: Path) -> dict[int, list[tuple[Any, ...]]]:
+def units_done(file: Path) -> dict[int, list[tuple[Any, ...]]]:
     """The episodes of finished units, by unit."""
     if not file.exists():
         return {}
@@ -70,7 +73,7 @@ def finished(file: Path) -> dict[int, list[tuple[Any, ...]]]:
 
 
 def check_log(file: Path, units: int | None = None) -> None:
-    """Every unit was finished once, and not begun again after that."""
+    """Every unit was finished once, and not begun again afterwards."""
     log, statuses, ((count,),) = query(
         file,
         "SELECT unit, result FROM runs ORDER BY run",
@@ -92,7 +95,7 @@ def same(one: SweepResults, other: SweepResults) -> None:
 SOME = [6, 21, 50]
 MANY = [*range(1, 40, 3), *(random.Random(0).randint(1, 90) for _ in range(17))]
 
-# What is there before the killing begins, and what the sweep is that is killed.
+# What the file holds before the first kill, and the sweep that is killed.
 KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "plain": (None, {}),
     "grown": ({"matrices": "*.0.mlp.W_in", "controls": 0}, {"episodes": 8}),
@@ -113,11 +116,17 @@ slow = pytest.mark.acceptance
     ],
 )
 def test_killed_at_any_statement(
-    make_sweep: Make, inline: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, moments: list[int]
+    make_sweep: Make,
+    finished: Make,
+    remembering: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    moments: list[int],
 ) -> None:
     """The driver kills itself just before the n-th statement of its run, for many n, in transactions and between."""
     first, options = KINDS[kind]
-    whole = make_sweep(tmp_path / "whole", **options).run(engine=inline(2))
+    whole = finished(tmp_path / "whole", **options)
     connect = sqlite3.connect
     countdown, kills = [0], 0
 
@@ -134,18 +143,18 @@ def test_killed_at_any_statement(
 
     for number, moment in enumerate(moments):
         if first is not None:
-            make_sweep(tmp_path / f"killed {number}", **first).run(engine=inline(2))
+            finished(tmp_path / f"killed {number}", **first)
         sweep = make_sweep(tmp_path / f"killed {number}", **options)
-        before = finished(sweep.file)
+        before = units_done(sweep.file)
         for attempt in range(60):
 
             def run(sweep: Any = sweep, moment: int = moment + attempt) -> None:
                 countdown[0] = moment
                 monkeypatch.setattr(stores.sqlite3, "connect", watched)
-                sweep.run(engine=inline(2))
+                sweep.run(engine=remembering(2))
 
             status = ended(forked(run))
-            after = finished(sweep.file)
+            after = units_done(sweep.file)
             assert before.items() <= after.items()
             before = after
             if status == 0:
@@ -158,71 +167,72 @@ def test_killed_at_any_statement(
     assert kills >= len(moments)
 
 
-def _children(process: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True).stdout
-    return [int(pid) for pid in listed.split()]
+class Killing(LocalEngine):
+    """Kills one of its workers or its own process, a moment after some more units have been finished."""
+
+    def __init__(self, workers: int, kills: list[tuple[str, int, float]], log: Path) -> None:
+        super().__init__(workers)
+        self.kills, self.log = kills, log
+        self.done = 0  # since the last kill
+
+    def wait(self, seconds: float) -> list[Event]:
+        events = super().wait(seconds)
+        self.done += sum(event.kind == "done" for event in events)
+        if self.kills and self.done >= self.kills[0][1]:
+            self.done = 0
+            victim, _, delay = self.kills.pop(0)
+            threading.Timer(delay, self._kill, [victim]).start()
+        return events
+
+    def _kill(self, victim: str) -> None:
+        target = os.getpid() if victim == "driver" else self._workers[0].process.pid
+        with self.log.open("a") as log:
+            log.write(f"{victim}\n")
+        os.kill(target, signal.SIGKILL)
 
 
 def _kill_at_random(
     make_sweep: Make,
     tmp_path: Path,
-    moments: int,
+    kills: int,
     seed: int,
     first: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,
 ) -> Counter[str]:
-    """Real worker processes; kills the driver or one of its workers until there were ``moments`` kills."""
+    """Real worker processes; kills workers and drivers, by turns drawn at random, each time some units are finished."""
     options = {"sv": "0,1", "controls": 1, "episodes": 8, "block_size": 2, "max_steps": 60, "workers": 2} | (more or {})
-    units = 4 * 13 if more is None else None
     whole = make_sweep(tmp_path / "whole", **options).run()
-    draw, killed, round_ = random.Random(seed), Counter[str](), 0
-    while killed.total() < moments:
-        round_ += 1
-        if first is not None:
-            make_sweep(tmp_path / f"round {round_}", **options | first).run()
-        sweep = make_sweep(tmp_path / f"round {round_}", **options)
-        before = finished(sweep.file)
-        while True:
-            driver = forked(sweep.run)
-            if killed.total() >= moments:
-                assert ended(driver) == 0
-                break
-            victim, workers = draw.choice(["driver", "worker"]), list[int]()
-            end = time.monotonic() + 60
-            while victim == "worker" and not workers and time.monotonic() < end:
-                workers = _children(driver)
-            time.sleep(draw.uniform(0, 6))
-            done = os.waitpid(driver, os.WNOHANG)
-            if done[0]:
-                assert done[1] == 0
-                break
-            workers = _children(driver)
-            target = driver if victim == "driver" or not workers else draw.choice(workers)
-            os.kill(target, signal.SIGKILL)
-            status = ended(driver)
-            if target == driver and status == 0:
-                break  # it came to its end between the last look and the kill
-            assert status == (-signal.SIGKILL if target == driver else 0)
-            killed["driver" if target == driver else "worker"] += 1
-            after = finished(sweep.file)
-            assert before.items() <= after.items()
-            before = after
-            if target != driver:
-                break
-        check_log(sweep.file, units)
-        same(sweep.results, whole.results)
-        assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
-    return killed
+    if first is not None:
+        make_sweep(tmp_path / "killed", **options | first).run()
+    sweep, log = make_sweep(tmp_path / "killed", **options), tmp_path / "kills.txt"
+    draw = random.Random(seed)
+    victims = ["driver", "worker"] * (kills // 2) + ["worker"] * (kills % 2)
+    draw.shuffle(victims)
+    left = [(victim, draw.randint(0, 4), draw.uniform(0, 0.05)) for victim in victims]
+    before, status = units_done(sweep.file), -signal.SIGKILL
+    while status != 0:
+        ends = next((number for number, (victim, *_) in enumerate(left) if victim == "driver"), len(left))
+        now, left = left[: ends + 1], left[ends + 1 :]
+        status = ended(forked(lambda now=now: sweep.run(engine=Killing(2, list(now), log))))
+        assert status == (-signal.SIGKILL if now and now[-1][0] == "driver" else 0)
+        after = units_done(sweep.file)
+        assert before.items() <= after.items()
+        before = after
+    check_log(sweep.file, whole.results.status()["done"] if first is None else None)
+    same(sweep.results, whole.results)
+    assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
+    return Counter(log.read_text().split())
 
 
 def test_killed_now_and_then(make_sweep: Make, tmp_path: Path) -> None:
-    assert _kill_at_random(make_sweep, tmp_path, 3, seed=1).total() >= 3
+    few = {"matrices": "*.0.mlp.W_in", "max_steps": 30}
+    assert _kill_at_random(make_sweep, tmp_path, 3, seed=1, more=few).total() >= 3
 
 
 @pytest.mark.acceptance
-def test_killed_at_thirty_moments(make_sweep: Make, tmp_path: Path) -> None:
-    killed = _kill_at_random(make_sweep, tmp_path, 30, seed=7)
-    assert killed.total() >= 30 and min(killed["driver"], killed["worker"]) >= 5
+def test_killed_at_twelve_moments(make_sweep: Make, tmp_path: Path) -> None:
+    killed = _kill_at_random(make_sweep, tmp_path, 12, seed=7)
+    assert killed.total() >= 12 and min(killed["driver"], killed["worker"]) >= 5
 
 
 @pytest.mark.acceptance
@@ -239,11 +249,11 @@ def test_killed_rung_by_rung(make_sweep: Make, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def commanded(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """A command that sweeps, but for its folder; and a folder where it came to its end undisturbed."""
+    """A command that sweeps, without its folder; and a folder where it ran to the end undisturbed."""
     folder = tmp_path_factory.mktemp("commanded")
     model = save_pretrained(agent, folder / "model")
     words = ["sweep", str(model), "--matrices", "*.W_in", "--sv", "0-2", "--edits", "zero,flip", "--episodes", "48"]
-    words += ["--controls", "1", "--workers", "2", "--seed", "3", "--out"]
+    words += ["--controls", "1", "--workers", "2", "--seed", "3", "--max-steps", "60", "--out"]
     command = [sys.executable, "-c", "from dt_lens.cli import main; main()", *words]
     subprocess.run([*command, str(folder / "whole")], check=True, timeout=300, capture_output=True)
     return command, folder / "whole"
@@ -251,24 +261,22 @@ def commanded(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_the_command_goes_on_where_it_was_stopped(
-    commanded: tuple[list[str], Path], tmp_path: Path, how: signal.Signals
-) -> None:
+def test_a_stopped_command_resumes(commanded: tuple[list[str], Path], tmp_path: Path, how: signal.Signals) -> None:
     command, whole = commanded
     driver = subprocess.Popen([*command, str(tmp_path / "stopped")], stderr=subprocess.PIPE, text=True)
     file, end = tmp_path / "stopped" / FILE, time.monotonic() + 120
-    while time.monotonic() < end and not (file.exists() and len(finished(file)) >= 5):
-        time.sleep(0.1)
+    while time.monotonic() < end and not (file.exists() and len(units_done(file)) >= 5):
+        time.sleep(0.02)
     driver.send_signal(how)
     said = driver.communicate(timeout=60)[1]
-    half = finished(file)
+    half = units_done(file)
     if how == signal.SIGINT:
         assert driver.returncode == 130
-        assert "units done; the same command goes on from there." in said.splitlines()[-1]
+        assert "units done; the same command resumes from there." in said.splitlines()[-1]
         assert [f.name for f in file.parent.iterdir()] == [FILE]
     assert 5 <= len(half) < 3 * 25
     done = subprocess.run([*command, str(tmp_path / "stopped")], timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert half.items() <= finished(file).items()
+    assert half.items() <= units_done(file).items()
     check_log(file, 3 * 25)
     same(SweepResults(file), SweepResults(whole))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 
 from dt_lens.behaviour.sweep.arms import parse_value, resolve_sv
 from dt_lens.behaviour.sweep.plan import block_size_of, merge_arms, split_seeds
+from dt_lens.behaviour.sweep.settings import SweepSettings
+from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
 
@@ -46,19 +49,19 @@ def test_directions_as_text(sv: Any, chosen: list[int]) -> None:
         ([], "no"),
     ],
 )
-def test_directions_that_there_are_not(sv: Any, sentence: str) -> None:
+def test_directions_that_do_not_exist(sv: Any, sentence: str) -> None:
     with pytest.raises(DtLensError, match=sentence):
         resolve_sv(sv, 10, "M")
 
 
 @pytest.mark.parametrize("value", ["nothing", "scale:", "scale:inf", None, float("nan")])
-def test_values_that_there_are_not(value: Any) -> None:
+def test_values_that_are_not_valid(value: Any) -> None:
     with pytest.raises(DtLensError, match="edits holds"):
         parse_value(value)
 
 
 @pytest.mark.parametrize("episodes", [1, 7, 12, 16, 17, 33, 100, 1000])
-def test_units_are_nearly_alike(episodes: int) -> None:
+def test_units_have_nearly_equal_size(episodes: int) -> None:
     size = block_size_of(episodes, None)
     assert 1 <= size <= 16
     assert size * -(-episodes // size) - episodes < -(-episodes // size) * 2 or episodes < 16
@@ -80,14 +83,14 @@ def test_arms_and_units(make_sweep: Make, agent: Any) -> None:
     assert list(split_seeds(range(3, 10), 3)) == [(3, 3), (6, 3), (9, 1)]
 
 
-def test_what_only_scales_sigma_is_not_measured_once_for_each_side(make_sweep: Make) -> None:
+def test_an_edit_that_only_scales_sigma_is_measured_on_one_side(make_sweep: Make) -> None:
     def edits(**options: Any) -> list[tuple[str | None, str | None]]:
         arms = make_sweep(matrices="*.0.attn.OV.1", edits="zero,flip,scale:2,constant", controls=0, **options).plan.arms
         return [(arm.value, arm.side) for arm in arms if arm.kind == "edit"]
 
     both = [("constant", "read"), ("constant", "write")]
     assert edits() == [("zero", "read"), ("flip", "read"), ("scale:2", "read"), *both]
-    assert len(edits(sides=["read", "write"])) == 8  # asked for
+    assert len(edits(sides=["read", "write"])) == 8  # where both sides are named
 
 
 @pytest.mark.parametrize(
@@ -141,3 +144,18 @@ def test_numpys_numbers_are_numbers(make_sweep: Make, given: dict[str, Any], pla
         other.arms,
         other.block_size,
     )
+
+
+def test_settings_and_keywords_are_one_thing(agent: Any, tmp_path: Any) -> None:
+    settings = SweepSettings(matrices="*.W_in", sv="0,1", edits="zero,flip", controls=2, episodes=4, max_steps=9)
+    by_keyword = Sweep(
+        agent, tmp_path, matrices="*.W_in", sv="0,1", edits="zero,flip", controls=2, episodes=4, max_steps=9
+    )
+    assert Sweep(agent, tmp_path, settings).plan == by_keyword.plan
+    changed = Sweep(agent, tmp_path, settings, sv=1, episodes=5)
+    assert changed.plan == Sweep(agent, tmp_path, SweepSettings(**{**vars(settings), "sv": 1, "episodes": 5})).plan
+    assert settings.sv == "0,1" and changed.settings.controls == 2
+    with pytest.raises(FrozenInstanceError):
+        settings.sv = 3  # type: ignore[misc]
+    with pytest.raises(TypeError, match="matrixes"):
+        Sweep(agent, tmp_path, matrixes="*.W_in")

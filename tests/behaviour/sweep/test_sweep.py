@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,17 @@ def test_the_same_bits_whatever_runs_it(make_sweep: Make, inline: Make, tmp_path
     assert len(set(returns)) == len(returns)  # every arm is another agent
 
 
-def test_one_file_is_left_and_the_model_as_it_was(make_sweep: Make, inline: Make, agent: Any, tmp_path: Path) -> None:
+def test_one_file_is_left_and_the_model_as_it_was(
+    make_sweep: Make, remembering: Make, agent: Any, tmp_path: Path
+) -> None:
     before = {name: weight.clone() for name, weight in agent.weights.items()}
-    told: list[tuple[str, float]] = []
-    sweep = make_sweep(tmp_path / "new" / "folder").run(lambda what, share: told.append((what, share)), inline())
+    shares: list[tuple[str, float]] = []
+    sweep = make_sweep(tmp_path / "new" / "folder")
+    sweep.run(lambda what, share: shares.append((what, share)), remembering())
     assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
     assert all(torch.equal(weight, before[name]) for name, weight in agent.weights.items())
-    assert told[0] == ("0 of 14 units", 0.0)
-    assert told[-1][0].startswith("14 of 14 units  ") and told[-1][1] == 1.0
+    assert shares[0] == ("0 of 14 units", 0.0)
+    assert shares[-1][0].startswith("14 of 14 units  ") and shares[-1][1] == 1.0
     assert sweep.results.status() == {"todo": 0, "done": 14, "failed": 0, "void": 0}
     log, bytes_ = runs(sweep), sweep.file.read_bytes()
     assert sorted(log) == [(unit, "done") for unit in range(14)]
@@ -97,14 +101,16 @@ def test_one_file_is_left_and_the_model_as_it_was(make_sweep: Make, inline: Make
     assert len(moved.read_bytes()) == len(bytes_)
 
 
-def test_without_baseline_or_controls(make_sweep: Make, inline: Make) -> None:
-    table = make_sweep(baseline=False, controls=0).run(engine=inline()).table()
+def test_without_baseline_or_controls(make_sweep: Make, remembering: Make) -> None:
+    table = make_sweep(baseline=False, controls=0).run(engine=remembering()).table()
     assert (table["kind"] == "edit").all() and len(table) == 3
     assert table["mean_return"].notna().all() and table["difference"].isna().all()
 
 
-def test_another_plan_is_refused(make_sweep: Make, inline: Make, make_model: Make, tmp_path: Path) -> None:
-    make_sweep().run(engine=inline())
+def test_another_plan_is_refused(
+    finished: Make, make_sweep: Make, remembering: Make, make_model: Make, tmp_path: Path
+) -> None:
+    finished()
     for options, words in (
         ({"seed": 4}, "its seed is 3 and this one's 4"),
         ({"target_return": 5.0}, "its target_return is 200"),
@@ -114,42 +120,61 @@ def test_another_plan_is_refused(make_sweep: Make, inline: Make, make_model: Mak
         ({"halving": 2}, "its halving is null and this one's [2]"),
     ):
         with pytest.raises(DtLensError) as caught:
-            make_sweep(**options).run(engine=inline())
+            make_sweep(**options).run(engine=remembering())
         assert words in str(caught.value) and "\n" not in str(caught.value)
         assert "holds another sweep" in str(caught.value)
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("UPDATE plan SET options = json_set(options, '$.format', 99)")
     db.close()
     with pytest.raises(DtLensError, match="its format is 99 and this version of dt-lens writes 2"):
-        make_sweep().run(engine=inline())
+        make_sweep().run(engine=remembering())
+    with pytest.raises(DtLensError, match="is 99 and this version of dt-lens reads 2; read it with the version that"):
+        SweepResults(tmp_path)
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("UPDATE plan SET options = json_set(options, '$.format', 2)")
     db.close()
-    make_sweep(sv="0-0", matrices=["blocks.?.mlp.W_in", "blocks.0.mlp.W_out"]).run()  # said in other words
+    make_sweep(sv="0-0", matrices=["blocks.?.mlp.W_in", "blocks.0.mlp.W_out"]).run()  # the same arms in other words
 
 
-def test_a_second_driver_is_refused(make_sweep: Make, inline: Make) -> None:
+def test_a_second_driver_is_refused(make_sweep: Make, remembering: Make) -> None:
     sweep = make_sweep()
-    with FileLock(f"{sweep.file}.lock"), pytest.raises(DtLensError, match="Another process is running the sweep in"):
-        sweep.run(engine=inline())
-    sweep.run(engine=inline())
+    lock = Path(f"{sweep.file}.lock")
+    with FileLock(lock), pytest.raises(DtLensError, match="Another process is running the sweep in"):
+        sweep.run(engine=remembering())
+    assert lock.is_file()  # as a driver leaves it that is killed; the system has released the lock itself
+    sweep.run(engine=remembering())
+    assert [file.name for file in lock.parent.iterdir()] == [FILE]
 
 
-def test_a_damaged_file_is_refused(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+def test_an_arm_that_comes_out_with_other_bits_is_refused(
+    make_sweep: Make, remembering: Make, interrupted: Make
+) -> None:
+    """As on another machine: the first unit of an arm is done, and its edited weights are not the same any more."""
+    sweep = make_sweep()
+    with pytest.raises(KeyboardInterrupt, match="Stopped with 3 of 14"):
+        sweep.run(engine=interrupted(4))
+    with closing(sqlite3.connect(sweep.file)) as db, db:
+        assert db.execute("UPDATE arms SET model_id = 'another' WHERE arm = 1 AND model_id IS NOT NULL").rowcount == 1
+    with pytest.raises(DtLensError, match="Arm 1 of the sweep comes out with other bits here than where it was begun;"):
+        sweep.run(engine=remembering())
+    assert sweep.results.status() == {"todo": 11, "done": 3, "failed": 0, "void": 0}
+
+
+def test_a_damaged_file_is_refused(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:
     sweep = make_sweep()
     sweep.file.write_bytes(b"")  # as a driver killed at the very first moment leaves it
-    sweep.run(engine=inline())
+    sweep.run(engine=remembering())
     whole = sweep.file.read_bytes()
-    for damaged in (b"this is no database" * 99, whole[:5000], whole[:2000] + b"\xff" * 6000 + whole[8000:]):
+    for damaged in (b"this is not a database" * 99, whole[:5000], whole[:2000] + b"\xff" * 6000 + whole[8000:]):
         sweep.file.write_bytes(damaged)
-        with pytest.raises(DtLensError, match=r"damaged, or no sweep's file .*; move it away") as caught:
-            make_sweep().run(engine=inline())
+        with pytest.raises(DtLensError, match=r"damaged, or not a sweep's file .*; move it away") as caught:
+            make_sweep().run(engine=remembering())
         assert "\n" not in str(caught.value)
     sweep.file.unlink()
     with sqlite3.connect(sweep.file) as db:
         db.execute("CREATE TABLE plan (x)")
     with pytest.raises(DtLensError, match="a database of something else"):
-        make_sweep().run(engine=inline())
+        make_sweep().run(engine=remembering())
     with pytest.raises(DtLensError, match="There is no sweep in"):
         SweepResults(tmp_path / "nowhere")
 
@@ -167,28 +192,30 @@ def test_a_damaged_file_is_refused(make_sweep: Make, inline: Make, tmp_path: Pat
         "DELETE FROM plan",
     ],
 )
-def test_a_file_whose_text_is_damaged_is_refused(make_sweep: Make, inline: Make, damage: str) -> None:
-    sweep = make_sweep().run(engine=inline())
+def test_a_file_whose_text_is_damaged_is_refused(
+    finished: Make, make_sweep: Make, remembering: Make, damage: str
+) -> None:
+    sweep = finished()
     results = sweep.results
     with sqlite3.connect(sweep.file) as db:
         db.execute(damage)
     db.close()
-    with pytest.raises(DtLensError, match=r"damaged, or no sweep's file .*; move it away") as caught:
-        make_sweep(matrices="*.1.mlp.W_in").run(engine=inline())
+    with pytest.raises(DtLensError, match=r"damaged, or not a sweep's file .*; move it away") as caught:
+        make_sweep(matrices="*.1.mlp.W_in").run(engine=remembering())
     assert "\n" not in str(caught.value)
     for read in (results.table, results.evaluations, results.episodes):
         try:
             read()
-        except DtLensError as error:  # where it looks at what is damaged
-            assert "damaged, or no sweep's file" in str(error)
+        except DtLensError as error:  # if it reads what is damaged
+            assert "damaged, or not a sweep's file" in str(error)
 
 
-def test_a_healthy_file_is_not_called_damaged(make_sweep: Make, inline: Make) -> None:
+def test_a_healthy_file_is_not_called_damaged(finished: Make, make_sweep: Make) -> None:
     sweep = make_sweep()
     sweep.file.touch()
     with pytest.raises(DtLensError, match=r"has not begun; run it first\.$"):
         SweepResults(sweep.file)
-    sweep.run(engine=inline())
+    sweep = finished()
     with pytest.raises(DtLensError, match="failure is array"):
         sweep.table(failure=np.array([1, 2]))
     with pytest.raises(ValueError, match="invalid literal"):  # the function's own
@@ -199,39 +226,40 @@ def test_a_healthy_file_is_not_called_damaged(make_sweep: Make, inline: Make) ->
 
 
 def test_a_file_that_cannot_be_opened_is_not_said_to_be_unwritable(
-    make_sweep: Make, inline: Make, monkeypatch: pytest.MonkeyPatch
+    finished: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one whose sweep was cut off, in a folder that is read-only."""
-    results = make_sweep().run(engine=inline()).results
+    results = finished().results
 
     def closed(*_: Any, **__: Any) -> Any:
         raise sqlite3.OperationalError("unable to open database file")
 
     monkeypatch.setattr(sqlite3, "connect", closed)
-    with pytest.raises(DtLensError, match="cannot be read: unable to open database file; see that you may read it"):
+    with pytest.raises(DtLensError, match="cannot be read: unable to open database file; check that you may read it"):
         results.status()
 
 
-def test_results_are_of_the_file_as_it_is_now(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    small = make_sweep(baseline=False, sv="0,1", halving=None).run(engine=inline()).results
+def test_results_are_of_the_file_as_it_is_now(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:
+    small = make_sweep(baseline=False, sv="0,1", halving=None).run(engine=remembering()).results
     assert small.options["baseline"] is False and small.table()["difference"].isna().all()
-    make_sweep(sv="0,1").run(engine=inline())
+    make_sweep(sv="0,1").run(engine=remembering())
     assert small.baseline() is not None and small.options["baseline"] is True
     same(small.table(), SweepResults(tmp_path).table(), check_exact=True)
     assert small.table()["difference"].notna().all()
 
 
-def test_where_nothing_can_be_written(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
+def test_where_nothing_can_be_written(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DtLensError, match=r"cannot be written: .*; choose another folder or make room"):
-        make_sweep(tmp_path / "file").run(engine=inline())
-    (tmp_path / "taken" / FILE).mkdir(parents=True)
-    with pytest.raises(DtLensError, match="cannot be written"):
-        make_sweep(tmp_path / "taken").run(engine=inline())
+        make_sweep(tmp_path / "file").run(engine=remembering())
+    for name in (FILE, f"{FILE}.lock"):
+        (tmp_path / f"taken {name}" / name).mkdir(parents=True)
+        with pytest.raises(DtLensError, match=rf"{FILE} cannot be written: .*; choose another folder or make room"):
+            make_sweep(tmp_path / f"taken {name}").run(engine=remembering())
 
 
-def test_a_full_disk_is_said_and_gone_on_from(
-    make_sweep: Make, inline: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_after_a_full_disk_it_resumes(
+    make_sweep: Make, remembering: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = Store._prepare
 
@@ -240,18 +268,18 @@ def test_a_full_disk_is_said_and_gone_on_from(
         pages = store._db.execute("PRAGMA page_count").fetchone()[0]
         store._db.execute(f"PRAGMA max_page_count = {pages}")
 
-    whole = make_sweep(tmp_path / "whole", episodes=30, max_steps=4).run(engine=inline())
+    whole = make_sweep(tmp_path / "whole", episodes=30, max_steps=4).run(engine=remembering())
     sweep = make_sweep(tmp_path / "full", episodes=30, max_steps=4)
     with monkeypatch.context() as patch:
         patch.setattr(Store, "_prepare", small)
         with pytest.raises(DtLensError, match=r"cannot be written: database or disk is full; choose another"):
-            sweep.run(engine=inline())
+            sweep.run(engine=remembering())
     assert 0 < sweep.results.status()["done"] < 70
-    identical(sweep.run(engine=inline()), whole)
+    identical(sweep.run(engine=remembering()), whole)
 
 
-def test_an_edit_that_cannot_be_put_in_force_is_noted(make_sweep: Make, inline: Make) -> None:
-    sweep = make_sweep(edits="scale:1,zero", controls=0).run(engine=inline(2))
+def test_an_edit_that_cannot_be_put_in_force_is_noted(make_sweep: Make, remembering: Make) -> None:
+    sweep = make_sweep(edits="scale:1,zero", controls=0).run(engine=remembering(2))
     table = sweep.table()
     void = table[table["value"] == "scale:1"]
     assert void["note"].str.contains("changes no bit of the weights").all()
@@ -261,7 +289,7 @@ def test_an_edit_that_cannot_be_put_in_force_is_noted(make_sweep: Make, inline: 
     assert table.loc[table["value"] == "zero", "q_value"].notna().all()
 
 
-def test_a_model_that_cannot_travel(make_sweep: Make, agent: Any) -> None:
+def test_a_model_that_cannot_be_sent_to_workers(make_sweep: Make, agent: Any) -> None:
     with agent.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x)]), pytest.raises(DtLensError, match="has hooks"):
         make_sweep()
     with SingularEdit(agent, "blocks.0.mlp.W_in"), pytest.raises(DtLensError, match="end it first"):
@@ -276,11 +304,11 @@ def test_a_model_that_cannot_travel(make_sweep: Make, agent: Any) -> None:
     assert not sweep.file.exists()
 
 
-def test_results_can_be_read_meanwhile(make_sweep: Make, inline: Make) -> None:
+def test_results_can_be_read_meanwhile(make_sweep: Make, remembering: Make) -> None:
     sweep = make_sweep()
     seen: list[Any] = []
 
-    class Watched(inline):  # type: ignore[misc]
+    class Watched(remembering):  # type: ignore[misc]
         def wait(self, seconds: float) -> Any:
             seen.append(sweep.table())
             return super().wait(seconds)
@@ -294,23 +322,15 @@ def test_results_can_be_read_meanwhile(make_sweep: Make, inline: Make) -> None:
     assert seen[3].iloc[0]["difference"] == pytest.approx(half[1] - half[0])
 
 
-def test_ctrl_c_says_how_to_go_on(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    whole = make_sweep(tmp_path / "whole").run(engine=inline())
-
-    class Interrupted(inline):  # type: ignore[misc]
-        count = 0
-
-        def wait(self, seconds: float) -> Any:
-            self.count += 1
-            if self.count == 5:
-                raise KeyboardInterrupt
-            return super().wait(seconds)
-
+def test_ctrl_c_says_how_to_resume(
+    make_sweep: Make, finished: Make, remembering: Make, interrupted: Make, tmp_path: Path
+) -> None:
+    whole = finished(tmp_path / "whole")
     sweep = make_sweep(tmp_path / "stopped")
-    with pytest.raises(KeyboardInterrupt, match=r"Stopped with 4 of 14 units done; the same command goes on"):
-        sweep.run(engine=Interrupted())
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped with 4 of 14 units done; the same command resumes"):
+        sweep.run(engine=interrupted(5))
     assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
-    identical(sweep.run(engine=inline()), whole)
+    identical(sweep.run(engine=remembering()), whole)
 
 
 class Deadly(LocalEngine):
@@ -327,10 +347,12 @@ class Deadly(LocalEngine):
             next(w for w in self._workers if w.unit == unit.number).process.kill()
 
 
-def test_dead_workers_are_replaced_and_a_deadly_unit_given_up(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
-    # Long enough that a kill always comes before the end.
+def test_dead_workers_are_replaced_and_a_deadly_unit_given_up(
+    make_sweep: Make, remembering: Make, tmp_path: Path
+) -> None:
+    # Units long enough that a kill always comes before their end.
     options = {"max_steps": 100, "matrices": ["*.0.mlp.W_in"], "controls": 0}
-    whole = make_sweep(tmp_path / "whole", **options).run(engine=inline())
+    whole = make_sweep(tmp_path / "whole", **options).run(engine=remembering())
     sweep = make_sweep(tmp_path / "deaths", **options).run(engine=Deadly(2, {1: 1, 2: 99}))
     assert sweep.results.status() == {"todo": 0, "done": 3, "failed": 1, "void": 0}
     assert sweep.results.failures() == ["The workers that ran it died 3 times, last by signal 9."]
@@ -343,7 +365,7 @@ def test_dead_workers_are_replaced_and_a_deadly_unit_given_up(make_sweep: Make, 
         (2, "died"),
         (3, "done"),
     ]
-    identical(sweep.run(engine=inline()), whole)
+    identical(sweep.run(engine=remembering()), whole)
 
 
 def test_a_unit_that_raises_is_kept_as_failed(make_sweep: Make, make_model: Make) -> None:

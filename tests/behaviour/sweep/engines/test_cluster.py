@@ -23,7 +23,7 @@ from dt_lens.errors import DtLensError
 
 Make = Callable[..., Any]
 
-OPTIONS = {"sv": "0,1", "controls": 1, "episodes": 16, "block_size": 4, "max_steps": 200}
+OPTIONS = {"sv": "0,1", "controls": 1, "episodes": 16, "block_size": 4, "max_steps": 100}
 LONG = 300  # seconds; no unit waits longer, whatever goes wrong
 
 
@@ -38,7 +38,7 @@ def test_without_ray_there_is_one_sentence(make_sweep: Make, monkeypatch: pytest
         make_sweep().run(engine=RayEngine())
 
 
-def test_an_address_where_nobody_listens(make_sweep: Make) -> None:
+def test_an_address_where_nothing_listens(make_sweep: Make) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     with pytest.raises(
         DtLensError, match=r"^There is no Ray cluster at 127.0.0.1:1 \(.*refused\); start one"

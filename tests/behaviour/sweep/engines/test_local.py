@@ -1,4 +1,4 @@
-"""Worker processes beside which an environment starts processes of its own."""
+"""Worker processes whose environment starts processes of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dt_lens.errors import DtLensError
 Make = Callable[..., Any]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 
-# A Pendulum that asks a process forked from its own at every step, as environments with a simulator beside them do.
+# A Pendulum that asks a forked process at every step, as environments with a simulator of their own do.
 HELPED = """
 import multiprocessing, os, pathlib, signal, time
 from gymnasium.envs.classic_control import PendulumEnv
@@ -68,7 +68,7 @@ def helped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 class Hasty(LocalEngine):
-    """Refuses to wait for ever: ends its workers after a minute without an event."""
+    """Does not wait for ever: raises after a minute without an event."""
 
     def wait(self, seconds: float) -> list[Event]:
         self.silent = getattr(self, "silent", 0) + 1
@@ -80,9 +80,9 @@ class Hasty(LocalEngine):
         return events
 
 
-def test_a_process_that_the_environment_forks(make_sweep: Make, inline: Make, tmp_path: Path, helped: str) -> None:
+def test_a_process_that_the_environment_forks(make_sweep: Make, finished: Make, tmp_path: Path, helped: str) -> None:
     options = {"matrices": "*.0.mlp.W_in", "controls": 0}
-    whole = make_sweep(tmp_path / "plain", **options).run(engine=inline())
+    whole = finished(tmp_path / "plain", **options)
     sweep = make_sweep(tmp_path / "helped", environment=helped, **options).run(engine=Hasty(1))
     assert sweep.results.status() == {"todo": 0, "done": 4, "failed": 0, "void": 0}
     assert list(sweep.episodes()["return"]) == list(whole.episodes()["return"])
@@ -96,7 +96,7 @@ def test_a_worker_is_killed_and_what_it_forked_stays(make_sweep: Make, tmp_path:
     try:
         sweep.run(engine=Hasty(1))
     finally:
-        os.kill(int(killed.read_text()), signal.SIGKILL)  # raises where it was not there any more
+        os.kill(int(killed.read_text()), signal.SIGKILL)  # raises if it has ended
     with closing(sqlite3.connect(sweep.file)) as db:
         results = [result for (result,) in db.execute("SELECT result FROM runs ORDER BY run")]
     assert results == ["died", *["done"] * 4]
