@@ -127,7 +127,7 @@ def test_the_covariance_on_each_side(make_dt: Make) -> None:
     assert (
         covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, "blocks.0.mlp.W_in")), "read", given) is given
     )
-    with pytest.raises(DtLensError, match="another model's"):
+    with pytest.raises(DtLensError, match="of another model, whose"):
         covariance_of_pairings(MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in")), "read", acts)
 
 

@@ -251,7 +251,7 @@ def test_records_and_what_does_not_fit(make_dt: Make) -> None:
         SingularEdit(model, W_IN, activations=acts, decomposition=plain)
     with pytest.raises(DtLensError, match="and the edit was given none"):
         SingularEdit(model, W_IN, decomposition=weighted)
-    with pytest.raises(DtLensError, match="another model's"):
+    with pytest.raises(DtLensError, match="of another model, whose"):
         SingularEdit(model, W_IN, activations=collected(make_dt(1)))
     # Directions of another weighting are others; those of the same one may be edited once.
     with edit:
