@@ -235,7 +235,7 @@ def test_padding_does_not_count_in_the_loss(discrete: bool) -> None:
         each = [-predicted[at].log_softmax(-1)[actions[at].argmax()] for at in real]
     else:
         each = [(predicted[at] - actions[at]).square().mean() for at in real]
-    assert float(loss) == pytest.approx(float(sum(each)) / 4, rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(sum(float(one.detach()) for one in each) / 4, rel=1e-6)
 
 
 def test_a_step_learns_from_real_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
