@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Count", "Tell", "counting", "progress", "reporting", "silent"]
+__all__ = ["Count", "ProgressCallback", "counting", "progress", "reporting", "silent"]
 
-Tell = Callable[[str, float], None]  # what is being done, and the share of the whole that is done
+ProgressCallback = Callable[[str, float], None]  # what is being done, and the share of the whole that is done
 Count = Callable[[float, int], None]  # how many are done, of how many
 
 
@@ -17,7 +17,7 @@ def silent(what: str, share: float) -> None:
 
 
 @contextmanager
-def reporting(wanted: bool | Tell) -> Iterator[Tell]:
+def reporting(wanted: bool | ProgressCallback) -> Iterator[ProgressCallback]:
     """Yield a function that reports progress: the user's own, a bar's for ``True``, or ``silent`` for ``False``."""
     if callable(wanted):
         yield wanted
@@ -61,7 +61,7 @@ def counting(wanted: bool | Count, total: int, what: str) -> Iterator[Callable[[
 
 
 @contextmanager
-def progress() -> Iterator[Tell]:
+def progress() -> Iterator[ProgressCallback]:
     """Yield a function that updates a bar on standard error; without a terminal, it prints a line per kind of work."""
     if not sys.stderr.isatty():
         last = [""]

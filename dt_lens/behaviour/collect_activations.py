@@ -20,7 +20,7 @@ from dt_lens.lens.activations import Activations
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.protocol import require_running
 from dt_lens.lens.watching import Watch
-from dt_lens.progress import Tell, reporting, silent
+from dt_lens.progress import ProgressCallback, reporting, silent
 
 if TYPE_CHECKING:
     from dt_lens.behaviour.agents.running import Setting
@@ -45,7 +45,7 @@ def collect_activations(
     max_steps: int | None = None,
     batches: Batches | None = None,
     matrices: Sequence[str] | str | None = None,
-    progress: bool | Tell = False,
+    progress: bool | ProgressCallback = False,
 ) -> Activations:
     """Collect moments of what every matrix reads, and of the residual stream, while the model runs without its edits.
 
@@ -146,7 +146,7 @@ class _InputLog:
         return self._policy.act(*fed)
 
 
-def _watch_episodes(model: Any, watch: Watch, setting: Setting, seeds: range, tell: Tell) -> dict[str, Any]:
+def _watch_episodes(model: Any, watch: Watch, setting: Setting, seeds: range, tell: ProgressCallback) -> dict[str, Any]:
     """Run the episodes, then every window of them through the hooked model."""
     played = _play(model, setting, seeds, lambda share: tell("playing episodes", PLAYING * share))
     steps, done = sum(len(episode.states) for episode in played), 0
@@ -226,7 +226,7 @@ def _cut(name: str, x: Tensor, tokens: int) -> Tensor:
     return x[:, :, :tokens, :tokens] if name.endswith("hook_pattern") else x[:, :tokens]
 
 
-def _watch_text(model: Any, watch: Watch, tell: Tell) -> dict[str, Any]:
+def _watch_text(model: Any, watch: Watch, tell: ProgressCallback) -> dict[str, Any]:
     """Run a language model's held-out text, window by window."""
     from dt_lens.behaviour.texts.reading import CONTEXT, _held_out, _in_words
     from dt_lens.behaviour.texts.windows import cut, read_texts
@@ -243,7 +243,9 @@ def _watch_text(model: Any, watch: Watch, tell: Tell) -> dict[str, Any]:
     return {"text": _in_words(texts, read), "text_id": windows.text_id, "windows": len(windows)}
 
 
-def _watch_batches(model: Any, watch: Watch, batches: Batches, tell: Tell, total: int | None = None) -> dict[str, Any]:
+def _watch_batches(
+    model: Any, watch: Watch, batches: Batches, tell: ProgressCallback, total: int | None = None
+) -> dict[str, Any]:
     batches = [batches] if isinstance(batches, Tensor | Mapping) else batches
     total = len(batches) if total is None and isinstance(batches, Sequence) else total
     number = 0
@@ -269,7 +271,9 @@ def _real(cache: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
     return mask.bool().repeat_interleave(per_step, 1)[:, : shape[1]]
 
 
-def kept_activations(model: Any, file: Path, setting: Setting, seed: int = 0, tell: Tell = silent) -> Activations:
+def kept_activations(
+    model: Any, file: Path, setting: Setting, seed: int = 0, tell: ProgressCallback = silent
+) -> Activations:
     """This agent's activations in this setting: read from ``file`` if they are there, else collected and saved there.
 
     A file must name its model, environment and target return. Older files lack their environment's options, their time

@@ -141,7 +141,7 @@ class SingularEdit(Edit):
         cut = [block for block in self.blocks if block[1] - block[0] > 1 and not set(range(*block)) <= set(self.sv)]
         if cut:
             remarks.append(
-                f"Directions {cut[0][0]} to {cut[0][1] - 1} cannot be told apart at the weights' precision; only "
+                f"Directions {cut[0][0]} to {cut[0][1] - 1} cannot be distinguished at the weights' precision; only "
                 "editing all of them means anything."
             )
         return remarks + remarks_on(bare, self.matrix, self._placed)

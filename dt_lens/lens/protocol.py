@@ -1,7 +1,7 @@
 """What every wrapped model offers, whichever architecture it has, and the checks that an object is one.
 
 Everything in dt-lens after ``load`` or ``wrap`` uses a model through ``Lens``. What a model does, in units that can be
-counted (an agent's episodes, windows of text), is no part of it: that is the subject of ``dt_lens.behaviour``.
+counted (an agent's episodes, windows of text), does not belong here but to ``dt_lens.behaviour``.
 """
 
 from __future__ import annotations

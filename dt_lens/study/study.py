@@ -17,7 +17,7 @@ from dt_lens.edits.edit import Edit
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.protocol import require_agent
-from dt_lens.progress import Count, Tell, reporting
+from dt_lens.progress import Count, ProgressCallback, reporting
 from dt_lens.statistics.rank_correlation import rank_correlation
 from dt_lens.study.page import write_study
 from dt_lens.study.result import StudyResult
@@ -69,7 +69,7 @@ class Study:
         """``out``, as a path."""
         return local_path(self.out, "out")
 
-    def run(self, progress: bool | Tell = False) -> StudyResult:
+    def run(self, progress: bool | ProgressCallback = False) -> StudyResult:
         """Do the study and write ``report.html``, ``scan.csv`` and ``verdicts.csv``.
 
         Args:
@@ -87,7 +87,7 @@ class Study:
         with reporting(progress) as tell:
             return self._run(tell)
 
-    def _run(self, tell: Tell) -> StudyResult:
+    def _run(self, tell: ProgressCallback) -> StudyResult:
         tell("scanning the weights", 0.0)
         svd = WeightSVD(self.model)
         # Every embedding with every side: the claim to be tested is that W_in, which reads, matches the outputs.
@@ -172,7 +172,7 @@ class Study:
         )
 
 
-def _counted(tell: Tell, what: str, start: float, share: float) -> Count:
+def _counted(tell: ProgressCallback, what: str, start: float, share: float) -> Count:
     """Report ``what``; the result reports how much of its ``share`` of the whole study is done."""
     tell(what, start)
     return lambda done, total: tell(what, start + share * done / total)

@@ -12,7 +12,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
-from dt_lens.progress import Tell, silent
+from dt_lens.progress import ProgressCallback, silent
 from dt_lens.statistics.nulls.haar import HaarMaximum
 from dt_lens.svd.cache import ResultCache
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
@@ -110,7 +110,7 @@ class Decompositions:
         return type(self)(model, self.rank, registry, self.fold_layernorm, activations=inputs)
 
     def pairings(
-        self, matrices: Names | None = None, embeddings: Names | None = None, tell: Tell = silent
+        self, matrices: Names | None = None, embeddings: Names | None = None, tell: ProgressCallback = silent
     ) -> list[Pairing]:
         """Every matrix side on the residual stream with every embedding that it is compared with."""
         lens = Snapshot.of(self.model)

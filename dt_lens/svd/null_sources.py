@@ -16,7 +16,7 @@ from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import MatrixFactors, SideName, Snapshot
-from dt_lens.progress import Tell
+from dt_lens.progress import ProgressCallback
 from dt_lens.statistics.nulls.covariance import CovarianceMaximum
 from dt_lens.statistics.nulls.kinds import NULLS, Null
 from dt_lens.statistics.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
@@ -207,7 +207,7 @@ class Pools:
 
 
 def draw_pools(
-    svd: Decompositions, name: str, pairings: Sequence[Pairing], seed: int, draws: int | None, tell: Tell
+    svd: Decompositions, name: str, pairings: Sequence[Pairing], seed: int, draws: int | None, tell: ProgressCallback
 ) -> Pools:
     """Draw ``draws`` models and pool the best matches of their directions, in blocks of the sizes in ``pairings``.
 

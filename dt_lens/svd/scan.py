@@ -14,7 +14,7 @@ from torch import Tensor
 from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Snapshot
-from dt_lens.progress import Tell
+from dt_lens.progress import ProgressCallback
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.nulls.haar import HaarMaximum
 from dt_lens.statistics.nulls.kinds import Null
@@ -37,7 +37,7 @@ def scan_table(
     embeddings: Sequence[str] | str | None,
     activations: Any,
     draws: int | None,
-    tell: Tell,
+    tell: ProgressCallback,
 ) -> pd.DataFrame:
     """See ``WeightSVD.scan``."""
     require_null(null if not isinstance(null, Pools) else null.name)
@@ -71,7 +71,7 @@ def null_source(
     seed: int,
     activations: Any,
     draws: int | None,
-    tell: Tell,
+    tell: ProgressCallback,
 ) -> NullSource:
     """Where a scan's nulls come from.
 
@@ -89,7 +89,9 @@ def null_source(
     return draw_pools(svd, null, pairings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
 
 
-def _parts(svd: Decompositions, pairings: list[Pairing], source: NullSource, tell: Tell) -> list[dict[str, Any]]:
+def _parts(
+    svd: Decompositions, pairings: list[Pairing], source: NullSource, tell: ProgressCallback
+) -> list[dict[str, Any]]:
     """The columns of every pairing; those with the same labels are computed together, so a vocabulary is read once."""
     groups: dict[int, list[int]] = {}
     for place, pairing in enumerate(pairings):

@@ -15,7 +15,7 @@ from scipy.linalg import subspace_angles
 
 from dt_lens.arguments import whole_number, whole_numbers
 from dt_lens.errors import DtLensError
-from dt_lens.progress import Tell, reporting
+from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.nulls.haar import LabelBlocks
 from dt_lens.statistics.nulls.subspaces import SubspaceOverlap
@@ -41,7 +41,7 @@ def subspaces(
     k: int | Sequence[int] = SIZES,
     *,
     seed: int = 0,
-    progress: bool | Tell = False,
+    progress: bool | ProgressCallback = False,
 ) -> pd.DataFrame:
     """See ``WeightSVD.subspaces``."""
     sizes, seed = whole_numbers(k, "k", 1), whole_number(seed, "seed", 0)

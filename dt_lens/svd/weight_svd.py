@@ -10,7 +10,7 @@ import pandas as pd
 
 from dt_lens.arguments import whole_number
 from dt_lens.lens.matrices import SideName
-from dt_lens.progress import Tell, reporting
+from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.svd.decomposition import Decomposition
 from dt_lens.svd.decompositions import Decompositions, Names
 from dt_lens.svd.null_sources import Pools, draw_pools
@@ -52,7 +52,7 @@ class WeightSVD(Decompositions):
         null: str | Pools = "haar",
         seed: int = 0,
         embeddings: Names | None = None,
-        progress: bool | Tell = False,
+        progress: bool | ProgressCallback = False,
         *,
         activations: Any = None,
         draws: int | None = None,
@@ -102,7 +102,7 @@ class WeightSVD(Decompositions):
         *,
         seed: int = 0,
         draws: int | None = None,
-        progress: bool | Tell = False,
+        progress: bool | ProgressCallback = False,
     ) -> Pools:
         """The best matches of drawn models, for ``scan(null=pools)`` and ``strongest(null=pools)``.
 
@@ -146,7 +146,7 @@ class WeightSVD(Decompositions):
         k: int | Sequence[int] = (1, 2, 4, 8, 16, 32),
         *,
         seed: int = 0,
-        progress: bool | Tell = False,
+        progress: bool | ProgressCallback = False,
     ) -> pd.DataFrame:
         """Compare spans, not vectors: of the first ``k`` directions of each matrix and of each embedding's labels.
 

@@ -191,7 +191,9 @@ def test_without_layernorms_the_constant_edit_is_not_a_removal(make_dt: Make, na
 def test_a_part_of_a_block_is_noted(make_dt: Make) -> None:
     model = make_dt()
     model.weights["blocks.0.mlp.W_out"].zero_()[:4, :4] = torch.diag(torch.tensor([3.0, 2.0, 2.0, 1.0]))
-    assert "Directions 1 to 2 cannot be told apart" in SingularEdit(model, "blocks.0.mlp.W_out", 1, value="zero").note
+    assert (
+        "Directions 1 to 2 cannot be distinguished" in SingularEdit(model, "blocks.0.mlp.W_out", 1, value="zero").note
+    )
     assert SingularEdit(model, "blocks.0.mlp.W_out", [1, 2], value="zero").note == ""
     assert SingularEdit(model, "blocks.0.mlp.W_out", 3, value="zero").note == ""
 

@@ -12,7 +12,7 @@ from dt_lens.behaviour.sweep.store import KEPT
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import find_matrix
-from dt_lens.progress import Tell, silent
+from dt_lens.progress import ProgressCallback, silent
 
 __all__ = ["ActivationSource"]
 
@@ -46,7 +46,7 @@ class ActivationSource:
         """The file of activations, next to the sweep's."""
         return self._file.with_name(KEPT)
 
-    def get(self, tell: Tell = silent) -> Activations | None:
+    def get(self, tell: ProgressCallback = silent) -> Activations | None:
         """The activations, collected now if necessary; ``None`` if the sweep has none.
 
         Raises:
@@ -56,7 +56,7 @@ class ActivationSource:
             self._found, self._resolved = self._load_or_collect(tell), True
         return self._found
 
-    def _load_or_collect(self, tell: Tell) -> Activations | None:
+    def _load_or_collect(self, tell: ProgressCallback) -> Activations | None:
         recorded = self._recorded()
         if recorded is None:
             return self._collect(EPISODES, tell) if self._needed else None
@@ -81,7 +81,7 @@ class ActivationSource:
             return None
         return found
 
-    def _collect(self, episodes: int, tell: Tell) -> Activations:
+    def _collect(self, episodes: int, tell: ProgressCallback) -> Activations:
         return collect_activations(self._model, episodes=episodes, **self._setting, progress=tell)
 
     def check(self, matrices: list[str]) -> None:

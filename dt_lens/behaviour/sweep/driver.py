@@ -15,7 +15,7 @@ from dt_lens.behaviour.sweep.plan import Block
 from dt_lens.behaviour.sweep.store import Store
 from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.errors import DtLensError
-from dt_lens.progress import Tell
+from dt_lens.progress import ProgressCallback
 
 __all__ = ["Driver"]
 
@@ -35,7 +35,7 @@ class Driver:
         tell: receives the progress.
     """
 
-    def __init__(self, store: Store, packer: Packer, todo: Sequence[Block], units: int, tell: Tell) -> None:
+    def __init__(self, store: Store, packer: Packer, todo: Sequence[Block], units: int, tell: ProgressCallback) -> None:
         self.store, self.packer, self.tell = store, packer, tell
         self.todo, self.units = deque(todo), units
         self.running: dict[int, tuple[Block, int]] = {}  # by unit: its block, and the number of its run

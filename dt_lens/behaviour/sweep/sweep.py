@@ -32,7 +32,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.forward_mode import one_thread
 from dt_lens.lens.matrices import catalogue
 from dt_lens.lens.protocol import require_agent
-from dt_lens.progress import Tell, reporting, silent
+from dt_lens.progress import ProgressCallback, reporting, silent
 
 __all__ = ["Sweep"]
 
@@ -127,7 +127,7 @@ class Sweep:
         """What the sweep will do; collects activations if the plan depends on them."""
         return self._make_plan(silent)
 
-    def _make_plan(self, tell: Tell) -> Plan:
+    def _make_plan(self, tell: ProgressCallback) -> Plan:
         activations, arms = self._source.get(tell), self._arms
         if activations is not None:
             with one_thread():
@@ -151,7 +151,7 @@ class Sweep:
             )
         return job
 
-    def run(self, progress: bool | Tell = False, engine: Engine | None = None) -> Self:
+    def run(self, progress: bool | ProgressCallback = False, engine: Engine | None = None) -> Self:
         """Run what is not done yet.
 
         Args:
@@ -179,7 +179,7 @@ class Sweep:
                     Driver(store, packer, todo, units, tell).run(engine or LocalEngine(workers), job)
         return self
 
-    def _fill_output_energies(self, store: Store, packer: Packer, tell: Tell) -> None:
+    def _fill_output_energies(self, store: Store, packer: Packer, tell: ProgressCallback) -> None:
         """Compute the output energies of arms that were begun before activations were known."""
         arms = store.arms_without_output_energy() if self._source.get() is not None else []
         for first in range(0, len(arms), TOGETHER):

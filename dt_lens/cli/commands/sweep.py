@@ -29,7 +29,7 @@ from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
     from dt_lens.behaviour.sweep.engines.engine import Engine
-    from dt_lens.progress import Tell
+    from dt_lens.progress import ProgressCallback
 
 ROWS = 20  # printed
 HIDDEN = ("of", "layer", "head", "directions", "match", "failure_low", "failure_high", "survival", "note")
@@ -175,7 +175,7 @@ def _engine(name: str, address: str | None, workers: int | None) -> Engine | Non
 
 
 @contextmanager
-def _long_progress() -> Iterator[Tell]:
+def _long_progress() -> Iterator[ProgressCallback]:
     """Show a progress bar on a terminal; in a log, print a line now and then, since a sweep may run for days."""
     with progress() as tell:
         if sys.stderr.isatty():

@@ -17,7 +17,7 @@ from dt_lens.behaviour.texts.windows import Texts, cut, read_texts
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import select_matrices
-from dt_lens.progress import Tell, reporting, silent
+from dt_lens.progress import ProgressCallback, reporting, silent
 from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.claims import CLAIMS, WAYS, Finding, NotApplicable, Way, verdict_of
@@ -50,7 +50,7 @@ def court(
     draws: int = 4000,
     workers: int | None = None,
     command: str = "",
-    progress: bool | Tell = False,
+    progress: bool | ProgressCallback = False,
 ) -> CourtResult:
     """Try the seven claims on a model, as registered in ``docs/court.md``, and write the result into ``out``.
 
@@ -149,7 +149,7 @@ class _Trial:
     no_rollouts_reason: str = "it does not act in an environment"
     measured: MeasuredEdits | None = None
     swept: tuple[MeasuredEdits, str] | None = None
-    tell: Tell = silent
+    tell: ProgressCallback = silent
 
     def rulings(self) -> list[Ruling]:
         """Try every claim both ways; Holm's correction runs over the applicable claims of each way."""

@@ -23,7 +23,7 @@ from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Snapshot, find_matrix, select_matrices
-from dt_lens.progress import Tell
+from dt_lens.progress import ProgressCallback
 from dt_lens.study.court.claims import NotApplicable
 
 __all__ = [
@@ -105,7 +105,7 @@ class Rollouts:
     max_steps: int | None = None
     workers: int | None = None
 
-    def run(self, tell: Tell) -> MeasuredEdits:
+    def run(self, tell: ProgressCallback) -> MeasuredEdits:
         """Run what is not finished, and give all edits.
 
         Raises:
@@ -132,7 +132,7 @@ class Rollouts:
         )  # fmt: skip
         return MeasuredEdits(baseline, edits, measured_edits(raw, self.model, baseline, asked)[1])
 
-    def _sweep(self, name: str, tell: Tell, part: tuple[float, float], **options: Any) -> SweepResults:
+    def _sweep(self, name: str, tell: ProgressCallback, part: tuple[float, float], **options: Any) -> SweepResults:
         def share(what: str, done: float) -> None:
             tell(f"running edits  {what}", part[0] + (part[1] - part[0]) * done)
 
@@ -245,7 +245,7 @@ def edits_of_sweep(source: str | Path, model: Any) -> tuple[MeasuredEdits, str]:
     return MeasuredEdits(baseline, found, found, folded), taken
 
 
-def common_action(model: Any, setting: Setting, out: Path | None, tell: Tell) -> int:
+def common_action(model: Any, setting: Setting, out: Path | None, tell: ProgressCallback) -> int:
     """The most common action in ten of the agent's own episodes, kept in ``out/actions.json``.
 
     Discrete: the index of the most frequent action. Continuous: the coordinate of largest mean |action|.

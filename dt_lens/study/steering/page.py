@@ -119,7 +119,7 @@ def steering_figure(result: SteeringResult) -> go.Figure:
 
 
 def randoms_figure(result: SteeringResult) -> go.Figure:
-    """Draw every direction's mean return at the largest dose against that at the least; the diagonal is no reach."""
+    """Draw the mean returns at the largest dose against those at the least; on the diagonal the reach is 0."""
     table = result.randoms
     sides = list(dict.fromkeys(table["side"]))
     titles = [f"random in place of what it {DOES[side]}" for side in sides]

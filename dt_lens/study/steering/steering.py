@@ -24,7 +24,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName
 from dt_lens.lens.protocol import require_agent
-from dt_lens.progress import Tell, reporting
+from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.statistics.outcomes import Interval, bootstrap_interval, sign_flip, wilson
 from dt_lens.study.steering.doses import DOES, Candidate, candidates_of, dosed, output_energy_scale, put_side, slopes
 from dt_lens.study.steering.page import write_steering
@@ -62,7 +62,7 @@ def steer(
     max_steps: int | None = None,
     workers: int | None = None,
     command: str = "",
-    progress: bool | Tell = False,
+    progress: bool | ProgressCallback = False,
 ) -> SteeringResult:
     """Find the direction whose dose best moves the return along the target-return curve; report it on fresh seeds.
 
@@ -127,7 +127,7 @@ class _Search:
     max_steps: int | None
     workers: int | None
 
-    def run(self, episodes: int, choosing: int, count: int, tell: Tell) -> SteeringResult:
+    def run(self, episodes: int, choosing: int, count: int, tell: ProgressCallback) -> SteeringResult:
         tell("running the curve", 0.0)
         at = {}
         for number, target in enumerate(self.targets):
@@ -172,7 +172,13 @@ class _Search:
         return Trials(self.model, self.out / "arms", self.workers, **settings).run(edit)
 
     def _choose(
-        self, plain: Evaluation, means: Mapping[float, float], target: float, episodes: int, count: int, tell: Tell
+        self,
+        plain: Evaluation,
+        means: Mapping[float, float],
+        target: float,
+        episodes: int,
+        count: int,
+        tell: ProgressCallback,
     ) -> pd.DataFrame:
         rows, found = [], candidates_of(self.model, count)
         floor, ceiling = min(means.values()), max(means.values())
@@ -202,7 +208,7 @@ class _Search:
         return pd.DataFrame(rows)
 
     def _report(
-        self, direction: Candidate, target: float, extent: float, sign: float, episodes: int, tell: Tell
+        self, direction: Candidate, target: float, extent: float, sign: float, episodes: int, tell: ProgressCallback
     ) -> tuple[pd.DataFrame, dict[float, Evaluation], dict[str, Any]]:
         start = self.seed + FRESH
         plain = self._evaluate(None, target, episodes, start)
@@ -226,7 +232,7 @@ class _Search:
         extent: float,
         arms: Mapping[float, Evaluation],
         episodes: int,
-        tell: Tell,
+        tell: ProgressCallback,
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
         """How far random directions reach in place of the chosen one, on either side, from the two outermost doses."""
         ends, start = (min(self.doses), max(self.doses)), self.seed + FRESH
@@ -265,7 +271,7 @@ class _Search:
             found[f"{name}_median"] = float(size.median())
         return table, found
 
-    def _inputs(self, target: float, tell: Tell) -> Activations:
+    def _inputs(self, target: float, tell: ProgressCallback) -> Activations:
         """What the matrices read while the unedited agent plays at the operating target."""
         setting = setting_of(self.model, self.environment, None, target, self.max_steps, "steer")
         file = self.out / "activations.safetensors"

@@ -15,7 +15,7 @@ from dt_lens.arguments import require_wrapped, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
-from dt_lens.progress import Tell, reporting
+from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.svd.decomposition import Decomposition, common_boundary, rounding_noise
 from dt_lens.svd.pairings import is_natural
 from dt_lens.svd.solvers import decompose
@@ -42,7 +42,7 @@ def compare(
     k: int = 10,
     fold_layernorm: bool = True,
     names: tuple[str, str] = ("A", "B"),
-    progress: bool | Tell = False,
+    progress: bool | ProgressCallback = False,
 ) -> ModelChanges:
     """What changed between two models of the same shape, matrix by matrix.
 
