@@ -21,11 +21,16 @@ CHECKED = [
     "dt_lens.behaviour.agents.windows",
     "dt_lens.decision_transformer.model",
     "dt_lens.decision_transformer.policy",
-    "dt_lens.edits",
+    "dt_lens.edits.control",
+    "dt_lens.edits.replacements",
+    "dt_lens.edits.singular",
     "dt_lens.lens.embeddings",
     "dt_lens.lens.matrices",
     "dt_lens.statistics.nulls",
-    "dt_lens.svd",
+    "dt_lens.svd.decomposition",
+    "dt_lens.svd.solvers",
+    "dt_lens.svd.weight_svd",
+    "dt_lens.svd.weighted",
     "dt_lens.lens.watching",
 ]
 SHAPED = re.compile(r"\b(Float|Int|Bool|Shaped|Num)\[")
