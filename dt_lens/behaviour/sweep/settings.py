@@ -1,4 +1,4 @@
-"""``SweepSettings``: everything that a sweep is asked for, checked in one place."""
+"""``SweepSettings``: everything that decides what a sweep runs, checked in one place."""
 
 from __future__ import annotations
 

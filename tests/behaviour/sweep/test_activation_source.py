@@ -94,7 +94,7 @@ def test_given_activations(make_sweep: Make, remembering: Make, make_model: Make
     assert sweep.results.options["activations"] == {**own.record, "digest": own.digest}
     make_sweep(tmp_path / "out", **options | {"episodes": 4}).run(engine=remembering())  # found next to the file
     stranger = collect_activations(make_model("Pendulum-v1", seed=1), episodes=1, max_steps=9)
-    with pytest.raises(DtLensError, match="another model's"):
+    with pytest.raises(DtLensError, match=r"of another model, whose blocks\.0\.mlp\.W_in differs"):
         make_sweep(**options, activations=stranger)
 
 

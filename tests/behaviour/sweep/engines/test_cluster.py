@@ -90,8 +90,8 @@ def test_a_node_is_killed_in_the_middle(
     first = [run for run in log_of(sweep.file) if run[2] == "done"]
     assert len(first) < 12
 
-    # Whatever the machine's load, the second node has finished a unit when it dies, and takes one with it: until the
-    # first is heard of, the other node's units wait, and from then on the second's do.
+    # Whatever the machine's load, the second node has finished a unit when it dies, and is running another: until its
+    # first unit is reported, the other node's units wait, and from then on the second node's do.
     lost, mine = two_nodes.list_all_nodes()[1], clusters.run_on_node
     lost_id, armed, caught = lost.node_id, tmp_path / "armed", tmp_path / "caught"
 
