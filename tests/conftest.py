@@ -45,6 +45,18 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest tests first, so that no process is left with one at the end.
+
+    A test that takes more than a minute says how many: ``@pytest.mark.acceptance(minutes=3)``.
+    """
+
+    def minutes(item: pytest.Item) -> float:
+        return max((mark.kwargs.get("minutes", 0) for mark in item.iter_markers("acceptance")), default=0)
+
+    items.sort(key=minutes, reverse=True)
+
+
 def shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check the annotations that tell shapes; mypy has checked the others."""
     function.__annotations__ = {

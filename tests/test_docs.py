@@ -58,7 +58,7 @@ def test_short_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert run(page, False, tmp_path, monkeypatch) == len(short)
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=2)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_all_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not any(b.note == "slow" for b in blocks(page, "python")):

@@ -13,7 +13,7 @@ import pytest
 import dt_lens
 from dt_lens import SingularEdit, evaluate
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.acceptance(minutes=2)
 
 
 def test_the_edit_of_the_readme_hurts_and_goes_away() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.acceptance
+pytestmark = pytest.mark.acceptance(minutes=1)
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example_adapter"
 USE = """
 import json, sys

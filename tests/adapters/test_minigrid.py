@@ -319,7 +319,7 @@ def test_the_memory_agent_remembers(real_checkpoints: Callable[[str], Path]) -> 
     assert dt_lens.evaluate(lens, target_return=0, **run).to_frame()["return"].tolist() == [0.0] * 8
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=2)
 @pytest.mark.parametrize(("name", "target", "measured"), MEASURED)
 def test_real_agents_reach_what_was_measured(
     real_checkpoints: Callable[[str], Path], name: str, target: float, measured: float

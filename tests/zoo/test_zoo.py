@@ -51,7 +51,7 @@ def test_tiny_gpt2_predicts_as_its_card_says() -> None:
     assert model.tokenizer.decode(model.tokenizer.encode("naïve ☃")) == "naïve ☃"
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=5)
 def test_hopper_hops_as_its_card_says() -> None:
     from dt_lens import evaluate
 

@@ -229,19 +229,19 @@ def test_killed_now_and_then(make_sweep: Make, tmp_path: Path) -> None:
     assert _kill_at_random(make_sweep, tmp_path, 3, seed=1, more=few).total() >= 3
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=3)
 def test_killed_at_twelve_moments(make_sweep: Make, tmp_path: Path) -> None:
     killed = _kill_at_random(make_sweep, tmp_path, 12, seed=7)
     assert killed.total() >= 12 and min(killed["driver"], killed["worker"]) >= 5
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=3)
 def test_killed_while_it_grows(make_sweep: Make, tmp_path: Path) -> None:
     first = {"matrices": "*.0.mlp.W_in", "controls": 0, "episodes": 4}
     assert _kill_at_random(make_sweep, tmp_path, 6, 3, first, {"block_size": 3}).total() >= 6
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=3)
 def test_killed_rung_by_rung(make_sweep: Make, tmp_path: Path) -> None:
     more = {"sv": "0-3", "edits": "zero,flip", "halving": [2, 4], "episodes": 6}
     assert _kill_at_random(make_sweep, tmp_path, 6, 5, None, more).total() >= 6
@@ -259,7 +259,7 @@ def commanded(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
     return command, folder / "whole"
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=3)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_command_resumes(commanded: tuple[list[str], Path], tmp_path: Path, how: signal.Signals) -> None:
     command, whole = commanded

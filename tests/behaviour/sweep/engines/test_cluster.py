@@ -67,7 +67,7 @@ def two_nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=2)
 def test_a_node_is_killed_in_the_middle(
     make_sweep: Make, inline: Make, tmp_path: Path, two_nodes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
