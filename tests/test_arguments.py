@@ -46,7 +46,7 @@ NAME = "blocks.0.mlp.W_in"
         ("subspaces", {"k": None}, "k is None"),
         ("subspaces", {"k": True}, "k is True"),
         ("subspaces", {"k": [2, "a"]}, "k is 'a'"),
-        ("subspaces", {"k": []}, "k holds no number"),
+        ("subspaces", {"k": []}, "k is empty; give one or several whole numbers"),
         ("cosines", {"k": 1.5}, "k is 1.5"),
         ("cosines", {"k": -1}, "k is -1"),
         ("top", {"k": "a"}, "k is 'a'"),

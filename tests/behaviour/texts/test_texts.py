@@ -367,7 +367,7 @@ def test_the_command_line_reads_with_a_language_model(tmp_path: Path) -> None:
     text.write_text(TEXT)
     assert "own.txt: 1 window" in run("--text", str(text)).output
     for arguments, words in (
-        (["--env", "Hopper-v5", "--episodes", "3"], "which reads a --text; leave out --environment and --episodes."),
+        (["--env", "Hopper-v5", "--episodes", "3"], "which reads --text; leave out --environment and --episodes."),
         (["--workers", "2"], "leave out --workers."),
         (["--text", str(tmp_path / "none.txt")], "There is no text file"),
     ):

@@ -292,7 +292,7 @@ def test_mistakes_are_one_sentence(make_dt: Make, other: dict[str, Any], options
 
 def test_other_mistakes(make_dt: Make) -> None:
     a, b = make_dt(0), make_dt(1)
-    with pytest.raises(DtLensError, match="wrapped models"):
+    with pytest.raises(DtLensError, match="compare takes a wrapped model, not a Linear"):
         dt_lens.compare(a, torch.nn.Linear(2, 2))
     b.weights["blocks.1.attn.W_O"][0, 0, 0] = float("nan")
     with pytest.raises(DtLensError, match=r"blocks.1.attn.W_O holds NaN"):
