@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dt_lens.errors import DtLensError, nearest, unwritable
+from dt_lens.errors import DtLensError, a_type, nearest, unwritable
 
 __all__ = [
     "atomic_write",
@@ -188,11 +188,11 @@ def require_wrapped(model: Any, caller: str, *offers: str) -> None:
     """Raise ``DtLensError`` unless ``model`` has the attributes of a wrapped model that ``caller`` needs."""
     if not all(hasattr(model, name) for name in offers):
         raise DtLensError(
-            f"{caller} takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
+            f"{caller} takes a wrapped model, not {a_type(model)}; call dt_lens.wrap or dt_lens.load first."
         )
 
 
 def require_activations(given: Any) -> None:
     """Raise ``DtLensError`` unless ``given`` is a result of ``dt_lens.collect_activations``."""
     if not hasattr(given, "inputs"):
-        raise DtLensError(f"activations is a {type(given).__name__}; it must be a result of collect_activations.")
+        raise DtLensError(f"activations is {a_type(given)}; it must be a result of collect_activations.")

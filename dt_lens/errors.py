@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["DtLensError", "because", "nearest", "unwritable"]
+__all__ = ["DtLensError", "a_type", "because", "nearest", "unwritable"]
 
 
 class DtLensError(Exception):
@@ -14,6 +14,16 @@ class DtLensError(Exception):
     Everything that goes wrong because of what the user passed in is one of these; the command line prints the
     sentence and exits with status 2.
     """
+
+
+def a_type(value: object) -> str:
+    """The name of a value's type with its article, for use inside a sentence.
+
+    >>> a_type(3), a_type("text")
+    ('an int', 'a str')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
 
 
 def because(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dt_lens.arguments import refuse_unknown
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, a_type, because
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens.language_model.original import config_values, fill
@@ -78,7 +78,7 @@ def _family(wrapped: nn.Module) -> Family:
     found = next((family for family in FAMILIES if names & set(family.architectures)), None)
     if found is None:
         known = ", ".join(family.architectures[0] for family in FAMILIES)
-        raise DtLensError(f"This bridge wraps a {type(wrapped).__name__}; dt-lens knows bridges around {known}.")
+        raise DtLensError(f"This bridge wraps {a_type(wrapped)}; dt-lens knows bridges around {known}.")
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HEADS, Activation, HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, run_facts
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.checkpoints import Checkpoint
 
 __all__ = ["MiniGridDecisionTransformer", "view_labels"]
@@ -283,7 +283,7 @@ def _read(name: str, value: Any) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise DtLensError(f"The checkpoint's {name} is not JSON: {because(error)}.") from error
     if not isinstance(values, Mapping):
-        raise DtLensError(f"The checkpoint's {name} holds a {type(values).__name__}; expected named fields.")
+        raise DtLensError(f"The checkpoint's {name} holds {a_type(values)}; expected named fields.")
     return dict(values)
 
 

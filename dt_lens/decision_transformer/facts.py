@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dt_lens.arguments import atomic_write
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.checkpoints import read_json
 
 __all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "given_facts"]
@@ -128,7 +128,7 @@ class RunFacts:
     def from_dict(cls, values: Any, source: str = "the run facts") -> RunFacts:
         """Facts from plain JSON values; lists become tuples."""
         if not isinstance(values, dict):
-            raise DtLensError(f"{source} holds a {type(values).__name__}; expected an object with named fields.")
+            raise DtLensError(f"{source} holds {a_type(values)}; expected an object with named fields.")
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.svd.side_labels import unit_rows
 
@@ -171,7 +171,7 @@ def _wanted(value: Any, old: Float[Tensor, "k d"], seed: int) -> tuple[Tensor, A
         vector = torch.as_tensor(value, dtype=None if given.is_complex() else torch.float64).detach().to(old.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtLensError(
-            f"value is a {type(value).__name__}; it must be one of {', '.join(VALUES)}, a number, a vector, {FORMS}."
+            f"value is {a_type(value)}; it must be one of {', '.join(VALUES)}, a number, a vector, {FORMS}."
         ) from error
     if given.dtype == torch.bool or given.is_complex() or tuple(vector.shape) not in ((), (d,)):
         raise DtLensError(

@@ -17,7 +17,7 @@ from dt_lens.edits.control import Control
 from dt_lens.edits.edit import Edit, state_of, unedited
 from dt_lens.edits.low_rank import carry, remarks_on
 from dt_lens.edits.replacements import Replacements, Value
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName, Snapshot, find_matrix
 from dt_lens.lens.protocol import Lens, require_running
@@ -267,7 +267,7 @@ def _decomposed(
 def _require_fit(given: Decomposition, made_of: MatrixFactors, activations: str, whole: bool) -> None:
     """Check that a decomposition given by the user is that of these weights; of all directions if ``whole``."""
     if not isinstance(given, Decomposition):
-        raise DtLensError(f"decomposition is a {type(given).__name__}; it must be what WeightSVD gives for a matrix.")
+        raise DtLensError(f"decomposition is {a_type(given)}; it must be what WeightSVD gives for a matrix.")
     matrix, folded = made_of.matrix, made_of.folded
     if given.activations != activations:
         have = f"weighted by the activations {given.activations}" if given.activations else "plain"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, a_type, because
 from dt_lens.lens.token_text import byte_alphabet, from_bytes
 
 __all__ = ["token_labels"]
@@ -27,7 +27,7 @@ def token_labels(tokenizer: Any, d_vocab: int) -> list[str]:
         raise
     except Exception as error:  # any tokenizer may raise anything
         raise DtLensError(
-            f"The tokenizer, a {type(tokenizer).__name__}, cannot say what its tokens stand for: {because(error)}."
+            f"The tokenizer, {a_type(tokenizer)}, cannot say what its tokens stand for: {because(error)}."
         ) from error
     labels, taken = [], set[str]()
     for i, text in enumerate(texts):
@@ -45,7 +45,7 @@ def _texts(tokenizer: Any, d_vocab: int) -> list[str | None]:
     known = len(tokenizer)
     if not known:
         raise DtLensError(
-            f"The tokenizer, a {type(tokenizer).__name__}, has no tokens; pass the model's own, or tokenizer=None."
+            f"The tokenizer, {a_type(tokenizer)}, has no tokens; pass the model's own, or tokenizer=None."
         )
     if known > d_vocab:
         raise DtLensError(

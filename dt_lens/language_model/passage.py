@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.family import Family
 
@@ -85,9 +85,7 @@ class _Passage:
         try:
             return self.model.get_submodule(path)
         except AttributeError as error:
-            raise DtLensError(
-                f"The model has no module {path!r}, which a {type(self.model).__name__} should have."
-            ) from error
+            raise DtLensError(f"The model has no module {path!r}, which {a_type(self.model)} should have.") from error
 
     def open(self) -> None:
         cfg, at = self.cfg, self.modules
@@ -103,7 +101,7 @@ class _Passage:
         b, at = f"blocks.{layer}", self.modules
         if at.ln2 is None and not self.cfg.parallel:
             raise DtLensError(
-                f"The family of a {type(self.model).__name__} has no norm before its MLP, and its configuration does "
+                f"The family of {a_type(self.model)} has no norm before its MLP, and its configuration does "
                 "not say that attention and MLP read the stream side by side; one of the two is declared wrongly."
             )
         self.entry(path, f"{b}.hook_resid_pre")

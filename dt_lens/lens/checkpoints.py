@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dt_lens.arguments import local_path
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, a_type, because
 
 __all__ = ["SUFFIXES", "Checkpoint", "Unpack", "read_checkpoint", "read_index", "read_json"]
 
@@ -228,9 +228,7 @@ def _read_pickle(file: Path, unpack: Unpack | None) -> Checkpoint:
             "whole."
         ) from error
     if not isinstance(loaded, Mapping):
-        raise DtLensError(
-            f"{file} holds a {type(loaded).__name__}; expected a state dict, which maps names to tensors."
-        )
+        raise DtLensError(f"{file} holds {a_type(loaded)}; expected a state dict, which maps names to tensors.")
     tensors: Any = loaded
     extra: dict[str, Any] = {}
     for name in NESTED:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dt_lens.arguments import names
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, a_type, nearest
 
 __all__ = ["Embedding", "EmbeddingRegistry"]
 
@@ -140,7 +140,7 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
     def __setitem__(self, name: str, embedding: Embedding) -> None:
         if not isinstance(embedding, Embedding):
             raise DtLensError(
-                f"{name!r} must be an Embedding, not a {type(embedding).__name__}; write Embedding(directions, labels)."
+                f"{name!r} must be an Embedding, not {a_type(embedding)}; write Embedding(directions, labels)."
             )
         if embedding.directions.shape[1] != self.d_model:
             raise DtLensError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.adapters import Adapter, choose, opener, unpack
 from dt_lens.lens.checkpoints import SUFFIXES, read_checkpoint
 from dt_lens.lens.protocol import Lens, is_wrapped
@@ -39,7 +39,7 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
     """
     if not isinstance(source, (str, Path)):
         raise DtLensError(
-            f"load takes a name or a path, not a {type(source).__name__}; use dt_lens.wrap for a live torch model."
+            f"load takes a name or a path, not {a_type(source)}; use dt_lens.wrap for a live torch model."
         )
     checkpoint = read_checkpoint(_locate(source), partial(unpack, adapter=adapter))
     chosen = choose(checkpoint, adapter, sorted(checkpoint.tensors))
@@ -58,7 +58,7 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
         return model
     if not isinstance(model, nn.Module):
         raise DtLensError(
-            f"wrap takes a torch model, not a {type(model).__name__}; use dt_lens.load for a file, folder or name."
+            f"wrap takes a torch model, not {a_type(model)}; use dt_lens.load for a file, folder or name."
         )
     chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
     return _certified(chosen.wrap(model, **given), check)
@@ -83,7 +83,7 @@ def open_checkpoint(source: str | Path, *, adapter: str | Adapter | type | None 
             way, or a tensor does not fit.
     """
     if not isinstance(source, (str, Path)):
-        raise DtLensError(f"open_checkpoint takes the path of a folder, not a {type(source).__name__}.")
+        raise DtLensError(f"open_checkpoint takes the path of a folder, not {a_type(source)}.")
     from dt_lens.lens.shards import Shards
 
     shards = Shards(_locate(source))

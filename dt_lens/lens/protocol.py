@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 
 if TYPE_CHECKING:
     from dt_lens.lens.embeddings import EmbeddingRegistry
@@ -100,7 +100,7 @@ def require_running(model: Any, caller: str) -> None:
     """Raise ``DtLensError`` unless ``model`` is a wrapped model that can run, which ``caller`` needs."""
     if not is_wrapped(model):
         raise DtLensError(
-            f"{caller} takes a wrapped model, not a {type(model).__name__}; call dt_lens.wrap or dt_lens.load first."
+            f"{caller} takes a wrapped model, not {a_type(model)}; call dt_lens.wrap or dt_lens.load first."
         )
     if not model.can_run:
         raise DtLensError(
@@ -112,6 +112,6 @@ def require_agent(model: Any, caller: str) -> None:
     """Raise ``DtLensError`` unless ``model`` is a wrapped model that acts in an environment, which ``caller`` needs."""
     wanted = f"{caller} takes a decision transformer from dt_lens.load or dt_lens.wrap"
     if not is_wrapped(model):
-        raise DtLensError(f"{wanted}, not a {type(model).__name__}; wrap it first: dt_lens.wrap(model).")
+        raise DtLensError(f"{wanted}, not {a_type(model)}; wrap it first: dt_lens.wrap(model).")
     if not model.can_act:
         raise DtLensError(f"{wanted}, not a {model.kind}; scan its weights, and use evaluate for its texts.")

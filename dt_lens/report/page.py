@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dt_lens.arguments import atomic_write, local_path
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.report.style import dark, light
 from dt_lens.report.tables import Format, table_html
 from dt_lens.version import __version__
@@ -212,7 +212,7 @@ class _Page:
             if isinstance(block, kind):
                 return make(block)
         raise DtLensError(
-            f"A report is made of text, notes, plots, tables and videos; a {type(block).__name__} is none of them."
+            f"A report is made of text, notes, plots, tables and videos; {a_type(block)} is none of them."
         )
 
     def plots(self, figures: Mapping[str, go.Figure], label: str, caption: str) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import pandas as pd
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.token_text import texts
 
 __all__ = [
@@ -92,7 +92,7 @@ def at_least(counts: Mapping[str, float] | pd.Series[float], minimum: float = 1)
         DtLensError: for counts that are neither a mapping nor a Series.
     """
     if not isinstance(counts, (Mapping, pd.Series)):
-        raise DtLensError(f"Counts are a mapping or a Series from label to number, not a {type(counts).__name__}.")
+        raise DtLensError(f"Counts are a mapping or a Series from label to number, not {a_type(counts)}.")
     return _AtLeast({str(label): float(count) for label, count in counts.items()}, minimum)
 
 

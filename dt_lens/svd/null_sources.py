@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dt_lens.arguments import whole_number
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import MatrixFactors, SideName, Snapshot
 from dt_lens.progress import ProgressCallback
@@ -84,7 +84,7 @@ class CovarianceSource:
                 activations = np.asarray(activations, dtype=np.float64)
             except (TypeError, ValueError) as error:
                 raise DtLensError(
-                    f"activations= is a {type(activations).__name__}; expected activations, a file of them, or a "
+                    f"activations= is {a_type(activations)}; expected activations, a file of them, or a "
                     "covariance [d_model, d_model]."
                 ) from error
         self.lens, self.activations, self.fold, self.seed, self.draws = lens, activations, fold, seed, draws

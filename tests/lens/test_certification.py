@@ -350,7 +350,7 @@ def test_what_is_proven(make_hf: Any) -> None:
 
 
 def test_an_object_that_is_not_a_wrapped_model_is_refused() -> None:
-    with pytest.raises(DtLensError, match="certify takes a wrapped model, not a int"):
+    with pytest.raises(DtLensError, match="certify takes a wrapped model, not an int"):
         dt_lens.certify(3)  # type: ignore[arg-type]
 
 

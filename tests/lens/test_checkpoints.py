@@ -128,7 +128,7 @@ def test_a_whole_module_is_refused_with_its_name(tmp_path: Path) -> None:
     [
         ([torch.zeros(2)], "holds a list; expected a state dict"),
         (torch.zeros(2), "holds a Tensor; expected a state dict"),
-        (3, "holds a int; expected a state dict"),
+        (3, "holds an int; expected a state dict"),
         ({}, "holds no tensors; expected the weights of a model"),
         ({"a": torch.zeros(2), "epoch": 3}, "holds 'epoch', which is not a tensor; expected a state dict"),
         ({"state_dict": {"a": torch.zeros(2), "b": "x"}}, "holds 'b', which is not a tensor"),

@@ -10,7 +10,7 @@ import pandas as pd
 
 from dt_lens.behaviour.agents.episodes import Episodes
 from dt_lens.behaviour.printing import html_table, p_text, span, text_table
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, logrank, mcnemar, sign_flip, wilson
 
 __all__ = ["Comparison"]
@@ -158,7 +158,7 @@ class Comparison:
 
 def _check_pairs(edited: Episodes, baseline: Episodes) -> None:
     if not isinstance(baseline, Episodes):
-        raise DtLensError(f"compare takes another evaluation of an agent, not a {type(baseline).__name__}.")
+        raise DtLensError(f"compare takes another evaluation of an agent, not {a_type(baseline)}.")
 
     def rule(e: Episodes) -> Any:
         return e.failure if callable(e.failure) else str(e.failure)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from dt_lens.behaviour.printing import html_table, p_text, span, text_table
 from dt_lens.behaviour.texts.losses import Losses, Moved, moved_html, moved_rows, small_span
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, sign_flip
 
 __all__ = ["TextComparison"]
@@ -167,7 +167,7 @@ class TextComparison:
 
 def _check_pairs(edited: Losses, baseline: Losses, other_model: bool) -> None:
     if not isinstance(baseline, Losses):
-        raise DtLensError(f"compare takes another evaluation of text, not a {type(baseline).__name__}.")
+        raise DtLensError(f"compare takes another evaluation of text, not {a_type(baseline)}.")
     if edited.context != baseline.context or len(edited) != len(baseline):
         raise DtLensError(
             f"The two evaluations cut the text into different windows ({len(edited)} of {edited.context} tokens and "

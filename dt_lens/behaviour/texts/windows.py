@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, a_type, because
 
 __all__ = ["Windows", "cut", "read_texts"]
 
@@ -60,7 +60,7 @@ def read_texts(texts: Texts) -> list[str]:
         return [_read(texts)]
     if not isinstance(texts, Sequence) or not all(isinstance(text, str | Path) for text in texts):
         raise DtLensError(
-            f"texts is a {type(texts).__name__}; evaluate takes the path of a text file, a string, or a list of either."
+            f"texts is {a_type(texts)}; evaluate takes the path of a text file, a string, or a list of either."
         )
     if not texts:
         raise DtLensError("texts is empty; give evaluate at least one text.")

@@ -13,7 +13,7 @@ from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.edits.singular import SingularEdit
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.matrices import Snapshot, find_matrix
 from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
 from dt_lens.study.atlas.result import Atlas
@@ -51,7 +51,7 @@ def make_atlas(
             activations of swept activation-aware directions are missing.
     """
     if not hasattr(results, "evaluations"):
-        raise DtLensError(f"make_atlas takes the results of a sweep, not a {type(results).__name__}; see SweepResults.")
+        raise DtLensError(f"make_atlas takes the results of a sweep, not {a_type(results)}; see SweepResults.")
     if model_id(model) != results.options["model"]:
         raise DtLensError("The sweep is of other weights than this model's; load the model that was swept.")
     evaluations = results.evaluations()
