@@ -66,7 +66,7 @@ def test_wrong_facts_are_refused(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("values", [[], 3, None, "text"])
 def test_facts_must_be_an_object(values: Any) -> None:
-    with pytest.raises(DtLensError, match=r"the run facts holds a \w+; expected an object"):
+    with pytest.raises(DtLensError, match=r"the run facts holds an? \w+; expected an object"):
         RunFacts.from_dict(values)
 
 

@@ -135,5 +135,5 @@ def test_an_unknown_architecture_says_what_it_saw() -> None:
 
 @pytest.mark.parametrize("thing", [None, 3, "hopper", {"a": torch.zeros(2)}, torch.zeros(3), nn.Linear])
 def test_wrap_refuses_what_is_not_a_torch_module(thing: Any) -> None:
-    with pytest.raises(DtLensError, match=r"wrap takes a torch model, not a \w+; use dt_lens\.load"):
+    with pytest.raises(DtLensError, match=r"wrap takes a torch model, not an? \w+; use dt_lens\.load"):
         dt_lens.wrap(thing)

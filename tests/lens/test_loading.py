@@ -49,7 +49,7 @@ def test_load_takes_text_and_paths(agent: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("source", [None, 3, ["hopper"], torch.nn.Linear(2, 2)])
 def test_load_refuses_what_is_not_a_name_or_path(source: Any) -> None:
-    with pytest.raises(DtLensError, match=r"load takes a name or a path, not a \w+; use dt_lens\.wrap"):
+    with pytest.raises(DtLensError, match=r"load takes a name or a path, not an? \w+; use dt_lens\.wrap"):
         dt_lens.load(source)
 
 

@@ -91,9 +91,9 @@ def test_what_is_not_a_wrapped_model_is_refused() -> None:
     for given in (torch.nn.Linear(2, 2), "hopper", None, 5):
         name = type(given).__name__
         assert not is_wrapped(given)
-        with pytest.raises(DtLensError, match=rf"^court takes a wrapped model, not a {name}; call dt_lens\.wrap or "):
+        with pytest.raises(DtLensError, match=rf"^court takes a wrapped model, not an? {name}; call dt_lens\.wrap or "):
             require_running(given, "court")
-        with pytest.raises(DtLensError, match=rf"^steer takes a decision transformer .*, not a {name}; wrap it first"):
+        with pytest.raises(DtLensError, match=rf"^steer takes a decision transformer .*, not an? {name}; wrap it first"):
             require_agent(given, "steer")
 
 
