@@ -88,12 +88,11 @@ def test_a_lens_whose_properties_raise_is_not_asked_for_them() -> None:
 
 
 def test_what_is_not_a_wrapped_model_is_refused() -> None:
-    for given in (torch.nn.Linear(2, 2), "hopper", None, 5):
-        name = type(given).__name__
+    for given, name in ((torch.nn.Linear(2, 2), "a Linear"), ("hopper", "a str"), (None, "a NoneType"), (5, "an int")):
         assert not is_wrapped(given)
-        with pytest.raises(DtLensError, match=rf"^court takes a wrapped model, not an? {name}; call dt_lens\.wrap or "):
+        with pytest.raises(DtLensError, match=rf"^court takes a wrapped model, not {name}; call dt_lens\.wrap or "):
             require_running(given, "court")
-        with pytest.raises(DtLensError, match=rf"^steer takes a decision transformer .*, not an? {name}; wrap it first"):
+        with pytest.raises(DtLensError, match=rf"^steer takes a decision transformer .*, not {name}; wrap it first"):
             require_agent(given, "steer")
 
 
