@@ -187,9 +187,12 @@ def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:
 def require_wrapped(model: Any, caller: str, *offers: str) -> None:
     """Raise ``DtLensError`` unless ``model`` has the attributes of a wrapped model that ``caller`` needs."""
     if not all(hasattr(model, name) for name in offers):
-        raise DtLensError(
-            f"{caller} takes a wrapped model, not {a_type(model)}; call dt_lens.wrap or dt_lens.load first."
-        )
+        raise not_wrapped(model, caller)
+
+
+def not_wrapped(model: Any, caller: str) -> DtLensError:
+    """The error of ``caller`` for something that is not a wrapped model."""
+    return DtLensError(f"{caller} takes a wrapped model, not {a_type(model)}; call dt_lens.wrap or dt_lens.load first.")
 
 
 def require_activations(given: Any) -> None:

@@ -16,22 +16,23 @@ from beartype import beartype
 from jaxtyping import install_import_hook
 from torch import nn
 
-# The modules whose signatures tell shapes.
+# Modules with shapes in their annotations, which are checked at every call.
 CHECKED = [
     "dt_lens.behaviour.agents.windows",
     "dt_lens.decision_transformer.model",
     "dt_lens.decision_transformer.policy",
     "dt_lens.edits.control",
     "dt_lens.edits.replacements",
-    "dt_lens.edits.singular",
+    "dt_lens.edits.low_rank",
     "dt_lens.lens.embeddings",
     "dt_lens.lens.matrices",
-    "dt_lens.statistics.nulls",
     "dt_lens.svd.decomposition",
     "dt_lens.svd.solvers",
-    "dt_lens.svd.weight_svd",
-    "dt_lens.svd.weighted",
+    "dt_lens.lens.activations",
     "dt_lens.lens.watching",
+    "dt_lens.svd.side_labels",
+    "dt_lens.svd.token_table",
+    "dt_lens.training.agent",
 ]
 SHAPED = re.compile(r"\b(Float|Int|Bool|Shaped|Num)\[")
 

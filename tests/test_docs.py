@@ -17,8 +17,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
 WIDTH = 120  # columns of prose; tables, links and code may be wider
-LOOSE = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
-WRAPPED = [*PAGES, *LOOSE, *sorted((ROOT / "dt_lens" / "zoo").glob("*/CARD.md"))]
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+WRAPPED = [*PAGES, *OTHERS, *sorted((ROOT / "dt_lens" / "zoo").glob("*/CARD.md"))]
 
 
 class Block(NamedTuple):
@@ -83,7 +83,7 @@ def test_excerpts_are_in_the_file_that_they_are_of(page: Path) -> None:
                 assert kept.strip() in ("", "...") or kept in there, f"{page.name}: {line}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
 def test_commands_parse(page: Path) -> None:
     import typer
 
@@ -97,7 +97,7 @@ def test_commands_parse(page: Path) -> None:
             group.commands[words[1]].make_context(words[1], words[2:])  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,8 +1,9 @@
 """MiniGrid decision transformers as jbloomAus/DecisionTransformerInterpretability trains and saves them.
 
 The blocks are TransformerLens's, so they have canonical names already. Around them stand ``nn.Embedding`` and
-``nn.Linear`` layers, most of them without a bias. Positions are learned, one for each token of the context, besides
-a table of timesteps. Before an episode's first step the window holds steps of padding that the model sees.
+``nn.Linear`` layers, most of them without a bias. Positions are learned, one for each token that acting reads (the
+context without its last action), besides a table of timesteps. Before an episode's first step the window holds steps of
+padding that the model sees.
 
 A file holds, beside the state dict, what it was trained with as JSON; or it is the state dict alone, from whose shapes
 all but the activation function can be read.

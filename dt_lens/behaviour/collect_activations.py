@@ -17,7 +17,7 @@ from dt_lens.behaviour.agents.windows import WindowPolicy
 from dt_lens.edits.edit import suspended
 from dt_lens.errors import DtLensError, because
 from dt_lens.lens.activations import Activations
-from dt_lens.lens.forward_mode import evaluating
+from dt_lens.lens.forward_mode import evaluating, one_thread
 from dt_lens.lens.protocol import require_running
 from dt_lens.lens.watching import Watch
 from dt_lens.progress import ProgressCallback, reporting, silent
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["collect_activations", "kept_activations"]
 
 TOGETHER = 16  # episodes whose windows run side by side
-PLAYING = 0.25  # the share of the time that the episodes take; the rest goes into running their windows
+EPISODES = 0.25  # the share of the time that the episodes take; the rest goes into running their windows
 TEXT_WINDOWS = 256  # the most windows of a language model's held-out text
 Batches = Iterable[Tensor | Mapping[str, Any]]
 
@@ -49,7 +49,7 @@ def collect_activations(
 ) -> Activations:
     """Collect moments of what every matrix reads, and of the residual stream, while the model runs without its edits.
 
-    An agent plays the episodes that ``evaluate`` plays with the same arguments, to the bit; every step's window, as
+    An agent runs the episodes that ``evaluate`` runs with the same arguments, to the bit; every step's window, as
     the agent saw it, is then run through the hooked model. The tokens whose value can reach the action count: all of
     the window (padding only where the model sees it, and not the action's own token, which acting leaves out); in the
     last block, after its keys and values, only the last state's token. A token counts once for every window that it was
@@ -69,8 +69,6 @@ def collect_activations(
         DtLensError: for a model that cannot run, settings that ``evaluate`` would refuse, batches that do not fit, or
             activations that are not finite.
     """
-    from dt_lens.lens.forward_mode import one_thread
-
     require_running(model, "collect_activations")
     text = not model.can_act
     of_agents = (environment, environment_kwargs, target_return, max_steps)
@@ -148,7 +146,7 @@ class _InputLog:
 
 def _watch_episodes(model: Any, watch: Watch, setting: Setting, seeds: range, tell: ProgressCallback) -> dict[str, Any]:
     """Run the episodes, then every window of them through the hooked model."""
-    played = _play(model, setting, seeds, lambda share: tell("playing episodes", PLAYING * share))
+    played = _play(model, setting, seeds, lambda share: tell("running episodes", EPISODES * share))
     steps, done = sum(len(episode.states) for episode in played), 0
     # Longest first, so that rows fall out at the end.
     played.sort(key=lambda episode: -len(episode.states))
@@ -156,7 +154,7 @@ def _watch_episodes(model: Any, watch: Watch, setting: Setting, seeds: range, te
         some = played[begin : begin + TOGETHER]
         for running in _run_windows(model, watch, some):
             done += running
-            tell("running windows", PLAYING + (1 - PLAYING) * done / steps)
+            tell("running windows", EPISODES + (1 - EPISODES) * done / steps)
     return {
         "environment": setting.environment,
         "environment_kwargs": setting.environment_kwargs,

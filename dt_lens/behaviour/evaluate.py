@@ -90,7 +90,7 @@ def evaluate(
         target_return: what the agent is asked for, in the environment's units; the model's first one by default.
         environment_kwargs: for ``gymnasium.make``; by default those of the model's facts, with the model's environment.
         max_steps: cut episodes after this many steps, where the environment's time limit does not do so earlier.
-        failure: what counts as failing; see ``Evaluation``.
+        failure: what counts as failing; see ``dt_lens.behaviour.agents.episodes.Episodes``.
         workers: processes; as many as there are processor cores to use by default; 1 runs in this process.
         lanes: episodes side by side in a process, at least 8; chosen by the number of episodes by default.
         progress: ``True`` for a progress bar on standard error, or a function of (episodes done, episodes), which

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dt_lens.arguments import atomic_write, local_path
+from dt_lens.decision_transformer.facts import FACTS_FILE
 from dt_lens.decision_transformer.hf_layout import config_to_hf, hf_from_canonical
 
 if TYPE_CHECKING:
@@ -31,11 +32,10 @@ def save_pretrained(model: HookedDecisionTransformer, folder: str | Path) -> Pat
     tensors = hf_from_canonical(model.weights, model.cfg)
     config["dtype"] = str(tensors["encoder.wte.weight"].dtype).removeprefix("torch.")
     # All three are written before the first is replaced, so that a failure leaves an old checkpoint whole.
-    with (
-        atomic_write(folder / "config.json") as config_part,
-        atomic_write(folder / "model.safetensors", SafetensorError) as weights_part,
-    ):
-        config_part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_file(tensors, weights_part, metadata={"format": "pt"})
-        model.facts.save(folder)
+    with atomic_write(folder / FACTS_FILE) as facts_part:
+        facts_part.write_text(model.facts.to_json() + "\n", encoding="utf-8")
+        with atomic_write(folder / "config.json") as config_part:
+            config_part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            with atomic_write(folder / "model.safetensors", SafetensorError) as weights_part:
+                save_file(tensors, weights_part, metadata={"format": "pt"})
     return folder

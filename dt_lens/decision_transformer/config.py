@@ -135,7 +135,7 @@ class HookedDecisionTransformerConfig:
 
     @property
     def n_actions(self) -> int:
-        """Rows of the action table: one for each action coordinate or action id, and one for a padding action."""
+        """Rows of the action table: one for each action coordinate or id, and one more if ``action_padding``."""
         return self.act_dim + self.action_padding
 
     def attn_scale(self, layer: int) -> float:

@@ -101,14 +101,18 @@ class RunFacts:
                 kind = "action" if name.startswith("action") else "state"
                 raise DtLensError(f"The run facts' {name} has {len(value)} entries; the model's {kind} has {size}.")
 
-    def save(self, folder: Path) -> None:
-        """Write ``dt_lens.json`` into ``folder``; a value that JSON cannot hold is a ``DtLensError``."""
+    def to_json(self) -> str:
+        """The facts as the text of ``dt_lens.json``; a value that JSON cannot hold is a ``DtLensError``."""
         try:
-            text = json.dumps(asdict(self), indent=1)
+            return json.dumps(asdict(self), indent=1)
         except (TypeError, ValueError) as error:
             raise DtLensError(
                 f"The run facts cannot be written as JSON: {because(error)}; use plain values."
             ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write ``dt_lens.json`` into ``folder``; a value that JSON cannot hold is a ``DtLensError``."""
+        text = self.to_json()
         with atomic_write(folder / FACTS_FILE) as part:
             part.write_text(text + "\n", encoding="utf-8")
 

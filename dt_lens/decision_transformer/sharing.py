@@ -68,7 +68,7 @@ class SharingModule(HookedRootModule):
     def look_at(
         self, original: nn.Module, weights: Callable[[], Mapping[str, Tensor]], reference: Reference | None
     ) -> None:
-        """Share the memory of ``original``, of whose weights ``weights()`` returns views under canonical names."""
+        """Share the memory of ``original``. ``weights()`` returns views of its weights under canonical names."""
         self.adopt(weights())
         # Not registered as a submodule, which would list every weight twice.
         object.__setattr__(self, "original", original)
@@ -86,7 +86,7 @@ class SharingModule(HookedRootModule):
         for name in names:
             if theirs[name].data_ptr() != mine[name].data_ptr():
                 raise DtLensError(
-                    f"The wrapped model no longer shares the weight {name!r}: it was moved, cast or loaded anew after "
+                    f"The wrapped model no longer shares the weight {name!r}: it was moved, cast or loaded again after "
                     "dt_lens.wrap; wrap it again."
                 )
 

@@ -51,7 +51,9 @@ class Control(Edit):
     def __init__(self, edit: Edit, seed: int = 0, activations: Activations | None = None) -> None:
         if activations is not None:
             require_activations(activations)
-        self.of = edit
+        while isinstance(edit, Control):
+            edit = edit.of
+        self.of: Edit = edit
         self.seed = whole_number(seed, "seed")
         self.activations = "" if activations is None else activations.digest
         bare = unedited(edit.model)

@@ -45,7 +45,7 @@ class HookedLanguageModel(HookedRootModule):
 
     Attributes:
         original: the user's own model: an edit made here is seen there.
-        reference: its activations under canonical names, with which ``certify`` checks the weights.
+        reference: its activations under canonical names, against which ``certify`` checks the weights.
         identity: unique to this model, so that embeddings of two models are never mixed.
 
     Raises:

@@ -17,7 +17,7 @@ __all__ = ["LanguageModelReference"]
 
 
 class LanguageModelReference:
-    """The original's activations, with which ``certify`` checks a language model's weights."""
+    """The original's activations, against which ``certify`` checks a language model's weights."""
 
     def __init__(self, model: nn.Module, family: Family, cfg: LanguageModelConfig) -> None:
         self.model = model
@@ -54,7 +54,7 @@ class LanguageModelReference:
         return {name: tensor.detach() for name, tensor in seen.items()}
 
     def _require_activation(self, block: str, seen: Mapping[str, Tensor]) -> None:
-        """Raise unless the neurons are the configured activation of the MLP's input (times the gated part)."""
+        """Raise unless the neurons are the activation of ``hook_pre``, times ``hook_pre_linear`` if gated."""
         from transformers.activations import ACT2FN
 
         if self.cfg.act_fn not in ACT2FN:

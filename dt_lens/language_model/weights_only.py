@@ -29,7 +29,7 @@ class WeightsOnly:
 
     Attributes:
         cfg: sizes and options.
-        weights: read-only, by canonical name; each is read from its file anew.
+        weights: read-only, by canonical name; each is read from its file at every access.
         tokenizer: the one beside the weights, if any.
         identity: unique to this model.
 

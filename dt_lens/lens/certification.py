@@ -42,7 +42,7 @@ EXCHANGED: tuple[str, ...] = (
     "hook_pre",
 )
 EXCHANGED += ("hook_pre_linear",)
-# A language model's tables, which face the stream on one side only.
+# A language model's tables, which are looked up or read off, and so are not in the catalogue of matrices.
 TABLES = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
 CHUNK = 2**17  # entries of a weight that are converted to float64 at a time, so that memory never holds all of it twice
 # The model's outputs, and the part that is wrong if an output differs.

@@ -213,7 +213,7 @@ class MatrixFactors:
     Attributes:
         lens: the model's weights and structure.
         matrix: which matrix.
-        folded: whether ``effective`` factors are the folded ones; never where no LayerNorm stands before the matrix.
+        folded: whether ``effective`` factors are the folded ones; always ``False`` if no LayerNorm stands before it.
     """
 
     lens: Snapshot

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from dt_lens.arguments import not_wrapped
 from dt_lens.errors import DtLensError, a_type
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ class Lens(Protocol):
         kind: what the model is, such as ``"decision transformer"`` or ``"language model"``: for messages and the heads
             of files. Code does not branch on it.
         can_run: whether it has a forward pass; ``False`` for one that was opened for its weights only.
-        can_act: whether it chooses actions in an environment; a model that does not predicts text.
+        can_act: whether it chooses actions in an environment; otherwise it predicts text.
         cfg: sizes and options.
         original: the user's own model where this one shares its memory, or ``None``.
-        reference: the original's activations, which ``certify`` holds the weights against, or ``None``.
+        reference: the original's activations, against which ``certify`` checks the weights, or ``None``.
     """
 
     kind: str
@@ -99,9 +100,7 @@ def is_wrapped(model: object) -> bool:
 def require_running(model: Any, caller: str) -> None:
     """Raise ``DtLensError`` unless ``model`` is a wrapped model that can run, which ``caller`` needs."""
     if not is_wrapped(model):
-        raise DtLensError(
-            f"{caller} takes a wrapped model, not {a_type(model)}; call dt_lens.wrap or dt_lens.load first."
-        )
+        raise not_wrapped(model, caller)
     if not model.can_run:
         raise DtLensError(
             "This model was opened for its weights only and cannot run; use dt_lens.load for one that can."
@@ -114,4 +113,5 @@ def require_agent(model: Any, caller: str) -> None:
     if not is_wrapped(model):
         raise DtLensError(f"{wanted}, not {a_type(model)}; wrap it first: dt_lens.wrap(model).")
     if not model.can_act:
-        raise DtLensError(f"{wanted}, not a {model.kind}; scan its weights, and use evaluate for its texts.")
+        texts = ", and use evaluate for its texts" if model.can_run else ""
+        raise DtLensError(f"{wanted}, not a {model.kind}; scan its weights{texts}.")

@@ -19,7 +19,7 @@ def texts(labels: Sequence[str]) -> list[str]:
 
     Labels are taken for byte-level tokens when some begin with ``Ġ`` and none holds a space; for SentencePiece's when
     some begin with ``▁`` and none holds a space. Other labels are returned unchanged. Bytes that form no
-    character are written ``\\\\xe2``.
+    character are written ``\\xe2``.
 
     >>> texts(["Ġcaf", "Ã©", "Ċ", "âĢ"])
     [' caf', 'é', '\\n', '\\\\xe2\\\\x80']

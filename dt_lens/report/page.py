@@ -89,7 +89,7 @@ Block: TypeAlias = "str | Note | Plot | Choice | Table | Video | Markup | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and the blocks below it; in a string, a paragraph, `` `code` `` and ``**bold**`` are formatted."""
+    """A heading and the blocks below it. A string is a paragraph with `` `code` `` and ``**bold**`` formatted."""
 
     title: str
     blocks: Sequence[Block]

@@ -26,6 +26,7 @@ __all__ = [
     "light",
     "natural",
     "plain",
+    "signed",
 ]
 
 # Okabe and Ito's palette (2008) without black and yellow, which vanish on a dark or a light page, and with two more
@@ -125,6 +126,15 @@ def plain(text: object) -> str:
     'a&lt;b &amp; c'
     """
     return html.escape(str(text), quote=False)
+
+
+def signed(value: float, decimals: int = 2) -> str:
+    """A number with its sign, with a typographic minus.
+
+    >>> signed(-0.256), signed(1234, 0)
+    ('−0.26', '+1,234')
+    """
+    return f"{value:+,.{decimals}f}".replace("-", "−")
 
 
 def columns_of(table: pd.DataFrame, needed: Iterable[str], what: str) -> None:

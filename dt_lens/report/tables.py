@@ -24,7 +24,7 @@ def number_format(name: str, values: pd.Series[Any]) -> Format:
     """Choose how to write the numbers of a column, from its name and the size of its values.
 
     p and q values have three decimals (or ``< 0.001``), rates are percentages, cosines have a sign, whole numbers have
-    thousands separators, and other numbers have fewer decimals the larger the largest is.
+    thousands separators; the larger a column's largest number is, the fewer decimals its numbers have.
 
     >>> write = number_format("return", pd.Series([2896.4, -5.0]))
     >>> write(2896.4), write(-5.0), write(float("nan"))

@@ -40,7 +40,8 @@ def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.
 
     The smaller of the two would not be valid: 37 % more statistics than allowed would reach ``1 / (draws + 1)``, the
     smallest share, because either of the two may be small. So the bound decides: it is used where it says that fewer
-    than 100 of the draws would be as extreme, whatever the draws were. With fewer than 100 draws the share is not used.
+    than 100 of the draws would be as extreme, whatever the draws were. With fewer than 99 draws, and a bound of at
+    most 1, the share is not used.
 
     >>> tail_or_share([1e-6, 0.0005, 0.3], [0.001, 0.001, 0.2], 999).tolist()
     [1e-06, 0.0005, 0.2]

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.report.spectra import q_text
-from dt_lens.report.style import BASELINE, CONTROL, EDIT, PALETTE, columns_of, empty, finish, kind_of, plain
+from dt_lens.report.style import BASELINE, CONTROL, EDIT, PALETTE, columns_of, empty, finish, kind_of, plain, signed
 
 __all__ = ["damage_against_cosine", "effects", "survival"]
 
@@ -279,7 +279,7 @@ def _edit_label(row: Mapping[Any, Any]) -> str:
     side = f" {plain(row['side'])}" if two_sided and _has(row, "side") else ""
     first = f"<b>{plain(row['matrix'])}</b>{side} · sv {row['sv']}"
     match = f"{row['embedding']} " if _has(row, "embedding") else ""
-    match += f"{row['label']} {_signed(row['cosine'])}" if _has(row, "label") and _has(row, "cosine") else ""
+    match += f"{row['label']} {signed(row['cosine'])}" if _has(row, "label") and _has(row, "cosine") else ""
     second = ": ".join(part for part in (str(row["role"]) if _has(row, "role") else "", match.strip()) if part)
     return first + (f"<br><i>{plain(_shortened(second))}</i>" if second else "")
 
@@ -287,10 +287,6 @@ def _edit_label(row: Mapping[Any, Any]) -> str:
 def _has(row: Mapping[Any, Any], key: str) -> bool:
     """Whether a row has a value for ``key``."""
     return key in row and not pd.isna(row[key]) and row[key] != ""
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 def _shortened(text: str, most: int = 44) -> str:
@@ -324,10 +320,10 @@ def _correlation(
 ) -> str:
     """Spearman's rank correlation, for the title."""
     if given is not None:
-        return f"Spearman ρ = {_signed(given[0])} [{_signed(given[1])}, {_signed(given[2])}]"
+        return f"Spearman ρ = {signed(given[0])} [{signed(given[1])}, {signed(given[2])}]"
     both = np.isfinite(cosine) & np.isfinite(damage)
     if both.sum() < 3 or np.ptp(cosine[both]) == 0 or np.ptp(damage[both]) == 0:
         return "Too few different edits for a correlation"
     from scipy.stats import spearmanr
 
-    return f"Spearman ρ = {_signed(float(spearmanr(cosine[both], damage[both]).statistic))} ({int(both.sum())} edits)"
+    return f"Spearman ρ = {signed(float(spearmanr(cosine[both], damage[both]).statistic))} ({int(both.sum())} edits)"

@@ -12,6 +12,7 @@ import pandas as pd
 from dt_lens.arguments import atomic_write, local_path
 from dt_lens.report import heatmaps, spectra
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, Video, write_report
+from dt_lens.report.style import signed
 from dt_lens.statistics.outcomes import wilson
 from dt_lens.study import figures
 from dt_lens.study.result import StudyResult
@@ -101,8 +102,8 @@ def sentences(result: StudyResult) -> list[str]:
         )
     worst = table.sort_values("difference", kind="stable").iloc[0]
     lines.append(
-        f"The worst edit, {worst['matrix']} sv={worst['sv']}, changes the return by **{_signed(worst['difference'])}** "
-        f"and its control by {_signed(worst['control_difference'])}."
+        f"The worst edit, {worst['matrix']} sv={worst['sv']}, changes the return by "
+        f"**{signed(worst['difference'], 0)}** and its control by {signed(worst['control_difference'], 0)}."
     )
     found = result.spearman
     if np.isnan(found.rho):
@@ -119,15 +120,10 @@ def sentences(result: StudyResult) -> list[str]:
         )
         lines.append(
             f"Across the {len(table)} edits, Spearman's correlation of |cosine| with damage beyond the control is "
-            f"**{_signed(found.rho, 2)}** [{_signed(found.low, 2)}, {_signed(found.high, 2)}], p = {found.p_value:.2g}"
+            f"**{signed(found.rho)}** [{signed(found.low)}, {signed(found.high)}], p = {found.p_value:.2g}"
             f", {clear}."
         )
     return lines
-
-
-def _signed(value: float, decimals: int = 0) -> str:
-    """A number with its sign, with a typographic minus."""
-    return f"{value:+,.{decimals}f}".replace("-", "−")
 
 
 def _agent(result: StudyResult) -> Section:

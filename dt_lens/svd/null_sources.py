@@ -26,7 +26,7 @@ from dt_lens.svd.drawn_models import shuffled, untrained
 from dt_lens.svd.pairings import Pairing
 from dt_lens.svd.side_labels import SideLabels
 
-__all__ = ["CovarianceSource", "NullSource", "Pools", "draw_pools", "covariance_of_pairings", "require_null"]
+__all__ = ["CovarianceSource", "NullSource", "Pools", "draw_pools", "require_null", "side_covariance"]
 
 Array = NDArray[np.float64]
 POOL = 10_000  # matches that every pool should hold at least,
@@ -95,9 +95,7 @@ class CovarianceSource:
     def null(self, pairing: Pairing, span: int) -> Null:
         labels, where = pairing.labels, (pairing.matrix.name, pairing.side)
         if where not in self._covariances:
-            S = covariance_of_pairings(
-                MatrixFactors.of(self.lens, pairing.matrix, self.fold), pairing.side, self.activations
-            )
+            S = side_covariance(MatrixFactors.of(self.lens, pairing.matrix, self.fold), pairing.side, self.activations)
             self._covariances[where] = (hashlib.blake2b(S.tobytes(), digest_size=16).digest(), S)
         digest, S = self._covariances[where]
         key = (digest, labels.digest, labels.centred, span, self.seed, self.draws)
@@ -118,8 +116,8 @@ class CovarianceSource:
         return {"null": "covariance", "assumes": CovarianceMaximum.assumes, "activations": digest}
 
 
-def covariance_of_pairings(factors: MatrixFactors, side: SideName, activations: Any) -> Array:
-    """The covariance ``[d_model, d_model]`` of the vectors that directions on one side of a matrix are drawn like.
+def side_covariance(factors: MatrixFactors, side: SideName, activations: Any) -> Array:
+    """The covariance ``[d_model, d_model]`` of the vectors that the null draws for one side of a matrix.
 
     On a reading side these are the matrix's inputs; with folding, the stream as its LayerNorm leaves it before scale
     and bias. On the key side of a ``QK`` circuit they are the inputs of the keys. On a writing side they are the stream

@@ -81,7 +81,7 @@ def null_source(
     if isinstance(null, Pools):
         return null
     if activations is not None and null != "covariance":
-        raise DtLensError(f"only null='covariance' uses activations=, and null is {null!r}; leave them out.")
+        raise DtLensError(f"Only null='covariance' uses activations=, and null is {null!r}; leave them out.")
     if null == "haar":
         return _Rotations(svd, seed, draws)
     if null == "covariance":

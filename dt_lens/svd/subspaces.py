@@ -116,6 +116,6 @@ def _behind_centring(labels: SideLabels) -> bool:
 
 
 def _basis(directions: Array) -> Array:
-    """Orthonormal rows of the same span, for directions that centring has left almost orthonormal."""
+    """Orthonormal rows of the span of directions that were orthonormal before centring."""
     _, sigma, right = np.linalg.svd(directions, full_matrices=False)
     return np.asarray(right[sigma > RANK])

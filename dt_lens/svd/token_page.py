@@ -79,7 +79,7 @@ def _side(part: pd.DataFrame, shown: dict[str, tuple[int, int]], top: float) -> 
     )
 
 
-_SPAN = "Their sigmas are too close to tell apart: only the span of these directions means anything."
+_SPAN = "Their sigmas are too close to distinguish: only the span of these directions means anything."
 
 
 def _counted(embedding: str, passed: int, of: int) -> str:

@@ -136,7 +136,7 @@ def token_table(
         where: a filter or several, all of which a label must pass: ``dt_lens.svd.ascii_only``, ``whole_words``,
             ``at_least(counts, 100)``, or any function of a label's text. Embeddings of which no label passes are left
             out.
-        side: only this side of every matrix, with every embedding.
+        side: only this side of every matrix; named embeddings are then all compared with it.
 
     Raises:
         DtLensError: for an unknown matrix, embedding or side, a filter that no label passes, or a count below 1.
@@ -147,7 +147,7 @@ def token_table(
     kept = {embedding.name: passing_labels(list(embedding.labels), where) for embedding in chosen}
     compared = list(_parts(svd, matrices, chosen, named, k, side))
     if not compared:
-        raise DtLensError("No embedding is compared with these matrices by default; pass embeddings=")
+        raise DtLensError("No embedding is compared with these matrices by default; name some with embeddings=.")
     parts: dict[int, dict[str, Any]] = {}
     shown = {}
     for embedding in chosen:

@@ -11,7 +11,6 @@ import pandas as pd
 from dt_lens.arguments import whole_number
 from dt_lens.lens.matrices import SideName
 from dt_lens.progress import ProgressCallback, reporting
-from dt_lens.svd.decomposition import Decomposition
 from dt_lens.svd.decompositions import Decompositions, Names
 from dt_lens.svd.null_sources import Pools, draw_pools
 from dt_lens.svd.pairings import natural_side
@@ -23,7 +22,7 @@ from dt_lens.svd.token_table import TokenTable, token_table
 if TYPE_CHECKING:
     from dt_lens.svd.label_filters import Filter, Rule
 
-__all__ = ["Decomposition", "WeightSVD"]
+__all__ = ["WeightSVD"]
 
 
 class WeightSVD(Decompositions):

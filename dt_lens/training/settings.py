@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from dt_lens.arguments import finite_numbers, whole_number
 from dt_lens.errors import DtLensError
@@ -44,8 +45,9 @@ class Schedule:
 
     def _require(self, right: Callable[[float], bool], wanted: str, *names: str) -> None:
         for name in names:
-            if not right(getattr(self, name)):
-                raise DtLensError(f"{name} is {getattr(self, name)}; it must be {wanted}.")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not right(float(value)):
+                raise DtLensError(f"{name} is {value!r}; it must be {wanted}.")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: a linear warm-up, then half a cosine down to a hundredth.

@@ -17,7 +17,7 @@ from dt_lens.errors import DtLensError, because
 __all__ = ["Corpus", "read_corpus"]
 
 BLOCK = 2_000  # characters (a few paragraphs) that are held out or trained on together
-REPEATED = 20  # least characters of a paragraph that is dropped if it occurred before
+REPEATED = 20  # a paragraph of at least so many characters is dropped if it occurred before
 
 _HIDDEN = {"script", "style", "svg", "head", "nav"}
 _BREAKS = {

@@ -1,4 +1,4 @@
-"""Where the bundled models are: one folder each, in Hugging Face's format, with a card."""
+"""Find the bundled models."""
 
 from __future__ import annotations
 

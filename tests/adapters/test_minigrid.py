@@ -324,7 +324,7 @@ def test_the_memory_agent_remembers(real_checkpoints: Callable[[str], Path]) -> 
 def test_real_agents_reach_what_was_measured(
     real_checkpoints: Callable[[str], Path], name: str, target: float, measured: float
 ) -> None:
-    workers = 2 if target == 1 else 1
+    workers = 2 if target == 1 else 1  # that their number changes nothing is tested with the small agents
     lens = dt_lens.load(real_checkpoints(name), check=False)
     options = {**lens.facts.environment_kwargs, "max_steps": 200 if name == OBSTACLES else 50}
     found = dt_lens.evaluate(

@@ -172,7 +172,7 @@ def test_kept_activations_are_collected_again_in_another_setting(make_model: Mak
 def test_progress_and_bad_settings(make_model: Make) -> None:
     model, calls = make_model("CartPole-v1"), []
     collect_activations(model, episodes=1, max_steps=5, progress=lambda what, share: calls.append((what, share)))
-    assert {what for what, _ in calls} == {"playing episodes", "running windows"}
+    assert {what for what, _ in calls} == {"running episodes", "running windows"}
     shares = [share for _, share in calls]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)

@@ -52,6 +52,8 @@ def test_a_tokenizer_of_a_larger_model_is_refused(make_lm: Any) -> None:
 def test_an_object_that_is_not_a_tokenizer(make_lm: Any) -> None:
     with pytest.raises(DtLensError, match="a dict, has no tokens"):
         dt_lens.wrap(make_lm("gpt2"), tokenizer={})
+    with pytest.raises(DtLensError, match="an int, cannot say what its tokens stand for"):
+        dt_lens.wrap(make_lm("gpt2"), tokenizer=3)
 
 
 def test_labels_in_the_registry_and_in_tables(make_lm: Any) -> None:

@@ -70,7 +70,7 @@ def test_keys_with_the_prefix_without_it_and_ignored_ones() -> None:
         ({"model.h.1.b": (8, 6)}, "'model.h.1.b' of block 1, and its configuration says there are 1 blocks"),
         ({"model.h.0.c": (8, 6)}, "'model.h.0.c' that a model of its configuration has no place for"),
         ({"model.h.0.bias_k": (8,)}, "'model.h.0.bias_k'"),  # begins like one
-        ({"model.h.0.c.bias": (8,)}, "'model.h.0.c.bias'"),  # ends like an ignored key and is none
+        ({"model.h.0.c.bias": (8,)}, "'model.h.0.c.bias'"),  # ends like an ignored key but is not one
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, tuple[int, ...] | None], said: str) -> None:

@@ -205,7 +205,7 @@ def test_an_adapter_unpacks_a_pickle_of_plain_values(tmp_path: Path) -> None:
         assert "cannot be read as a checkpoint" in refusal(file)  # no other adapter's
 
 
-def test_an_adapter_is_not_asked_about_what_wants_to_run_code(tmp_path: Path) -> None:
+def test_bad_files_in_a_pickle_of_plain_values(tmp_path: Path) -> None:
     good, trace, file = as_bytes({"a": torch.zeros(2)}), tmp_path / "trace", tmp_path / "agent.pt"
     for values, message in (
         ({"weights": good[:50], "notes": ""}, "cannot be read as a checkpoint"),

@@ -21,7 +21,7 @@ from dt_lens.svd.drawn_models import Drawn
 from dt_lens.svd.scan import null_source
 
 SCANS = 500
-GROUP = 25  # scans with the same labels share one null: making it takes longer than a scan
+GROUP = 25  # scans with the same labels share one null, whose own error (800 draws) the bounds below leave out
 Array = NDArray[Any]
 
 

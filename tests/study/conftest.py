@@ -120,7 +120,7 @@ class InProcessEngine:
         self.events.clear()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def in_process() -> Iterator[None]:
     """Sweeps run in this process; ``tests/behaviour/sweep`` is about worker processes."""
     with pytest.MonkeyPatch.context() as patch:

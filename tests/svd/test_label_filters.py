@@ -69,7 +69,7 @@ def test_filters_all_must_pass() -> None:
 
 
 @pytest.mark.parametrize("bad", [3, ["ascii"], "ascii"])
-def test_what_is_no_filter_is_refused(bad: object) -> None:
+def test_an_object_that_is_not_a_filter_is_refused(bad: object) -> None:
     with pytest.raises(DtLensError, match="filter"):
         passing_labels([" the"], bad)  # type: ignore[arg-type]
     with pytest.raises(DtLensError, match="Series"):

@@ -21,7 +21,7 @@ from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.nulls.kinds import NULLS
 from dt_lens.statistics.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
 from dt_lens.svd.drawn_models import Drawn, shuffled, untrained
-from dt_lens.svd.null_sources import covariance_of_pairings
+from dt_lens.svd.null_sources import side_covariance
 from dt_lens.svd.scan import COLUMNS
 
 Make = Callable[..., Any]
@@ -110,25 +110,23 @@ def test_the_covariance_on_each_side(make_dt: Make) -> None:
     stream = torch.cov(normalised.T, correction=0)
     w = model.weights["blocks.0.ln2.w"].double()
     for name, side in (("blocks.0.mlp.W_in", "read"), ("blocks.0.attn.QK.1", "key"), ("blocks.0.attn.OV.0", "read")):
-        close(covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, name)), side, acts), stream)
-    raw = covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, "blocks.0.mlp.W_in"), False), "read", acts)
+        close(side_covariance(MatrixFactors.of(lens, find_matrix(lens, name)), side, acts), stream)
+    raw = side_covariance(MatrixFactors.of(lens, find_matrix(lens, "blocks.0.mlp.W_in"), False), "read", acts)
     close(raw, w[:, None] * stream * w)
     for name, place in (("blocks.0.attn.OV.0", "pre"), ("blocks.0.attn.W_O", "pre"), ("blocks.0.mlp.W_out", "mid")):
-        found = covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, name)), "write", acts)
+        found = side_covariance(MatrixFactors.of(lens, find_matrix(lens, name)), "write", acts)
         close(found, acts.stream[f"blocks.0.hook_resid_{place}"].covariance)
         assert np.linalg.eigvalsh(found)[0] > 0
     # A scale of zero is not divided by, and a plain array is used unchanged.
     model.weights["blocks.0.ln2.w"][3] = 0
     fresh, _ = activations_of(model)
     assert np.isfinite(
-        covariance_of_pairings(MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in")), "read", fresh)
+        side_covariance(MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in")), "read", fresh)
     ).all()
     given = np.eye(16)
-    assert (
-        covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, "blocks.0.mlp.W_in")), "read", given) is given
-    )
+    assert side_covariance(MatrixFactors.of(lens, find_matrix(lens, "blocks.0.mlp.W_in")), "read", given) is given
     with pytest.raises(DtLensError, match="of another model, whose"):
-        covariance_of_pairings(MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in")), "read", acts)
+        side_covariance(MatrixFactors.of(model, find_matrix(model, "blocks.0.mlp.W_in")), "read", acts)
 
 
 @pytest.mark.parametrize("patterns", [None, ["*.QK.*", "*.attn.W_O"]])
@@ -154,7 +152,7 @@ def test_in_the_last_block_keys_are_of_all_tokens_and_outputs_of_the_one_used(ma
             (f"blocks.{block}.attn.QK.0", "key", read[real]),
             (f"blocks.{block}.attn.W_O", "write", written[rows]),
         ):
-            S = covariance_of_pairings(MatrixFactors.of(lens, find_matrix(lens, name)), side, acts)  # type: ignore[arg-type]
+            S = side_covariance(MatrixFactors.of(lens, find_matrix(lens, name)), side, acts)  # type: ignore[arg-type]
             S = S - np.eye(len(S)) * np.trace(covariance(wanted)) / (len(S) * (len(wanted) + 1))
             np.testing.assert_allclose(S, covariance(wanted), rtol=0, atol=1e-5)
 

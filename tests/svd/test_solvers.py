@@ -192,7 +192,7 @@ def test_zero() -> None:
         assert found.right.shape == (0, 6)
 
 
-def test_what_rounding_leaves_of_nothing_is_no_direction() -> None:
+def test_what_rounding_leaves_of_nothing_is_not_a_direction() -> None:
     basis = orthogonal(20, 8, 0)
     # The product of a matrix with what is orthogonal to its rows is zero but for rounding.
     assert not len(decompose.decompose([random(5, 4) @ basis[:, :4].T, basis[:, 4:] @ random(4, 7, 1)]).sigma)

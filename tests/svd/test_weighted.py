@@ -186,7 +186,7 @@ def test_inputs_of_few_dimensions_have_few_directions(make_dt: Make) -> None:
         SingularEdit(model, W_IN, activations=nothing)
 
 
-def test_what_rounding_leaves_of_an_output_that_never_moves_is_no_direction(make_dt: Make) -> None:
+def test_what_rounding_leaves_of_an_output_that_never_moves_is_not_a_direction(make_dt: Make) -> None:
     """Behind a LayerNorm inputs lie in a hyperplane, up to the precision of the activations."""
     model = make_dt(d_mlp=16)
     acts = collected(model, 40)

@@ -7,15 +7,14 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import torch
+
 from dt_lens.lens.protocol import require_agent
 
 if TYPE_CHECKING:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
-
-__all__ = [
-    "model_id",
-]
+__all__ = ["model_id"]
 
 
 def model_id(model: HookedDecisionTransformer) -> str:
@@ -26,8 +25,6 @@ def model_id(model: HookedDecisionTransformer) -> str:
     Raises:
         DtLensError: for a model that is not an agent.
     """
-    import torch
-
     require_agent(model, "model_id")
     digest = hashlib.sha256(
         json.dumps([model.cfg.to_dict(), asdict(model.facts)], sort_keys=True, default=str).encode()

@@ -1,6 +1,6 @@
 """Set up an agent in its environment and run its episodes. Every caller that runs an agent does it through this file.
 
-``setting_of`` makes a ``Setting`` of the arguments of ``evaluate`` and its like. ``run`` runs episodes of a live model,
+``setting_of`` makes a ``Setting`` from the arguments of ``evaluate``. ``run`` runs episodes of a live model,
 in worker processes or in this one. ``portable_job`` packs an agent for another process; ``run_job`` runs it there.
 
 The hooked model is imported only inside functions that take one, so that a worker process starts in the time that torch
@@ -160,7 +160,7 @@ def run(
         seeds: one for each episode.
         workers: processes; as many as there are cores to use by default; 1 runs in this process.
         lanes: episodes side by side in a process; chosen by the number of episodes by default.
-        report: called as episodes go on.
+        report: called after every step in this process, at most every 0.2 s from a worker.
         watch: wraps the policy before the first step; all episodes then run in this process.
 
     Returns:

@@ -3,11 +3,7 @@
 The pool is loky's reusable one: it needs no ``if __name__ == "__main__"`` in the user's script, works from Jupyter and
 from standard input, and stays warm, so that the next evaluation starts at once.
 
-A sweep has worker processes of its own (``dt_lens.behaviour.sweep.engines.local``), because each would lose something
-in the other's pool. When a worker dies, loky's pool breaks as a whole and cancels what the other workers run: an
-evaluation then ends with one sentence, but a sweep must lose only the dead worker's unit and go on. And a sweep's
-workers end with the sweep, whereas these stay warm between evaluations, whichever agent comes next; keeping a sweep's
-workers warm would take a second loky.
+A sweep has worker processes of its own; ``dt_lens.behaviour.sweep.engines.local`` says why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Successive halving: every edit gets a few episodes, the half with larger differences more, the last half all of them.
+"""Successive halving: every edit gets a few episodes, the half with larger differences more,
+and those left at the end all of them.
 
 The rungs before the last only select. They have seeds of their own, and an edit's p-value and effect come from the
 seeds of the last rung alone, which the selection never saw; an edit that was stopped counts with p = 1. So an edit

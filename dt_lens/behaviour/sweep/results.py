@@ -140,7 +140,7 @@ class SweepResults:
 
         ``kind`` (edit or control), ``of`` (a control's edit), ``matrix``, ``layer``, ``head``, ``side``, ``sv``,
         ``value``, ``directions``, ``control`` (a control's seed), ``match`` (what it shares with its edit), ``energy``
-        and ``output_energy`` (if activations are known) identify the arm. Then ``episodes``,
+        and ``output_energy`` (if activations are known) describe the arm. Then ``episodes``,
         ``mean_return``; ``difference`` (mean paired difference of the return from the unedited agent), its bootstrap
         interval and ``p_value`` (sign flips), as ``Comparison`` gives them; ``q_value`` (Benjamini-Hochberg over the
         edits; none for controls); ``failure_rate`` with its Wilson interval; ``mean_length``; ``survival`` (Kaplan and
@@ -198,7 +198,7 @@ class SweepResults:
 
 
 def _columns(*names: str) -> str:
-    """Columns of the arms for a SELECT that joins other tables."""
+    """Columns of ``arms`` for a SELECT, with the table's name, so that a join is not ambiguous."""
     return ", ".join(f"arms.{name}" for name in names)
 
 

@@ -70,9 +70,11 @@ def _locked(file: Path) -> Iterator[None]:
         DtLensError: if another process holds it, or the lock file cannot be made.
     """
     lock_file = file.with_name(f"{file.name}.lock")
-    lock = FileLock(lock_file)
+    # A soft lock, which filelock falls back to where the file system has no real ones, would outlive a killed process.
+    lock = FileLock(lock_file, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=0)
+        # Tried for a moment: the file may be removed between its opening and its locking, when another sweep just ends.
+        lock.acquire(timeout=0.2, poll_interval=0.02)
     except Timeout:
         raise DtLensError(
             f"Another process is running the sweep in {file}; wait for it, or give another folder."

@@ -31,13 +31,16 @@ def compare(
         tell("loading", 0.0)
         one, two = (load_model(source, given, weights_only=weights_only) for source in (a, b))
         from dt_lens.svd.two_models.comparison import compare as run
-        from dt_lens.svd.two_models.page import write_page
 
         names = (Path(a).name, Path(b).name)
         if names[0] == names[1]:
             names = (a, b)
         found = run(one, two, split(matrices, "matrices"), k=k, fold_layernorm=not raw, names=names, progress=tell)
-        page = write_page(found, out, shlex.join(["dt-lens", *sys.argv[1:]])) if out else None
+        page = None
+        if out:
+            from dt_lens.svd.two_models.page import write_page
+
+            page = write_page(found, out, shlex.join(["dt-lens", *sys.argv[1:]]))
     table = found.most_changed(top or len(found.table))
     shown = table[SHOWN].copy()
     for side in ("left", "right"):

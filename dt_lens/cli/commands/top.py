@@ -48,13 +48,13 @@ def top(
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)
-        from dt_lens.svd import label_filters as label_text
+        from dt_lens.svd import label_filters
         from dt_lens.svd.weight_svd import WeightSVD
 
-        rules: list[Any] = [label_text.ascii_only] if ascii_only else []
-        rules += [label_text.whole_words] if words else []
+        rules: list[Any] = [label_filters.ascii_only] if ascii_only else []
+        rules += [label_filters.whole_words] if words else []
         if counts is not None:
-            rules.append(label_text.at_least(_counts(counts), 1 if at_least is None else at_least))
+            rules.append(label_filters.at_least(_counts(counts), 1 if at_least is None else at_least))
         tell("decomposing and comparing", 0.5)
         # All directions of a small matrix cost as much as a few; of a large one they cost more.
         svd = WeightSVD(loaded, k + 8 if weights_only else None, fold_layernorm=not raw)

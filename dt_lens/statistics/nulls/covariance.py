@@ -127,7 +127,7 @@ class CovarianceMaximum:
         return tail_or_share(union, (1 + above) / (1 + len(self._drawn)), len(self._drawn))
 
     def z(self, cosine: ArrayLike) -> Array:
-        """How many of the null's standard deviations the best match lies above the null's mean; 0 where that is 0."""
+        """How many of the null's standard deviations the best match lies above the null's mean; 0 if they are 0."""
         above = np.abs(np.asarray(cosine, dtype=np.float64)) - self.mean
         return np.asarray(above / self.std if self.std > 1e-12 else np.zeros_like(above))
 

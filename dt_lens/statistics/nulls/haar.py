@@ -164,7 +164,7 @@ class HaarMaximum:
         return np.asarray((1 - p) * p + p * plain)
 
     def z(self, cosine: ArrayLike) -> Array:
-        """How many of the null's standard deviations the best match lies above the null's mean; 0 where that is 0."""
+        """How many of the null's standard deviations the best match lies above the null's mean; 0 if they are 0."""
         above = np.abs(np.asarray(cosine, dtype=np.float64)) - self.mean
         return above / self.std if self.std > 0 else np.zeros_like(above)
 

@@ -69,7 +69,7 @@ class PooledMaximum:
         return np.asarray((1 + above) / (1 + len(self.drawn)))
 
     def z(self, cosine: ArrayLike) -> Array:
-        """How many standard deviations of the draws the best match lies above their mean; 0 where that is 0."""
+        """How many standard deviations of the draws the best match lies above their mean; 0 if they are 0."""
         above = np.abs(np.asarray(cosine, dtype=np.float64)) - self.mean
         return np.asarray(above / self.std if self.std > 1e-12 else np.zeros_like(above))
 

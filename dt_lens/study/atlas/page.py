@@ -10,9 +10,10 @@ import pandas as pd
 
 from dt_lens.arguments import atomic_write, local_path
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, write_report
+from dt_lens.report.style import signed
 from dt_lens.study.atlas import figures
 from dt_lens.study.atlas.result import Atlas
-from dt_lens.study.atlas.sentences import MATCH_COLUMNS, correlation_of, covered, joined, sentences, shares_for, signed
+from dt_lens.study.atlas.sentences import MATCH_COLUMNS, correlation_of, covered, joined, sentences, shares_for
 from dt_lens.study.atlas.tables import ALPHA
 from dt_lens.version import __version__
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dt_lens.report.style import signed
 from dt_lens.study.atlas.result import Atlas
 from dt_lens.study.atlas.tables import ALPHA, LARGE, RANKED
 
-__all__ = ["MATCH_COLUMNS", "correlation_of", "covered", "joined", "sentences", "shares_for", "signed"]
+__all__ = ["MATCH_COLUMNS", "correlation_of", "covered", "joined", "sentences", "shares_for"]
 
 # The match that may predict damage, for each kind of matrix: a column of ``Atlas.directions``. W_in reads, and is
 # compared with the action output all the same, because that is the claim to be tested.
@@ -218,8 +219,3 @@ def _relation(row: dict[str, Any]) -> str:
     if row["low"] > 0:
         return "a closer match goes with more damage"
     return "a closer match goes with less damage" if row["high"] < 0 else "no relation is seen"
-
-
-def signed(value: float) -> str:
-    """A number with its sign, with a typographic minus."""
-    return f"{value:+.2f}".replace("-", "−")

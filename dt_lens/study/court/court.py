@@ -77,7 +77,7 @@ def court(
             another run, or the sweep is of another model.
         KeyboardInterrupt: on Ctrl-C; finished episodes are kept.
     """
-    require_wrapped(model, "court", "structure", "embeddings", "can_run")
+    require_wrapped(model, "court", "structure", "embeddings", "can_run", "can_act")
     for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
         whole_number(value, what, least)
     out, case = local_path(out, "out"), Case(model, seed, draws)
@@ -98,8 +98,8 @@ def court(
                 raise
             trial.no_rollouts_reason = _reason(error)
     if sweep is not None:
-        swept, kind = edits_of_sweep(sweep, model)
-        trial.swept = swept, f"{len(swept.edits)} of a sweep, {kind}, {len(swept.baseline)} episodes each"
+        swept, values = edits_of_sweep(sweep, model)
+        trial.swept = swept, f"{len(swept.edits)} of a sweep, {values}, {len(swept.baseline)} episodes each"
     with reporting(progress) as tell:
         trial.tell = tell
         if trial.setting is not None and rollouts:

@@ -230,11 +230,11 @@ def edits_of_sweep(source: str | Path, model: Any) -> tuple[MeasuredEdits, str]:
         raise DtLensError(f"The sweep in {results.file} is of raw matrices; give one of folded matrices.")
     baseline, edits = measured_edits(results, model)
     values = results.options["edits"]
-    taken = "zero" if "zero" in values else "constant" if "constant" in values else values[0]
+    chosen = "zero" if "zero" in values else "constant" if "constant" in values else values[0]
     kept: dict[tuple[str, int, str], MeasuredEdit] = {}
     for edit in edits:
         value = edit.record["value"]
-        if len(edit.controls) and parse_value(value)[0] == taken:
+        if len(edit.controls) and parse_value(value)[0] == chosen:
             # Scaling sigma is the same edit on either side.
             kept.setdefault((edit.matrix, edit.sv, "" if scales_sigma(value) else edit.side), edit)
     if not kept:
@@ -242,7 +242,7 @@ def edits_of_sweep(source: str | Path, model: Any) -> tuple[MeasuredEdits, str]:
             f"The sweep in {results.file} has no finished edit with a control; run one with --controls 1."
         )
     found = list(kept.values())
-    return MeasuredEdits(baseline, found, found, folded), taken
+    return MeasuredEdits(baseline, found, found, folded), chosen
 
 
 def common_action(model: Any, setting: Setting, out: Path | None, tell: ProgressCallback) -> int:

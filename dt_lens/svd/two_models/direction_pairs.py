@@ -16,9 +16,8 @@ from dt_lens.svd.decomposition import Decomposition
 __all__ = ["Pair", "match_directions"]
 
 Array = NDArray[np.float64]
-INSIDE = (
-    0.8  # a direction with at least this share of its energy in a block's span, on both sides, belongs to that block
-)
+# A direction with at least this share of its energy in a block's span, on both sides, belongs to that block.
+INSIDE = 0.8
 
 
 @dataclass(frozen=True)

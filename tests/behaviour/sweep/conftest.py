@@ -48,7 +48,8 @@ class Inline:
 
 def key_of(job: Any) -> tuple[Any, ...]:
     """What an outcome depends on besides the edit and the seed."""
-    return (job.weights, repr(job.task.spec), repr(job.task.kwargs), job.task.time_limit, repr(job.conditions))
+    task, settings = job.task, (repr(job.cfg), job.context, job.padding, repr(job.conditions))
+    return (job.weights, repr(task.spec), repr(task.kwargs), task.time_limit, *settings)
 
 
 class Remembering(Inline):

@@ -185,10 +185,14 @@ class Killing(LocalEngine):
         return events
 
     def _kill(self, victim: str) -> None:
-        target = os.getpid() if victim == "driver" else self._workers[0].process.pid
+        # A worker's turn may come when the sweep has just ended: then nothing is killed, and the log says so.
+        target = os.getpid() if victim == "driver" else next((w.process.pid for w in self._workers), None)
+        if target is None:
+            victim = "late"
         with self.log.open("a") as log:
             log.write(f"{victim}\n")
-        os.kill(target, signal.SIGKILL)
+        if target is not None:
+            os.kill(target, signal.SIGKILL)
 
 
 def _kill_at_random(

@@ -214,7 +214,7 @@ def test_other_numbers_are_another_model(made: Any, scratch: Any, law: Any, size
         else:
             tensors[key] = {"zero": torch.zeros_like(tensor), "flipped": tensor.flip(0)}.get(way, tensor.roll(8, 0))
         with scratch() as folder:
-            # With huge numbers, rounding or a mask of -10,000 decides, so neither answer is right.
+            # With huge numbers, rounding or a mask of -10,000 decides, so it is not known which answer is right.
             unknown = (lambda: torch.tensor(math.nan)) if way == "huge" else None
             message = law(made, made.write(folder, tensors), tensors, expected=unknown)
         assert message is None or way in ("huge", "exchanged"), message

@@ -95,10 +95,10 @@ def test_of_two_kinds_of_controls_the_one_matched_by_output_counts(agent: Any, t
     controls = results.controls()
     assert sorted(controls) == sorted(of_both.index)
     assert all(list(table.loc[arms, "match"]) == ["output"] for arms in controls.values())
-    arms, _ = edits_of_sweep(tmp_path, agent)
-    found = results.evaluations()
-    for arm, (chosen,) in zip(arms.edits, controls.values(), strict=True):
-        assert np.array_equal(arm.controls, found[chosen].returns[None])
+    found, _ = edits_of_sweep(tmp_path, agent)
+    evaluations = results.evaluations()
+    for edit, (chosen,) in zip(found.edits, controls.values(), strict=True):
+        assert np.array_equal(edit.controls, evaluations[chosen].returns[None])
 
 
 def test_a_sweep_of_several_kinds_of_edits_gives_each_removal_once(agent: Any, tmp_path: Path) -> None:
@@ -106,16 +106,16 @@ def test_a_sweep_of_several_kinds_of_edits_gives_each_removal_once(agent: Any, t
     options: dict[str, Any] = {"matrices": "*.OV.0", "sv": "0-1", "sides": ["read", "write"], "controls": 1}
     edits = ["replace:action_out:0", 0.5, "zero"]
     Sweep(agent, tmp_path, edits=edits, episodes=2, max_steps=3, workers=1, **options).run()
-    arms, taken = edits_of_sweep(tmp_path, agent)
-    assert taken == "zero" and [(arm.sv, arm.side) for arm in arms.edits] == [(0, "read"), (1, "read")]
-    assert all(arm.record["value"] == "zero" for arm in arms.edits)
+    found, value = edits_of_sweep(tmp_path, agent)
+    assert value == "zero" and [(edit.sv, edit.side) for edit in found.edits] == [(0, "read"), (1, "read")]
+    assert all(edit.record["value"] == "zero" for edit in found.edits)
 
 
 def test_edits_that_differ_between_sides_all_count(agent: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"matrices": "*.OV.0", "sides": ["read", "write"], "controls": 1}
     Sweep(agent, tmp_path, edits="constant", episodes=2, max_steps=3, workers=1, **options).run()
-    arms, taken = edits_of_sweep(tmp_path, agent)
-    assert taken == "constant" and [arm.side for arm in arms.edits] == ["read", "write"]
+    found, value = edits_of_sweep(tmp_path, agent)
+    assert value == "constant" and [edit.side for edit in found.edits] == ["read", "write"]
 
 
 def test_finished_sweeps_are_not_run_again(tried: Any, agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dt_lens.lens.matrices import find_matrix
-from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case, Labels
 from dt_lens.study.court.claims import Finding, NotApplicable, verdict_of
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance, smoothness
@@ -246,9 +245,3 @@ def test_a_statistic_of_nan_decides_nothing() -> None:
     assert verdict_of("weights", Finding(nan, nan, nan, effect=nan, margin=0.1, p_value=1.0, critical=0.01), 1.0) == (
         "undecided"
     )
-
-
-def test_holm() -> None:
-    assert holm([]) == []
-    assert holm([0.01, 0.02, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
