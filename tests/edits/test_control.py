@@ -40,6 +40,12 @@ def collected(model: Any, batches: int = 4) -> Activations:
     return collect_activations(model, batches=[model.probe(seed) for seed in range(batches)])
 
 
+def test_a_control_of_a_control_is_one_of_the_edit(make_dt: Make) -> None:
+    edit = SingularEdit(make_dt(), "blocks.0.mlp.W_in")
+    control = Control(edit.control(0), 1)
+    assert control.of is edit and control.to_dict() == edit.control(1).to_dict()
+
+
 def skewed(acts: Activations, seed: int = 0, rank: int | None = None) -> Activations:
     """The same places, with inputs whose second moments differ a lot from direction to direction."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -144,6 +146,17 @@ def test_a_second_driver_is_refused(make_sweep: Make, remembering: Make) -> None
     assert lock.is_file()  # as a driver leaves it that is killed; the system has released the lock itself
     sweep.run(engine=remembering())
     assert [file.name for file in lock.parent.iterdir()] == [FILE]
+
+
+def test_a_file_system_without_locks_is_refused(make_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kind of lock would outlive a killed driver, and nobody could resume its sweep."""
+
+    def flock(*args: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(DtLensError, match="cannot be written: Function not implemented"):
+        make_sweep().run()
 
 
 def test_an_arm_that_comes_out_with_other_bits_is_refused(
