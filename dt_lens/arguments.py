@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import math
 import operator
 import os
@@ -20,11 +22,13 @@ __all__ = [
     "finite_numbers",
     "local_path",
     "names",
+    "read_checked_json",
     "refuse_unknown",
     "require_activations",
     "require_wrapped",
     "whole_number",
     "whole_numbers",
+    "write_checked_json",
 ]
 
 
@@ -167,6 +171,36 @@ def atomic_write(file: Path, *errors: type[Exception]) -> Iterator[Path]:
             part.unlink(missing_ok=True)
     except refused as error:
         raise unwritable(file, error) from error
+
+
+def write_checked_json(file: Path, value: Any) -> None:
+    """Write plain JSON values with a checksum, for ``read_checked_json``; raises as ``atomic_write`` does.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "kept.json"
+    >>> write_checked_json(file, {"sigma": 3.05})
+    >>> read_checked_json(file)
+    {'sigma': 3.05}
+    >>> _ = file.write_text(file.read_text().replace("3.05", "6.11"))
+    >>> read_checked_json(file) is None
+    True
+    """
+    value = json.loads(json.dumps(value))  # as it will be read
+    with atomic_write(file) as part:
+        part.write_text(json.dumps({"checksum": _checksum(value), "value": value}) + "\n", encoding="utf-8")
+
+
+def read_checked_json(file: Path) -> Any:
+    """What ``write_checked_json`` wrote to ``file``; ``None`` if there is no such file or any bit of it has changed."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return kept["value"] if kept["checksum"] == _checksum(kept["value"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:

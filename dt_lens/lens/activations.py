@@ -211,6 +211,7 @@ class Activations:
             "made_of": dict(self.made_of),
         }
         metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in facts.items()}}
+        metadata["checksum"] = _checksum(metadata, self.digest)
         with atomic_write(path, SafetensorError) as part:
             save_file(tensors, part, metadata)
 
@@ -247,8 +248,18 @@ class Activations:
         missing = set(reads.values()) - kinds["point"].keys()
         if missing:
             raise DtLensError(f"{wrong}: it lacks {min(missing)!r}.")
-        return cls(kinds["point"], reads, kinds["stream"], record, made_of)
+        found = cls(kinds["point"], reads, kinds["stream"], record, made_of)
+        said, digest = facts.pop("checksum", None), found.digest
+        vars(found).pop("digest")  # the caller's may change
+        if said is not None and said != _checksum(facts, digest):  # older files hold none
+            raise DtLensError(f"{path} is damaged: its checksum does not match what it holds; collect them again.")
+        return found
 
     def __repr__(self) -> str:
         most = max((moments.count for moments in self.points.values()), default=0)
         return f"Activations({len(self.reads)} matrices, {most} tokens, digest {self.digest})"
+
+
+def _checksum(facts: Mapping[str, str], digest: str) -> str:
+    """A hash of a file's metadata and of the digest of its moments."""
+    return hashlib.blake2b(json.dumps([sorted(facts.items()), digest]).encode(), digest_size=16).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from dt_lens.arguments import atomic_write
+from dt_lens.arguments import read_checked_json, write_checked_json
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.evaluate import evaluate
@@ -48,22 +48,17 @@ class Trials:
             kept = _read(file)
             if kept is None:
                 kept = evaluate(self.model, workers=self.workers, progress=progress or False, **self.settings)
-                _write(file, kept)
+                write_checked_json(file, kept.to_dict())
         return kept
 
 
-def _write(file: Path, evaluation: Evaluation) -> None:
-    with atomic_write(file) as part:
-        part.write_text(json.dumps(evaluation.to_dict()), encoding="utf-8")
-
-
 def _read(file: Path) -> Evaluation | None:
-    if not file.exists():
-        return None
+    """The evaluation in ``file``; ``None`` if it does not exist, or is damaged: then the trial runs again."""
+    kept = read_checked_json(file)
     try:
-        return Evaluation.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, DtLensError):
-        return None  # a damaged file: the trial runs again
+        return None if kept is None else Evaluation.from_dict(kept)
+    except (ValueError, KeyError, TypeError, DtLensError):
+        return None
 
 
 def verdicts(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import signal
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -299,8 +298,10 @@ class Searcher:
                 state = _State(iteration, steps, float(kept["count"]), kept["sum"], kept["square"])
                 parts = zip(kept["weights"], kept["means"], kept["stds"], strict=True)
                 snapshots = [LinearPolicy(*three) for three in parts]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DtLensError(f"{file} is not a saved search ({error}); delete it to start again.") from error
+        except Exception as error:  # a damaged archive may raise anything
+            raise DtLensError(
+                f"{file} is damaged or not a saved search ({because(error)}); delete it to start again."
+            ) from error
         if settings != asdict(self.settings):
             other = [name for name, value in asdict(self.settings).items() if settings.get(name) != value]
             raise DtLensError(

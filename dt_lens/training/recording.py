@@ -239,9 +239,8 @@ def _roll_all(
     with in_order(_roll, workers) as run_all:
         for first in range(0, len(jobs), CHUNK):
             file = where / f"episodes-{first:05d}.npz"
-            if file.exists():
-                chunk = _read(file)
-            else:
+            chunk = _read(file)
+            if chunk is None:
                 chunk = []
                 for episode in run_all(jobs[first : first + CHUNK]):
                     chunk.append(episode)
@@ -265,12 +264,16 @@ def _write(file: Path, episodes: list[Episode]) -> None:
         )
 
 
-def _read(file: Path) -> list[Episode]:
-    with np.load(file) as kept:
-        lengths = kept["lengths"]
-        observations = np.split(kept["observations"], np.cumsum(lengths + 1)[:-1])
-        actions, rewards = (np.split(kept[name], np.cumsum(lengths)[:-1]) for name in ("actions", "rewards"))
-        sums, terminated = kept["sums"], kept["terminated"]
+def _read(file: Path) -> list[Episode] | None:
+    """The episodes in ``file``; ``None`` if it does not exist, or is damaged: then they are rolled out again."""
+    try:
+        with np.load(file) as kept:  # compares the archive's checksums
+            lengths = kept["lengths"]
+            observations = np.split(kept["observations"], np.cumsum(lengths + 1)[:-1])
+            actions, rewards = (np.split(kept[name], np.cumsum(lengths)[:-1]) for name in ("actions", "rewards"))
+            sums, terminated = kept["sums"], kept["terminated"]
+    except Exception:  # a damaged archive may raise anything
+        return None
     return [
         Episode(o, a, r, float(f), float(s), bool(t))
         for o, a, r, (f, s), t in zip(observations, actions, rewards, sums, terminated, strict=True)

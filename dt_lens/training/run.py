@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 import time
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
@@ -144,10 +144,13 @@ class TrainingRun(ABC):
         if not file.exists():
             return
         try:
+            with zipfile.ZipFile(file) as archive:  # torch.load does not compare the checksums in it
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
             state = torch.load(file, map_location=self.device, weights_only=True)
             saved = json.loads(state["settings"])
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise DtLensError(f"{file} cannot be read as a training checkpoint; delete it to start again.") from error
+        except Exception as error:  # a damaged archive or pickle may raise anything
+            raise DtLensError(f"{file} is damaged or not a training checkpoint; delete it to start again.") from error
         saved |= {name: state[name] for name in self._data if name in state}
         mine = json.loads(json.dumps(asdict(self.settings))) | self._data
         other = [name for name, value in mine.items() if saved.get(name) != value]

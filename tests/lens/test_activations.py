@@ -183,6 +183,13 @@ def test_files_that_are_not_activations_are_refused(make_dt: Make, tmp_path: Pat
     cut.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DtLensError, match="is not a file of activations that can be read"):
         Activations.load(cut)
+    whole = file.read_bytes()
+    for place in (whole.index(b"model_id") + 20, len(whole) - 9):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        cut.write_bytes(flipped)
+        with pytest.raises(DtLensError, match=r"cut\.safetensors is (damaged|not a file of activations)"):
+            Activations.load(cut)
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(2)}, cut)

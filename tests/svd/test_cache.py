@@ -45,3 +45,17 @@ def test_another_key_and_another_version_are_computed_anew(tmp_path: Path, monke
     assert [read("a"), read("b"), read("a"), read("b")] == [0, 1, 0, 1]
     monkeypatch.setattr(cache, "__version__", "0.0.0")
     assert [read("a"), read("a")] == [2, 2]
+
+
+def test_a_file_with_one_flipped_bit_is_computed_again(tmp_path: Path) -> None:
+    sigma = {"sigma": torch.tensor([3.05, 1.0], dtype=torch.float64), "read": torch.eye(2)}
+    ResultCache(tmp_path).get("key", lambda: sigma)
+    (file,) = tmp_path.iterdir()
+    whole, made = file.read_bytes(), []
+    for place in range(0, len(whole), 5):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        found = ResultCache(tmp_path).get("key", lambda: made.append(1) or sigma)
+        assert all(torch.equal(found[name], tensor) for name, tensor in sigma.items()), place
+    assert len(made) > 20
+    file.write_bytes(whole)
+    ResultCache(tmp_path).get("key", lambda: pytest.fail("a whole file was computed again"))

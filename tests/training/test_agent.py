@@ -209,9 +209,14 @@ def test_another_run_in_the_folder_is_not_resumed(tmp_path: Path) -> None:
         train("test/cartpole-v0", tmp_path, small(steps=2, targets=(30,)), eval_every=0)
     again = train("test/linear-v0", tmp_path, small(steps=2, n_heads=2), eval_every=0, resume=False)
     assert again.cfg.n_heads == 2
-    (tmp_path / "checkpoint.pt").write_bytes(b"half")
-    with pytest.raises(DtLensError, match="cannot be read"):
-        train("test/linear-v0", tmp_path, small(steps=2), eval_every=0)
+    file = tmp_path / "checkpoint.pt"
+    whole, weight = file.read_bytes(), again.weights["blocks.0.mlp.W_in"].detach().T.contiguous().numpy().tobytes()
+    place = max(whole.find(weight), whole.find(again.weights["blocks.0.mlp.W_in"].detach().numpy().tobytes()))
+    assert place > 0
+    for damaged in (b"half", whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
+        file.write_bytes(damaged)
+        with pytest.raises(DtLensError, match="checkpoint.pt is damaged"):
+            train("test/linear-v0", tmp_path, small(steps=2, n_heads=2), eval_every=0)
 
 
 @pytest.mark.parametrize("name", ["eval_every", "eval_episodes", "checkpoint_every"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.arguments import atomic_write
+from dt_lens.arguments import read_checked_json, write_checked_json
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.recording import record_actions
@@ -270,16 +269,13 @@ def common_action(model: Any, setting: Setting, out: Path | None, tell: Progress
             sizes += np.abs(actions).sum(0)
     found = {"of": identity, "episodes": OWN, "sizes": sizes.tolist(), "most_common": int(sizes.argmax())}
     if file is not None:
-        with atomic_write(file) as part:
-            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_checked_json(file, found)
     return int(sizes.argmax())
 
 
 def _kept(file: Path | None, identity: list[Any]) -> int | None:
-    if file is None or not file.is_file():
-        return None
+    kept = None if file is None else read_checked_json(file)
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return int(kept["most_common"]) if kept["of"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # damaged: it is counted again
+        return int(kept["most_common"]) if kept is not None and kept["of"] == identity else None
+    except (ValueError, KeyError, TypeError):
+        return None  # of another version: it is counted again
