@@ -215,7 +215,7 @@ def test_another_run_in_the_folder_is_not_resumed(tmp_path: Path) -> None:
     assert place > 0
     for damaged in (b"half", whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]):
         file.write_bytes(damaged)
-        with pytest.raises(DtLensError, match="checkpoint.pt is damaged"):
+        with pytest.raises(DtLensError, match=r"checkpoint\.pt is damaged"):
             train("test/linear-v0", tmp_path, small(steps=2, n_heads=2), eval_every=0)
 
 

@@ -141,7 +141,7 @@ def test_another_run_in_the_folder_is_not_resumed(story: Path, tmp_path: Path) -
     train_text([other], tmp_path, small(steps=1), eval_every=0, resume=False)
     assert (tmp_path / "heldout.txt").read_text() == held_out
     (tmp_path / "checkpoint.pt").write_bytes(b"half")
-    with pytest.raises(DtLensError, match="checkpoint.pt is damaged"):
+    with pytest.raises(DtLensError, match=r"checkpoint\.pt is damaged"):
         train_text([story], tmp_path, small(steps=1), eval_every=0)
 
 
