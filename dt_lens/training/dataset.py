@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
+from dt_lens.training.minari_episodes import flat_episodes, open_dataset
 
 __all__ = ["Trajectories", "Windows", "read"]
 
@@ -90,20 +91,11 @@ def read(dataset_id: str) -> Trajectories:
     ``gymnasium.spaces.flatten``. Actions may be a Box or a Discrete.
 
     Raises:
-        DtLensError: if the data set is neither local nor downloadable, or has other spaces.
+        DtLensError: if the data set is neither local nor downloadable, has other spaces, or is damaged: an episode that
+            is missing, cannot be read, or whose states, actions, rewards and terminations do not belong together is
+            named by its number.
     """
-    import minari
-
-    try:
-        dataset = minari.load_dataset(dataset_id, download=True)
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise DtLensError(
-            f"The Minari data set {dataset_id!r} is not stored locally and cannot be downloaded ({reason}); "
-            "`minari list local` and `minari list remote` list the data sets that exist."
-        ) from error
+    dataset = open_dataset(dataset_id)
     action_space = dataset.action_space
     if isinstance(action_space, gym.spaces.Discrete):
         discrete, bounded = True, False
@@ -111,20 +103,15 @@ def read(dataset_id: str) -> Trajectories:
         discrete, bounded = False, bool(np.all(action_space.low >= -1) and np.all(action_space.high <= 1))
     else:
         raise DtLensError(f"The actions of {dataset_id!r} are {action_space}; only Box and Discrete can be learned.")
-    states, actions, rewards = [], [], []
-    for episode in dataset.iterate_episodes():
-        length = len(episode.rewards)
-        states.append(_flat(episode.observations, dataset.observation_space, dataset_id)[:length])
-        actions.append(_actions(episode.actions, action_space))
-        rewards.append(np.asarray(episode.rewards, dtype=np.float32))
-    if not states:
+    episodes = list(flat_episodes(dataset))
+    if not episodes:
         raise DtLensError(f"The data set {dataset_id!r} has no episodes.")
     spec = dataset.env_spec
     return Trajectories(
-        np.concatenate(states),
-        np.concatenate(actions),
-        np.concatenate(rewards),
-        np.array([len(r) for r in rewards]),
+        np.concatenate([episode.states for episode in episodes]),
+        np.concatenate([episode.actions for episode in episodes]),
+        np.concatenate([episode.rewards for episode in episodes]),
+        np.array([len(episode.rewards) for episode in episodes]),
         discrete,
         bounded,
         dataset_id,
@@ -132,31 +119,6 @@ def read(dataset_id: str) -> Trajectories:
         dict(spec.kwargs) if spec else None,
         spec.max_episode_steps if spec else None,
     )
-
-
-def _flat(observations: Any, space: gym.Space[Any], dataset_id: str) -> Float32[np.ndarray, "step state_dim"]:
-    if isinstance(space, gym.spaces.Box):
-        return np.asarray(observations, dtype=np.float32).reshape(len(observations), -1)
-    if isinstance(space, gym.spaces.Discrete):
-        return _one_hot(observations, space)
-    if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([_flat(observations[key], part, dataset_id) for key, part in space.items()], axis=1)
-    if isinstance(space, gym.spaces.Tuple):
-        parts = zip(observations, space.spaces, strict=True)
-        return np.concatenate([_flat(o, part, dataset_id) for o, part in parts], axis=1)
-    raise DtLensError(f"The observations of {dataset_id!r} contain {space}; only Box and Discrete can be learned from.")
-
-
-def _one_hot(values: Any, space: gym.spaces.Discrete) -> Float32[np.ndarray, "step n"]:
-    rows: np.ndarray[Any, Any] = np.eye(int(space.n), dtype=np.float32)
-    chosen: np.ndarray[Any, Any] = rows[np.asarray(values).reshape(-1) - int(space.start)]
-    return chosen
-
-
-def _actions(actions: Any, space: gym.spaces.Box | gym.spaces.Discrete) -> Float32[np.ndarray, "step act_dim"]:
-    if isinstance(space, gym.spaces.Discrete):
-        return _one_hot(actions, space)
-    return np.asarray(actions, dtype=np.float32).reshape(len(actions), -1)
 
 
 class Windows:

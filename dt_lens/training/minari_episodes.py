@@ -1,0 +1,206 @@
+"""The episodes of a Minari data set as flat arrays, each checked against the data set's spaces and against itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+from jaxtyping import Float32
+
+from dt_lens.errors import DtLensError, because
+
+__all__ = ["FlatEpisode", "flat_episodes", "open_dataset"]
+
+
+class FlatEpisode(NamedTuple):
+    """The ``n`` steps of one episode."""
+
+    states: Float32[np.ndarray, "n state_dim"]
+    actions: Float32[np.ndarray, "n act_dim"]  # one-hot if actions are discrete
+    rewards: Float32[np.ndarray, " n"]
+
+
+def open_dataset(dataset_id: str) -> Any:
+    """The Minari data set, downloaded if it is not stored locally.
+
+    Raises:
+        DtLensError: if it is neither local nor downloadable, or stored locally and damaged.
+    """
+    import minari
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    here: Path | None = None
+    try:
+        folder = Path(get_dataset_path(dataset_id))
+        here = folder if (folder / "data").exists() else None
+        return minari.load_dataset(dataset_id, download=True)
+    except Exception as error:
+        if here is not None:
+            raise DtLensError(
+                f"The Minari data set {dataset_id!r} in {here} is damaged or of another version ({because(error)}); "
+                "delete that folder, then download or record it again."
+            ) from error
+        raise DtLensError(
+            f"The Minari data set {dataset_id!r} is not stored locally and cannot be downloaded ({because(error)}); "
+            "`minari list local` and `minari list remote` list the data sets that exist."
+        ) from error
+
+
+def flat_episodes(dataset: Any) -> Iterator[FlatEpisode]:
+    """Read and check one episode after the other.
+
+    Observations of any Box or Discrete, or of a Dict or Tuple of these, are flattened as by
+    ``gymnasium.spaces.flatten``; the last one, after the last action, is left out. An episode whose steps go on after a
+    termination or truncation is a warning: its returns-to-go run on to its last step.
+
+    Raises:
+        DtLensError: for an episode that is missing, cannot be read, or whose parts do not belong together, with its
+            number.
+    """
+    numbers, checks = [int(number) for number in dataset.episode_indices], _Checks(dataset)
+    try:
+        episodes = iter(dataset.iterate_episodes())
+    except Exception as error:
+        _first_unreadable(dataset, numbers, error)
+    counted: Iterator[Any] = iter(dataset.storage.get_episode_metadata(numbers))
+    for number in numbers:
+        try:
+            episode = next(episodes)
+        except StopIteration:
+            raise DtLensError(
+                f"The data set {dataset.id!r} lacks episode {number} of the {len(numbers)} that its metadata counts; "
+                "download or record it again."
+            ) from None
+        except Exception as error:
+            _unreadable(dataset, number, error)
+        steps = None
+        with suppress(Exception):  # not every version of Minari counts them
+            steps = next(counted).get("total_steps")
+        yield checks.flat(number, episode, steps)
+    checks.warn_of_early_ends()
+
+
+def _first_unreadable(dataset: Any, numbers: list[int], error: Exception) -> NoReturn:
+    """Arrow and Parquet open all episodes at once, so the one that cannot be opened is looked for."""
+    for number in numbers:
+        try:
+            list(dataset.iterate_episodes([number]))
+        except Exception as its:
+            _unreadable(dataset, number, its)
+    raise DtLensError(f"The data set {dataset.id!r} cannot be read ({because(error)}).") from error
+
+
+def _unreadable(dataset: Any, number: int, error: Exception) -> NoReturn:
+    said = f"{type(error).__name__}: {because(error)}"
+    raise DtLensError(
+        f"Episode {number} of the data set {dataset.id!r} cannot be read ({said}): a part of it is missing or damaged; "
+        "download or record it again."
+    ) from error
+
+
+class _Checks:
+    """Turns Minari's episodes into ``FlatEpisode``s, or names what is wrong with one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.number = 0
+        self.ended_early: list[int] = []
+
+    def flat(self, number: int, episode: Any, counted: Any = None) -> FlatEpisode:
+        """The episode, whose metadata counts ``counted`` steps, if it does."""
+        self.number = number
+        rewards = self._numbers(episode.rewards, "rewards")
+        if rewards.ndim != 1:
+            self._refuse(f"has rewards of shape {list(rewards.shape)} in place of one number a step")
+        steps = len(rewards)
+        if not steps:
+            self._refuse("has no steps")
+        if counted is not None and counted != steps:
+            self._refuse(f"has {steps} rewards, and its metadata counts {counted} steps")
+        for name in ("terminations", "truncations"):
+            ends = np.asarray(getattr(episode, name))
+            if ends.shape != (steps,):
+                self._refuse(f"has {steps} rewards and {name} of shape {list(ends.shape)}")
+            if ends[:-1].any() and number not in self.ended_early:
+                self.ended_early.append(number)
+        actions = self._flat(episode.actions, self.dataset.action_space, "actions")
+        if len(actions) != steps:
+            self._refuse(f"has {steps} rewards and {len(actions)} actions")
+        states = self._flat(episode.observations, self.dataset.observation_space, "observations")
+        if len(states) not in (steps, steps + 1):
+            self._refuse(f"has {steps} rewards and {len(states)} observations, in place of {steps + 1}")
+        found = FlatEpisode(states[:steps], actions, rewards)
+        for name, values in found._asdict().items():
+            if not np.isfinite(values).all():
+                step = int(np.argwhere(~np.isfinite(values))[0, 0])
+                self._refuse(f"has {name} that are not finite, first at step {step}")
+        return found
+
+    def warn_of_early_ends(self) -> None:
+        if self.ended_early:
+            shown, more = ", ".join(map(str, self.ended_early[:5])), len(self.ended_early) > 5
+            warnings.warn(
+                f"The data set {self.dataset.id!r} has episodes whose steps go on after a termination or truncation "
+                f"({shown}{', ...' if more else ''}); their returns-to-go run on to the last step.",
+                stacklevel=4,
+            )
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise DtLensError(
+            f"Episode {self.number} of the data set {self.dataset.id!r} {what}; repair the data set or record it anew."
+        )
+
+    def _flat(self, values: Any, space: gym.Space[Any], what: str) -> Float32[np.ndarray, "row size"]:
+        if isinstance(space, gym.spaces.Box):
+            rows, size = self._numbers(values, what), int(np.prod(space.shape))
+            if not rows.ndim or rows.size != len(rows) * size:
+                self._refuse(f"has {what} of shape {list(rows.shape[1:])} in place of {list(space.shape)}")
+            return rows.reshape(len(rows), size)
+        if isinstance(space, gym.spaces.Discrete):
+            return self._one_hot(values, space, what)
+        if isinstance(space, gym.spaces.Dict):
+            missing = [key for key in space if key not in values] if isinstance(values, dict) else list(space)
+            if missing:
+                self._refuse(f"has {what} without {missing[0]!r}")
+            return self._joined([self._flat(values[key], part, f"{what} {key!r}") for key, part in space.items()], what)
+        if isinstance(space, gym.spaces.Tuple):
+            if len(values) != len(space.spaces):
+                self._refuse(f"has {what} of {len(values)} parts in place of {len(space.spaces)}")
+            named = enumerate(zip(values, space.spaces, strict=True))
+            return self._joined([self._flat(value, part, f"{what} {i}") for i, (value, part) in named], what)
+        raise DtLensError(
+            f"The {what} of {self.dataset.id!r} contain {space}; only Box and Discrete can be learned from."
+        )
+
+    def _joined(self, parts: list[np.ndarray[Any, Any]], what: str) -> Float32[np.ndarray, "row size"]:
+        lengths = [len(part) for part in parts]
+        if len(set(lengths)) > 1:
+            self._refuse(f"has {what} whose parts have {', '.join(map(str, lengths))} rows")
+        return np.concatenate(parts, axis=1)
+
+    def _numbers(self, values: Any, what: str) -> Float32[np.ndarray, ...]:
+        try:
+            with np.errstate(over="ignore"):  # what float32 cannot hold is not finite, and refused as such
+                return np.asarray(values).astype(np.float32)
+        except (TypeError, ValueError) as error:
+            self._refuse(f"has {what} that are not numbers ({because(error)})")
+
+    def _one_hot(self, values: Any, space: gym.spaces.Discrete, what: str) -> Float32[np.ndarray, "row n"]:
+        chosen, first, count = np.asarray(values), int(space.start), int(space.n)
+        if chosen.dtype.kind not in "iufb" or chosen.size != len(chosen):
+            self._refuse(f"has {what} of shape {list(chosen.shape[1:])} in place of one class number a step")
+        index = chosen.reshape(-1).astype(np.float64) - first
+        wrong = ~((index >= 0) & (index < count) & (index == np.floor(index)))
+        if wrong.any():
+            step = int(wrong.argmax())
+            self._refuse(
+                f"has {what} of {chosen.reshape(-1)[step]} at step {step}; its classes are {first} to "
+                f"{first + count - 1}"
+            )
+        rows: np.ndarray[Any, Any] = np.eye(count, dtype=np.float32)
+        return rows[index.astype(np.int64)]
