@@ -20,6 +20,7 @@ from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.sweep.halving import read_halving_state, rungs_of
 from dt_lens.behaviour.sweep.plan import FORMAT
 from dt_lens.behaviour.sweep.schema import decoding, read_options
+from dt_lens.behaviour.sweep.soundness import require_sound
 from dt_lens.behaviour.sweep.store import FILE, KEPT, explain_errors
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.multiplicity import q_values
@@ -51,12 +52,15 @@ class SweepResults:
         self.file = path / FILE if path.is_dir() else path
         if not self.file.is_file():
             raise DtLensError(f"There is no sweep in {path}; run it first.")
+        self._sound: tuple[int, ...] = ()  # the state in which the file was last checked
         with self._reading():
             pass
 
     @contextmanager
     def _reading(self) -> Iterator[tuple[sqlite3.Connection, dict[str, Any]]]:
         """A consistent view of the file, and its options. Only code that reads the file belongs inside."""
+        if not self.file.is_file():
+            raise DtLensError(f"The sweep's file {self.file} was moved or deleted meanwhile; open it where it is now.")
         with explain_errors(self.file, reading=True):
             db = sqlite3.connect(f"{self.file.resolve().as_uri()}?mode=ro", uri=True, timeout=10, isolation_level=None)
             try:
@@ -70,11 +74,21 @@ class SweepResults:
                             f"The format of {self.file} is {options['format']} and this version of dt-lens reads "
                             f"{FORMAT}; read it with the version that wrote it."
                         )
+                    state = self._state()
+                    if state != self._sound:
+                        require_sound(db)
+                        self._sound = state
                     yield db, options
             except pd.errors.DatabaseError as error:
                 raise error.__cause__ or error from None  # pandas wraps what SQLite raises
             finally:
                 db.close()
+
+    def _state(self) -> tuple[int, ...]:
+        """What changes when the file is written to."""
+        parts = (self.file, self.file.with_name(f"{self.file.name}-wal"))
+        found = [part.stat() for part in parts if part.exists()]
+        return tuple(number for stat in found for number in (stat.st_mtime_ns, stat.st_size))
 
     @property
     def options(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,18 +45,28 @@ CREATE TABLE runs (
 );
 CREATE INDEX unit_arm ON units (arm);
 """
-NEEDED = (  # options that every file has
-    "format",
-    "model",
-    "episodes",
-    "seed",
-    "environment",
-    "environment_kwargs",
-    "target_return",
-    "time_limit",
-    "fold_layernorm",
-    "baseline",
-)
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+NEEDED: dict[str, Callable[[Any], bool]] = {  # options that every file has, and what they may be
+    "format": lambda value: type(value) is int,
+    "model": lambda value: isinstance(value, str),
+    "episodes": _counts,
+    "seed": lambda value: type(value) is int and value >= 0,
+    "environment": lambda value: isinstance(value, str),
+    "environment_kwargs": lambda value: isinstance(value, dict),
+    "target_return": _number,
+    "time_limit": _counts,
+    "fold_layernorm": lambda value: isinstance(value, bool),
+    "baseline": lambda value: isinstance(value, bool),
+}
 COLUMNS = Arm._fields[1:]
 
 
@@ -86,8 +96,11 @@ def read_options(db: sqlite3.Connection) -> dict[str, Any]:
     with decoding():
         (text,) = db.execute("SELECT options FROM plan").fetchone()
         options: dict[str, Any] = json.loads(text)
-        if missing := [name for name in NEEDED if name not in options]:
-            raise KeyError(missing)
+        for name, fits in NEEDED.items():
+            if not fits(options[name]):
+                raise ValueError(name)
+        if not all(map(_counts, options.get("halving") or ())):
+            raise ValueError("halving")
     return options
 
 

@@ -30,6 +30,7 @@ from dt_lens.behaviour.sweep.schema import (
     read_options,
     renumber,
 )
+from dt_lens.behaviour.sweep.soundness import add_checksum, make_checksums, require_sound
 from dt_lens.errors import DtLensError, because, unwritable
 
 __all__ = ["FILE", "KEPT", "Store", "explain_errors"]
@@ -105,8 +106,10 @@ class Store:
         self.file, self.plan = file, plan
         with explain_errors(file):
             self._db = sqlite3.connect(file, isolation_level=None, timeout=10)
+            self._inode: int | None = None
             try:
                 self._prepare()
+                self._inode = file.stat().st_ino
             except BaseException:
                 self._db.close()
                 raise
@@ -139,6 +142,8 @@ class Store:
         if tables and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(found)
         kept = self._options_in_file() if tables else None
+        if tables:
+            require_sound(db)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         with self.writing():
@@ -165,6 +170,7 @@ class Store:
         db, options = self._db, dict(self.plan.options)
         if kept is None:
             create(db)
+        make_checksums(db)
         before = read_arms(db)
         with decoding():  # merging the plan's own arms does not raise
             self.arms = merge_arms(self.plan.arms, before, self.plan.catalogue)
@@ -186,6 +192,7 @@ class Store:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """A transaction: everything inside is written, or nothing."""
+        self._require_there()
         with explain_errors(self.file):
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -195,6 +202,20 @@ class Store:
                 if self._db.in_transaction:  # after a full disk SQLite has already rolled back
                     self._db.execute("ROLLBACK")
                 raise
+
+    def _require_there(self) -> None:
+        """Raise ``DtLensError`` if the file was deleted or replaced: SQLite would go on writing to the deleted one."""
+        if self._inode is None:
+            return
+        try:
+            there = self.file.stat().st_ino == self._inode
+        except OSError:
+            there = False
+        if not there:
+            raise DtLensError(
+                f"{self.file} was deleted or replaced while its sweep ran, so nothing more can be kept in it; leave "
+                "the file where it is and run the sweep again."
+            )
 
     def close(self) -> None:
         """Fold SQLite's companion files into the one file."""
@@ -320,6 +341,7 @@ class Store:
         ]
         self._db.executemany("INSERT INTO episodes VALUES (?,?,?,?,?,?)", rows)
         self._db.execute("UPDATE units SET status = 'done', error = NULL WHERE unit = ?", (event.unit,))
+        add_checksum(self._db, event.unit)
         self.end(run, event)
 
     def fail(self, unit: int, error: str) -> None:
