@@ -53,7 +53,13 @@ class FlatView(gym.ObservationWrapper[NDArray[np.uint8], int, dict[str, Any]], g
 
 
 def make(
-    env_id: str, *, one_hot: bool = False, fully_observed: bool = False, view_size: int = 7, **options: Any
+    env_id: str,
+    *,
+    one_hot: bool = False,
+    fully_observed: bool = False,
+    view_size: int = 7,
+    max_steps: int | None = None,
+    **options: Any,
 ) -> gym.Env[NDArray[np.uint8], int]:
     """A MiniGrid environment with a flat view.
 
@@ -62,9 +68,15 @@ def make(
         one_hot: 20 channels (11 objects, 6 colours, 3 door states) instead of 3 numbers.
         fully_observed: the whole grid instead of what the agent sees.
         view_size: cells on a side of the view.
-        options: MiniGrid's own, such as ``max_steps``, by which a success' reward is scaled, and ``render_mode``.
+        max_steps: MiniGrid's own time limit, by which a success' reward is scaled; the environment's by default.
+        options: MiniGrid's own, such as ``render_mode``.
     """
-    env: Any = gym.make(env_id, disable_env_checker=True, **options)
+    if max_steps is not None:
+        options["max_steps"] = max_steps
+    # Looked up, not named: a checkpoint's own options may name another id, and "module:Id" would import the module.
+    if env_id not in gym.registry:
+        raise ValueError(f"there is no environment {env_id!r} of MiniGrid's")
+    env: Any = gym.make(gym.registry[env_id], disable_env_checker=True, **options)
     if fully_observed:
         env = FullyObsWrapper(env)
     if view_size != 7:
@@ -79,7 +91,9 @@ def _register() -> None:
         gym.register(FIXED_START, f"{__name__}:FixedStartMemory", kwargs={"size": 7, "max_steps": 50})
     for env_id in [name for name in gym.envs.registry if name.startswith("MiniGrid-")]:
         if f"Flat/{env_id}" not in gym.envs.registry:
-            gym.register(f"Flat/{env_id}", f"{__name__}:make", kwargs={"env_id": env_id})
+            # All options of ``make``: a checkpoint may set those with which the environment is registered.
+            options = {"one_hot": False, "fully_observed": False, "view_size": 7, "max_steps": None}
+            gym.register(f"Flat/{env_id}", f"{__name__}:make", kwargs={"env_id": env_id, **options})
 
 
 _register()

@@ -24,6 +24,7 @@ __all__ = [
     "WeightsOnly",
     "Workers",
     "indices",
+    "json_object",
     "load_model",
     "number",
     "split",
@@ -115,6 +116,21 @@ def to_float(text: str, option: str) -> float:
         return float(text)
     except ValueError:
         raise DtLensError(f"--{option} holds {text!r}; expected numbers separated by commas.") from None
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """Parse named values in JSON.
+
+    Raises:
+        DtLensError: if the text is not a JSON object.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise DtLensError(f'--{option} is {text[:80]!r}; expected a JSON object, such as {{"is_slippery": false}}.')
+    return values
 
 
 def number(text: str) -> str | float:

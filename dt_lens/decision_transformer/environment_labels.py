@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from dt_lens.errors import DtLensError
+from dt_lens.lens.environment_names import require_registered, specification
+
+if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
 
 __all__ = ["environment_labels"]
 
@@ -15,25 +21,32 @@ def environment_labels(
 ) -> tuple[Labels | None, Labels | None]:
     """The labels of an environment's observations and actions; ``None`` for what it does not name.
 
+    The name is only looked up: no module of a ``"module:Id"`` is imported.
+
     MuJoCo environments name joints and actuators, Gymnasium's Atari environments name their actions, MiniGrid and
     others have an ``actions`` enumeration. An environment that cannot be made here has no labels.
     """
+    try:
+        spec = specification(environment)
+        require_registered(spec, kwargs or {})
+    except DtLensError:
+        return None, None  # not kept: the user may import what registers it
     # Making an environment takes a while, so results are kept; arguments may be lists, so the key is their text.
     key = f"{environment} {sorted((kwargs or {}).items())!r}"
     if key not in _KNOWN:
-        _KNOWN[key] = _labels(environment, kwargs or {})
+        _KNOWN[key] = _labels(spec, kwargs or {})
     return _KNOWN[key]
 
 
 _KNOWN: dict[str, tuple[Labels | None, Labels | None]] = {}
 
 
-def _labels(environment: str, kwargs: Mapping[str, Any]) -> tuple[Labels | None, Labels | None]:
+def _labels(spec: EnvSpec, kwargs: Mapping[str, Any]) -> tuple[Labels | None, Labels | None]:
     import gymnasium as gym
 
     try:
-        env = gym.make(environment, disable_env_checker=True, **kwargs)
-    except Exception:
+        env = gym.make(spec, disable_env_checker=True, **kwargs)
+    except (Exception, SystemExit):
         # Labels are optional: the rollout that needs the environment reports why it cannot be made.
         return None, None
     try:

@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.checkpoints import read_json
+from dt_lens.lens.environment_names import FileKeywords, same_environment
 
-__all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "given_facts"]
+__all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "from_file", "given_facts"]
 
 FACTS_FILE = "dt_lens.json"
 Padding = Literal["mask", "visible"]
@@ -34,7 +35,7 @@ class RunFacts:
     """
 
     context: int  # steps the agent looks back
-    environment: str | None = None  # a Gymnasium id
+    environment: str | None = None  # a Gymnasium id; "module:Id" where the module is imported
     environment_kwargs: dict[str, Any] = field(default_factory=dict)
     state_mean: tuple[float, ...] | None = None
     state_std: tuple[float, ...] | None = None
@@ -130,7 +131,7 @@ class RunFacts:
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the run facts") -> RunFacts:
-        """Facts from plain JSON values; lists become tuples."""
+        """Facts from plain JSON values; lists become tuples. ``environment_kwargs`` are a file's: not confirmed."""
         if not isinstance(values, dict):
             raise DtLensError(f"{source} holds {a_type(values)}; expected an object with named fields.")
         known = {f.name for f in fields(cls)}
@@ -142,16 +143,24 @@ class RunFacts:
                 )
         if "context" not in values:
             raise DtLensError(f"{source} lacks the field 'context', the number of steps that the agent looks back.")
-        return cls(**values)
+        return cls(**from_file(values))
 
 
 FACTS = {f.name for f in fields(RunFacts)}  # keywords that every decision transformer's ``load`` and ``wrap`` take
+
+
+def from_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that a file gives, its keywords of the environment marked as such; see ``require_registered``."""
+    kwargs = values.get("environment_kwargs")
+    return {**values, "environment_kwargs": FileKeywords(kwargs)} if isinstance(kwargs, dict) else dict(values)
 
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
     """The checkpoint's facts, overridden by the user's; the context is 20, as in the paper, if neither gives it."""
     chosen: dict[str, Any] = {name: value for name, value in given.items() if name in FACTS}
     if kept is not None:
+        if "environment" in chosen and not same_environment(chosen["environment"], kept.environment):
+            chosen.setdefault("environment_kwargs", {})  # those of another environment
         return replace(kept, **chosen)
     chosen.setdefault("context", 20)
     return RunFacts(**chosen)

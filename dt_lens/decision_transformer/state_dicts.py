@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dt_lens.arguments import refuse_unknown
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts
+from dt_lens.decision_transformer.facts import FACTS, RunFacts, from_file, given_facts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.checkpoints import Checkpoint
@@ -219,7 +219,7 @@ class StateDictAdapter:
         refuse_unknown(given, set(self.options) | FACTS)
         tensors = checkpoint.tensors
         checkpoint.require_finite(self._used(tensors))
-        layout = self._layout(tensors, {**self.said_by_file(checkpoint, given), **given})
+        layout = self._layout(tensors, {**from_file(self.said_by_file(checkpoint, given)), **given})
         return self._lens(_FileTensors(self._used(tensors)), layout, live=False)
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
@@ -343,7 +343,7 @@ def ask_for_heads(given: Mapping[str, Any], kind: str, usual: int) -> Any:
 
 def run_facts(usual: Mapping[str, Any], given: Mapping[str, Any]) -> RunFacts:
     """The facts of the run: those given, and for the rest the code base's usual ones."""
-    return given_facts(None, {**usual, **given})
+    return given_facts(None, {**from_file(usual), **given})
 
 
 def steps_of_mask(tensors: Mapping[str, Tensor], key: str) -> dict[str, int]:

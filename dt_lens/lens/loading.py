@@ -12,6 +12,7 @@ from torch import nn
 from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.adapters import Adapter, choose, opener, unpack
 from dt_lens.lens.checkpoints import SUFFIXES, read_checkpoint
+from dt_lens.lens.environment_names import import_module_of
 from dt_lens.lens.protocol import Lens, is_wrapped
 
 __all__ = ["load", "open_checkpoint", "wrap"]
@@ -43,6 +44,7 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
         )
     checkpoint = read_checkpoint(_locate(source), partial(unpack, adapter=adapter))
     chosen = choose(checkpoint, adapter, sorted(checkpoint.tensors))
+    import_module_of(given.get("environment"))
     return _certified(chosen.load(checkpoint, **given), check)
 
 
@@ -61,6 +63,7 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
             f"wrap takes a torch model, not {a_type(model)}; use dt_lens.load for a file, folder or name."
         )
     chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
+    import_module_of(given.get("environment"))
     return _certified(chosen.wrap(model, **given), check)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
+from dt_lens.lens.environment_names import FileKeywords, import_module_of, same_environment
 from dt_lens.training.dataset import Trajectories, Windows, read
 from dt_lens.training.run import TrainingRun
 from dt_lens.training.settings import AgentSettings
@@ -48,6 +49,7 @@ def train(
     eval_episodes: int = 8,
     checkpoint_every: int = 250,
     environment: str | None = None,
+    environment_kwargs: Mapping[str, Any] | None = None,
     resume: bool = True,
     device: str | torch.device = "cpu",
     report: Callable[[AgentProgress], None] | None = None,
@@ -66,7 +68,10 @@ def train(
         eval_every: steps between evaluations; 0 for none.
         eval_episodes: episodes at each target.
         checkpoint_every: steps between checkpoints.
-        environment: a Gymnasium id to evaluate in; the data set's own by default.
+        environment: a Gymnasium id to evaluate in, ``"module:Id"`` to import a package that registers it; the data
+            set's own by default, which must be registered.
+        environment_kwargs: its keyword arguments; by default the data set's own, with its environment, as far as the
+            environment is registered with them.
         resume: whether to resume an unfinished run in ``out``.
         device: where the model trains.
         report: called after every step.
@@ -84,8 +89,12 @@ def train(
     checkpoint_every = whole_number(checkpoint_every, "checkpoint_every", 1)
     settings = settings or AgentSettings()
     data = read(dataset_id)
+    own = environment is None or same_environment(environment, data.environment)
+    kwargs = FileKeywords(data.environment_kwargs or {}) if own else {}
     if environment is not None:
-        data = replace(data, environment=environment, environment_kwargs={})
+        import_module_of(environment)
+        data = replace(data, environment=environment)
+    data = replace(data, environment_kwargs=kwargs if environment_kwargs is None else dict(environment_kwargs))
     if not settings.targets:
         settings = replace(settings, targets=_targets(data.returns))
     with torch.random.fork_rng(devices=[]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError, because
+from dt_lens.lens.environment_names import require_registered, specification
 
 __all__ = ["ScoreReference", "Task", "make_task", "score_reference"]
 
@@ -75,14 +75,18 @@ def make_task(
 ) -> Task:
     """The task ``environment``, made once to check that the model ``cfg`` describes fits it.
 
+    ``environment`` is only looked up: for a name that a user gives, call ``import_module_of`` first.
+
     An episode is cut at the environment's own time limit or after ``max_steps``, whichever comes first; an environment
     without a limit is cut at the end of the model's timestep table.
 
     Raises:
-        DtLensError: for an id that is not registered, an environment that cannot be made, or a state or action space
-            that the model does not fit.
+        DtLensError: for an id that is not registered, a keyword of a file's that the
+            environment is not registered with, an environment that cannot be made, or a state or action space that the
+            model does not fit.
     """
-    spec = _find(environment)
+    spec = specification(environment)
+    require_registered(spec, kwargs)
     env = _make(spec, kwargs)
     try:
         state_dim = _state_size(environment, env.observation_space)
@@ -111,30 +115,11 @@ def make_task(
     return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, int(limit))
 
 
-def _find(environment: str) -> EnvSpec:
-    module, _, name = environment.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a relative name, or whatever the module raises
-            raise DtLensError(
-                f"The module {module!r} of the environment {environment!r} cannot be imported: {because(error)}."
-            ) from error
-    spec = gym.envs.registry.get(name)
-    if spec is None:
-        raise DtLensError(
-            f"There is no Gymnasium environment {environment!r}; a package that registers it must be imported first, "
-            f"or named as in 'package:{name}'." + nearest(name, gym.envs.registry)
-        )
-    return spec
-
-
 def _make(spec: EnvSpec, kwargs: Mapping[str, Any]) -> Env:
     try:
         return gym.make(spec, disable_env_checker=True, **kwargs)
-    except (gym.error.Error, ImportError, TypeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DtLensError(f"The environment {spec.id!r} cannot be made: {first}.") from error
+    except (Exception, SystemExit) as error:  # whatever its constructor raises
+        raise DtLensError(f"The environment {spec.id!r} cannot be made: {because(error)}.") from error
 
 
 def _state_size(environment: str, space: spaces.Space[Any]) -> int:

@@ -12,6 +12,7 @@ from dt_lens.behaviour.agents.comparison import Comparison
 from dt_lens.behaviour.agents.episodes import Episodes
 from dt_lens.behaviour.printing import html_table, span, text_table
 from dt_lens.errors import DtLensError
+from dt_lens.lens.environment_names import FileKeywords
 from dt_lens.statistics.outcomes import bootstrap_interval, iqm, wilson
 
 __all__ = ["Evaluation"]
@@ -102,7 +103,8 @@ class Evaluation(Episodes):
             return cls.from_outcomes(
                 [Outcome(*row) for row in zip(*columns, strict=True)],
                 edits=tuple(values["edits"]),
-                **{name: values[name] for name in _KEPT},
+                **{name: values[name] for name in _KEPT if name != "environment_kwargs"},
+                environment_kwargs=FileKeywords(values["environment_kwargs"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DtLensError(f"These are not the values of an evaluation's to_dict: {error!r}.") from error

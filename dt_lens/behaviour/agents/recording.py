@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dt_lens.behaviour.agents.environment import Task
-from dt_lens.behaviour.agents.running import run, setting_of
+from dt_lens.behaviour.agents.running import known_setting, run
 
 if TYPE_CHECKING:
     from dt_lens.behaviour.agents.episodes import Episodes
@@ -42,8 +42,9 @@ def record_actions(model: HookedDecisionTransformer, evaluation: Episodes, seed:
 
     The episode is run again, and repeats to the last bit what it was when ``evaluate`` ran it with these weights.
     """
-    e = evaluation
-    setting = setting_of(model, e.environment, e.environment_kwargs, e.target_return, e.time_limit)
+    e, own = evaluation, model.facts.environment_kwargs
+    kwargs = own if own == e.environment_kwargs else e.environment_kwargs  # the user may have confirmed the model's
+    setting = known_setting(model, e.environment, kwargs, e.target_return, e.time_limit)
     recording = _RecordingTask(**{f.name: getattr(setting.task, f.name) for f in fields(Task)})
     run(model, setting._replace(task=recording), range(seed, seed + 1), workers=1)
     return np.array(recording.log)

@@ -27,6 +27,7 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
 from dt_lens.errors import DtLensError
+from dt_lens.lens.environment_names import import_module_of, same_environment
 from dt_lens.lens.forward_mode import evaluating, one_thread
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "Job",
     "Setting",
     "acting_weights",
+    "known_setting",
     "portable_job",
     "run",
     "run_job",
@@ -73,6 +75,8 @@ def setting_of(
             not fit the model; the sentence says what to give ``caller``.
     """
     facts = model.facts
+    if environment is not None and not isinstance(environment, str):
+        raise DtLensError(f"environment is {environment!r}; it must be a Gymnasium id, such as 'Hopper-v5'.")
     if environment is None:
         environment = facts.environment
         if environment is None:
@@ -80,8 +84,11 @@ def setting_of(
                 "The model does not say which environment it was trained in; "
                 f"give {caller} an environment, such as 'Hopper-v5'."
             )
+    else:
+        import_module_of(environment)
     if environment_kwargs is None:
-        environment_kwargs = facts.environment_kwargs if environment == facts.environment else {}
+        same = same_environment(environment, facts.environment)
+        environment_kwargs = facts.environment_kwargs if same else {}
     if target_return is None:
         if not facts.target_returns:
             raise DtLensError(
@@ -89,13 +96,21 @@ def setting_of(
                 f"give {caller} a target_return, in the environment's own units."
             )
         target_return = facts.target_returns[0]
-    if not isinstance(environment, str):
-        raise DtLensError(f"environment is {environment!r}; it must be a Gymnasium id, such as 'Hopper-v5'.")
     if not isinstance(target_return, int | float | np.number) or not math.isfinite(target_return):
         raise DtLensError(f"target_return is {target_return!r}; it must be a finite number.")
+    return known_setting(model, environment, environment_kwargs, float(target_return), max_steps)
+
+
+def known_setting(
+    model: HookedDecisionTransformer,
+    environment: str,
+    environment_kwargs: Mapping[str, Any],
+    target_return: float,
+    max_steps: int | None,
+) -> Setting:
+    """The setting of these very values; no module is imported."""
     task = make_task(environment, environment_kwargs, model.cfg, max_steps)
-    target = float(target_return)
-    return Setting(environment, dict(environment_kwargs), target, task, _conditions(model, target))
+    return Setting(environment, dict(environment_kwargs), target_return, task, _conditions(model, target_return))
 
 
 def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:

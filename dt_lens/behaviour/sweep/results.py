@@ -22,6 +22,7 @@ from dt_lens.behaviour.sweep.plan import FORMAT
 from dt_lens.behaviour.sweep.schema import decoding, read_options
 from dt_lens.behaviour.sweep.soundness import require_sound
 from dt_lens.behaviour.sweep.store import FILE, KEPT, explain_errors
+from dt_lens.decision_transformer.facts import from_file
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.outcomes import bootstrap_interval, logrank, sign_flip, wilson
@@ -228,7 +229,8 @@ def _measured(db: sqlite3.Connection, options: Mapping[str, Any]) -> dict[int, d
         outcomes.setdefault(arm, []).append(
             Outcome(seed, NAN if total is None else total, length, bool(terminated), bool(truncated))
         )
-    shared = {name: options[name] for name in ("environment", "environment_kwargs", "target_return", "time_limit")}
+    named = ("environment", "environment_kwargs", "target_return", "time_limit")
+    shared = from_file({name: options[name] for name in named})
     return {
         arm: {
             "outcomes": outcomes[arm],

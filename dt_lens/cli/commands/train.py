@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dt_lens.cli.options import Device, Fresh, Seed, to_float
+from dt_lens.cli.options import Device, Fresh, Seed, json_object, to_float
 from dt_lens.cli.output import progress
 from dt_lens.training.settings import AgentSettings
 
@@ -41,6 +41,13 @@ def train(
         str | None,
         typer.Option("--environment", "--env", help="The Gymnasium id to evaluate in; the data set's own by default."),
     ] = None,
+    environment_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="The environment's keyword arguments; the data set's own by default.",
+        ),
+    ] = None,
     device: Device = "cpu",
     fresh: Fresh = False,
 ) -> None:
@@ -71,6 +78,9 @@ def train(
             eval_every=eval_every,
             eval_episodes=eval_episodes,
             environment=environment,
+            environment_kwargs=None
+            if environment_kwargs is None
+            else json_object(environment_kwargs, "environment-kwargs"),
             device=device,
             resume=not fresh,
             report=report,

@@ -24,7 +24,7 @@ def _cfg(state_dim: int, act_dim: int, discrete: bool = False) -> HookedDecision
         ("CartPole-v1", _cfg(4, 2), r"takes discrete actions and this model predicts continuous"),
         ("CartPole-v1", _cfg(4, 3, True), r"takes 2 kinds of action and this model predicts 3"),
         ("Hoper-v5", _cfg(11, 3), r"no Gymnasium environment 'Hoper-v5'.*Did you mean 'Hopper-v5'"),
-        ("no_such_package:Maze-v0", _cfg(11, 3), r"module 'no_such_package' .* cannot be imported"),
+        ("no_such_package:Maze-v0", _cfg(11, 3), r"comes from a file, .* import it yourself, or pass environment="),
         ("", _cfg(11, 3), r"no Gymnasium environment ''"),
     ],
 )
@@ -39,6 +39,19 @@ def test_an_environment_that_does_not_fit_is_refused(
 def test_unknown_keyword_arguments_are_refused() -> None:
     with pytest.raises(DtLensError, match=r"'Hopper-v5' cannot be made: .*wings"):
         make_task("Hopper-v5", {"wings": 2}, _cfg(11, 3))
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("no licence\nfound."), AssertionError(), SystemExit(3), KeyError("x")])
+def test_whatever_a_constructor_raises_is_one_sentence(raised: BaseException) -> None:
+    def make() -> None:
+        raise raised
+
+    gym.register("dt-lens-test/Broken-v0", entry_point=make)
+    try:
+        with pytest.raises(DtLensError, match=r"^The environment 'dt-lens-test/Broken-v0' cannot be made: .+\.$"):
+            make_task("dt-lens-test/Broken-v0", {}, _cfg(2, 3))
+    finally:
+        del gym.registry["dt-lens-test/Broken-v0"]
 
 
 def test_keyword_arguments_reach_the_environment() -> None:

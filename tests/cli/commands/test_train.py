@@ -30,13 +30,15 @@ def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: py
     monkeypatch.setattr(module, "train", fake)
     sizes = ["--steps", 2, "--batch-size", 3, "--context", 4, "--d-model", 8, "--layers", 5, "--heads", 2]
     others = ["--lr", 0.5, "--seed", 9, "--targets", "30,20", "--eval-every", 6, "--eval-episodes", 7]
-    done = dt_lens("train", "a/b-v0", "--out", "somewhere", *sizes, *others, "--env", "CartPole-v1", "--fresh")
+    kwargs = ["--environment-kwargs", '{"sab": true}']
+    done = dt_lens("train", "a/b-v0", "--out", "somewhere", *sizes, *others, "--env", "CartPole-v1", "--fresh", *kwargs)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The model: somewhere\n" and "loss 0.2500  target → return 30 → 7" in done.stderr
     settings = AgentSettings(
         steps=2, batch_size=3, context=4, d_model=8, n_layers=5, n_heads=2, lr=0.5, seed=9, targets=(30.0, 20.0)
     )
     rest = {"eval_every": 6, "eval_episodes": 7, "environment": "CartPole-v1", "device": "cpu", "resume": False}
+    rest["environment_kwargs"] = {"sab": True}
     assert calls == [(("a/b-v0", Path("somewhere"), settings), rest)]
 
 
@@ -45,6 +47,8 @@ def test_train_refuses_bad_settings_in_one_sentence(dt_lens: Run) -> None:
     assert done == (2, "", "dt-lens: d_model is 10; it must be a multiple of n_heads, 3.\n")
     done = dt_lens("train", "a/b-v0", "--targets", "30,x")
     assert done == (2, "", "dt-lens: --targets holds 'x'; expected numbers separated by commas.\n")
+    done = dt_lens("train", "a/b-v0", "--environment-kwargs", "[1]")
+    assert done.returncode == 2 and "--environment-kwargs is '[1]'; expected a JSON object" in done.stderr
 
 
 def test_train_text_trains_with_its_options(dt_lens: Run, tmp_path: Path) -> None:

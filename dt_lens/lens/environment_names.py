@@ -1,0 +1,105 @@
+"""Names of environments: one that the user gives may import a package, one that a file gives is only looked up.
+
+``"module:Id"`` is Gymnasium's way to import the module that registers an id. In a checkpoint's own JSON it would run
+whatever file of that name lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from dt_lens.errors import DtLensError, because, nearest
+
+if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
+
+__all__ = ["FileKeywords", "import_module_of", "require_registered", "same_environment", "specification"]
+
+# An installed package that has an entry point in one of these groups is imported anyway, so a file may name it.
+GROUPS = ("gymnasium.envs", "dt_lens.adapters")
+
+
+class FileKeywords(dict[str, Any]):
+    """Keyword arguments of an environment that a file gives, and nobody has confirmed."""
+
+
+def import_module_of(environment: object) -> None:
+    """Import the module of ``"module:Id"``, as ``gymnasium.make`` does; only for a name that the user himself gave.
+
+    Raises:
+        DtLensError: if the module cannot be imported.
+    """
+    if not isinstance(environment, str):
+        return
+    module = environment.rpartition(":")[0]
+    if module:
+        try:
+            importlib.import_module(module)
+        except (Exception, SystemExit) as error:  # a relative name, or whatever the module raises
+            raise DtLensError(
+                f"The module {module!r} of the environment {environment!r} cannot be imported: {because(error)}."
+            ) from error
+
+
+def specification(environment: str) -> EnvSpec:
+    """The specification that is registered for ``"Id"`` or ``"module:Id"``.
+
+    Nothing is imported that is not imported already, except from installed packages that announce environments to
+    Gymnasium or adapters to dt-lens.
+
+    Raises:
+        DtLensError: for an id that is not registered, or whose module is not imported.
+    """
+    import gymnasium as gym
+
+    module, _, name = environment.rpartition(":")
+    if module and module not in sys.modules:
+        if not _announced(module):
+            raise DtLensError(
+                f"The environment {environment!r} comes from a file, and dt-lens imports nothing that a file names; if "
+                f"you trust the module {module!r}, import it yourself, or pass environment={environment!r} "
+                "(--environment on the command line)."
+            )
+        import_module_of(environment)
+    spec = gym.envs.registry.get(name)
+    if spec is None:
+        raise DtLensError(
+            f"There is no Gymnasium environment {environment!r}; import the package that registers it, or pass "
+            f"environment='package:{name}' (--environment on the command line)." + nearest(name, gym.envs.registry)
+        )
+    return spec
+
+
+def _announced(module: str) -> bool:
+    package = module.partition(".")[0]
+    return any(package == entry.module.partition(".")[0] for group in GROUPS for entry in entry_points(group=group))
+
+
+def require_registered(spec: EnvSpec, kwargs: Mapping[str, Any]) -> None:
+    """Raise ``DtLensError`` if a file gives a keyword that the environment is not registered with.
+
+    Others, such as the path of a file or the name of a class to load, can do anything; the user may pass them himself.
+    """
+    if not isinstance(kwargs, FileKeywords):
+        return
+    for name, value in kwargs.items():
+        if name not in spec.kwargs:
+            shown = repr(value)
+            raise DtLensError(
+                f"A file gives the environment {spec.id!r} the keyword {name}={shown[:80]}, which it is not registered "
+                "with; if that is right, pass environment_kwargs= yourself (on the command line "
+                "-g environment_kwargs=JSON, for train --environment-kwargs JSON)."
+            )
+
+
+def same_environment(one: str | None, other: str | None) -> bool:
+    """Whether two names have one id, with or without the module that registers it.
+
+    >>> same_environment("minigrid:MiniGrid-Empty-5x5-v0", "MiniGrid-Empty-5x5-v0")
+    True
+    """
+    return one is not None and other is not None and one.rpartition(":")[2] == other.rpartition(":")[2]
