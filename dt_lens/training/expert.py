@@ -120,7 +120,7 @@ def environment(name: str) -> gym.Env[Any, Any]:
     if name not in _worker_env:
         try:
             made = gym.make(name, disable_env_checker=True)
-        except (gym.error.Error, ImportError) as error:
+        except (Exception, SystemExit) as error:  # whatever its constructor raises
             raise DtLensError(
                 f"Gymnasium cannot make the environment {name!r}: {because(error)}; give the id of one that is "
                 "installed, such as 'Hopper-v5'."

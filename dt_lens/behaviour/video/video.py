@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dt_lens.arguments import atomic_write
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, because, nearest
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -150,10 +150,10 @@ def _specification(environment: str | EnvSpec) -> EnvSpec:
 
     try:
         return gym.spec(environment)
-    except (gym.error.Error, ImportError) as error:
+    except (Exception, SystemExit) as error:  # whatever the module that it names raises
         known = list(gym.registry)
         raise DtLensError(
-            f"There is no Gymnasium environment {environment!r}." + nearest(environment, known)
+            f"There is no Gymnasium environment {environment!r} ({because(error)})." + nearest(environment, known)
         ) from error
 
 
