@@ -113,6 +113,11 @@ def _targets(returns: np.ndarray[Any, Any]) -> tuple[float, ...]:
     return tuple(dict.fromkeys(rounded))
 
 
+def _short(value: float) -> float:
+    """To five significant digits, whatever the scale: returns may lie between 0 and 1."""
+    return float(f"{value:.5g}")
+
+
 class _AgentRun(TrainingRun):
     """Trains a decision transformer to act on windows of a data set."""
 
@@ -121,7 +126,11 @@ class _AgentRun(TrainingRun):
 
     def __init__(self, settings: AgentSettings, data: Trajectories, out: Path, device: torch.device) -> None:
         torch.manual_seed(settings.seed)
-        longest = max(int(data.lengths.max()), data.time_limit or 0)
+        longest = int(data.lengths.max())
+        if settings.max_ep_len is not None and settings.max_ep_len < longest:
+            raise DtLensError(
+                f"max_ep_len is {settings.max_ep_len}; it must be at least {longest}, the steps of the longest episode."
+            )
         drop = settings.dropout
         model: HookedDecisionTransformer = HookedDecisionTransformer(
             HookedDecisionTransformerConfig(
@@ -132,7 +141,7 @@ class _AgentRun(TrainingRun):
                 n_heads=settings.n_heads,
                 d_mlp=4 * settings.d_model,
                 n_ctx=settings.context,
-                max_ep_len=longest,
+                max_ep_len=settings.max_ep_len or longest,
                 action_tanh=data.bounded,
                 discrete_actions=data.discrete,
                 embed_dropout=drop,
@@ -179,7 +188,7 @@ class _AgentRun(TrainingRun):
         """Evaluate the agent at each target, and write it so that an unfinished run can be used."""
         self._returns = self._evaluate() if self.eval_episodes else {}
         save_pretrained(self.model, self.out)
-        return {"returns": {f"{target:g}": round(value, 1) for target, value in self._returns.items()}}
+        return {"returns": {f"{target:g}": _short(value) for target, value in self._returns.items()}}
 
     def _evaluate(self) -> dict[float, float]:
         from dt_lens.behaviour.evaluate import evaluate
@@ -230,7 +239,7 @@ def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
                 "id": data.dataset_id,
                 "episodes": len(data.lengths),
                 "steps": int(data.lengths.sum()),
-                "return_quantiles": [round(float(q), 1) for q in np.quantile(returns, (0, 0.25, 0.5, 0.75, 1))],
+                "return_quantiles": [_short(q) for q in np.quantile(returns, (0, 0.25, 0.5, 0.75, 1))],
             },
             "recipe": {"dataset": data.dataset_id, **asdict(settings)},
         },

@@ -31,7 +31,6 @@ class Trajectories:
     dataset_id: str = ""
     environment: str | None = None
     environment_kwargs: dict[str, Any] | None = None
-    time_limit: int | None = None
 
     def __post_init__(self) -> None:
         if not len(self.lengths) or self.lengths.min() < 1:
@@ -117,7 +116,6 @@ def read(dataset_id: str) -> Trajectories:
         dataset_id,
         spec.id if spec else None,
         dict(spec.kwargs) if spec else None,
-        spec.max_episode_steps if spec else None,
     )
 
 

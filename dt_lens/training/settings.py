@@ -78,6 +78,8 @@ class AgentSettings(Schedule):
         clip: the largest gradient norm.
         bf16: whether matrix products run in bfloat16 (weights, sums and the optimizer stay in float32).
         seed: of the initial weights, batches, dropout and evaluations.
+        max_ep_len: rows of the timestep table; by default as many as the longest episode has steps. Later steps have
+            the last row.
         targets: target returns to evaluate at, the agent's default first; empty for quantiles of the data's returns.
 
     Raises:
@@ -100,9 +102,12 @@ class AgentSettings(Schedule):
     bf16: bool = True
     seed: int = 0
     targets: tuple[float, ...] = ()
+    max_ep_len: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_ep_len is not None:
+            self._require_whole(1, "max_ep_len")
         self._require(lambda x: 0 <= x < 1, "at least 0 and below 1", "early", "shortened")
         object.__setattr__(self, "targets", tuple(finite_numbers(self.targets, "targets")))
 

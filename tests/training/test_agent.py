@@ -15,8 +15,8 @@ import torch
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from dt_lens.errors import DtLensError
-from dt_lens.training.agent import AgentProgress, action_loss, train
-from dt_lens.training.dataset import Windows
+from dt_lens.training.agent import AgentProgress, _facts, action_loss, train
+from dt_lens.training.dataset import Trajectories, Windows
 from dt_lens.training.settings import AgentSettings
 
 
@@ -73,6 +73,8 @@ def _cartpole() -> None:
             )
         )  # fmt: skip
     minari.create_dataset_from_buffers("test/cartpole-v0", buffers, env=env)
+    endless = gym.make("CartPole-v1", max_episode_steps=1_000_000)
+    minari.create_dataset_from_buffers("test/endless-v0", buffers[:2], env=endless)
 
 
 def _linear() -> None:
@@ -152,6 +154,25 @@ def test_continuous_actions_are_learned_and_written_in_hugging_faces_format(tmp_
     }
     with torch.no_grad():
         assert torch.allclose(model(**batch).action_preds, theirs(**batch).action_preds, atol=1e-5)
+
+
+def test_quantiles_of_small_returns_keep_their_digits(tmp_path: Path) -> None:
+    returns = np.linspace(0.004, 0.968, 41)
+    one = np.zeros((41, 1), np.float32)
+    data = Trajectories(one, one, returns.astype(np.float32), np.ones(41, np.int64), False, True)
+    kept = _facts(small(), data).about["dataset"]["return_quantiles"]
+    assert kept == pytest.approx([0.004, 0.245, 0.486, 0.727, 0.968], rel=1e-4)
+
+
+def test_the_timestep_table_is_as_long_as_the_longest_episode_or_as_asked(tmp_path: Path) -> None:
+    spec = gym.spec("CartPole-v1")
+    endless = minari.load_dataset("test/endless-v0").env_spec
+    assert spec.max_episode_steps == 500 and endless is not None and endless.max_episode_steps == 1_000_000
+    assert train("test/endless-v0", tmp_path / "longest", small(steps=1), eval_every=0).cfg.max_ep_len == 60
+    asked = train("test/endless-v0", tmp_path / "asked", small(steps=1, max_ep_len=90), eval_every=0)
+    assert asked.cfg.max_ep_len == 90
+    with pytest.raises(DtLensError, match="max_ep_len is 59; it must be at least 60, the steps of the longest"):
+        train("test/endless-v0", tmp_path / "short", small(steps=1, max_ep_len=59), eval_every=0)
 
 
 def test_discrete_actions_are_learned(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,8 +78,8 @@ def make_task(
 
     ``environment`` is only looked up: for a name that a user gives, call ``import_module_of`` first.
 
-    An episode is cut at the environment's own time limit or after ``max_steps``, whichever comes first; an environment
-    without a limit is cut at the end of the model's timestep table.
+    An episode is cut at the environment's own time limit or after ``max_steps``, whichever comes first. Without either
+    it is cut at the end of the model's timestep table, and that is a warning.
 
     Raises:
         DtLensError: for an id that is not registered, a keyword of a file's that the
@@ -109,10 +110,19 @@ def make_task(
     if act_dim != cfg.act_dim:
         what = "kinds of action" if discrete else "numbers per action"
         raise DtLensError(f"{environment} takes {act_dim} {what} and this model predicts {cfg.act_dim}.")
-    limit = min(spec.max_episode_steps or cfg.max_ep_len, max_steps or 10**9)
-    if isinstance(own_limit, int) and own_limit > 0:
-        limit = min(limit, own_limit)
+    limits = [limit for limit in (spec.max_episode_steps, own_limit, max_steps) if _is_limit(limit)]
+    if not limits:
+        warnings.warn(
+            f"{environment} has no time limit that dt-lens can see: its episodes are cut after {cfg.max_ep_len} steps, "
+            "the rows of the model's timestep table; max_steps= sets another limit.",
+            stacklevel=2,
+        )
+    limit = min(limits, default=cfg.max_ep_len)
     return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, int(limit))
+
+
+def _is_limit(steps: Any) -> bool:
+    return isinstance(steps, int | np.integer) and not isinstance(steps, bool) and steps > 0
 
 
 def _make(spec: EnvSpec, kwargs: Mapping[str, Any]) -> Env:

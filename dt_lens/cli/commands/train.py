@@ -35,6 +35,14 @@ def train(
             "returns by default."
         ),
     ] = None,
+    max_ep_len: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows of the timestep table; as many as the longest episode has steps by default. Later steps have "
+            "the last row.",
+        ),
+    ] = AgentSettings.max_ep_len,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 for none.")] = 2_000,
     eval_episodes: Annotated[int, typer.Option(min=1, help="Episodes at each target.")] = 8,
     environment: Annotated[
@@ -63,12 +71,13 @@ def train(
         n_heads=heads,
         lr=lr,
         seed=seed,
+        max_ep_len=max_ep_len,
         targets=() if targets is None else tuple(to_float(t, "targets") for t in targets.split(",")),
     )
     with progress() as tell:
 
         def report(p: AgentProgress) -> None:
-            returns = ", ".join(f"{target:g} → {got:.0f}" for target, got in p.returns.items())
+            returns = ", ".join(f"{target:g} → {got:.4g}" for target, got in p.returns.items())
             tell(f"loss {p.loss:.4f}" + (f"  target → return {returns}" if returns else ""), p.step / p.steps)
 
         fit(

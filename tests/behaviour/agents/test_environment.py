@@ -15,6 +15,11 @@ def _cfg(state_dim: int, act_dim: int, discrete: bool = False) -> HookedDecision
     return HookedDecisionTransformerConfig(state_dim, act_dim, discrete_actions=discrete, max_ep_len=77)
 
 
+class _Start(gym.Env):  # type: ignore[type-arg]
+    observation_space = gym.spaces.Dict({"b": gym.spaces.Box(0, 1, (1,)), "a": gym.spaces.Box(0, 1, (1,))})
+    action_space = gym.spaces.Discrete(3, start=10)
+
+
 @pytest.mark.parametrize(
     ("environment", "cfg", "sentence"),
     [
@@ -65,6 +70,26 @@ def test_the_shortest_limit_holds() -> None:
     assert make_task("Hopper-v5", {}, _cfg(11, 3), max_steps=2000).time_limit == 1000
 
 
+class _Counting(_Start):
+    """As MiniGrid's: it counts its steps itself, and is registered without a limit."""
+
+    max_steps = 100
+
+
+def test_an_environments_own_limit_holds_beyond_the_models_timestep_table() -> None:
+    for number, kind in enumerate((_Counting, _Start)):
+        gym.register(f"dt-lens-test/Limit-v{number}", entry_point=kind)
+    try:
+        assert make_task("dt-lens-test/Limit-v0", {}, _cfg(2, 3, True)).time_limit == 100  # the table has 77 rows
+        assert make_task("dt-lens-test/Limit-v0", {}, _cfg(2, 3, True), max_steps=90).time_limit == 90
+        assert make_task("dt-lens-test/Limit-v1", {}, _cfg(2, 3, True), max_steps=90).time_limit == 90
+        with pytest.warns(UserWarning, match="no time limit that dt-lens can see.*after 77 steps"):
+            assert make_task("dt-lens-test/Limit-v1", {}, _cfg(2, 3, True)).time_limit == 77
+    finally:
+        for number in range(2):
+            del gym.registry[f"dt-lens-test/Limit-v{number}"]
+
+
 def test_same_dynamics_as_gym_make() -> None:
     ours, theirs = make_task("Hopper-v5", {}, _cfg(11, 3)).make(), gym.make("Hopper-v5")
     np.testing.assert_array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
@@ -93,11 +118,6 @@ def test_discrete_actions_are_the_largest_logit_and_come_back_one_hot() -> None:
         del gym.registry["dt-lens-test/Start-v0"]
     assert actions == [11, 10]  # of 10, 11, 12
     assert taken.tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
-
-
-class _Start(gym.Env):  # type: ignore[type-arg]
-    observation_space = gym.spaces.Dict({"b": gym.spaces.Box(0, 1, (1,)), "a": gym.spaces.Box(0, 1, (1,))})
-    action_space = gym.spaces.Discrete(3, start=10)
 
 
 def test_observations_that_are_not_vectors_are_flattened() -> None:
