@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import gymnasium as gym
 import numpy as np
@@ -110,7 +110,7 @@ def make_task(
     if act_dim != cfg.act_dim:
         what = "kinds of action" if discrete else "numbers per action"
         raise DtLensError(f"{environment} takes {act_dim} {what} and this model predicts {cfg.act_dim}.")
-    limits = [limit for limit in (spec.max_episode_steps, own_limit, max_steps) if _is_limit(limit)]
+    limits = [int(limit) for limit in (spec.max_episode_steps, own_limit, max_steps) if _is_limit(limit)]
     if not limits:
         warnings.warn(
             f"{environment} has no time limit that dt-lens can see: its episodes are cut after {cfg.max_ep_len} steps, "
@@ -118,11 +118,11 @@ def make_task(
             stacklevel=2,
         )
     limit = min(limits, default=cfg.max_ep_len)
-    return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, int(limit))
+    return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, limit)
 
 
-def _is_limit(steps: Any) -> bool:
-    return isinstance(steps, int | np.integer) and not isinstance(steps, bool) and steps > 0
+def _is_limit(steps: Any) -> TypeGuard[int]:
+    return isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
 
 
 def _make(spec: EnvSpec, kwargs: Mapping[str, Any]) -> Env:
