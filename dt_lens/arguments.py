@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ __all__ = [
     "refuse_unknown",
     "require_activations",
     "require_wrapped",
+    "require_writable",
     "whole_number",
     "whole_numbers",
     "write_checked_json",
@@ -156,7 +158,7 @@ def atomic_write(file: Path, *errors: type[Exception]) -> Iterator[Path]:
             yield file
             return
         target = file.resolve()  # a link stays a link
-        part = target.with_name(f".part-{os.getpid()}-{threading.get_ident()}-{target.name}")
+        part = target.with_name(f".part-{os.getpid()}-{threading.get_ident()}-{target.name[-50:]}")
         if not target.parent.exists():  # where it is a file, the next step says so
             target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -171,6 +173,30 @@ def atomic_write(file: Path, *errors: type[Exception]) -> Iterator[Path]:
             part.unlink(missing_ok=True)
     except refused as error:
         raise unwritable(file, error) from error
+
+
+def require_writable(*files: Path | None) -> None:
+    """Raise ``DtLensError`` now, before long work, for a file that could not be written at its end; skips ``None``.
+
+    Nothing is left behind and no folder is made: a file without a name is written to the nearest folder that exists.
+
+    >>> require_writable(Path("/dev/null/table.csv"))
+    Traceback (most recent call last):
+    dt_lens.errors.DtLensError: /dev/null/table.csv cannot be written: Not a directory; choose another folder or ...
+    """
+    for file in files:
+        try:
+            if file is None or (file.exists() and not (file.is_file() or file.is_dir())):
+                continue  # a device or a pipe
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            folder = Path(os.path.realpath(file)).parent
+            while not folder.exists() and folder != folder.parent:
+                folder = folder.parent
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(4096))
+        except OSError as error:
+            raise unwritable(file, error) from error
 
 
 def write_checked_json(file: Path, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from dt_lens.arguments import atomic_write, local_path
+from dt_lens.arguments import local_path, require_writable
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.recording import record_actions
 from dt_lens.behaviour.video.video import SideBySide, side_by_side
@@ -83,7 +83,7 @@ class Study:
             raise DtLensError(f"episodes is {self.episodes}; a study needs at least 2, and 50 or more to decide much.")
         if self.edits < 1:
             raise DtLensError(f"edits is {self.edits}; a study needs at least 1.")
-        self._require_writable()
+        require_writable(*(self.folder / name for name in ("report.html", "scan.csv", "verdicts.csv", "trials/trial")))
         with reporting(progress) as tell:
             return self._run(tell)
 
@@ -138,13 +138,6 @@ class Study:
         write_study(result, self.folder)
         tell("done", 1.0)
         return result
-
-    def _require_writable(self) -> None:
-        """Fail now, not after minutes of rollouts, if the results cannot be written."""
-        probe = self.folder / "trials" / ".writable"
-        with atomic_write(probe) as part:
-            part.write_bytes(b"0" * 4096)
-        probe.unlink()
 
     def _video(
         self, summary: pd.DataFrame, edits: list[Edit], baseline: Evaluation, edited: list[Evaluation]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from dt_lens.arguments import atomic_write
+from dt_lens.arguments import atomic_write, require_writable
 from dt_lens.errors import DtLensError
 from dt_lens.lens.token_text import spelled, texts
 
-__all__ = ["save_tokens", "token_html"]
+__all__ = ["require_token_file", "save_tokens", "token_html"]
 
 # Colours with an alpha keep text readable on light and dark pages. Blue away, orange towards, as in the heatmaps.
 _TOWARDS, _AWAY, _STRONGEST = "213,94,0", "0,114,178", 0.55
@@ -103,14 +103,20 @@ def _chips(found: pd.DataFrame, top: float) -> list[str]:
     return chips
 
 
+def require_token_file(file: Path) -> None:
+    """Raise ``DtLensError`` unless a token table can be written to ``file``."""
+    if file.suffix not in (".csv", ".html"):
+        raise DtLensError(f"A token table is written to a .csv or .html file, not to {file.name!r}.")
+    require_writable(file)
+
+
 def save_tokens(rows: pd.DataFrame, labels: dict[str, tuple[int, int]], folded: bool, file: Path) -> Path:
     """Write a token table's rows to a ``.csv`` or ``.html`` file; see ``TokenTable.save``."""
+    require_token_file(file)
     if file.suffix == ".csv":
         with atomic_write(file) as part:
             rows.to_csv(part, index=False)
         return file
-    if file.suffix != ".html":
-        raise DtLensError(f"A token table is written to a .csv or .html file, not to {file.name!r}.")
     from dt_lens.report.page import Markup, Section, write_report
 
     how = "LayerNorms folded in" if folded else "raw weights and labels"

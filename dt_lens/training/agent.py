@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.arguments import local_path, whole_number
+from dt_lens.arguments import local_path, require_writable, whole_number
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
@@ -22,7 +22,7 @@ from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import FileKeywords, import_module_of, same_environment
 from dt_lens.training.dataset import Trajectories, Windows, read
-from dt_lens.training.run import TrainingRun
+from dt_lens.training.run import CHECKPOINT, TrainingRun
 from dt_lens.training.settings import AgentSettings
 
 __all__ = ["AgentProgress", "action_loss", "train"]
@@ -88,6 +88,7 @@ def train(
     eval_episodes = whole_number(eval_episodes, "eval_episodes", 0)
     checkpoint_every = whole_number(checkpoint_every, "checkpoint_every", 1)
     settings = settings or AgentSettings()
+    require_writable(local_path(out, "out") / CHECKPOINT)
     data = read(dataset_id)
     own = environment is None or same_environment(environment, data.environment)
     kwargs = FileKeywords(data.environment_kwargs or {}) if own else {}

@@ -27,7 +27,17 @@ from numpy.typing import NDArray
 from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["Episode", "LinearPolicy", "SearchSettings", "Searcher", "environment", "evenly", "in_order", "rollout"]
+__all__ = [
+    "Episode",
+    "LinearPolicy",
+    "SearchSettings",
+    "Searcher",
+    "environment",
+    "evenly",
+    "in_order",
+    "require_search",
+    "rollout",
+]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -125,7 +135,8 @@ def environment(name: str) -> gym.Env[Any, Any]:
                 f"Gymnasium cannot make the environment {name!r}: {because(error)}; give the id of one that is "
                 "installed, such as 'Hopper-v5'."
             ) from error
-        if not isinstance(made.action_space, gym.spaces.Box) or not isinstance(made.observation_space, gym.spaces.Box):
+        spaces = (made.action_space, made.observation_space)
+        if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
             raise DtLensError(
                 f"{name!r} does not have flat continuous observations and actions, which recording needs."
             )
@@ -291,6 +302,7 @@ class Searcher:
         Raises:
             DtLensError: if the file is not a saved search, or one with other settings.
         """
+        require_search(file, self.settings)
         try:
             with np.load(file) as kept:
                 settings = json.loads(str(kept["settings"]))
@@ -299,15 +311,34 @@ class Searcher:
                 parts = zip(kept["weights"], kept["means"], kept["stds"], strict=True)
                 snapshots = [LinearPolicy(*three) for three in parts]
         except Exception as error:  # a damaged archive may raise anything
-            raise DtLensError(
-                f"{file} is damaged or not a saved search ({because(error)}); delete it to start again."
-            ) from error
-        if settings != asdict(self.settings):
-            other = [name for name, value in asdict(self.settings).items() if settings.get(name) != value]
-            raise DtLensError(
-                f"{file} was written by a search with another {', '.join(other)}; delete it or use another folder."
-            )
+            raise _damaged(file, error) from error
+        if settings["pace"] != self.settings.pace:
+            raise _another(file, ["pace"])
         self._state, self._snapshots = state, snapshots
+
+
+def require_search(file: Path, settings: SearchSettings) -> None:
+    """Raise ``DtLensError`` if ``file`` exists and is not a saved search with these settings, at any pace."""
+    if not file.exists():
+        return
+    try:
+        with np.load(file) as kept:
+            saved = dict(json.loads(str(kept["settings"])))
+    except Exception as error:  # a damaged archive may raise anything
+        raise _damaged(file, error) from error
+    other = [name for name, value in asdict(settings).items() if name != "pace" and saved.get(name) != value]
+    if other:
+        raise _another(file, other)
+
+
+def _damaged(file: Path, error: Exception) -> DtLensError:
+    return DtLensError(f"{file} is damaged or not a saved search ({because(error)}); delete it to start again.")
+
+
+def _another(file: Path, names: list[str]) -> DtLensError:
+    return DtLensError(
+        f"{file} was written by a search with another {', '.join(names)}; delete it or use another folder."
+    )
 
 
 @contextmanager

@@ -21,8 +21,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.arguments import atomic_write, local_path
-from dt_lens.errors import DtLensError, unwritable
+from dt_lens.arguments import atomic_write, finite_numbers, local_path, require_writable, whole_number
+from dt_lens.errors import DtLensError, because, unwritable
 from dt_lens.training.expert import (
     Episode,
     LinearPolicy,
@@ -31,6 +31,7 @@ from dt_lens.training.expert import (
     environment,
     evenly,
     in_order,
+    require_search,
     rollout,
     time_limit,
 )
@@ -92,14 +93,20 @@ def record(
             environment without forward reward, or the folder holds the state of other settings.
     """
     report = report or (lambda *_: None)
-    workers = workers or os.cpu_count() or 1
+    workers = (os.cpu_count() or 1) if workers is None else whole_number(workers, "workers", 1)
     where = local_path(folder, "folder") if folder is not None else Path("runs", "record", dataset_id.replace("/", "-"))
+    whole_number(seed, "seed", 0)
     _check(dataset_id, steps=steps, pace_steps=pace_steps, candidates=candidates, episodes=episodes, bins=bins)
+    noises, paces = finite_numbers(noises, "noises"), finite_numbers(paces, "paces")
     if not noises or min(noises) < 0:
         raise DtLensError(f"noises is {tuple(noises)!r}; give at least one standard deviation, none negative.")
-    environment(environment_id), time_limit(environment_id)
-
+    if any(pace <= 0 for pace in paces) or paces != sorted(set(paces), reverse=True):
+        raise DtLensError(f"paces is {tuple(paces)!r}; give falling fractions of the expert's speed, all above 0.")
     settings = SearchSettings(environment=environment_id, seed=seed)
+    _rehearse(environment_id, seed, forward=bool(paces))
+    for file in (where / "expert.npz", *(where / f"pace-{pace:g}.npz" for pace in paces)):
+        require_writable(file)
+        require_search(file, settings)
     expert = Searcher(settings)
     _search(expert, where / "expert.npz", "expert", steps, workers, report)
     searches = [expert]
@@ -162,14 +169,38 @@ def balanced(returns: NDArray[np.float64], lengths: NDArray[np.int64], keep: int
     )
 
 
+def _rehearse(environment_id: str, seed: int, forward: bool) -> None:
+    """Run one step of the environment: what does not work is found before hours of training.
+
+    Raises:
+        DtLensError: if the environment does not run, or has no forward reward although ``forward`` asks for it.
+    """
+    env, _ = environment(environment_id), time_limit(environment_id)
+    try:
+        observation, _ = env.reset(seed=seed)
+        _, reward, _, _, info = env.step(np.zeros(env.action_space.shape or (), env.action_space.dtype))
+        whole = np.isfinite(np.asarray(observation, dtype=np.float64)).all() and np.isfinite(float(reward))
+    except Exception as error:  # an environment may raise anything
+        raise DtLensError(f"{environment_id!r} cannot be run: {because(error)}; try it in Gymnasium.") from error
+    if not whole:
+        raise DtLensError(f"{environment_id!r} gives states or rewards that are not finite; repair it.")
+    if forward and "reward_forward" not in info:
+        raise DtLensError(
+            f"{environment_id!r} has no info['reward_forward'] to set a pace by; record without paces (--paces '')."
+        )
+
+
 def _check(dataset_id: str, **counts: int) -> None:
+    try:
+        import h5py  # noqa: F401
+    except ImportError as error:
+        raise DtLensError("Minari stores data sets with h5py, which is not installed; pip install h5py.") from error
     import minari
     from minari.dataset.minari_dataset import parse_dataset_id
     from minari.storage.datasets_root_dir import get_dataset_path
 
     for name, value in counts.items():
-        if value < 1:
-            raise DtLensError(f"{name} is {value}; it must be at least 1.")
+        whole_number(value, name, 1)
     try:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:
@@ -177,7 +208,9 @@ def _check(dataset_id: str, **counts: int) -> None:
             f"{dataset_id!r} is not a Minari id; write name-v0 or namespace/name-v0, of letters, digits, - and _, with "
             "at least two characters in a namespace."
         ) from error
-    if get_dataset_path(dataset_id).exists():
+    stored = Path(get_dataset_path(dataset_id))
+    require_writable(stored / "data" / "main_data.hdf5")
+    if stored.exists():
         raise DtLensError(
             f"Minari {minari.__version__} has a data set {dataset_id!r} already; delete it or choose another version."
         )
@@ -230,7 +263,7 @@ def _roll_all(
 ) -> list[Episode]:
     """Roll out all episodes in order; files of ``CHUNK`` episodes that exist already are read instead."""
     kept = where / "recipe.json"
-    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != recipe:
+    if not _holds(kept, recipe):
         for stale in where.glob("episodes-*.npz"):
             stale.unlink()
     with atomic_write(kept) as part:
@@ -249,6 +282,13 @@ def _roll_all(
                 _write(file, chunk)
             episodes += chunk
     return episodes
+
+
+def _holds(file: Path, recipe: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")) == recipe)
+    except (OSError, ValueError):
+        return False
 
 
 def _write(file: Path, episodes: list[Episode]) -> None:

@@ -18,7 +18,7 @@ from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError
 from dt_lens.training.settings import AgentSettings, TextSettings
 
-__all__ = ["TrainingRun"]
+__all__ = ["CHECKPOINT", "TrainingRun"]
 
 CHECKPOINT = "checkpoint.pt"
 CURVE = "curve.jsonl"

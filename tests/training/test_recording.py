@@ -63,7 +63,7 @@ def test_a_search_of_other_settings_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match="another seed"):
         Searcher(SearchSettings(seed=1)).load(tmp_path / "s.npz")
     (tmp_path / "s.npz").write_bytes(b"PK half a file")
-    with pytest.raises(DtLensError, match="not a saved search"):
+    with pytest.raises(DtLensError, match="damaged or not a saved search"):
         Searcher(SearchSettings(seed=0)).load(tmp_path / "s.npz")
 
 
@@ -138,11 +138,41 @@ def test_record_is_read_back_and_survives_an_interruption(minari_root: Path, mon
         ({"environment_id": "CartPole-v1"}, "continuous"),
         ({"dataset_id": "no version"}, "is not a Minari id"),
         ({"noises": ()}, "noises"),
+        ({"noises": (float("nan"),)}, "noises is"),
+        ({"paces": (0.5, 0.5)}, "paces is"),
+        ({"paces": (-0.5,)}, "paces is"),
+        ({"seed": -1}, "seed is -1"),
+        ({"workers": 0}, "workers is 0"),
+        ({"steps": 1e6}, "steps is 1000000.0"),
+        ({"folder": Path("/dev/null/x")}, "expert.npz cannot be written: Not a directory"),
         ({"episodes": 0}, "episodes is 0"),
         ({"environment_id": "Pendulum-v1", "paces": (0.5,), "steps": 10, "pace_steps": 10}, "record without paces"),
     ],
 )
-def test_bad_requests_are_one_sentence(minari_root: Path, change: dict[str, Any], words: str) -> None:
+def test_bad_requests_are_one_sentence_before_the_search(
+    minari_root: Path, change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Searcher, "run", lambda *_: pytest.fail("the search began"))
     with pytest.raises(DtLensError, match=words):
         record(**{"dataset_id": "test/x-v0", "workers": 1, "folder": minari_root / "x", **TINY, **change})
     assert not (minari_root / "minari" / "test" / "x-v0").exists()
+
+
+def test_what_recording_needs_is_found_before_the_search(minari_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Searcher, "run", lambda *_: pytest.fail("the search began"))
+    folder = minari_root / "x"
+
+    def refused(words: str) -> None:
+        with pytest.raises(DtLensError, match=words):
+            record("Hopper-v5", "test/x-v0", **TINY, workers=1, folder=folder)
+
+    Searcher(SearchSettings(seed=7)).save(folder / "pace-0.5.npz")
+    refused(r"pace-0\.5\.npz was written by a search with another seed")
+    (folder / "pace-0.5.npz").write_bytes(b"PK half a file")
+    refused(r"pace-0\.5\.npz is damaged")
+    (folder / "pace-0.5.npz").unlink()
+    (minari_root / "minari").write_text("in the way of the data sets")
+    refused(r"minari/test/x-v0/data/main_data\.hdf5 cannot be written: Not a directory")
+    (minari_root / "minari").unlink()
+    monkeypatch.setattr("gymnasium.envs.mujoco.hopper_v5.HopperEnv.step", lambda *_: 1 / 0)
+    refused("'Hopper-v5' cannot be run: division by zero")

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import pandas as pd
 
-from dt_lens.arguments import local_path, whole_number
+from dt_lens.arguments import local_path, require_writable, whole_number
 from dt_lens.behaviour.agents.episodes import FailureRule
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
@@ -83,6 +83,7 @@ class Sweep:
             raise DtLensError("The model has an edit in force; end it first: a sweep makes its own.")
         self.model = model
         self.file = local_path(out, "out") / FILE
+        require_writable(self.file)
         self.workers = workers
         setting = setting_of(
             model, asked.environment, asked.environment_kwargs, asked.target_return, asked.max_steps, "the sweep"

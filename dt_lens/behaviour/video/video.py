@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dt_lens.arguments import atomic_write
+from dt_lens.arguments import atomic_write, local_path, require_writable
 from dt_lens.errors import DtLensError, because, nearest
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ def side_by_side(
     Raises:
         DtLensError: for an unknown environment, actions that are not numbers, or a file that cannot be written.
     """
+    file = local_path(file, "file")
+    require_writable(file)
     job = {
         "spec": _specification(environment),
         "kwargs": dict(environment_kwargs or {}),

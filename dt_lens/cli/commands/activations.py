@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Environment, Given, Matrices, MaxSteps, Model, Seed, Target, load_model, split
 from dt_lens.cli.output import print_table, print_written, progress
 
@@ -28,6 +29,7 @@ def activations(
     given: Given = None,
 ) -> None:
     """Collect means and second moments of every matrix's inputs, while an agent acts or a language model reads text."""
+    require_writable(out)
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

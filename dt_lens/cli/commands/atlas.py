@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Agent, Given, Seed, load_model
 from dt_lens.cli.output import print_table, progress
 
@@ -26,6 +27,7 @@ def atlas(
     given: Given = None,
 ) -> None:
     """Make an atlas of a sweep of removals: which directions matter, and what predicts it."""
+    require_writable((out or (sweep if sweep.is_dir() else sweep.parent)) / "atlas.html")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Given, Matrices, Raw, WeightsOnly, load_model, split
 from dt_lens.cli.output import print_table, progress
 
@@ -27,6 +28,8 @@ def compare(
     given: Given = None,
 ) -> None:
     """Show what changed in the weights between two models, such as before and after fine-tuning."""
+    if out is not None:
+        require_writable(out / "comparison.html", out / "comparison.csv")
     with progress() as tell:
         tell("loading", 0.0)
         one, two = (load_model(source, given, weights_only=weights_only) for source in (a, b))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Environment, Given, MaxSteps, Model, Seed, Target, Workers, load_model
 from dt_lens.cli.output import print_table, progress, resumable
 
@@ -40,6 +41,7 @@ def court(
     undecided, or not applicable. An interrupted run resumes when started again with the same options.
     """
     folder = out or Path("dt-lens-court") / Path(model).name
+    require_writable(folder / "court.html")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

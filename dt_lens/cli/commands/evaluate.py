@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Environment,
     Given,
@@ -56,6 +57,7 @@ def evaluate(
 
     With --edit, also measure the edited model, and compare the two.
     """
+    require_writable(out)
     loaded = load_model(model, given)
     from dt_lens.behaviour.evaluate import evaluate as run
     from dt_lens.edits.singular import SingularEdit

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Seed, Workers, to_float
 from dt_lens.cli.output import progress
 
@@ -33,6 +34,8 @@ def record(
     ] = None,
 ) -> None:
     """Train an expert by random search, and store episodes from random to expert as a Minari data set."""
+    if folder is not None:
+        require_writable(folder / "recipe.json")
     from dt_lens.training.recording import record as make
 
     fractions = [to_float(p, "paces") for p in paces.split(",") if p.strip()]

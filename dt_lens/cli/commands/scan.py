@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Given,
     Matrices,
@@ -73,6 +74,9 @@ def scan(
     from dt_lens.svd.null_sources import require_null
 
     require_null(null)
+    require_writable(out)
+    if resume is not None and not (resume.is_dir() and any(resume.iterdir())):  # a full one may be read only
+        require_writable(resume / "finished.safetensors")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)

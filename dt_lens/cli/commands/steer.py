@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Agent, Environment, Given, MaxSteps, Seed, Workers, load_model, split, to_float
 from dt_lens.cli.output import print_table, progress, resumable
 
@@ -36,6 +37,7 @@ def steer(
     """
     folder = out or Path("dt-lens-steer") / Path(model).name
     goals = split(targets, "targets")
+    require_writable(folder / "steering.html")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Agent, Given, Seed, Target, Workers, load_model, number, split
 from dt_lens.cli.output import print_table, progress
 
@@ -39,6 +40,7 @@ def study(
     An interrupted run resumes when started again with the same options.
     """
     folder = out or Path("dt-lens-study") / Path(model).name
+    require_writable(folder / "report.html")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

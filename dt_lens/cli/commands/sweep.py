@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Agent,
     Environment,
@@ -116,6 +117,7 @@ def sweep(
     if address is not None and engine != "ray":
         raise DtLensError("--address is the address of a Ray cluster; give --engine ray with it.")
     folder = out or Path("dt-lens-sweep") / Path(model).name
+    require_writable(folder / "sweep.sqlite", table)
     with _long_progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

@@ -45,6 +45,11 @@ def top(
     """List the labels that a matrix's leading directions point towards and away from."""
     if at_least is not None and counts is None:
         raise DtLensError("--at-least needs counts; give --counts with it, a .csv file of labels and counts.")
+    from dt_lens.svd.token_page import require_token_file
+
+    for file in (html, out):
+        if file is not None:
+            require_token_file(file)
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)

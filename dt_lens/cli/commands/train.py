@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Device, Fresh, Seed, json_object, to_float
 from dt_lens.cli.output import progress
 from dt_lens.training.settings import AgentSettings
@@ -60,6 +61,7 @@ def train(
     fresh: Fresh = False,
 ) -> None:
     """Train a decision transformer on a Minari data set and write it in Hugging Face's format."""
+    require_writable(out / "checkpoint.pt")
     from dt_lens.training.agent import train as fit
 
     settings = AgentSettings(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Device, Fresh, Seed
 from dt_lens.cli.output import progress
 from dt_lens.training.settings import TextSettings
@@ -47,6 +48,7 @@ def train_text(
     fresh: Fresh = False,
 ) -> None:
     """Train a small GPT-2 and its tokenizer on text files and write them in Hugging Face's format."""
+    require_writable(out / "checkpoint.pt")
     from dt_lens.training.text import train_text as fit
 
     settings = TextSettings(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dt_lens.arguments import local_path, require_wrapped, whole_number
+from dt_lens.arguments import local_path, require_wrapped, require_writable, whole_number
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.running import Setting, setting_of
 from dt_lens.behaviour.texts.windows import Texts, cut, read_texts
@@ -81,6 +81,7 @@ def court(
     for what, value, least in (("episodes", episodes, 2), ("seed", seed, 0), ("draws", draws, 200)):
         whole_number(value, what, least)
     out, case = local_path(out, "out"), Case(model, seed, draws)
+    require_writable(*(out / f"court.{kind}" for kind in ("html", "csv", "json")))
     if model.can_run:
         of_agents: dict[str, Any] = {
             "environment": environment,

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.arguments import finite_numbers, local_path, whole_number
+from dt_lens.arguments import finite_numbers, local_path, require_writable, whole_number
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.running import setting_of
@@ -102,6 +102,7 @@ def steer(
             f"There are {len(set(wanted))} target returns; a curve needs at least two: give targets, in the "
             "environment's units."
         )
+    require_writable(*(local_path(out, "out") / f"steering.{kind}" for kind in ("html", "csv", "json")))
     search = _Search(model, local_path(out, "out"), sorted(set(wanted)), grid, seed, environment, max_steps, workers)
     setting_of(
         model, environment, None, wanted[0], max_steps, "steer"
