@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError
+from dt_lens.language_model.batch import positions_of, require_tokens
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.embeddings import language_model_embeddings
 from dt_lens.language_model.family import Family
@@ -178,22 +179,39 @@ class HookedLanguageModel(HookedRootModule):
             raise DtLensError("The texts have different numbers of tokens; give them one by one.")
         return torch.tensor(rows, device=next(self.model.parameters()).device)
 
-    def forward(self, tokens: Tensor | str | Sequence[str], attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | str | Sequence[str],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Logits ``[batch, pos, d_vocab]`` of the next token, for tokens ``[batch, pos]`` or text.
 
         Args:
             tokens: whole numbers below ``cfg.d_vocab``; or text, given a tokenizer.
             attention_mask: ``[batch, pos]``, 0 for padding; all real when omitted.
+            position_ids: ``[batch, pos]`` or ``[1, pos]``, each below ``cfg.n_ctx``. When omitted, the real tokens of
+                each row are numbered from 0, as Hugging Face's ``generate`` numbers them, so that padding on the left
+                changes no logit of a real token. Hugging Face's own forward pass numbers padding too.
 
         Raises:
-            DtLensError: for tokens of another shape, beyond the vocabulary or more than the context holds.
+            DtLensError: for tokens of another shape, beyond the vocabulary or more than the context holds, or a mask or
+                positions that do not fit them.
         """
         ids = tokens if isinstance(tokens, Tensor) else self.to_tokens(tokens)
-        self._require_tokens(ids, attention_mask)
+        require_tokens(self.cfg, ids, attention_mask, position_ids)
+        if position_ids is None and attention_mask is not None:
+            position_ids = positions_of(attention_mask)
         hooked = {name for name, point in self.hook_dict.items() if point.has_hooks()}
 
         def run() -> Any:
-            return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+            return self.model(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                return_dict=True,
+            )
 
         if not hooked:
             out = run()
@@ -204,26 +222,6 @@ class HookedLanguageModel(HookedRootModule):
                 out = run()
         logits: Tensor = out.logits
         return logits
-
-    def _require_tokens(self, tokens: Tensor, mask: Tensor | None) -> None:
-        whole = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
-        if not whole or tokens.ndim != 2 or not tokens.numel():
-            raise DtLensError(
-                f"tokens are {str(tokens.dtype).removeprefix('torch.')} of shape {list(tokens.shape)}; this model "
-                "wants whole numbers of shape [batch, pos]."
-            )
-        if mask is not None and mask.shape != tokens.shape:
-            raise DtLensError(
-                f"attention_mask has shape {list(mask.shape)}; with tokens of shape {list(tokens.shape)} it must have "
-                "the same."
-            )
-        if tokens.shape[1] > self.cfg.n_ctx:
-            raise DtLensError(f"{tokens.shape[1]} tokens do not fit this model's context of {self.cfg.n_ctx}.")
-        low, high = (int(end) for end in tokens.aminmax())
-        if low < 0 or high >= self.cfg.d_vocab:
-            raise DtLensError(
-                f"tokens run from {low} to {high}; this model's vocabulary is 0 to {self.cfg.d_vocab - 1}."
-            )
 
     def require_shared(self, names: Sequence[str]) -> None:
         """Check that the user's own model still shares these weights' memory.
