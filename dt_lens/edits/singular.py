@@ -123,6 +123,8 @@ class SingularEdit(Edit):
         super().__init__(model, found, side, chosen, *carry(factors, where, change))
         self.sigma: list[float] = sigma.tolist()
         self.blocks = sorted({decomposition.block_of(i) for i in self.sv})
+        sizes = {i: (block := decomposition.block_of(i))[1] - block[0] for i in self.sv}
+        self._outside = {i: decomposition.indistinct(i, side) - size for i, size in sizes.items()}
         self.note = " ".join(self._remarks(bare, where))
 
     def _remarks(self, bare: Snapshot, where: Literal["left", "right"]) -> list[str]:
@@ -143,6 +145,12 @@ class SingularEdit(Edit):
             remarks.append(
                 f"Directions {cut[0][0]} to {cut[0][1] - 1} cannot be distinguished at the weights' precision; only "
                 "editing all of them means anything."
+            )
+        loose = [sv for sv in self.sv if self._outside[sv]]
+        if loose:
+            remarks.append(
+                f"Rounding of the weights may turn direction {loose[0]} on the {self.side} side out of all directions "
+                "that the matrix has, so what is edited there may be none of them."
             )
         return remarks + remarks_on(bare, self.matrix, self._placed)
 

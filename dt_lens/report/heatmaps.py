@@ -16,6 +16,9 @@ from dt_lens.report.style import columns_of, empty, finish, natural, plain
 
 __all__ = ["scan_heatmap", "scan_overview"]
 
+# What an untrained head matches is chance; with an alpha, grey is readable on light and dark pages.
+_GREYS = [[0.0, "rgba(128,136,144,0.75)"], [0.5, "rgba(128,136,144,0.05)"], [1.0, "rgba(128,136,144,0.75)"]]
+
 
 def scan_heatmap(
     cosines: pd.DataFrame,
@@ -26,6 +29,7 @@ def scan_heatmap(
     embedding: str = "",
     alpha: float = 0.05,
     limit: float | None = None,
+    trained: bool = True,
 ) -> go.Figure:
     """The cosines of one matrix's singular directions with one embedding's directions.
 
@@ -40,6 +44,7 @@ def scan_heatmap(
         alpha: the false discovery rate at which a cell is marked.
         limit: the colour range is ``±limit``; by default the largest absolute cosine, at least 0.1. Give the same
             limit to figures that will be compared.
+        trained: false for an output head that had no loss: the figure is then grey, for what it shows is chance.
 
     Raises:
         DtLensError: if the q values or sigmas do not fit the cosines.
@@ -77,7 +82,8 @@ def scan_heatmap(
             coloraxis="coloraxis",
         )
     )
-    figure.update_layout(coloraxis=_colours(-top, top, "cosine"))
+    colours = _colours(-top, top, "cosine")
+    figure.update_layout(coloraxis=colours if trained else colours | {"autocolorscale": False, "colorscale": _GREYS})
     step = 18 if rows <= 40 else 12
     shown = range(rows) if rows <= 64 else range(0, rows, 4)
     figure.update_xaxes(_labels(labels), title_text=f"{plain(embedding)} label" if embedding else "label")
@@ -95,7 +101,7 @@ def scan_heatmap(
     return finish(
         figure,
         title,
-        "cosine of each singular direction with each label" + found,
+        "cosine of each singular direction with each label" + found + ("" if trained else " · grey: untrained head"),
         height=rows * step + 120 + _room(labels),
         wide=190 + 22 * columns,
     )
@@ -115,6 +121,7 @@ def scan_overview(
             A matrix that the table has on two sides gets a row for each.
         value: colour and number: the largest absolute cosine, or the largest z.
         alpha: a star marks a cell whose smallest q value is below it.
+            Columns of untrained heads, which ``table.attrs["untrained"]`` names, are grey.
         title: the figure's title.
 
     Raises:
@@ -130,6 +137,7 @@ def scan_overview(
     best = best_matches(table, ["place", "embedding"], value, alpha)
     places = sorted(best["place"].unique(), key=natural)
     embeddings = list(dict.fromkeys(table["embedding"]))
+    untrained = [at for at, name in enumerate(embeddings) if name in table.attrs.get("untrained", ())]
     grid = np.full((len(places), len(embeddings)), np.nan)
     text = np.full(grid.shape, "", dtype=object)
     hover = np.full(grid.shape, "", dtype=object)
@@ -144,23 +152,34 @@ def scan_overview(
             f"cosine {row['cosine']:+.3f}<br>smallest q {q_text(row['smallest_q'])}"
             f" · {int(row['discoveries'])} of {int(row['tested'])} with q < {alpha:g}"
         )
+    grey = np.isin(np.arange(len(embeddings)), untrained)
     figure = go.Figure(
-        go.Heatmap(
-            z=grid,
-            x=np.arange(len(embeddings)),
-            y=np.arange(len(places)),
-            text=text,
-            texttemplate="%{text}",
-            textfont={"size": 11},
-            customdata=hover,
-            hovertemplate="%{customdata}<extra></extra>",
-            hoverongaps=False,
-            coloraxis="coloraxis",
-        )
+        [
+            go.Heatmap(
+                z=np.where(shown, grid, np.nan),
+                x=np.arange(len(embeddings)),
+                y=np.arange(len(places)),
+                text=np.where(shown, text, ""),
+                texttemplate="%{text}",
+                textfont={"size": 11},
+                customdata=hover,
+                hovertemplate="%{customdata}<extra></extra>",
+                hoverongaps=False,
+                coloraxis=axis,
+            )
+            for axis, shown in (("coloraxis", ~grey), ("coloraxis2", grey))
+            if shown.any()
+        ]
     )
     name = "best |cosine|" if value == "cosine" else "best z"
     low, high = 0.0, float(np.nanmax(grid, initial=0.0))
-    figure.update_layout(coloraxis=_colours(low, high if high > 0 else 1.0, name))
+    colours = _colours(low, high if high > 0 else 1.0, name)
+    figure.update_layout(coloraxis=colours)
+    if untrained:
+        figure.update_layout(
+            coloraxis2=colours
+            | {"autocolorscale": False, "colorscale": [[0.0, _GREYS[1][1]], _GREYS[2]], "showscale": False}
+        )
     names = [plain(e) for e in embeddings]
     figure.update_xaxes(_labels(names), side="top")
     figure.update_layout(margin_b=15)
@@ -175,6 +194,7 @@ def scan_overview(
     )
     stars = int((best["smallest_q"] < alpha).sum())
     found = f"* q < {alpha:g} in {stars} of {len(best)} cells · empty: not compared"
+    found += " · grey: untrained heads" if untrained else ""
     return finish(
         figure,
         title,

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dt_lens.errors import DtLensError
-from dt_lens.report.style import PALETTE, columns_of, empty, finish, kind_of, natural, plain, ticks
+from dt_lens.report.style import BASELINE, PALETTE, columns_of, empty, finish, kind_of, natural, plain, ticks
 
 __all__ = ["best_matches", "q_text", "sigma_against_cosine", "spectrum"]
 
@@ -128,6 +128,7 @@ def sigma_against_cosine(
         table: the scan's rows: ``matrix sv sigma embedding label cosine q_value``, also ``side``.
         colour: by the embedding of the best match, or by the kind of matrix.
         alpha: directions with q below it are filled, others open.
+            Those whose best match is with an untrained head, which ``table.attrs["untrained"]`` names, are grey.
         title: the figure's title.
 
     Raises:
@@ -143,23 +144,24 @@ def sigma_against_cosine(
     order = (
         list(dict.fromkeys(table["embedding"])) if colour == "embedding" else sorted(best["kind"].unique(), key=natural)
     )
-    figure = go.Figure()
+    figure, untrained = go.Figure(), table.attrs.get("untrained", ())
     for number, name in enumerate(order):
         rows = best[best[colour] == name]
         if rows.empty:
             continue
-        shade = PALETTE[number % len(PALETTE)]
+        own = PALETTE[number % len(PALETTE)]
+        shades = [BASELINE if embedding in untrained else own for embedding in rows["embedding"]]
         real = (rows["q_value"] < alpha).to_numpy()
         figure.add_scatter(
             x=rows["sigma"],
             y=rows["cosine"].abs(),
             mode="markers",
-            name=plain(name),
+            name=plain(name) + (" (untrained)" if name in untrained else ""),
             marker={
-                "color": [shade if r else "rgba(0,0,0,0)" for r in real],
+                "color": [shade if r else "rgba(0,0,0,0)" for r, shade in zip(real, shades, strict=True)],
                 "size": 7,
                 "opacity": 0.8,
-                "line": {"color": shade, "width": 1.2},
+                "line": {"color": shades, "width": 1.2},
                 "symbol": "circle" if number < len(PALETTE) else "diamond",
             },
             customdata=[

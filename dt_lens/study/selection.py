@@ -30,8 +30,8 @@ def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd
     Strong: the largest ``z`` of each kind of matrix (``W_in``, ``W_out``, ``OV``, ...), then the second largest, and so
     on, at most one direction per matrix: the study is not all of one matrix or kind, and kinds can be compared. Weak:
     in the same matrix and on the same side, among directions with a similar sigma (so that edit and contrast change the
-    weights by a similar amount), the one whose best match is the poorest. Directions in a block with others are left
-    out.
+    weights by a similar amount), the one whose best match is the poorest. Directions in a block with others, and those
+    that rounding may turn into none of the matrix's, are left out.
 
     Returns:
         rows of the table with a column ``role``, ``"strong"`` or ``"weak"``, pairs in order.
@@ -41,8 +41,8 @@ def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd
     """
     best = best_matches(table)
     alone = [
-        (b := svd[matrix].block_of(int(sv)))[1] - b[0] == 1
-        for matrix, sv in zip(best["matrix"], best["sv"], strict=True)
+        svd[matrix].indistinct(int(sv), side) == 1
+        for matrix, side, sv in zip(best["matrix"], best["side"], best["sv"], strict=True)
     ]
     best = best[np.asarray(alone, dtype=bool)]
     rows: list[pd.Series] = []

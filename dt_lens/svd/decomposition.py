@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
@@ -27,6 +27,7 @@ __all__ = [
     "decompose_matrix",
     "rounding_noise",
     "scaled",
+    "turned_outside",
     "with_canonical_signs",
 ]
 
@@ -53,6 +54,9 @@ class Decomposition:
         gain: of directions weighted by activations (``dt_lens.svd.weighted``): the length of ``M right_i``; sigma
             is then the standard deviation of the output along ``right_i``, and the left rows are not orthogonal.
         activations: the digest of those activations, or an empty string.
+        outside: for each direction and side (left, right) 0, or the number of directions that the matrix does not have
+            there, if rounding the weights may turn this one out into those: then not even the span of its block is
+            known. ``None``: not examined.
     """
 
     matrix: Matrix
@@ -64,6 +68,7 @@ class Decomposition:
     error: float
     gain: Float[Tensor, " k"] | None = None
     activations: str = ""
+    outside: Int[Tensor, "k 2"] | None = None
 
     @property
     def strength(self) -> Float[Tensor, " k"]:
@@ -73,13 +78,18 @@ class Decomposition:
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the matrix, as tensors that a file can hold."""
         weighted = {} if self.gain is None else {"gain": self.gain, "activations": _text_tensor(self.activations)}
-        return weighted | {
-            "sigma": self.sigma,
-            "left": self.left,
-            "right": self.right,
-            "blocks": torch.tensor(self.blocks, dtype=torch.long).reshape(-1, 2),
-            "error": torch.tensor([self.error, float(self.folded)], dtype=torch.float64),
-        }
+        marks = {} if self.outside is None else {"outside": self.outside}
+        return (
+            weighted
+            | marks
+            | {
+                "sigma": self.sigma,
+                "left": self.left,
+                "right": self.right,
+                "blocks": torch.tensor(self.blocks, dtype=torch.long).reshape(-1, 2),
+                "error": torch.tensor([self.error, float(self.folded)], dtype=torch.float64),
+            }
+        )
 
     @classmethod
     def from_tensors(cls, matrix: Matrix, stored: Mapping[str, Tensor]) -> Decomposition:
@@ -88,7 +98,7 @@ class Decomposition:
         error, folded = stored["error"].tolist()
         digest = bytes(stored["activations"].tolist()).decode() if "gain" in stored else ""
         parts = stored["sigma"], stored["left"], stored["right"]
-        return cls(matrix, *parts, bool(folded), blocks, error, stored.get("gain"), digest)
+        return cls(matrix, *parts, bool(folded), blocks, error, stored.get("gain"), digest, stored.get("outside"))
 
     def side(self, side: SideName | None = None) -> Float[Tensor, "k d"]:
         """The directions on a side by its name (``None``: the only side on the residual stream).
@@ -156,6 +166,21 @@ class Decomposition:
                 return block
         raise DtLensError(f"sv={sv} is out of range: {self.matrix.name} has {len(self.sigma)} directions.")
 
+    def indistinct(self, sv: int, side: SideName | None = None) -> int:
+        """How many directions cannot be distinguished from direction ``sv`` on a side, itself included.
+
+        Those of its block; and, where rounding the weights may turn it by more than ``MAX_ANGLE`` out of the span of
+        all the matrix's directions, also those that the matrix does not have.
+
+        Raises:
+            DtLensError: as ``block_of`` and ``side`` do.
+        """
+        start, stop = self.block_of(sv)
+        beyond = 0
+        if self.outside is not None:
+            beyond = int(self.outside[start:stop, 0 if self.matrix.side(side) == "left" else 1].max())
+        return stop - start + beyond
+
     def as_embedding(self, side: SideName | None = None, k: int | None = None) -> Embedding:
         """The first ``k`` directions as an embedding, so that later layers can be compared with what this one writes.
 
@@ -194,7 +219,9 @@ def decompose_matrix(factors: MatrixFactors, rank: int | None = None) -> Decompo
         raise DtLensError(f"{matrix.name}: {error}") from error
     left, right = with_canonical_signs(matrix, found.left, found.right)
     blocks = blocks_of(found.sigma, rounding_noise(factors, left, right))
-    return Decomposition(matrix, found.sigma, left, right, factors.folded, blocks, found.error)
+    every = rank is None or len(found.sigma) < rank
+    outside = turned_outside(factors, left, right, (found.sigma, found.sigma), every)
+    return Decomposition(matrix, found.sigma, left, right, factors.folded, blocks, found.error, outside=outside)
 
 
 def _text_tensor(text: str) -> Tensor:
@@ -254,17 +281,64 @@ def rounding_noise(
     of variances is approximated by the product of its row and column means. A factor's error reaches the matrix
     through the LayerNorm and the other factor.
     """
-    # The directions as they arrive at the weights from either end.
-    ahead, behind = scaled(left, factors.scale("left")), scaled(right, factors.scale("right"))
-    pairs = [(ahead, behind)]
-    if len(factors.matrix.factors) == 2:
-        first, second = factors.effective()
-        pairs = [(ahead, right @ second.T), (left @ first, behind)]
     total = left.new_zeros(len(left))
-    for weight, (x, y) in zip(factors.stored(), pairs, strict=True):
+    for weight, (x, y) in zip(factors.stored(), _arriving(factors, left, right), strict=True):
         rows, columns = _variances(weight)
         total += (x.square() @ rows) * (y.square() @ columns) / rows.mean().clamp_min(1e-300)
     return total.sqrt()
+
+
+def _arriving(factors: MatrixFactors, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The directions as they arrive at each of the weights from its left and its right."""
+    ahead, behind = scaled(left, factors.scale("left")), scaled(right, factors.scale("right"))
+    if len(factors.matrix.factors) == 1:
+        return [(ahead, behind)]
+    first, second = factors.effective()
+    return [(ahead, right @ second.T), (left @ first, behind)]
+
+
+def turned_outside(
+    factors: MatrixFactors,
+    left: Float[Tensor, "k d_left"],
+    right: Float[Tensor, "k d_right"],
+    sizes: tuple[Float[Tensor, " k"], Float[Tensor, " k"]],
+    every: bool,
+    ahead: Float[Tensor, "k d_left"] | None = None,
+) -> Int[Tensor, "k 2"]:
+    """Which directions rounding may turn out of the span of all of them, on the left and on the right.
+
+    Where the matrix has ``k`` directions on a side of dimension ``d``, its error ``E`` moves ``left_i`` by
+    ``E right_i / sigma_i``, of which a part of length about ``noise sqrt(d - k) / sigma_i`` lies outside their span
+    (Stewart and Sun, "Matrix Perturbation Theory", 1990, chapter V), ``noise`` being the standard deviation of one
+    entry of ``E right_i``. No gap between sigmas protects from that. In a circuit only the outer factor's error leaves
+    the span.
+
+    Args:
+        sizes: what ``E right_i`` and ``left_i^T E`` are divided by: the sigmas.
+        every: whether these are all the directions that the matrix has; otherwise it is taken to have full rank.
+        ahead: what a row of the raw matrix's error is multiplied by from the left, if not ``left``.
+
+    Returns:
+        ``d - k`` where ``DEVIATIONS noise sqrt(d - k) / sigma`` is ``MAX_ANGLE`` or more, else 0.
+    """
+    weights = factors.stored()
+    pairs = _arriving(factors, left, right)
+    if ahead is not None:
+        pairs[-1] = (ahead if len(pairs) == 1 else ahead @ factors.raw()[0], pairs[-1][1])
+    centred = [factors.folded and factors.matrix.centred(side) for side in ("left", "right")]
+    dimensions = [len(left.T) - centred[0], len(right.T) - centred[1]]
+    k = len(left) if every else min(*dimensions, *(size for weight in weights for size in weight.shape))
+    marks = []
+    for side, d, size in zip(("left", "right"), dimensions, sizes, strict=True):
+        weight, (x, y) = (weights[0], pairs[0]) if side == "left" else (weights[-1], pairs[-1])
+        rows, columns = _variances(weight)
+        along, across, coming = (rows, columns, y) if side == "left" else (columns, rows, x)
+        scale = factors.scale(side)
+        entry = (along if scale is None else along * scale.to(along).square()).mean()
+        noise = (entry * (coming.square() @ across) / across.mean().clamp_min(1e-300)).sqrt()
+        turned = DEVIATIONS * noise * math.sqrt(max(d - k, 0)) >= MAX_ANGLE * size
+        marks.append((turned & (d > k)) * (d - k))
+    return torch.stack(marks, 1)
 
 
 def scaled(directions: Float[Tensor, "k d"], scale: Float[Tensor, " d"] | None) -> Float[Tensor, "k d"]:

@@ -88,6 +88,15 @@ class Pairing(NamedTuple):
         """How many directions every block holds."""
         return np.array([stop - start for start, stop in self.decomposition.blocks], dtype=np.int64)
 
+    @property
+    def indistinct(self) -> NDArray[np.int64]:
+        """For every block, how many directions cannot be distinguished from its own; see ``Decomposition.indistinct``.
+
+        More than ``sizes`` where rounding may turn the block out of the span of all the matrix's directions.
+        """
+        counts = [self.decomposition.indistinct(start, self.side) for start, _ in self.decomposition.blocks]
+        return np.array(counts, dtype=np.int64)
+
     def columns(self, cosine: Array, label: NDArray[np.int64], z: Array, p: Array) -> dict[str, Any]:
         """The columns of the table, an entry for each block."""
         matrix, embedding, starts = self.matrix, self.labels.embedding, self.starts
@@ -98,7 +107,7 @@ class Pairing(NamedTuple):
             "head": np.full(count, -1 if matrix.head is None else matrix.head),
             "side": np.full(count, self.side, dtype=object),
             "sv": starts,
-            "block": self.sizes,
+            "block": self.indistinct,
             "sigma": self.decomposition.sigma.cpu().numpy()[starts],
             "embedding": np.full(count, embedding.name, dtype=object),
             "label": np.array([names[i] for i in label], dtype=object),

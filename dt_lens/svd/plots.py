@@ -30,7 +30,8 @@ def plot_heatmap(
     """The cosines of a matrix's first ``directions`` with an embedding's labels; see ``heatmaps.scan_heatmap``."""
     cosines = svd.cosines(matrix, embedding, side).head(directions)
     sigma = svd[matrix].sigma[: len(cosines)].cpu().numpy()
-    return heatmaps.scan_heatmap(cosines, sigma=sigma, matrix=matrix, embedding=embedding, **options)
+    trained = svd.registry[embedding].trained
+    return heatmaps.scan_heatmap(cosines, sigma=sigma, matrix=matrix, embedding=embedding, trained=trained, **options)
 
 
 def plot_overview(table: pd.DataFrame, **options: Any) -> go.Figure:

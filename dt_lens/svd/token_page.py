@@ -15,6 +15,7 @@ __all__ = ["require_token_file", "save_tokens", "token_html"]
 
 # Colours with an alpha keep text readable on light and dark pages. Blue away, orange towards, as in the heatmaps.
 _TOWARDS, _AWAY, _STRONGEST = "213,94,0", "0,114,178", 0.55
+_UNTRAINED = "128,128,128"
 _STYLE = """
 .dtl-tokens { font-size: 13px; line-height: 1.5; overflow-x: auto; }
 .dtl-tokens table { border-collapse: collapse; width: 100%; min-width: 40em; margin: 0 0 1.4em; font-size: inherit;
@@ -59,7 +60,11 @@ def _side(part: pd.DataFrame, shown: dict[str, tuple[int, int]], top: float) -> 
     first = part.iloc[0]
     place = f"layer {first['layer']}" + ("" if pd.isna(first["head"]) else f", head {first['head']}")
     embeddings = list(dict.fromkeys(part["embedding"]))
-    heads = "".join(f'<th scope="colgroup" colspan="2" class="first">{_counted(e, *shown[e])}</th>' for e in embeddings)
+    trained = dict(zip(part["embedding"], part["trained"], strict=True))
+    heads = "".join(
+        f'<th scope="colgroup" colspan="2" class="first">{_counted(e, *shown[e])}{"" if trained[e] else _NO_LOSS}</th>'
+        for e in embeddings
+    )
     poles = '<th scope="col" class="first quiet">towards</th><th scope="col" class="quiet">away</th>' * len(embeddings)
     body = []
     for (sv, block, sigma), one in part.groupby(["sv", "block", "sigma"], sort=False):
@@ -79,7 +84,11 @@ def _side(part: pd.DataFrame, shown: dict[str, tuple[int, int]], top: float) -> 
     )
 
 
-_SPAN = "Their sigmas are too close to distinguish: only the span of these directions means anything."
+_NO_LOSS = ' <span class="quiet" title="This head had no loss: what it matches is chance.">untrained head</span>'
+_SPAN = (
+    "The weights' precision cannot distinguish it from these: sigmas too close, where only the span means anything, or "
+    "directions that the matrix does not have."
+)
 
 
 def _counted(embedding: str, passed: int, of: int) -> str:
@@ -89,10 +98,9 @@ def _counted(embedding: str, passed: int, of: int) -> str:
 
 def _chips(found: pd.DataFrame, top: float) -> list[str]:
     chips = []
-    for text, label, index, cosine in zip(
-        texts(list(found["label"])), found["label"], found["index"], found["cosine"], strict=True
-    ):
-        colour = _TOWARDS if cosine > 0 else _AWAY
+    columns = (found[name] for name in ("label", "index", "cosine", "trained"))
+    for text, label, index, cosine, trained in zip(texts(list(found["label"])), *columns, strict=True):
+        colour = (_TOWARDS if cosine > 0 else _AWAY) if trained else _UNTRAINED
         alpha = _STRONGEST * min(abs(cosine) / top, 1.0)
         exact = html.escape(f"{label!r}, row {index}, cosine {cosine:+.6f}", quote=True)
         value = f"{cosine:+.2f}".replace("-", "−")
@@ -122,7 +130,8 @@ def save_tokens(rows: pd.DataFrame, labels: dict[str, tuple[int, int]], folded: 
     how = "LayerNorms folded in" if folded else "raw weights and labels"
     note = (
         f"Each row is a singular direction, largest σ first, {how}; a label's number is its cosine with it. "
-        "A direction's sign is a convention: towards and away could change places. ␣ is a space."
+        "A direction's sign is a convention: towards and away could change places. ␣ is a space. Grey labels are those "
+        "of an untrained head."
     )
     return write_report(
         file, "Token table", [Section("Directions and their labels", [note, Markup(token_html(rows, labels))])]

@@ -27,7 +27,7 @@ from dt_lens.svd.token_page import save_tokens, token_html
 __all__ = ["TokenTable", "extremes", "poles", "token_table"]
 
 PLACE = ["matrix", "layer", "head", "side", "sv", "block", "sigma"]
-COLUMNS = [*PLACE, "embedding", "pole", "rank", "label", "index", "cosine"]
+COLUMNS = [*PLACE, "embedding", "pole", "rank", "label", "index", "cosine", "trained"]
 SPARE = 16  # extra candidates: single precision ranks them, double precision decides
 LARGE = 1024  # from this short side on, no more directions are computed than are shown
 Names = Sequence[str] | str
@@ -39,10 +39,11 @@ class TokenTable:
 
     Attributes:
         rows: a row per direction, embedding, pole and rank, with the columns ``matrix layer head side sv block sigma
-            embedding pole rank label index cosine``. ``pole`` is ``"+"`` for the labels of largest cosine, ``"-"`` for
-            those of smallest; a direction's sign is a convention, so neither pole is the right one. ``block`` is how
-            many directions cannot be distinguished from this one, itself included; ``index`` is the label's row in its
-            embedding.
+            embedding pole rank label index cosine trained``. ``pole`` is ``"+"`` for labels of positive cosine, the
+            largest first, and ``"-"`` for those of negative cosine, the smallest first; a direction's sign is a
+            convention, so neither pole is the right one. ``block`` is how many directions cannot be distinguished from
+            this one, itself included (``Decomposition.indistinct``); ``index`` is the label's row in its embedding;
+            ``trained`` is false for an output head that had no loss: what it matches is chance.
         shown: for each embedding the labels that passed the filter, and all of them.
         folded: whether LayerNorms are folded in.
     """
@@ -91,10 +92,10 @@ class TokenTable:
             lines.append(f"{matrix}, {side} side")
             for (sv, sigma), one in part.groupby(["sv", "sigma"], sort=False):
                 lines.append(f"  sv {sv}  σ {sigma:.4g}")
-                for (embedding, pole), found in one.groupby(["embedding", "pole"], sort=False):
+                for (embedding, trained, pole), found in one.groupby(["embedding", "trained", "pole"], sort=False):
                     words = zip(texts(list(found["label"])), found["cosine"], strict=True)
                     shown = "  ".join(f"{spelled(word)} {cosine:+.2f}" for word, cosine in words)
-                    lines.append(f"    {embedding} {pole}  {shown}")
+                    lines.append(f"    {embedding}{'' if trained else ' (untrained)'} {pole}  {shown}")
         return "\n".join(lines)
 
     def __len__(self) -> int:
@@ -131,8 +132,7 @@ def token_table(
             embeddings with writing sides; named ones with whatever side a matrix has on the residual stream, and where
             it both reads and writes, as by default.
         k: directions of each matrix.
-        n: labels at each pole. Where fewer than ``2 n`` pass the filter, each is shown once, at the pole of its sign as
-            far as there is room.
+        n: labels at each pole, at most: a label is shown at the pole of its cosine's sign, so a pole may have fewer.
         where: a filter or several, all of which a label must pass: ``dt_lens.svd.ascii_only``, ``whole_words``,
             ``at_least(counts, 100)``, or any function of a label's text. Embeddings of which no label passes are left
             out.
@@ -198,7 +198,7 @@ def _parts(
                     continue
                 found = found or _decomposed(svd, lens, matrix, k)
                 directions = found.side(one)[:k].clone()
-                blocks = [stop - start for start, stop in map(found.block_of, range(len(directions)))]
+                blocks = [found.indistinct(sv, one) for sv in range(len(directions))]
                 centred = svd.fold_layernorm and matrix.centred(matrix.side(one))
                 yield _Part(matrix, one, embedding.name, found.sigma[:k], blocks, directions, centred)
 
@@ -255,10 +255,12 @@ def _best(values: Float[Tensor, "m c"], numbers: Int[Tensor, "m c"], count: int)
 
 
 def poles(cosine: Float[Tensor, " c"], n: int) -> tuple[slice, slice]:
-    """Where the ``+`` and the ``-`` pole lie among cosines in falling order; the ``-`` pole's last is its strongest."""
-    count = len(cosine)
-    plus = n if count >= 2 * n else min(max(int((cosine >= 0).sum()), count - n), n)
-    return slice(0, plus), slice(max(plus, count - n), count)
+    """Where the ``+`` and the ``-`` pole lie among cosines in falling order; the ``-`` pole's last is its strongest.
+
+    At most ``n`` labels each, of positive cosine (or 0) and of negative cosine.
+    """
+    count, positive = len(cosine), int((cosine >= 0).sum())
+    return slice(0, min(n, positive)), slice(max(positive, count - n), count)
 
 
 def _rows(part: _Part, embedding: Embedding, index: list[Tensor], cosine: list[Tensor], n: int) -> dict[str, Any]:
@@ -278,6 +280,7 @@ def _rows(part: _Part, embedding: Embedding, index: list[Tensor], cosine: list[T
                     embedding.labels[at],
                     at,
                     float(values[i]),
+                    embedding.trained,
                 )
                 for name, value in zip(COLUMNS, row, strict=True):
                     made[name].append(value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from dt_lens.arguments import whole_number
 from dt_lens.lens.matrices import SideName
@@ -17,7 +18,7 @@ from dt_lens.svd.pairings import natural_side
 from dt_lens.svd.scan import scan_table
 from dt_lens.svd.strongest import strongest
 from dt_lens.svd.subspaces import subspaces
-from dt_lens.svd.token_table import TokenTable, token_table
+from dt_lens.svd.token_table import TokenTable, poles, token_table
 
 if TYPE_CHECKING:
     from dt_lens.svd.label_filters import Filter, Rule
@@ -82,7 +83,9 @@ class WeightSVD(Decompositions):
 
         Returns:
             a DataFrame with the columns ``matrix layer head side sv block sigma embedding label cosine z p_value
-            q_value``; ``sv`` is the direction, or the first of ``block`` directions that cannot be distinguished.
+            q_value``; ``sv`` is the direction, or the first of a block. ``block`` is how many directions cannot be
+            distinguished from it, itself included: those whose sigmas are too close, and, where rounding may turn it
+            out of the span of the matrix's directions, those that the matrix does not have.
             ``table.attrs`` holds what was folded, which embeddings are untrained heads, the null, what it ``assumes``,
             and the seed.
 
@@ -191,28 +194,28 @@ class WeightSVD(Decompositions):
         """Both poles of the first ``k`` directions: the labels of largest and of smallest cosine, ``labels`` of each.
 
         Returns:
-            a DataFrame ``sv block sigma pole rank label cosine``. ``block`` is how many directions cannot be
-            distinguished from this one, itself included; ``pole`` is ``"+"`` or ``"-"``, and a direction's sign is a
-            convention, so neither pole is the right one.
+            a DataFrame ``sv block sigma pole rank label cosine trained``. ``block`` is how many directions cannot be
+            distinguished from this one, itself included (``Decomposition.indistinct``); ``pole`` is ``"+"`` for labels
+            of positive cosine and ``"-"`` for those of negative, so a pole may have fewer labels than asked for; a
+            direction's sign is a convention, so neither pole is the right one. ``trained`` is false for an output head
+            that had no loss: what it matches is chance.
 
         Raises:
             DtLensError: as ``cosines`` does, and for a negative number of labels.
         """
         labels = whole_number(labels, "labels", 0)
         table, found = self.cosines(matrix, embedding, side, k), self[matrix]
+        labelled = self.registry[embedding]
+        side = natural_side(found.matrix, labelled, side)
         names, rows = list(table.columns), []
         for sv, values in enumerate(table.to_numpy()):
-            start, stop = found.block_of(sv)
+            block, sigma = found.indistinct(sv, side), float(found.sigma[sv])
             order = np.argsort(-values, kind="stable")
-            half = min(labels, len(order) // 2)
-            poles = [("+", order[:half]), ("-", order[::-1][:half])]
-            if len(order) == 1:
-                poles = [("+" if values[0] >= 0 else "-", order)]
-            for pole, picked in poles:
+            plus, minus = poles(torch.from_numpy(values[order]), labels)
+            for pole, picked in (("+", order[plus]), ("-", order[minus][::-1])):
                 for rank, j in enumerate(picked):
-                    row = (sv, stop - start, float(found.sigma[sv]), pole, rank, names[j], float(values[j]))
-                    rows.append(row)
-        return pd.DataFrame(rows, columns=["sv", "block", "sigma", "pole", "rank", "label", "cosine"])
+                    rows.append((sv, block, sigma, pole, rank, names[j], float(values[j]), labelled.trained))
+        return pd.DataFrame(rows, columns=["sv", "block", "sigma", "pole", "rank", "label", "cosine", "trained"])
 
     def tokens(
         self,

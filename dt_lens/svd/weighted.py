@@ -20,7 +20,14 @@ import torch
 
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import MatrixFactors
-from dt_lens.svd.decomposition import Decomposition, blocks_of, rounding_noise, scaled, with_canonical_signs
+from dt_lens.svd.decomposition import (
+    Decomposition,
+    blocks_of,
+    rounding_noise,
+    scaled,
+    turned_outside,
+    with_canonical_signs,
+)
 from dt_lens.svd.solvers import EPS, decompose
 
 if TYPE_CHECKING:
@@ -69,7 +76,9 @@ def decompose_weighted(factors: MatrixFactors, activations: Activations, rank: i
     ahead = (spread * found.left) @ axes.T  # what an error of the raw matrix is multiplied by from the left
     noise = rounding_noise(replace(factors, folded=False), ahead, scaled(found.right, factors.scale("right")))
     blocks = blocks_of(found.sigma, noise)
-    parts = found.sigma, left, right, factors.folded, blocks, found.error, gain, activations.digest
+    every = rank is None or len(found.sigma) < rank
+    outside = turned_outside(factors, left, found.right, (gain, found.sigma), every, ahead)
+    parts = found.sigma, left, right, factors.folded, blocks, found.error, gain, activations.digest, outside
     return Decomposition(matrix, *parts)
 
 

@@ -83,3 +83,17 @@ def test_names_from_data_stay_words() -> None:
     hostile = '<a href="x">'
     heat = heatmaps.scan_heatmap(pd.DataFrame([[0.1]], columns=[hostile]), matrix=hostile)
     assert hostile not in heat.to_json().replace('\\"', '"')
+
+
+def test_untrained_heads_are_grey(scan_table: pd.DataFrame) -> None:
+    coloured = heatmaps.scan_overview(scan_table)
+    assert len(coloured.data) == 1 and "grey" not in coloured.layout.title.subtitle.text
+    scan_table.attrs["untrained"] = ["action_out"]
+    figure = heatmaps.scan_overview(scan_table)
+    ordinary, grey = figure.data
+    assert np.isnan(ordinary.z[:, 1]).all() and np.isnan(grey.z[:, 0]).all()
+    np.testing.assert_array_equal(grey.z[:, 1], coloured.data[0].z[:, 1])
+    assert grey.coloraxis == "coloraxis2" and "128,136,144" in str(figure.layout.coloraxis2.colorscale)
+    assert "grey: untrained heads" in figure.layout.title.subtitle.text
+    one = heatmaps.scan_heatmap(pd.DataFrame([[0.1, -0.4]], columns=["a", "b"]), trained=False)
+    assert "128,136,144" in str(one.layout.coloraxis.colorscale) and "untrained head" in one.layout.title.subtitle.text

@@ -9,6 +9,7 @@ import pytest
 
 from dt_lens.errors import DtLensError
 from dt_lens.report import spectra
+from dt_lens.report.style import BASELINE
 
 
 def lines(figure: go.Figure) -> list[go.Scatter]:
@@ -59,3 +60,12 @@ def test_sigma_against_cosine_has_one_point_a_direction(scan_table: pd.DataFrame
 
 def test_an_empty_scan_gives_a_figure_that_says_so(scan_table: pd.DataFrame) -> None:
     assert spectra.sigma_against_cosine(scan_table.iloc[:0]).layout.annotations[0].text == "The scan has no rows."
+
+
+def test_matches_with_untrained_heads_are_grey(scan_table: pd.DataFrame) -> None:
+    scan_table.attrs["untrained"] = ["action_out"]
+    names = {trace.name: set(trace.marker.line.color) for trace in spectra.sigma_against_cosine(scan_table).data}
+    assert names["action_out (untrained)"] == {BASELINE} and BASELINE not in names["state_in"]
+    by_kind = spectra.sigma_against_cosine(scan_table, colour="kind").data
+    grey = sum(colour == BASELINE for trace in by_kind for colour in trace.marker.line.color)
+    assert 0 < grey == sum("action_out" in text for trace in by_kind for text in trace.customdata)

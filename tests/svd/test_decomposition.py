@@ -12,7 +12,14 @@ from torch import Tensor
 
 from dt_lens import DtLensError
 from dt_lens.lens.matrices import MatrixFactors, Snapshot, Structure, catalogue, find_matrix
-from dt_lens.svd.decomposition import DEVIATIONS, MAX_ANGLE, blocks_of, decompose_matrix, rounding_noise
+from dt_lens.svd.decomposition import (
+    DEVIATIONS,
+    MAX_ANGLE,
+    Decomposition,
+    blocks_of,
+    decompose_matrix,
+    rounding_noise,
+)
 
 Make = Callable[..., Any]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -243,6 +250,56 @@ def test_a_random_model_in_single_precision_has_no_blocks(make_dt: Make) -> None
     for matrix in catalogue(model).values():
         d = directions(model, matrix.name)
         assert all(stop - start == 1 for start, stop in d.blocks)
+
+
+def thin_circuit(W_V: Tensor, W_O: Tensor) -> MatrixFactors:
+    structure = Structure(1, 1, W_V.shape[0], (1.0,), (None,), (None,))
+    weights = {"blocks.0.attn.W_V": W_V[None], "blocks.0.attn.W_O": W_O[None]}
+    model = Snapshot(weights, structure)
+    return MatrixFactors.of(model, find_matrix(model, "blocks.0.attn.OV.0"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["wide", "tall", "circuit"])
+def test_directions_that_turn_out_of_the_matrix_are_marked(shape: str, dtype: torch.dtype) -> None:
+    """No sigma is near, and yet rounding turns weak directions into those that the matrix does not have."""
+    k, long = 12, 400
+    sigma = torch.logspace(0, -4 if dtype == torch.float16 else -3, k, dtype=torch.float64)
+    silent = 0
+    for seed in range(6):
+        rows, columns = {"wide": (k, long), "tall": (long, k), "circuit": (long, long)}[shape]
+        u, v, q = orthogonal(rows, k, 3 * seed), orthogonal(columns, k, 3 * seed + 1), orthogonal(k, k, 3 * seed + 2)
+        if shape == "circuit":
+            # W_V has the sigmas and W_O has none, so that only what W_V reads is lost.
+            factors = thin_circuit(((u * sigma) @ q).to(dtype), (q.T @ v.T).to(dtype))
+        else:
+            factors = one_matrix(((u * sigma) @ v.T).to(dtype))
+        d = decompose_matrix(factors)
+        assert d.outside is not None and len(d.sigma) == k
+        alone = torch.tensor([stop - start == 1 for start, stop in d.blocks for _ in range(start, stop)])
+        for side, found, exact in ((0, d.left, u.T), (1, d.right, v.T)):
+            turned, marked = angles(found, exact), d.outside[:, side] > 0
+            assert float(turned[alone & ~marked].max()) < MAX_ANGLE
+            silent += int((alone & marked & (turned > MAX_ANGLE)).sum())  # what gaps alone let pass
+            if exact.shape[1] == k or (shape, side) == ("circuit", 1):
+                assert not marked.any()
+            else:
+                assert set(d.outside[marked, side].tolist()) == {long - k}
+                assert bool(marked[-1]) and not marked[:4].any()
+                assert float(turned[marked].min()) > MAX_ANGLE / 10  # three deviations, and a margin
+        if shape == "tall":
+            assert d.indistinct(k - 1, "read") == len(range(*d.block_of(k - 1))) + long - k
+            assert d.indistinct(k - 1, "neuron") == len(range(*d.block_of(k - 1)))
+        few = decompose_matrix(factors, 9)
+        assert few.outside is not None and torch.equal(few.outside, d.outside[:9])
+        assert torch.equal(Decomposition.from_tensors(d.matrix, d.tensors()).outside, d.outside)
+    assert silent > 5
+
+
+def test_nothing_is_marked_behind_a_layernorm_that_only_centres(make_dt: Make) -> None:
+    """The constant direction, which centring removes, is none that a direction could turn into."""
+    d = directions(make_dt(dtype=torch.bfloat16), "blocks.0.mlp.W_in")
+    assert d.outside is not None and not d.outside[:, 0].any()
 
 
 def test_zero_and_nan(make_dt: Make) -> None:

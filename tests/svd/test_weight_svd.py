@@ -266,13 +266,18 @@ def test_top_shows_both_poles(make_dt: Make) -> None:
     model = make_dt()
     svd = WeightSVD(model)
     table = svd.top("blocks.0.mlp.W_in", "state_in", k=2, labels=2)
-    assert list(table.columns) == ["sv", "block", "sigma", "pole", "rank", "label", "cosine"]
-    assert table["pole"].tolist() == ["+", "+", "-", "-"] * 2
+    assert list(table.columns) == ["sv", "block", "sigma", "pole", "rank", "label", "cosine", "trained"]
+    assert table["trained"].all() and not svd.top("blocks.0.mlp.W_out", "state_out", k=2)["trained"].any()
+    table = table[table["sv"] == 1]
     cosines = svd.cosines("blocks.0.mlp.W_in", "state_in").iloc[1].sort_values(ascending=False)
-    assert table["label"][4:].tolist() == [*cosines.index[:2], *cosines.index[::-1][:2]]
-    assert table["cosine"][4:].tolist() == [*cosines.iloc[:2], *cosines.iloc[::-1].iloc[:2]]
-    # No label is at both poles; one label alone is at the pole that it is at.
-    assert len(svd.top("blocks.0.mlp.W_out", "action_out", k=1, labels=9)) == 2
+    up, down = cosines[cosines >= 0][:2], cosines[cosines < 0][::-1][:2]
+    assert table["label"].tolist() == [*up.index, *down.index]
+    assert table["cosine"].tolist() == [*up, *down]
+    # Every label is at the pole of its sign, and at one only.
+    three = svd.top("blocks.0.mlp.W_out", "action_out", k=16, labels=9)
+    assert (three.groupby("sv")["label"].nunique() == 3).all() and len(three) == 16 * 3
+    assert (three["pole"] == np.where(three["cosine"] >= 0, "+", "-")).all()
+    assert three.groupby("sv")["pole"].nunique().min() == 1
     reward = svd.top("blocks.0.mlp.W_in", "reward_in", k=5)
     assert (reward["pole"] == np.where(reward["cosine"] >= 0, "+", "-")).all()
     assert len(reward) == 5

@@ -79,8 +79,10 @@ def _lines(part: pd.DataFrame) -> pd.DataFrame:
     from dt_lens.lens.token_text import spelled, texts
 
     rows = []
-    for (sv, sigma, block, embedding), found in part.groupby(["sv", "sigma", "block", "embedding"], sort=False):
-        row = {"sv": str(sv) if block == 1 else f"{sv} (1 of {block})", "sigma": sigma, "embedding": embedding}
+    by = ["sv", "sigma", "block", "embedding", "trained"]
+    for (sv, sigma, block, embedding, trained), found in part.groupby(by, sort=False):
+        row = {"sv": str(sv) if block == 1 else f"{sv} (1 of {block})", "sigma": sigma}
+        row["embedding"] = embedding if trained else f"{embedding} (untrained)"
         for heading, pole in (("towards", "+"), ("away", "-")):
             these = found[found["pole"] == pole]
             said = zip(texts(list(these["label"])), these["cosine"], strict=True)

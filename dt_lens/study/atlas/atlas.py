@@ -209,10 +209,9 @@ def _described(directions: pd.DataFrame, svd: WeightSVD, activations: Any) -> pd
     kinds, sigmas, blocks, outputs = [], [], [], []
     for name, sv in zip(directions["matrix"], directions["sv"], strict=True):
         found = svd[name]
-        start, stop = found.block_of(int(sv))
         kinds.append(find_matrix(bare, name).kind)
         sigmas.append(float(found.sigma[int(sv)]))
-        blocks.append(stop - start)
+        blocks.append(max(found.indistinct(int(sv), side) for side in found.matrix.residual_sides))
         if activations is not None:
             side, folded = found.matrix.residual_sides[0], svd.fold_layernorm
             edit = SingularEdit(

@@ -355,9 +355,9 @@ def _cut(found: Decomposition, rank: int | None) -> Decomposition:
         return found
     stop = found.block_of(rank - 1)[1]
     blocks = tuple(block for block in found.blocks if block[1] <= stop)
-    return Decomposition(
-        found.matrix, found.sigma[:stop], found.left[:stop], found.right[:stop], found.folded, blocks, found.error
-    )
+    parts = found.sigma[:stop], found.left[:stop], found.right[:stop]
+    outside = None if found.outside is None else found.outside[:stop]
+    return Decomposition(found.matrix, *parts, found.folded, blocks, found.error, outside=outside)
 
 
 def _mean_sigma(found: Decomposition, members: tuple[int, ...]) -> float:

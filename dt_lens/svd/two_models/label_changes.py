@@ -70,7 +70,13 @@ def label_changes(
     columns: dict[str, Any] = {}
     if by == "directions":
         columns = {"sv_a": [spans[i][0][0] for i in which], "sv_b": [spans[i][1][0] for i in which]}
-        columns["block"] = [max(len(spans[i][0]), len(spans[i][1])) for i in which]
+        columns["block"] = [
+            max(
+                len(members) + d.indistinct(members[0], side) - len(range(*d.block_of(members[0])))
+                for d, members in zip(found, spans[i][:2], strict=True)
+            )
+            for i in which
+        ]
     elif by == "change":
         columns = {"sv": which, "sigma": found[0].sigma.cpu().numpy()[which]}
     columns |= {"label": [one.labels[i] for i in at_a], "index": at_a, "a": values_a[which, row]}
