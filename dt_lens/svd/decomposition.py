@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -325,11 +326,12 @@ def turned_outside(
     pairs = _arriving(factors, left, right)
     if ahead is not None:
         pairs[-1] = (ahead if len(pairs) == 1 else ahead @ factors.raw()[0], pairs[-1][1])
-    centred = [factors.folded and factors.matrix.centred(side) for side in ("left", "right")]
+    sides: tuple[Literal["left", "right"], Literal["left", "right"]] = ("left", "right")
+    centred = [factors.folded and factors.matrix.centred(side) for side in sides]
     dimensions = [len(left.T) - centred[0], len(right.T) - centred[1]]
     k = len(left) if every else min(*dimensions, *(size for weight in weights for size in weight.shape))
     marks = []
-    for side, d, size in zip(("left", "right"), dimensions, sizes, strict=True):
+    for side, d, size in zip(sides, dimensions, sizes, strict=True):
         weight, (x, y) = (weights[0], pairs[0]) if side == "left" else (weights[-1], pairs[-1])
         rows, columns = _variances(weight)
         along, across, coming = (rows, columns, y) if side == "left" else (columns, rows, x)
