@@ -208,7 +208,10 @@ def _check(dataset_id: str, **counts: int) -> None:
             f"{dataset_id!r} is not a Minari id; write name-v0 or namespace/name-v0, of letters, digits, - and _, with "
             "at least two characters in a namespace."
         ) from error
-    stored = Path(get_dataset_path(dataset_id))
+    try:
+        stored = Path(get_dataset_path(dataset_id))  # makes the folder of all data sets
+    except OSError as error:
+        raise unwritable("Minari's folder of data sets", error) from error
     require_writable(stored / "data" / "main_data.hdf5")
     if stored.exists():
         raise DtLensError(
