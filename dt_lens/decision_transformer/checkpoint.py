@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from dt_lens.arguments import atomic_write, local_path
 from dt_lens.decision_transformer.facts import FACTS_FILE
 from dt_lens.decision_transformer.hf_layout import config_to_hf, hf_from_canonical
+from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
@@ -19,15 +20,27 @@ if TYPE_CHECKING:
 __all__ = ["save_pretrained"]
 
 
-def save_pretrained(model: HookedDecisionTransformer, folder: str | Path) -> Path:
+def save_pretrained(model: HookedDecisionTransformer, folder: str | Path, *, edited: bool = False) -> Path:
     """Write ``config.json``, ``model.safetensors`` (Hugging Face's format) and ``dt_lens.json`` (the run facts).
 
     A failure leaves none of them half written, and an old checkpoint in ``folder`` as it was.
 
+    Args:
+        model: a decision transformer.
+        folder: created if missing.
+        edited: save the weights with the edits in force; otherwise a model that is being edited is refused.
+
     Raises:
-        DtLensError: for a model that Hugging Face's class cannot represent, or a folder that cannot be written.
+        DtLensError: while an edit is in force, for a model that Hugging Face's class cannot represent, or a folder that
+            cannot be written.
     """
     folder = local_path(folder, "folder")
+    active = getattr(model, "active_edits", ())
+    if active and not edited:
+        raise DtLensError(
+            f"An edit of {active[0].matrix.name} is in force, and would be saved with the model; end it first, or pass "
+            "edited=True to save the edited weights."
+        )
     config = config_to_hf(model.cfg)
     tensors = hf_from_canonical(model.weights, model.cfg)
     config["dtype"] = str(tensors["encoder.wte.weight"].dtype).removeprefix("torch.")

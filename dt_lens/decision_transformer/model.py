@@ -24,7 +24,7 @@ from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.sharing import SharingModule
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import EmbeddingRegistry
-from dt_lens.lens.hooks import HookPoint
+from dt_lens.lens.hooks import HookPoint, copy_edits
 from dt_lens.lens.matrices import Structure
 
 __all__ = ["DecisionTransformerOutput", "HookedDecisionTransformer"]
@@ -335,7 +335,7 @@ class HookedDecisionTransformer(SharingModule):
         return fresh.eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedDecisionTransformer:
-        """A copy with its own memory and without an original; edits in force are copied as plain weights."""
+        """A copy with its own memory and without an original; edits in force are in force on the copy too."""
         encoder = self.embed["state"]
         own = None if isinstance(encoder, Linear) else copy.deepcopy(encoder, memo)
         with torch.device("meta"):
@@ -345,6 +345,7 @@ class HookedDecisionTransformer(SharingModule):
         for parameter, mine in zip(copied.parameters(), self.parameters(), strict=True):
             parameter.requires_grad_(mine.requires_grad)
         copied.train(self.training)
+        copy_edits(self, copied, memo)
         return copied
 
     def forward(

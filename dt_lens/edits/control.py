@@ -13,8 +13,9 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from dt_lens.arguments import require_activations, whole_number
-from dt_lens.edits.edit import Edit, unedited
+from dt_lens.edits.edit import Edit
 from dt_lens.edits.low_rank import carry, remarks_on, spectrum_of
+from dt_lens.edits.state import state_of, unedited
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import MatrixFactors
 
@@ -56,6 +57,10 @@ class Control(Edit):
         self.of: Edit = edit
         self.seed = whole_number(seed, "seed")
         self.activations = "" if activations is None else activations.digest
+        with state_of(edit.model).lock:  # another thread may be writing these weights
+            self._make(edit, activations)
+
+    def _make(self, edit: Edit, activations: Activations | None) -> None:
         bare = unedited(edit.model)
         matrix, where = edit.matrix, edit.matrix.side(edit.side)
         spectrum = spectrum_of(edit.delta).cpu()

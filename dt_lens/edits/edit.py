@@ -6,30 +6,28 @@ changes in force, summed in an order that does not depend on when they came, and
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dt_lens.arguments import require_activations
 from dt_lens.edits.low_rank import Placed, spectrum_of
+from dt_lens.edits.reversible import Reversible, entering, leaving
+from dt_lens.edits.saving import allow_saving, refuse_saving
+from dt_lens.edits.state import State, state_of, unedited
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.forward_mode import evaluating
-from dt_lens.lens.matrices import Matrix, SideName, Snapshot
-from dt_lens.lens.weights import fingerprint, memory_of, weight_bytes
+from dt_lens.lens.matrices import Matrix, SideName
+from dt_lens.lens.weights import fingerprint, weight_bytes
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
-    from dt_lens.svd.decomposition import Decomposition
 
-__all__ = ["Edit", "suspended", "unedited"]
+__all__ = ["Edit", "Suspension", "suspended"]
 
 # The hook straight after each weight in the forward pass, where its effect shows.
 SHOWN_AT = {
@@ -43,74 +41,45 @@ SHOWN_AT = {
 }
 
 
-@dataclass
-class State:
-    """The edits in force on one model, and the untouched weights that they change.
-
-    ``decomposed`` caches the last decomposition that an edit was made from: edits often come in series on one matrix.
-    """
-
-    edits: list[Edit] = field(default_factory=list)
-    untouched: dict[str, Tensor] = field(default_factory=dict)
-    decomposed: tuple[tuple[Any, ...], Decomposition] | None = None
-
-
-def state_of(model: Lens) -> State:
-    """The state kept with a model, created on first use; ``model.active_edits`` is its list of edits in force."""
-    state: State | None = model.__dict__.get("_edit_state")
-    if state is None:
-        state = State()
-        # Past nn.Module.__setattr__: these are not parts of the model.
-        object.__setattr__(model, "_edit_state", state)
-        object.__setattr__(model, "active_edits", state.edits)
-    return state
-
-
-def unedited(model: Lens) -> Snapshot:
-    """A model's weights without the edits in force.
-
-    Edits are made from these, so that ``sv`` counts the same directions inside another edit as outside.
-    """
-    weights = model.weights
-    # Looked up by memory: layers may share a weight, and an edit under one name is then in force under the other too.
-    untouched = {memory_of(weights[name]): kept for name, kept in state_of(model).untouched.items()}
-    bare = {name: untouched.get(memory_of(weight), weight) for name, weight in weights.items()}
-    return Snapshot(bare, model.structure)
-
-
-@contextmanager
-def suspended(model: Lens) -> Iterator[None]:
+def suspended(model: Lens) -> Suspension:
     """Take a model's edits away inside ``with``, and put them back afterwards, bit for bit, whatever happened.
 
-    Edits stay in ``model.active_edits`` meanwhile. Ctrl-C is held back while weights are being written.
+    Edits stay in ``model.active_edits`` meanwhile. Ctrl-C waits while weights are being written.
 
     Raises:
-        DtLensError: if a weight cannot be put back because it was cast or moved meanwhile.
+        DtLensError: on entering, if another thread made the edits; on leaving, if a weight cannot be put back because
+            it was cast or moved meanwhile.
     """
-    state = state_of(model)
-    edits = list(state.edits)
-    kept = {name: model.weights[name].detach().clone() for name in state.untouched}
+    return Suspension(model)
 
-    def put_back() -> None:
-        with _ctrl_c_held_back():
+
+class Suspension(Reversible):
+    """What ``suspended`` returns."""
+
+    def __init__(self, model: Lens) -> None:
+        self.model = model
+        self._edits: list[Edit] = []
+        self._kept: dict[str, Tensor] = {}
+
+    def _change(self) -> None:
+        state = state_of(self.model)
+        with state.lock:
+            state.require_own_thread()
+            self._edits = list(state.edits)
+            self._kept = {name: self.model.weights[name].detach().clone() for name in state.untouched}
+            self._writer = state.thread
+            _copy(self.model, state.untouched)
+
+    def _restore(self) -> None:
+        state, edits = state_of(self.model), self._edits
+        with state.lock:
             if len(edits) != len(state.edits) or any(a is not b for a, b in zip(edits, state.edits, strict=True)):
-                _write(model)  # an edit was applied or undone meanwhile, so the kept weights are out of date
+                _write(self.model)  # an edit was applied or undone meanwhile, so the kept weights are out of date
                 return
-            _copy(model, kept)
-            for name, weight in kept.items():
-                if not _same_bits(model.weights[name], weight):
+            _copy(self.model, self._kept)
+            for name, weight in self._kept.items():
+                if not _same_bits(self.model.weights[name], weight):
                     raise DtLensError(f"The edited weight {name!r} could not be put back bit for bit; load the model.")
-
-    try:
-        with _ctrl_c_held_back():
-            _copy(model, state.untouched)
-        yield
-    finally:
-        try:
-            put_back()
-        except KeyboardInterrupt:
-            put_back()  # Ctrl-C came just before it was being held back
-            raise
 
 
 def _copy(model: Lens, weights: Mapping[str, Tensor]) -> None:
@@ -120,7 +89,7 @@ def _copy(model: Lens, weights: Mapping[str, Tensor]) -> None:
             live.copy_(weight)
 
 
-class Edit:
+class Edit(Reversible):
     """A low-rank change of one matrix, in force inside ``with``: the base of ``SingularEdit`` and ``Control``.
 
     Attributes:
@@ -202,57 +171,19 @@ class Edit:
         """A portable record from which ``SingularEdit.from_dict`` makes the same edit; plain JSON values."""
         raise NotImplementedError
 
-    def __enter__(self) -> Self:
-        self.apply()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.undo()
-        except KeyboardInterrupt:
-            self.undo()  # Ctrl-C came just before it was being held back
-            raise
-
+    @entering
     def apply(self) -> None:
         """Put the edit in force until ``undo``.
 
         Raises:
             DtLensError: if the edit is already in force, edits a direction that another edit in force edits, was made
                 from other weights than the model has now, is larger than the weights' dtype can hold, changes no bit
-                of the weights or of what they compute, or does not reach the model's forward pass. The model is then
-                unchanged.
+                of the weights or of what they compute, or does not reach the model's forward pass; or if edits that
+                another thread made are in force. The model is then unchanged.
         """
-        state = state_of(self.model)
-        if self.active:
-            raise DtLensError("This edit is already in force; make another SingularEdit to apply a second one.")
-        self._refuse_overlap(state.edits)
-        self._require_same_weights(state)
-        before = self._activation()
-        try:
-            with _ctrl_c_held_back():
-                live = self.model.weights[self._weight]
-                earlier = live.clone()
-                state.edits.append(self)
-                state.untouched.setdefault(self._weight, earlier)
-                _write(self.model)
-                if bool((earlier.isfinite() & ~live.isfinite()).any()):
-                    raise DtLensError(
-                        f"The edit of {self.matrix.name} makes weights that {str(live.dtype).removeprefix('torch.')} "
-                        f"cannot hold (energy {self.energy:.2g}); choose a smaller value."
-                    )
-                if _same_bits(live, earlier):
-                    raise DtLensError(
-                        f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); "
-                        "it would measure nothing."
-                    )
-                if _same_bits(before, self._activation()):
-                    raise DtLensError(self._why_unseen(before))
-        except BaseException:
-            self.undo()
-            raise
+        super().apply()
 
+    @leaving
     def undo(self) -> None:
         """Take the edit back; after the last one the weights are as they were, bit for bit.
 
@@ -262,11 +193,43 @@ class Edit:
         Raises:
             DtLensError: if a weight cannot be restored because it was cast meanwhile.
         """
-        if not self.active:
-            return
-        with _ctrl_c_held_back():
-            state = state_of(self.model)
+        super().undo()
+
+    def _change(self) -> None:
+        state = state_of(self.model)
+        with state.lock:
+            state.require_own_thread()
+            self._refuse_overlap(state.edits)
+            self._require_same_weights(state)
+            before = self._activation()
+            live = self.model.weights[self._weight]
+            earlier = live.clone()
+            self._writer = state.thread
+            state.edits.append(self)
+            state.untouched.setdefault(self._weight, earlier)
+            _write(self.model)
+            if bool((earlier.isfinite() & ~live.isfinite()).any()):
+                raise DtLensError(
+                    f"The edit of {self.matrix.name} makes weights that {str(live.dtype).removeprefix('torch.')} "
+                    f"cannot hold (energy {self.energy:.2g}); choose a smaller value."
+                )
+            if _same_bits(live, earlier):
+                raise DtLensError(
+                    f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); "
+                    "it would measure nothing."
+                )
+            if _same_bits(before, self._activation()):
+                raise DtLensError(self._why_unseen(before))
+            refuse_saving(self.model)
+
+    def _restore(self) -> None:
+        state = state_of(self.model)
+        with state.lock:
+            if not self.active:
+                return
             state.edits[:] = [edit for edit in state.edits if edit is not self]
+            if not state.edits:
+                allow_saving(self.model)
             _write(self.model)
             needed = {edit._weight for edit in state.edits}
             weights = self.model.weights
@@ -350,25 +313,3 @@ def _writable(weight: Tensor) -> Iterator[None]:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit: -0.0 differs from 0.0, and a NaN equals itself."""
     return a.shape == b.shape and a.dtype == b.dtype and weight_bytes(a) == weight_bytes(b)
-
-
-@contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Hold Ctrl-C back inside ``with``, and deliver it at the end."""
-    handler = signal.getsignal(signal.SIGINT)
-    # Signals reach the main thread only; and a handler that C code installed (None here) could not be put back.
-    if threading.current_thread() is not threading.main_thread() or handler is None:
-        yield
-        return
-    pending: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        pending.append(number)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if pending:
-            signal.raise_signal(signal.SIGINT)

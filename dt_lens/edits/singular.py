@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dt_lens.arguments import require_activations, whole_number, whole_numbers
 from dt_lens.edits.control import Control
-from dt_lens.edits.edit import Edit, state_of, unedited
+from dt_lens.edits.edit import Edit
 from dt_lens.edits.low_rank import carry, remarks_on
 from dt_lens.edits.replacements import Replacements, Value
+from dt_lens.edits.state import state_of, unedited
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName, Snapshot, find_matrix
@@ -87,6 +88,22 @@ class SingularEdit(Edit):
         activations: Activations | None = None,
     ) -> None:
         require_running(model, "SingularEdit")
+        with state_of(model).lock:  # another thread may be writing these weights
+            self._make(model, matrix, sv, side, value, head, seed, fold_layernorm, decomposition, activations)
+
+    def _make(
+        self,
+        model: Lens,
+        matrix: str,
+        sv: int | Sequence[int] | slice,
+        side: SideName | None,
+        value: Any,
+        head: int | None,
+        seed: int,
+        fold_layernorm: bool,
+        decomposition: Decomposition | None,
+        activations: Activations | None,
+    ) -> None:
         bare = unedited(model)
         found = find_matrix(bare, matrix, head)
         where = found.side(side)

@@ -19,7 +19,7 @@ from dt_lens.language_model.labels import token_labels
 from dt_lens.language_model.passage import hook_names, passing
 from dt_lens.language_model.reference import LanguageModelReference
 from dt_lens.lens.embeddings import EmbeddingRegistry
-from dt_lens.lens.hooks import HookedRootModule, HookPoint
+from dt_lens.lens.hooks import HookedRootModule, HookPoint, copy_edits
 from dt_lens.lens.matrices import Structure
 from dt_lens.lens.weights import require_computable
 
@@ -241,8 +241,10 @@ class HookedLanguageModel(HookedRootModule):
         return HookedLanguageModel(fresh, self.family, self.cfg)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedLanguageModel:
-        """A lens on a copy of the model, on memory of its own; edits in force are copied as plain weights."""
-        return HookedLanguageModel(copy.deepcopy(self.model, memo), self.family, self.cfg, self.tokenizer)
+        """A lens on a copy of the model, on memory of its own; edits in force are in force on the copy too."""
+        copied = HookedLanguageModel(copy.deepcopy(self.model, memo), self.family, self.cfg, self.tokenizer)
+        copy_edits(self, copied, memo)
+        return copied
 
     def __repr__(self) -> str:
         cfg = self.cfg

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-__all__ = ["HookPoint", "HookedRootModule"]
+__all__ = ["HookPoint", "HookedRootModule", "copy_edits"]
 
 if TYPE_CHECKING:
 
@@ -29,3 +30,13 @@ if TYPE_CHECKING:
 else:
     from transformer_lens import HookedRootModule
     from transformer_lens.hook_points import HookPoint
+
+
+def copy_edits(model: Any, copied: Any, memo: dict[int, Any]) -> None:
+    """Let the copy of a model know the edits that are in force on it, so that they can be undone and are recorded."""
+    state = model.__dict__.get("_edit_state")
+    if state is not None:
+        memo[id(model)] = copied  # the copy's edits are edits of the copy
+        kept = copy.deepcopy(state, memo)
+        object.__setattr__(copied, "_edit_state", kept)
+        object.__setattr__(copied, "active_edits", kept.edits)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dt_lens
 from dt_lens import DtLensError, SingularEdit
 from dt_lens.edits import edit as changes
+from dt_lens.edits.state import state_of
 
 Make = Callable[..., Any]
 W_IN = "blocks.0.mlp.W_in"
@@ -38,7 +39,7 @@ def nothing_changes(model: Any) -> Iterator[None]:
     assert list(getattr(model, "active_edits", [])) == active
     assert signal.getsignal(signal.SIGINT) is handler
     if not active:
-        assert not changes.state_of(model).untouched
+        assert not state_of(model).untouched
 
 
 def hooked(model: Any) -> list[str]:

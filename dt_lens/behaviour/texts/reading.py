@@ -16,7 +16,8 @@ from dt_lens.arguments import whole_number
 from dt_lens.behaviour.texts.evaluation import TextEvaluation
 from dt_lens.behaviour.texts.losses import Moved
 from dt_lens.behaviour.texts.windows import Texts, Windows, cut, read_texts
-from dt_lens.edits.edit import state_of, suspended
+from dt_lens.edits.edit import suspended
+from dt_lens.edits.state import state_of
 from dt_lens.errors import DtLensError
 from dt_lens.lens.forward_mode import evaluating, one_thread
 from dt_lens.lens.token_text import spelled

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.edits.edit import unedited
 from dt_lens.edits.singular import load_edit
+from dt_lens.edits.state import unedited
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import find_matrix
 from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
