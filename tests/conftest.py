@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 from beartype import beartype
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook, jaxtyped
 from torch import nn
 
-# Modules with shapes in their annotations, which are checked at every call.
+# Modules with shapes in their annotations, which are checked.
 CHECKED = [
     "dt_lens.behaviour.agents.windows",
     "dt_lens.decision_transformer.model",
@@ -34,6 +38,8 @@ CHECKED = [
     "dt_lens.svd.token_table",
     "dt_lens.training.agent",
 ]
+CALLS = 20  # of each function, that are checked in a test
+calls = Counter[str]()
 SHAPED = re.compile(r"\b(Float|Int|Bool|Shaped|Num)\[")
 
 
@@ -60,13 +66,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check the annotations that tell shapes; mypy has checked the others."""
-    function.__annotations__ = {
-        name: hint for name, hint in function.__annotations__.items() if SHAPED.search(str(hint))
-    }
+    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if is_shape(hint)}
     return beartype(function)
 
 
-# Before anything imports them: the hook rewrites modules as they are read.
+def is_shape(hint: Any) -> bool:
+    return bool(SHAPED.search(str(hint)))
+
+
+def first_calls(found: Any = None, *, typechecker: Any = None) -> Any:
+    """Stands for ``jaxtyping.jaxtyped``: checks the first calls of a function in each test.
+
+    Checking every call took half of the time of all tests. Functions and classes without shapes stay as they are.
+    """
+    if found is None:
+        return functools.partial(first_calls, typechecker=typechecker)
+    if not any(map(is_shape, getattr(found, "__annotations__", {}).values())):
+        return found
+    checked = jaxtyped(found, typechecker=typechecker)
+    if not inspect.isfunction(found):
+        return checked
+    name = f"{found.__module__}.{found.__qualname__}"
+
+    @functools.wraps(found)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if calls[name] >= CALLS:
+            return found(*args, **kwargs)
+        calls[name] += 1
+        return checked(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.fixture(autouse=True)
+def count_anew() -> None:
+    calls.clear()
+
+
+# Before anything imports them: the hook rewrites modules as they are read, to call `jaxtyping.jaxtyped`.
+jaxtyping.jaxtyped = first_calls  # type: ignore[assignment]
 install_import_hook(CHECKED, f"{__name__}.shapes_only")
 
 
