@@ -5,9 +5,12 @@ Commands import torch, pandas and the like in their bodies, so that ``--help`` d
 
 from __future__ import annotations
 
+import _thread
+import signal
 import sys
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -65,17 +68,68 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+# What a command keeps when it is stopped, and how to go on. Some stop with a sentence of their own that says more.
+_FOLDER = "Stopped; what is finished is kept in its folder, and the same command resumes from there."
+_TRAINING = "Stopped; a checkpoint in its folder is kept, and the same command, without --fresh, resumes from there."
+_KEPT = {
+    "study": _FOLDER,
+    "sweep": _FOLDER,
+    "court": _FOLDER,
+    "steer": _FOLDER,
+    "record": _FOLDER,
+    "train": _TRAINING,
+    "train-text": _TRAINING,
+}
+_NOTHING = "Stopped; this command keeps nothing that is unfinished, so give it again to start from the beginning."
+_RESUMES = "Stopped; finished work is kept in the folder of --resume, and the same command resumes from there."
+
+
 def main() -> None:
     """Run the command that ``sys.argv`` names: the entry point ``dt-lens``."""
     try:
-        app(standalone_mode=True)
+        with _no_interrupt_lost():
+            app(standalone_mode=True)
     except DtLensError as error:
         print(f"dt-lens: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("dt-lens: stopped.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        _leave(stop)
+    except SystemExit as left:
+        if left.code == 130:  # typer has turned Ctrl-C into this status, and has printed nothing
+            _leave(left)
+        raise
     except BrokenPipeError:
         # The reader of the output has closed it, as in `dt-lens scan hopper | head`.
         sys.stderr.close()
         sys.exit(141)
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raise Ctrl-C again where Python drops it: in the middle of a finalizer, an exception is only reported."""
+    before = sys.unraisablehook
+
+    def report(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            _thread.interrupt_main()  # arrives when the finalizer is done
+        else:
+            before(dropped)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _leave(stop: BaseException) -> NoReturn:
+    """Say what is kept and how to go on, and exit with status 130."""
+    said: BaseException | None = stop
+    while said is not None and not (isinstance(said, KeyboardInterrupt) and said.args):
+        said = said.__cause__ or said.__context__
+    words = sys.argv[1:]
+    usual = _RESUMES if any(word.startswith("--resume") for word in words) else _NOTHING
+    print(f"\ndt-lens: {said or _KEPT.get(words[0] if words else '', usual)}", file=sys.stderr)
+    if getattr(sys.excepthook, "__module__", "") == "dt_lens":  # this process is the command, and has nothing to do
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(130)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 from dt_lens.arguments import atomic_write
 from dt_lens.progress import progress
@@ -16,17 +12,7 @@ from dt_lens.progress import progress
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["print_table", "print_written", "progress", "resumable", "write_csv"]
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Turn Ctrl-C into one sentence and exit status 130; the sentence is the interrupt's own, if it has one."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        print(f"dt-lens: {stop or 'Stopped; run the same command again to resume.'}", file=sys.stderr)
-        raise typer.Exit(130) from None
+__all__ = ["print_table", "print_written", "progress", "write_csv"]
 
 
 def write_csv(table: pd.DataFrame, file: Path, index: bool = False) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dt_lens.arguments import atomic_write
+from dt_lens.behaviour.agents.workers import interrupts_blocked
 from dt_lens.errors import DtLensError, because
 
 __all__ = [
@@ -348,7 +349,8 @@ def in_order(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[
         yield lambda jobs: map(work, jobs)
         return
     # Ctrl-C reaches the whole process group; only the parent reacts to it.
-    pool = mp.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with interrupts_blocked():
+        pool = mp.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield lambda jobs: pool.imap(work, jobs, chunksize=1)
     finally:

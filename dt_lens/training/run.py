@@ -50,6 +50,7 @@ class TrainingRun(ABC):
         self._data = data
         self._losses = torch.zeros((), device=self.device)
         self._counted = 0
+        self._kept = 0  # the step of the newest checkpoint
         self._began = time.monotonic()
 
     @abstractmethod
@@ -74,7 +75,17 @@ class TrainingRun(ABC):
         return float(self._losses) / max(1, self._counted)
 
     def finish(self, eval_every: int, checkpoint_every: int, report: Callable[[Any], None]) -> None:
-        """Train to the last step, measuring every ``eval_every`` steps (0: only at the end), and write the model."""
+        """Train to the last step, measuring every ``eval_every`` steps (0: only at the end), and write the model.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C, with a sentence that says what is kept.
+        """
+        try:
+            self._finish(eval_every, checkpoint_every, report)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._stopped()) from None
+
+    def _finish(self, eval_every: int, checkpoint_every: int, report: Callable[[Any], None]) -> None:
         steps = self.settings.steps
         while self.step < steps:
             self.learn()
@@ -86,6 +97,16 @@ class TrainingRun(ABC):
             report(self.progress())
         self.model.eval()
         self.write()
+
+    def _stopped(self) -> str:
+        """What is kept of an interrupted run, and how to go on."""
+        stopped = f"Stopped at step {self.step} of {self.settings.steps}"
+        if not self._kept:
+            return f"{stopped}, before the first checkpoint; nothing is kept, and the same command starts again."
+        return (
+            f"{stopped}; {self.out / CHECKPOINT} keeps step {self._kept}, and the same call resumes from there "
+            "(on the command line without --fresh)."
+        )
 
     def learn(self) -> None:
         """Train on one batch, at the learning rate of this step."""
@@ -131,6 +152,7 @@ class TrainingRun(ABC):
         }
         with atomic_write(self.out / CHECKPOINT, RuntimeError) as part:  # torch.save's own error for a full disk
             torch.save(state, part)
+        self._kept = self.step
         with atomic_write(self.out / CURVE) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in self.curve), encoding="utf-8")
 
@@ -162,7 +184,7 @@ class TrainingRun(ABC):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
-        self.step = state["step"]
+        self.step = self._kept = state["step"]
         self.curve = json.loads(state["curve"])
         self._losses, self._counted = state["losses"], state["counted"]
         if self.curve:

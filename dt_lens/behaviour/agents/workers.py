@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import torch
 from dt_lens.behaviour.agents.rollouts import EpisodeCount, Outcome
 from dt_lens.errors import DtLensError
 
-__all__ = ["Work", "run_in_workers"]
+__all__ = ["Work", "interrupts_blocked", "run_in_workers"]
 
 Work = Callable[[Iterator[int], EpisodeCount | None], list[Outcome]]  # runs the seeds that it draws
 IDLE_SECONDS = 300  # how long a worker waits for more work before it leaves
@@ -39,15 +40,17 @@ def run_in_workers(work: Work, seeds: range, workers: int, report: EpisodeCount 
     """
     from loky import get_reusable_executor
 
-    executor = get_reusable_executor(
-        max_workers=workers,
-        timeout=IDLE_SECONDS,
-        initializer=_start_worker,
-        env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-    )
+    with interrupts_blocked():
+        executor = get_reusable_executor(
+            max_workers=workers,
+            timeout=IDLE_SECONDS,
+            initializer=_start_worker,
+            env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
     with tempfile.TemporaryDirectory(prefix="dt-lens-") as folder:
         try:
-            futures = [executor.submit(_work, work, seeds, folder, number) for number in range(workers)]
+            with interrupts_blocked():
+                futures = [executor.submit(_work, work, seeds, folder, number) for number in range(workers)]
             pending = set(futures)
             while pending:
                 # A timeout, so that Ctrl-C is noticed while waiting.
@@ -66,6 +69,23 @@ def run_in_workers(work: Work, seeds: range, workers: int, report: EpisodeCount 
         except BaseException:
             executor.shutdown(wait=True, kill_workers=True)
             raise
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Hold Ctrl-C back while worker processes are started; it arrives afterwards.
+
+    A terminal sends it to the whole group, and a new process would answer it with a traceback before it has come to the
+    line that ignores it. It inherits the mask, which keeps the signal from it for good. Windows has no such masks.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

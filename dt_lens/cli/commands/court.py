@@ -11,7 +11,7 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Environment, Given, MaxSteps, Model, Seed, Target, Workers, load_model
-from dt_lens.cli.output import print_table, progress, resumable
+from dt_lens.cli.output import print_table, progress
 
 
 def court(
@@ -48,24 +48,23 @@ def court(
         from dt_lens.study.court.court import court as try_claims
         from dt_lens.study.court.page import sentences
 
-        with resumable():
-            result = try_claims(
-                loaded,
-                folder,
-                name=Path(model).name,
-                episodes=episodes,
-                seed=seed,
-                environment=environment,
-                target_return=target_return,
-                max_steps=max_steps,
-                sweep=sweep,
-                texts=texts,
-                rollouts=rollouts,
-                draws=draws,
-                workers=workers,
-                command=shlex.join(["dt-lens", *sys.argv[1:]]),
-                progress=tell,
-            )
+        result = try_claims(
+            loaded,
+            folder,
+            name=Path(model).name,
+            episodes=episodes,
+            seed=seed,
+            environment=environment,
+            target_return=target_return,
+            max_steps=max_steps,
+            sweep=sweep,
+            texts=texts,
+            rollouts=rollouts,
+            draws=draws,
+            workers=workers,
+            command=shlex.join(["dt-lens", *sys.argv[1:]]),
+            progress=tell,
+        )
     shown = ["claim", "title", "verdict", "effect", "margin", "p_value", "note_verdict", "note_effect", "note_p_value"]
     print_table(result.table[shown], "Verdicts, as it should be and as the note's code computed it")
     print()

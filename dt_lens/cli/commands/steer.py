@@ -11,7 +11,7 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Agent, Environment, Given, MaxSteps, Seed, Workers, load_model, split, to_float
-from dt_lens.cli.output import print_table, progress, resumable
+from dt_lens.cli.output import print_table, progress
 
 
 def steer(
@@ -43,23 +43,22 @@ def steer(
         loaded = load_model(model, given)
         from dt_lens.study.steering.steering import steer as find_direction
 
-        with resumable():
-            result = find_direction(
-                loaded,
-                folder,
-                name=Path(model).name,
-                episodes=episodes,
-                choosing=choosing,
-                candidates=candidates,
-                doses=[to_float(dose, "doses") for dose in split(doses, "doses") or []],
-                targets=None if goals is None else [to_float(goal, "targets") for goal in goals],
-                seed=seed,
-                environment=environment,
-                max_steps=max_steps,
-                workers=workers,
-                command=shlex.join(["dt-lens", *sys.argv[1:]]),
-                progress=tell,
-            )
+        result = find_direction(
+            loaded,
+            folder,
+            name=Path(model).name,
+            episodes=episodes,
+            choosing=choosing,
+            candidates=candidates,
+            doses=[to_float(dose, "doses") for dose in split(doses, "doses") or []],
+            targets=None if goals is None else [to_float(goal, "targets") for goal in goals],
+            seed=seed,
+            environment=environment,
+            max_steps=max_steps,
+            workers=workers,
+            command=shlex.join(["dt-lens", *sys.argv[1:]]),
+            progress=tell,
+        )
     print_table(result.curve, "The unedited agent at each target")
     if len(result.table):
         print_table(result.choosing, "Directions that were tried")

@@ -25,7 +25,7 @@ from dt_lens.cli.options import (
     load_model,
     split,
 )
-from dt_lens.cli.output import print_table, progress, resumable, write_csv
+from dt_lens.cli.output import print_table, progress, write_csv
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
@@ -144,8 +144,7 @@ def sweep(
             fold_layernorm=not raw,
         )
         planned = Sweep(loaded, folder, settings, workers=workers)
-        with resumable():
-            planned.run(tell, _engine(engine, address, workers))
+        planned.run(tell, _engine(engine, address, workers))
     found = planned.table()
     unedited = planned.results.baseline()
     if unedited is not None:

@@ -1,0 +1,140 @@
+"""Ctrl-C at any moment of any command: exit status 130, and one sentence that says what is kept and how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dt_lens as package
+
+Run = Callable[..., Any]
+INSIDE = str(Path(package.__file__).parent)
+FRAME = {"main", "_leave"}  # around every command
+
+
+@contextmanager
+def interrupted(at: int | None) -> Iterator[list[int]]:
+    """Raise ``KeyboardInterrupt`` at the ``at``-th call of or return from a function of the package; count them."""
+    count = [0]
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        if event in ("call", "return") and frame.f_code.co_filename.startswith(INSIDE):
+            if frame.f_code.co_name in FRAME:
+                return
+            count[0] += 1
+            if count[0] == at:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(watch)
+    try:
+        yield count
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported(cartpole: Path) -> None:
+    """What commands import is imported before anything is counted: watched, that takes minutes."""
+    package.load(cartpole)
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "certify": ("certify", "{model}"),
+    "scan": ("scan", "{model}", "--out", "{out}/scan.csv"),
+    "scan --resume": ("scan", "{model}", "--resume", "{out}/kept"),
+    "top": ("top", "{model}", "*.W_in", "--out", "{out}/top.csv"),
+    "compare": ("compare", "{model}", "{model}", "--out", "{out}"),
+    "evaluate": ("evaluate", "{model}", "--episodes", "2", "--workers", "1", "--edit", "blocks.0.mlp.W_in"),
+    "activations": ("activations", "{model}", "--episodes", "1", "--out", "{out}/a.safetensors"),
+    "study": ("study", "{model}", "--episodes", "2", "--edits", "1", "--workers", "1", "--no-video", "--out", "{out}"),
+}
+
+
+def stopped(dt_lens: Run, command: str, model: Path, out: Path, at: int) -> None:
+    words = [word.format(model=model, out=out) for word in COMMANDS[command]]
+    with interrupted(at):
+        result = dt_lens(*words)
+    assert result.returncode == 130, (command, at, result)
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("dt-lens: Stopped") and sentence.endswith("."), (command, at, result.stderr)
+    assert "again" in sentence or "resumes" in sentence
+    assert "Traceback" not in result.stderr and "Abort" not in result.stderr
+    assert not list(out.rglob(".part-*")), (command, at)
+    resumes = command in ("study", "scan --resume")
+    assert ("resumes" in sentence) == resumes
+
+
+@pytest.mark.parametrize(
+    ("command", "at"),
+    [("certify", 1), ("certify", 900), ("scan --resume", 2), ("scan --resume", 665), ("top", 300), ("evaluate", 80)],
+)
+def test_ctrl_c_at_a_drawn_moment(dt_lens: Run, cartpole: Path, tmp_path: Path, command: str, at: int) -> None:
+    """The 665th is inside the finalizer of a generator, where Python drops what is raised."""
+    stopped(dt_lens, command, cartpole, tmp_path, at)
+
+
+@pytest.mark.acceptance(minutes=3)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_at_many_moments(dt_lens: Run, cartpole: Path, tmp_path: Path, command: str) -> None:
+    words = [word.format(model=cartpole, out=tmp_path / "whole") for word in COMMANDS[command]]
+    with interrupted(None) as count:
+        assert dt_lens(*words).returncode == 0
+    rng = np.random.default_rng(0)
+    for at in (*range(1, 20), *rng.integers(1, count[0], 30)):
+        stopped(dt_lens, command, cartpole, tmp_path / f"at-{at}", int(at))
+
+
+def test_training_says_which_step_is_kept(dt_lens: Run, tmp_path: Path) -> None:
+    text = tmp_path / "story.txt"
+    text.write_text("\n\n".join(f"The dog number {i} ran to the tree and back again." for i in range(200)))
+    sizes = ("--d-model", "8", "--layers", "1", "--heads", "1", "--context", "4", "--batch-size", "2")
+    words = ("train-text", text, "--out", tmp_path / "out", "--vocabulary", "258", *sizes, "--steps", "130")
+    from dt_lens.training.run import TrainingRun
+
+    learn, at = TrainingRun.learn, 105
+
+    def stop(run: Any) -> None:
+        if run.step == at:
+            raise KeyboardInterrupt
+        learn(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "learn", stop)
+        for at, kept in ((20, "before the first checkpoint; nothing is kept"), (105, "checkpoint.pt keeps step 100")):
+            result = dt_lens(*words)
+            assert result.returncode == 130
+            assert f"dt-lens: Stopped at step {at} of 130" in result.stderr and kept in result.stderr
+
+
+@pytest.mark.parametrize("seen", ["lazy_loader", "typer"])
+def test_ctrl_c_while_the_command_line_is_imported(seen: str) -> None:
+    """One real process, stopped at the first moment that can be seen from outside: a module has just been imported."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "dt_lens", "certify", "hopper"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        if line.startswith("import time:"):
+            if line.split("|")[-1].strip() == seen:
+                process.send_signal(signal.SIGINT)
+        else:
+            lines.append(line.strip())
+    assert process.wait(timeout=60) == 130
+    (sentence,) = [line for line in lines if line]
+    assert sentence.startswith("dt-lens: Stopped") and "give it again" in sentence
