@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.language_model.original import IGNORED_FIELDS
 from dt_lens.lens.checkpoints import Checkpoint
+from dt_lens.lens.protocol import Reference
 from dt_lens.lens.weights import require_computable
 
 __all__ = ["HFDecisionTransformer"]
@@ -75,16 +76,23 @@ class HFDecisionTransformer:
         facts = given_facts(kept or _facts_beside(model), given)
         cfg = config_from_hf(_config(model), facts.context, given.get("discrete_actions"))
         facts.require_fit(cfg.state_dim, cfg.act_dim)
+        return lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
 
-        def views() -> dict[str, Tensor]:
-            return canonical_from_hf(used(model.state_dict()), cfg)
 
-        with torch.device("meta"):
-            hooked = HookedDecisionTransformer(cfg)
-        hooked.look_at(model, views, HFReference(model, cfg))
-        hooked.facts = facts
-        hooked.train(model.training)
-        return hooked
+def lens_on(
+    model: nn.Module,
+    tensors: Callable[[], Mapping[str, Tensor]],
+    cfg: HookedDecisionTransformerConfig,
+    facts: RunFacts,
+    reference: Reference,
+) -> HookedDecisionTransformer:
+    """The lens on a model whose tensors ``tensors()`` gives under Hugging Face's keys."""
+    with torch.device("meta"):
+        hooked = HookedDecisionTransformer(cfg)
+    hooked.look_at(model, lambda: canonical_from_hf(tensors(), cfg), reference)
+    hooked.facts = facts
+    hooked.train(model.training)
+    return hooked
 
 
 def _hf_class(model: nn.Module) -> Any:
@@ -187,6 +195,10 @@ class HFReference:
         for key, name in (("embed_return", "return_to_go"), ("embed_state", "state"), ("embed_action", "action")):
             yield output(getattr(model, key), f"hook_embed_{name}")
         yield output(model.embed_timestep, "hook_embed_timestep")
+        if self.cfg.position == "learned":  # GPT2Model's own way; Hugging Face's decision transformer asks for row 0
+            yield model.encoder.register_forward_pre_hook(
+                lambda _m, inputs, named: (inputs, {**named, "position_ids": None}), with_kwargs=True
+            )
         yield entry(model.embed_ln, "hook_embed")
         yield entry(model.encoder.ln_f, f"blocks.{self.cfg.n_layers - 1}.hook_resid_post")
         yield output(model.encoder.ln_f, "hook_final")

@@ -1,8 +1,9 @@
 """State dicts of kzl/decision-transformer, the authors' own code (its gym half).
 
 The blocks are an early copy of Hugging Face's GPT-2, so the tensors are Hugging Face's under other names:
-``transformer.`` for ``encoder.``, and no position table. The file says nothing of heads, context or normalisation;
-the number of heads cannot be read off shapes.
+``transformer.`` for ``encoder.``, and no position table. A file that has one (``transformer.wpe``) comes from a model
+around Hugging Face's ``GPT2Model`` itself, which adds a row to each token of the window. The file says nothing of
+heads, context or normalisation; the number of heads cannot be read off shapes.
 """
 
 from __future__ import annotations
@@ -10,28 +11,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dt_lens.arguments import refuse_unknown
-from dt_lens.decision_transformer.facts import FACTS, given_facts
-from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, canonical_from_hf, config_from_hf
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts
+from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, config_from_hf
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.weights import require_computable
-from dt_lens_adapters.hf_decision_transformer import (
-    HFDecisionTransformer,
-    HFReference,
-    original,
-    used,
-)
+from dt_lens_adapters.hf_decision_transformer import HFReference, lens_on, original, used
 
 __all__ = ["KZLDecisionTransformer"]
 
-SHAPE_OPTIONS = {"n_heads", "act_fn", "action_tanh", "max_ep_len", "discrete_actions"}
+SHAPE_OPTIONS = {"n_heads", "act_fn", "action_tanh", "max_ep_len", "discrete_actions", "position"}
 POSITION, STATE = "encoder.wpe.weight", "embed_state.weight"
 MASK = re.compile(r"encoder\.h\.\d+\.attn\.(masked_)?bias")
 NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
@@ -54,8 +52,10 @@ class KZLDecisionTransformer:
             # Before a row of positions is made in their type.
             require_computable({key: tensor for key, tensor in tensors.items() if not MASK.fullmatch(key)})
             config = _config(tensors, given)
+            cfg, facts = _shape(tensors, config, given)
             tensors.setdefault(POSITION, _no_position(tensors))
-            return HFDecisionTransformer().build(tensors, config, None, **_facts(tensors, given))
+            model = original(tensors, config)
+        return lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, SHAPE_OPTIONS | FACTS)
@@ -63,15 +63,8 @@ class KZLDecisionTransformer:
         tensors = live.tensors()
         given = {**_read_live(model), **given}
         config = _config(tensors, given)
-        facts = given_facts(None, _facts(tensors, given))
-        cfg = config_from_hf(config, facts.context, given.get("discrete_actions"))
-        facts.require_fit(cfg.state_dim, cfg.act_dim)
-        with torch.device("meta"):
-            hooked = HookedDecisionTransformer(cfg)
-        hooked.look_at(model, lambda: canonical_from_hf(used(live.tensors()), cfg), _KZLReference(live, config))
-        hooked.facts = facts
-        hooked.train(model.training)
-        return hooked
+        cfg, facts = _shape(tensors, config, given)
+        return lens_on(model, lambda: used(live.tensors()), cfg, facts, _KZLReference(live, config, cfg))
 
 
 class _Live:
@@ -93,13 +86,13 @@ class _Live:
 class _KZLReference:
     """The live model's own predictions, and every activation before them from Hugging Face's class on its weights."""
 
-    def __init__(self, live: _Live, config: Mapping[str, Any]) -> None:
+    def __init__(self, live: _Live, config: Mapping[str, Any], cfg: HookedDecisionTransformerConfig) -> None:
         self.live = live
         self.config = config
+        self.cfg = cfg
 
     def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        cfg = config_from_hf(self.config)
-        seen = HFReference(original(self.live.tensors(), self.config), cfg).activations(batch)
+        seen = HFReference(original(self.live.tensors(), self.config), self.cfg).activations(batch)
         model = self.live.model
         training = model.training
         try:
@@ -147,6 +140,24 @@ def _facts(renamed: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str,
     if "discrete_actions" in given:
         facts["discrete_actions"] = given["discrete_actions"]
     return facts
+
+
+def _shape(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[HookedDecisionTransformerConfig, RunFacts]:
+    """The configuration, with the way in which positions are added, and the facts of the run."""
+    facts = given_facts(None, _facts(tensors, given))
+    cfg = config_from_hf(config, facts.context, given.get("discrete_actions"))
+    # A model that adds row 0 to every token, as Hugging Face's decision transformer does, needs no other row.
+    rows = tensors[POSITION].shape[0] if POSITION in tensors else 1
+    position = given.get("position", "learned" if rows > 1 else "constant")
+    if position not in ("learned", "constant") or (position == "learned" and rows < 2):
+        raise DtLensError(
+            f"position is {position!r}; for this checkpoint, whose position table has {rows} rows, it can be "
+            f"{'learned (a row for each token of the window) or ' * (rows > 1)}constant (row 0 for every token)."
+        )
+    facts.require_fit(cfg.state_dim, cfg.act_dim)
+    return replace(cfg, position=position), facts
 
 
 def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ def random_batch(
 ) -> dict[str, Any]:
     """Four windows of up to eight steps, one with padding: standard normal inputs at random times of an episode.
 
+    One window is at the start of the longest episode and one at its end.
+
     Tensors have ``like``'s type and device. Actions of a discrete model are one-hot; where the model has a padding
     action, some are that. Where positions are so few that one more step fits without its action, the last action is
     left out, and so is the mask, since no step could be padding.
@@ -84,6 +86,8 @@ def random_batch(
     if cfg.discrete_actions:
         actions = F.one_hot(actions.argmax(-1), cfg.n_actions).to(like.dtype)
     starts = torch.randint(cfg.max_ep_len - steps + 1, (4, 1), generator=generator)
+    # The ends of the table, where an adapter that counts from 1, or backwards, errs.
+    starts[0], starts[2] = 0, cfg.max_ep_len - steps
     mask = torch.ones(4, steps, dtype=torch.long)
     mask[1, : steps // 3] = 0
     batch = {

@@ -8,6 +8,7 @@ state's token. Weights have TransformerLens's names and orientation: ``y = x @ W
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -316,6 +317,15 @@ class HookedDecisionTransformer(SharingModule):
         """A small random batch, the same for the same seed."""
         shape = getattr(self.embed["state"], "state_shape", (self.cfg.state_dim,))
         return random_batch(self.cfg, shape, self.get_parameter("embed.return_to_go.W"), seed)
+
+    def rows_read(self, batch: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
+        """For each table the hook that shows what is looked up on ``batch``, and the rows that this should be."""
+        times, steps = batch["timesteps"], batch["timesteps"].shape[1]
+        when = times[:, -1:].expand(-1, steps) if self.cfg.timestep_of == "window" else times
+        read = {"embed.timestep.W": ("hook_embed_timestep", when)}
+        tokens = 2 * steps + batch["actions"].shape[1]
+        n = {"constant": 1, "learned": tokens, "step": steps}.get(self.cfg.position)
+        return read if n is None else {**read, "embed.position.W": ("hook_pos_embed", torch.arange(n))}
 
     def untrained(self, seed: int = 0) -> HookedDecisionTransformer:
         """A freshly initialised model of the same shape, the same for the same seed.

@@ -166,6 +166,13 @@ class HookedLanguageModel(HookedRootModule):
         tokens = torch.randint(self.cfg.d_vocab, (2, min(7, self.cfg.n_ctx)), generator=generator)
         return {"tokens": tokens.to(next(self.model.parameters()).device)}
 
+    def rows_read(self, batch: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
+        """For each table the hook that shows what is looked up on ``batch``, and the rows that this should be."""
+        tokens = batch["tokens"]
+        read = {"embed.W_E": ("hook_embed", tokens)}
+        learned = self.cfg.position == "learned"
+        return {**read, "pos_embed.W_pos": ("hook_pos_embed", torch.arange(tokens.shape[1]))} if learned else read
+
     def to_tokens(self, text: str | Sequence[str]) -> Tensor:
         """Tokens ``[batch, pos]`` of a text, or of several of the same number of tokens.
 

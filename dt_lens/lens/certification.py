@@ -11,7 +11,7 @@ activation and must give the original's next one. So no error hides another, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from dt_lens.lens.diagnosis import Check, explain
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import Snapshot, catalogue
 from dt_lens.lens.protocol import require_running
+from dt_lens.lens.table_rows import counted, unproven_rows
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -61,10 +62,12 @@ class Certificate:
     """The result of ``certify``: the largest relative error of each part, and whose activations it was compared with.
 
     ``errors`` is keyed by the names of matrices, raw and with the LayerNorm folded, and of the parts between them.
+    ``unproven`` lists, for each table of positions, timesteps or tokens, the rows that change no output of the batch.
     """
 
     errors: Mapping[str, float]
     against: str  # "the original model" or "the lens's own forward pass"
+    unproven: Mapping[str, tuple[range, ...]] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
@@ -73,22 +76,25 @@ class Certificate:
 
     def __str__(self) -> str:
         proven = f"{len(self.errors)} matrices and parts reproduce their activations in {self.against}"
-        return f"{proven}; largest relative error {self.worst:.1e}"
+        rows = counted(self.unproven)
+        rest = f"; not proven, because they change no output of this batch: {rows}" if rows else ""
+        return f"{proven}; largest relative error {self.worst:.1e}{rest}"
 
 
 def certify(model: Lens, seed: int = 0) -> Certificate:
     """Prove every matrix and part of a model on one random batch.
 
     The order is that of the forward pass, and a matrix is checked only after everything before it, so the first failure
-    is the cause. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores.
+    is the cause. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores. Of a table only the rows that
+    the batch reads can be proven; the certificate lists the others.
 
     Returns:
         the error of each part: the largest difference, beyond what rounding explains, over the root mean square of the
         activation.
 
     Raises:
-        DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; or if
-            ``model`` is not a wrapped model that can run.
+        DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; or a
+            table none of whose rows changes an output; or if ``model`` is not a wrapped model that can run.
     """
     require_running(model, "certify")
     weights = model.weights
@@ -129,7 +135,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
         raise DtLensError(
             f"certify: no activation proves {unproven[0]}; the adapter's reference must give both its sides."
         )
-    return Certificate(errors, against)
+    return Certificate(errors, against, unproven_rows(model, batch, own))
 
 
 def _arithmetic(weight: Tensor) -> torch.dtype:

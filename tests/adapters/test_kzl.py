@@ -14,7 +14,7 @@ from dt_lens import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.checkpoints import read_checkpoint
 from dt_lens.lens.matrices import catalogue
-from originals.kzl import OPTIONS, LiveKZL, predictions, renamed
+from originals.kzl import OPTIONS, LiveAroundGPT2, LiveKZL, predictions, renamed
 
 
 @pytest.fixture
@@ -149,6 +149,28 @@ def test_discrete_actions(make_hf: Any, make_batch: Any, tmp_path: Path) -> None
     assert lens.embeddings["action_out"].labels == ["push left", "push right"]
     outcomes = dt_lens.evaluate(lens, episodes=2, max_steps=5, workers=1).to_frame()
     assert list(outcomes["return"]) == [5.0, 5.0]
+
+
+def test_a_position_table_is_read_a_row_for_each_token(make_hf: Any, make_batch: Any, tmp_path: Path) -> None:
+    """Its blocks are Hugging Face's own GPT2Model, which counts positions unless it is told otherwise."""
+    hf = make_hf(**{**OPTIONS, "n_positions": 30})
+    live = LiveAroundGPT2(hf).eval()
+    torch.save(renamed(hf, position=True), tmp_path / "agent.pt")
+    lens = dt_lens.load(tmp_path / "agent.pt", n_heads=2)
+    batch = make_batch(hf.config, padding="left")
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        mine, theirs = predictions(lens(**batch)), torch.cat(live(**batch, rewards=None), -1)
+    torch.testing.assert_close(mine[real], theirs[real], rtol=1e-5, atol=1e-5)
+    assert lens.cfg.position == dt_lens.wrap(live).cfg.position == "learned"
+    assert dt_lens.load(tmp_path / "agent.pt", n_heads=2, position="constant", check=False).cfg.position == "constant"
+    with pytest.raises(DtLensError, match=r"certify: .* does not reproduce its activation in the"):
+        dt_lens.wrap(live, position="constant")
+    with pytest.raises(DtLensError, match=r"position is 'rotary'; .* has 30 rows, it can be learned .* or constant"):
+        dt_lens.load(tmp_path / "agent.pt", n_heads=2, position="rotary")
+    torch.save(renamed(hf), tmp_path / "agent.pt")
+    with pytest.raises(DtLensError, match=r"position is 'learned'; .* has 1 rows, it can be constant \(row 0"):
+        dt_lens.load(tmp_path / "agent.pt", n_heads=2, position="learned")
 
 
 def test_nobody_else_recognises_it(hf: Any, recognised_by: Any, tmp_path: Path) -> None:

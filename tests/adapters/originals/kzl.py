@@ -61,3 +61,19 @@ class LiveKZL(nn.Module):
 
 def predictions(out: Any) -> torch.Tensor:
     return torch.cat([out.state_preds, out.action_preds, out.return_preds], -1)
+
+
+class LiveAroundGPT2(LiveKZL):
+    """A model of kzl's form around ``GPT2Model`` itself, which adds a row of ``wpe`` to each token of the window."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.state_dict(self, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hook = self.transformer.register_forward_pre_hook(
+            lambda _m, inputs, named: (inputs, {**named, "position_ids": None}), with_kwargs=True
+        )
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            hook.remove()
