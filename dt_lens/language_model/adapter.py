@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from dt_lens.arguments import refuse_unknown
-from dt_lens.errors import DtLensError
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.original import config_values, original
+from dt_lens.language_model.tokenizer import tokenizer_in
 from dt_lens.lens.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dt_lens.language_model.model import HookedLanguageModel
     from dt_lens.language_model.weights_only import WeightsOnly
     from dt_lens.lens.shards import Shards
@@ -73,19 +71,3 @@ class LanguageModelAdapter:
         refuse_unknown(given, {"tokenizer"})
         cfg = self.family.config(config_values(model))
         return HookedLanguageModel(model, self.family, cfg, tokenizer)
-
-
-def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer whose files are beside the weights, or ``None``."""
-    names = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "tokenizer_config.json")
-    if not any((folder / name).is_file() for name in names):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each kind of damage has an exception of its own
-        raise DtLensError(
-            f"The tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}); pass tokenizer=None to "
-            "go without labels, or the tokenizer itself."
-        ) from error

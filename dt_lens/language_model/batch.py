@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Int
 from torch import Tensor
 
@@ -26,8 +28,10 @@ def positions_of(mask: Tensor) -> Int[Tensor, "batch pos"] | None:
     return positions
 
 
-def require_tokens(cfg: LanguageModelConfig, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
-    """Raise ``DtLensError`` unless a batch fits the model."""
+def require_tokens(
+    cfg: LanguageModelConfig, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, tokenizer: Any = None
+) -> None:
+    """Raise ``DtLensError`` unless a batch fits the model; ``tokenizer`` says what a token without a row is."""
     if not _whole(tokens) or tokens.ndim != 2 or not tokens.numel():
         raise DtLensError(
             f"tokens are {_kind(tokens)} of shape {list(tokens.shape)}; this model wants whole numbers of shape "
@@ -45,7 +49,9 @@ def require_tokens(cfg: LanguageModelConfig, tokens: Tensor, mask: Tensor | None
         raise DtLensError(f"{tokens.shape[1]} tokens do not fit this model's context of {cfg.n_ctx}.")
     low, high = (int(end) for end in tokens.aminmax())
     if low < 0 or high >= cfg.d_vocab:
-        raise DtLensError(f"tokens run from {low} to {high}; this model's vocabulary is 0 to {cfg.d_vocab - 1}.")
+        named = getattr(tokenizer, "added_tokens_decoder", {}).get(high)
+        added = f" ({high} is {str(named)!r}, which was added to the tokenizer and has no row)" if named else ""
+        raise DtLensError(f"tokens run from {low} to {high}{added}; this model's vocabulary is 0 to {cfg.d_vocab - 1}.")
     if positions is None:
         return
     if not _whole(positions) or tuple(positions.shape) not in {tuple(tokens.shape), (1, tokens.shape[1])}:

@@ -16,10 +16,11 @@ def token_labels(tokenizer: Any, d_vocab: int) -> list[str]:
 
     ``" the"`` is a token that begins a word. Where two tokens stand for the same text, the later ones get their number:
     ``"the#1820"``. Rows beyond the tokenizer's own (a table is often padded to a round size) are ``"unused 50300"``.
+    Tokens that were added to a tokenizer, such as ``[PAD]``, may have no row; those get no label.
 
     Raises:
-        DtLensError: when the tokenizer knows more tokens than the model has rows, so that they do not belong together,
-            or cannot say what its tokens are.
+        DtLensError: when the tokenizer's own vocabulary is larger than the model's, so that they do not belong
+            together, or it cannot say what its tokens are.
     """
     try:
         texts = _texts(tokenizer, d_vocab)
@@ -47,16 +48,17 @@ def _texts(tokenizer: Any, d_vocab: int) -> list[str | None]:
         raise DtLensError(
             f"The tokenizer, {a_type(tokenizer)}, has no tokens; pass the model's own, or tokenizer=None."
         )
-    if known > d_vocab:
+    special = set(getattr(tokenizer, "all_special_ids", ())) | set(getattr(tokenizer, "added_tokens_decoder", ()))
+    if not special >= set(range(d_vocab, known)):
         raise DtLensError(
             f"The tokenizer has {known} tokens and the model {d_vocab} rows for them, so the two do not belong "
             "together; pass the model's own tokenizer, or tokenizer=None."
         )
+    known = min(known, d_vocab)
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
         found: list[str | None] = [str(tokenizer.decode([i])) for i in range(known)]
         return found + [None] * (d_vocab - known)
     tokens: Sequence[str | None] = tokenizer.convert_ids_to_tokens(list(range(known)))
-    special = set(getattr(tokenizer, "all_special_ids", ())) | set(getattr(tokenizer, "added_tokens_decoder", ()))
     plain = [token for i, token in enumerate(tokens) if token is not None and i not in special]
     byte_level = _is_byte_level(plain)
     found = []

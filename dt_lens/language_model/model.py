@@ -206,7 +206,7 @@ class HookedLanguageModel(HookedRootModule):
                 positions that do not fit them.
         """
         ids = tokens if isinstance(tokens, Tensor) else self.to_tokens(tokens)
-        require_tokens(self.cfg, ids, attention_mask, position_ids)
+        require_tokens(self.cfg, ids, attention_mask, position_ids, self.tokenizer)
         if position_ids is None and attention_mask is not None:
             position_ids = positions_of(attention_mask)
         hooked = {name for name, point in self.hook_dict.items() if point.has_hooks()}
