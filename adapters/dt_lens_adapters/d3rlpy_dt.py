@@ -240,6 +240,7 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
     """The adapter: a ``.d3`` or ``.pt`` file, or the live module ``algo.impl.modules.transformer``."""
 
     name = "d3rlpy"
+    suffixes = (".d3",)
     layout = _Layout
     marks = frozenset({"_rtg_embed.weight", "_gpt2._transformer.0._attention._q.weight", "_output.weight"})
     options = frozenset(

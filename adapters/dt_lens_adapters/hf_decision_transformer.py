@@ -12,9 +12,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dt_lens.arguments import refuse_unknown
-from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.config import HEADS, HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts
-from dt_lens.decision_transformer.hf_layout import canonical_from_hf, config_from_hf
+from dt_lens.decision_transformer.hf_layout import (
+    HEAD_KEYS,
+    canonical_from_hf,
+    config_from_hf,
+    heads_in,
+)
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.language_model.original import IGNORED_FIELDS
@@ -27,6 +32,9 @@ __all__ = ["HFDecisionTransformer"]
 # What the files hold and the model does not use: GPT-2's token table, and the causal masks of older releases. The
 # patterns are whole keys: a suffix match on "attn.bias" would match "attn.c_attn.bias" too.
 UNUSED = re.compile(r"encoder\.wte\.weight|encoder\.h\.\d+\.attn\.(masked_)?bias")
+# What a file without its config.json leaves out.
+SHAPE_OPTIONS = {"n_heads", "act_fn", "action_tanh", "max_ep_len"}
+NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
 OPTIONS = {"discrete_actions", "ignore_options", *FACTS}
 # What older releases wrote into every configuration and a decision transformer does not use: options for generating
 # text, for pooling and for files, and other names of options that it has.
@@ -35,11 +43,11 @@ OLD_OPTIONS = {
     "discrete_actions", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
     "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
     "gradient_checkpointing", "is_decoder", "length_penalty", "max_length", "max_position_embeddings", "min_length",
-    "n_ctx", "no_repeat_ngram_size", "num_attention_heads", "num_beam_groups", "num_beams", "num_hidden_layers",
-    "num_return_sequences", "output_scores", "pad_token_id", "prefix", "pruned_heads", "remove_invalid_values",
-    "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
-    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k",
-    "top_p", "torch_dtype", "torchscript", "typical_p", "use_bfloat16", "use_return_dict",
+    "n_ctx", "n_embd", "no_repeat_ngram_size", "num_attention_heads", "num_beam_groups", "num_beams",
+    "num_hidden_layers", "num_return_sequences", "output_scores", "pad_token_id", "prefix", "pruned_heads",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "typical_p", "use_bfloat16", "use_return_dict",
 }  # fmt: skip
 
 
@@ -55,26 +63,32 @@ class HFDecisionTransformer:
         return {"embed_return.weight", "encoder.h.0.attn.c_attn.weight"} <= set(source.tensors)
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
-        if not checkpoint.config:
-            raise DtLensError(
-                f"{checkpoint.path} has no config.json beside it, which gives the number of heads and the options; "
-                "give the folder that holds both."
-            )
-        checkpoint.require_finite(used(checkpoint.tensors))
-        kept = RunFacts.load(checkpoint.folder) if checkpoint.folder else None
-        return self.build(dict(checkpoint.tensors), checkpoint.config, kept, **given)
+        tensors = dict(checkpoint.tensors)
+        config = checkpoint.config or _ours(checkpoint.config_beside())
+        refuse_unknown(given, OPTIONS if config else OPTIONS | SHAPE_OPTIONS)
+        checkpoint.require_finite(used(tensors))
+        # What lies beside a file without its configuration may belong to another one.
+        kept = RunFacts.load(checkpoint.folder) if config and checkpoint.folder else None
+        if not config:
+            if "n_heads" not in given:
+                raise DtLensError(
+                    f"{checkpoint.path} has no config.json beside it, which gives the number of heads and the options; "
+                    "give the folder that holds both, or pass n_heads=."
+                )
+            config = config_from_shapes(tensors, given, "Hugging Face's decision transformer")
+            given = {name: value for name, value in given.items() if name in OPTIONS}
+        model = original(tensors, config, given.get("ignore_options", ()))
+        return self._lens(model, heads_in(tensors), kept, given)
 
-    def build(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], kept: RunFacts | None, **given: Any
+    def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
+        refuse_unknown(given, OPTIONS)
+        return self._lens(model, HEADS, _facts_beside(model), given)
+
+    def _lens(
+        self, model: nn.Module, predicts: tuple[str, ...], kept: RunFacts | None, given: Mapping[str, Any]
     ) -> HookedDecisionTransformer:
-        """The lens over Hugging Face's own class, filled with ``tensors`` without a copy."""
-        refuse_unknown(given, OPTIONS)
-        return self.wrap(original(tensors, config, given.get("ignore_options", ())), kept=kept, **given)
-
-    def wrap(self, model: nn.Module, *, kept: RunFacts | None = None, **given: Any) -> HookedDecisionTransformer:
-        refuse_unknown(given, OPTIONS)
-        facts = given_facts(kept or _facts_beside(model), given)
-        cfg = config_from_hf(_config(model), facts.context, given.get("discrete_actions"))
+        facts = given_facts(kept, given)
+        cfg = config_from_hf(_config(model), facts.context, given.get("discrete_actions"), predicts)
         facts.require_fit(cfg.state_dim, cfg.act_dim)
         return lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
 
@@ -87,12 +101,25 @@ def lens_on(
     reference: Reference,
 ) -> HookedDecisionTransformer:
     """The lens on a model whose tensors ``tensors()`` gives under Hugging Face's keys."""
+    # Hugging Face's class has every head; one that the file lacks is no part of the lens.
+    absent = {f"{HEAD_KEYS[head]}.{leaf}" for head in HEADS if head not in cfg.predicts for leaf in ("weight", "bias")}
+
+    def views() -> dict[str, Tensor]:
+        return canonical_from_hf({key: tensor for key, tensor in tensors().items() if key not in absent}, cfg)
+
     with torch.device("meta"):
         hooked = HookedDecisionTransformer(cfg)
-    hooked.look_at(model, lambda: canonical_from_hf(tensors(), cfg), reference)
+    hooked.look_at(model, views, reference)
     hooked.facts = facts
     hooked.train(model.training)
     return hooked
+
+
+def _ours(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration of another file's model, in the same folder, is none of this one's."""
+    named = config.get("architectures")
+    ours = isinstance(named, list) and "DecisionTransformerModel" in named
+    return config if ours or config.get("model_type") == "decision_transformer" else {}
 
 
 def _hf_class(model: nn.Module) -> Any:
@@ -119,10 +146,12 @@ def _facts_beside(model: nn.Module) -> RunFacts | None:
 def original(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ignored: Collection[str] = ()) -> nn.Module:
     """Hugging Face's own class over ``tensors``, which become its parameters without a copy.
 
+    It has zeros for the heads of states and returns where the file has none.
+
     Raises:
         DtLensError: for tensors or options that do not fit, before anything is built.
     """
-    cfg = config_from_hf(config)
+    cfg = config_from_hf(config, predicts=heads_in(tensors))
     kept = used(tensors)
     canonical_from_hf(kept, cfg)
     require_computable(kept)
@@ -132,11 +161,18 @@ def original(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ignored: 
     # The model reads no tokens: its token table, which is never read, gets one row, and the special ids are unset:
     # their defaults lie outside that table and make the class warn.
     plain = {name: value for name, value in config.items() if name not in IGNORED_FIELDS}
+    # A few of 2022 call the width n_embd, as GPT-2's do.
+    plain = {**plain, "hidden_size": cfg.d_model}
     values = {**plain, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
     try:
         with torch.device("meta"):
             model: nn.Module = DecisionTransformerModel(DecisionTransformerConfig(**values))
-        kept["encoder.wte.weight"] = next(iter(kept.values())).new_zeros(1, cfg.d_model)
+        like = next(iter(kept.values()))
+        kept["encoder.wte.weight"] = like.new_zeros(1, cfg.d_model)
+        for head, size in (("state", cfg.state_dim), ("return_to_go", 1)):
+            if head not in cfg.predicts:
+                kept[f"{HEAD_KEYS[head]}.weight"] = like.new_zeros(size, cfg.d_model)
+                kept[f"{HEAD_KEYS[head]}.bias"] = like.new_zeros(size)
         model.load_state_dict(kept, strict=True, assign=True)
     except Exception as error:  # its validation may raise anything
         raise DtLensError(f"Hugging Face's class refuses this configuration: {because(error)}.") from error
@@ -154,6 +190,45 @@ def _refuse_foreign_options(config: Mapping[str, Any], ignored: Collection[str])
                 f"config.json has an option {name!r} that Hugging Face's decision transformer does not have, so its "
                 f"effect would be lost; if it has none, pass ignore_options=[{name!r}]." + nearest(name, known)
             )
+
+
+def config_from_shapes(tensors: Mapping[str, Tensor], given: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What Hugging Face's configuration would say, from shapes and from what was given (``SHAPE_OPTIONS``).
+
+    Args:
+        tensors: under Hugging Face's keys.
+        given: ``n_heads``, and what else the shapes do not say.
+        kind: of the model, for messages.
+    """
+
+    def shape(key: str) -> torch.Size:
+        if key not in tensors or tensors[key].ndim != 2:
+            raise DtLensError(f"The checkpoint has no matrix {key!r}, which {kind} has.")
+        return tensors[key].shape
+
+    layers = {int(m[1]) for key in tensors if (m := re.match(r"encoder\.h\.([0-9]{1,6})\.", key))}
+    act_fn = given.get("act_fn", "relu")  # the authors' default; the file does not say
+    if not isinstance(act_fn, str) or act_fn not in NAMES:
+        raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn), NAMES))
+    rows = shape("embed_timestep.weight")[0]
+    longest = given.get("max_ep_len", rows)
+    if not isinstance(longest, int) or longest != rows:
+        raise DtLensError(
+            f"max_ep_len={given['max_ep_len']} does not fit the checkpoint, whose timestep table has {rows} rows."
+        )
+    d_model, state_dim = shape("embed_state.weight")
+    return {
+        "hidden_size": d_model,
+        "state_dim": state_dim,
+        "act_dim": shape("embed_action.weight")[1],
+        "max_ep_len": rows,
+        "n_layer": max(layers, default=0) + 1,
+        "n_head": given["n_heads"],
+        "n_inner": shape("encoder.h.0.mlp.c_fc.weight")[1],
+        "n_positions": shape("encoder.wpe.weight")[0] if "encoder.wpe.weight" in tensors else 1,
+        "activation_function": NAMES[act_fn],
+        "action_tanh": given.get("action_tanh", True),
+    }
 
 
 class HFReference:

@@ -20,19 +20,26 @@ from torch import Tensor, nn
 from dt_lens.arguments import refuse_unknown
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts
-from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, config_from_hf
+from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, config_from_hf, heads_in
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError, because
 from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.weights import require_computable
-from dt_lens_adapters.hf_decision_transformer import HFReference, lens_on, original, used
+from dt_lens_adapters.hf_decision_transformer import (
+    SHAPE_OPTIONS,
+    HFReference,
+    config_from_shapes,
+    lens_on,
+    original,
+    used,
+)
 
 __all__ = ["KZLDecisionTransformer"]
 
-SHAPE_OPTIONS = {"n_heads", "act_fn", "action_tanh", "max_ep_len", "discrete_actions", "position"}
+OPTIONS = {*SHAPE_OPTIONS, "discrete_actions", "position", *FACTS}
+PREDICTIONS = ("state_preds", "action_preds", "return_preds")
 POSITION, STATE = "encoder.wpe.weight", "embed_state.weight"
 MASK = re.compile(r"encoder\.h\.\d+\.attn\.(masked_)?bias")
-NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
 
 
 class KZLDecisionTransformer:
@@ -45,7 +52,7 @@ class KZLDecisionTransformer:
         return {"embed_return.weight", "transformer.h.0.attn.c_attn.weight", "predict_action.0.weight"} <= keys
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
-        refuse_unknown(given, SHAPE_OPTIONS | FACTS)
+        refuse_unknown(given, OPTIONS)
         checkpoint.require_finite(key for key in checkpoint.tensors if not MASK.fullmatch(_rename(key)))
         tensors = _renamed(checkpoint.tensors)
         with _in_kzls_words():
@@ -58,7 +65,7 @@ class KZLDecisionTransformer:
         return lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
-        refuse_unknown(given, SHAPE_OPTIONS | FACTS)
+        refuse_unknown(given, OPTIONS)
         live = _Live(model)
         tensors = live.tensors()
         given = {**_read_live(model), **given}
@@ -98,7 +105,9 @@ class _KZLReference:
         try:
             with torch.no_grad():
                 out = model.eval()(**batch, rewards=torch.zeros_like(batch["returns_to_go"]))
-            predictions = dict(zip(("state_preds", "action_preds", "return_preds"), out, strict=True))
+            # A model with an action head only may return no more than the actions, or nothing in the others' places.
+            named = {"action_preds": out} if isinstance(out, Tensor) else dict(zip(PREDICTIONS, out, strict=True))
+            predictions = {name: tensor for name, tensor in named.items() if tensor is not None}
         except Exception as error:
             raise DtLensError(
                 f"This model's own forward pass fails, so nothing can be certified against it: {because(error)}."
@@ -147,7 +156,7 @@ def _shape(
 ) -> tuple[HookedDecisionTransformerConfig, RunFacts]:
     """The configuration, with the way in which positions are added, and the facts of the run."""
     facts = given_facts(None, _facts(tensors, given))
-    cfg = config_from_hf(config, facts.context, given.get("discrete_actions"))
+    cfg = config_from_hf(config, facts.context, given.get("discrete_actions"), heads_in(tensors))
     # A model that adds row 0 to every token, as Hugging Face's decision transformer does, needs no other row.
     rows = tensors[POSITION].shape[0] if POSITION in tensors else 1
     position = given.get("position", "learned" if rows > 1 else "constant")
@@ -166,35 +175,7 @@ def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str
         raise DtLensError(
             "A kzl checkpoint does not say how many attention heads it has; pass n_heads= (kzl's default is n_heads=1)."
         )
-
-    def shape(key: str) -> torch.Size:
-        if key not in tensors or tensors[key].ndim != 2:
-            raise DtLensError(f"The checkpoint has no matrix {key!r}, which a kzl decision transformer has.")
-        return tensors[key].shape
-
-    layers = {int(m[1]) for key in tensors if (m := re.match(r"encoder\.h\.([0-9]{1,6})\.", key))}
-    act_fn = given.get("act_fn", "relu")  # kzl's default; the file does not say
-    if not isinstance(act_fn, str) or act_fn not in NAMES:
-        raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn), NAMES))
-    rows = shape("embed_timestep.weight")[0]
-    longest = given.get("max_ep_len", rows)
-    if not isinstance(longest, int) or longest != rows:
-        raise DtLensError(
-            f"max_ep_len={given['max_ep_len']} does not fit the checkpoint, whose timestep table has {rows} rows."
-        )
-    d_model, state_dim = shape(STATE)
-    return {
-        "hidden_size": d_model,
-        "state_dim": state_dim,
-        "act_dim": shape("embed_action.weight")[1],
-        "max_ep_len": rows,
-        "n_layer": max(layers, default=0) + 1,
-        "n_head": given["n_heads"],
-        "n_inner": shape("encoder.h.0.mlp.c_fc.weight")[1],
-        "n_positions": shape(POSITION)[0] if POSITION in tensors else 1,
-        "activation_function": NAMES[act_fn],
-        "action_tanh": given.get("action_tanh", True),
-    }
+    return config_from_shapes(tensors, given, "a kzl decision transformer")
 
 
 def _read_live(model: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.config import HEADS, HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.state_dicts import (
     Layout,
     StateDictAdapter,
@@ -27,6 +27,7 @@ from dt_lens.decision_transformer.state_dicts import (
 __all__ = ["MinDecisionTransformer"]
 
 EMBEDDINGS = {"rtg": "return_to_go", "state": "state", "action": "action"}
+OPTIONAL = {"state": r"predict_state\.(weight|bias)", "return_to_go": r"predict_rtg\.(weight|bias)"}
 
 
 class _Layout(Layout):
@@ -55,6 +56,8 @@ class _Layout(Layout):
             final_ln=False,
             action_tanh=given.get("action_tanh", not self.by_id),
             discrete_actions=given.get("discrete_actions", self.by_id),
+            # Copies of the code often leave out the heads that have no loss.
+            predicts=tuple(head for head in HEADS if head == "action" or tensors.holds(OPTIONAL[head])),
         )
 
     def canonical(self, tensors: Tensors) -> dict[str, Tensor]:
@@ -67,6 +70,8 @@ class _Layout(Layout):
             else:
                 weights |= tensors.linear(f"embed_{theirs}", f"embed.{ours}", sizes[theirs], d)
             head = "predict_action.0" if theirs == "action" else f"predict_{theirs}"
+            if ours not in cfg.predicts:
+                continue
             weights |= tensors.linear(head, f"predict.{ours}", d, sizes[theirs])
         weights |= tensors.norm("embed_ln", "embed_ln", d)
         for layer in range(cfg.n_layers):
@@ -99,8 +104,12 @@ class _Layout(Layout):
         state_token, action_token = x[:, 1::3], x[:, 2::3]
         action = note("hook_action_pre", linear("predict_action.0", state_token))
         note("action_preds", torch.tanh(action) if self.cfg.action_tanh else action)
-        note("state_preds", linear("predict_state", action_token))
-        note("return_preds", linear("predict_rtg", action_token))
+        for head, key, name in (
+            ("state", "predict_state", "state_preds"),
+            ("return_to_go", "predict_rtg", "return_preds"),
+        ):
+            if head in self.cfg.predicts:
+                note(name, linear(key, action_token))
 
     def _block(self, trace: Trace, t: str, b: str, x: Tensor) -> Tensor:
         note, linear = trace.note, trace.linear
@@ -115,7 +124,10 @@ class _Layout(Layout):
     def call(self, model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         actions = batch["actions"].argmax(-1) if self.by_id else batch["actions"]
         out = model(batch["timesteps"], batch["states"], actions, batch["returns_to_go"])
-        return dict(zip(("state_preds", "action_preds", "return_preds"), out, strict=True))
+        if isinstance(out, Tensor):
+            return {"action_preds": out}
+        named = zip(("state_preds", "action_preds", "return_preds"), out, strict=True)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
 
 class MinDecisionTransformer(StateDictAdapter):

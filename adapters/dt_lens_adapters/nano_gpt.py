@@ -42,7 +42,6 @@ RENAMED = (
 )
 LINEAR = re.compile(r"transformer\.h\.\d+\.(attn|mlp)\.c_\w+\.weight")
 MASK = re.compile(r"(?:transformer\.h|blocks)\.\d+\.attn\.(?:bias|mask)")
-COMPILED = "_orig_mod."  # the prefix that torch.compile adds
 
 
 class CharacterTokenizer:
@@ -128,7 +127,7 @@ def _in_the_files_words(checkpoint: Checkpoint) -> Iterator[None]:
 def _renamed(key: str) -> str | None:
     """Hugging Face's key for the file's, or ``None``."""
     for pattern, name in RENAMED:
-        found = pattern.fullmatch(key.removeprefix(COMPILED))
+        found = pattern.fullmatch(key)
         if found:
             return found.expand(name)
     return None
@@ -139,7 +138,7 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     for key, tensor in checkpoint.tensors.items():
         name = _renamed(key)
         if name is None:
-            if MASK.fullmatch(key.removeprefix(COMPILED)):
+            if MASK.fullmatch(key):
                 continue
             raise DtLensError(f"The checkpoint has a tensor {key!r} that a small GPT has no place for.")
         if name in tensors:

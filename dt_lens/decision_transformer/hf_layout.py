@@ -7,7 +7,7 @@ models share their memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from einops import rearrange
@@ -16,7 +16,7 @@ from torch import Tensor, cat
 from dt_lens.decision_transformer.config import HEADS, Activation, HookedDecisionTransformerConfig
 from dt_lens.errors import DtLensError, nearest
 
-__all__ = ["canonical_from_hf", "config_from_hf", "config_to_hf", "hf_from_canonical"]
+__all__ = ["HEAD_KEYS", "canonical_from_hf", "config_from_hf", "config_to_hf", "heads_in", "hf_from_canonical"]
 
 # Hugging Face's activation names to ours; "gelu_new" and the like are one formula.
 ACTIVATIONS: dict[str, Activation] = {
@@ -31,6 +31,10 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# predict_action is a Sequential of the linear map and its tanh.
+HEAD_KEYS = {"action": "predict_action.0", "state": "predict_state", "return_to_go": "predict_return"}
+
+
 class _Plain(NamedTuple):
     """A tensor that is one whole weight; ``transposed`` for ``nn.Linear``'s (out, in)."""
 
@@ -43,10 +47,9 @@ def _plain_rules(cfg: HookedDecisionTransformerConfig) -> Iterator[_Plain]:
     for hf, ours in (("return", "return_to_go"), ("state", "state"), ("action", "action")):
         yield _Plain(f"embed_{hf}.weight", f"embed.{ours}.W", transposed=True)
         yield _Plain(f"embed_{hf}.bias", f"embed.{ours}.b")
-        # predict_action is a Sequential of the linear map and its tanh.
-        head = "predict_action.0" if hf == "action" else f"predict_{hf}"
-        yield _Plain(f"{head}.weight", f"predict.{ours}.W", transposed=True)
-        yield _Plain(f"{head}.bias", f"predict.{ours}.b")
+        if ours in cfg.predicts:
+            yield _Plain(f"{HEAD_KEYS[ours]}.weight", f"predict.{ours}.W", transposed=True)
+            yield _Plain(f"{HEAD_KEYS[ours]}.bias", f"predict.{ours}.b")
     yield _Plain("embed_timestep.weight", "embed.timestep.W")
     yield _Plain("encoder.wpe.weight", "embed.position.W")
     for hf, ours in (("embed_ln", "embed_ln"), ("encoder.ln_f", "ln_final")):
@@ -169,13 +172,24 @@ def _shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def heads_in(tensors: Iterable[str]) -> tuple[str, ...]:
+    """The output heads that a file has under Hugging Face's keys; of the action's, which must be there, any part."""
+    keys = set(tensors)
+    held = {name: {f"{key}.weight", f"{key}.bias"} & keys for name, key in HEAD_KEYS.items()}
+    return tuple(name for name in HEADS if name == "action" or held[name])
+
+
 def config_from_hf(
-    config: Mapping[str, Any], context: int = 20, discrete_actions: bool | None = None
+    config: Mapping[str, Any],
+    context: int = 20,
+    discrete_actions: bool | None = None,
+    predicts: tuple[str, ...] = HEADS,
 ) -> HookedDecisionTransformerConfig:
     """Our configuration from the values of Hugging Face's ``DecisionTransformerConfig``.
 
     ``config.json`` leaves out values that are Hugging Face's default, so a missing value is that default. It does not
-    hold the context; it holds ``discrete_actions`` if ``save_pretrained`` wrote it.
+    hold the context; it holds ``discrete_actions`` if ``save_pretrained`` wrote it. ``predicts`` are the output heads,
+    which it does not say either.
 
     Raises:
         DtLensError: for a value that no model can have, or an option that this model cannot represent.
@@ -208,6 +222,7 @@ def config_from_hf(
         eps=get("layer_norm_epsilon", default=1e-5),
         action_tanh=get("action_tanh", default=True),
         discrete_actions=get("discrete_actions", default=False) if discrete_actions is None else discrete_actions,
+        predicts=predicts,
         position="constant",
         n_position=get("n_positions", "max_position_embeddings", default=1024),
         attn_scale_by_head=get("scale_attn_weights", default=True),

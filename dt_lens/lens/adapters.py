@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -18,9 +19,24 @@ if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
     from dt_lens.lens.shards import Shards
 
-__all__ = ["GROUP", "Adapter", "adapter_names", "choose", "named_adapter", "opener", "unpack"]
+__all__ = [
+    "GROUP",
+    "Adapter",
+    "Unrecognised",
+    "adapter_names",
+    "adapter_suffixes",
+    "choose",
+    "choose_for",
+    "named_adapter",
+    "opener",
+    "unpack",
+]
 
 GROUP = "dt_lens.adapters"
+
+
+class Unrecognised(DtLensError):
+    """No adapter recognises a model."""
 
 
 @runtime_checkable
@@ -62,7 +78,10 @@ class Opener(Adapter, Protocol):
 
 @runtime_checkable
 class Unpacker(Adapter, Protocol):
-    """An adapter that can also read a pickled file of its code base's own form."""
+    """An adapter that can also read a pickled file of its code base's own form.
+
+    Its attribute ``suffixes``, such as ``(".d3",)``, names those files, if it has one: a name that ends so is a file's.
+    """
 
     def unpack(self, values: Mapping[str, Any], file: Path) -> tuple[bytes, Mapping[str, Any]] | None:
         """The bytes of a file of torch's, and a configuration, from a pickled dict; ``None`` if it is another's."""
@@ -84,6 +103,11 @@ def _entries() -> dict[str, EntryPoint]:
 def adapter_names() -> list[str]:
     """The names of all installed adapters, sorted."""
     return sorted(_entries())
+
+
+def adapter_suffixes() -> set[str]:
+    """The suffixes of files that only an adapter can read."""
+    return {suffix for name in adapter_names() for suffix in getattr(named_adapter(name), "suffixes", ())}
 
 
 def named_adapter(adapter: str | Adapter | type) -> Adapter:
@@ -162,6 +186,37 @@ def unpack(
     return next((one for one in unpacked if one is not None), None)
 
 
+def choose_for(checkpoint: Checkpoint, adapter: str | Adapter | type | None) -> tuple[Adapter, Checkpoint]:
+    """The one adapter that recognises a checkpoint, and the checkpoint, with the configuration that it needs.
+
+    A file of any name may be one of a folder in Hugging Face's form, so where no adapter knows the tensors alone, or
+    the one that does needs it, they get the ``config.json`` beside them.
+    """
+    try:
+        chosen = choose(checkpoint, adapter, sorted(checkpoint.tensors))
+        if adapter is not None and not checkpoint.config and not chosen.recognises(checkpoint):
+            full = replace(checkpoint, config=checkpoint.config_beside())
+            return chosen, full if chosen.recognises(full) else checkpoint
+        return chosen, checkpoint
+    except Unrecognised as error:
+        config = checkpoint.config_beside()
+        if config and not checkpoint.config:
+            full = replace(checkpoint, config=config)
+            return choose(full, adapter, sorted(full.tensors)), full
+        if not checkpoint.config and ".safetensors" in _suffixes(checkpoint.path):
+            raise DtLensError(
+                f"{checkpoint.path} has no config.json beside it, which a model in Hugging Face's form needs, and no "
+                f"adapter recognises its tensors alone ({', '.join(sorted(checkpoint.tensors)[:3])}, ...); put the two "
+                "into one folder, or see docs/adapters.md for how to add an adapter."
+            ) from error
+        raise
+
+
+def _suffixes(path: Path) -> set[str]:
+    """The suffixes of a checkpoint's files, in the folder or the file that it was read from."""
+    return {file.suffix for file in (path.iterdir() if path.is_dir() else [path])}
+
+
 def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None, seen: Iterable[str]) -> Adapter:
     """The one adapter that recognises ``source``.
 
@@ -180,7 +235,7 @@ def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None,
             f"Several adapters recognise this model ({', '.join(m.name for m in matches)}); pass adapter= with one of "
             "these names."
         )
-    raise DtLensError(
+    raise Unrecognised(
         f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(sorted(known))} (pass "
-        "adapter= to insist on one)."
+        "adapter= to insist on one; docs/adapters.md shows how to add one)."
     )

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, a_type, because
+from dt_lens.lens.remedies import refuse_pointer
 
 __all__ = ["SUFFIXES", "Checkpoint", "Unpack", "read_checkpoint", "read_index", "read_json"]
 
 # Where code bases put the state dict inside the dict that they save.
 NESTED = ("model_state_dict", "state_dict", "model_state", "model", "transformer")
+PREFIXES = ("_orig_mod.", "module.")  # those that torch.compile and DataParallel add
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 SUFFIXES = SAFETENSORS + TORCH
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face calls them, in the order of preference
@@ -58,6 +60,12 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+
+    def config_beside(self) -> dict[str, Any]:
+        """What a ``config.json`` in the same folder says, if it is of Hugging Face's form; else nothing."""
+        file = None if self.folder is None else self.folder / "config.json"
+        config = read_json(file) if file is not None and file.is_file() else {}
+        return config if {"model_type", "architectures"} & set(config) else {}
 
     def require_finite(self, keys: Iterable[str]) -> None:
         """Raise ``DtLensError`` naming the first of these tensors that holds a NaN or an infinity.
@@ -97,11 +105,22 @@ def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoin
     checkpoint = _read_folder(path, unpack) if folder else _read_file(path, unpack)
     if path.name in WEIGHTS and (path.parent / "config.json").is_file():  # one file of a folder in that form
         checkpoint = replace(checkpoint, config=read_json(path.parent / "config.json"))
+    checkpoint = replace(checkpoint, tensors=_unprefixed(checkpoint.tensors))
     if not checkpoint.tensors:
         raise DtLensError(f"{path} holds no tensors; expected the weights of a model.")
     for key, tensor in checkpoint.tensors.items():
         _require_plain(path, key, tensor)
     return checkpoint
+
+
+def _unprefixed(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors by their own names, if all have the prefix of a wrapper around the model that was saved."""
+    while tensors:
+        prefix = next((one for one in PREFIXES if all(key.startswith(one) for key in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 def _require_plain(path: Path, key: str, tensor: Tensor) -> None:
@@ -112,7 +131,10 @@ def _require_plain(path: Path, key: str, tensor: Tensor) -> None:
     if len(key) > 300 or not key.isprintable():
         raise DtLensError(f"{path} has a tensor {key[:60]!r}..., which cannot be the name of a part of a model.")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        raise DtLensError(f"The tensor {key!r} in {path} is sparse or quantized; save it as a plain tensor.")
+        raise DtLensError(
+            f"The tensor {key!r} in {path} is sparse or quantised; save it as a plain tensor, with .to_dense() or "
+            ".dequantize()."
+        )
     if tensor.is_meta:
         raise DtLensError(f"The tensor {key!r} in {path} was saved on the meta device, without numbers; save it whole.")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -144,9 +166,11 @@ def _read_folder(folder: Path, unpack: Unpack | None) -> Checkpoint:
     for name in WEIGHTS:
         if (folder / name).exists():
             return Checkpoint(folder, _read_file(folder / name, unpack).tensors, config, folder=folder)
+    files = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    itself = f"the file itself ({', '.join(files[:3])})" if files else "the file itself"
     raise DtLensError(
         f"The folder {folder} holds no model.safetensors or pytorch_model.bin; give a folder in Hugging Face's form, "
-        "or the file itself."
+        f"or {itself}."
     )
 
 
@@ -189,6 +213,7 @@ def _read_shards(folder: Path, index: str, unpack: Unpack | None) -> dict[str, T
 def _read_file(file: Path, unpack: Unpack | None) -> Checkpoint:
     if file.exists() and not file.is_file() and not file.is_dir():
         raise DtLensError(f"{file} is a device or a pipe; give the path of a file or a folder.")
+    refuse_pointer(file)
     if file.suffix not in SAFETENSORS:
         return _read_pickle(file, unpack)
     try:
@@ -218,7 +243,7 @@ def _read_pickle(file: Path, unpack: Unpack | None) -> Checkpoint:
         if wanted:
             raise DtLensError(
                 f"{file} is a pickle that wants to run code when it is loaded ({wanted}), so it was not loaded; save "
-                "its state_dict() and give that file."
+                f"its state_dict() and give that file (if you trust it, {_export(file)})."
             ) from error
         if isinstance(error, zipfile.BadZipFile):
             raise DtLensError(f"{file} is damaged ({because(error)}); fetch it again.") from error
@@ -284,6 +309,23 @@ def _plain_values(file: Path) -> Any:
             return _Plain(stream).load()
     except Exception:  # an unpickler may raise anything for a file that is not a pickle
         return None
+
+
+def _export(file: Path) -> str:
+    """How to get plain tensors out of a pickle that holds objects: a whole model, or a dict with a configuration."""
+    load = "torch.load(file, weights_only=False)"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            # What the pickle makes first is the outermost object.
+            first = next(code for code, _, _ in pickletools.genops(archive.read(name)) if code.name != "PROTO")
+    except Exception:  # torch's old format, or not torch's
+        first = None
+    if first is not None and first.name in ("EMPTY_DICT", "DICT"):
+        return (
+            f"where its classes can be imported, {load} gives a dict: save that without the objects that are not plain"
+        )
+    return f"where its class can be imported, torch.save({load}.state_dict(), new_file)"
 
 
 def _wants(file: Path, error: Exception) -> str | None:

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from dt_lens.errors import DtLensError, a_type, because, nearest
-from dt_lens.lens.adapters import Adapter, choose, opener, unpack
+from dt_lens.lens.adapters import Adapter, adapter_suffixes, choose, choose_for, opener, unpack
 from dt_lens.lens.checkpoints import SUFFIXES, read_checkpoint
 from dt_lens.lens.environment_names import import_module_of
 from dt_lens.lens.protocol import Lens, is_wrapped
+from dt_lens.lens.remedies import refuse_special_files, refuse_special_model
 
 __all__ = ["load", "open_checkpoint", "wrap"]
 
@@ -26,7 +27,8 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
 
     Args:
         source: ``"hopper"``, ``"runs/walker"``, ``"model.pt"``,
-            ``"edbeeching/decision-transformer-gym-hopper-expert"``.
+            ``"edbeeching/decision-transformer-gym-hopper-expert"``, ``"gpt2"``. Bundled names and local paths come
+            before the hub.
         adapter: insist on one by name, ``"module:Class"``, class or object; found by the checkpoint's content when
             omitted.
         check: certify the result (a forward pass or two); leave it on.
@@ -43,7 +45,8 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
             f"load takes a name or a path, not {a_type(source)}; use dt_lens.wrap for a live torch model."
         )
     checkpoint = read_checkpoint(_locate(source), partial(unpack, adapter=adapter))
-    chosen = choose(checkpoint, adapter, sorted(checkpoint.tensors))
+    refuse_special_files(checkpoint.path, checkpoint.tensors, checkpoint.config, checkpoint.tensors.values())
+    chosen, checkpoint = choose_for(checkpoint, adapter)
     import_module_of(given.get("environment"))
     return _certified(chosen.load(checkpoint, **given), check)
 
@@ -62,6 +65,7 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
         raise DtLensError(
             f"wrap takes a torch model, not {a_type(model)}; use dt_lens.load for a file, folder or name."
         )
+    refuse_special_model(model)
     chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
     import_module_of(given.get("environment"))
     return _certified(chosen.wrap(model, **given), check)
@@ -90,6 +94,7 @@ def open_checkpoint(source: str | Path, *, adapter: str | Adapter | type | None 
     from dt_lens.lens.shards import Shards
 
     shards = Shards(_locate(source))
+    refuse_special_files(shards.folder, shards.files, shards.config)
     return opener(shards, adapter).open(shards, **given)
 
 
@@ -110,32 +115,55 @@ def _locate(source: str | Path) -> Path:
         # A folder that has a bundled model's name by chance, such as a study's results, does not hide the model.
         if path.exists() and not (name in models and path.is_dir() and not (path / "config.json").exists()):
             return path
-        # A hub id looks like a relative path; with a checkpoint's suffix, or in a folder that exists, it is a path.
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in SUFFIXES and not path.parent.is_dir():
-            return _download(name)
+        if name in models:
+            return models[name]
+        on_hub = _may_be_on_the_hub(source)
     except (OSError, ValueError) as error:
         raise DtLensError(f"{name[:200]!r} cannot be accessed: {because(error)}.") from error
-    if name in models:
-        return models[name]
+    why = ""
+    if on_hub:
+        try:
+            return _download(name)
+        except DtLensError as error:
+            if "/" in name:
+                raise
+            why = f"{error}, and "
     raise DtLensError(
-        f"There is no model {name!r}: it is not a local file or folder, nor a bundled model "
+        f"There is no model {name!r}: {why}it is not a local file or folder, nor a bundled model "
         f"({', '.join(models)})." + nearest(name, models)
     )
+
+
+def _may_be_on_the_hub(source: str | Path) -> bool:
+    """Whether a name that does not exist here may be a hub id, such as ``"gpt2"`` or ``"edbeeching/hopper"``.
+
+    One with a checkpoint's suffix, or in a folder that exists, is a path.
+    """
+    name, path = str(source), Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+" if isinstance(source, Path) else r"[\w.-]+(/[\w.-]+)?", name):
+        return False
+    inside = "/" in name and path.parent.is_dir()
+    return not inside and path.suffix.lower() not in {*SUFFIXES, *adapter_suffixes()}
 
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    # A name without a slash may be a misspelt bundled one, whose error says more.
+    local = f"There is no local path {hub_id!r}, and "
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except RepositoryNotFoundError as error:
+        if "/" not in hub_id:
+            raise DtLensError("the Hugging Face hub has none of that id that you may read") from error
         raise DtLensError(
-            f"There is no local path {hub_id!r}, and no model of that id on the Hugging Face hub that you may read; "
-            "check the name."
+            f"{local}no model of that id on the Hugging Face hub that you may read; check the name."
         ) from error
     except Exception as error:  # being offline raises many different exceptions
+        if "/" not in hub_id:
+            raise DtLensError("the Hugging Face hub could not be reached for one of that id") from error
         raise DtLensError(
-            f"There is no local path {hub_id!r}, and the Hugging Face hub could not be reached for a model of that id; "
-            "check the name and the connection."
+            f"{local}the Hugging Face hub could not be reached for a model of that id; check the name and the "
+            "connection."
         ) from error

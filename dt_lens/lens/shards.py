@@ -12,6 +12,7 @@ from torch import Tensor
 from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, because
 from dt_lens.lens.checkpoints import read_index, read_json
+from dt_lens.lens.remedies import refuse_pointer
 
 __all__ = ["LazyTensors", "Shards"]
 
@@ -78,6 +79,7 @@ class Shards:
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     if file.exists() and not file.is_file():  # opening a pipe may never end
         raise DtLensError(f"{file} is not a file; fetch it again.")
+    refuse_pointer(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118

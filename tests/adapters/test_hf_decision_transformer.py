@@ -254,8 +254,51 @@ def test_weights_without_their_configuration(folder: Path) -> None:
     )  # found beside
     (folder / "config.json").unlink()
     for path in (folder, folder / "model.safetensors"):
-        with pytest.raises(DtLensError, match=r"has no config\.json beside it, .* give the folder that holds both\.$"):
+        with pytest.raises(DtLensError, match=r"has no config\.json beside it, .* holds both, or pass n_heads=\.$"):
             dt_lens.load(path)
+
+
+def test_a_file_of_any_name(make_hf: Any, make_batch: Any, folder: Path) -> None:
+    """Its ``config.json`` beside it says the rest, and without that the user does."""
+    expected = predictions(dt_lens.load(folder, check=False), batch := make_batch(make_hf().config))
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    torch.save({"state_dict": make_hf().state_dict(), "step": 3}, folder / "last.ckpt")
+    for name in ("best.safetensors", "last.ckpt"):
+        assert torch.equal(predictions(dt_lens.load(folder / name, check=False), batch), expected)
+    with pytest.raises(DtLensError, match="Unknown option 'n_heads'"):
+        dt_lens.load(folder / "last.ckpt", n_heads=2)
+    for config in (None, {"model_type": "gpt2"}):  # another model's is none
+        (folder / "config.json").unlink()
+        if config:
+            (folder / "config.json").write_text(json.dumps(config))
+        lens = dt_lens.load(folder / "last.ckpt", n_heads=2)
+        assert torch.equal(predictions(lens, batch), expected) and lens.cfg.position == "constant"
+        (folder / "config.json").touch()
+    with pytest.raises(DtLensError, match=r"act_fn is 'rely'; .* mean 'relu'\?$"):
+        dt_lens.load(folder / "last.ckpt", n_heads=2, act_fn="rely")
+
+
+def test_the_width_as_some_called_it_in_2022(make_hf: Any, make_batch: Any, folder: Path) -> None:
+    expected = predictions(dt_lens.load(folder, check=False), batch := make_batch(make_hf().config))
+    for values in ({"n_embd": 16}, {"n_embd": 16, "hidden_size": None}, {"n_embd": 768, "hidden_size": 16}):
+        rewrite(folder, **values)
+        assert torch.equal(predictions(dt_lens.load(folder, check=False), batch), expected)
+
+
+def test_an_action_head_only(make_hf: Any, make_batch: Any, folder: Path) -> None:
+    hf = make_hf()
+    tensors = {k: v for k, v in hf.state_dict().items() if not k.startswith(("predict_state", "predict_return"))}
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    lens = dt_lens.load(folder)
+    assert lens.cfg.predicts == ("action",) and not {"state_out", "reward_out"} & set(lens.embeddings)
+    with torch.no_grad():
+        mine, theirs = lens(**(batch := make_batch(hf.config))), hf(**batch)
+    torch.testing.assert_close(mine.action_preds, theirs.action_preds, rtol=1e-5, atol=1e-5)
+    assert mine.state_preds is None
+    torch.save({**tensors, "predict_state.weight": hf.predict_state.weight.data}, folder / "pytorch_model.bin")
+    with pytest.raises(DtLensError, match=r"no tensor 'predict_state\.bias'"):
+        dt_lens.load(folder)
 
 
 def hf_return(hf: Any, seed: int, target: float, context: int, limit: int) -> float:

@@ -151,6 +151,27 @@ def test_discrete_actions(make_hf: Any, make_batch: Any, tmp_path: Path) -> None
     assert list(outcomes["return"]) == [5.0, 5.0]
 
 
+def test_an_action_head_only(hf: Any, make_batch: Any, tmp_path: Path) -> None:
+    tensors = {k: v for k, v in renamed(hf).items() if not k.startswith(("predict_state", "predict_return"))}
+    torch.save(tensors, tmp_path / "agent.pt")
+    lens = dt_lens.load(tmp_path / "agent.pt", n_heads=2)
+    batch = make_batch(hf.config)
+    with torch.no_grad():
+        torch.testing.assert_close(lens(**batch).action_preds, hf(**batch).action_preds, rtol=1e-5, atol=1e-5)
+
+    class Live(LiveKZL):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            return (None, out[1], None) if self.max_length == 6 else out[1]
+
+    for length in (6, 7):
+        live = Live(hf, length).eval()
+        del live.predict_state, live.predict_return
+        wrapped = dt_lens.wrap(live)
+        assert wrapped.cfg.predicts == lens.cfg.predicts == ("action",)
+        assert dt_lens.certify(wrapped).errors.keys() == dt_lens.certify(lens).errors.keys()
+
+
 def test_a_position_table_is_read_a_row_for_each_token(make_hf: Any, make_batch: Any, tmp_path: Path) -> None:
     """Its blocks are Hugging Face's own GPT2Model, which counts positions unless it is told otherwise."""
     hf = make_hf(**{**OPTIONS, "n_positions": 30})

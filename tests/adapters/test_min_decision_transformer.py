@@ -71,6 +71,29 @@ def test_a_file(tmp_path: Path) -> None:
     lens.require_shared(list(lens.weights))
 
 
+@pytest.mark.parametrize("returned", ["three", "one"])
+def test_an_action_head_only(tmp_path: Path, returned: str) -> None:
+    model = make()
+    batch = batch_of(model)
+    expected = original(model, batch)[..., 5:8]  # between five numbers of the next state and one of the return
+    forward = model.forward
+    del model.predict_state, model.predict_rtg
+
+    def without(*args: Any) -> Any:
+        model.predict_state = model.predict_rtg = lambda x: None
+        out = forward(*args)
+        del model.predict_state, model.predict_rtg
+        return out if returned == "three" else out[1]
+
+    model.forward = without
+    torch.save(model.state_dict(), tmp_path / "agent.pt")
+    for lens in (dt_lens.load(tmp_path / "agent.pt", n_heads=2), dt_lens.wrap(model)):
+        assert lens.cfg.predicts == ("action",)
+        with torch.no_grad():
+            mine = lens(**batch).action_preds
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

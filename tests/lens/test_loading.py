@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 
 import dt_lens
 from dt_lens.errors import DtLensError
@@ -56,8 +58,9 @@ def test_load_refuses_what_is_not_a_name_or_path(source: Any) -> None:
 def test_bundled_names(agent: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "bundled", lambda: {"jumper": agent})
     assert dt_lens.load("jumper").cfg.d_model == 16
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DtLensError, match=r"'jumpr': .* nor a bundled model \(jumper\)\. Did you mean 'jumper'\?$"):
-        dt_lens.load("jumpr")
+        dt_lens.load("jumpr")  # which may be a name on the hub, too
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jumper").mkdir()  # the results of a study, say
     assert dt_lens.load("jumper").cfg.d_model == 16
@@ -74,7 +77,7 @@ def test_certifying_can_be_left_out(agent: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class TestTheHub:
-    """A name with one slash that does not exist locally is a model on the hub, which may be out of reach."""
+    """A name with at most one slash that does not exist locally may be on the hub, which may be out of reach."""
 
     def test_offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -97,7 +100,21 @@ class TestTheHub:
         with pytest.raises(DtLensError, match=r"the Hugging Face hub could not be reached"):
             dt_lens.load("some/agent")
 
-    def test_what_was_fetched_is_loaded(self, monkeypatch: pytest.MonkeyPatch, agent: Path) -> None:
+    def test_a_name_that_the_hub_does_not_know(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: Any, **kwargs: Any) -> str:
+            raise RepositoryNotFoundError(
+                "404", response=httpx.Response(404, request=httpx.Request("GET", "https://x"))
+            )
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        monkeypatch.setattr(models, "bundled", lambda: {"jumper": Path("nowhere")})
+        with pytest.raises(DtLensError, match=r"'some/agent', and no model of that id on the Hugging Face hub"):
+            dt_lens.load("some/agent")
+        with pytest.raises(DtLensError, match=r"'jumpr': the Hugging Face hub has none .*bundled .*mean 'jumper'\?$"):
+            dt_lens.load("jumpr")
+
+    @pytest.mark.parametrize("name", ["some/agent", "gpt2", "agent-v1.5"])
+    def test_what_was_fetched_is_loaded(self, monkeypatch: pytest.MonkeyPatch, agent: Path, name: str) -> None:
         asked: list[str] = []
 
         def fetch(name: str, **options: Any) -> str:
@@ -108,10 +125,34 @@ class TestTheHub:
             return str(agent)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-        assert dt_lens.load("some/agent").cfg.d_model == 16 and asked == ["some/agent"]
+        assert dt_lens.load(name, check=False).cfg.d_model == 16 and asked == [name]
 
-    @pytest.mark.parametrize("name", ["runs/agent.pt", "a/b/c", "agent", "/some/agent", "../agent", "~/agent.ckpt"])
-    def test_a_name_that_looks_like_a_file_is_not_fetched(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def test_bundled_names_and_local_paths_come_first(self, monkeypatch: pytest.MonkeyPatch, agent: Path) -> None:
+        monkeypatch.setattr(loading, "_download", lambda name: pytest.fail("asked the hub"))
+        monkeypatch.setattr(models, "bundled", lambda: {"gpt2": agent})
+        assert dt_lens.load("gpt2", check=False).cfg.d_model == 16
+        monkeypatch.setattr(models, "bundled", dict)
+        monkeypatch.chdir(agent.parent)
+        assert dt_lens.load("agent", check=False).cfg.d_model == 16
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "runs/agent.pt",
+            "runs/agent.d3",
+            "agent.d3",
+            "agent.SAFETENSORS",
+            "a/b/c",
+            "/some/agent",
+            "../agent",
+            "~/agent.ckpt",
+            "no agent",
+            Path("agent"),
+        ],
+    )
+    def test_a_name_that_looks_like_a_file_is_not_fetched(
+        self, monkeypatch: pytest.MonkeyPatch, name: str | Path
+    ) -> None:
         monkeypatch.setattr(loading, "_download", lambda name: pytest.fail("asked the hub"))
         with pytest.raises(DtLensError, match="it is not a local file or folder, nor a bundled model"):
             dt_lens.load(name)
