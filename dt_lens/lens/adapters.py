@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -107,7 +108,11 @@ def adapter_names() -> list[str]:
 
 def adapter_suffixes() -> set[str]:
     """The suffixes of files that only an adapter can read."""
-    return {suffix for name in adapter_names() for suffix in getattr(named_adapter(name), "suffixes", ())}
+    found: set[str] = set()
+    for name in adapter_names():
+        with suppress(DtLensError):  # one that cannot be imported is reported where it is needed
+            found |= set(getattr(named_adapter(name), "suffixes", ()))
+    return found
 
 
 def named_adapter(adapter: str | Adapter | type) -> Adapter:
