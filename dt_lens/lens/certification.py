@@ -75,10 +75,10 @@ class Certificate:
         return max(self.errors.values(), default=0.0)
 
     def __str__(self) -> str:
-        proven = f"{len(self.errors)} matrices and parts reproduce their activations in {self.against}"
         rows = counted(self.unproven)
-        rest = f"; not proven, because they change no output of this batch: {rows}" if rows else ""
-        return f"{proven}; largest relative error {self.worst:.1e}{rest}"
+        rest = f" (not proven: {rows}, which change no output of this batch)" if rows else ""
+        proven = f"{len(self.errors)} matrices and parts reproduce their activations{rest} in {self.against}"
+        return f"{proven}; largest relative error {self.worst:.1e}"
 
 
 def certify(model: Lens, seed: int = 0) -> Certificate:
