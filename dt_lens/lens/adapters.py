@@ -210,9 +210,9 @@ def choose_for(checkpoint: Checkpoint, adapter: str | Adapter | type | None) -> 
             return choose(full, adapter, sorted(full.tensors)), full
         if not checkpoint.config and ".safetensors" in _suffixes(checkpoint.path):
             raise DtLensError(
-                f"{checkpoint.path} has no config.json beside it, which a model in Hugging Face's form needs, and no "
-                f"adapter recognises its tensors alone ({', '.join(sorted(checkpoint.tensors)[:3])}, ...); put the two "
-                "into one folder, or see docs/adapters.md for how to add an adapter."
+                f"No adapter recognises this model, which holds {', '.join(sorted(checkpoint.tensors)[:3])}, ..., and "
+                f"{checkpoint.path} has no config.json beside it, which a model in Hugging Face's form needs; put the "
+                "two into one folder, or see docs/adapters.md for how to add an adapter."
             ) from error
         raise
 
