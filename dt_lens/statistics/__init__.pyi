@@ -6,9 +6,11 @@ from .outcomes import Interval as Interval
 from .outcomes import SurvivalCurve as SurvivalCurve
 from .outcomes import bootstrap_interval as bootstrap_interval
 from .outcomes import cohen_dz as cohen_dz
+from .outcomes import interval_note as interval_note
 from .outcomes import iqm as iqm
 from .outcomes import kaplan_meier as kaplan_meier
 from .outcomes import logrank as logrank
 from .outcomes import mcnemar as mcnemar
+from .outcomes import mean_test as mean_test
 from .outcomes import sign_flip as sign_flip
 from .outcomes import wilson as wilson

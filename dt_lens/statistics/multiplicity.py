@@ -1,4 +1,8 @@
-"""Adjusting many p-values for multiple testing, and choosing between two p-values of one statistic."""
+"""Adjusting many p-values for multiple testing, and choosing between two p-values of one statistic.
+
+A p-value that is NaN is not ranked: the adjustments raise ``DtLensError``, because whether a hypothesis that was not
+tested counts is for the caller to say, and the choice between two p-values gives ``nan``. No p-value comes out as 0.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import false_discovery_control
 
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.outcomes import LEAST_P
 
 __all__ = ["holm", "q_values", "tail_or_share"]
 
@@ -26,13 +31,18 @@ def q_values(p_values: ArrayLike) -> NDArray[Any]:
     >>> [round(float(q), 3) for q in q_values([0.01, 0.02, 0.9])]
     [0.03, 0.03, 0.9]
     """
+    p = _checked(p_values)
+    return np.asarray(false_discovery_control(p, method="bh")) if p.size else p
+
+
+def _checked(p_values: ArrayLike) -> NDArray[np.float64]:
     try:
         p = np.asarray(p_values, dtype=np.float64)
     except (TypeError, ValueError):
         p = np.full((), np.nan)
     if p.ndim != 1 or not bool(((p >= 0) & (p <= 1)).all()):
         raise DtLensError("p_values must be a row of numbers between 0 and 1; leave out what was not tested.")
-    return np.asarray(false_discovery_control(p, method="bh")) if p.size else p
+    return p
 
 
 def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.float64]:
@@ -47,15 +57,20 @@ def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.
     [1e-06, 0.0005, 0.2]
     """
     exact = np.asarray(bound, dtype=np.float64)
-    return np.where(exact < 100 / (draws + 1), np.minimum(exact, 1.0), share)
+    chosen = np.where(exact < 100 / (draws + 1), np.minimum(exact, 1.0), share)
+    return np.where(np.isnan(exact), np.nan, np.maximum(chosen, LEAST_P))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p-values: the chance that any claim is wrongly supported is at most alpha.
 
+    Raises:
+        DtLensError: unless ``p_values`` is a row of numbers between 0 and 1.
+
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
+    _checked(p_values)
     adjusted, worst = [1.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))

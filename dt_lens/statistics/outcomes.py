@@ -1,6 +1,10 @@
 """Statistics of outcomes: pure functions of arrays, whose random draws are repeatable to the bit.
 
 Every interval is a pair (low, high) at the given confidence; ``(nan, nan)`` if the data allow none, never an error.
+
+A value that is NaN or infinite is never ranked or counted: a number, an interval or a p-value of it is ``nan``, and a
+survival curve, which cannot be ``nan`` as a whole, raises ``DtLensError``. A p-value is never 0: a test by random draws
+counts the data as one draw, and an exact p that is too small for a float is the smallest normal one.
 """
 
 from __future__ import annotations
@@ -13,21 +17,30 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from dt_lens.errors import DtLensError
+
 __all__ = [
     "Interval",
     "SurvivalCurve",
     "bootstrap_interval",
     "cohen_dz",
+    "interval_note",
     "iqm",
     "kaplan_meier",
     "logrank",
     "mcnemar",
+    "mean_test",
     "sign_flip",
     "wilson",
 ]
 
 Float = NDArray[np.float64]
 RESAMPLES = 10_000
+LEAST_P = float(np.finfo(np.float64).smallest_normal)  # an exact p-value is never below this
+CHUNK = 4_000_000  # numbers held in memory at a time
+NEARLY_EQUAL = 0.1  # a resample whose standard error is this share of the sample's has next to none
+ENOUGH = 200  # outcomes from which on the intervals of means cover what they say; benchmarks/interval_coverage.py
+FEW_RARE = 5  # rare outcomes that must be seen for that
 
 
 class Interval(NamedTuple):
@@ -50,7 +63,9 @@ def iqm(values: ArrayLike, axis: int = -1) -> Any:
     >>> float(iqm([0.0, 1.0, 2.0, 100.0]))
     1.5
     """
-    return stats.trim_mean(np.asarray(values, dtype=np.float64), 0.25, axis=axis)
+    x = np.asarray(values, dtype=np.float64)
+    found = stats.trim_mean(x, 0.25, axis=axis)
+    return np.where(np.isfinite(x).all(axis), found, np.nan)[()]
 
 
 def bootstrap_interval(
@@ -63,16 +78,65 @@ def bootstrap_interval(
 ) -> Interval:
     """Bootstrap interval of a statistic of one sample ``values [n]``; for paired differences, the paired bootstrap.
 
-    Bias-corrected and accelerated (Efron, "Better bootstrap confidence intervals", 1987), or plain percentiles where
-    the correction is undefined, as for values that are nearly all equal. ``statistic`` must take ``axis``. If all the
-    values are equal the interval has no width: a sample that does not vary says nothing about how much it could.
+    For ``np.mean`` and ``iqm`` it is studentised, equal-tailed (Efron and Tibshirani, "An Introduction to the
+    Bootstrap", 1993, chapter 12; the trimmed mean's standard error is Tukey and McLaughlin's, 1963, from the winsorised
+    variance). Where too many resamples hardly vary for its quantiles to be known, as with one failure among ones, it is
+    Student's. For any other ``statistic``, which must take ``axis``, it is bias-corrected and accelerated (Efron,
+    "Better bootstrap confidence intervals", 1987), or plain percentiles where the correction is undefined.
+
+    ``(nan, nan)`` if all the values are equal: a sample that does not vary says nothing about how much it could. What
+    intervals of means cover, and from how many outcomes on, is measured by ``benchmarks/interval_coverage.py``;
+    ``interval_note`` says where they cover less.
     """
     x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2 or not np.isfinite(x).all():
+    if len(x) < 2 or not np.isfinite(x).all() or np.ptp(x) == 0:
         return _NONE
-    if np.ptp(x) == 0:
-        value = float(statistic(x, axis=-1))
-        return Interval(value, value)
+    if statistic is not np.mean and statistic is not iqm:
+        return _corrected(x, statistic, confidence, resamples, seed)
+    tail = (1 - confidence) / 2
+    with np.errstate(all="ignore"):
+        value, error, t, df = _studentised(x, int(len(x) / 4) if statistic is iqm else 0, resamples, seed)
+        if t is None:
+            high = float(stats.t.isf(tail, df))
+            low = -high
+        else:
+            low, high = float(np.quantile(t, tail, method="higher")), float(np.quantile(t, 1 - tail, method="lower"))
+        found = Interval(value - high * error, value - low * error)
+    return found if error > 0 and np.isfinite(found).all() else _NONE
+
+
+def _studentised(x: Float, cut: int, resamples: int, seed: int) -> tuple[float, float, Float | None, int]:
+    """The mean of ``x [n]`` without ``cut`` values at each end, its standard error, the t statistics of resamples, and
+    the degrees of freedom. There are no t statistics where more than 2.5 % of the resamples hardly vary."""
+    n = len(x)
+    centre, scale = float(np.median(x)), float(np.ptp(x))
+    z = (x - centre) / scale
+    (value,), (error,) = _mean_and_error(z[None], cut)
+    rng, step = np.random.default_rng(seed), max(1, CHUNK // n)
+    parts = [
+        _mean_and_error(z[rng.integers(0, n, (min(step, resamples - start), n))], cut)
+        for start in range(0, resamples, step)
+    ]
+    means, errors = (np.concatenate(found) for found in zip(*parts, strict=True))
+    flat = errors <= NEARLY_EQUAL * error
+    t = None if flat.mean() > 0.025 else np.where(means == value, 0.0, (means - value) / errors)
+    return centre + scale * float(value), scale * float(error), t, n - 2 * cut - 1
+
+
+def _mean_and_error(rows: Float, cut: int) -> tuple[Float, Float]:
+    """The mean of each row ``[row, n]`` without ``cut`` values at each end, and its standard error."""
+    n = rows.shape[1]
+    if not cut:
+        return rows.mean(1), rows.std(1, ddof=1) / np.sqrt(n)
+    middle = np.sort(rows, axis=1)[:, cut : n - cut]
+    ends = middle[:, [0, -1]]
+    winsorised = ((middle.sum(1) + cut * ends.sum(1)) / n)[:, None]
+    squares = ((middle - winsorised) ** 2).sum(1) + cut * ((ends - winsorised) ** 2).sum(1)
+    return middle.mean(1), np.sqrt(squares / (n - 1) * n) / (n - 2 * cut)
+
+
+def _corrected(x: Float, statistic: Callable[..., Any], confidence: float, resamples: int, seed: int) -> Interval:
+    """The bias-corrected and accelerated interval, or plain percentiles."""
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
@@ -90,15 +154,49 @@ def bootstrap_interval(
     return _NONE
 
 
+def interval_note(values: ArrayLike, what: str = "outcomes") -> str:
+    """What to know about ``bootstrap_interval`` of the mean of ``values [n]``, in words; empty if it covers as it says.
+
+    An outcome is rare if it lies further from the median than five times the median distance from it (scaled to a
+    standard deviation); where more than half are equal, if it differs from them.
+
+    Args:
+        values: the outcomes.
+        what: the word for them.
+
+    >>> interval_note([1.0] * 20)
+    'no interval: all 20 outcomes are equal'
+    >>> interval_note([1.0] * 299 + [0.0], "episodes")
+    'fewer than five rare episodes seen (1)'
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        return f"no interval: fewer than two {what}"
+    if not np.isfinite(x).all():
+        return f"no interval: not all {what} are finite"
+    if np.ptp(x) == 0:
+        return f"no interval: all {len(x)} {what} are equal"
+    away = np.abs(x - np.median(x))
+    rare = int((away > 5 * 1.4826 * np.median(away)).sum())
+    notes = [f"fewer than five rare {what} seen ({rare})"] if 0 < rare < FEW_RARE else []
+    notes += [f"fewer than {ENOUGH} {what}"] if len(x) < ENOUGH else []
+    return " and ".join(notes)
+
+
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (1927), which is sound near 0 and 1, where the textbook one has no width.
+
+    Raises:
+        DtLensError: unless ``successes`` is from 0 to ``n``.
 
     >>> low, high = wilson(0, 100)
     >>> low, round(high, 3)
     (0.0, 0.037)
     """
-    if n == 0:
+    if n == 0 or not np.isfinite([successes, n]).all():
         return _NONE
+    if not 0 <= successes <= n:
+        raise DtLensError(f"There cannot be {successes} successes in {n} tries; give a number from 0 to {n}.")
     ci = stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method="wilson")
     # Rounding can leave 1e-18 where the formula says 0.
     low, high = (0.0 if successes == 0 else float(ci.low)), (1.0 if successes == n else float(ci.high))
@@ -111,11 +209,13 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
     Only pairs that differ count: under the null each is a fair coin (McNemar 1947, in its exact binomial form). 1.0 if
     none differs.
     """
+    if not (_finite(first) and _finite(second)):
+        return float("nan")
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     if only_a + only_b == 0:
         return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue)
+    return max(float(stats.binomtest(only_a, only_a + only_b).pvalue), LEAST_P)
 
 
 def sign_flip(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
@@ -124,11 +224,19 @@ def sign_flip(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int =
     The statistic is the mean. All ``2**n`` flips are tried if there are no more than ``resamples`` of them; otherwise
     that many are drawn, and the data count as one more, so p is never 0 (Phipson and Smyth 2010). 1.0 if all
     differences are zero.
+
+    It is exact if an edit without effect makes each difference as likely as its opposite, so that the null is "the two
+    agents do the same", not "their means are equal": differences with mean 0 that are skewed are not symmetric, and p
+    is then too small too often. ``mean_test`` is about the mean alone. (Flipping signs under a studentised statistic
+    would give the same p: signs do not change the sum of squares, so Student's t rises with the size of the mean.)
     """
     d = np.asarray(differences, dtype=np.float64)
+    if not _finite(d):
+        return float("nan")
     d = d[d != 0]  # a flipped zero is a zero
     if len(d) == 0:
         return 1.0
+    d = _near_one(d)
     observed = abs(d.sum())
     slack = 1e-12 * np.abs(d).sum()  # a sum that is equal but for rounding must count as equal
     if 2 ** len(d) <= resamples:
@@ -140,14 +248,43 @@ def sign_flip(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int =
     return (as_extreme + 1) / (resamples + 1)
 
 
+def mean_test(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p that the mean of the differences ``[n]`` is 0, by the studentised bootstrap; they may be skewed.
+
+    The t statistic is compared with those of resamples about the sample's own mean, equal-tailed, and the data count as
+    one resample (Efron and Tibshirani 1993, chapter 16). So it agrees with ``bootstrap_interval`` of the mean, also in
+    that it is Student's test where too many resamples hardly vary. Approximate; the price for allowing skewness.
+
+    1.0 if all differences are zero; ``nan`` if all are equal and not zero, or if there is only one.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if not _finite(d):
+        return float("nan")
+    if not d.any():
+        return 1.0
+    if len(d) < 2 or np.ptp(d) == 0:
+        return float("nan")
+    with np.errstate(all="ignore"):
+        value, error, drawn, df = _studentised(d, 0, resamples, seed)
+        t = value / error
+    if not np.isfinite(t):
+        return float("nan")
+    if drawn is None:
+        return max(float(2 * stats.t.sf(abs(t), df)), LEAST_P)
+    slack = 1e-9 * (1 + abs(t))  # statistics that are equal but for rounding must count as equal
+    tail = min(int((drawn >= t - slack).sum()), int((drawn <= t + slack).sum()))
+    return min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
+
+
 def cohen_dz(differences: ArrayLike) -> float:
     """Cohen's d_z: the mean paired difference ``[n]`` over the standard deviation of the differences (Cohen 1988).
 
     0.0 if all are zero; infinite if all are equal but not zero; ``nan`` for fewer than two.
     """
     d = np.asarray(differences, dtype=np.float64)
-    if len(d) < 2:
+    if len(d) < 2 or not _finite(d):
         return float("nan")
+    d = _near_one(d)
     mean, std = float(d.mean()), float(d.std(ddof=1))
     if np.ptp(d) == 0:
         return 0.0 if mean == 0 else float(np.copysign(np.inf, mean))
@@ -172,6 +309,9 @@ def kaplan_meier(times: ArrayLike, ended: ArrayLike, confidence: float = 0.95) -
         ended: ``[n]`` true where the episode ended by itself at that time; false where it was cut (censored): it is
             known only to have lasted at least so long.
         confidence: of the pointwise interval.
+
+    Raises:
+        DtLensError: for a length or an end that is NaN or infinite.
     """
     durations = _durations(times, ended)
     curve = stats.ecdf(durations).sf
@@ -193,6 +333,8 @@ def logrank(
     Mantel (1966). It does not use the pairing, and so is conservative for episodes that share seeds. Positive if the
     first group's episodes end earlier than expected. ``(0.0, 1.0)`` if no episode ended, or no difference is possible.
     """
+    if not all(_finite(part) for part in (first_times, first_ended, second_times, second_ended)):
+        return float("nan"), float("nan")
     groups = [_durations(first_times, first_ended), _durations(second_times, second_ended)]
     if sum(group.num_censored() for group in groups) == sum(len(group) for group in groups):
         return 0.0, 1.0
@@ -200,10 +342,21 @@ def logrank(
         result = stats.logrank(groups[0], groups[1])
     if not np.isfinite(result.statistic):
         return 0.0, 1.0
-    return float(result.statistic), float(result.pvalue)
+    return float(result.statistic), max(float(result.pvalue), LEAST_P)
+
+
+def _near_one(values: Float) -> Float:
+    """``values`` over a power of two, which changes no digit, so that sums and squares cannot overflow."""
+    return np.ldexp(values, -np.frexp(np.abs(values).max())[1])
+
+
+def _finite(values: ArrayLike) -> bool:
+    return bool(np.isfinite(np.asarray(values, dtype=np.float64)).all())
 
 
 def _durations(times: ArrayLike, ended: ArrayLike) -> stats.CensoredData:
     """Lengths of episodes in SciPy's form; those that did not end by themselves are right-censored."""
+    if not (_finite(times) and _finite(ended)):
+        raise DtLensError("Not all lengths and ends of the episodes are finite; leave out those that are not.")
     t, event = np.asarray(times, dtype=np.float64), np.asarray(ended, dtype=bool)
     return stats.CensoredData(uncensored=t[event], right=t[~event])

@@ -1,4 +1,8 @@
-"""Rank correlation inside strata: are two numbers related within each matrix, whatever the matrices differ in?"""
+"""Rank correlation inside strata: are two numbers related within each matrix, whatever the matrices differ in?
+
+A pair with a value that is NaN or infinite is never ranked: it is left out, as pandas' ``corr`` does, and ``n`` counts
+the others. Where nothing can be computed, ``rho`` and the interval are ``nan`` and p is 1. No p-value is 0.
+"""
 
 from __future__ import annotations
 
@@ -233,7 +237,8 @@ def _permuted(residuals: list[tuple[Array, Array]], count: int, rng: np.random.G
 
 def _share_as_far(null: Array, found: float) -> float:
     """The two-sided p of ``found``, counting the data as one permutation."""
-    return (int((np.abs(null) >= abs(found) - 1e-12).sum()) + 1) / (len(null) + 1)
+    nearer = int((np.abs(null) < abs(found) - 1e-12).sum())  # a permutation without a correlation is none of these
+    return (len(null) - nearer + 1) / (len(null) + 1)
 
 
 def _interval(drawn: Array, found: float, confidence: float) -> tuple[float, float]:

@@ -156,6 +156,8 @@ def _agent(result: StudyResult) -> Section:
 
 def _interval(ends: tuple[float, float], percent: bool = False) -> str:
     low, high = ends
+    if np.isnan(low) or np.isnan(high):
+        return "none: the outcomes are equal"
     return f"{low:.1%} to {high:.1%}" if percent else f"{low:,.1f} to {high:,.1f}"
 
 

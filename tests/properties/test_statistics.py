@@ -9,13 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dt_lens.errors import DtLensError
+from dt_lens.statistics.multiplicity import holm, q_values, tail_or_share
 from dt_lens.statistics.outcomes import (
     bootstrap_interval,
     cohen_dz,
+    interval_note,
     iqm,
     kaplan_meier,
     logrank,
     mcnemar,
+    mean_test,
     sign_flip,
     wilson,
 )
@@ -44,10 +48,47 @@ def test_intervals_never_fail(x: np.ndarray) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         low, high = bootstrap_interval(x, resamples=200)
-    if len(x) > 1:
-        assert x.min() <= low <= high <= x.max()
+        middle = bootstrap_interval(x, iqm, resamples=200)
+    if len(x) > 1 and np.ptp(x) > 0:
+        assert low <= x.mean() <= high and low < high
     else:
-        assert np.isnan(low)
+        assert np.isnan(low) and np.isnan(high) and np.isnan(middle).all()
+    assert interval_note(x).startswith("no interval") == bool(np.isnan(low))
+    assert np.isnan(middle).all() or middle.low <= iqm(x) <= middle.high
+
+
+numbers_of_all_kinds = st.sampled_from([0.0, 0.5, 1.0, -2.5, 1e-9, 1e300, -1e300, np.nan, np.inf, -np.inf])
+anything = arrays(np.float64, st.tuples(st.just(2), st.integers(1, 9)), elements=numbers_of_all_kinds)
+
+
+@settings(SETTINGS, max_examples=30)
+@given(anything)
+def test_a_statistic_of_a_nan_is_nan_and_no_p_value_is_zero(pair: np.ndarray) -> None:
+    x, y = pair
+    known = bool(np.isfinite(x).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ps = {"sign_flip": sign_flip(x, resamples=100), "mean_test": mean_test(x, resamples=100)}
+        ps["mcnemar"] = mcnemar(x, x > 0)
+        ps["logrank"] = logrank(np.abs(x), x > 0, np.abs(x[:1]), [True])[1]
+        numbers = [*bootstrap_interval(x, resamples=100), *bootstrap_interval(x, iqm, resamples=100), cohen_dz(x)]
+        numbers.append(iqm(x))
+        found = rank_correlation(x, y, resamples=50)
+    for name, p in ps.items():
+        assert 0 < p <= 1 or (np.isnan(p) and (not known or name == "mean_test")), name
+        assert known or np.isnan(p), name
+    assert known or np.isnan(numbers).all()
+    assert 0 < found.p_value <= 1 and found.n <= int((np.isfinite(x) & np.isfinite(y)).sum())
+    for adjust in (holm, q_values):
+        try:
+            adjusted = np.asarray(adjust(x))
+        except DtLensError:
+            assert not ((x >= 0) & (x <= 1)).all()
+        else:
+            assert ((x <= adjusted) & (adjusted <= 1)).all()
+    p = tail_or_share(np.clip(x, 0, None), 0.5, 50)
+    assert (np.isnan(p) == np.isnan(x)).all()
+    assert not (p <= 0).any()
 
 
 @settings(SETTINGS, max_examples=50)

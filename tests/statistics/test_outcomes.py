@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dt_lens.errors import DtLensError
+from dt_lens.statistics.multiplicity import holm, q_values, tail_or_share
 from dt_lens.statistics.outcomes import (
     bootstrap_interval,
     cohen_dz,
+    interval_note,
     iqm,
     kaplan_meier,
     logrank,
     mcnemar,
+    mean_test,
     sign_flip,
     wilson,
 )
+from dt_lens.statistics.rank_correlation import rank_correlation, spearman_brown
 
 # Freireich et al. (1963): weeks in remission under 6-mercaptopurine and placebo, the textbook example of survival data.
 TREATED = [6, 6, 6, 6, 7, 9, 10, 10, 11, 13, 16, 17, 19, 20, 22, 23, 25, 32, 32, 34, 35]
@@ -154,12 +159,126 @@ def test_bootstrap_covers(statistic: object) -> None:
     assert 0.90 <= hits / 400 <= 0.98  # 95 %, less what a bootstrap of 60 falls short, give or take three errors
 
 
+def test_the_interval_of_a_mean_is_the_textbooks_studentised_bootstrap() -> None:
+    """Efron and Tibshirani's recipe in a plain loop; the quantiles are of the t statistics, and change places."""
+    x = np.random.default_rng(5).lognormal(size=40)
+    rng, t = np.random.default_rng(2), []
+    for _ in range(2000):
+        again = rng.choice(x, 40)
+        t.append((again.mean() - x.mean()) / (again.std(ddof=1) / math.sqrt(40)))
+    error = x.std(ddof=1) / math.sqrt(40)
+    expected = (x.mean() - np.quantile(t, 0.975) * error, x.mean() - np.quantile(t, 0.025) * error)
+    found = bootstrap_interval(x, resamples=20_000)
+    assert found == pytest.approx(expected, rel=0.06)
+    assert found.high - x.mean() > 1.5 * (x.mean() - found.low)  # the long tail is on the right
+    low, high = bootstrap_interval(1e6 - 7 * x, resamples=20_000)
+    assert (low, high) == pytest.approx((1e6 - 7 * found.high, 1e6 - 7 * found.low), abs=0.2)
+
+
+RARE = np.array([1.0] * 190 + [0.0] * 10)
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean"),
+    [
+        (lambda rng: rng.permutation(np.where(rng.random(200) < 0.05, 0.0, 1.0)), 0.95),
+        (lambda rng: rng.lognormal(0, 1, 200), math.exp(0.5)),
+        (lambda rng: np.where(rng.random(200) < 0.5, rng.normal(300, 100, 200), rng.normal(3000, 200, 200)), 1650.0),
+    ],
+    ids=["one in twenty fails", "lognormal", "two humps"],
+)
+def test_the_interval_covers_what_agents_do(draw: object, mean: float) -> None:
+    """At least 93 %, less three standard errors of 300 samples; ``benchmarks/interval_coverage.py`` has 2,000."""
+    rng, hits = np.random.default_rng(3), 0
+    for seed in range(300):
+        low, high = bootstrap_interval(draw(rng), resamples=400, seed=seed)  # type: ignore[operator]
+        hits += low <= mean <= high
+    assert hits / 300 >= 0.93 - 3 * math.sqrt(0.93 * 0.07 / 300)
+
+
+def test_where_the_interval_covers_less_a_note_says_so() -> None:
+    assert interval_note(RARE) == ""
+    assert interval_note(RARE[:199]) == "fewer than 200 outcomes"
+    assert interval_note(RARE[:192], "episodes") == "fewer than five rare episodes seen (2) and fewer than 200 episodes"
+    assert interval_note(np.append(np.random.default_rng(0).normal(size=300), [40.0])).startswith(
+        "fewer than five rare"
+    )
+    assert interval_note(np.random.default_rng(0).normal(size=300)) == ""
+    assert interval_note(np.ones(300), "windows") == "no interval: all 300 windows are equal"
+    assert interval_note([2.0]) == "no interval: fewer than two outcomes"
+    assert interval_note([2.0, math.nan]) == "no interval: not all outcomes are finite"
+
+
 def test_bootstrap_of_extreme_samples() -> None:
-    assert bootstrap_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
-    assert all(np.isnan(bootstrap_interval([3.0])))
-    assert all(np.isnan(bootstrap_interval([])))
-    low, high = bootstrap_interval([0.0] * 30 + [1.0], iqm)  # the correction is undefined here
+    for statistic in (np.mean, iqm, np.median):
+        assert all(np.isnan(bootstrap_interval([3.0, 3.0, 3.0], statistic)))  # nothing is known of how much it varies
+        assert all(np.isnan(bootstrap_interval([3.0], statistic)))
+        assert all(np.isnan(bootstrap_interval([], statistic)))
+    assert all(np.isnan(bootstrap_interval([0.0] * 30 + [1.0], iqm)))  # the middle half is equal
+    # Most resamples of one failure among twenty hold too few of them for quantiles of t: the interval is Student's.
+    x = np.array([1.0] * 19 + [0.0])
+    assert bootstrap_interval(x) == pytest.approx(stats.ttest_1samp(x, 0).confidence_interval())
+    low, high = bootstrap_interval(np.append(x, x), np.median)
     assert 0.0 <= low <= high <= 1.0
+
+
+def test_the_mean_test_is_the_intervals() -> None:
+    x = np.random.default_rng(5).lognormal(size=40)
+    low, high = bootstrap_interval(x)
+    for end, inward in ((low, 0.02), (high, -0.02)):
+        assert mean_test(x - end - inward) > 0.05 > mean_test(x - end + inward)
+    few = np.array([1.0] * 19 + [0.0])
+    assert mean_test(few - 0.9) == pytest.approx(stats.ttest_1samp(few, 0.9).pvalue)
+    assert mean_test(np.zeros(5)) == 1.0
+    assert np.isnan(mean_test(np.full(5, 2.0))) and np.isnan(mean_test([2.0]))
+    assert mean_test(x, seed=4) == mean_test(x, seed=4)
+
+
+def test_sign_flips_test_symmetry_and_the_mean_test_the_mean() -> None:
+    """Skewed differences with mean 0: sign flips reject them too often, and a t statistic would not change that."""
+    rng = np.random.default_rng(6)
+    samples = rng.lognormal(0, 1, (300, 50)) - math.exp(0.5)
+    flips = np.mean([sign_flip(d, resamples=400, seed=i) <= 0.05 for i, d in enumerate(samples)])
+    means = np.mean([mean_test(d, resamples=400, seed=i) <= 0.05 for i, d in enumerate(samples)])
+    assert means < flips and means < 0.1 < flips + 0.05
+    d = samples[0][:10]
+    signs = 1 - 2 * ((np.arange(2**10)[:, None] >> np.arange(10)) & 1)
+    t = np.abs(stats.ttest_1samp(signs * d, 0, axis=1).statistic)
+    assert sign_flip(d) == pytest.approx((t >= t[0] - 1e-9).mean())
+
+
+def test_no_statistic_ranks_a_nan() -> None:
+    """49 plain pairs and one NaN gave p = 1e-4."""
+    d = np.random.default_rng(0).normal(size=50)
+    for bad in (math.nan, math.inf, -math.inf):
+        spoilt = np.append(d[:49], bad)
+        numbers = [iqm(spoilt), cohen_dz(spoilt), sign_flip(spoilt), sign_flip(spoilt[-3:]), mean_test(spoilt)]
+        numbers += [
+            *bootstrap_interval(spoilt),
+            *bootstrap_interval(spoilt, iqm),
+            mcnemar(spoilt, d),
+            mcnemar(d, spoilt),
+        ]
+        numbers += [*logrank(np.abs(spoilt), d > 0, np.abs(d), d > 0), *logrank(np.abs(d), spoilt, np.abs(d), d > 0)]
+        numbers += [*wilson(bad, 10), *wilson(1, bad), spearman_brown(math.nan)]  # type: ignore[arg-type]
+        numbers += [float(tail_or_share([math.nan], [0.2], 99)[0])]
+        assert np.isnan(numbers).all(), (bad, numbers)
+        with pytest.raises(DtLensError, match="finite"):
+            kaplan_meier(np.abs(spoilt), d > 0)
+        for adjust in (holm, q_values):
+            with pytest.raises(DtLensError, match="numbers between 0 and 1"):
+                adjust(spoilt)
+        assert rank_correlation(d, spoilt, resamples=50) == rank_correlation(d[:49], d[:49], resamples=50)  # left out
+    with pytest.raises(DtLensError, match="3 successes in 2 tries"):
+        wilson(3, 2)
+
+
+def test_no_p_value_is_zero() -> None:
+    many = np.ones(3000, bool)
+    assert 0 < mcnemar(many, ~many) < 1e-300
+    assert 0 < logrank(np.full(4000, 1.0), many[:1].repeat(4000), np.full(4000, 9.0), many[:1].repeat(4000))[1] < 1e-300
+    assert 0 < float(tail_or_share([0.0], [0.0], 9)[0]) < 1e-300
+    assert 0 < mean_test([1.0] * 10 + [1.0 + 1e-12]) < 1e-20
 
 
 def test_sign_flip_is_calibrated() -> None:

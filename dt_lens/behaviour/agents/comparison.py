@@ -9,9 +9,20 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.behaviour.agents.episodes import Episodes
-from dt_lens.behaviour.printing import html_table, p_text, span, text_table
+from dt_lens.behaviour.printing import difference_tests, html_table, p_text, span, text_table
 from dt_lens.errors import DtLensError, a_type
-from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, logrank, mcnemar, sign_flip, wilson
+from dt_lens.statistics.outcomes import (
+    Interval,
+    bootstrap_interval,
+    cohen_dz,
+    interval_note,
+    iqm,
+    logrank,
+    mcnemar,
+    mean_test,
+    sign_flip,
+    wilson,
+)
 
 __all__ = ["Comparison"]
 
@@ -21,10 +32,13 @@ class Comparison:
     """A paired comparison of returns, failures and survival; every difference is ``edited`` minus ``baseline``.
 
     Attributes:
-        difference: mean paired difference of returns, in the environment's units, and its bootstrap interval.
-        iqm_difference: interquartile mean of the paired differences, and its bootstrap interval.
+        difference: mean paired difference of returns, in the environment's units, and its interval (studentised
+            bootstrap; ``nan`` where all differences are equal).
+        interval_note: where that interval covers less than it says, and why; see ``statistics.interval_note``.
+        iqm_difference: interquartile mean of the paired differences, and its interval.
         effect_size: Cohen's d_z, the mean paired difference over the differences' standard deviation.
-        p_value: two-sided sign-flip permutation test of the paired differences.
+        p_value: two-sided sign-flip permutation test that the paired differences are symmetric about 0.
+        mean_p_value: two-sided studentised bootstrap test that their mean is 0; the differences may be skewed.
         failure_*: share of failed episodes, with Wilson intervals; McNemar's exact test of the pairs.
         survival_*: log-rank test of the two survival curves; positive where ``edited`` ends earlier. It does not
             use the pairing, which makes it cautious.
@@ -35,12 +49,14 @@ class Comparison:
     confidence: float
     difference: float
     difference_interval: Interval
+    interval_note: str
     iqm_edited: float
     iqm_baseline: float
     iqm_difference: float
     iqm_difference_interval: Interval
     effect_size: float
     p_value: float
+    mean_p_value: float
     failure_edited: float
     failure_edited_interval: Interval
     failure_baseline: float
@@ -62,12 +78,14 @@ class Comparison:
             confidence=confidence,
             difference=float(d.mean()),
             difference_interval=bootstrap_interval(d, confidence=confidence, seed=seed),
+            interval_note=interval_note(d, "differences"),
             iqm_edited=float(iqm(edited.returns)),
             iqm_baseline=float(iqm(baseline.returns)),
             iqm_difference=float(iqm(d)),
             iqm_difference_interval=bootstrap_interval(d, iqm, confidence=confidence, seed=seed),
             effect_size=cohen_dz(d),
             p_value=sign_flip(d, seed=seed),
+            mean_p_value=mean_test(d, seed=seed),
             failure_edited=failures[0] / n,
             failure_edited_interval=wilson(failures[0], n, confidence),
             failure_baseline=failures[1] / n,
@@ -126,18 +144,17 @@ class Comparison:
             )
         ]
         lengths = f"{a.lengths.mean():.1f} against {b.lengths.mean():.1f} steps"
-        return [
+        rows = [
             ("mean return", f"{a.mean:.1f} against {b.mean:.1f}"),
-            (
-                "paired difference",
-                f"{self.difference:+.1f}  {level} {span(self.difference_interval)}  p = {p_text(self.p_value)}",
-            ),
+            ("paired difference", f"{self.difference:+.1f}  {level} {span(self.difference_interval)}"),
+            *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.returns != b.returns))),
             ("interquartile mean", f"{self.iqm_edited:.1f} against {self.iqm_baseline:.1f}"),
             ("  of the differences", f"{self.iqm_difference:+.1f}  {level} {span(self.iqm_difference_interval)}"),
             ("effect size (Cohen's d_z)", f"{self.effect_size:+.2f}"),
             (f"failed ({a.failure_rule})", f"{failed[0]} against {failed[1]}  p = {p_text(self.failure_p_value)}"),
             ("survival (log-rank)", f"mean length {lengths}  p = {p_text(self.survival_p_value)}"),
         ]
+        return rows + ([("intervals", self.interval_note)] if self.interval_note else [])
 
     def _title(self) -> str:
         a = self.edited

@@ -13,7 +13,7 @@ from dt_lens.behaviour.agents.episodes import Episodes
 from dt_lens.behaviour.printing import html_table, span, text_table
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import FileKeywords
-from dt_lens.statistics.outcomes import bootstrap_interval, iqm, wilson
+from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, iqm, wilson
 
 __all__ = ["Evaluation"]
 
@@ -30,7 +30,8 @@ class Evaluation(Episodes):
     def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
         """The numbers of the evaluation, as plain values.
 
-        ``mean``, ``mean_interval``, ``iqm``, ``iqm_interval`` (bootstrap), ``std`` (of returns, n - 1), ``min``,
+        ``mean``, ``mean_interval``, ``iqm``, ``iqm_interval`` (studentised bootstrap, ``nan`` where the outcomes are
+        equal), ``interval_note`` (where the mean's covers less than it says), ``std`` (of returns, n - 1), ``min``,
         ``max``, ``mean_length``, ``failures``, ``failure_rate``, ``failure_interval`` (Wilson), ``failure_rule``, and,
         where D4RL defines a score, ``score`` (its mean) and ``score_interval``.
 
@@ -49,6 +50,7 @@ class Evaluation(Episodes):
             "mean_interval": tuple(interval),
             "iqm": float(iqm(self.returns)),
             "iqm_interval": tuple(bootstrap_interval(self.returns, iqm, confidence=confidence, seed=seed)),
+            "interval_note": interval_note(self.returns, "episodes"),
             "std": float(self.returns.std(ddof=1)) if n > 1 else float("nan"),
             "min": float(self.returns.min()),
             "max": float(self.returns.max()),
@@ -124,6 +126,8 @@ class Evaluation(Episodes):
         ]
         if "score" in s:
             rows.append(("D4RL-normalised score", f"{s['score']:.1f}  {span(s['score_interval'])}"))
+        if s["interval_note"]:
+            rows.append(("intervals", s["interval_note"]))
         return rows
 
     def _title(self) -> str:

@@ -7,6 +7,7 @@ lane it runs in, the episodes beside it and those before it must not change a si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -63,18 +64,37 @@ class _Lane:
         self.task, self.env = task, task.make()
         self.seed = self.length = 0
         self.total = 0.0
+        self.state = np.zeros(task.state_dim)
 
     def begin(self, seed: int) -> NDArray[np.float64]:
         self.seed, self.length, self.total = seed, 0, 0.0
         observation, _ = self.env.reset(seed=seed)
-        return self.task.state(observation)
+        return self._state(observation)
 
     def step(self, action: Any) -> tuple[NDArray[np.float64], bool, bool]:
         observation, reward, terminated, truncated, _ = self.env.step(action)
         self.length += 1
-        self.total += float(reward)
+        try:
+            self.total += float(reward)
+        except (TypeError, ValueError):
+            self.total = math.nan
+        # Also on the last step, which no action follows: a return of NaN would be ranked among the others.
+        if not math.isfinite(self.total):
+            raise self.not_finite(f"a reward that is not a finite number, or too large for the return ({reward!r})")
         truncated = bool(truncated) or self.length >= self.task.time_limit
-        return self.task.state(observation), bool(terminated), truncated
+        return self._state(observation), bool(terminated), truncated
+
+    def _state(self, observation: Any) -> NDArray[np.float64]:
+        self.state = self.task.state(observation)
+        if not np.isfinite(self.state).all():
+            raise self.not_finite(f"an observation that is not finite ({_few(self.state)})")
+        return self.state
+
+    def not_finite(self, what: str) -> DtLensError:
+        return DtLensError(
+            f"The environment {self.task.environment} gave {what} at step {self.length} of the episode with seed "
+            f"{self.seed}; the episode has no return, so mend the environment or leave out that seed."
+        )
 
     def outcome(self, terminated: bool, truncated: bool) -> Outcome:
         return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated)
@@ -92,7 +112,8 @@ class _Inputs:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c = self.conditions
-        states = ((self.states - c.state_mean) / c.state_std).astype(np.float32)
+        with np.errstate(over="ignore"):  # see _check_finite
+            states = ((self.states - c.state_mean) / c.state_std).astype(np.float32)
         returns_to_go = ((c.target_return - self.earned) / c.return_scale).astype(np.float32)
         timesteps = np.minimum(self.timesteps, c.last_timestep)
         return (
@@ -132,7 +153,8 @@ def run_episodes(
         the outcomes, in the order in which the episodes ended.
 
     Raises:
-        DtLensError: for an action that is not finite.
+        DtLensError: for a reward or an observation that is not finite, which names the environment, and for an action
+            that is not finite.
     """
     inputs = _Inputs(policy.width, task, conditions)
     lanes: dict[int, _Lane] = {}  # by row
@@ -151,8 +173,9 @@ def run_episodes(
             lanes[row] = _Lane(task)
             begin(row, seed)
         while lanes:
-            predictions = policy.act(*inputs.tensors()).float().cpu().numpy()
-            _check_finite(predictions, lanes)
+            seen = inputs.tensors()
+            predictions = policy.act(*seen).float().cpu().numpy()
+            _check_finite(predictions, seen[0], lanes)
             actions, inputs.actions = task.actions(predictions)
             for row, lane in list(lanes.items()):
                 state, terminated, truncated = lane.step(actions[row])
@@ -177,15 +200,23 @@ def run_episodes(
     return outcomes
 
 
-def _check_finite(predictions: NDArray[np.float32], lanes: Mapping[int, _Lane]) -> None:
+def _check_finite(predictions: NDArray[np.float32], states: Tensor, lanes: Mapping[int, _Lane]) -> None:
     if np.isfinite(predictions).all():
         return
     for row, lane in lanes.items():
+        if not torch.isfinite(states[row]).all():  # a finite observation, divided by a small standard deviation
+            raise lane.not_finite(f"an observation that is too large when normalised ({_few(lane.state)})")
         if not np.isfinite(predictions[row]).all():
             raise DtLensError(
                 f"The model predicted an action that is not finite ({predictions[row].tolist()}) at step {lane.length} "
-                f"of the episode with seed {lane.seed}; look for NaN or infinity in its weights or in the states."
+                f"of the episode with seed {lane.seed}; look for NaN, infinity or very large numbers in its weights."
             )
+
+
+def _few(values: NDArray[np.float64]) -> str:
+    """The first of the numbers of a state, as text."""
+    shown = ", ".join(f"{value:g}" for value in values[:8])
+    return f"[{shown}{', ...' if len(values) > 8 else ''}]"
 
 
 def _narrow(policy: Policy, inputs: _Inputs, lanes: dict[int, _Lane], width: int) -> dict[int, _Lane]:

@@ -25,7 +25,7 @@ from dt_lens.behaviour.sweep.store import FILE, KEPT, explain_errors
 from dt_lens.decision_transformer.facts import from_file
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.multiplicity import q_values
-from dt_lens.statistics.outcomes import bootstrap_interval, logrank, sign_flip, wilson
+from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, logrank, sign_flip, wilson
 
 if TYPE_CHECKING:
     from dt_lens.lens.activations import Activations
@@ -156,11 +156,12 @@ class SweepResults:
         ``kind`` (edit or control), ``of`` (a control's edit), ``matrix``, ``layer``, ``head``, ``side``, ``sv``,
         ``value``, ``directions``, ``control`` (a control's seed), ``match`` (what it shares with its edit), ``energy``
         and ``output_energy`` (if activations are known) describe the arm. Then ``episodes``,
-        ``mean_return``; ``difference`` (mean paired difference of the return from the unedited agent), its bootstrap
-        interval and ``p_value`` (sign flips), as ``Comparison`` gives them; ``q_value`` (Benjamini-Hochberg over the
-        edits; none for controls); ``failure_rate`` with its Wilson interval; ``mean_length``; ``survival`` (Kaplan and
-        Meier's share still running at the end) and ``survival_p_value`` (log-rank); ``note``: what to know about the
-        edit, or why it could not be measured.
+        ``mean_return``; ``difference`` (mean paired difference of the return from the unedited agent), its interval
+        (studentised bootstrap), ``difference_note`` (where that covers less than it says, or why there is none) and
+        ``p_value`` (sign flips, which test symmetry about 0), as ``Comparison`` gives them; ``q_value``
+        (Benjamini-Hochberg over the edits; none for controls); ``failure_rate`` with its Wilson interval;
+        ``mean_length``; ``survival`` (Kaplan and Meier's share still running at the end) and ``survival_p_value``
+        (log-rank); ``note``: what to know about the edit, or why it could not be measured.
 
         Before the sweep is finished, the numbers are computed from the episodes so far, differences from the pairs.
 
@@ -267,6 +268,7 @@ def _numbers(evaluation: Evaluation | None, baseline: Evaluation | None, confide
             "difference",
             "difference_low",
             "difference_high",
+            "difference_note",
             "p_value",
             "failure_rate",
             "failure_low",
@@ -278,6 +280,7 @@ def _numbers(evaluation: Evaluation | None, baseline: Evaluation | None, confide
         NAN,
     )
     row["episodes"] = 0 if evaluation is None else len(evaluation)
+    row["difference_note"] = ""
     if evaluation is None:
         return row
     failures = int(evaluation.failed.sum())
@@ -293,6 +296,7 @@ def _numbers(evaluation: Evaluation | None, baseline: Evaluation | None, confide
         differences = edited.returns - unedited.returns
         row["difference"] = float(differences.mean())
         row["difference_low"], row["difference_high"] = bootstrap_interval(differences, confidence=confidence)
+        row["difference_note"] = interval_note(differences, "differences")
         row["p_value"] = sign_flip(differences)
         lengths = edited.lengths, edited.terminated, unedited.lengths, unedited.terminated
         row["survival_p_value"] = logrank(*lengths)[1]

@@ -9,10 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.behaviour.printing import html_table, p_text, span, text_table
+from dt_lens.behaviour.printing import difference_tests, html_table, span, text_table
 from dt_lens.behaviour.texts.losses import Losses, Moved, moved_html, moved_rows, small_span
 from dt_lens.errors import DtLensError, a_type
-from dt_lens.statistics.outcomes import Interval, bootstrap_interval, cohen_dz, iqm, sign_flip
+from dt_lens.statistics.outcomes import (
+    Interval,
+    bootstrap_interval,
+    cohen_dz,
+    interval_note,
+    iqm,
+    mean_test,
+    sign_flip,
+)
 
 __all__ = ["TextComparison"]
 
@@ -22,11 +30,14 @@ class TextComparison:
     """A paired comparison of losses; every difference is ``edited`` minus ``baseline``, in nats per token.
 
     Attributes:
-        difference: mean paired difference of the windows' losses, and its bootstrap interval.
+        difference: mean paired difference of the windows' losses, and its interval (studentised bootstrap; ``nan``
+            where all differences are equal).
+        interval_note: where that interval covers less than it says, and why; see ``statistics.interval_note``.
         iqm_difference: interquartile mean of the paired differences, and its bootstrap interval.
         perplexity_ratio: ``exp`` of the mean difference: perplexity of ``edited`` over that of ``baseline``.
         effect_size: Cohen's d_z, the mean paired difference over the differences' standard deviation.
-        p_value: two-sided sign-flip permutation test of the paired differences.
+        p_value: two-sided sign-flip permutation test that the paired differences are symmetric about 0.
+        mean_p_value: two-sided studentised bootstrap test that their mean is 0; the differences may be skewed.
         kl: mean KL of ``edited`` from its own model without edits, and its bootstrap interval.
         moved: the tokens whose probability the edits of ``edited`` changed most.
     """
@@ -36,6 +47,7 @@ class TextComparison:
     confidence: float
     difference: float
     difference_interval: Interval
+    interval_note: str
     iqm_edited: float
     iqm_baseline: float
     iqm_difference: float
@@ -44,6 +56,7 @@ class TextComparison:
     perplexity_ratio_interval: Interval
     effect_size: float
     p_value: float
+    mean_p_value: float
     kl: float
     kl_interval: Interval
 
@@ -68,6 +81,7 @@ class TextComparison:
             confidence=confidence,
             difference=float(d.mean()),
             difference_interval=interval,
+            interval_note=interval_note(d, "differences"),
             iqm_edited=float(iqm(edited.loss)),
             iqm_baseline=float(iqm(baseline.loss)),
             iqm_difference=float(iqm(d)),
@@ -76,6 +90,7 @@ class TextComparison:
             perplexity_ratio_interval=Interval(*(float(bound) for bound in np.exp(interval))),
             effect_size=cohen_dz(d),
             p_value=sign_flip(d, seed=seed),
+            mean_p_value=mean_test(d, seed=seed),
             kl=float(edited.kl.mean()),
             kl_interval=bootstrap_interval(edited.kl, **options),
         )
@@ -130,10 +145,8 @@ class TextComparison:
         interval, ratios = (span(i, digits=4) for i in (self.difference_interval, self.perplexity_ratio_interval))
         rows = [
             ("mean loss", f"{a.mean:.4f} against {b.mean:.4f} nats per token"),
-            (
-                "paired difference",
-                f"{self.difference:+.4f}  {level} {interval}  p = {p_text(self.p_value)}",
-            ),
+            ("paired difference", f"{self.difference:+.4f}  {level} {interval}"),
+            *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.loss != b.loss))),
             ("interquartile mean", f"{self.iqm_edited:.4f} against {self.iqm_baseline:.4f}"),
             (
                 "  of the differences",
@@ -148,6 +161,8 @@ class TextComparison:
         if a.edits:
             kl = f"{self.kl:.3g} nats per token  {level} {small_span(self.kl_interval)}"
             rows.append(("KL from the unedited", kl))
+        if self.interval_note:
+            rows.append(("intervals", self.interval_note))
         return rows + moved_rows(self.moved)
 
     def _title(self) -> str:

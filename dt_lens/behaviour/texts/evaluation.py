@@ -12,7 +12,7 @@ from dt_lens.behaviour.printing import html_table, span, text_table
 from dt_lens.behaviour.texts.comparison import TextComparison
 from dt_lens.behaviour.texts.losses import Losses, Moved, moved_html, moved_rows, small_span
 from dt_lens.errors import DtLensError
-from dt_lens.statistics.outcomes import bootstrap_interval, iqm
+from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, iqm
 
 __all__ = ["TextEvaluation"]
 
@@ -30,8 +30,9 @@ class TextEvaluation(Losses):
     def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
         """The numbers of the evaluation, as plain values.
 
-        ``loss``, ``loss_interval``, ``iqm``, ``iqm_interval`` (bootstrap over windows), ``std`` (n - 1),
-        ``perplexity``, ``bits_per_byte``, ``kl`` and ``kl_interval``.
+        ``loss``, ``loss_interval``, ``iqm``, ``iqm_interval`` (studentised bootstrap over windows), ``interval_note``
+        (where the mean's covers less than it says), ``std`` (n - 1), ``perplexity``,
+        ``bits_per_byte``, ``kl`` and ``kl_interval``.
 
         Args:
             confidence: of the intervals.
@@ -47,6 +48,7 @@ class TextEvaluation(Losses):
             "loss_interval": tuple(bootstrap_interval(self.loss, **options)),
             "iqm": float(iqm(self.loss)),
             "iqm_interval": tuple(bootstrap_interval(self.loss, iqm, **options)),
+            "interval_note": interval_note(self.loss, "windows"),
             "std": float(self.loss.std(ddof=1)) if len(self) > 1 else float("nan"),
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
@@ -119,6 +121,8 @@ class TextEvaluation(Losses):
         if self.edits:
             rows.append(("KL from the unedited", f"{s['kl']:.3g} nats per token  {small_span(s['kl_interval'])}"))
             rows += moved_rows(self.moved)
+        if s["interval_note"]:
+            rows.append(("intervals", s["interval_note"]))
         return rows
 
     def _title(self) -> str:

@@ -95,9 +95,11 @@ class Losses:
 def small_span(interval: tuple[float, float]) -> str:
     """An interval as text, to three significant digits.
 
-    >>> small_span((0.00012345, 0.25))
-    '[0.000123, 0.25]'
+    >>> small_span((0.00012345, 0.25)), small_span((math.nan, math.nan))
+    ('[0.000123, 0.25]', '(no interval)')
     """
+    if math.isnan(interval[0]) or math.isnan(interval[1]):
+        return "(no interval)"
     return f"[{interval[0]:.3g}, {interval[1]:.3g}]"
 
 

@@ -33,7 +33,18 @@ if TYPE_CHECKING:
     from dt_lens.progress import ProgressCallback
 
 ROWS = 20  # printed
-HIDDEN = ("of", "layer", "head", "directions", "match", "failure_low", "failure_high", "survival", "note")
+HIDDEN = (
+    "of",
+    "layer",
+    "head",
+    "directions",
+    "match",
+    "failure_low",
+    "failure_high",
+    "survival",
+    "difference_note",
+    "note",
+)
 LINE_SECONDS = 10.0  # between lines of a log
 
 
@@ -153,6 +164,9 @@ def sweep(
     largest = found["difference"].abs().sort_values(ascending=False, kind="stable").index[:ROWS]
     title = "Edits and controls" if len(found) <= ROWS else f"The {ROWS} largest differences of {len(found)} arms"
     print_table(shown if len(found) <= ROWS else shown.loc[largest], title)
+    notes = found.loc[found["difference_note"] != "", "difference_note"]
+    for note, arms in notes.value_counts().items():
+        print(f"Intervals of {arms} of {len(found)} arms: {note}.")
     status, failures = planned.results.status(), planned.results.failures()
     if status["void"]:
         print(f"{status['void']} units belong to edits that cannot be applied; the table's notes say why.")

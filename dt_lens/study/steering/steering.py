@@ -5,6 +5,7 @@ The direction is chosen on one set of seeds and reported on another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,9 +304,11 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> t
     reach, rise = (Interval(*found[f"{name}_interval"]) for name in ("reach", "rise"))
     verdict: Verdict = "undecided"
     which = ""
+    # Failures that rise by the same in every episode, mostly by nothing, have no interval: the rise itself counts.
+    rise_high = found["rise"] if math.isnan(rise.high) else rise.high
     if reach.high < REACH:
         verdict = "none found"
-    elif reach.low > 0 and rise.high > RISE:
+    elif reach.low > 0 and rise_high > RISE:
         verdict = "moves the return by failing"
     elif reach.low > 0:
         own = tuple(found[f"{side}_p_value"] <= ALPHA for side in ("read", "put"))
@@ -313,9 +316,13 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> t
         which = EXCHANGED.get(own, "")
     sentence = (
         f"The best candidate was {direction.name} ({direction.why}). On fresh seeds its doses move the return by "
-        f"{found['reach']:+.0%} [{reach.low:+.0%}, {reach.high:+.0%}] of the curve's range of {extent:,.0f}, and "
-        f"failures rise by {found['rise']:+.0%} [{rise.low:+.0%}, {rise.high:+.0%}]; of {found['random_directions']} "
+        f"{found['reach']:+.0%} {_signed_span(reach)} of the curve's range of {extent:,.0f}, and "
+        f"failures rise by {found['rise']:+.0%} {_signed_span(rise)}; of {found['random_directions']} "
         f"random directions of the same output energy, {found['read_as_far']} move it as far without failing in place "
         f"of what it reads, and {found['put_as_far']} in place of what it {DOES[found['put_side']]}: {verdict}{which}."
     )
     return verdict, sentence
+
+
+def _signed_span(interval: Interval) -> str:
+    return "(no interval)" if math.isnan(interval.low) else f"[{interval.low:+.0%}, {interval.high:+.0%}]"

@@ -224,6 +224,62 @@ def test_an_episode_is_terminated_or_truncated_and_never_both(
     assert {tuple(o)[1:] for o in outcomes} == {(float(length), length, terminated, not terminated)}
 
 
+class _Spoils(_Ends):
+    """Ends at step 3, and gives ``value`` as reward or observation at step ``when``."""
+
+    def __init__(self, what: str, value: Any, when: int) -> None:
+        super().__init__(3, True, False)
+        self.what, self.value, self.when = what, value, when
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        observation, info = super().reset()
+        return (np.full(4, self.value) if (self.what, self.when) == ("observation", 0) else observation), info
+
+    def step(self, action: Any) -> Any:
+        observation, reward, *rest = super().step(action)
+        if self.steps == self.when:
+            observation = np.full(4, self.value) if self.what == "observation" else observation
+            reward = self.value if self.what == "reward" else reward
+        return observation, reward, *rest
+
+
+@pytest.mark.parametrize("when", [0, 2, 3])  # at the start (no reward yet), in the middle, on the last step
+@pytest.mark.parametrize(
+    ("what", "value", "words"),
+    [
+        ("reward", np.nan, "a reward that is not a finite number, or too large for the return (nan)"),
+        ("reward", -np.inf, "a reward that is not a finite number, or too large for the return (-inf)"),
+        ("reward", None, "a reward that is not a finite number, or too large for the return (None)"),
+        ("observation", np.nan, "an observation that is not finite ([nan, nan, nan, nan])"),
+        ("observation", 1e39, "an observation that is too large when normalised ([1e+39, 1e+39, 1e+39, 1e+39])"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_the_environments_fault(what: str, value: Any, words: str, when: int) -> None:
+    from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+
+    gym.register("dt-lens-test/Spoils-v0", entry_point=_Spoils)
+
+    class Reads(_CartPusher):
+        def act(self, states: Tensor, *rest: Tensor) -> Tensor:
+            return super().act(states, *rest) + 0 * states.sum(1, keepdim=True)
+
+    try:
+        cfg = HookedDecisionTransformerConfig(4, 2, discrete_actions=True)
+        task = make_task("dt-lens-test/Spoils-v0", {"what": what, "value": value, "when": when}, cfg, 9)
+        if (what, when) == ("reward", 0) or (value, when) == (1e39, 3):  # no action follows the last observation
+            assert len(run_episodes(Reads(8), task, FREE, iter([7]))) == 1
+            return
+        with pytest.raises(DtLensError) as caught:
+            run_episodes(Reads(8), task, FREE, iter([7]))
+    finally:
+        del gym.registry["dt-lens-test/Spoils-v0"]
+    sentence = str(caught.value)
+    assert sentence.startswith(
+        f"The environment dt-lens-test/Spoils-v0 gave {words} at step {when} of the episode with"
+    )
+    assert "weights" not in sentence
+
+
 def test_an_action_that_is_not_finite_is_refused() -> None:
     class Broken(_CartPusher):
         def act(self, *inputs: Tensor) -> Tensor:
