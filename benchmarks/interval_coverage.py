@@ -99,7 +99,7 @@ class Resampled:
         """The p-values of ``mean_test(x - value)``, ``[sample]``."""
         with np.errstate(all="ignore"):
             t = (self.mean - value) / self.error
-        t = np.nan_to_num(t)  # of samples that do not vary
+        t = np.nan_to_num(t, posinf=0, neginf=0)  # of samples that do not vary
         slack = 1e-9 * (1 + np.abs(t))
         low, high = (self.t <= (t + slack)[:, None]).sum(1), (self.t >= (t - slack)[:, None]).sum(1)
         tail = np.minimum(low, high)
