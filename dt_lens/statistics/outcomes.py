@@ -347,7 +347,7 @@ def logrank(
 
 def _near_one(values: Float) -> Float:
     """``values`` over a power of two, which changes no digit, so that sums and squares cannot overflow."""
-    return np.ldexp(values, -np.frexp(np.abs(values).max())[1])
+    return np.asarray(np.ldexp(values, -np.frexp(np.abs(values).max())[1]))
 
 
 def _finite(values: ArrayLike) -> bool:
