@@ -21,6 +21,7 @@ from torch import Tensor
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.state_dicts import (
     Layout,
+    Options,
     StateDictAdapter,
     Tensors,
     Trace,
@@ -42,9 +43,9 @@ class _Layout(Layout):
     kind = "a CORL decision transformer"
     unused = r"blocks\.\d+\.causal_mask"
 
-    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Tensors, given: Options) -> None:
         d, state_dim = tensors.size("state_emb.weight")
-        most = given.get("max_action", 1.0)
+        most = given.assume("max_action", 1.0)
         if not isinstance(most, (int, float)) or most != 1.0:
             raise DtLensError(
                 f"This CORL model multiplies its actions by max_action={given['max_action']!r}; dt-lens has actions in "
@@ -52,7 +53,7 @@ class _Layout(Layout):
             )
         # The script multiplies returns by its reward_scale, 0.001 wherever nobody chose another.
         context = steps_of_mask(tensors.tensors, "blocks.0.causal_mask")
-        self.facts = run_facts({"return_scale": 1000.0, **context}, given)
+        self.facts = run_facts({"return_scale": given.assume("return_scale", 1000.0), **context}, given)
         self.cfg = HookedDecisionTransformerConfig(
             state_dim=state_dim,
             act_dim=tensors.size("action_head.0.weight")[0],

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import activation
-from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, run_facts
+from dt_lens.decision_transformer.state_dicts import (
+    UNSCALED,
+    Layout,
+    Options,
+    StateDictAdapter,
+    Tensors,
+    Trace,
+    run_facts,
+)
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.checkpoints import Checkpoint, read_json
 from dt_lens_adapters.d3rlpy_settings import ACTIVATIONS, said_by_settings, settings_in
@@ -33,6 +41,8 @@ TABLE = "_position_encoding._embed.weight"
 GLOBAL = "_position_encoding._global_position_embedding.weight"
 WINDOW = "_position_encoding._block_position_embedding._parameter"
 EPS = 0.003
+# What holds of a model whose configuration does not say otherwise.
+USUAL: dict[str, Any] = {**UNSCALED, "embed_act": "tanh", "strides": (4, 2, 1)}
 NATURE = ((8, 4, 3), (4, 2, 1))  # kernels and strides of d3rlpy's reader of images, unless somebody chose others
 # Torch's names of activations, lower case, and d3rlpy's own class.
 MODULES = {"relu": "relu", "gelu": "gelu", "tanh": "tanh", "swish": "silu", "silu": "silu", "identity": "none"}
@@ -42,7 +52,7 @@ class _Layout(Layout):
     kind = "a d3rlpy decision transformer"
     unused = r"_gpt2\._transformer\.\d+\._attention\._mask"
 
-    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Tensors, given: Options) -> None:
         act_dim, d = tensors.size("_output.weight")
         # Any of them, so that a missing one is reported as missing.
         self.discrete = not any(key in tensors for key in ("_action_embed.bias", "_output.bias", "_embed_ln.weight"))
@@ -65,7 +75,7 @@ class _Layout(Layout):
                 f"The configuration's max_timestep is {longest!r}; the checkpoint's timestep table has {rows} rows, "
                 f"which allow 1 to {rows - 1}."
             )
-        self.embed_act = _act(given.get("embed_act", "tanh"), "embed_act") if self.discrete else "none"
+        self.embed_act = _act(given.assume("embed_act", "tanh"), "embed_act") if self.discrete else "none"
         self._read_encoder(tensors, given, d)
         self.cfg = HookedDecisionTransformerConfig(
             state_dim=self.state_dim,
@@ -88,9 +98,9 @@ class _Layout(Layout):
             predicts=("action",),
         )
 
-    def _read_encoder(self, tensors: Tensors, given: Mapping[str, Any], d: int) -> None:
+    def _read_encoder(self, tensors: Tensors, given: Options, d: int) -> None:
         """The layers of the state encoder: their keys, their sizes, and the activations behind them."""
-        act = _act(given.get("encoder_act", "relu"), "encoder_act")
+        act = _act(given.assume("encoder_act", "relu"), "encoder_act")
         last = _act(given.get("encoder_last_act", act), "encoder_last_act")
         self.last_acts = tuple(name for name in (last, self.embed_act) if name != "none")
         self.inner_acts = () if act == "none" else (act,)
@@ -107,7 +117,7 @@ class _Layout(Layout):
         shapes = [tensors.size(f"{key}.weight", 4) for key in self.convs]
         self.channels = [shapes[0][1], *(shape[0] for shape in shapes)]
         self.kernels = tuple(shape[-1] for shape in shapes)
-        strides = given.get("strides", NATURE[1] if self.kernels == NATURE[0] else ())
+        strides = given.assume("strides", NATURE[1]) if self.kernels == NATURE[0] else given.get("strides", ())
         self.strides = tuple(strides) if isinstance(strides, (list, tuple)) else ()
         fit = all(isinstance(stride, int) and stride > 0 for stride in self.strides)
         if not fit or len(self.strides) != len(self.kernels):
@@ -117,7 +127,7 @@ class _Layout(Layout):
             )
         left = math.isqrt(tensors.size(f"{self.linears[0]}.weight")[1] // self.channels[-1])
         least = image_side(left, self.kernels, self.strides)
-        self.side = given.get("image_side", least)
+        self.side = given.assume("image_side", least)
         if not isinstance(self.side, int) or not least <= self.side < image_side(left + 1, self.kernels, self.strides):
             raise DtLensError(
                 f"image_side is {self.side!r}; this checkpoint's layers fit images of {least} pixels or a few more."
@@ -257,7 +267,13 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
         settings = checkpoint.config or (read_json(beside) if beside and beside.is_file() else {})
         # Other programs write a params.json too.
         ours = {"observation_shape", "config"} <= set(settings)
-        return said_by_settings(settings, given.get("ignore_options", ())) if ours else {}
+        if not ours:
+            return {}
+        ignored = given.get("ignore_options", ())
+        usual = {
+            name: value for name, value in USUAL.items() if name != "return_scale" or "reward_scaler" not in ignored
+        }
+        return usual | said_by_settings(settings, ignored)
 
     def said_by_model(self, model: Any) -> dict[str, Any]:
         block = model._gpt2._transformer[0]
@@ -305,7 +321,7 @@ def _of_encoder(encoder: Any) -> dict[str, Any]:
     layers = [m for stack in stacks for m in stack if not isinstance(m, (nn.Dropout, nn.Dropout2d))]
     acts = _acts_behind(layers)
     said: dict[str, Any] = {"encoder_last_act": acts[-1]} if acts else {}
-    if len(set(acts[:-1])) == 1:
+    if acts and len(set(acts[:-1])) <= 1:  # of a single layer there is only the last
         said["encoder_act"] = acts[0]
     return said | ({"strides": [conv.stride[0] for conv in convs]} if convs else {})
 

@@ -23,6 +23,7 @@ from dt_lens.decision_transformer.hf_layout import (
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.language_model.original import IGNORED_FIELDS
+from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.protocol import Reference
 from dt_lens.lens.weights import require_computable
@@ -67,6 +68,7 @@ class HFDecisionTransformer:
         config = checkpoint.config or _ours(checkpoint.config_beside())
         refuse_unknown(given, OPTIONS if config else OPTIONS | SHAPE_OPTIONS)
         checkpoint.require_finite(used(tensors))
+        options = Options(given)
         # What lies beside a file without its configuration may belong to another one.
         kept = RunFacts.load(checkpoint.folder) if config and checkpoint.folder else None
         if not config:
@@ -75,22 +77,23 @@ class HFDecisionTransformer:
                     f"{checkpoint.path} has no config.json beside it, which gives the number of heads and the options; "
                     "give the folder that holds both, or pass n_heads=."
                 )
-            config = config_from_shapes(tensors, given, "Hugging Face's decision transformer")
-            given = {name: value for name, value in given.items() if name in OPTIONS}
+            config = config_from_shapes(tensors, options, "Hugging Face's decision transformer")
         model = original(tensors, config, given.get("ignore_options", ()))
-        return self._lens(model, heads_in(tensors), kept, given)
+        return self._lens(model, heads_in(tensors), kept, options)
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, OPTIONS)
-        return self._lens(model, HEADS, _facts_beside(model), given)
+        return self._lens(model, HEADS, _facts_beside(model), Options(given))
 
     def _lens(
-        self, model: nn.Module, predicts: tuple[str, ...], kept: RunFacts | None, given: Mapping[str, Any]
+        self, model: nn.Module, predicts: tuple[str, ...], kept: RunFacts | None, given: Options
     ) -> HookedDecisionTransformer:
         facts = given_facts(kept, given)
         cfg = config_from_hf(_config(model), facts.context, given.get("discrete_actions"), predicts)
         facts.require_fit(cfg.state_dim, cfg.act_dim)
-        return lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
+        hooked = lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
+        hooked.assumed = given.assumed
+        return hooked
 
 
 def lens_on(
@@ -192,7 +195,7 @@ def _refuse_foreign_options(config: Mapping[str, Any], ignored: Collection[str])
             )
 
 
-def config_from_shapes(tensors: Mapping[str, Tensor], given: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def config_from_shapes(tensors: Mapping[str, Tensor], given: Options, kind: str) -> dict[str, Any]:
     """What Hugging Face's configuration would say, from shapes and from what was given (``SHAPE_OPTIONS``).
 
     Args:
@@ -207,7 +210,7 @@ def config_from_shapes(tensors: Mapping[str, Tensor], given: Mapping[str, Any], 
         return tensors[key].shape
 
     layers = {int(m[1]) for key in tensors if (m := re.match(r"encoder\.h\.([0-9]{1,6})\.", key))}
-    act_fn = given.get("act_fn", "relu")  # the authors' default; the file does not say
+    act_fn = given.assume("act_fn", "relu")  # the authors' default; the file does not say
     if not isinstance(act_fn, str) or act_fn not in NAMES:
         raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn), NAMES))
     rows = shape("embed_timestep.weight")[0]
@@ -227,7 +230,7 @@ def config_from_shapes(tensors: Mapping[str, Tensor], given: Mapping[str, Any], 
         "n_inner": shape("encoder.h.0.mlp.c_fc.weight")[1],
         "n_positions": shape("encoder.wpe.weight")[0] if "encoder.wpe.weight" in tensors else 1,
         "activation_function": NAMES[act_fn],
-        "action_tanh": given.get("action_tanh", True),
+        "action_tanh": given.assume("action_tanh", True),
     }
 
 

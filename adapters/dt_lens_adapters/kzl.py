@@ -23,6 +23,7 @@ from dt_lens.decision_transformer.facts import FACTS, RunFacts, given_facts
 from dt_lens.decision_transformer.hf_layout import ACTIVATIONS, config_from_hf, heads_in
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because
+from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.weights import require_computable
 from dt_lens_adapters.hf_decision_transformer import (
@@ -58,20 +59,25 @@ class KZLDecisionTransformer:
         with _in_kzls_words():
             # Before a row of positions is made in their type.
             require_computable({key: tensor for key, tensor in tensors.items() if not MASK.fullmatch(key)})
-            config = _config(tensors, given)
-            cfg, facts = _shape(tensors, config, given)
+            options = Options(given)
+            config = _config(tensors, options)
+            cfg, facts = _shape(tensors, config, options)
             tensors.setdefault(POSITION, _no_position(tensors))
             model = original(tensors, config)
-        return lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
+        hooked = lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
+        hooked.assumed = options.assumed
+        return hooked
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
         refuse_unknown(given, OPTIONS)
         live = _Live(model)
         tensors = live.tensors()
-        given = {**_read_live(model), **given}
-        config = _config(tensors, given)
-        cfg, facts = _shape(tensors, config, given)
-        return lens_on(model, lambda: used(live.tensors()), cfg, facts, _KZLReference(live, config, cfg))
+        options = Options({**_read_live(model), **given})
+        config = _config(tensors, options)
+        cfg, facts = _shape(tensors, config, options)
+        hooked = lens_on(model, lambda: used(live.tensors()), cfg, facts, _KZLReference(live, config, cfg))
+        hooked.assumed = options.assumed
+        return hooked
 
 
 class _Live:
@@ -138,10 +144,12 @@ def _no_position(renamed: Mapping[str, Tensor]) -> Tensor:
     return renamed[STATE].new_zeros(1, renamed[STATE].shape[0])
 
 
-def _facts(renamed: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(renamed: Mapping[str, Tensor], given: Options) -> dict[str, Any]:
     """The run facts that were given, and kzl's own values of the others."""
     facts = {name: value for name, value in given.items() if name in FACTS}
-    facts.setdefault("return_scale", 1000.0)  # what kzl's experiment.py uses in every gym environment
+    facts["return_scale"] = given.assume(
+        "return_scale", 1000.0
+    )  # what kzl's experiment.py uses in every gym environment
     widths = [tensor.shape[-1] for key, tensor in renamed.items() if MASK.fullmatch(key) and tensor.ndim]
     # A causal mask has three tokens a step of the context, where somebody chose it; 1024 is GPT-2's default.
     if widths and widths[0] % 3 == 0:
@@ -152,14 +160,14 @@ def _facts(renamed: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str,
 
 
 def _shape(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], given: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], given: Options
 ) -> tuple[HookedDecisionTransformerConfig, RunFacts]:
     """The configuration, with the way in which positions are added, and the facts of the run."""
-    facts = given_facts(None, _facts(tensors, given))
+    facts = given_facts(None, given.over(_facts(tensors, given)))
     cfg = config_from_hf(config, facts.context, given.get("discrete_actions"), heads_in(tensors))
     # A model that adds row 0 to every token, as Hugging Face's decision transformer does, needs no other row.
     rows = tensors[POSITION].shape[0] if POSITION in tensors else 1
-    position = given.get("position", "learned" if rows > 1 else "constant")
+    position = given.assume("position", "learned") if rows > 1 else given.get("position", "constant")
     if position not in ("learned", "constant") or (position == "learned" and rows < 2):
         raise DtLensError(
             f"position is {position!r}; for this checkpoint, whose position table has {rows} rows, it can be "
@@ -169,7 +177,7 @@ def _shape(
     return replace(cfg, position=position), facts
 
 
-def _config(tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+def _config(tensors: Mapping[str, Tensor], given: Options) -> dict[str, Any]:
     """What Hugging Face's configuration would say, from shapes and from what was given."""
     if "n_heads" not in given:
         raise DtLensError(

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, ask_for_heads, run_facts
+from dt_lens.decision_transformer.state_dicts import (
+    UNSCALED,
+    Layout,
+    Options,
+    StateDictAdapter,
+    Tensors,
+    Trace,
+    ask_for_heads,
+    run_facts,
+)
 from dt_lens.errors import DtLensError
 from dt_lens_adapters.state_encoders import ConvStack, image_side
 
@@ -32,14 +41,14 @@ class _Layout(Layout):
     kind = "an Atari decision transformer of kzl's"
     unused = r"tok_emb\.weight|blocks\.\d+\.attn\.mask"
 
-    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Tensors, given: Options) -> None:
         n_position, d = tensors.size("pos_emb", 3)[1:]
         self.channels = [tensors.size(f"{CONVS[0]}.weight", 4)[1]]
         self.channels += [tensors.size(f"{conv}.weight", 4)[0] for conv in CONVS]
         left = math.isqrt(tensors.size(f"{LINEAR}.weight")[1] // self.channels[-1])
         self.side = image_side(left, KERNELS, STRIDES)
         # The position table has a row more than the block has tokens. Returns are fed as they are.
-        self.facts = run_facts({"context": max(1, (n_position - 1) // 3)}, given)
+        self.facts = run_facts({**UNSCALED, "context": max(1, (n_position - 1) // 3)}, given)
         self.cfg = HookedDecisionTransformerConfig(
             state_dim=self.channels[0] * self.side**2,
             act_dim=tensors.size("head.weight")[0],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dt_lens.decision_transformer.config import HEADS, HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.state_dicts import (
     Layout,
+    Options,
     StateDictAdapter,
     Tensors,
     Trace,
@@ -34,14 +35,14 @@ class _Layout(Layout):
     kind = "a min-decision-transformer"
     unused = r"transformer\.\d+\.attention\.mask"
 
-    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Tensors, given: Options) -> None:
         d, state_dim = tensors.size("embed_state.weight")
         act_dim = tensors.size("predict_action.0.weight")[0]
         # The code base's variant for discrete actions has a table where the other has a linear map.
         self.by_id = "embed_action.bias" not in tensors and tensors.size("embed_action.weight") == (act_dim, d)
         # The scale is the default of its train.py in every environment.
         context = steps_of_mask(tensors.tensors, "transformer.0.attention.mask")
-        self.facts = run_facts({"return_scale": 1000.0, **context}, given)
+        self.facts = run_facts({"return_scale": given.assume("return_scale", 1000.0), **context}, given)
         self.cfg = HookedDecisionTransformerConfig(
             state_dim=state_dim,
             act_dim=act_dim,
@@ -54,7 +55,7 @@ class _Layout(Layout):
             act_fn="gelu",
             normalization="post",
             final_ln=False,
-            action_tanh=given.get("action_tanh", not self.by_id),
+            action_tanh=given.assume("action_tanh", not self.by_id),
             discrete_actions=given.get("discrete_actions", self.by_id),
             # Copies of the code often leave out the heads that have no loss.
             predicts=tuple(head for head in HEADS if head == "action" or tensors.holds(OPTIONAL[head])),

@@ -22,7 +22,15 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HEADS, Activation, HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, run_facts
+from dt_lens.decision_transformer.state_dicts import (
+    UNSCALED,
+    Layout,
+    Options,
+    StateDictAdapter,
+    Tensors,
+    Trace,
+    run_facts,
+)
 from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.checkpoints import Checkpoint
 
@@ -69,7 +77,7 @@ class MiniGridLayout(Layout):
     kind = "a MiniGrid decision transformer"
     unused = r"transformer\.blocks\.\d+\.attn\.(mask|IGNORE)"
 
-    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Tensors, given: Options) -> None:
         said: Mapping[str, Any] = given.get("said", {})
         stated: Mapping[str, Any] = said.get("model_config", {})
         self.keys = {part: _called(tensors, names) for part, names in CALLED.items()}
@@ -317,9 +325,9 @@ def _require_agreement(stated: Mapping[str, Any], sizes: Mapping[str, int], norm
             )
 
 
-def _act_fn(stated: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    if "act_fn" in given:
-        return given["act_fn"]
+def _act_fn(stated: Mapping[str, Any], given: Options) -> Any:
+    if "act_fn" in given or not stated:
+        return given.assume("act_fn", "relu")
     name = stated.get("activation_fn", "relu")  # what the code base had before it was an option
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise DtLensError(
@@ -334,7 +342,7 @@ def _usual_facts(
 ) -> dict[str, Any]:
     """What the file says of the run, and what holds of every run of the code base."""
     _refuse_unknown_fields(said, given.get("ignore_options", ()))
-    facts: dict[str, Any] = {"context": (n_position + 1) // 3, "padding": "visible"}
+    facts: dict[str, Any] = {**UNSCALED, "context": (n_position + 1) // 3, "padding": "visible"}
     if act_dim <= len(ACTIONS):
         facts["action_labels"] = ACTIONS[:act_dim]
     facts["state_labels"] = view_labels(state_dim)

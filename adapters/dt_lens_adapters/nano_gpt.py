@@ -20,6 +20,7 @@ from dt_lens.errors import DtLensError, nearest
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens.language_model.original import fill
+from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.weights import require_computable
 from dt_lens_adapters.gpt2 import FAMILY
@@ -97,7 +98,8 @@ class NanoGPT:
     def _load(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> HookedLanguageModel:
         tensors = _tensors(checkpoint)
         require_computable(tensors)
-        cfg, values = _config(checkpoint, tensors, given)
+        options = Options(given)
+        cfg, values = _config(checkpoint, tensors, options)
         layout = FAMILY.layout(cfg)
         tensors = {**_missing_biases(tensors, layout), **tensors}
         layout.require({key: tensor.shape for key, tensor in tensors.items()})
@@ -106,7 +108,9 @@ class NanoGPT:
         tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
         model = fill(GPT2LMHeadModel, GPT2Config(**values), tensors)
         tokenizer = given["tokenizer"] if "tokenizer" in given else _tokenizer(checkpoint.extra, cfg.d_vocab)
-        return HookedLanguageModel(model, FAMILY, cfg, tokenizer)
+        lens = HookedLanguageModel(model, FAMILY, cfg, tokenizer)
+        lens.assumed = options.assumed
+        return lens
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedLanguageModel:
         raise DtLensError("A live model of this kind cannot be wrapped; save its state_dict() and load that file.")
@@ -158,7 +162,7 @@ def _missing_biases(tensors: Mapping[str, Tensor], layout: Any) -> dict[str, Ten
 
 
 def _config(
-    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], given: Mapping[str, Any]
+    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], given: Options
 ) -> tuple[LanguageModelConfig, dict[str, Any]]:
     said: dict[str, Any] = {}
     for name in ("model_args", "config"):
@@ -179,7 +183,7 @@ def _config(
     if absent <= max(layers, default=0):
         raise DtLensError(f"The checkpoint has no tensors of block {absent}, which a small GPT has.")
     head = tensors.get("lm_head.weight")
-    act_fn = given.get("act_fn", "gelu")
+    act_fn = given.assume("act_fn", "gelu")
     known = ("gelu", "gelu_new", "relu")
     if act_fn not in known:
         raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(known)}." + nearest(str(act_fn), known))

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from dt_lens import DtLensError
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.state_dicts import Layout, StateDictAdapter, Tensors, Trace, ask_for_heads, run_facts
+from dt_lens.decision_transformer.state_dicts import (
+    Layout,
+    Options,
+    StateDictAdapter,
+    Tensors,
+    Trace,
+    ask_for_heads,
+    run_facts,
+)
 from dt_lens.lens import Checkpoint
 
 SETTINGS = {"heads": "n_heads", "window": "context", "env": "environment", "scale": "return_scale"}
@@ -23,7 +31,7 @@ class ToyLayout(Layout):
     kind = "a toy_dt agent"
     unused = r"ladder\.\d+\.causal"
 
-    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Tensors, given: Options) -> None:
         width, obs = tensors.size("obs_in.weight")
         self.facts = run_facts({}, given)
         self.cfg = HookedDecisionTransformerConfig(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 from dt_lens.arguments import whole_number
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.errors import DtLensError
+from dt_lens.lens.assumed import notes
 from dt_lens.lens.protocol import require_running
 from dt_lens.progress import Count, counting
 
@@ -147,4 +148,5 @@ def evaluate(
         model_id=model_id(model),
         edits=tuple(edit.to_dict() for edit in getattr(model, "active_edits", ())),
         failure=failure,
+        notes=notes(model),
     )

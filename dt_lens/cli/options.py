@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -71,7 +72,7 @@ WeightsOnly = Annotated[
 
 
 def load_model(model: str, given: list[str] | None, check: bool = True, weights_only: bool = False) -> Any:
-    """Load the model that a command names, or only its weights.
+    """Load the model that a command names, or only its weights, and print what had to be assumed of it.
 
     Raises:
         DtLensError: if an item of ``given`` is not NAME=VALUE, or the model cannot be loaded.
@@ -85,9 +86,13 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
             values[name.replace("-", "_")] = json.loads(value)
         except ValueError:
             values[name.replace("-", "_")] = value
+    from dt_lens.lens.assumed import notes
     from dt_lens.lens.loading import load, open_checkpoint
 
-    return open_checkpoint(model, **values) if weights_only else load(model, check=check, **values)
+    loaded = open_checkpoint(model, **values) if weights_only else load(model, check=check, **values)
+    for note in notes(loaded):
+        print(f"{model}: {note}", file=sys.stderr)
+    return loaded
 
 
 def split(text: str | None, option: str) -> list[str] | None:

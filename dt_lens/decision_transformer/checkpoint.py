@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from dt_lens.decision_transformer.hf_layout import config_to_hf, hf_from_canonic
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
+    from dt_lens.decision_transformer.facts import RunFacts
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 __all__ = ["save_pretrained"]
@@ -46,9 +48,15 @@ def save_pretrained(model: HookedDecisionTransformer, folder: str | Path, *, edi
     config["dtype"] = str(tensors["encoder.wte.weight"].dtype).removeprefix("torch.")
     # All three are written before the first is replaced, so that a failure leaves an old checkpoint whole.
     with atomic_write(folder / FACTS_FILE) as facts_part:
-        facts_part.write_text(model.facts.to_json() + "\n", encoding="utf-8")
+        facts_part.write_text(_facts(model).to_json() + "\n", encoding="utf-8")
         with atomic_write(folder / "config.json") as config_part:
             config_part.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             with atomic_write(folder / "model.safetensors", SafetensorError) as weights_part:
                 save_file(tensors, weights_part, metadata={"format": "pt"})
     return folder
+
+
+def _facts(model: HookedDecisionTransformer) -> RunFacts:
+    """The run facts, with what was assumed among the notes: otherwise the file would state it as known."""
+    about = {name: value for name, value in model.facts.about.items() if name != "assumed"}
+    return replace(model.facts, about={**about, "assumed": dict(model.assumed)} if model.assumed else about)

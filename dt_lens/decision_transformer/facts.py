@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from dt_lens.arguments import atomic_write
 from dt_lens.errors import DtLensError, a_type, because, nearest
+from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import read_json
 from dt_lens.lens.environment_names import FileKeywords, same_environment
 
@@ -102,6 +103,15 @@ class RunFacts:
                 kind = "action" if name.startswith("action") else "state"
                 raise DtLensError(f"The run facts' {name} has {len(value)} entries; the model's {kind} has {size}.")
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence if ``train`` wrote the model before its last step, and no sentence otherwise."""
+        recipe, done = self.about.get("recipe"), self.about.get("trained_steps")
+        planned = recipe.get("steps") if isinstance(recipe, Mapping) else None
+        if type(done) is not int or type(planned) is not int or done >= planned:
+            return ()
+        return (f"Half-trained: these are the weights after {done:,} of {planned:,} training steps.",)
+
     def to_json(self) -> str:
         """The facts as the text of ``dt_lens.json``; a value that JSON cannot hold is a ``DtLensError``."""
         try:
@@ -156,14 +166,22 @@ def from_file(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
-    """The checkpoint's facts, overridden by the user's; the context is 20, as in the paper, if neither gives it."""
+    """The checkpoint's facts, overridden by the user's.
+
+    Without facts of the checkpoint, what the user does not give of the context (20, as in the paper), the return scale
+    (1) and the normalisation of states (none) is assumed; ``Options`` keep that.
+    """
     chosen: dict[str, Any] = {name: value for name, value in given.items() if name in FACTS}
+    options = given if isinstance(given, Options) else Options(given)
     if kept is not None:
+        noted = kept.about.get("assumed")  # by an earlier load, before the model was saved
+        for name, value in noted.items() if isinstance(noted, Mapping) else ():
+            options.assume(str(name), value)
         if "environment" in chosen and not same_environment(chosen["environment"], kept.environment):
             chosen.setdefault("environment_kwargs", {})  # those of another environment
         return replace(kept, **chosen)
-    chosen.setdefault("context", 20)
-    return RunFacts(**chosen)
+    usual = {"context": 20, "return_scale": 1.0, "state_mean": None}
+    return RunFacts(**chosen, **{name: options.assume(name, usual[name]) for name in usual if name not in chosen})
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

@@ -341,7 +341,7 @@ class HookedDecisionTransformer(SharingModule):
                 if callable(reset):
                     reset()
             fresh = HookedDecisionTransformer(self.cfg, own)
-        fresh.facts = self.facts
+        fresh.facts, fresh.assumed = self.facts, self.assumed
         return fresh.eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedDecisionTransformer:
@@ -351,7 +351,7 @@ class HookedDecisionTransformer(SharingModule):
         with torch.device("meta"):
             copied = HookedDecisionTransformer(self.cfg, own)
         copied.adopt({name: weight.clone() for name, weight in self.weights.items()})
-        copied.facts = self.facts
+        copied.facts, copied.assumed = self.facts, self.assumed
         for parameter, mine in zip(copied.parameters(), self.parameters(), strict=True):
             parameter.requires_grad_(mine.requires_grad)
         copied.train(self.training)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, nearest
+from dt_lens.lens.assumed import notes
 from dt_lens.lens.hooks import HookedRootModule
 from dt_lens.lens.protocol import Reference
 from dt_lens.lens.weights import require_computable
@@ -25,6 +27,7 @@ class SharingModule(HookedRootModule):
         original: the user's own model if this one shares its memory, so that an edit here is seen there.
         reference: the original's activations under canonical names, against which ``certify`` checks the weights.
         identity: an id of this model alone, so that embeddings of two models are never mixed.
+        assumed: the options and facts that neither the checkpoint nor the user said, and what was taken for them.
     """
 
     def __init__(self) -> None:
@@ -32,7 +35,12 @@ class SharingModule(HookedRootModule):
         self.original: nn.Module | None = None
         self.reference: Reference | None = None
         self.identity = uuid.uuid4().hex
+        self.assumed: Mapping[str, Any] = {}
         self._original_weights: Callable[[], Mapping[str, Tensor]] | None = None
+
+    def extra_repr(self) -> str:
+        """What stands at the head of ``repr``: what was assumed, and whether training was finished."""
+        return "\n".join(notes(self))
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

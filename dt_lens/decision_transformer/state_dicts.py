@@ -23,10 +23,25 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import FACTS, RunFacts, from_file, given_facts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.weights import require_computable
 
-__all__ = ["Layout", "StateDictAdapter", "Tensors", "Trace", "ask_for_heads", "run_facts", "steps_of_mask"]
+__all__ = [
+    "UNSCALED",
+    "Layout",
+    "Options",
+    "StateDictAdapter",
+    "Tensors",
+    "Trace",
+    "ask_for_heads",
+    "run_facts",
+    "steps_of_mask",
+]
+
+
+# Facts of every run of a code base that feeds states and returns as they are.
+UNSCALED: dict[str, Any] = {"return_scale": 1.0, "state_mean": None, "state_std": None}
 
 
 class Tensors:
@@ -160,16 +175,21 @@ class Layout(ABC):
 
     Args:
         tensors: everything in the state dict, by key.
-        given: options and run facts from the file, the live model and the user; later ones override earlier ones.
+        given: options and run facts from the file, the live model and the user; later ones override earlier ones. What
+            they may lack is taken by ``given.assume(name, value)``, which lists it as assumed.
+
+    Attributes:
+        assumed: what was assumed, set by the framework.
     """
 
     cfg: HookedDecisionTransformerConfig
     facts: RunFacts
+    assumed: Mapping[str, Any]
     kind: ClassVar[str]  # "a CORL decision transformer", for messages
     unused: ClassVar[str] = r"(?!)"  # matches whole keys that are in the file but not used in the computation
 
     @abstractmethod
-    def __init__(self, tensors: Tensors, given: Mapping[str, Any]) -> None: ...
+    def __init__(self, tensors: Tensors, given: Options) -> None: ...
 
     @abstractmethod
     def canonical(self, tensors: Tensors) -> dict[str, Tensor]:
@@ -237,7 +257,9 @@ class StateDictAdapter:
     def _layout(self, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Layout:
         used = self._used(tensors)
         require_computable(used)
-        layout = self.layout(Tensors(tensors, self.layout.kind), given)
+        options = Options(given)
+        layout = self.layout(Tensors(tensors, self.layout.kind), options)
+        layout.assumed = options.assumed
         # Checked before a model is built.
         checked = Tensors(used, self.layout.kind)
         layout.canonical(checked)
@@ -262,7 +284,7 @@ class StateDictAdapter:
             return weights
 
         hooked.look_at(module, views, _Reference(module, layout, self._used, live))
-        hooked.facts = layout.facts
+        hooked.facts, hooked.assumed = layout.facts, layout.assumed
         hooked.train(module.training)
         return hooked
 
@@ -342,8 +364,12 @@ def ask_for_heads(given: Mapping[str, Any], kind: str, usual: int) -> Any:
 
 
 def run_facts(usual: Mapping[str, Any], given: Mapping[str, Any]) -> RunFacts:
-    """The facts of the run: those given, and for the rest the code base's usual ones."""
-    return given_facts(None, {**from_file(usual), **given})
+    """The facts of the run: those given, and for the rest those of every run of the code base.
+
+    Of the context, the return scale and the normalisation of states, what neither says is assumed and listed as such.
+    """
+    options = given if isinstance(given, Options) else Options(given)
+    return given_facts(None, options.over(from_file(usual)))
 
 
 def steps_of_mask(tensors: Mapping[str, Tensor], key: str) -> dict[str, int]:

@@ -18,6 +18,7 @@ from dt_lens.language_model.family import Family
 from dt_lens.language_model.labels import token_labels
 from dt_lens.language_model.passage import hook_names, passing
 from dt_lens.language_model.reference import LanguageModelReference
+from dt_lens.lens.assumed import assumed_text
 from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.lens.hooks import HookedRootModule, HookPoint, copy_edits
 from dt_lens.lens.matrices import Structure
@@ -46,6 +47,7 @@ class HookedLanguageModel(HookedRootModule):
 
     Attributes:
         original: the user's own model: an edit made here is seen there.
+        assumed: the options that neither the checkpoint nor the user said, and what was taken for them.
         reference: its activations under canonical names, against which ``certify`` checks the weights.
         identity: unique to this model, so that embeddings of two models are never mixed.
 
@@ -77,6 +79,7 @@ class HookedLanguageModel(HookedRootModule):
         # A live model has its unembedding under a key of its own, tied or not.
         self._layout = family.layout(cfg.replace(tied=False))
         self._check_shared = check_shared
+        self.assumed: Mapping[str, Any] = {}
         self._embeddings: EmbeddingRegistry | None = None
         self._standard: dict[str, Tensor] = {}
         self._tables: tuple[Any, ...] = ()
@@ -251,11 +254,12 @@ class HookedLanguageModel(HookedRootModule):
         """A lens on a copy of the model, on memory of its own; edits in force are in force on the copy too."""
         copied = HookedLanguageModel(copy.deepcopy(self.model, memo), self.family, self.cfg, self.tokenizer)
         copy_edits(self, copied, memo)
+        copied.assumed = self.assumed
         return copied
 
     def __repr__(self) -> str:
-        cfg = self.cfg
+        cfg, assumed = self.cfg, f"; assumed: {assumed_text(self.assumed)}" if self.assumed else ""
         return (
             f"HookedLanguageModel({cfg.family}, {cfg.n_layers} layers x {cfg.n_heads} heads, d_model {cfg.d_model}, "
-            f"vocabulary {cfg.d_vocab})"
+            f"vocabulary {cfg.d_vocab}{assumed})"
         )

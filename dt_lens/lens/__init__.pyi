@@ -2,6 +2,7 @@ from .activations import Activations as Activations
 from .adapters import Adapter as Adapter
 from .adapters import adapter_names as adapter_names
 from .adapters import named_adapter as named_adapter
+from .assumed import Options as Options
 from .certification import Certificate as Certificate
 from .certification import certify as certify
 from .checkpoints import Checkpoint as Checkpoint

@@ -19,6 +19,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from dt_lens.errors import DtLensError, because
+from dt_lens.lens.assumed import assumed_text
 from dt_lens.lens.diagnosis import Check, explain
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import Snapshot, catalogue
@@ -63,11 +64,13 @@ class Certificate:
 
     ``errors`` is keyed by the names of matrices, raw and with the LayerNorm folded, and of the parts between them.
     ``unproven`` lists, for each table of positions, timesteps or tokens, the rows that change no output of the batch.
+    ``assumed`` are options that nobody said: the pass that a file is compared with assumes them too.
     """
 
     errors: Mapping[str, float]
     against: str  # "the original model" or "the lens's own forward pass"
     unproven: Mapping[str, tuple[range, ...]] = field(default_factory=dict)
+    assumed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
@@ -78,7 +81,8 @@ class Certificate:
         rows = counted(self.unproven)
         rest = f" (not proven: {rows}, which change no output of this batch)" if rows else ""
         proven = f"{len(self.errors)} matrices and parts reproduce their activations{rest} in {self.against}"
-        return f"{proven}; largest relative error {self.worst:.1e}"
+        open_ = f"; not proven, because assumed: {assumed_text(self.assumed)}" if self.assumed else ""
+        return f"{proven}; largest relative error {self.worst:.1e}{open_}"
 
 
 def certify(model: Lens, seed: int = 0) -> Certificate:
@@ -135,7 +139,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
         raise DtLensError(
             f"certify: no activation proves {unproven[0]}; the adapter's reference must give both its sides."
         )
-    return Certificate(errors, against, unproven_rows(model, batch, own))
+    return Certificate(errors, against, unproven_rows(model, batch, own), dict(getattr(model, "assumed", {})))
 
 
 def _arithmetic(weight: Tensor) -> torch.dtype:

@@ -55,6 +55,9 @@ class Lens(Protocol):
         cfg: sizes and options.
         original: the user's own model where this one shares its memory, or ``None``.
         reference: the original's activations, against which ``certify`` checks the weights, or ``None``.
+
+    A model may have ``assumed`` too: the options that neither the checkpoint nor the user said, and what its adapter
+    took for them, as ``dt_lens.lens.Options`` collects them.
     """
 
     kind: str

@@ -64,6 +64,7 @@ def write_study(result: StudyResult, folder: str | Path) -> Path:
             "seed": facts.get("seed"),
             "edit": f"the singular vector becomes {facts.get('value')!r}",
             "versions": f"dt-lens {__version__}, {_versions()}",
+            **({"note": " ".join(base.notes)} if base.notes else {}),
         },
         command=facts.get("command", ""),
     )

@@ -36,7 +36,7 @@ class AgentProgress:
 
     step: int
     steps: int
-    loss: float  # mean of the steps since the last row of the curve
+    loss: float  # mean of the steps since the last row of the curve; just after a row, the row's own
     returns: dict[float, float]  # newest mean return at each target; empty before the first evaluation
 
 
@@ -188,7 +188,7 @@ class _AgentRun(TrainingRun):
     def measure(self) -> dict[str, Any]:
         """Evaluate the agent at each target, and write it so that an unfinished run can be used."""
         self._returns = self._evaluate() if self.eval_episodes else {}
-        save_pretrained(self.model, self.out)
+        self._write_model()
         return {"returns": {f"{target:g}": _short(value) for target, value in self._returns.items()}}
 
     def _evaluate(self) -> dict[float, float]:
@@ -206,6 +206,12 @@ class _AgentRun(TrainingRun):
         return AgentProgress(self.step, self.settings.steps, self.mean_loss, self._returns)
 
     def write(self) -> None:
+        self._write_model()
+
+    def _write_model(self) -> None:
+        """Write the model; its facts say how far it is trained, so that an unfinished one is known wherever it goes."""
+        facts = self.model.facts
+        self.model.facts = replace(facts, about={**facts.about, "trained_steps": self.step})
         save_pretrained(self.model, self.out)
 
 

@@ -71,8 +71,10 @@ class TrainingRun(ABC):
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of the steps since the last row of the curve."""
-        return float(self._losses) / max(1, self._counted)
+        """The mean loss of the steps since the last row of the curve; just after a row, the row's own."""
+        if not self._counted:
+            return float(self.curve[-1]["loss"]) if self.curve else 0.0
+        return float(self._losses) / self._counted
 
     def finish(self, eval_every: int, checkpoint_every: int, report: Callable[[Any], None]) -> None:
         """Train to the last step, measuring every ``eval_every`` steps (0: only at the end), and write the model.

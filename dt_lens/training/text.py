@@ -36,7 +36,7 @@ class TextProgress:
 
     step: int
     steps: int
-    loss: float  # mean of the steps since the last row of the curve
+    loss: float  # mean of the steps since the last row of the curve; just after a row, the row's own
     held_out: float | None  # the newest; None before the first
 
 

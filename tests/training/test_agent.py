@@ -14,6 +14,7 @@ import pytest
 import torch
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
+import dt_lens
 from dt_lens.errors import DtLensError
 from dt_lens.training.agent import AgentProgress, _facts, action_loss, train
 from dt_lens.training.dataset import Trajectories, Windows
@@ -186,6 +187,16 @@ def test_discrete_actions_are_learned(tmp_path: Path) -> None:
 def test_evaluations_make_a_curve_and_leave_the_training_alone(tmp_path: Path) -> None:
     unwatched = train("test/cartpole-v0", tmp_path / "unwatched", small(steps=6), eval_every=0)
     returns: list[dict[float, float]] = []
+    losses: list[float] = []
+    halfway: list[str] = []
+
+    def report(p: AgentProgress) -> None:
+        returns.append(p.returns)
+        losses.append(p.loss)
+        if p.step == 3:
+            agent = dt_lens.load(tmp_path / "watched", check=False)
+            halfway.extend((repr(agent), str(dt_lens.evaluate(agent, episodes=1, workers=1, max_steps=2))))
+
     watched = train(
         "test/cartpole-v0",
         tmp_path / "watched",
@@ -193,8 +204,11 @@ def test_evaluations_make_a_curve_and_leave_the_training_alone(tmp_path: Path) -
         eval_every=3,
         eval_episodes=8,
         environment="CartPole-v1",
-        report=lambda p: returns.append(p.returns),
+        report=report,
     )
+    assert all(losses)  # those of the evaluations too, where the sums begin anew
+    for said in (*halfway, repr(watched)):
+        assert ("Half-trained: these are the weights after 3 of 6 training steps." in said) == (said in halfway)
     rows = [json.loads(line) for line in (tmp_path / "watched" / "curve.jsonl").open()]
     assert [row["step"] for row in rows] == [3, 6] and list(rows[0]["returns"]) == ["50", "20"]
     assert returns[1] == {} and set(returns[2]) == {50.0, 20.0} and returns[2][50.0] > 1

@@ -59,3 +59,15 @@ def test_a_row_of_the_curve_has_the_mean_loss_since_the_last_one(tmp_path: Path)
     assert [row["step"] for row in run.curve] == [3, 6, 8]
     means = [sum(seen[a:b]) / (b - a) for a, b in ((0, 3), (3, 6), (6, 8))]
     assert [row["loss"] for row in run.curve] == pytest.approx(means, rel=1e-6)
+
+
+def test_a_report_after_a_row_has_the_loss_of_the_row(tmp_path: Path) -> None:
+    settings = AgentSettings(steps=4, lr=1.0, clip=9.0, warmup=1)
+    run, seen = Falling(settings, tmp_path), list[float]()
+    run.finish(2, 100, lambda _: seen.append(run.mean_loss))
+    losses = [-sum(settings.rate(step) for step in range(until)) for until in range(4)]
+    assert seen == pytest.approx([0.0, sum(losses[:2]) / 2, losses[2], sum(losses[2:]) / 2], rel=1e-6, abs=0)
+    assert seen[1] < -0.4
+    resumed = Falling(settings, tmp_path)
+    resumed.resume()
+    assert resumed.mean_loss == seen[-1]

@@ -46,6 +46,7 @@ class Episodes:
             pays 0.1 or more and nothing else pays.
         model_id: hash of the weights and facts that ran, edits included.
         edits: records of the edits that were active.
+        notes: what was assumed of the model, and whether it is half-trained, in sentences.
     """
 
     seeds: NDArray[np.int64]
@@ -60,6 +61,7 @@ class Episodes:
     model_id: str = ""
     edits: tuple[dict[str, Any], ...] = ()
     failure: FailureRule = "terminated"
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_outcomes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ class Evaluation(Episodes):
         return {
             "model_id": self.model_id,
             "edits": list(self.edits),
+            "notes": list(self.notes),
             "environment_kwargs": dict(self.environment_kwargs),
             "failure": self._plain_failure(),
             **self.summary(),
@@ -105,6 +107,7 @@ class Evaluation(Episodes):
             return cls.from_outcomes(
                 [Outcome(*row) for row in zip(*columns, strict=True)],
                 edits=tuple(values["edits"]),
+                notes=tuple(values.get("notes", ())),
                 **{name: values[name] for name in _KEPT if name != "environment_kwargs"},
                 environment_kwargs=FileKeywords(values["environment_kwargs"]),
             )
@@ -138,10 +141,10 @@ class Evaluation(Episodes):
         )
 
     def __str__(self) -> str:
-        return text_table(self._title(), self._rows())
+        return "\n".join((text_table(self._title(), self._rows()), *self.notes))
 
     def __repr__(self) -> str:
         return f"<Evaluation {self._title()}; mean return {self.mean:.1f}>"
 
     def _repr_html_(self) -> str:
-        return html_table(self._title(), self._rows())
+        return html_table(self._title(), self._rows()) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
