@@ -85,11 +85,15 @@ def evaluate(
 
     Args:
         model: a ``HookedDecisionTransformer``: what ``dt_lens.load`` and ``dt_lens.wrap`` return for one.
-        environment: a Gymnasium id, ``"module:Id"`` to import a package that registers it; the model's own by default.
+        environment: a Gymnasium id, ``"module:Id"`` to import a package that registers it. By default the model's own:
+            the evaluation environment of its data, if they have one, else that of the data themselves. The result says
+            which.
         episodes: how many.
         seed: of the first episode, not negative.
         target_return: what the agent is asked for, in the environment's units; the model's first one by default.
         environment_kwargs: for ``gymnasium.make``; by default those of the model's facts, with the model's environment.
+            ``max_episode_steps`` and ``wrappers`` (see ``RunFacts``) of that environment stay unless they are named:
+            ``{"wrappers": []}`` takes it without any.
         max_steps: cut episodes after this many steps, where the environment's time limit does not do so earlier.
         failure: what counts as failing; see ``dt_lens.behaviour.agents.episodes.Episodes``.
         workers: processes; as many as there are processor cores to use by default; 1 runs in this process.
@@ -143,6 +147,7 @@ def evaluate(
         outcomes,
         environment=setting.environment,
         environment_kwargs=setting.environment_kwargs,
+        environment_role=setting.role,
         target_return=setting.target_return,
         time_limit=setting.task.time_limit,
         model_id=model_id(model),

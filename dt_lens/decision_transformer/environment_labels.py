@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError
-from dt_lens.lens.environment_names import require_registered, specification
+from dt_lens.lens.environment_names import specification
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -27,14 +28,13 @@ def environment_labels(
     others have an ``actions`` enumeration. An environment that cannot be made here has no labels.
     """
     try:
-        spec = specification(environment)
-        require_registered(spec, kwargs or {})
+        spec, own = specify(specification(environment), kwargs or {})
     except DtLensError:
         return None, None  # not kept: the user may import what registers it
     # Making an environment takes a while, so results are kept; arguments may be lists, so the key is their text.
     key = f"{environment} {sorted((kwargs or {}).items())!r}"
     if key not in _KNOWN:
-        _KNOWN[key] = _labels(spec, kwargs or {})
+        _KNOWN[key] = _labels(spec, own)
     return _KNOWN[key]
 
 
@@ -76,7 +76,7 @@ def _mujoco_observations(env: Any) -> Labels | None:
         if len(named) != int(size):
             return None
         labels += named
-    return tuple(labels) if len(labels) == env.observation_space.shape[0] else None
+    return tuple(labels) if env.observation_space.shape == (len(labels),) else None
 
 
 def _joint_coordinates(model: Any) -> tuple[list[str], list[str]]:

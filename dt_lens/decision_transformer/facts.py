@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dt_lens.arguments import atomic_write
+from dt_lens.decision_transformer.environment_wrappers import APART, check_environment_kwargs
 from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import read_json
@@ -33,11 +34,17 @@ class RunFacts:
     ``action``, and a comparison with any other head is a comparison with noise. ``padding`` says what fills the window
     before the first step of an episode: masked steps (``"mask"``), or steps that the model sees (``"visible"``: states
     of zero as the model reads them, no action, the first return-to-go, timestep 0), as some code bases train.
+
+    ``environment_kwargs`` are the keywords of ``gymnasium.make``. Among them, ``max_episode_steps`` is a time limit in
+    place of the registered one (-1 for none), and ``wrappers`` lists what is put around the environment, the innermost
+    first: ``{"name": "gymnasium.wrappers.RescaleAction", "kwargs": {"min_action": -1, "max_action": 1}}``, by the names
+    of ``gymnasium.wrappers`` and ``minigrid.wrappers``. ``evaluation_environment`` is where the agent is evaluated, if
+    that is not the environment of the training data.
     """
 
     context: int  # steps the agent looks back
     environment: str | None = None  # a Gymnasium id; "module:Id" where the module is imported
-    environment_kwargs: dict[str, Any] = field(default_factory=dict)
+    environment_kwargs: dict[str, Any] = field(default_factory=dict)  # with the time limit and the wrappers
     state_mean: tuple[float, ...] | None = None
     state_std: tuple[float, ...] | None = None
     return_scale: float = 1.0
@@ -47,6 +54,7 @@ class RunFacts:
     trained_heads: tuple[str, ...] = ("action",)
     padding: Padding = "mask"
     about: dict[str, Any] = field(default_factory=dict)  # anything else: dataset, recipe, scores
+    evaluation_environment: dict[str, Any] | None = None  # {"id": ..., "kwargs": {...}}, if it is another one
 
     def __post_init__(self) -> None:
         _require(isinstance(self.context, int) and not isinstance(self.context, bool) and self.context >= 1,
@@ -65,6 +73,18 @@ class RunFacts:
                 value,
                 "a mapping of names",
             )
+        check_environment_kwargs(self.environment_kwargs, "the run facts' environment_kwargs")
+        if (other := self.evaluation_environment) is not None:
+            _require(
+                isinstance(other, Mapping)
+                and set(other) == {"id", "kwargs"}
+                and isinstance(other["id"], str)
+                and isinstance(other["kwargs"], Mapping),
+                "evaluation_environment",
+                other,
+                "None, or an environment such as {'id': 'Hopper-v5', 'kwargs': {}}",
+            )
+            check_environment_kwargs(other["kwargs"], "the run facts' evaluation_environment")
         for name in ("state_mean", "state_std", "target_returns"):
             self._freeze(name, _numbers, "finite numbers")
         for name in ("state_labels", "action_labels", "trained_heads"):
@@ -112,10 +132,41 @@ class RunFacts:
             return ()
         return (f"Half-trained: these are the weights after {done:,} of {planned:,} training steps.",)
 
+    def environment_for(
+        self, environment: str | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[str | None, Mapping[str, Any], str]:
+        """The environment that the agent runs in when ``environment`` and ``kwargs`` are asked for.
+
+        Without an id it is the evaluation environment, if there is one, and else the environment of the training data.
+        An id that both have means the evaluation environment. ``kwargs`` replace the keywords of an environment that
+        the facts know, but not its ``max_episode_steps`` and ``wrappers``, unless they name them.
+
+        Returns:
+            Its id (``None`` if none is known), its ``environment_kwargs``, and, where there are two, which it is:
+            ``"training"``, ``"evaluation"``, or ``""`` for neither.
+        """
+        known: list[tuple[str | None, Mapping[str, Any], str]] = [(self.environment, self.environment_kwargs, "")]
+        if (other := self.evaluation_environment) is not None:
+            known = [(other["id"], other["kwargs"], "evaluation"), (*known[0][:2], "training")]
+        environment = known[0][0] if environment is None else environment
+        same = [one for one in known if same_environment(one[0], environment)]
+        for _, own, role in same:
+            if kwargs is None or dict(own) == dict(kwargs):
+                return environment, own if kwargs is None else kwargs, role
+        apart = {name: same[0][1][name] for name in APART if name in same[0][1]} if same else {}
+        return environment, {**apart, **(kwargs or {})}, ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values. An ``evaluation_environment`` of ``None`` is left out, as in older files."""
+        values = asdict(self)
+        if values["evaluation_environment"] is None:
+            del values["evaluation_environment"]
+        return values
+
     def to_json(self) -> str:
         """The facts as the text of ``dt_lens.json``; a value that JSON cannot hold is a ``DtLensError``."""
         try:
-            return json.dumps(asdict(self), indent=1)
+            return json.dumps(self.to_dict(), indent=1)
         except (TypeError, ValueError) as error:
             raise DtLensError(
                 f"The run facts cannot be written as JSON: {because(error)}; use plain values."
@@ -161,8 +212,12 @@ FACTS = {f.name for f in fields(RunFacts)}  # keywords that every decision trans
 
 def from_file(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values that a file gives, its keywords of the environment marked as such; see ``require_registered``."""
-    kwargs = values.get("environment_kwargs")
-    return {**values, "environment_kwargs": FileKeywords(kwargs)} if isinstance(kwargs, dict) else dict(values)
+    marked, other = dict(values), values.get("evaluation_environment")
+    if isinstance(values.get("environment_kwargs"), dict):
+        marked["environment_kwargs"] = FileKeywords(values["environment_kwargs"])
+    if isinstance(other, dict) and isinstance(other.get("kwargs"), dict):
+        marked["evaluation_environment"] = {**other, "kwargs": FileKeywords(other["kwargs"])}
+    return marked
 
 
 def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
@@ -177,11 +232,20 @@ def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
         noted = kept.about.get("assumed")  # by an earlier load, before the model was saved
         for name, value in noted.items() if isinstance(noted, Mapping) else ():
             options.assume(str(name), value)
-        if "environment" in chosen and not same_environment(chosen["environment"], kept.environment):
-            chosen.setdefault("environment_kwargs", {})  # those of another environment
-        return replace(kept, **chosen)
+        return replace(kept, **_in_environment(kept, chosen))
     usual = {"context": 20, "return_scale": 1.0, "state_mean": None}
     return RunFacts(**chosen, **{name: options.assume(name, usual[name]) for name in usual if name not in chosen})
+
+
+def _in_environment(kept: RunFacts, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user chose; an environment of his is the only one, with what the checkpoint knows of it."""
+    environment, kwargs = chosen.get("environment"), chosen.get("environment_kwargs")
+    if (environment, kwargs) == (None, None):
+        return dict(chosen)
+    if not isinstance(environment, str | None) or not isinstance(kwargs, Mapping | None):
+        return dict(chosen)  # refused by their checks
+    place, known, _ = kept.environment_for(environment, kwargs)
+    return {"evaluation_environment": None, **chosen, "environment": place, "environment_kwargs": known}
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 from dt_lens.arguments import local_path, require_writable, whole_number
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.decision_transformer.facts import RunFacts, from_file, given_facts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError
-from dt_lens.lens.environment_names import FileKeywords, import_module_of, same_environment
+from dt_lens.lens.environment_names import import_module_of
 from dt_lens.training.dataset import Trajectories, Windows, read
 from dt_lens.training.run import CHECKPOINT, TrainingRun
 from dt_lens.training.settings import AgentSettings
@@ -68,10 +68,10 @@ def train(
         eval_every: steps between evaluations; 0 for none.
         eval_episodes: episodes at each target.
         checkpoint_every: steps between checkpoints.
-        environment: a Gymnasium id to evaluate in, ``"module:Id"`` to import a package that registers it; the data
-            set's own by default, which must be registered.
+        environment: a Gymnasium id to evaluate in, ``"module:Id"`` to import a package that registers it. By default
+            the evaluation environment of the data set, if it has one, else its own; they must be registered.
         environment_kwargs: its keyword arguments; by default the data set's own, with its environment, as far as the
-            environment is registered with them.
+            environment is registered with them. Time limit and wrappers as in ``evaluate``.
         resume: whether to resume an unfinished run in ``out``.
         device: where the model trains.
         report: called after every step.
@@ -90,16 +90,13 @@ def train(
     settings = settings or AgentSettings()
     require_writable(local_path(out, "out") / CHECKPOINT)
     data = read(dataset_id)
-    own = environment is None or same_environment(environment, data.environment)
-    kwargs = FileKeywords(data.environment_kwargs or {}) if own else {}
-    if environment is not None:
-        import_module_of(environment)
-        data = replace(data, environment=environment)
-    data = replace(data, environment_kwargs=kwargs if environment_kwargs is None else dict(environment_kwargs))
     if not settings.targets:
         settings = replace(settings, targets=_targets(data.returns))
+    import_module_of(environment)
+    asked = {"environment": environment, "environment_kwargs": environment_kwargs}
+    facts = given_facts(_facts(settings, data), {name: value for name, value in asked.items() if value is not None})
     with torch.random.fork_rng(devices=[]):
-        run = _AgentRun(settings, data, local_path(out, "out"), torch.device(device))
+        run = _AgentRun(settings, data, facts, local_path(out, "out"), torch.device(device))
         if eval_every and eval_episodes and run.can_evaluate(insist=environment is not None):
             run.eval_episodes = eval_episodes
         if resume:
@@ -125,7 +122,9 @@ class _AgentRun(TrainingRun):
     model: HookedDecisionTransformer
     settings: AgentSettings
 
-    def __init__(self, settings: AgentSettings, data: Trajectories, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, settings: AgentSettings, data: Trajectories, facts: RunFacts, out: Path, device: torch.device
+    ) -> None:
         torch.manual_seed(settings.seed)
         longest = int(data.lengths.max())
         if settings.max_ep_len is not None and settings.max_ep_len < longest:
@@ -150,7 +149,7 @@ class _AgentRun(TrainingRun):
                 resid_dropout=drop,
             )
         ).to(device)
-        model.facts = _facts(settings, data)
+        model.facts = facts
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
@@ -172,12 +171,12 @@ class _AgentRun(TrainingRun):
         Raises:
             DtLensError: if it does not and ``insist`` is true; otherwise that is a warning.
         """
-        from dt_lens.behaviour.agents.environment import make_task
+        from dt_lens.behaviour.agents.running import setting_of
 
-        if self.data.environment is None:
+        if self.model.facts.environment_for()[0] is None:
             return False
         try:
-            make_task(self.data.environment, self.data.environment_kwargs or {}, self.model.cfg)
+            setting_of(self.model, None, None, None, None, "train")
         except DtLensError as error:
             if insist:
                 raise
@@ -233,10 +232,14 @@ def action_loss(
 
 def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
     returns = data.returns
+    places = {
+        "environment": data.environment,
+        "environment_kwargs": data.environment_kwargs or {},
+        "evaluation_environment": data.evaluation_environment,
+    }
     return RunFacts(
         context=settings.context,
-        environment=data.environment,
-        environment_kwargs=data.environment_kwargs or {},
+        **from_file(places),
         state_mean=tuple(float(m) for m in data.state_mean),
         state_std=tuple(float(s) for s in data.state_std),
         return_scale=data.return_scale,

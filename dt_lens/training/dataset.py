@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
-from dt_lens.training.minari_episodes import flat_episodes, open_dataset
+from dt_lens.training.minari_episodes import environments_of, flat_episodes, open_dataset
 
 __all__ = ["Trajectories", "Windows", "read"]
 
@@ -31,6 +31,7 @@ class Trajectories:
     dataset_id: str = ""
     environment: str | None = None
     environment_kwargs: dict[str, Any] | None = None
+    evaluation_environment: dict[str, Any] | None = None  # {"id": ..., "kwargs": {...}}, if it is another one
 
     def __post_init__(self) -> None:
         if not len(self.lengths) or self.lengths.min() < 1:
@@ -105,7 +106,7 @@ def read(dataset_id: str) -> Trajectories:
     episodes = list(flat_episodes(dataset))
     if not episodes:
         raise DtLensError(f"The data set {dataset_id!r} has no episodes.")
-    spec = dataset.env_spec
+    environment, kwargs, evaluation = environments_of(dataset)
     return Trajectories(
         np.concatenate([episode.states for episode in episodes]),
         np.concatenate([episode.actions for episode in episodes]),
@@ -114,8 +115,9 @@ def read(dataset_id: str) -> Trajectories:
         discrete,
         bounded,
         dataset_id,
-        spec.id if spec else None,
-        dict(spec.kwargs) if spec else None,
+        environment,
+        kwargs,
+        evaluation,
     )
 
 

@@ -1,4 +1,4 @@
-"""The episodes of a Minari data set as flat arrays, each checked against the data set's spaces and against itself."""
+"""What a Minari data set holds: its episodes as flat arrays, each checked, and the environments that it names."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import gymnasium as gym
 import numpy as np
 from jaxtyping import Float32
 
+from dt_lens.decision_transformer.environment_wrappers import describe_environment
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["FlatEpisode", "flat_episodes", "open_dataset"]
+__all__ = ["FlatEpisode", "environments_of", "flat_episodes", "open_dataset"]
 
 
 class FlatEpisode(NamedTuple):
@@ -49,6 +50,16 @@ def open_dataset(dataset_id: str) -> Any:
             f"The Minari data set {dataset_id!r} is not stored locally and cannot be downloaded ({because(error)}); "
             "`minari list local` and `minari list remote` list the data sets that exist."
         ) from error
+
+
+def environments_of(dataset: Any) -> tuple[str | None, dict[str, Any] | None, dict[str, Any] | None]:
+    """The environment of the data, with what it has besides its id, and the one to evaluate in, if that is another."""
+    spec, evaluation = dataset.env_spec, getattr(dataset, "_eval_env_spec", None)  # Minari has no public name for it
+    environment, kwargs = (None, None) if spec is None else describe_environment(spec)
+    if evaluation is None:
+        return environment, kwargs, None
+    place, other = describe_environment(evaluation)
+    return environment, kwargs, None if (place, other) == (environment, kwargs) else {"id": place, "kwargs": other}
 
 
 def flat_episodes(dataset: Any) -> Iterator[FlatEpisode]:

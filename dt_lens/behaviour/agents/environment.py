@@ -14,8 +14,9 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError, because
-from dt_lens.lens.environment_names import require_registered, specification
+from dt_lens.lens.environment_names import specification
 
 __all__ = ["ScoreReference", "Task", "make_task", "score_reference"]
 
@@ -31,8 +32,8 @@ class Task:
     """
 
     environment: str
-    kwargs: Mapping[str, Any]
-    spec: EnvSpec  # travels instead of the id: a worker has not imported what registered it
+    kwargs: Mapping[str, Any]  # of the constructor
+    spec: EnvSpec  # with its wrappers; travels instead of the id: a worker has not imported what registers it
     observation_space: spaces.Space[Any]
     action_space: spaces.Space[Any]
     state_dim: int
@@ -76,6 +77,8 @@ def make_task(
 ) -> Task:
     """The task ``environment``, made once to check that the model ``cfg`` describes fits it.
 
+    ``kwargs`` are keywords of ``gymnasium.make``; its ``max_episode_steps`` and ``wrappers`` change the specification.
+
     ``environment`` is only looked up: for a name that a user gives, call ``import_module_of`` first.
 
     An episode is cut at the environment's own time limit or after ``max_steps``, whichever comes first. Without either
@@ -86,8 +89,7 @@ def make_task(
             environment is not registered with, an environment that cannot be made, or a state or action space that the
             model does not fit.
     """
-    spec = specification(environment)
-    require_registered(spec, kwargs)
+    spec, kwargs = specify(specification(environment), kwargs)
     env = _make(spec, kwargs)
     try:
         state_dim = _state_size(environment, env.observation_space)

@@ -44,6 +44,7 @@ class Episodes:
             ``to_frame()`` that gives a truth value per row. The default is ``"terminated"``; ``"truncated"`` for
             environments known to end in success, such as MountainCar; and 0.05 for MiniGrid's, where reaching the goal
             pays 0.1 or more and nothing else pays.
+        environment_role: ``"training"`` or ``"evaluation"``, where the model's facts know an environment for each.
         model_id: hash of the weights and facts that ran, edits included.
         edits: records of the edits that were active.
         notes: what was assumed of the model, and whether it is half-trained, in sentences.
@@ -62,6 +63,7 @@ class Episodes:
     edits: tuple[dict[str, Any], ...] = ()
     failure: FailureRule = "terminated"
     notes: tuple[str, ...] = ()
+    environment_role: str = ""
 
     @classmethod
     def from_outcomes(

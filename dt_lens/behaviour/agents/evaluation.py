@@ -12,6 +12,7 @@ import numpy as np
 from dt_lens.behaviour.agents.comparison import Comparison
 from dt_lens.behaviour.agents.episodes import Episodes
 from dt_lens.behaviour.printing import html_table, span, text_table
+from dt_lens.decision_transformer.environment_wrappers import environment_in_words
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import FileKeywords
 from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, iqm, wilson
@@ -83,6 +84,7 @@ class Evaluation(Episodes):
             "edits": list(self.edits),
             "notes": list(self.notes),
             "environment_kwargs": dict(self.environment_kwargs),
+            "environment_role": self.environment_role,
             "failure": self._plain_failure(),
             **self.summary(),
             "per_episode": {name: column.tolist() for name, column in self.to_frame().items()},
@@ -110,13 +112,17 @@ class Evaluation(Episodes):
                 notes=tuple(values.get("notes", ())),
                 **{name: values[name] for name in _KEPT if name != "environment_kwargs"},
                 environment_kwargs=FileKeywords(values["environment_kwargs"]),
+                environment_role=str(values.get("environment_role", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DtLensError(f"These are not the values of an evaluation's to_dict: {error!r}.") from error
 
     def _rows(self) -> list[tuple[str, str]]:
         s = self.summary()
-        rows = [
+        role, made = self.environment_role, environment_in_words(self.environment_kwargs)
+        place = " with ".join(part for part in (f"the {role} environment" if role else "", made) if part)
+        rows = [("environment", place)] if place else []
+        rows += [
             ("mean return", f"{s['mean']:.1f}  {span(s['mean_interval'])}"),
             ("interquartile mean", f"{s['iqm']:.1f}  {span(s['iqm_interval'])}"),
             ("standard deviation", f"{s['std']:.1f}"),

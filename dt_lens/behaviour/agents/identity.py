@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +26,7 @@ def model_id(model: HookedDecisionTransformer) -> str:
     """
     require_agent(model, "model_id")
     digest = hashlib.sha256(
-        json.dumps([model.cfg.to_dict(), asdict(model.facts)], sort_keys=True, default=str).encode()
+        json.dumps([model.cfg.to_dict(), model.facts.to_dict()], sort_keys=True, default=str).encode()
     )
     for name, weight in sorted(model.weights.items()):
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())

@@ -42,8 +42,10 @@ def record_actions(model: HookedDecisionTransformer, evaluation: Episodes, seed:
 
     The episode is run again, and repeats to the last bit what it was when ``evaluate`` ran it with these weights.
     """
-    e, own = evaluation, model.facts.environment_kwargs
-    kwargs = own if own == e.environment_kwargs else e.environment_kwargs  # the user may have confirmed the model's
+    e = evaluation
+    own = (model.facts.environment_for(name)[1] for name in (e.environment, None))
+    # The user may have confirmed the model's.
+    kwargs = next((known for known in own if known == e.environment_kwargs), e.environment_kwargs)
     setting = known_setting(model, e.environment, kwargs, e.target_return, e.time_limit)
     recording = _RecordingTask(**{f.name: getattr(setting.task, f.name) for f in fields(Task)})
     run(model, setting._replace(task=recording), range(seed, seed + 1), workers=1)

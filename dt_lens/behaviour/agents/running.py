@@ -27,7 +27,7 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
 from dt_lens.errors import DtLensError
-from dt_lens.lens.environment_names import import_module_of, same_environment
+from dt_lens.lens.environment_names import import_module_of
 from dt_lens.lens.forward_mode import evaluating, one_thread
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Setting(NamedTuple):
     target_return: float
     task: Task
     conditions: Conditions
+    role: str = ""  # "training" or "evaluation", where the model's facts know both
 
 
 def setting_of(
@@ -77,18 +78,13 @@ def setting_of(
     facts = model.facts
     if environment is not None and not isinstance(environment, str):
         raise DtLensError(f"environment is {environment!r}; it must be a Gymnasium id, such as 'Hopper-v5'.")
+    import_module_of(environment)
+    environment, environment_kwargs, role = facts.environment_for(environment, environment_kwargs)
     if environment is None:
-        environment = facts.environment
-        if environment is None:
-            raise DtLensError(
-                "The model does not say which environment it was trained in; "
-                f"give {caller} an environment, such as 'Hopper-v5'."
-            )
-    else:
-        import_module_of(environment)
-    if environment_kwargs is None:
-        same = same_environment(environment, facts.environment)
-        environment_kwargs = facts.environment_kwargs if same else {}
+        raise DtLensError(
+            "The model does not say which environment it was trained in; "
+            f"give {caller} an environment, such as 'Hopper-v5'."
+        )
     if target_return is None:
         if not facts.target_returns:
             raise DtLensError(
@@ -98,7 +94,8 @@ def setting_of(
         target_return = facts.target_returns[0]
     if not isinstance(target_return, int | float | np.number) or not math.isfinite(target_return):
         raise DtLensError(f"target_return is {target_return!r}; it must be a finite number.")
-    return known_setting(model, environment, environment_kwargs, float(target_return), max_steps)
+    setting = known_setting(model, environment, environment_kwargs, float(target_return), max_steps)
+    return setting._replace(role=role)
 
 
 def known_setting(

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dt_lens.arguments import atomic_write, local_path, require_writable
+from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError, because, nearest
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def side_by_side(
         seed: the episode's seed: ``env.reset(seed=seed)``.
         file: the mp4 to write; its folder is made if it does not exist.
         captions: what stands above each agent.
-        environment_kwargs: as given to ``gymnasium.make`` when the actions were recorded.
+        environment_kwargs: as for ``evaluate``, when the actions were recorded.
         ended: the word for a terminated episode: an agent that hops ``"fell"``.
         size: width and height of each picture, pixels.
         max_frames: most frames; fewer are drawn if drawing them would take more than ``budget``.
@@ -90,9 +91,11 @@ def side_by_side(
     """
     file = local_path(file, "file")
     require_writable(file)
+    # Whoever recorded the actions has made the environment with these keywords.
+    spec, kwargs = specify(_specification(environment), dict(environment_kwargs or {}))
     job = {
-        "spec": _specification(environment),
-        "kwargs": dict(environment_kwargs or {}),
+        "spec": spec,
+        "kwargs": kwargs,
         "seed": seed,
         "actions": [_actions(left, "left"), _actions(right, "right")],
         "captions": captions,

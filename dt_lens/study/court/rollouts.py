@@ -250,6 +250,7 @@ def common_action(model: Any, setting: Setting, out: Path | None, tell: Progress
     Discrete: the index of the most frequent action. Continuous: the coordinate of largest mean |action|.
     """
     identity = [model_id(model), setting.target_return, setting.environment, setting.task.time_limit]
+    identity += [setting.environment_kwargs] if setting.environment_kwargs else []
     file = None if out is None else out / "actions.json"
     kept = _kept(file, identity)
     if kept is not None:

@@ -1,0 +1,225 @@
+"""What an environment has besides its id, as plain JSON values: constructor keywords, a time limit, wrappers.
+
+``environment_kwargs`` are the keywords of ``gymnasium.make``. Two of them do not go to the constructor:
+
+- ``max_episode_steps``: the time limit in place of the registered one, as Gymnasium has it; -1 for none;
+- ``wrappers``: the innermost first, each as ``{"name": "gymnasium.wrappers.RescaleAction", "kwargs": {...}}``.
+
+A wrapper is looked up by its name in ``gymnasium.wrappers`` or ``minigrid.wrappers``, unless the environment is
+registered with it. An entry point that stands in a file is never imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dt_lens.arguments import whole_number
+from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.lens.environment_names import FileKeywords, require_registered
+
+if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec, WrapperSpec
+
+__all__ = ["APART", "check_environment_kwargs", "describe_environment", "environment_in_words", "specify"]
+
+APART = ("max_episode_steps", "wrappers")  # what does not go to the constructor
+PLACES = ("gymnasium.wrappers", "minigrid.wrappers")
+# They record, draw or check an episode and leave what happens in it as it is.
+WATCHING = {
+    "AddWhiteNoise",
+    "HumanRendering",
+    "ObstructView",
+    "OrderEnforcing",
+    "PassiveEnvChecker",
+    "RecordEpisodeStatistics",
+    "RecordVideo",
+    "RenderCollection",
+}
+REFUSED = {
+    **dict.fromkeys(WATCHING, "only records, draws or checks episodes; leave it out"),
+    **dict.fromkeys(
+        ("NormalizeObservation", "NormalizeReward"),
+        "has running statistics, which no specification records; register an environment that has them, and pass "
+        "environment= (--environment on the command line)",
+    ),
+    "Autoreset": "starts the next episode by itself; leave it out",
+}
+
+
+def check_environment_kwargs(kwargs: Mapping[str, Any], name: str = "environment_kwargs") -> None:
+    """Raise ``DtLensError`` unless ``max_episode_steps`` and ``wrappers``, if ``kwargs`` has them, have their form."""
+    steps = kwargs.get("max_episode_steps")
+    if steps is not None and steps != -1:
+        whole_number(steps, f"max_episode_steps of {name}", 1)
+    wrappers = kwargs.get("wrappers")
+    if wrappers is None:
+        return
+    if not isinstance(wrappers, list | tuple) or not all(map(_is_wrapper, wrappers)):
+        shown = repr(wrappers)
+        raise DtLensError(
+            f"wrappers of {name} is {shown if len(shown) <= 80 else shown[:80] + '...'}; it must be a list such as "
+            "[{'name': 'gymnasium.wrappers.RescaleAction', 'kwargs': {'min_action': -1, 'max_action': 1}}]."
+        )
+
+
+def _is_wrapper(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not {"name"} <= set(value) <= {"name", "kwargs"}:
+        return False
+    kwargs = value.get("kwargs")
+    named = isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)
+    return isinstance(value["name"], str) and (kwargs is None or named)
+
+
+def describe_environment(spec: EnvSpec) -> tuple[str, dict[str, Any]]:
+    """A specification as an id and ``environment_kwargs``: what differs from the environment registered under its id.
+
+    Where the id is not registered, everything is given. The id is ``"package:Id"`` where a package other than Gymnasium
+    has the environment's class, since that package must be imported first. ``render_mode`` is left out, and so are
+    wrappers that only record, draw or check an episode. Arrays become lists.
+    """
+    import gymnasium as gym
+
+    registered = gym.registry.get(spec.id)
+    usual = {} if registered is None else _plain(registered.kwargs)
+    kwargs = {name: value for name, value in _plain(spec.kwargs).items() if name not in usual or usual[name] != value}
+    kwargs.pop("render_mode", None)
+    wrappers = _described(spec.additional_wrappers)
+    if registered is None or registered.max_episode_steps != spec.max_episode_steps:
+        kwargs["max_episode_steps"] = -1 if spec.max_episode_steps is None else spec.max_episode_steps
+    if wrappers != ([] if registered is None else _described(registered.additional_wrappers)):
+        kwargs["wrappers"] = wrappers
+    package = spec.entry_point.partition(":")[0].partition(".")[0] if isinstance(spec.entry_point, str) else ""
+    # A package that is not imported, where its environment is registered, is not what registers it.
+    unknown = package in ("", "__main__", "gymnasium") or (registered is not None and package not in sys.modules)
+    return spec.id if unknown else f"{package}:{spec.id}", kwargs
+
+
+def _described(specs: Iterable[WrapperSpec]) -> list[dict[str, Any]]:
+    found = []
+    for spec in specs:
+        module = spec.entry_point.partition(":")[0]
+        place = next((place for place in PLACES if f"{module}.".startswith(f"{place}.")), module)
+        if module.partition(".")[0] == "minari" or (place == PLACES[0] and spec.name in WATCHING):
+            continue
+        found.append({"name": f"{place}.{spec.name}", "kwargs": _plain(spec.kwargs)})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    def listed(other: Any) -> Any:
+        return other.tolist() if hasattr(other, "tolist") else repr(other)
+
+    return json.loads(json.dumps(value, default=listed))
+
+
+def specify(spec: EnvSpec, kwargs: Mapping[str, Any]) -> tuple[EnvSpec, dict[str, Any]]:
+    """The specification that ``gymnasium.make`` takes, and the keywords that are left for the constructor.
+
+    Args:
+        spec: of the registered environment; it is not changed.
+        kwargs: ``environment_kwargs``.
+
+    Raises:
+        DtLensError: for a keyword of a file's that the environment is not registered with; for a wrapper that is not in
+            ``gymnasium.wrappers`` or ``minigrid.wrappers``, and that the environment is not registered with either, or
+            whose arguments are not known.
+    """
+    check_environment_kwargs(kwargs)
+    own = FileKeywords(kwargs) if isinstance(kwargs, FileKeywords) else dict(kwargs)
+    steps, wrappers = own.pop("max_episode_steps", None), own.pop("wrappers", None)
+    if isinstance(own, FileKeywords):
+        own.pop("render_mode", None)  # a window to draw in
+    require_registered(spec, own)
+    if steps is not None:
+        spec = replace(spec, max_episode_steps=None if steps == -1 else int(steps))
+    if wrappers:
+        if any(wrapper["name"].endswith(".AddRenderObservation") for wrapper in wrappers):
+            own.setdefault("render_mode", "rgb_array")
+        spec = replace(spec, additional_wrappers=_wrapper_specs(spec, own, wrappers))
+    return spec, own
+
+
+def _wrapper_specs(
+    spec: EnvSpec, own: Mapping[str, Any], wrappers: Iterable[Mapping[str, Any]]
+) -> tuple[WrapperSpec, ...]:
+    """The wrappers that the environment is registered with, and those of ``wrappers`` that are not among them."""
+    wanted = [{"name": wrapper["name"], "kwargs": _plain(wrapper.get("kwargs"))} for wrapper in wrappers]
+    has = _made_with(spec, own)
+    known = _described(has)
+    rest = wanted[len(known) :] if wanted[: len(known)] == known else wanted
+    return (*has, *(_look_up(spec.id, wrapper) for wrapper in rest))
+
+
+def _made_with(spec: EnvSpec, own: Mapping[str, Any]) -> tuple[WrapperSpec, ...]:
+    """The wrappers that the environment has as it is registered; a registered function may wrap what it makes."""
+    import gymnasium as gym
+
+    try:
+        env: gym.Env[Any, Any] = gym.make(spec, disable_env_checker=True, **own)
+    except (Exception, SystemExit):
+        return spec.additional_wrappers  # whoever makes it in earnest says why it cannot be made
+    try:
+        return spec.additional_wrappers if env.spec is None else env.spec.additional_wrappers
+    finally:
+        env.close()
+
+
+def _look_up(environment: str, wrapper: Mapping[str, Any]) -> WrapperSpec:
+    import gymnasium as gym
+    from gymnasium.envs.registration import WrapperSpec
+
+    shown, kwargs = f"The wrapper {wrapper['name']!r} of {environment!r}", wrapper["kwargs"]
+    place, _, name = wrapper["name"].rpartition(".")
+    if place not in PLACES:
+        raise DtLensError(
+            f"{shown} is in neither {' nor '.join(PLACES)}, and dt-lens imports nothing that a file names; register an "
+            "environment that has it, and pass environment= (--environment on the command line)."
+        )
+    if name in REFUSED:
+        raise DtLensError(f"{shown} {REFUSED[name]}.")
+    try:
+        kind = getattr(importlib.import_module(place), name, None)
+    except ImportError as error:
+        raise DtLensError(f"{shown} cannot be imported ({because(error)}); install what it needs.") from error
+    if not (isinstance(kind, type) and issubclass(kind, gym.Wrapper) and f"{kind.__module__}.".startswith(f"{place}.")):
+        known = [known for known in dir(importlib.import_module(place)) if known[:1].isupper()]
+        raise DtLensError(f"{shown} is not a wrapper of {place}.{nearest(name, known)}")
+    takes = [p for p in inspect.signature(kind).parameters.values() if p.name != "env"]
+    if kwargs is None and takes:
+        raise DtLensError(
+            f"{shown} was used with arguments that its data set does not record; pass environment_kwargs= with its "
+            f"kwargs ({', '.join(p.name for p in takes)}), or register an environment that has it and pass "
+            "environment= (--environment on the command line)."
+        )
+    arrays = {p.name for p in takes if "ndarray" in str(p.annotation)}
+    return WrapperSpec(name, f"{kind.__module__}:{kind.__name__}", _with_arrays(kwargs or {}, arrays))
+
+
+def _with_arrays(kwargs: Mapping[str, Any], arrays: set[str]) -> dict[str, Any]:
+    """Arguments with arrays in place of lists, for those that a wrapper takes as an array or a number."""
+    import numpy as np
+
+    return {
+        name: np.asarray(value) if name in arrays and isinstance(value, list) else value
+        for name, value in kwargs.items()
+    }
+
+
+def environment_in_words(kwargs: Mapping[str, Any]) -> str:
+    """``environment_kwargs`` as one line, empty if there are none.
+
+    >>> environment_in_words({"g": 5.0, "wrappers": [{"name": "gymnasium.wrappers.RescaleAction",
+    ...     "kwargs": {"min_action": -1, "max_action": 1}}], "max_episode_steps": 40})
+    'g=5.0, max_episode_steps=40, RescaleAction(min_action=-1, max_action=1)'
+    """
+    parts = [f"{name}={value}" for name, value in kwargs.items() if name != "wrappers"]
+    for wrapper in kwargs.get("wrappers") or ():
+        given = ", ".join(f"{name}={value}" for name, value in (wrapper.get("kwargs") or {}).items())
+        parts.append(f"{wrapper['name'].rpartition('.')[2]}({given})")
+    return ", ".join(parts)
