@@ -218,7 +218,8 @@ def environment_in_words(kwargs: Mapping[str, Any]) -> str:
     ...     "kwargs": {"min_action": -1, "max_action": 1}}], "max_episode_steps": 40})
     'g=5.0, max_episode_steps=40, RescaleAction(min_action=-1, max_action=1)'
     """
-    parts = [f"{name}={value}" for name, value in kwargs.items() if name != "wrappers"]
+    shown = {name: value for name, value in kwargs.items() if name != "wrappers" and (name, value) != (APART[0], None)}
+    parts = [f"{name}={value}" for name, value in shown.items()]
     for wrapper in kwargs.get("wrappers") or ():
         given = ", ".join(f"{name}={value}" for name, value in (wrapper.get("kwargs") or {}).items())
         parts.append(f"{wrapper['name'].rpartition('.')[2]}({given})")

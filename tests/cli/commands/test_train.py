@@ -29,36 +29,15 @@ def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: py
 
     monkeypatch.setattr(module, "train", fake)
     sizes = ["--steps", 2, "--batch-size", 3, "--context", 4, "--d-model", 8, "--layers", 5, "--heads", 2]
-    others = [
-        "--lr",
-        0.5,
-        "--seed",
-        9,
-        "--targets",
-        "30,20",
-        "--eval-every",
-        6,
-        "--eval-episodes",
-        7,
-        "--max-ep-len",
-        11,
-    ]
-    kwargs = ["--environment-kwargs", '{"sab": true}']
+    others = ["--lr", 0.5, "--seed", 9, "--targets", "30,20", "--eval-every", 6, "--eval-episodes", 7]
+    kwargs = ["--environment-kwargs", '{"sab": true}', "--max-ep-len", 11]
     done = dt_lens("train", "a/b-v0", "--out", "somewhere", *sizes, *others, "--env", "CartPole-v1", "--fresh", *kwargs)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The model: somewhere\n" and "loss 0.2500  target → return 30 → 7" in done.stderr
     settings = AgentSettings(
-        steps=2,
-        batch_size=3,
-        context=4,
-        d_model=8,
-        n_layers=5,
-        n_heads=2,
-        lr=0.5,
-        seed=9,
-        targets=(30.0, 20.0),
+        steps=2, batch_size=3, context=4, d_model=8, n_layers=5, n_heads=2, lr=0.5, seed=9, targets=(30.0, 20.0),
         max_ep_len=11,
-    )
+    )  # fmt: skip
     rest = {"eval_every": 6, "eval_episodes": 7, "environment": "CartPole-v1", "device": "cpu", "resume": False}
     rest["environment_kwargs"] = {"sab": True}
     assert calls == [(("a/b-v0", Path("somewhere"), settings), rest)]
