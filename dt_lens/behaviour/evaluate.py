@@ -95,7 +95,8 @@ def evaluate(
             ``max_episode_steps`` and ``wrappers`` (see ``RunFacts``) of that environment stay unless they are named:
             ``{"wrappers": []}`` takes it without any.
         max_steps: cut episodes after this many steps, where the environment's time limit does not do so earlier.
-        failure: what counts as failing; see ``dt_lens.behaviour.agents.episodes.Episodes``.
+        failure: what counts as failing; by default what the model's facts say for their environment, else a guess; see
+            ``dt_lens.behaviour.agents.episodes.Episodes``.
         workers: processes; as many as there are processor cores to use by default; 1 runs in this process.
         lanes: episodes side by side in a process, at least 8; chosen by the number of episodes by default.
         progress: ``True`` for a progress bar on standard error, or a function of (episodes done, episodes), which
@@ -121,7 +122,7 @@ def evaluate(
         given = environment if texts is None else texts
         return evaluate_text(model, given, context=context, windows=windows, progress=progress)
 
-    from dt_lens.behaviour.agents.episodes import check_rule
+    from dt_lens.behaviour.agents.episodes import check_rule, known_rule
     from dt_lens.behaviour.agents.evaluation import Evaluation
     from dt_lens.behaviour.agents.lanes import LEAST_LANES
     from dt_lens.behaviour.agents.running import run, setting_of
@@ -152,6 +153,6 @@ def evaluate(
         time_limit=setting.task.time_limit,
         model_id=model_id(model),
         edits=tuple(edit.to_dict() for edit in getattr(model, "active_edits", ())),
-        failure=failure,
+        failure=known_rule(failure, model.facts, setting.environment),
         notes=notes(model),
     )

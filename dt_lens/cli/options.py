@@ -14,6 +14,7 @@ __all__ = [
     "Agent",
     "Device",
     "Environment",
+    "Failure",
     "Fresh",
     "Given",
     "Matrices",
@@ -24,6 +25,7 @@ __all__ = [
     "Target",
     "WeightsOnly",
     "Workers",
+    "failure_rule",
     "indices",
     "json_object",
     "load_model",
@@ -57,6 +59,14 @@ Target = Annotated[
 Environment = Annotated[
     str | None,
     typer.Option("--environment", "--env", help="Id of a Gymnasium environment; the model's own by default."),
+]
+Failure = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE",
+        help="What counts as failing: terminated (the environment ends the episode), truncated (the time limit does), "
+        "or a return to fall below; what the agent's dt_lens.json says by default, else a guess.",
+    ),
 ]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cut episodes after this many steps.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Use weights and embeddings as stored, without folding LayerNorm in.")]
@@ -144,6 +154,11 @@ def number(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
+
+
+def failure_rule(text: str | None) -> Any:
+    """The failure rule that ``--failure`` names."""
+    return None if text is None else number(text)
 
 
 def indices(text: str) -> list[int]:

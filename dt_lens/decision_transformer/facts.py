@@ -34,6 +34,8 @@ class RunFacts:
     ``action``, and a comparison with any other head is a comparison with noise. ``padding`` says what fills the window
     before the first step of an episode: masked steps (``"mask"``), or steps that the model sees (``"visible"``: states
     of zero as the model reads them, no action, the first return-to-go, timestep 0), as some code bases train.
+    ``failure`` says which episodes count as failed in ``environment``: those that it ended (``"terminated"``: a fall),
+    those that the time limit cut (``"truncated"``: a goal not reached), or those with a return below a number.
 
     ``environment_kwargs`` are the keywords of ``gymnasium.make``. Among them, ``max_episode_steps`` is a time limit in
     place of the registered one (-1 for none), and ``wrappers`` lists what is put around the environment, the innermost
@@ -53,6 +55,7 @@ class RunFacts:
     action_labels: tuple[str, ...] | None = None
     trained_heads: tuple[str, ...] = ("action",)
     padding: Padding = "mask"
+    failure: str | float | None = None  # what counts as failing; see ``Evaluation``
     about: dict[str, Any] = field(default_factory=dict)  # anything else: dataset, recipe, scores
     evaluation_environment: dict[str, Any] | None = None  # {"id": ..., "kwargs": {...}}, if it is another one
 
@@ -92,6 +95,13 @@ class RunFacts:
         scale = self.return_scale
         _require(_is_number(scale) and scale > 0, "return_scale", scale, "a positive number")
         _require(self.padding in get_args(Padding), "padding", self.padding, "'mask' or 'visible'")
+        ends = ("terminated", "truncated")
+        _require(
+            self.failure is None or self.failure in ends or _is_number(self.failure),
+            "failure",
+            self.failure,
+            "'terminated', 'truncated' or a return to fall below",
+        )
         if (self.state_mean is None) != (self.state_std is None):
             raise DtLensError("The run facts give only one of state_mean and state_std; give both or neither.")
         if self.state_mean is not None and self.state_std is not None:
@@ -157,10 +167,11 @@ class RunFacts:
         return environment, {**apart, **(kwargs or {})}, ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values. An ``evaluation_environment`` of ``None`` is left out, as in older files."""
+        """The fields as plain values; of those that older files do not have, the ones that are not ``None``."""
         values = asdict(self)
-        if values["evaluation_environment"] is None:
-            del values["evaluation_environment"]
+        for name in ("evaluation_environment", "failure"):
+            if values[name] is None:
+                del values[name]
         return values
 
     def to_json(self) -> str:

@@ -150,7 +150,9 @@ def _agent(result: StudyResult) -> Section:
                 frame,
                 f"{summary['episodes']} episodes of {summary['environment']}, seeds {result.baseline.seeds[0]} to "
                 f"{result.baseline.seeds[-1]}.",
-            )
+            ),
+            *(Note(f"Failures: {note}.", "warning") for note in [result.baseline.failure_note] if note),
+            *(Note(f"The interval of the mean: {note}.") for note in [summary["interval_note"]] if note),
         ],
     )
 

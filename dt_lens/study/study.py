@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from dt_lens.arguments import local_path, require_writable
+from dt_lens.behaviour.agents.episodes import FailureRule, check_rule
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.recording import record_actions
 from dt_lens.behaviour.video.video import SideBySide, side_by_side
@@ -46,6 +47,7 @@ class Study:
         value: what the edits put in place of a singular vector; see ``SingularEdit``.
         seed: of the episodes, of the null's sampling and of the controls.
         target_return: what the agent is asked for; the model's first one by default.
+        failure: what counts as failing; that of the model's facts by default, else a guess; see ``Evaluation``.
         workers: worker processes of the rollouts.
         video: draw the unedited and the worst-hit agent side by side if the machine can.
         command: the command line that makes the report again, for the report.
@@ -60,6 +62,7 @@ class Study:
     value: Any = "constant"
     seed: int = 0
     target_return: float | None = None
+    failure: FailureRule | None = None
     workers: int | None = None
     video: bool = True
     command: str = ""
@@ -79,6 +82,8 @@ class Study:
             DtLensError: for a model or settings that cannot be studied, or a folder that cannot be written.
         """
         require_agent(self.model, "A study")
+        if self.failure is not None:
+            check_rule(self.failure)
         if self.episodes < 2:
             raise DtLensError(f"episodes is {self.episodes}; a study needs at least 2, and 50 or more to decide much.")
         if self.edits < 1:
@@ -110,7 +115,7 @@ class Study:
         for i, edit in enumerate(edits):
             conditions += [("edit", edit), ("control", edit.control(self.seed + i))]
         settings = {"episodes": self.episodes, "seed": self.seed, "target_return": self.target_return}
-        trials = Trials(self.model, self.folder / "trials", self.workers, **settings)
+        trials = Trials(self.model, self.folder / "trials", self.workers, failure=self.failure, **settings)
         results = []
         for number, (kind, change) in enumerate(conditions):
             where = "" if change is None else f" of {change.matrix.name} [{number} of {len(conditions) - 1}]"
@@ -161,7 +166,7 @@ class Study:
             file=self.folder / "worst.mp4",
             captions=("unedited", f"{row['matrix']} sv={row['sv']} edited"),
             environment_kwargs=baseline.environment_kwargs,
-            ended="fell",
+            ended="fell" if baseline.failure == "terminated" and not baseline.failure_guessed else "ended",
         )
 
 

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dt_lens.arguments import read_checked_json, write_checked_json
+from dt_lens.behaviour.agents.episodes import FailureRule, guess_rule, known_rule
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.evaluate import evaluate
@@ -34,10 +36,21 @@ class Trials:
         model: a wrapped agent.
         folder: for the files.
         workers: worker processes.
+        failure: what counts as failing; that of the model's facts by default, else a guess. Episodes that are kept are
+            judged by it again.
         settings: what else ``evaluate`` takes. With the weights they name the files, so their order counts.
     """
 
-    def __init__(self, model: Any, folder: Path, workers: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        folder: Path,
+        workers: int | None = None,
+        *,
+        failure: FailureRule | None = None,
+        **settings: Any,
+    ) -> None:
+        self.failure = failure
         self.model, self.folder, self.workers, self.settings = model, folder, workers, settings
 
     def run(self, edit: Edit | None = None, progress: Count | None = None) -> Evaluation:
@@ -49,7 +62,11 @@ class Trials:
             if kept is None:
                 kept = evaluate(self.model, workers=self.workers, progress=progress or False, **self.settings)
                 write_checked_json(file, kept.to_dict())
-        return kept
+        rule = known_rule(self.failure, self.model.facts, kept.environment)
+        guessed = rule is None
+        return replace(
+            kept.with_failure(guess_rule(kept.environment) if rule is None else rule), failure_guessed=guessed
+        )
 
 
 def _read(file: Path) -> Evaluation | None:

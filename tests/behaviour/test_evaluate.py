@@ -58,6 +58,21 @@ def test_the_facts_kwargs_go_with_the_facts_environment(make_model: Make) -> Non
     assert list(evaluate(model, episodes=1, workers=1, max_steps=5).to_frame())[-1] == "score"
 
 
+def test_what_counts_as_failing_is_a_fact_an_argument_or_a_guess(make_model: Make) -> None:
+    model = make_model("CartPole-v1")
+    options = {"episodes": 3, "workers": 1, "max_steps": 4}  # the pole still stands: every episode is cut
+    guessed, before = evaluate(model, **options), model_id(model)
+    assert (guessed.failed.sum(), guessed.failure_guessed) == (0, True)
+    assert "a guess" in str(guessed) and "--failure" in str(guessed.compare(guessed)) + str(guessed)
+    model.facts = replace(model.facts, failure="truncated")
+    known = evaluate(model, **options)
+    assert (known.failed.sum(), known.failure_guessed) == (3, False) and "a guess" not in str(known)
+    assert model_id(model) == before  # it says how episodes are judged, not what the agent does
+    assert evaluate(model, failure="terminated", **options).failed.sum() == 0
+    assert type(known).from_dict(known.to_dict()).failure_guessed is False
+    assert type(known).from_dict(guessed.to_dict()).failure_guessed is True
+
+
 @pytest.mark.parametrize(
     ("arguments", "facts", "sentence"),
     [

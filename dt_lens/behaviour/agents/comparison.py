@@ -127,6 +127,7 @@ class Comparison:
             "mean_baseline": self.baseline.mean,
             **numbers,
             "failure_rule": self.edited.failure_rule,
+            "failure_guessed": self.edited.failure_guessed,
             "model_id_edited": self.edited.model_id,
             "model_id_baseline": self.baseline.model_id,
             "edits": list(self.edited.edits),
@@ -154,6 +155,8 @@ class Comparison:
             (f"failed ({a.failure_rule})", f"{failed[0]} against {failed[1]}  p = {p_text(self.failure_p_value)}"),
             ("survival (log-rank)", f"mean length {lengths}  p = {p_text(self.survival_p_value)}"),
         ]
+        if a.failure_note:
+            rows.append(("  a guess", a.failure_note))
         return rows + ([("intervals", self.interval_note)] if self.interval_note else [])
 
     def _title(self) -> str:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.errors import DtLensError
+from dt_lens.lens.environment_names import same_environment
 from dt_lens.statistics.outcomes import SurvivalCurve, kaplan_meier
 
 if TYPE_CHECKING:
     from dt_lens.behaviour.agents.environment import ScoreReference
     from dt_lens.behaviour.agents.rollouts import Outcome
+    from dt_lens.decision_transformer.facts import RunFacts
 
-__all__ = ["Episodes", "FailureRule", "check_rule"]
+__all__ = ["Episodes", "FailureRule", "check_rule", "guess_rule", "known_rule"]
 
 FailureRule = Literal["terminated", "truncated"] | float | Callable[[pd.DataFrame], Any]
 
@@ -41,9 +43,11 @@ class Episodes:
         truncated: ``[n]``, the time limit cut it.
         failure: what counts as failing: ``"terminated"`` (falling: the environment ended the episode before the time
             limit), ``"truncated"`` (a goal not reached in time), a number (a return below it), or a function of
-            ``to_frame()`` that gives a truth value per row. The default is ``"terminated"``; ``"truncated"`` for
-            environments known to end in success, such as MountainCar; and 0.05 for MiniGrid's, where reaching the goal
-            pays 0.1 or more and nothing else pays.
+            ``to_frame()`` that gives a truth value per row. If it is not given, it is that of the model's facts; if
+            they have none, it is guessed by the environment's name: ``"truncated"`` where environments of that name end
+            in success, such as MountainCar; 0.05 for MiniGrid's, where reaching the goal pays 0.1 or more and nothing
+            else pays; ``"terminated"`` for any other.
+        failure_guessed: whether ``failure`` is such a guess; what is printed then says so.
         environment_role: ``"training"`` or ``"evaluation"``, where the model's facts know an environment for each.
         model_id: hash of the weights and facts that ran, edits included.
         edits: records of the edits that were active.
@@ -64,17 +68,22 @@ class Episodes:
     failure: FailureRule = "terminated"
     notes: tuple[str, ...] = ()
     environment_role: str = ""
+    failure_guessed: bool = False
 
     @classmethod
     def from_outcomes(
-        cls, outcomes: Iterable[Outcome], *, environment: str, failure: FailureRule | None = None, **rest: Any
+        cls,
+        outcomes: Iterable[Outcome],
+        *,
+        environment: str,
+        failure: FailureRule | None = None,
+        failure_guessed: bool = False,
+        **rest: Any,
     ) -> Self:
-        """Collect outcomes, given in any order; ``rest`` are the other attributes."""
+        """Collect outcomes, given in any order; ``rest`` are the other attributes. ``failure`` may be guessed."""
         ordered = sorted(outcomes)
         if failure is None:
-            name = environment.rpartition(":")[2].rpartition("/")[2]
-            failure = "truncated" if name.startswith(_ENDS_IN_SUCCESS) else "terminated"
-            failure = _PAID if name.startswith(_PAYS_FOR_SUCCESS) else failure
+            failure, failure_guessed = guess_rule(environment), True
         check_rule(failure)
         return cls(
             seeds=np.array([o.seed for o in ordered], dtype=np.int64),
@@ -84,6 +93,7 @@ class Episodes:
             truncated=np.array([o.truncated for o in ordered], dtype=bool),
             environment=environment,
             failure=failure,
+            failure_guessed=failure_guessed,
             **rest,
         )
 
@@ -135,6 +145,16 @@ class Episodes:
                 return "not ended within the time limit"
         return f"return below {float(self.failure):g}"
 
+    @property
+    def failure_note(self) -> str:
+        """What to do if the rule is a guess; empty if it is not."""
+        if not self.failure_guessed:
+            return ""
+        return (
+            f"what counts as failing in {self.environment} is not known, and this is a guess; say it with "
+            "failure= (--failure): terminated, truncated or a return to fall below, or in dt_lens.json"
+        )
+
     @cached_property
     def survival(self) -> SurvivalCurve:
         """Share of episodes still running after each step; episodes cut by the time limit are censored."""
@@ -143,7 +163,7 @@ class Episodes:
     def with_failure(self, failure: FailureRule) -> Self:
         """The same episodes under another failure rule."""
         check_rule(failure)
-        return replace(self, failure=failure)
+        return replace(self, failure=failure, failure_guessed=False)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per episode: seed, return, length, terminated, truncated, and score where D4RL defines one."""
@@ -157,6 +177,32 @@ class Episodes:
         if self.scores is not None:
             columns["score"] = self.scores
         return pd.DataFrame(columns)
+
+
+def known_rule(failure: FailureRule | None, facts: RunFacts, environment: str) -> FailureRule | None:
+    """The given rule, or that of the model's facts if the environment is theirs; ``None`` if it must be guessed.
+
+    Raises:
+        DtLensError: unless ``failure`` is a rule or ``None``.
+    """
+    if failure is not None:
+        check_rule(failure)
+        return failure
+    own = (facts.environment, (facts.evaluation_environment or {}).get("id"))
+    known = any(same_environment(environment, name) for name in own)
+    return cast("FailureRule | None", facts.failure) if known else None
+
+
+def guess_rule(environment: str) -> FailureRule:
+    """The failure rule that an environment's name suggests.
+
+    >>> guess_rule("MountainCar-v0"), guess_rule("module:MiniGrid-Empty-5x5-v0"), guess_rule("Hopper-v5")
+    ('truncated', 0.05, 'terminated')
+    """
+    name = environment.rpartition(":")[2].rpartition("/")[2]
+    if name.startswith(_PAYS_FOR_SUCCESS):
+        return _PAID
+    return "truncated" if name.startswith(_ENDS_IN_SUCCESS) else "terminated"
 
 
 def check_rule(failure: FailureRule) -> None:

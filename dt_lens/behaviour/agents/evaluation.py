@@ -61,6 +61,7 @@ class Evaluation(Episodes):
             "failure_rate": failures / n,
             "failure_interval": tuple(wilson(failures, n, confidence)),
             "failure_rule": self.failure_rule,
+            "failure_guessed": self.failure_guessed,
         }
         if self.reference is not None:
             score = self.reference.score
@@ -110,6 +111,7 @@ class Evaluation(Episodes):
                 [Outcome(*row) for row in zip(*columns, strict=True)],
                 edits=tuple(values["edits"]),
                 notes=tuple(values.get("notes", ())),
+                failure_guessed=bool(values.get("failure_guessed", False)),
                 **{name: values[name] for name in _KEPT if name != "environment_kwargs"},
                 environment_kwargs=FileKeywords(values["environment_kwargs"]),
                 environment_role=str(values.get("environment_role", "")),
@@ -135,6 +137,8 @@ class Evaluation(Episodes):
         ]
         if "score" in s:
             rows.append(("D4RL-normalised score", f"{s['score']:.1f}  {span(s['score_interval'])}"))
+        if self.failure_note:
+            rows.append(("  a guess", self.failure_note))
         if s["interval_note"]:
             rows.append(("intervals", s["interval_note"]))
         return rows

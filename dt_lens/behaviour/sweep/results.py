@@ -163,6 +163,8 @@ class SweepResults:
         ``mean_length``; ``survival`` (Kaplan and Meier's share still running at the end) and ``survival_p_value``
         (log-rank); ``note``: what to know about the edit, or why it could not be measured.
 
+        ``attrs`` says by which rule episodes failed (``failure_rule``) and whether it is a guess (``failure_guessed``).
+
         Before the sweep is finished, the numbers are computed from the episodes so far, differences from the pairs.
 
         With successive halving a column ``rung`` says which rung an edit has reached. The numbers of an edit that
@@ -171,7 +173,7 @@ class SweepResults:
         ``q_value``. An edit about which nothing is decided yet has no p-value.
 
         Args:
-            failure: what counts as failing, as for ``Evaluation``.
+            failure: what counts as failing, as for ``Evaluation``; by default what the file says, else a guess.
             confidence: of the intervals.
         """
         if not (isinstance(confidence, int | float) and 0 < confidence < 1):
@@ -210,7 +212,10 @@ class SweepResults:
         q[tested] = q_values(table.loc[tested, "p_value"])
         table.insert(list(table).index("p_value") + 1, "q_value", q)
         table["note"] = table.pop("note")  # last
-        return _typed(table).set_index("arm")
+        table = _typed(table).set_index("arm")
+        for judged in list(evaluations.values())[:1]:
+            table.attrs |= {"failure_rule": judged.failure_rule, "failure_guessed": judged.failure_guessed}
+        return table
 
 
 def _columns(*names: str) -> str:
@@ -232,6 +237,7 @@ def _measured(db: sqlite3.Connection, options: Mapping[str, Any]) -> dict[int, d
         )
     named = ("environment", "environment_kwargs", "target_return", "time_limit")
     shared = from_file({name: options[name] for name in named})
+    shared["failure"] = options.get("failure")  # files of version 0.2 have none
     return {
         arm: {
             "outcomes": outcomes[arm],
@@ -245,7 +251,12 @@ def _measured(db: sqlite3.Connection, options: Mapping[str, Any]) -> dict[int, d
 
 
 def _judged(measured: Mapping[int, Mapping[str, Any]], failure: FailureRule | None) -> dict[int, Evaluation]:
-    return {arm: Evaluation.from_outcomes(failure=failure, **of_arm) for arm, of_arm in measured.items()}
+    found = {}
+    for arm, of_arm in measured.items():
+        rest = dict(of_arm)
+        own = rest.pop("failure")
+        found[arm] = Evaluation.from_outcomes(failure=own if failure is None else failure, **rest)
+    return found
 
 
 def _counted(evaluation: Evaluation, rungs: Sequence[range], rung: int, control: bool) -> Evaluation | None:

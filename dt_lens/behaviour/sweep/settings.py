@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dt_lens.arguments import whole_number
+from dt_lens.behaviour.agents.episodes import check_rule
 from dt_lens.behaviour.sweep.halving import parse_halving
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.activations import Activations
@@ -48,6 +49,8 @@ class SweepSettings:
         halving: successive halving: the episodes of each rung before the last, such as ``[4, 8]``. Every edit runs 4
             episodes, the half with the larger differences 8 more, and half of those, with their controls, all
             ``episodes`` on fresh seeds. See ``SweepResults.table`` for what the numbers mean then.
+        failure: what counts as failing: ``"terminated"``, ``"truncated"`` or a return to fall below, kept in the file;
+            that of the model's facts by default, else a guess. Changes no episode.
         baseline: run the unedited agent too; differences need it.
         fold_layernorm: as for ``SingularEdit``.
 
@@ -71,6 +74,7 @@ class SweepSettings:
     max_steps: int | None = None
     block_size: int | None = None
     halving: str | int | Sequence[int] | None = None
+    failure: str | float | None = None
     baseline: bool = True
     fold_layernorm: bool = True
 
@@ -80,6 +84,10 @@ class SweepSettings:
         for name in ("max_steps", "block_size"):
             if getattr(self, name) is not None:
                 self._keep(name, whole_number(getattr(self, name), name, 1))
+        if self.failure is not None:
+            check_rule(self.failure)  # type: ignore[arg-type]
+            if callable(self.failure):
+                raise DtLensError("A sweep's file keeps failure as a word or a number; give a function to table().")
         rungs = parse_halving(self.halving)
         self._keep("halving", rungs)
         if rungs is not None and not self.baseline:

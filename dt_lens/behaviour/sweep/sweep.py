@@ -12,7 +12,7 @@ from typing import Any, Self
 import pandas as pd
 
 from dt_lens.arguments import local_path, require_writable, whole_number
-from dt_lens.behaviour.agents.episodes import FailureRule
+from dt_lens.behaviour.agents.episodes import FailureRule, known_rule
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
@@ -101,6 +101,7 @@ class Sweep:
             "environment_kwargs": setting.environment_kwargs,
             "target_return": setting.target_return,
             "time_limit": setting.task.time_limit,
+            "failure": known_rule(asked.failure, model.facts, setting.environment),  # type: ignore[arg-type]
             "block_size": block_size_of(asked.episodes, asked.block_size),
             "fold_layernorm": asked.fold_layernorm,
             "registration": registration(setting.task.spec),

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Agent, Given, Seed, load_model
+from dt_lens.cli.options import Agent, Failure, Given, Seed, failure_rule, load_model
 from dt_lens.cli.output import print_table, progress
 
 
@@ -24,6 +24,7 @@ def atlas(
         Path | None, typer.Option(help="The agent's real inputs, for output energies; the sweep's by default.")
     ] = None,
     seed: Seed = 0,
+    failure: Failure = None,
     given: Given = None,
 ) -> None:
     """Make an atlas of a sweep of removals: which directions matter, and what predicts it."""
@@ -40,10 +41,12 @@ def atlas(
         results = SweepResults(sweep)
         inputs = None if activations is None else Activations.load(activations)
         tell("comparing", 0.2)
-        found = make_atlas(loaded, results, inputs, seed=seed)
+        found = make_atlas(loaded, results, inputs, seed=seed, failure=failure_rule(failure))
         folder = out or results.file.parent
         page = write_atlas(found, folder, Path(model).name, shlex.join(["dt-lens", *sys.argv[1:]]))
     print_table(table_of(found), "Directions whose removal matters")
     for sentence in sentences(found):
         print(sentence.replace("**", ""))
+    if found.baseline.failure_note:
+        print(f"Failures ({found.baseline.failure_rule}): {found.baseline.failure_note}.")
     print(f"\nThe atlas: {page}")

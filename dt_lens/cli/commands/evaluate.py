@@ -10,11 +10,13 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Environment,
+    Failure,
     Given,
     Model,
     Seed,
     Target,
     Workers,
+    failure_rule,
     indices,
     load_model,
     number,
@@ -31,6 +33,7 @@ def evaluate(
     episodes: Annotated[int, typer.Option(min=1, help="Number of episodes; episode i uses seed + i.")] = EPISODES,
     seed: Seed = 0,
     target_return: Target = None,
+    failure: Failure = None,
     edit: Annotated[
         str | None, typer.Option(metavar="MATRIX", help="Also measure the model with this matrix edited, and compare.")
     ] = None,
@@ -63,6 +66,7 @@ def evaluate(
     from dt_lens.edits.singular import SingularEdit
 
     options: dict[str, Any] = {"episodes": episodes, "target_return": target_return, "workers": workers}
+    options["failure"] = failure_rule(failure)
     options |= {"texts": text, "context": context, "windows": windows}
     reads = not loaded.can_act
     unit = "windows" if reads else "episodes"
@@ -74,6 +78,7 @@ def evaluate(
             "--environment": environment is not None,
             "--episodes": episodes != EPISODES,
             "--target-return": target_return is not None,
+            "--failure": failure is not None,
             "--workers": workers is not None,
         },
         {"--text": text is not None, "--context": context is not None, "--windows": windows is not None},

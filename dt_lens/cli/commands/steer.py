@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Agent, Environment, Given, MaxSteps, Seed, Workers, load_model, split, to_float
+from dt_lens.cli.options import (
+    Agent,
+    Environment,
+    Failure,
+    Given,
+    MaxSteps,
+    Seed,
+    Workers,
+    failure_rule,
+    load_model,
+    split,
+    to_float,
+)
 from dt_lens.cli.output import print_table, progress
 
 
@@ -26,6 +38,7 @@ def steer(
     seed: Seed = 0,
     environment: Environment = None,
     max_steps: MaxSteps = None,
+    failure: Failure = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all results; dt-lens-steer/MODEL by default.")] = None,
     workers: Workers = None,
     given: Given = None,
@@ -55,6 +68,7 @@ def steer(
             seed=seed,
             environment=environment,
             max_steps=max_steps,
+            failure=failure_rule(failure),
             workers=workers,
             command=shlex.join(["dt-lens", *sys.argv[1:]]),
             progress=tell,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Agent, Given, Seed, Target, Workers, load_model, number, split
+from dt_lens.cli.options import Agent, Failure, Given, Seed, Target, Workers, failure_rule, load_model, number, split
 from dt_lens.cli.output import print_table, progress
 
 
@@ -30,6 +30,7 @@ def study(
     ] = "constant",
     target_return: Target = None,
     seed: Seed = 0,
+    failure: Failure = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; dt-lens-study/MODEL by default.")] = None,
     workers: Workers = None,
     video: Annotated[bool, typer.Option(help="Draw the agent under the worst edit beside the unedited one.")] = True,
@@ -58,6 +59,7 @@ def study(
             value=number(value),
             seed=seed,
             target_return=target_return,
+            failure=failure_rule(failure),
             workers=workers,
             video=video,
             command=command,

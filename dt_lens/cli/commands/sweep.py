@@ -15,6 +15,7 @@ from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Agent,
     Environment,
+    Failure,
     Given,
     Matrices,
     MaxSteps,
@@ -22,6 +23,7 @@ from dt_lens.cli.options import (
     Seed,
     Target,
     Workers,
+    failure_rule,
     load_model,
     split,
 )
@@ -100,6 +102,7 @@ def sweep(
     environment: Environment = None,
     target_return: Target = None,
     max_steps: MaxSteps = None,
+    failure: Failure = None,
     baseline: Annotated[
         bool, typer.Option(help="Run the unedited agent too; differences are computed from it.")
     ] = True,
@@ -150,6 +153,7 @@ def sweep(
             environment=environment,
             target_return=target_return,
             max_steps=max_steps,
+            failure=failure_rule(failure),
             block_size=block_size,
             baseline=baseline,
             fold_layernorm=not raw,
@@ -160,6 +164,10 @@ def sweep(
     unedited = planned.results.baseline()
     if unedited is not None:
         print(f"Unedited: {unedited}\n")
+    elif found.attrs.get("failure_guessed"):
+        print(
+            f"failure_rate ({found.attrs['failure_rule']}) is by a guess of what counts as failing; give --failure.\n"
+        )
     shown = found.drop(columns=[name for name in HIDDEN if name in found]).dropna(axis=1, how="all")
     largest = found["difference"].abs().sort_values(ascending=False, kind="stable").index[:ROWS]
     title = "Edits and controls" if len(found) <= ROWS else f"The {ROWS} largest differences of {len(found)} arms"

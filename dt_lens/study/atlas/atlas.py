@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dt_lens.behaviour.agents.episodes import FailureRule
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.sweep.results import SweepResults
@@ -34,7 +35,13 @@ PLACE = ["matrix", "kind", "layer", "head", "sv"]
 
 
 def make_atlas(
-    model: Any, results: SweepResults, activations: Any = None, *, value: str = "zero", seed: int = 0
+    model: Any,
+    results: SweepResults,
+    activations: Any = None,
+    *,
+    value: str = "zero",
+    seed: int = 0,
+    failure: FailureRule | None = None,
 ) -> Atlas:
     """Make the atlas of a sweep of removals, finished or not.
 
@@ -45,6 +52,7 @@ def make_atlas(
             own energies, if it matched controls by them.
         value: which of the sweep's edits.
         seed: of the bootstrap and the permutations.
+        failure: what counts as failing; by default what the sweep's file says, else a guess; see ``Evaluation``.
 
     Raises:
         DtLensError: if the sweep is of another model, has no such edits, no baseline, or nothing finished, or if the
@@ -54,11 +62,11 @@ def make_atlas(
         raise DtLensError(f"make_atlas takes the results of a sweep, not {a_type(results)}; see SweepResults.")
     if model_id(model) != results.options["model"]:
         raise DtLensError("The sweep is of other weights than this model's; load the model that was swept.")
-    evaluations = results.evaluations()
+    evaluations = results.evaluations(failure)
     baseline = evaluations.get(0) if results.options["baseline"] else None
     if baseline is None:
         raise DtLensError("The sweep has no episodes of the unedited agent; run it with a baseline.")
-    table = results.table()
+    table = results.table(failure=failure)
     edits = table[(table["kind"] == "edit") & (table["value"] == value)].drop_duplicates(["matrix", "sv", "directions"])
     plain, weighted = (edits[edits["directions"] == which] for which in ("plain", "activation"))
     if plain.empty:

@@ -139,6 +139,8 @@ def _shares(atlas: Atlas) -> Section:
     intervals = {"damage": ("damage_low", "damage_high")}
     frame = worst[[*columns, "damage_low", "damage_high"]]
     blocks.append(Folded(f"The {len(worst)} most harmful removals", [Table(frame, intervals=intervals)]))
+    rule = f"Failures: {atlas.baseline.failure_rule}."
+    blocks.append(Note(f"{rule} {note[0].upper()}{note[1:]}." if (note := atlas.baseline.failure_note) else rule))
     blocks.append(Folded("The counts", [Table(atlas.shares)]))
     return Section("How many directions matter?", blocks)
 

@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.arguments import finite_numbers, local_path, require_writable, whole_number
+from dt_lens.behaviour.agents.episodes import FailureRule
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.running import setting_of
@@ -61,6 +62,7 @@ def steer(
     seed: int = 0,
     environment: str | None = None,
     max_steps: int | None = None,
+    failure: FailureRule | None = None,
     workers: int | None = None,
     command: str = "",
     progress: bool | ProgressCallback = False,
@@ -79,7 +81,7 @@ def steer(
         doses: what sigma is multiplied by; 1 is the unedited agent, which is always included.
         targets: of the curve, in the environment's units; the model's own by default.
         seed: of the first episode while choosing, and of the first random direction; the report begins 1,000 later.
-        environment, max_steps, workers: as for ``evaluate``.
+        environment, max_steps, failure, workers: as for ``evaluate``.
         command: the command line that repeats this, for the page.
         progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
 
@@ -104,7 +106,9 @@ def steer(
             "environment's units."
         )
     require_writable(*(local_path(out, "out") / f"steering.{kind}" for kind in ("html", "csv", "json")))
-    search = _Search(model, local_path(out, "out"), sorted(set(wanted)), grid, seed, environment, max_steps, workers)
+    search = _Search(
+        model, local_path(out, "out"), sorted(set(wanted)), grid, seed, environment, max_steps, workers, failure
+    )
     setting_of(
         model, environment, None, wanted[0], max_steps, "steer"
     )  # refuses a bad environment or target before any episode
@@ -128,6 +132,7 @@ class _Search:
     environment: str | None
     max_steps: int | None
     workers: int | None
+    failure: FailureRule | None = None
 
     def run(self, episodes: int, choosing: int, count: int, tell: ProgressCallback) -> SteeringResult:
         tell("running the curve", 0.0)
@@ -142,6 +147,7 @@ class _Search:
         p = _differ(np.array([found.returns for found in at.values()]), self.seed)
         numbers: dict[str, Any] = {
             "environment": at[best].environment, "range": extent, "range_p_value": p, "doses": self.doses,
+            "failure_rule": at[best].failure_rule, "failure_guessed": at[best].failure_guessed,
             "episodes": episodes, "choosing_episodes": choosing, "seed": self.seed,
         }  # fmt: skip
         if p >= ALPHA:
@@ -166,12 +172,14 @@ class _Search:
         randoms, more = self._randoms(direction, target, extent, arms, choosing, tell)
         found |= more
         verdict, sentence = _verdict(direction, found, extent)
+        if at[best].failure_guessed:
+            sentence += f" Failed episodes ({at[best].failure_rule}): {at[best].failure_note}."
         return SteeringResult(verdict, sentence, direction, curve, tried, table, randoms, {**numbers, **found})
 
     def _evaluate(self, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
         settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "target_return": target}
         settings |= {"environment": self.environment, "max_steps": self.max_steps}
-        return Trials(self.model, self.out / "arms", self.workers, **settings).run(edit)
+        return Trials(self.model, self.out / "arms", self.workers, failure=self.failure, **settings).run(edit)
 
     def _choose(
         self,

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dt_lens.behaviour.agents.episodes import Episodes
+from dt_lens.behaviour.agents.episodes import Episodes, known_rule
 from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
 
 
@@ -46,6 +47,23 @@ def test_failure_rules() -> None:
         _ = e.with_failure(lambda frame: [True]).failed
     with pytest.raises(DtLensError, match="failure is True"):
         e.with_failure(True)
+
+
+def test_a_guessed_rule_says_that_it_is_one() -> None:
+    """Reaching the goal ends this environment: "failed 5 of 5" was all that was said."""
+    guessed = _episodes([1.0] * 5, [7] * 5, environment="Goal-v0")
+    assert guessed.failed.all() and guessed.failure_guessed
+    assert "this is a guess; say it with failure= (--failure)" in guessed.failure_note
+    told = guessed.with_failure("truncated")
+    assert not told.failed.any() and not told.failure_guessed and told.failure_note == ""
+    facts = RunFacts(context=2, environment="Goal-v0", failure="truncated")
+    assert known_rule(None, facts, "module:Goal-v0") == "truncated"
+    assert known_rule(0.5, facts, "Goal-v0") == 0.5
+    assert known_rule(None, facts, "Hopper-v5") is None  # the facts' rule is of their own environment
+    with pytest.raises(DtLensError, match="failure is 'fell'"):
+        known_rule("fell", facts, "Goal-v0")  # type: ignore[arg-type]
+    with pytest.raises(DtLensError, match="facts' failure is 'fell'; it must be 'terminated', 'truncated' or a return"):
+        RunFacts(context=2, failure="fell")
 
 
 def test_a_return_equal_to_the_bound_has_not_failed() -> None:

@@ -69,6 +69,31 @@ def test_the_table_is_what_evaluate_and_compare_say(make_sweep: Make, inline: Ma
     assert table.loc[table["kind"] == "control", "q_value"].isna().all()
 
 
+def test_the_file_says_what_counts_as_failing(finished: Make, make_sweep: Make, remembering: Make) -> None:
+    guessed = finished().table()
+    assert guessed.attrs == {"failure_rule": "ended before the time limit", "failure_guessed": True}
+    assert (guessed["failure_rate"] == 0).all()  # a pendulum never ends
+    told = make_sweep(failure="truncated").run(engine=remembering())  # the same episodes, judged anew
+    assert told.table().attrs["failure_guessed"] is False and (told.table()["failure_rate"] == 1).all()
+    assert told.results.baseline().failed.all() and not told.results.baseline().failure_guessed
+    assert (told.table(failure=-1e9)["failure_rate"] == 0).all()
+    with pytest.raises(DtLensError, match="failure is 'fell'"):
+        make_sweep(failure="fell")
+
+
+def test_a_return_that_is_not_finite_in_an_old_file_is_no_discovery(finished: Make) -> None:
+    """Version 0.2 kept a NaN that came on an episode's last step, and counted it as one."""
+    sweep = finished()
+    with closing(sqlite3.connect(sweep.file)) as db, db:
+        db.execute("DROP TABLE checksums")  # which files of version 0.2 lack
+        db.execute("UPDATE episodes SET return = NULL WHERE unit = (SELECT unit FROM units WHERE arm = 1) AND seed = 3")
+    table = SweepResults(sweep.file).table()
+    row = table.loc[1]
+    assert np.isnan(row[["difference", "p_value", "q_value", "difference_low"]].astype(float)).all()
+    assert row["difference_note"] == "no interval: not all differences are finite"
+    assert table.loc[table["kind"] == "edit", "q_value"].notna().sum() == 2
+
+
 def test_the_same_bits_whatever_runs_it(make_sweep: Make, inline: Make, tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "one").run(engine=inline())
     shuffled = make_sweep(tmp_path / "two").run(engine=inline(5, seed=1))
