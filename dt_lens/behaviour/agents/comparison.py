@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.behaviour.agents.episodes import Episodes
+from dt_lens.behaviour.agents.episodes import GUESSED, Episodes
 from dt_lens.behaviour.printing import difference_tests, html_table, p_text, span, text_table
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.statistics.outcomes import (
@@ -156,7 +156,7 @@ class Comparison:
             ("survival (log-rank)", f"mean length {lengths}  p = {p_text(self.survival_p_value)}"),
         ]
         if a.failure_note:
-            rows.append(("  a guess", a.failure_note))
+            rows.append(GUESSED)
         return rows + ([("intervals", self.interval_note)] if self.interval_note else [])
 
     def _title(self) -> str:

@@ -29,6 +29,7 @@ _ENDS_IN_SUCCESS = ("MountainCar", "Acrobot", "PointMaze", "AntMaze")
 # These may end with the goal, with a collision or with the wrong object; only the goal pays, 0.1 or more.
 _PAYS_FOR_SUCCESS = ("MiniGrid", "BabyAI")
 _PAID = 0.05
+GUESSED = ("  this rule is a guess", "say terminated, truncated or a number by --failure, failure= or dt_lens.json")
 
 
 @dataclass(frozen=True, eq=False)

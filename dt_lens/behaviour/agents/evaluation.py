@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dt_lens.behaviour.agents.comparison import Comparison
-from dt_lens.behaviour.agents.episodes import Episodes
+from dt_lens.behaviour.agents.episodes import GUESSED, Episodes
 from dt_lens.behaviour.printing import html_table, span, text_table
 from dt_lens.decision_transformer.environment_wrappers import environment_in_words
 from dt_lens.errors import DtLensError
@@ -138,7 +138,7 @@ class Evaluation(Episodes):
         if "score" in s:
             rows.append(("D4RL-normalised score", f"{s['score']:.1f}  {span(s['score_interval'])}"))
         if self.failure_note:
-            rows.append(("  a guess", self.failure_note))
+            rows.append(GUESSED)
         if s["interval_note"]:
             rows.append(("intervals", s["interval_note"]))
         return rows
