@@ -25,6 +25,7 @@ from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.language_model.original import IGNORED_FIELDS
 from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import Checkpoint
+from dt_lens.lens.forward_mode import uncompiled
 from dt_lens.lens.protocol import Reference
 from dt_lens.lens.weights import require_computable
 
@@ -250,7 +251,7 @@ class HFReference:
         try:
             model.eval()
             model.config._attn_implementation = "eager"  # only this one returns the pattern
-            with torch.no_grad():
+            with torch.no_grad(), uncompiled():
                 # A subclass may return a loss; its modules are the same.
                 out = _hf_class(model).forward(model, **batch, return_dict=True)
         finally:

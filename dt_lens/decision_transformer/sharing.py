@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.assumed import notes
-from dt_lens.lens.hooks import HookedRootModule
+from dt_lens.lens.hooks import HookedModule
 from dt_lens.lens.protocol import Reference
 from dt_lens.lens.weights import require_computable
 
 __all__ = ["SharingModule"]
 
 
-class SharingModule(HookedRootModule):
+class SharingModule(HookedModule):
     """A hooked module that may share another model's memory.
 
     Attributes:

@@ -20,7 +20,7 @@ from dt_lens.language_model.passage import hook_names, passing
 from dt_lens.language_model.reference import LanguageModelReference
 from dt_lens.lens.assumed import assumed_text
 from dt_lens.lens.embeddings import EmbeddingRegistry
-from dt_lens.lens.hooks import HookedRootModule, HookPoint, copy_edits
+from dt_lens.lens.hooks import HookedModule, HookPoint, copy_edits
 from dt_lens.lens.matrices import Structure
 from dt_lens.lens.weights import require_computable
 
@@ -29,13 +29,13 @@ __all__ = ["HookedLanguageModel"]
 TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w")
 
 
-class HookedLanguageModel(HookedRootModule):
+class HookedLanguageModel(HookedModule):
     """A language model whose every activation can be read and replaced, and whose weights are the wrapped model's own.
 
     ``model(tokens)`` gives logits; ``run_with_cache``, ``run_with_hooks`` and ``hooks`` are TransformerLens's, and so
     are the names (``passage.hook_names`` lists them). Without hooks a call is the wrapped model's own forward pass.
-    With hooks it still is; only one on the pattern, or on rotated queries and keys, has it compute attention with
-    Hugging Face's eager code for that call.
+    With hooks it still is, uncompiled; only one on the pattern, or on rotated queries and keys, has it compute
+    attention with Hugging Face's eager code for that call.
 
     Args:
         model: a model of Hugging Face's class.
@@ -94,7 +94,7 @@ class HookedLanguageModel(HookedRootModule):
     def setup(self) -> None:
         """Make the hook points; the wrapped model's modules are left without names."""
         self.mod_dict: dict[str, Any] = {}
-        self.hook_dict: dict[str, Any] = {}
+        self.hook_dict = {}
         for name in hook_names(self.cfg):
             point: Any = HookPoint()
             point.name = name

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.family import Family
+from dt_lens.lens.forward_mode import uncompiled
 
 __all__ = ["hook_names", "passing"]
 
@@ -61,7 +62,7 @@ def passing(
     passage = _Passage(model, family, cfg, see, wanted)
     try:
         passage.open()
-        with passage.attention():
+        with passage.attention(), uncompiled():
             yield
     finally:
         for handle in passage.handles:

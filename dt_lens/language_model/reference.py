@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dt_lens.errors import DtLensError
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.family import Family
-from dt_lens.language_model.passage import passing
+from dt_lens.language_model.passage import hook_names, passing
 
 __all__ = ["LanguageModelReference"]
 
@@ -49,6 +49,11 @@ class LanguageModelReference:
         finally:
             for module, training in modes:
                 module.training = training
+        silent = [name for name in hook_names(self.cfg) if wanted(name) and name not in seen]
+        if silent:
+            raise DtLensError(
+                f"certify: the original's forward pass does not come by {silent[0]}; load the model anew."
+            )
         for layer in range(self.cfg.n_layers):
             self._require_activation(f"blocks.{layer}", seen)
         return {name: tensor.detach() for name, tensor in seen.items()}

@@ -1,14 +1,19 @@
-"""Run a model the same way every time: without dropout, on one thread."""
+"""Run a model the same way every time: without dropout, on one thread, and with its hooks."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["one_thread", "evaluating"]
+__all__ = ["evaluating", "one_thread", "uncompiled"]
+
+_COUNTING = threading.Lock()
+_eager: list[Any] = []  # the compiler's stance, once for every pass that runs uncompiled now
 
 
 @contextmanager
@@ -35,3 +40,25 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run modules as they were written, also those that ``torch.compile`` has compiled.
+
+    Compiled code lacks the hooks that came after compilation, and does not say so.
+    """
+    if "torch._dynamo" not in sys.modules:  # then nothing has been compiled, and importing it takes a second
+        yield
+        return
+    with _COUNTING:
+        # The stance is one for all threads: the first pass sets it, and the last one sets it back.
+        _eager.append(None if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _COUNTING:
+            stance = next((one for one in _eager if one is not None), None)
+            _eager.remove(None if None in _eager else stance)
+            if not _eager and stance is not None:
+                stance.__exit__(None, None, None)

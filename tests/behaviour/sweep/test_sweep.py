@@ -328,7 +328,7 @@ def test_an_edit_that_cannot_be_put_in_force_is_noted(make_sweep: Make, remember
 
 
 def test_a_model_that_cannot_be_sent_to_workers(make_sweep: Make, agent: Any) -> None:
-    with agent.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x)]), pytest.raises(DtLensError, match="has hooks"):
+    with pytest.raises(DtLensError, match="has hooks"), agent.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x)]):
         make_sweep()
     with SingularEdit(agent, "blocks.0.mlp.W_in"), pytest.raises(DtLensError, match="end it first"):
         make_sweep()
@@ -337,7 +337,7 @@ def test_a_model_that_cannot_be_sent_to_workers(make_sweep: Make, agent: Any) ->
     sweep = make_sweep()
     with SingularEdit(agent, "blocks.0.mlp.W_in"), pytest.raises(DtLensError, match="weights have changed"):
         sweep.run()
-    with agent.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x)]), pytest.raises(DtLensError, match="has hooks"):
+    with pytest.raises(DtLensError, match="has hooks"), agent.hooks([("blocks.0.hook_mlp_out", lambda x, hook: x)]):
         sweep.run()
     assert not sweep.file.exists()
 
