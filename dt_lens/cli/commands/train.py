@@ -48,7 +48,11 @@ def train(
     eval_episodes: Annotated[int, typer.Option(min=1, help="Episodes at each target.")] = 8,
     environment: Annotated[
         str | None,
-        typer.Option("--environment", "--env", help="The Gymnasium id to evaluate in; the data set's own by default."),
+        typer.Option(
+            "--environment",
+            "--env",
+            help="The Gymnasium id to evaluate in; by default the data set's evaluation environment, else its own.",
+        ),
     ] = None,
     environment_kwargs: Annotated[
         str | None,
