@@ -20,15 +20,26 @@ from dt_lens.progress import ProgressCallback
 from dt_lens.statistics.nulls.covariance import CovarianceMaximum
 from dt_lens.statistics.nulls.kinds import NULLS, Null
 from dt_lens.statistics.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
+from dt_lens.statistics.nulls.spectrum import BandMaximum, SpectrumMaximum
 from dt_lens.svd.cache import ResultCache
 from dt_lens.svd.decompositions import Decompositions
 from dt_lens.svd.drawn_models import shuffled, untrained
 from dt_lens.svd.pairings import Pairing
 from dt_lens.svd.side_labels import SideLabels
 
-__all__ = ["CovarianceSource", "NullSource", "Pools", "draw_pools", "require_null", "side_covariance"]
+__all__ = [
+    "OF_THE_STREAM",
+    "CovarianceSource",
+    "NullSource",
+    "Pools",
+    "SpectrumSource",
+    "draw_pools",
+    "require_null",
+    "side_covariance",
+]
 
 Array = NDArray[np.float64]
+OF_THE_STREAM = ("covariance", "spectrum", "bands")  # nulls that need activations
 POOL = 10_000  # matches that every pool should hold at least,
 DRAWS = (3, 100)  # from no fewer and no more drawn models than this
 
@@ -67,12 +78,14 @@ class CovarianceSource:
         DtLensError: if ``activations`` is ``None``, or neither activations, nor their file, nor an array.
     """
 
+    name = "covariance"
+
     def __init__(
         self, lens: Snapshot, activations: Any, fold: bool, seed: int, draws: int | None, cache: ResultCache
     ) -> None:
         if activations is None:
             raise DtLensError(
-                "null='covariance' needs activations=: what dt_lens.collect_activations gives, a file of them, or a "
+                f"null={self.name!r} needs activations=: what dt_lens.collect_activations gives, a file of them, or a "
                 "covariance [d_model, d_model]."
             )
         if isinstance(activations, (str, Path)):
@@ -93,17 +106,22 @@ class CovarianceSource:
         self._nulls: dict[tuple[Any, ...], CovarianceMaximum] = {}
 
     def null(self, pairing: Pairing, span: int) -> Null:
-        labels, where = pairing.labels, (pairing.matrix.name, pairing.side)
-        if where not in self._covariances:
-            S = side_covariance(MatrixFactors.of(self.lens, pairing.matrix, self.fold), pairing.side, self.activations)
-            self._covariances[where] = (hashlib.blake2b(S.tobytes(), digest_size=16).digest(), S)
-        digest, S = self._covariances[where]
+        labels = pairing.labels
+        digest, S = self.covariance(pairing)
         key = (digest, labels.digest, labels.centred, span, self.seed, self.draws)
         if key not in self._nulls:
             cache = self._cache if not labels.whole else ResultCache(None)
             made = cache.get(f"covariance null {key}", lambda: self._made(labels, S, span).tensors())
             self._nulls[key] = CovarianceMaximum.from_tensors(made)
         return self._nulls[key]
+
+    def covariance(self, pairing: Pairing) -> tuple[bytes, Array]:
+        """The covariance of the vectors on a pairing's side, and its hash."""
+        where = (pairing.matrix.name, pairing.side)
+        if where not in self._covariances:
+            S = side_covariance(MatrixFactors.of(self.lens, pairing.matrix, self.fold), pairing.side, self.activations)
+            self._covariances[where] = (hashlib.blake2b(S.tobytes(), digest_size=16).digest(), S)
+        return self._covariances[where]
 
     def _made(self, labels: SideLabels, S: Array, span: int) -> CovarianceMaximum:
         return CovarianceMaximum.of(labels.for_null, S, labels.centred, self.seed, span, self.draws)
@@ -113,7 +131,26 @@ class CovarianceSource:
         digest = (
             given.digest if hasattr(given, "digest") else hashlib.blake2b(given.tobytes(), digest_size=8).hexdigest()
         )
-        return {"null": "covariance", "assumes": CovarianceMaximum.assumes, "activations": digest}
+        return {"null": self.name, "assumes": NULLS[self.name].assumes, "activations": digest}
+
+
+class SpectrumSource(CovarianceSource):
+    """The null source of ``"spectrum"`` and ``"bands"``: every direction has a null of its own.
+
+    Args: as for ``CovarianceSource``, and the null's name first.
+    """
+
+    def __init__(self, name: str, *args: Any) -> None:
+        self.name = name
+        super().__init__(*args)
+
+    def null(self, pairing: Pairing, span: int) -> Null:
+        """The nulls of all directions (or spans of ``span``) of a pairing, in order; one best match goes to each."""
+        starts = pairing.starts[pairing.sizes == span]
+        directions = pairing.directions[starts[:, None] + np.arange(span)]
+        kind = SpectrumMaximum if self.name == "spectrum" else BandMaximum
+        labels = pairing.labels
+        return kind(directions, labels.for_null, self.covariance(pairing)[1], labels.centred, self.seed, self.draws)
 
 
 def side_covariance(factors: MatrixFactors, side: SideName, activations: Any) -> Array:

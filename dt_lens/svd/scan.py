@@ -19,7 +19,15 @@ from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.nulls.haar import HaarMaximum
 from dt_lens.statistics.nulls.kinds import Null
 from dt_lens.svd.decompositions import Decompositions
-from dt_lens.svd.null_sources import CovarianceSource, NullSource, Pools, draw_pools, require_null
+from dt_lens.svd.null_sources import (
+    OF_THE_STREAM,
+    CovarianceSource,
+    NullSource,
+    Pools,
+    SpectrumSource,
+    draw_pools,
+    require_null,
+)
 from dt_lens.svd.pairings import DECOMPOSING, Pairing
 from dt_lens.svd.side_labels import Best, SideLabels
 
@@ -80,12 +88,17 @@ def null_source(
     """
     if isinstance(null, Pools):
         return null
-    if activations is not None and null != "covariance":
-        raise DtLensError(f"Only null='covariance' uses activations=, and null is {null!r}; leave them out.")
+    if activations is not None and null not in OF_THE_STREAM:
+        raise DtLensError(
+            f"Only the nulls {', '.join(OF_THE_STREAM)} use activations=, and null is {null!r}; leave them out."
+        )
     if null == "haar":
         return _Rotations(svd, seed, draws)
+    stream = (Snapshot.of(svd.model), activations, svd.fold_layernorm, seed, draws, svd.cache)
     if null == "covariance":
-        return CovarianceSource(Snapshot.of(svd.model), activations, svd.fold_layernorm, seed, draws, svd.cache)
+        return CovarianceSource(*stream)
+    if null in OF_THE_STREAM:
+        return SpectrumSource(null, *stream)
     return draw_pools(svd, null, pairings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
 
 

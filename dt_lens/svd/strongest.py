@@ -15,7 +15,7 @@ from dt_lens.progress import silent
 from dt_lens.statistics.multiplicity import q_values, tail_or_share
 from dt_lens.statistics.nulls.haar import frame_maximum
 from dt_lens.svd.decompositions import Decompositions
-from dt_lens.svd.null_sources import Pools, draw_pools, require_null
+from dt_lens.svd.null_sources import OF_THE_STREAM, Pools, draw_pools, require_null
 from dt_lens.svd.pairings import Pairing
 
 __all__ = ["strongest"]
@@ -34,9 +34,9 @@ def strongest(
 ) -> pd.DataFrame:
     """See ``WeightSVD.strongest``."""
     require_null(null.name if isinstance(null, Pools) else null)
-    if null == "covariance":
+    if null in OF_THE_STREAM:
         raise DtLensError(
-            "null='covariance' draws single directions, not the frame of a whole matrix; use scan(null='covariance') "
+            f"null={null!r} draws single directions, not the frame of a whole matrix; use scan(null={null!r}) "
             "or another null."
         )
     samples, seed = whole_number(samples, "samples", 1), whole_number(seed, "seed", 0)

@@ -67,15 +67,17 @@ class WeightSVD(Decompositions):
         Args:
             matrices: shell patterns such as ``"*.W_in"``; every catalogued matrix when ``None``.
             null: what a direction without meaning is: ``"haar"``, rotated at random; ``"covariance"``, drawn from a
-                Gaussian with the covariance of the vectors on its side of the matrix; ``"untrained"`` or
-                ``"shuffled"``, found in a freshly initialised model or in weights whose entries are in random order. Or
-                what ``pools`` returned. The classes in ``dt_lens.statistics.nulls`` say how each is computed.
+                Gaussian with the covariance of the vectors on its side of the matrix; ``"spectrum"``, as long on every
+                principal axis of that covariance, with random signs; ``"bands"``, as long on every band of such axes
+                and rotated at random inside it; ``"untrained"`` or ``"shuffled"``, found in a freshly initialised
+                model or in weights whose entries are in random order. Or what ``pools`` returned. The classes in
+                ``dt_lens.statistics.nulls`` say how each is computed.
             seed: of the null's Monte Carlo part.
             embeddings: names (patterns) to compare with every side; by default input embeddings are compared with
                 reading sides and output embeddings with writing sides.
             progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
-            activations: for ``"covariance"``: what ``dt_lens.collect_activations`` gives, a file of them, or a
-                covariance ``[d_model, d_model]`` for every side.
+            activations: for ``"covariance"``, ``"spectrum"`` and ``"bands"``: what ``dt_lens.collect_activations``
+                gives, a file of them, or a covariance ``[d_model, d_model]`` for every side.
             draws: for ``"untrained"`` and ``"shuffled"`` how many models are drawn: with ``B`` pooled matches no
                 p-value is below ``1 / (1 + B)`` (``table.attrs["smallest_p"]``), so by default as many as make ``B``
                 10,000 in every pool of single directions, at least 3 and at most 100. Otherwise how many directions
@@ -132,7 +134,7 @@ class WeightSVD(Decompositions):
         Under ``"haar"`` all directions are rotated at once: ``p_value`` is the share of ``samples`` random rotations
         with a match as good, or the union bound over the directions where that is below ``100 / (samples + 1)``. Under
         ``"untrained"`` and ``"shuffled"`` it is the share among the matrices of the same kind in ``draws`` models.
-        ``"covariance"`` is refused: it draws single directions, not whole frames.
+        ``"covariance"``, ``"spectrum"`` and ``"bands"`` are refused: they draw single directions, not whole frames.
 
         Args: as for ``scan``.
 

@@ -37,20 +37,22 @@ def scan(
     raw: Raw = False,
     null: Annotated[
         str,
-        typer.Option(help="How a direction without meaning is drawn: haar, covariance, untrained or shuffled."),
+        typer.Option(
+            help="How a direction without meaning is drawn: haar, covariance, spectrum, bands, untrained or shuffled."
+        ),
     ] = "haar",
     draws: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Number of models (untrained, shuffled) or directions (haar, covariance) to draw; enough by default.",
+            help="Number of models (untrained, shuffled) or directions (the others) to draw; enough by default.",
         ),
     ] = None,
     activations: Annotated[
         Path | None,
         typer.Option(
-            help="For --null covariance: a file of activations; collected from 10 episodes by default, or from a "
-            "language model's held-out text."
+            help="For --null covariance, spectrum and bands: a file of activations; collected from 10 episodes by "
+            "default, or from a language model's held-out text."
         ),
     ] = None,
     subspaces: Annotated[
@@ -71,7 +73,7 @@ def scan(
         if subspaces and value is not None:
             raise DtLensError(f"--{option} is for single directions and does not apply to --subspaces; leave one out.")
     names, sets = split(matrices, "matrices"), split(embeddings, "embeddings")
-    from dt_lens.svd.null_sources import require_null
+    from dt_lens.svd.null_sources import OF_THE_STREAM, require_null
 
     require_null(null)
     require_writable(out)
@@ -87,7 +89,7 @@ def scan(
             table = svd.subspaces(names, sets, seed=seed, progress=tell)
         else:
             given_activations: Any = activations
-            if null == "covariance" and activations is None:
+            if null in OF_THE_STREAM and activations is None:
                 from dt_lens.behaviour.collect_activations import collect_activations
 
                 # A language model reads its held-out text, which needs no seed.

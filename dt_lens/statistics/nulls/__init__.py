@@ -5,6 +5,8 @@ is taken to be:
 
 - ``HaarMaximum``: points anywhere;
 - ``CovarianceMaximum``: is a draw from a Gaussian with the stream's covariance;
+- ``SpectrumMaximum``: is as long on every principal axis of the stream, with random signs;
+- ``BandMaximum``: is as long on every band of such axes, and points anywhere inside each band;
 - ``UntrainedMaximum``: comes from a freshly initialised model of the same shape;
 - ``ShuffledMaximum``: comes from the same weights with their entries in random order.
 

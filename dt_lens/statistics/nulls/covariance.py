@@ -35,7 +35,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.statistics.multiplicity import tail_or_share
 from dt_lens.statistics.nulls.haar import LabelBlocks, unit_labels
 
-__all__ = ["CovarianceMaximum"]
+__all__ = ["CovarianceMaximum", "covariance_axes"]
 
 Array = NDArray[Any]
 NODES = 48  # of the quadrature
@@ -173,6 +173,22 @@ def _turned(labels: ArrayLike | LabelBlocks, vectors: Array) -> tuple[int, _Bloc
 
 def _eigen(covariance: ArrayLike, width: int, centred: bool) -> tuple[Array, Array]:
     """The eigenvalues that do not count as zero, scaled so that the largest is 1, and their vectors in columns."""
+    values, vectors = covariance_axes(covariance, width, centred)
+    kept = values[::-1] > FLAT
+    return values[::-1][kept], vectors[:, ::-1][:, kept]
+
+
+def covariance_axes(covariance: ArrayLike, width: int, centred: bool) -> tuple[Array, Array]:
+    """All eigenvalues of a covariance, the largest first and scaled to 1, and their vectors in columns.
+
+    Args:
+        covariance: ``[width, width]``.
+        width: of the directions that it belongs to.
+        centred: remove constants from both sides first.
+
+    Raises:
+        DtLensError: for one that does not fit, or is not finite, symmetric and positive semidefinite, or is zero.
+    """
     S = np.asarray(covariance, dtype=np.float64)
     if S.shape != (width, width) or not np.isfinite(S).all():
         raise DtLensError(
@@ -187,8 +203,7 @@ def _eigen(covariance: ArrayLike, width: int, centred: bool) -> tuple[Array, Arr
     values, vectors = np.linalg.eigh(S)
     if values[-1] <= 0 or values[0] < -1e-6 * values[-1]:
         raise DtLensError("A covariance must be positive semidefinite and not zero; this one is not.")
-    kept = values > FLAT * values[-1]
-    return values[kept] / values[-1], vectors[:, kept]
+    return values[::-1] / values[-1], vectors[:, ::-1]
 
 
 def _best_matches(blocks: _Blocks, values: Array, span: int, samples: int, rng: np.random.Generator) -> Array:

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from dt_lens.statistics.nulls.covariance import CovarianceMaximum
 from dt_lens.statistics.nulls.haar import Array, HaarMaximum
 from dt_lens.statistics.nulls.pooled import ShuffledMaximum, UntrainedMaximum
+from dt_lens.statistics.nulls.spectrum import BandMaximum, SpectrumMaximum
 
 __all__ = ["NULLS", "Null"]
 
@@ -30,6 +31,8 @@ class Null(Protocol):
 NULLS: dict[str, type[Null]] = {
     "haar": HaarMaximum,
     "covariance": CovarianceMaximum,
+    "spectrum": SpectrumMaximum,
+    "bands": BandMaximum,
     "untrained": UntrainedMaximum,
     "shuffled": ShuffledMaximum,
 }
