@@ -17,6 +17,8 @@ from scipy import stats
 from dt_lens import Embedding, EmbeddingRegistry, WeightSVD
 from dt_lens.lens.matrices import Structure
 from dt_lens.progress import silent
+from dt_lens.statistics.nulls.haar import HaarMaximum
+from dt_lens.statistics.nulls.spectrum import BandMaximum, SpectrumMaximum
 from dt_lens.svd.drawn_models import Drawn
 from dt_lens.svd.scan import null_source
 
@@ -110,6 +112,32 @@ def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(n: int) -> 
     assert even > 2 * high, even
     if n == 1:
         assert stats.kstest(np.concatenate(p_values), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("null", [SpectrumMaximum, BandMaximum])
+def test_spectrum_on_frames_that_are_turned_at_random(null: type[SpectrumMaximum]) -> None:
+    """Lengths on the axes as lopsided as they like: whether a direction points to a label is chance all the same."""
+    rng, d, found, even, p_values = np.random.default_rng(5), 12, 0, 0, []
+    axes = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    values = np.repeat([64.0, 8.0, 1.0], [1, 4, 7])
+    root = axes * values**0.5
+    labels = rng.standard_normal((2, d)) @ root.T
+    haar = HaarMaximum.of(labels, samples=800)
+    unit = labels / np.linalg.norm(labels, axis=1, keepdims=True)
+    for scan in range(SCANS):
+        x = rng.standard_normal((5, d)) * np.exp(rng.standard_normal((5, d))) * values**0.5
+        if null is BandMaximum:  # in each band any direction, and any length
+            x = rng.standard_normal((5, d)) * np.repeat(np.exp(rng.standard_normal((5, 3))), [1, 4, 7], 1) * values**0.5
+        V = x / np.linalg.norm(x, axis=1, keepdims=True) @ axes.T
+        best = np.abs(V @ unit.T).max(1)
+        p = null(V, labels, root @ root.T, seed=scan, samples=500).p_value(best)
+        found += bool((stats.false_discovery_control(p) < 0.05).any())
+        even += bool((stats.false_discovery_control(haar.p_value(best)) < 0.05).any())
+        p_values.append(p)
+    low, high = interval()
+    assert low <= found <= high, found
+    assert even > 2 * high, even
+    assert stats.kstest(np.concatenate(p_values), "uniform").pvalue > 1e-3
 
 
 @pytest.mark.acceptance

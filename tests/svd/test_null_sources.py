@@ -21,7 +21,7 @@ from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.nulls.kinds import NULLS
 from dt_lens.statistics.nulls.pooled import PooledMaximum, ShuffledMaximum, UntrainedMaximum
 from dt_lens.svd.drawn_models import Drawn, shuffled, untrained
-from dt_lens.svd.null_sources import side_covariance
+from dt_lens.svd.null_sources import OF_THE_STREAM, side_covariance
 from dt_lens.svd.scan import COLUMNS
 
 Make = Callable[..., Any]
@@ -56,7 +56,8 @@ def test_every_null_gives_the_same_table_with_other_p_values(make_dt: Make) -> N
     model = make_dt(1, **SMALL)
     svd, (acts, _) = WeightSVD(model), activations_of(model)
     tables = {
-        null: svd.scan(null=null, seed=2, draws=3, activations=acts if null == "covariance" else None) for null in NULLS
+        null: svd.scan(null=null, seed=2, draws=3, activations=acts if null in OF_THE_STREAM else None)
+        for null in NULLS
     }
     same = [name for name in COLUMNS if name not in ("z", "p_value", "q_value")]
     for null, table in tables.items():
@@ -69,7 +70,8 @@ def test_every_null_gives_the_same_table_with_other_p_values(make_dt: Make) -> N
         np.testing.assert_allclose(table["q_value"], q_values(table["p_value"]))
         assert table["p_value"].between(0, 1).all()
         assert np.isfinite(table["z"]).all()
-    assert tables["covariance"].attrs["activations"] == acts.digest
+    for null in OF_THE_STREAM:
+        assert tables[null].attrs["activations"] == acts.digest
     assert tables["untrained"].attrs["draws"] == 3
     assert tables["untrained"]["p_value"].min() >= tables["untrained"].attrs["smallest_p"]
     assert len({round(float(table["p_value"].sum()), 6) for table in tables.values()}) == len(tables)
@@ -184,8 +186,9 @@ def test_a_covariance_from_an_array_and_from_a_file(make_dt: Make, tmp_path: Pat
         svd.scan(null="covariance", activations=np.eye(5))
     with pytest.raises(DtLensError, match="leave them out"):
         svd.scan(activations=acts)
-    with pytest.raises(DtLensError, match="whole matrix"):
-        svd.strongest(null="covariance")
+    for null in OF_THE_STREAM:
+        with pytest.raises(DtLensError, match="whole matrix"):
+            svd.strongest(null=null)
 
 
 def test_blocks_are_compared_with_blocks_of_their_size(make_dt: Make) -> None:
@@ -199,6 +202,7 @@ def test_blocks_are_compared_with_blocks_of_their_size(make_dt: Make) -> None:
         ("untrained", {"draws": 8}),
         ("shuffled", {"draws": 8}),
         ("covariance", {"activations": np.eye(16)}),
+        ("bands", {"activations": np.eye(16)}),  # one band: any rotation
     ):
         table = svd.scan("*.W_in", null, embeddings="state_in", **options)
         haar = svd.scan("*.W_in", embeddings="state_in")
