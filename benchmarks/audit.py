@@ -34,7 +34,9 @@ MATCHES = {"W_in": "read action_out", "W_out": "write action_out", "OV": "write 
 def costliest(directions: pd.DataFrame, costly: pd.DataFrame) -> None:
     """Part A, 1 to 3: what a selected direction's place among nineteen random changes says."""
     print(f"costliest of 127 beats its own 19, where nothing is special: {127 / (127 + CONTROLS):.3f}")
-    ranked = costly.sort_values("damage", ascending=False)
+    chosen_by = directions.set_index(["matrix", "sv"])["damage"]
+    ranked = costly.assign(first=chosen_by.loc[list(zip(costly["matrix"], costly["sv"], strict=True))].to_numpy())
+    ranked = ranked.sort_values("first", ascending=False)  # as they were picked, not by the fresh episodes
     above = ranked["controls_as_costly"].to_numpy() == 0
     print(f"observed: {above.sum()} of {len(ranked)}, {above[:FIRST].sum()} of the costliest {FIRST}")
     print(f"least q of the {len(ranked)}: {q_values(ranked['rank_p_value']).min():.3f}")

@@ -212,7 +212,8 @@ class _Trial:
             "Frobenius energy": [edit.energy for edit in measured.edits],
             "output energy": output_shares(self.case, measured.edits, self._activations()),
         }
-        return hurts_more(self.case, way, measured, energies)
+        absolute = output_shares(self.case, measured.edits, self._activations(), absolute=True)
+        return hurts_more(self.case, way, measured, energies, {"absolute output energy": absolute})
 
     def _predicts(self, way: Way) -> Finding:
         measured, source = self.swept or (None, "")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 
 from dt_lens.edits.singular import load_edit
 from dt_lens.edits.state import unedited
@@ -28,24 +29,41 @@ FEW = 12  # edits for a correlation: with fewer, the interval of a partial corre
 RESAMPLES = 10_000
 
 
-def output_shares(case: Case, edits: Sequence[MeasuredEdit], activations: Activations) -> list[float]:
-    """Each edit's output energy on real inputs, as a share of its matrix's own: ``sqrt(E|xD|^2 / E|xM|^2)``."""
+def output_shares(
+    case: Case, edits: Sequence[MeasuredEdit], activations: Activations, absolute: bool = False
+) -> list[float]:
+    """Each edit's output energy on real inputs, as a share of its matrix's own: ``sqrt(E|xD|^2 / E|xM|^2)``.
+
+    With ``absolute`` it is ``sqrt(E|xD|^2)`` itself.
+    """
     bare, found, whole = unedited(case.model), [], dict[str, float]()
     for edit in edits:
         matrix = find_matrix(bare, edit.matrix)
         moments = activations.of(matrix, bare)
-        if edit.matrix not in whole:
+        if absolute:
+            whole[edit.matrix] = 1.0
+        elif edit.matrix not in whole:
             dense = matrix.dense(bare, fold_layernorm=False)
             whole[edit.matrix] = moments.energy((dense, torch.eye(dense.shape[1], dtype=dense.dtype)))
         found.append(moments.energy(load_edit(case.model, edit.record).delta) / whole[edit.matrix])
     return found
 
 
-def hurts_more(case: Case, way: Way, measured: MeasuredEdits, energies: Mapping[str, Sequence[float]]) -> Finding:
+def hurts_more(
+    case: Case,
+    way: Way,
+    measured: MeasuredEdits,
+    energies: Mapping[str, Sequence[float]],
+    shown: Mapping[str, Sequence[float]] | None = None,
+) -> Finding:
     """Claim 3: damage per unit of energy of the edits of ``W_in`` less that of ``W_out``, a value per episode.
+
+    The interval is over episodes, and so about these edits. With directions as units (a value per edit) the finding
+    says what they show of directions in general; that is not part of the verdict.
 
     Args:
         energies: by name, an energy for each of ``measured.edits``; the smallest of their results counts.
+        shown: further energies, shown with directions as units and not counted.
 
     Raises:
         NotApplicable: if the unedited agent has no return to lose, or an edit has no energy.
@@ -65,23 +83,30 @@ def hurts_more(case: Case, way: Way, measured: MeasuredEdits, energies: Mapping[
     inward = np.array([edit.kind == "W_in" for edit in measured.edits])
     damage = np.array([(base - edit.returns) / scale for edit in measured.edits])
     beyond = np.array([(edit.controls.mean(0) - edit.returns) / scale for edit in measured.edits])
-    tried = {}
-    for name, values in energies.items():
+    tried, across = {}, {}
+    for name, values in {**energies, **(shown or {})}.items():
         size = np.asarray(values, dtype=np.float64)
         if not (size > 0).all():
             raise NotApplicable(f"an edit has no {name}")
         per = damage / (size / np.exp(np.log(size).mean()))[:, None]
-        tried[name] = _of_episodes(per[inward].mean(0) - per[~inward].mean(0))
+        across[name] = _of_directions(per[inward].mean(1), per[~inward].mean(1))
+        if name in energies:
+            tried[name] = _of_episodes(per[inward].mean(0) - per[~inward].mean(0))
     name = min(tried, key=lambda name: tried[name][0])
     value, low, high, _ = tried[name]
     control = bootstrap_interval(beyond[inward].mean(0))
     parts = "; ".join(f"per unit of {n} {v:+.2f} [{lo:+.2f}, {hi:+.2f}]" for n, (v, lo, hi, _) in tried.items())
     said = (
-        f"The edits cost {damage[inward].mean():.0%} of the return in W_in and {damage[~inward].mean():.0%} in W_out, "
-        f"beyond their controls {beyond[inward].mean():.0%} and {beyond[~inward].mean():.0%}; of an edit of typical "
-        f"energy, W_in less W_out: {parts}."
+        f"These {len(damage)} edits cost {damage[inward].mean():.0%} of the return in W_in and "
+        f"{damage[~inward].mean():.0%} in W_out, beyond their controls {beyond[inward].mean():.0%} and "
+        f"{beyond[~inward].mean():.0%}; of an edit of typical energy, W_in less W_out: {parts}, over episodes. "
     )
+    parts = "; ".join(
+        f"per unit of {n} {v:+.2f} [{lo:+.2f}, {hi:+.2f}], p = {p:.2g}" for n, (v, lo, hi, p) in across.items()
+    )
+    said += f"With directions as units ({inward.sum()} and {(~inward).sum()}): {parts}."
     numbers: dict[str, object] = {"by_energy": {n: list(found) for n, found in tried.items()}, "counts": name}
+    numbers["by_direction"] = {n: list(found) for n, found in across.items()}
     numbers["beyond_controls_in"] = [float(beyond[inward].mean()), *control]
     return Finding(
         value,
@@ -100,6 +125,25 @@ def _of_episodes(values: Array) -> tuple[float, float, float, float]:
     """Mean, interval, and the one-sided p that it is above zero, of a value per episode."""
     low, high = bootstrap_interval(values)
     return float(values.mean()), low, high, _one_sided(sign_flip(values), float(values.mean()))
+
+
+def _of_directions(inside: Array, outside: Array) -> tuple[float, float, float, float]:
+    """Difference of means with Welch's interval, and the one-sided permutation p that it is above zero.
+
+    Exact where there are no more than 10,000 ways to part the edits.
+    """
+    value = float(inside.mean() - outside.mean())
+    if min(len(inside), len(outside)) < 2:
+        return value, float("nan"), float("nan"), 1.0
+    low, high = stats.ttest_ind(inside, outside, equal_var=False).confidence_interval()
+    found = stats.permutation_test(
+        (inside, outside),
+        lambda a, b, axis: np.mean(a, axis=axis) - np.mean(b, axis=axis),
+        n_resamples=RESAMPLES,
+        alternative="greater",
+        rng=np.random.default_rng(0),
+    )
+    return value, float(low), float(high), float(found.pvalue)
 
 
 def _one_sided(p: float, value: float) -> float:

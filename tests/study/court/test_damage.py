@@ -88,6 +88,21 @@ def test_claim_3_takes_the_energy_that_says_less(case: Case) -> None:
     assert ruled(hurts_more(case, "note", made, {})) == "supported"
 
 
+def test_directions_as_units_say_less_than_episodes(case: Case) -> None:
+    """One edit of six does all the damage: sure of these edits over episodes, of directions it is not."""
+    made = measured([(0.9, 1.0), *[(0.0, 1.0)] * 5], [(0.0, 1.0)] * 6)
+    found = hurts_more(case, "proper", made, {"F": [1.0] * 12}, {"absolute": [2.0] * 12})
+    assert found.low > 0 and ruled(found) == "supported"
+    value, low, high, p = found.numbers["by_direction"]["F"]  # type: ignore[index]
+    assert value == pytest.approx(found.statistic) and value == pytest.approx(0.15, abs=0.02)
+    assert low < -0.1 and high > 0.4 and p > 0.05
+    assert found.numbers["by_direction"]["absolute"] == pytest.approx((value, low, high, p))  # type: ignore[index]
+    assert set(found.numbers["by_energy"]) == {"F"}  # type: ignore[call-overload]
+    assert "These 12 edits cost" in found.said and "With directions as units (6 and 6): per unit of F" in found.said
+    sure = hurts_more(case, "proper", measured([(0.5, 1.0)] * 6, [(0.1, 1.0)] * 6), {"F": [1.0] * 12})
+    assert sure.numbers["by_direction"]["F"][3] == pytest.approx(1 / 924)  # type: ignore[index]
+
+
 def test_p_is_one_sided(case: Case, plant: Any, units: Any) -> None:
     """An effect against the claim has p near 1, however large it is."""
     for inside, outside, within in ((0.5, 0.1, (0.0, 0.01)), (0.1, 0.5, (0.99, 1.0))):
