@@ -34,7 +34,7 @@ __all__ = ["BandMaximum", "SpectrumMaximum"]
 Array = NDArray[Any]
 FACTOR = 4.0  # eigenvalues of one band lie within it
 FLAT = 1e-12  # eigenvalues below this share of the largest count as one, zero
-PLAIN = 400  # draws of every direction; a share of at least COMMON of them is p
+PLAIN, LEAST = 400, 30  # draws of every direction (no fewer than LEAST); a share of at least COMMON of them is p
 COMMON = 0.1
 TILTED = 2000  # draws for a direction with a smaller p
 MOST = 2048  # labels that are drawn for; the others add a bound
@@ -117,9 +117,9 @@ class SpectrumMaximum:
         self._turned = np.empty((0, width)) if isinstance(labels, LabelBlocks) else unit_labels(labels) @ axes
         self.n_labels = len(self._turned) if self._labels is None else self._labels.n
         self._V = V @ axes
-        plain = self._samples if self.span > 1 else PLAIN
-        if self._labels is not None:
-            plain = max(min(plain, 50), min(plain, int(4e9 / max(1, self.n_labels * width * len(V)))))
+        plain = self._samples if self.span > 1 else min(PLAIN, max(LEAST, self._samples))
+        if self._labels is not None and self.span == 1:
+            plain = max(LEAST, min(plain, int(4e9 / max(1, self.n_labels * width * len(V)))))
         self._drawn = np.zeros((len(V), plain))
         if self.n_labels:
             for i in range(len(V)):
@@ -188,6 +188,11 @@ class SpectrumMaximum:
         frames[:, :, lone] = rows[:, lone] * rng.choice(np.array([-1.0, 1.0]), (draws, 1, len(lone)))
         for start, size in zip(self._bands.starts[sizes > 1], sizes[sizes > 1], strict=True):
             part = rows[:, start : start + size]
+            if len(rows) == 1:
+                turned = rng.standard_normal((draws, 1, size))
+                turned *= np.linalg.norm(part) / np.linalg.norm(turned, axis=2, keepdims=True)
+                frames[:, :, start : start + size] = turned
+                continue
             across = np.linalg.qr(part.T, mode="r")  # what the rows are in a frame of their own
             turned = np.linalg.qr(rng.standard_normal((draws, size, len(across))))[0]
             # The sign of a QR column is LAPACK's choice: draw it at random.

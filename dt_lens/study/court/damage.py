@@ -14,8 +14,9 @@ from dt_lens.edits.singular import load_edit
 from dt_lens.edits.state import unedited
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import find_matrix
+from dt_lens.statistics.local_linear import beside_neighbours
 from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
-from dt_lens.statistics.rank_correlation import RankCorrelation, at_equal_size, rank_correlation
+from dt_lens.statistics.rank_correlation import RankCorrelation, at_equal_size, rank_correlation, spearman_brown
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.claims import Finding, NotApplicable, Way
 from dt_lens.study.court.rollouts import MeasuredEdit, MeasuredEdits
@@ -186,11 +187,32 @@ def cosine_predicts_damage(
     rho, low, high, _, n = tried[name]
     parts = ", ".join(f"{found.rho:+.2f} [{found.low:+.2f}, {found.high:+.2f}] {n}" for n, found in tried.items())
     said = f"Over {n} edits ({source}) the correlation is {parts}."
+    numbers: dict[str, object] = {name: list(found) for name, found in tried.items()}
     if way == "proper":
         said += f" With labels without meaning it is {other:+.2f}."
-    numbers = {name: list(found) for name, found in tried.items()}
+        if "at equal energy" in tried:
+            matrices = [edit.matrix for edit in edits]
+            lines = beside_neighbours(_cosines(case, way, edits, False), damage, size, matrices)
+            reliable = _reliability(edits, size)
+            numbers |= {"at equal energy, local-linear": list(lines), "reliability_beyond_control": reliable}
+            said += (
+                f" Without bins, by local lines, it is {lines.rho:+.2f} [{lines.low:+.2f}, {lines.high:+.2f}] at equal "
+                f"energy. The reliability of damage beyond the control is {reliable:.2f} there"
+            )
+            said += (
+                f": corrected for it the interval would end at {min(1.0, high / reliable**0.5):+.2f}."
+                if reliable > 0
+                else ", so the interval says nothing of what the edits truly cost."
+            )
     p = max(_one_sided(found.p_value, found.rho) for found in tried.values())
     return Finding(rho, low, high, effect=rho, margin=PREDICTS, p_value=p, quiet=quiet, said=said, numbers=numbers)
+
+
+def _reliability(edits: Sequence[MeasuredEdit], size: Sequence[float]) -> float:
+    """How well damage beyond the control repeats at equal energy, from every second episode and the others."""
+    beyond = np.array([edit.controls.mean(0) - edit.returns for edit in edits])
+    one, other = beyond[:, 0::2].mean(1), beyond[:, 1::2].mean(1)
+    return spearman_brown(at_equal_size(one, other, size, [edit.matrix for edit in edits]).rho)
 
 
 def _inside(

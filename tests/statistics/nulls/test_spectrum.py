@@ -34,10 +34,11 @@ def test_every_pattern_of_signs() -> None:
     v, E = unit(rng.standard_normal((1, d)))[0], unit(rng.standard_normal((3, d)))
     signs = np.array(list(product((-1.0, 1.0), repeat=d)))
     best = np.sort(np.abs(signs * (v @ axes) @ axes.T @ E.T).max(1))
-    for t in (best[4000], best[15_000], best[16_300], best[16_380], best[-1]):
+    for place, slack in ((4000, 0.1), (12_000, 0.3), (15_800, 0.12), (16_300, 0.12), (16_380, 0.12), (-1, 0.12)):
+        t = best[place]
         null = SpectrumMaximum(v[None], E, axes * values @ axes.T, samples=20_000)
         exact = float((best >= t - 1e-12).mean())
-        assert float(null.p_value([t])[0]) == pytest.approx(exact, rel=0.12), exact
+        assert float(null.p_value([t])[0]) == pytest.approx(exact, rel=slack), exact
     assert exact == 2 / 2**d
     assert float(null.z([best.mean()])[0]) == pytest.approx(0, abs=0.15)
     assert float(null.std[0]) == pytest.approx(best.std(), rel=0.15)
@@ -91,7 +92,7 @@ def test_labels_in_blocks_and_no_labels() -> None:
     def blocks() -> Iterator[Array]:
         yield from (E[:20].astype(np.float32), E[20:].astype(np.float32))
 
-    t = np.array([0.85, 0.9])
+    t = np.array([0.8, 0.7])
     whole = SpectrumMaximum(V, E, S, seed=1)
     streamed = SpectrumMaximum(V, LabelBlocks(30, d, False, lambda i: E[i], blocks), S, seed=1)
     np.testing.assert_allclose(streamed.p_value(t), whole.p_value(t), rtol=0.2)

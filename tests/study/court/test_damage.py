@@ -158,6 +158,12 @@ def test_claim_7(case: Case, plant: Any, units: Any) -> None:
     found = tried(lambda cosine, _: 2 * cosine)
     assert ruled(found) == "supported" and found.statistic > 0.8
     assert ruled(tried(lambda cosine, _: -2 * cosine)) == "not supported"
+    # The noise of 200 episodes is small beside damage of many sizes, and all there is where no edit does any.
+    assert found.numbers["reliability_beyond_control"] > 0.9  # type: ignore[operator]
+    assert found.numbers["at equal energy, local-linear"][0] > 0.5  # type: ignore[index]
+    nothing = tried(lambda *_: 0.0)
+    assert nothing.numbers["reliability_beyond_control"] < 0.6  # type: ignore[operator]
+    assert "reliability of damage beyond the control is" in nothing.said
     # If only the energy does harm, the cosine predicts nothing at fixed energy.
     assert ruled(tried(lambda _, energy: 0.5 * energy)) != "supported"
 
