@@ -79,7 +79,7 @@ def make_atlas(
         raise DtLensError("The sweep has not finished a direction yet; run it on.")
     awaited, halving = plain, results.options.get("halving")
     if halving:  # it selects by damage, and runs no controls for what it stops
-        directions[["damage_odd", "damage_even"]] = np.nan
+        directions[["damage_odd", "damage_even", "beyond_odd", "beyond_even"]] = np.nan
         awaited = plain[(plain["rung"] == len(halving)) | plain["p_value"].isna()]
     folded = bool(results.options["fold_layernorm"])
     svd = WeightSVD(model, fold_layernorm=folded)
@@ -173,6 +173,8 @@ def _removed(
             "beyond_low",
             "beyond_high",
             "beyond_p_value",
+            "beyond_odd",
+            "beyond_even",
         ),
         np.nan,
     )
@@ -196,6 +198,9 @@ def _removed(
             "beyond_high": high,
             "beyond_p_value": sign_flip(lost, seed=seed),
         }
+        for name, odd in (("beyond_odd", 1), ("beyond_even", 0)):
+            half = lost[seeds % 2 == odd]
+            found[name] = float(half.mean()) if len(half) else np.nan
     return found
 
 

@@ -27,7 +27,8 @@ class Atlas:
             - ``controls``: how many random changes were measured in the same place; ``control_damage``: their mean
               damage; ``controls_large``: how many of them lost more than a tenth of ``unit``.
             - ``beyond`` (return lost beyond the controls at the same seeds) with its interval and ``beyond_p_value``:
-              these are about the controls that were drawn, not about random changes in general.
+              these are about the controls that were drawn, not about random changes in general; ``beyond_odd`` and
+              ``beyond_even`` are ``beyond`` over episodes of odd and of even seed.
             - ``controls_as_costly``: how many of the controls lost at least as much as the direction, and
               ``rank_p_value``: that plus one over ``controls`` plus one, the probability of a rank as high for one
               more random change. This is about random changes in general, and needs many controls.
@@ -47,10 +48,11 @@ class Atlas:
             ``q_value`` over the table. ``damage_per_energy`` has no p: all damages share the noise of the unedited
             agent, and divided by the energy that noise correlates with whatever correlates with the energy. Rows need
             at least five pairs.
-        reliability: how well damage repeats: the rank correlation of odd and even episodes (``halves``), and from it by
-            Spearman and Brown's formula that of all episodes (``reliability``), with an interval; ``inside`` matrices,
-            and among directions of equal size. A correlation with damage is about the correlation with the true cost
-            times the square root of the reliability.
+        reliability: how well damage (``of`` is ``damage``) and damage beyond the control (``beyond``) repeat: the rank
+            correlation of odd and even episodes (``halves``), and from it by Spearman and Brown's formula that of all
+            episodes (``reliability``), with an interval; ``inside`` matrices, and among directions of equal size. A
+            correlation with either is about the correlation with what it measures times the square root of its
+            reliability.
         predictors: how well sizes predict damage, and which does better: ``sigma``, and on real inputs
             ``output_energy``; if the sweep removed activation-aware directions too, their ``sigma`` and the plain one,
             each with the damage of its own directions, over the same matrices and indices.

@@ -8,11 +8,14 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.report.style import signed
+from dt_lens.statistics.multiplicity import q_values
+from dt_lens.statistics.outcomes import mcnemar
 from dt_lens.study.atlas.result import Atlas
 from dt_lens.study.atlas.tables import ALPHA, LARGE, RANKED
 
 __all__ = ["MATCH_COLUMNS", "correlation_of", "covered", "joined", "sentences", "shares_for"]
 
+HALF = 0.5  # of the unedited agent's return
 # The match that may predict damage, for each kind of matrix: a column of ``Atlas.directions``. W_in reads, and is
 # compared with the action output all the same, because that is the claim to be tested.
 MATCH_COLUMNS = {
@@ -95,14 +98,34 @@ def _beside_controls(atlas: Atlas) -> list[str]:
             f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}** {of} [{low}, {high}] "
             f"beyond a random change (p = {found['beyond_p_value']:.2g}, a pair for each direction)."
         )
+    lines += _pair_by_pair(atlas)
     many = atlas.directions[atlas.directions["controls"] >= RANKED]
     if len(many):
-        above = (many["rank_p_value"] <= ALPHA).sum()
+        above, least = (many["rank_p_value"] <= ALPHA).sum(), q_values(many["rank_p_value"]).min()
         lines.append(
             f"**{above} of {len(many):,}** directions with {RANKED} random changes or more beside them cost more "
-            f"than those (by rank, p ≤ {ALPHA}); of as many random changes {ALPHA * len(many):.2g} would."
+            f"than those (by rank, p ≤ {ALPHA}; the least q of the {len(many):,} is {least:.2g}). Of as many named "
+            f"beforehand {ALPHA * len(many):.2g} would by chance; of directions chosen for their damage many more "
+            f"would: where nothing is special, the costliest of 127 costs more than {RANKED} others with probability "
+            f"{127 / (127 + RANKED):.2f}."
         )
     return lines
+
+
+def _pair_by_pair(atlas: Atlas) -> list[str]:
+    """Each direction against its one random change: an answer without selection."""
+    pairs = atlas.directions[atlas.directions["controls"] == 1]
+    if not (len(pairs) and np.isfinite(atlas.unit)):
+        return []
+    other, own = pairs["control_damage"], pairs["control_damage"] + pairs["beyond"]
+    parts = []
+    for share in (LARGE, HALF):
+        a, b = own > share * atlas.unit, other > share * atlas.unit
+        parts.append(
+            f"in {(a & ~b).sum()} pairs only the direction costs more than {share:.0%}, in {(b & ~a).sum()} only the "
+            f"change (McNemar's exact p = {mcnemar(a, b):.2g})"
+        )
+    return [f"Each direction against its one random change: {'; '.join(parts)}."]
 
 
 def covered(atlas: Atlas) -> str:
@@ -141,7 +164,8 @@ def _lost(atlas: Atlas, value: float) -> str:
 
 def _repeats(atlas: Atlas) -> list[str]:
     """How much the noise of the damages weakens a correlation."""
-    table = atlas.reliability[atlas.reliability["inside"] == "equal size"].set_index("what")
+    equal = atlas.reliability[atlas.reliability["inside"] == "equal size"]
+    table = equal[equal["of"] == "damage"].set_index("what")
     kinds = [kind for kind in MATCH_COLUMNS if kind in table.index]
     if not kinds:
         return []

@@ -139,19 +139,20 @@ def _size(rows: pd.DataFrame) -> pd.Series:
 
 
 def reliability_of(directions: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """How well damage repeats, from odd and even episodes: ``Atlas.reliability``."""
+    """How well damage, and damage beyond the control, repeats in odd and even episodes: ``Atlas.reliability``."""
     out: list[dict[str, Any]] = []
     for what, kind, rows in _groups(directions):
-        halves, strata = (rows["damage_odd"], rows["damage_even"]), rows["matrix"]
-        for inside, found in (
-            ("matrices", rank_correlation(*halves, strata, seed=seed)),
-            ("equal size", at_equal_size(*halves, _size(rows), strata, seed=seed)),
-        ):
-            if found.n >= LEAST and np.isfinite(found.rho):
-                whole, low, high = (spearman_brown(value) for value in found[:3])
-                row = {"what": what, "kind": kind, "inside": inside, "halves": found.rho, "n": found.n}
-                out.append(row | {"reliability": whole, "reliability_low": low, "reliability_high": high})
-    names = ["what", "kind", "inside", "halves", "reliability", "reliability_low", "reliability_high", "n"]
+        for of in ("damage", "beyond"):
+            halves, strata = (rows[f"{of}_odd"], rows[f"{of}_even"]), rows["matrix"]
+            for inside, found in (
+                ("matrices", rank_correlation(*halves, strata, seed=seed)),
+                ("equal size", at_equal_size(*halves, _size(rows), strata, seed=seed)),
+            ):
+                if found.n >= LEAST and np.isfinite(found.rho):
+                    whole, low, high = (spearman_brown(value) for value in found[:3])
+                    row = {"what": what, "kind": kind, "of": of, "inside": inside, "halves": found.rho, "n": found.n}
+                    out.append(row | {"reliability": whole, "reliability_low": low, "reliability_high": high})
+    names = ["what", "kind", "of", "inside", "halves", "reliability", "reliability_low", "reliability_high", "n"]
     return pd.DataFrame(out, columns=names)
 
 

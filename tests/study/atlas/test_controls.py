@@ -17,6 +17,7 @@ from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.sweep import Sweep
+from dt_lens.statistics.multiplicity import q_values
 from dt_lens.study.atlas import tables
 from dt_lens.study.atlas.atlas import _removed, make_atlas
 from dt_lens.study.atlas.page import write_atlas
@@ -87,7 +88,10 @@ def test_a_direction_is_ranked_among_its_random_changes(agent: Any, run: Run, tm
     assert (rows["controls_as_costly"][2:] >= 2).all()
     (said,) = [sentence for sentence in sentences(found) if "19 random changes or more" in sentence]
     best = int((rows["rank_p_value"] <= 0.05).sum())
-    assert said.startswith(f"**{best} of 6** directions") and best >= 1 and said.endswith("0.3 would.")
+    assert said.startswith(f"**{best} of 6** directions") and best >= 1
+    # They were chosen for nothing here; where they are chosen for their damage, chance does far more.
+    assert "beforehand 0.3 would by chance" in said and said.endswith("with probability 0.87.")
+    assert f"the least q of the 6 is {q_values(rows['rank_p_value']).min():.2g})" in said
     page = write_atlas(found, tmp_path / "page").read_text()
     assert ">controls as costly<" in page
     few = make_atlas(agent, run(lost, controls=2, sv="0-5"))  # the file keeps what it has
@@ -129,7 +133,11 @@ def test_with_controls_beside_some_only_those_are_compared(agent: Any, run: Run,
     assert said[1].startswith("Beside 7 of 21 directions (all of W_out, none of OV) random changes")
     assert "**0 of 7** random changes cost more than 10%, and **1 of 7** of those directions" in said[1]
     assert said[2].startswith("On average over those directions")
+    assert said[3].startswith("Each direction against its one random change: in 1 pairs only the direction costs more")
+    assert "than 10%, in 0 only the change (McNemar's exact p = 1)" in said[3]
     assert "not finished" not in said[-1]
+    both = found.directions[["beyond_odd", "beyond_even"]]
+    np.testing.assert_allclose(both.mean(axis=1), found.directions["beyond"])
     page = write_atlas(found, tmp_path / "page").read_text()
     assert "7 beside 7 of 21 directions (all of W_out, none of OV)" in page
     assert pd.read_csv(tmp_path / "page" / "shares.csv")["controlled_large"].iloc[0] == 1
@@ -175,8 +183,10 @@ def test_reliability_is_what_was_planted(noise: float, reliability: float, monke
     table = pd.DataFrame({"matrix": np.repeat(["a", "b"], n // 2), "kind": "W_in", "energy": size})
     for half in ("odd", "even"):
         table[f"damage_{half}"] = 3 * size + true + np.sqrt(2) * noise * rng.standard_normal(n)
+        table[f"beyond_{half}"] = np.nan  # no controls
     monkeypatch.setattr(tables, "_groups", lambda rows: [("W_in", "W_in", rows)])
     found = tables.reliability_of(table, 0).set_index(["what", "inside"])
+    assert (found["of"] == "damage").all()
     row = found.loc[("W_in", "equal size")]
     assert row["reliability"] == pytest.approx(reliability, abs=0.06)
     assert row["reliability_low"] <= row["reliability"] <= row["reliability_high"]
