@@ -8,19 +8,32 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
-from dt_lens.lens.matrices import SideName, find_matrix, select_matrices
+from dt_lens.lens.matrices import Matrix, SideName, Snapshot, find_matrix, select_matrices
+from dt_lens.svd.decomposition import Decomposition
 from dt_lens.svd.weight_svd import WeightSVD
 
-__all__ = ["DOES", "Candidate", "candidates_of", "dosed", "output_energy_scale", "put_side", "slopes"]
+__all__ = [
+    "DOES",
+    "Candidate",
+    "candidates_of",
+    "dosed",
+    "downstream_gain",
+    "gain_scale",
+    "output_energy_scale",
+    "put_side",
+    "slopes",
+]
 
 Array = NDArray[np.float64]
 # What a direction does on each side.
 DOES = {"read": "reads", "write": "writes", "neuron": "gives to the neurons"}
+READERS = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
 FIRST = 40  # directions of a matrix that are compared with the return-to-go input
 
 
@@ -88,11 +101,17 @@ def dosed(
         return SingularEdit(model, direction.matrix, direction.sv, side=side, value=dose)
     found = (svd or WeightSVD(model))[direction.matrix]
     own = found.side(side)[direction.sv]
-    drawn = torch.randn(len(own), generator=torch.Generator().manual_seed(random), dtype=own.dtype)
+    value = own + scale * (dose - 1) * _drawn(found, random, side)
+    return SingularEdit(model, direction.matrix, direction.sv, side=side, value=value)
+
+
+def _drawn(found: Decomposition, random: int, side: SideName) -> Tensor:
+    """The random unit vector that takes the place of a side's own."""
+    own = found.side(side)
+    drawn = torch.randn(own.shape[1], generator=torch.Generator().manual_seed(random), dtype=own.dtype)
     if found.folded and found.matrix.centred(found.matrix.side(side)):
         drawn = drawn - drawn.mean()
-    value = own + scale * (dose - 1) * drawn / drawn.norm()
-    return SingularEdit(model, direction.matrix, direction.sv, side=side, value=value)
+    return torch.nn.functional.normalize(drawn, dim=0)
 
 
 def put_side(model: Any, direction: Candidate) -> SideName:
@@ -116,6 +135,34 @@ def output_energy_scale(
     edits = (dosed(model, direction, 2.0, seed, side=side, svd=svd) for seed in (None, random))
     own, other = (edit.output_energy(activations) for edit in edits)
     return own / other
+
+
+def downstream_gain(model: Any, matrix: Matrix, vector: Tensor) -> float:
+    """How strongly what ``matrix`` writes along a unit ``vector [d_model]`` is read later; 1 for an average direction.
+
+    The root mean square, over the folded matrices ``M`` that read the stream behind ``matrix`` (``W_Q``, ``W_K``,
+    ``W_V``, ``W_in``, ``W_gate``), of ``|v M| / (|M|_F / sqrt(d))``. 0.0 where nothing reads it but the heads.
+    """
+    bare, found = Snapshot.of(model), []
+    for reader in select_matrices(bare):
+        later = reader.layer > matrix.layer
+        if reader.kind in ("W_in", "W_gate") and ".attn." in matrix.name and not bare.structure.parallel:
+            later = reader.layer >= matrix.layer
+        if later and reader.kind in READERS:
+            M = reader.dense(bare)
+            found.append(float((vector.to(M) @ M).square().sum() * M.shape[0] / M.square().sum()))
+    return float(np.sqrt(np.mean(found))) if found else 0.0
+
+
+def gain_scale(model: Any, direction: Candidate, random: int, svd: WeightSVD | None = None) -> float:
+    """The scale at which a random write direction has the downstream gain of the direction's own.
+
+    1.0 where no later matrix reads the stream.
+    """
+    found = (svd or WeightSVD(model))[direction.matrix]
+    own = downstream_gain(model, found.matrix, found.side("write")[direction.sv])
+    other = downstream_gain(model, found.matrix, _drawn(found, random, "write"))
+    return own / other if other > 0 else 1.0
 
 
 def slopes(arms: Mapping[float, Evaluation]) -> Array:

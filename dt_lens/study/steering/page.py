@@ -48,8 +48,9 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                     (
                         f"{result.numbers['random_directions']} random directions take the place of what the chosen "
                         "one reads, each scaled to the same output energy on the agent's own inputs; as many take the "
-                        "place of where it puts that, with the same length. p = 0.05 needs that none of them reaches "
-                        "as far without failing."
+                        "place of where it puts that, with the same length or, where it writes to the stream, the same "
+                        "gain into what reads it later. p = 0.05 needs that none of them reaches as far without "
+                        "failing."
                     ),
                     Plot(randoms_figure(result)),
                     Folded("The numbers", [Table(result.randoms)]),

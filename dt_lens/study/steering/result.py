@@ -32,10 +32,10 @@ class SteeringResult:
         table: a row per dose of the chosen direction on the fresh seeds: mean return with its interval, failure rate
             with its interval.
         randoms: a row per random direction that took the chosen one's place on one ``side`` (``"read"``, or the side it
-            puts out on), with the same output energy: its ``seed``, its ``scale`` (how much larger the norm of its
-            change is), the mean returns at the least and the largest dose (``lowest`` and ``highest``), its ``reach``,
-            and its ``failure_rise``. The first row of a side, without a seed, is the chosen direction's, dosed on that
-            side, over the same doses and episodes.
+            puts out on), with the same output energy, or where it writes with the same downstream gain: its ``seed``,
+            its ``scale`` (how much larger the norm of its change is), the mean returns at the least and the largest
+            dose (``lowest`` and ``highest``), its ``reach``, and its ``failure_rise``. The first row of a side, without
+            a seed, is the chosen direction's, dosed on that side, over the same doses and episodes.
         numbers: reach and rise in failures with their intervals, p, and what was run; how many random directions reach
             as far (``read_as_far``, ``put_as_far``), with p and the median of their reach.
     """

@@ -28,7 +28,16 @@ from dt_lens.lens.matrices import SideName
 from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.statistics.outcomes import Interval, bootstrap_interval, sign_flip, wilson
-from dt_lens.study.steering.doses import DOES, Candidate, candidates_of, dosed, output_energy_scale, put_side, slopes
+from dt_lens.study.steering.doses import (
+    DOES,
+    Candidate,
+    candidates_of,
+    dosed,
+    gain_scale,
+    output_energy_scale,
+    put_side,
+    slopes,
+)
 from dt_lens.study.steering.page import write_steering
 from dt_lens.study.steering.result import SteeringResult, Verdict
 from dt_lens.study.trials import Trials
@@ -46,6 +55,7 @@ EXCHANGED = {
     (False, True): " in what it reads, and more in where it puts that",
     (True, False): " in where it puts what it reads, and more in what that is",
 }
+GAIN = " (these of the same downstream gain instead)"
 ALPHA = 0.05
 
 
@@ -268,7 +278,11 @@ class _Search:
                 share = 0.7 + 0.15 * (half + number / RANDOM)
                 tell(f"random directions, {side} side  {number + 1} of {RANDOM}", share)
                 seed = self.seed + number
-                rows.append(run(side, seed, output_energy_scale(self.model, direction, seed, inputs, side, svd)))
+                if side == "write":  # its output energy is the direction's own; how strongly it is read is matched
+                    scale = gain_scale(self.model, direction, seed, svd)
+                else:
+                    scale = output_energy_scale(self.model, direction, seed, inputs, side, svd)
+                rows.append(run(side, seed, scale))
         table = pd.DataFrame(rows)
         table["seed"] = table["seed"].astype("Int64")
         found: dict[str, Any] = {"random_directions": RANDOM, "put_side": put}
@@ -327,7 +341,8 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> t
         f"{found['reach']:+.0%} {_signed_span(reach)} of the curve's range of {extent:,.0f}, and "
         f"failures rise by {found['rise']:+.0%} {_signed_span(rise)}; of {found['random_directions']} "
         f"random directions of the same output energy, {found['read_as_far']} move it as far without failing in place "
-        f"of what it reads, and {found['put_as_far']} in place of what it {DOES[found['put_side']]}: {verdict}{which}."
+        f"of what it reads, and {found['put_as_far']} in place of what it {DOES[found['put_side']]}"
+        f"{GAIN if found['put_side'] == 'write' else ''}: {verdict}{which}."
     )
     return verdict, sentence
 

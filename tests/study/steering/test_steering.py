@@ -21,7 +21,15 @@ from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.study.steering import steering
-from dt_lens.study.steering.doses import Candidate, candidates_of, dosed, output_energy_scale, put_side, slopes
+from dt_lens.study.steering.doses import (
+    Candidate,
+    candidates_of,
+    dosed,
+    gain_scale,
+    output_energy_scale,
+    put_side,
+    slopes,
+)
 from dt_lens.study.steering.result import SteeringResult
 from dt_lens.study.steering.steering import steer
 from dt_lens.svd.weight_svd import WeightSVD
@@ -271,6 +279,32 @@ def test_a_random_put_direction_reads_the_same_with_the_same_output_energy(agent
     left, right = dosed(agent, place, dose).delta
     seen, same = (norm.double()[:, None] * change for change in (mine @ put, left @ right))
     torch.testing.assert_close(seen - seen.mean(0), same - same.mean(0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_random_write_direction_is_read_as_strongly(agent: Any) -> None:
+    """By the second block's folded matrices and, behind the attention, the first block's MLP; computed by hand."""
+    name = "blocks.0.attn.OV.0"
+    place = Candidate(name, 0, float(WeightSVD(agent)[name].sigma[0]), 0.0, "")
+    scale = gain_scale(agent, place, 7)
+    w, d = agent.weights, 32
+    readers = [("blocks.0.mlp.W_in", "blocks.0.ln2.w"), ("blocks.1.mlp.W_in", "blocks.1.ln2.w")]
+    readers += [(f"blocks.1.attn.W_{letter}", "blocks.1.ln1.w") for letter in "QKV"]
+
+    def gain(vector: torch.Tensor) -> float:
+        squares = []
+        for weight, norm in readers:
+            M = w[norm].double()[:, None] * w[weight].double().reshape(-1, d, w[weight].shape[-1])[0]
+            M = M - M.mean(0)
+            squares.append(float((vector @ M).square().sum() / M.square().sum()) * d)
+        return float(np.sqrt(np.mean(squares)))
+
+    (_, own), (_, other) = (dosed(agent, place, 2.0, *more, side="write").delta for more in ((), (7, scale)))
+    # The same input is read, so the written vectors are the changes' right factors, as long as their norms say.
+    found = [gain(torch.linalg.svd(right, full_matrices=False)[2][0].double()) for right in (own, other)]
+    assert scale == pytest.approx(found[0] / found[1], rel=1e-5)
+    assert abs(scale - 1) > 0.02
+    last = Candidate("blocks.1.attn.OV.0", 0, 1.0, 0.0, "")
+    assert gain_scale(agent, last, 7) != 1.0  # its MLP reads it
 
 
 def test_candidates(agent: Any) -> None:
