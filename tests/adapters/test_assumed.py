@@ -96,6 +96,12 @@ def test_a_live_model_says_more_than_its_file(make_hf: Any) -> None:
     assert dt_lens.wrap(make_hf(), check=False).assumed == ALL_FACTS
 
 
+def test_hugging_faces_tensors_without_their_configuration(make_hf: Any, tmp_path: Path) -> None:
+    torch.save(make_hf().state_dict(), tmp_path / "bare.pt")
+    lens = dt_lens.load(tmp_path / "bare.pt", n_heads=2, check=False)
+    assert lens.assumed == {"act_fn": "relu", "action_tanh": True, **ALL_FACTS}
+
+
 def test_a_small_gpt(make_lm: Callable[..., Any], tmp_path: Path) -> None:
     model = make_lm("gpt2", activation_function="gelu")
     torch.save({"model": as_nano(model, "blocks")}, tmp_path / "ckpt.pt")
