@@ -92,6 +92,8 @@ def sentences(result: StudyResult) -> list[str]:
             "of them last to the time limit."
         )
     ]
+    if unchanged := _unchanged(result):
+        return [*lines, unchanged]
     for role, what in (
         ("strong", "directions that match an embedding best"),
         ("weak", "contrasts (similar in size, poor in match)"),
@@ -102,10 +104,15 @@ def sentences(result: StudyResult) -> list[str]:
             "of the same energy in the same place (q < 0.05)."
         )
     worst = table.sort_values("difference", kind="stable").iloc[0]
-    lines.append(
-        f"The worst edit, {worst['matrix']} sv={worst['sv']}, changes the return by "
-        f"**{signed(worst['difference'], 0)}** and its control by {signed(worst['control_difference'], 0)}."
-    )
+    edit = f"{worst['matrix']} sv={worst['sv']}"
+    by = f"by **{_shown(worst['difference'])}** and its control by {_shown(worst['control_difference'])}."
+    if worst["difference"] < 0:
+        lines.append(f"The worst edit, {edit}, changes the return {by}")
+    else:
+        lines.append(f"No edit lowers the mean return; the one with the lowest, {edit}, changes it {by}")
+    better = int((table["verdict"] == "improves more than its control").sum())
+    if better:
+        lines.append(f"**{better}** of the {len(table)} edits improve the agent more than their controls (q < 0.05).")
     found = result.spearman
     if np.isnan(found.rho):
         why = "one of the two does not vary" if len(table) > 2 else f"there are only {len(table)}"
@@ -125,6 +132,29 @@ def sentences(result: StudyResult) -> list[str]:
             f", {clear}."
         )
     return lines
+
+
+def _shown(difference: float) -> str:
+    """A difference of returns to three digits, or to whole numbers: returns may lie between 0 and 1.
+
+    >>> _shown(-2345.6), _shown(0.3124), _shown(0.0)
+    ('−2,346', '+0.312', '+0')
+    """
+    size = abs(difference)
+    return signed(difference, 0 if size == 0 else int(np.clip(2 - np.floor(np.log10(size)), 0, 6)))
+
+
+def _unchanged(result: StudyResult) -> str:
+    """That no edit and no control changed anything, in a sentence; empty if one did."""
+    returns = result.baseline.returns
+    if any((arm.returns != returns).any() for arm in (*result.edited, *result.controls)):
+        return ""
+    same = f"; all of them return **{returns[0]:,.6g}**" if np.ptp(returns) == 0 else ""
+    return (
+        f"**Nothing changed**: no edit and no control changed the return of any episode{same}. So this study shows "
+        "nothing of damage; it takes larger edits, other directions, or a task in which the agent is not so sure of "
+        "its return."
+    )
 
 
 def _agent(result: StudyResult) -> Section:
@@ -234,6 +264,8 @@ def _effects(result: StudyResult) -> Section:
     table = result.verdicts
     shown = table[list(VERDICT_COLUMNS)]
     notes = [Note(note) for note in dict.fromkeys(table["note"]) if note]
+    if unchanged := _unchanged(result):
+        return Section("What editing them does", [Note(unchanged.replace("**", "")), Table(shown), *notes])
     rho, interval = result.spearman.rho, (result.spearman.low, result.spearman.high)
     return Section(
         "What editing them does",
@@ -256,6 +288,9 @@ def _effects(result: StudyResult) -> Section:
 
 
 def _survival(result: StudyResult) -> Section:
+    if not any(arm.terminated.any() for arm in (result.baseline, *result.edited, *result.controls)):
+        said = "No episode of any arm ended before the time limit, so there are no survival curves to draw."
+        return Section("How long the agent lasts", [said])
     curves: dict[str, Any] = {"unedited": _curve(result.baseline)}
     controls: dict[str, str] = {}
     for i, row in enumerate(result.verdicts.to_dict("records")):

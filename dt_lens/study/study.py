@@ -149,6 +149,8 @@ class Study:
     ) -> SideBySide:
         if not self.video:
             return SideBySide(None, "There is no video: it was switched off.")
+        if not (summary["difference"] < 0).any():
+            return SideBySide(None, "There is no video: no edit lowered the mean return.")
         worst = int(summary["difference"].to_numpy().argmin())
         losses = baseline.returns - edited[worst].returns
         # The seed whose loss is the median one: a typical episode, not the most spectacular.

@@ -119,12 +119,19 @@ def verdicts(
     table = pd.DataFrame(rows)
     table["q"] = q_values(table["p_value"])
     table["verdict"] = [
-        _verdict(q, beyond) for q, beyond in zip(table["q"], table["damage_beyond_control"], strict=True)
+        _verdict(*row) for row in zip(table["q"], table["damage_beyond_control"], table["difference"], strict=True)
     ]
     return table
 
 
-def _verdict(q: float, beyond: float) -> str:
-    if q < 0.05:
-        return "hurts more than its control" if beyond > 0 else "hurts less than its control"
-    return "no difference from its control shown"
+def _verdict(q: float, beyond: float, difference: float) -> str:
+    """In words, by the sign of the edit's own mean ``difference`` from the unedited agent.
+
+    >>> _verdict(0.01, 5.0, -8.0), _verdict(0.01, -5.0, 3.0), _verdict(0.01, 5.0, 3.0)
+    ('hurts more than its control', 'improves more than its control', 'improves less than its control')
+    """
+    if not q < 0.05:
+        return "no difference from its control shown"
+    if beyond > 0:
+        return "hurts more than its control" if difference < 0 else "improves less than its control"
+    return "improves more than its control" if difference > 0 else "hurts less than its control"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.study.page import sentences, write_study
 from dt_lens.study.result import StudyResult
 from dt_lens.study.study import Study
-from dt_lens.study.trials import Trials
+from dt_lens.study.trials import Trials, verdicts
 
 OPTIONS: dict[str, Any] = {"episodes": 4, "edits": 1, "workers": 1, "video": False}
 
@@ -51,6 +52,43 @@ def test_a_row_for_each_edit_beside_its_control(studied: StudyResult) -> None:
         assert rows["difference"][i] == pytest.approx((edited.returns - studied.baseline.returns).mean())
         assert rows["damage_beyond_control"][i] == pytest.approx((control.returns - edited.returns).mean())
         assert edited.edits and control.edits and not studied.baseline.edits
+
+
+def test_what_did_not_change_is_said_and_not_drawn(studied: StudyResult, tmp_path: Path) -> None:
+    same = [replace(studied.baseline, edits=arm.edits) for arm in studied.edited]
+    still = verdicts(studied.verdicts, studied.edits, studied.baseline, same, same)
+    result = replace(studied, verdicts=still, edited=same, controls=same)
+    said = sentences(result)
+    assert len(said) == 2 and "**Nothing changed**: no edit and no control changed the return" in said[1]
+    assert not any("+0" in sentence for sentence in said)
+    page = write_study(result, tmp_path).read_text(encoding="utf-8")
+    assert "Nothing changed" in page and "What each edit does, beside its control" not in page
+    assert "What each edit does, beside its control" in studied.report.read_text(encoding="utf-8")
+
+
+def test_an_edit_that_improves_the_agent_is_not_said_to_hurt_less(studied: StudyResult) -> None:
+    base = replace(studied.baseline, **_columns(12, 50.0))
+    better, worse = (replace(base, returns=base.returns + gain + np.arange(12)) for gain in (90.0, -40.0))
+    edits = studied.edits
+    table = verdicts(studied.verdicts, edits, base, [better, better], [worse, base])
+    assert list(table["verdict"]) == ["improves more than its control"] * 2
+    said = " ".join(
+        sentences(replace(studied, verdicts=table, edited=[better] * 2, controls=[worse, base], baseline=base))
+    )
+    assert "No edit lowers the mean return" in said and "**2** of the 2 edits improve the agent more" in said
+    assert "hurts less" not in said and "The worst edit" not in said
+    table = verdicts(studied.verdicts, edits, base, [worse, base], [base, better])
+    assert list(table["verdict"]) == ["hurts more than its control", "improves less than its control"]
+    lower = replace(base, returns=base.returns - 80.0 - np.arange(12))
+    assert (
+        verdicts(studied.verdicts, edits, base, [worse] * 2, [lower] * 2)["verdict"][0] == "hurts less than its control"
+    )
+
+
+def _columns(n: int, value: float) -> dict[str, Any]:
+    """An evaluation's arrays: ``n`` episodes of return ``value``."""
+    flags = {"terminated": np.ones(n, bool), "truncated": np.zeros(n, bool)}
+    return {"seeds": np.arange(n), "returns": np.full(n, value), "lengths": np.full(n, 50), **flags}
 
 
 def test_progress_rises_from_nothing_to_everything(studied: StudyResult, shares: list[float]) -> None:

@@ -53,7 +53,7 @@ def write_atlas(atlas: Atlas, folder: str | Path, name: str = "the model", comma
     return write_report(
         folder / "atlas.html",
         f"An atlas of {name}: what each direction does",
-        [_damage(atlas), _shares(atlas), _matches(atlas), _sizes(atlas), _method(atlas)],
+        _sections(atlas),
         verdict=sentences(atlas),
         facts={
             "model": name,
@@ -68,6 +68,13 @@ def write_atlas(atlas: Atlas, folder: str | Path, name: str = "the model", comma
         },
         command=command,
     )
+
+
+def _sections(atlas: Atlas) -> list[Section]:
+    """All sections; only the method where no removal did anything, since every figure would be empty."""
+    if not atlas.directions["damage"].any():
+        return [_method(atlas)]
+    return [_damage(atlas), _shares(atlas), _matches(atlas), _sizes(atlas), _method(atlas)]
 
 
 def _episodes(atlas: Atlas) -> str:

@@ -46,6 +46,9 @@ PREDICTORS = (
 def sentences(atlas: Atlas) -> list[str]:
     """The answer in a few plain sentences."""
     everything, n = shares_for(atlas, "all"), len(atlas.directions)
+    if not atlas.directions["damage"].any():
+        lines = [f"**Nothing changed**: no removal of {n:,} directions changed the mean return, so there is no damage."]
+        return lines + _unfinished(atlas)
     large = f", and more than {LARGE:.0%} of it for **{everything['large']:.0f}**" if np.isfinite(atlas.unit) else ""
     lines = [
         (
@@ -60,11 +63,16 @@ def sentences(atlas: Atlas) -> list[str]:
             lines.append(_predicts(row, equal))
     lines += _repeats(atlas)
     lines += [_better(atlas, *names) for names in PREDICTORS if _is_known(atlas, names[-1])]
-    controlled, awaited = everything["controlled"], atlas.planned_controls
-    if n < atlas.planned or controlled < awaited:
-        missing = f", and random changes beside {controlled:,} of {awaited:,}" if awaited else ""
-        lines.append(f"The sweep is not finished: {n:,} of {atlas.planned:,} directions are measured{missing}.")
-    return lines
+    return lines + _unfinished(atlas)
+
+
+def _unfinished(atlas: Atlas) -> list[str]:
+    """How much of the sweep is missing."""
+    n, controlled, awaited = len(atlas.directions), shares_for(atlas, "all")["controlled"], atlas.planned_controls
+    if n == atlas.planned and controlled >= awaited:
+        return []
+    missing = f", and random changes beside {controlled:,} of {awaited:,}" if awaited else ""
+    return [f"The sweep is not finished: {n:,} of {atlas.planned:,} directions are measured{missing}."]
 
 
 def shares_for(atlas: Atlas, what: str) -> dict[str, Any]:

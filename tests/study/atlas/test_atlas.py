@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,12 @@ def test_the_page_and_the_tables(atlas: Atlas, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DtLensError, match="cannot be written"):
         write_atlas(atlas, tmp_path / "file" / "x")
+
+
+def test_removals_without_any_effect_are_said_and_not_drawn(atlas: Atlas, tmp_path: Path) -> None:
+    flat = dataclasses.replace(atlas, directions=atlas.directions.assign(damage=0.0))
+    assert sentences(flat)[0].startswith("**Nothing changed**: no removal of")
+    assert "How many directions matter?" not in write_atlas(flat, tmp_path).read_text()
 
 
 def test_the_command(folder: Path, planted: Sweep, tmp_path: Path) -> None:
