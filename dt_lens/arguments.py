@@ -19,6 +19,7 @@ from typing import Any
 from dt_lens.errors import DtLensError, a_type, nearest, unwritable
 
 __all__ = [
+    "LAST_SEED",
     "atomic_write",
     "finite_numbers",
     "local_path",
@@ -26,12 +27,16 @@ __all__ = [
     "read_checked_json",
     "refuse_unknown",
     "require_activations",
+    "require_offers",
     "require_wrapped",
     "require_writable",
     "whole_number",
     "whole_numbers",
     "write_checked_json",
 ]
+
+
+LAST_SEED = 2**63 - 1  # seeds are kept in arrays and in SQLite, whose integers have 64 bits
 
 
 def whole_number(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
@@ -253,6 +258,17 @@ def require_wrapped(model: Any, caller: str, *offers: str) -> None:
 def not_wrapped(model: Any, caller: str) -> DtLensError:
     """The error of ``caller`` for something that is not a wrapped model."""
     return DtLensError(f"{caller} takes a wrapped model, not {a_type(model)}; call dt_lens.wrap or dt_lens.load first.")
+
+
+def require_offers(value: Any, name: str, wanted: str, *offers: str) -> None:
+    """Raise ``DtLensError`` unless ``value`` has all of these attributes, which makes it ``wanted``.
+
+    >>> require_offers(3, "table", "a table of a scan", "columns")
+    Traceback (most recent call last):
+    dt_lens.errors.DtLensError: table is an int; it must be a table of a scan.
+    """
+    if isinstance(value, type) or not all(hasattr(value, offer) for offer in offers):
+        raise DtLensError(f"{name} is {a_type(value)}; it must be {wanted}.")
 
 
 def require_activations(given: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.errors import DtLensError
 from dt_lens.lens.assumed import notes
@@ -132,7 +132,7 @@ def evaluate(
             "This is an agent, and evaluate runs it in an environment; leave out texts, context and windows."
         )
     whole_number(episodes, "episodes", 1)
-    whole_number(seed, "seed", 0)
+    whole_number(seed, "seed", 0, LAST_SEED)
     for name, value, least in (("max_steps", max_steps, 1), ("workers", workers, 1), ("lanes", lanes, LEAST_LANES)):
         if value is not None:
             whole_number(value, name, least)

@@ -51,7 +51,7 @@ Matrices = Annotated[
     str | None,
     typer.Option(help="Comma-separated names or patterns, such as '*.W_in,*.OV.*'; all matrices by default."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Random seed; the same seed gives the same results.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed; the same seed gives the same results.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of worker processes; one per core by default.")]
 Target = Annotated[
     float | None, typer.Option(help="Target return, in the environment's units; the agent's own by default.")
@@ -92,10 +92,17 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
         name, equals, value = item.partition("=")
         if not equals:
             raise DtLensError(f"--given is {item!r}; expected NAME=VALUE, such as n_heads=1.")
+        name = name.strip().replace("-", "_")
+        if not name or name in ("source", "adapter", "check"):
+            raise DtLensError(
+                f"--given is {item!r}; {name or 'nothing'} is not a value that a checkpoint may lack, such as n_heads."
+            )
         try:
-            values[name.replace("-", "_")] = json.loads(value)
+            values[name] = json.loads(value)
+        except RecursionError:
+            raise DtLensError(f"--given is {item[:40]!r}...; its value is nested too deeply.") from None
         except ValueError:
-            values[name.replace("-", "_")] = value
+            values[name] = value
     from dt_lens.lens.assumed import notes
     from dt_lens.lens.loading import load, open_checkpoint
 

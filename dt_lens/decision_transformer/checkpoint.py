@@ -14,6 +14,7 @@ from dt_lens.arguments import atomic_write, local_path
 from dt_lens.decision_transformer.facts import FACTS_FILE
 from dt_lens.decision_transformer.hf_layout import config_to_hf, hf_from_canonical
 from dt_lens.errors import DtLensError
+from dt_lens.lens.protocol import require_agent
 
 if TYPE_CHECKING:
     from dt_lens.decision_transformer.facts import RunFacts
@@ -36,6 +37,7 @@ def save_pretrained(model: HookedDecisionTransformer, folder: str | Path, *, edi
         DtLensError: while an edit is in force, for a model that Hugging Face's class cannot represent, or a folder that
             cannot be written.
     """
+    require_agent(model, "save_pretrained")
     folder = local_path(folder, "folder")
     active = getattr(model, "active_edits", ())
     if active and not edited:

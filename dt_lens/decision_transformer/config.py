@@ -86,8 +86,10 @@ class HookedDecisionTransformerConfig:
             if not isinstance(getattr(self, name), bool):
                 raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must be true or false.")
         for name in ("eps", "embed_ln_eps"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) >= 0):
-                raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must be 0 or more.")
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                raise DtLensError(
+                    f"The configuration's {name} is {getattr(self, name)!r}; it must be a small number of 0 or more."
+                )
         for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
             if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must lie in 0 to 1.")

@@ -18,6 +18,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dt_lens.arguments import require_offers
 from dt_lens.decision_transformer.batch import random_batch, require_batch
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.embeddings import decision_transformer_embeddings
@@ -248,6 +249,7 @@ class HookedDecisionTransformer(SharingModule):
     cfg: HookedDecisionTransformerConfig
 
     def __init__(self, cfg: HookedDecisionTransformerConfig, state_encoder: nn.Module | None = None) -> None:
+        require_offers(cfg, "cfg", "a HookedDecisionTransformerConfig", "d_model", "n_layers", "predicts")
         super().__init__()
         self.cfg = cfg
         d = cfg.d_model

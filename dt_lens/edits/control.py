@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
-from dt_lens.arguments import require_activations, whole_number
+from dt_lens.arguments import LAST_SEED, require_activations, whole_number
 from dt_lens.edits.edit import Edit
 from dt_lens.edits.low_rank import carry, remarks_on, spectrum_of
 from dt_lens.edits.state import state_of, unedited
@@ -55,7 +55,7 @@ class Control(Edit):
         while isinstance(edit, Control):
             edit = edit.of
         self.of: Edit = edit
-        self.seed = whole_number(seed, "seed")
+        self.seed = whole_number(seed, "seed", -(2**63), LAST_SEED)
         self.activations = "" if activations is None else activations.digest
         with state_of(edit.model).lock:  # another thread may be writing these weights
             self._make(edit, activations)

@@ -222,6 +222,7 @@ class Activations:
         Raises:
             DtLensError: for a file that does not exist, is damaged, or holds something else.
         """
+        path = local_path(path, "path")
         wrong = f"{path} is not a file of activations"
         try:
             with safe_open(path, "pt") as file:

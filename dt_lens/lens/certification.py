@@ -18,6 +18,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError, because
 from dt_lens.lens.assumed import assumed_text
 from dt_lens.lens.diagnosis import Check, explain
@@ -101,6 +102,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
             table none of whose rows changes an output; or if ``model`` is not a wrapped model that can run.
     """
     require_running(model, "certify")
+    seed = whole_number(seed, "seed", 0, LAST_SEED)
     weights = model.weights
     for name, weight in weights.items():
         if not _finite(weight):

@@ -138,6 +138,8 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
         return self._sets[name]
 
     def __setitem__(self, name: str, embedding: Embedding) -> None:
+        if not isinstance(name, str):
+            raise DtLensError(f"An embedding's name is {name!r:.80}; it must be text.")
         if not isinstance(embedding, Embedding):
             raise DtLensError(
                 f"{name!r} must be an Embedding, not {a_type(embedding)}; write Embedding(directions, labels)."

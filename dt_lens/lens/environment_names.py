@@ -54,6 +54,8 @@ def specification(environment: str) -> EnvSpec:
     Raises:
         DtLensError: for an id that is not registered, or whose module is not imported.
     """
+    if not isinstance(environment, str):
+        raise DtLensError(f"environment is {environment!r:.80}; it must be a Gymnasium id, as text.")
     import gymnasium as gym
 
     module, _, name = environment.rpartition(":")

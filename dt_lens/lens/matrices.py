@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from dt_lens.arguments import names
+from dt_lens.arguments import names, require_wrapped
 from dt_lens.errors import DtLensError, nearest
 
 __all__ = [
@@ -287,6 +287,7 @@ def catalogue(lens: Weighted, per_head: bool = False) -> dict[str, Matrix]:
     ``blocks.{l}.attn.W_Q``, ``W_K``, ``W_V`` and ``W_O`` hold all heads side by side, ``[d_model, n_heads * d_head]``;
     with ``per_head`` each head's own is listed too, as ``blocks.{l}.attn.W_Q.{h}``.
     """
+    require_wrapped(lens, "A list of matrices", "structure", "weights")
     return dict(_catalogue(lens.structure, frozenset(lens.weights), per_head))
 
 
@@ -331,6 +332,7 @@ def find_matrix(lens: Weighted, name: str, head: int | None = None) -> Matrix:
     """
     if not isinstance(name, str):
         raise DtLensError(f"A matrix is named by text, such as 'blocks.0.mlp.W_in', not {name!r}.")
+    require_wrapped(lens, "find_matrix", "structure", "weights")
     lens = Snapshot.of(lens)
     known = catalogue(lens, per_head=True)
     wanted = name if head is None else f"{name}.{head}"
@@ -352,6 +354,7 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
     Raises:
         DtLensError: for something that is not a pattern, or one that matches nothing, with the nearest name.
     """
+    require_wrapped(lens, "A list of matrices", "structure", "weights")
     lens = Snapshot.of(lens)
     listed = catalogue(lens)
     if patterns is None:

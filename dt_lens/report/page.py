@@ -122,6 +122,11 @@ def write_report(
         DtLensError: if the file cannot be written (a full disk, a read-only folder, a folder of that name).
     """
     path = local_path(path, "path")
+    for name, text in (("title", title), ("command", command)):
+        if not isinstance(text, str):
+            raise DtLensError(f"{name} is {text!r:.80}; it must be text.")
+    if isinstance(sections, str) or not all(isinstance(one, Section) for one in _several(sections)):
+        raise DtLensError(f"sections is {sections!r:.80}; it must be a list of Section.")
     page = _page(title, sections, verdict, facts or {}, command)
     with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8", errors="replace")
@@ -133,6 +138,10 @@ def write_report(
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src data:"
 )
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [None]
 
 
 def _page(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dt_lens.arguments import require_offers
 from dt_lens.errors import DtLensError, nearest
 
 __all__ = ["number_format", "table_html"]
@@ -66,6 +67,7 @@ def table_html(
     Raises:
         DtLensError: if the table does not have a column.
     """
+    require_offers(frame, "frame", "a DataFrame", "columns", "set_axis")
     columns = [str(column) for column in frame.columns]
     frame = frame.set_axis(columns, axis=1)
     joined = {c: (f"{c}_low", f"{c}_high") for c in columns if f"{c}_low" in columns and f"{c}_high" in columns}

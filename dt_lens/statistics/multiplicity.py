@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import false_discovery_control
 
+from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.arrays import numbers, row
 from dt_lens.statistics.outcomes import LEAST_P
 
 __all__ = ["holm", "q_values", "tail_or_share"]
@@ -56,8 +58,10 @@ def tail_or_share(bound: ArrayLike, share: ArrayLike, draws: int) -> NDArray[np.
     >>> tail_or_share([1e-6, 0.0005, 0.3], [0.001, 0.001, 0.2], 999).tolist()
     [1e-06, 0.0005, 0.2]
     """
-    exact = np.asarray(bound, dtype=np.float64)
-    chosen = np.where(exact < 100 / (draws + 1), np.minimum(exact, 1.0), share)
+    exact, drawn = numbers(bound, "bound"), numbers(share, "share")
+    if drawn.ndim and drawn.shape != exact.shape:
+        raise DtLensError(f"share has shape {list(drawn.shape)} and bound {list(exact.shape)}; give one for each.")
+    chosen = np.where(exact < 100 / (whole_number(draws, "draws", 1) + 1), np.minimum(exact, 1.0), drawn)
     return np.where(np.isnan(exact), np.nan, np.maximum(chosen, LEAST_P))
 
 
@@ -71,6 +75,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     [0.03, 0.06, 0.06]
     """
     _checked(p_values)
+    p_values = [float(p) for p in row(p_values, "p_values")]
     adjusted, worst = [1.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))

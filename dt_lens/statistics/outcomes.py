@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.arrays import numbers, row, share
 
 __all__ = [
     "Interval",
@@ -63,7 +65,11 @@ def iqm(values: ArrayLike, axis: int = -1) -> Any:
     >>> float(iqm([0.0, 1.0, 2.0, 100.0]))
     1.5
     """
-    x = np.asarray(values, dtype=np.float64)
+    x = numbers(values, "values")
+    if not x.ndim or not x.size:
+        raise DtLensError("values is one number or none; the interquartile mean is of a row, or of rows.")
+    if not -x.ndim <= whole_number(axis, "axis") < x.ndim:
+        raise DtLensError(f"axis is {axis}; values have {x.ndim} axes.")
     found = stats.trim_mean(x, 0.25, axis=axis)
     return np.where(np.isfinite(x).all(axis), found, np.nan)[()]
 
@@ -88,7 +94,10 @@ def bootstrap_interval(
     intervals of means cover, and from how many outcomes on, is measured by ``benchmarks/interval_coverage.py``;
     ``interval_note`` says where they cover less.
     """
-    x = np.asarray(values, dtype=np.float64)
+    x, confidence = row(values, "values"), share(confidence, "confidence")
+    whole_number(resamples, "resamples", 1), whole_number(seed, "seed", 0)
+    if not callable(statistic):
+        raise DtLensError(f"statistic is {statistic!r:.80}; it must be a function, such as np.mean.")
     if len(x) < 2 or not np.isfinite(x).all() or np.ptp(x) == 0:
         return _NONE
     if statistic is not np.mean and statistic is not iqm:
@@ -169,7 +178,7 @@ def interval_note(values: ArrayLike, what: str = "outcomes") -> str:
     >>> interval_note([1.0] * 299 + [0.0], "episodes")
     'fewer than five rare episodes seen (1)'
     """
-    x = np.asarray(values, dtype=np.float64)
+    x = row(values, "values")
     if len(x) < 2:
         return f"no interval: fewer than two {what}"
     if not np.isfinite(x).all():
@@ -193,7 +202,11 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     >>> low, round(high, 3)
     (0.0, 0.037)
     """
-    if n == 0 or not np.isfinite([successes, n]).all():
+    confidence = share(confidence, "confidence")
+    for name, count in (("successes", successes), ("n", n)):
+        if numbers(count, name).ndim:
+            raise DtLensError(f"{name} is {count!r:.80}; it must be a number.")
+    if n == 0 or not np.isfinite([float(successes), float(n)]).all():
         return _NONE
     if not 0 <= successes <= n:
         raise DtLensError(f"There cannot be {successes} successes in {n} tries; give a number from 0 to {n}.")
@@ -209,9 +222,11 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
     Only pairs that differ count: under the null each is a fair coin (McNemar 1947, in its exact binomial form). 1.0 if
     none differs.
     """
-    if not (_finite(first) and _finite(second)):
+    one = row(first, "first")
+    other = row(second, "second", one)
+    if not (_finite(one) and _finite(other)):
         return float("nan")
-    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    a, b = one.astype(bool), other.astype(bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     if only_a + only_b == 0:
         return 1.0
@@ -230,7 +245,8 @@ def sign_flip(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int =
     is then too small too often. ``mean_test`` is about the mean alone. (Flipping signs under a studentised statistic
     would give the same p: signs do not change the sum of squares, so Student's t rises with the size of the mean.)
     """
-    d = np.asarray(differences, dtype=np.float64)
+    d = row(differences, "differences")
+    whole_number(resamples, "resamples", 1), whole_number(seed, "seed", 0)
     if not _finite(d):
         return float("nan")
     d = d[d != 0]  # a flipped zero is a zero
@@ -257,7 +273,8 @@ def mean_test(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int =
 
     1.0 if all differences are zero; ``nan`` if all are equal and not zero, or if there is only one.
     """
-    d = np.asarray(differences, dtype=np.float64)
+    d = row(differences, "differences")
+    whole_number(resamples, "resamples", 1), whole_number(seed, "seed", 0)
     if not _finite(d):
         return float("nan")
     if not d.any():
@@ -281,7 +298,7 @@ def cohen_dz(differences: ArrayLike) -> float:
 
     0.0 if all are zero; infinite if all are equal but not zero; ``nan`` for fewer than two.
     """
-    d = np.asarray(differences, dtype=np.float64)
+    d = row(differences, "differences")
     if len(d) < 2 or not _finite(d):
         return float("nan")
     d = _near_one(d)
@@ -313,6 +330,7 @@ def kaplan_meier(times: ArrayLike, ended: ArrayLike, confidence: float = 0.95) -
     Raises:
         DtLensError: for a length or an end that is NaN or infinite.
     """
+    times, confidence = row(times, "times"), share(confidence, "confidence")
     durations = _durations(times, ended)
     curve = stats.ecdf(durations).sf
     points, survival = curve.quantiles, curve.probabilities
@@ -333,7 +351,9 @@ def logrank(
     Mantel (1966). It does not use the pairing, and so is conservative for episodes that share seeds. Positive if the
     first group's episodes end earlier than expected. ``(0.0, 1.0)`` if no episode ended, or no difference is possible.
     """
-    if not all(_finite(part) for part in (first_times, first_ended, second_times, second_ended)):
+    first, second = row(first_times, "first_times"), row(second_times, "second_times")
+    ends = row(first_ended, "first_ended", first), row(second_ended, "second_ended", second)
+    if not all(_finite(part) for part in (first, second, *ends)):
         return float("nan"), float("nan")
     groups = [_durations(first_times, first_ended), _durations(second_times, second_ended)]
     if sum(group.num_censored() for group in groups) == sum(len(group) for group in groups):
@@ -356,7 +376,9 @@ def _finite(values: ArrayLike) -> bool:
 
 def _durations(times: ArrayLike, ended: ArrayLike) -> stats.CensoredData:
     """Lengths of episodes in SciPy's form; those that did not end by themselves are right-censored."""
-    if not (_finite(times) and _finite(ended)):
+    t = row(times, "times")
+    ends = row(ended, "ended", t)
+    if not (_finite(t) and _finite(ends)):
         raise DtLensError("Not all lengths and ends of the episodes are finite; leave out those that are not.")
-    t, event = np.asarray(times, dtype=np.float64), np.asarray(ended, dtype=bool)
+    event = ends.astype(bool)
     return stats.CensoredData(uncensored=t[event], right=t[~event])

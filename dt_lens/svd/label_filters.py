@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import pandas as pd
 
+from dt_lens.arguments import finite_numbers
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.token_text import texts
 
@@ -93,7 +94,11 @@ def at_least(counts: Mapping[str, float] | pd.Series[float], minimum: float = 1)
     """
     if not isinstance(counts, (Mapping, pd.Series)):
         raise DtLensError(f"Counts are a mapping or a Series from label to number, not {a_type(counts)}.")
-    return _AtLeast({str(label): float(count) for label, count in counts.items()}, minimum)
+    try:
+        known = {str(label): float(count) for label, count in counts.items()}
+    except (TypeError, ValueError):
+        raise DtLensError("Counts hold something that is not a number; give a number for each label.") from None
+    return _AtLeast(known, finite_numbers([minimum], "minimum")[0])
 
 
 def passing_labels(labels: Sequence[str], where: Rule | Filter | Sequence[Rule | Filter] | None) -> list[int] | None:

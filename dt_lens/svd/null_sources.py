@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import MatrixFactors, SideName, Snapshot
@@ -253,7 +253,7 @@ def draw_pools(
     """
     if name not in ("untrained", "shuffled"):
         raise DtLensError(f"Only 'untrained' and 'shuffled' draw models, not {name!r}.")
-    seed = whole_number(seed, "seed", 0)
+    seed = whole_number(seed, "seed", 0, LAST_SEED)
     draws = _enough(pairings) if draws is None else whole_number(draws, "draws", 1)
     make, of = (untrained, UntrainedMaximum.of) if name == "untrained" else (shuffled, ShuffledMaximum.of)
     matrices = list(dict.fromkeys(pairing.matrix.name for pairing in pairings))

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Snapshot
 from dt_lens.progress import ProgressCallback
@@ -49,7 +49,7 @@ def scan_table(
 ) -> pd.DataFrame:
     """See ``WeightSVD.scan``."""
     require_null(null if not isinstance(null, Pools) else null.name)
-    seed = whole_number(seed, "seed", 0)
+    seed = whole_number(seed, "seed", 0, LAST_SEED)
     draws = None if draws is None else whole_number(draws, "draws", 1)
     pairings = svd.pairings(matrices, embeddings, tell)
     source = null_source(svd, null, pairings, seed, activations, draws, tell)

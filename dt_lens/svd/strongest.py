@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.progress import silent
 from dt_lens.statistics.multiplicity import q_values, tail_or_share
@@ -39,7 +39,7 @@ def strongest(
             f"null={null!r} draws single directions, not the frame of a whole matrix; use scan(null={null!r}) "
             "or another null."
         )
-    samples, seed = whole_number(samples, "samples", 1), whole_number(seed, "seed", 0)
+    samples, seed = whole_number(samples, "samples", 1), whole_number(seed, "seed", 0, LAST_SEED)
     pairings = [pairing for pairing in svd.pairings(matrices, embeddings) if len(pairing.decomposition.sigma)]
     pools = null if isinstance(null, Pools) else None
     if null in ("untrained", "shuffled"):

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.linalg import subspace_angles
 
-from dt_lens.arguments import whole_number, whole_numbers
+from dt_lens.arguments import LAST_SEED, whole_number, whole_numbers
 from dt_lens.errors import DtLensError
 from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.statistics.multiplicity import q_values
@@ -44,7 +44,7 @@ def subspaces(
     progress: bool | ProgressCallback = False,
 ) -> pd.DataFrame:
     """See ``WeightSVD.subspaces``."""
-    sizes, seed = whole_numbers(k, "k", 1), whole_number(seed, "seed", 0)
+    sizes, seed = whole_numbers(k, "k", 1), whole_number(seed, "seed", 0, LAST_SEED)
     if not sizes:
         raise DtLensError("k is empty; give one or several whole numbers of at least 1.")
     rows: list[tuple[Any, ...]] = []

@@ -19,7 +19,7 @@ from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts, from_file, given_facts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.environment_names import import_module_of
 from dt_lens.training.dataset import Trajectories, Windows, read
 from dt_lens.training.run import CHECKPOINT, TrainingRun
@@ -87,7 +87,9 @@ def train(
     eval_every = whole_number(eval_every, "eval_every", 0)
     eval_episodes = whole_number(eval_episodes, "eval_episodes", 0)
     checkpoint_every = whole_number(checkpoint_every, "checkpoint_every", 1)
-    settings = settings or AgentSettings()
+    settings = AgentSettings() if settings is None else settings
+    if not isinstance(settings, AgentSettings):
+        raise DtLensError(f"settings is {a_type(settings)}; it must be an AgentSettings.")
     require_writable(local_path(out, "out") / CHECKPOINT)
     data = read(dataset_id)
     if not settings.targets:

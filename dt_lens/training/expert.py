@@ -128,6 +128,8 @@ def environment(name: str) -> gym.Env[Any, Any]:
     Raises:
         DtLensError: if Gymnasium cannot make it, or its spaces are not Boxes.
     """
+    if not isinstance(name, str):
+        raise DtLensError(f"The environment is {name!r:.80}; it must be a Gymnasium id, as text.")
     if name not in _worker_env:
         try:
             made = gym.make(name, disable_env_checker=True)

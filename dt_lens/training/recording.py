@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.arguments import atomic_write, finite_numbers, local_path, require_writable, whole_number
+from dt_lens.arguments import LAST_SEED, atomic_write, finite_numbers, local_path, require_writable, whole_number
 from dt_lens.errors import DtLensError, because, unwritable
 from dt_lens.training.expert import (
     Episode,
@@ -95,7 +95,7 @@ def record(
     report = report or (lambda *_: None)
     workers = (os.cpu_count() or 1) if workers is None else whole_number(workers, "workers", 1)
     where = local_path(folder, "folder") if folder is not None else Path("runs", "record", dataset_id.replace("/", "-"))
-    whole_number(seed, "seed", 0)
+    whole_number(seed, "seed", 0, LAST_SEED)
     _check(dataset_id, steps=steps, pace_steps=pace_steps, candidates=candidates, episodes=episodes, bins=bins)
     noises, paces = finite_numbers(noises, "noises"), finite_numbers(paces, "paces")
     if not noises or min(noises) < 0:

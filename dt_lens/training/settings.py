@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
-from dt_lens.arguments import finite_numbers, whole_number
+from dt_lens.arguments import LAST_SEED, finite_numbers, whole_number
 from dt_lens.errors import DtLensError
 
 __all__ = ["AgentSettings", "Schedule", "TextSettings"]
@@ -32,7 +32,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         self._require_whole(1, "steps", "batch_size", "context", "d_model", "n_layers", "n_heads")
-        self._require_whole(0, "warmup")
+        self._require_whole(0, "warmup", "seed")
+        whole_number(self.seed, "seed", 0, LAST_SEED)
         if self.d_model % self.n_heads:
             raise DtLensError(f"d_model is {self.d_model}; it must be a multiple of n_heads, {self.n_heads}.")
         self._require(lambda x: 0 <= x < 1, "at least 0 and below 1", "dropout")

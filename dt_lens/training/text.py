@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dt_lens.arguments import atomic_write, local_path, require_writable, whole_number
 from dt_lens.behaviour.texts.windows import cut
-from dt_lens.errors import DtLensError, unwritable
+from dt_lens.errors import DtLensError, a_type, unwritable
 from dt_lens.training.run import CHECKPOINT, TrainingRun
 from dt_lens.training.settings import TextSettings
 from dt_lens.training.text_sources import Corpus, read_corpus
@@ -78,7 +78,9 @@ def train_text(
     """
     eval_every = whole_number(eval_every, "eval_every", 0)
     checkpoint_every = whole_number(checkpoint_every, "checkpoint_every", 1)
-    settings = settings or TextSettings()
+    settings = TextSettings() if settings is None else settings
+    if not isinstance(settings, TextSettings):
+        raise DtLensError(f"settings is {a_type(settings)}; it must be a TextSettings.")
     require_writable(local_path(out, "out") / CHECKPOINT)
     corpus = read_corpus(sources, unwrap=settings.unwrap, held_out=settings.held_out, seed=settings.seed)
     with torch.random.fork_rng(devices=[]):

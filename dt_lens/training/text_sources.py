@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, because
 
 __all__ = ["Corpus", "read_corpus"]
@@ -60,7 +61,8 @@ def read_corpus(sources: Iterable[str | Path], *, unwrap: bool, held_out: float,
     seen: set[str] = set()
     blocks: list[list[str]] = []
     characters: dict[str, int] = {}
-    for file in map(Path, sources):
+    given = [sources] if isinstance(sources, str | Path) or not isinstance(sources, Iterable) else sources
+    for file in [local_path(source, "sources") for source in given]:
         text, is_html = _read(file)
         if file.name in characters:
             raise DtLensError(

@@ -132,6 +132,8 @@ def test_a_study_leaves_a_report_and_goes_on_where_it_was(dt_lens: Run, cartpole
         (("scan", "{model}", "--matrices", "blocks.0.mlp.Win"), "blocks.0.mlp.W_in"),
         (("scan", "{model}", "--embeddings", "action_ou"), "action_out"),
         (("scan", "{model}", "-g", "n_heads"), "NAME=VALUE"),
+        (("certify", "{model}", "-g", "check=0"), "check is not a value"),
+        (("certify", "{model}", "-g", "x=" + "[" * 100_000), "nested too deeply"),
         (("scan", "{model}", "-g", "n_head=2"), "n_head"),
         (("evaluate", "{model}", "--edit", "blocks.0.mlp.W_in", "--sv", "99"), "out of range"),
         (("evaluate", "{model}", "--edit", "blocks.0.attn.OV.0"), "side="),

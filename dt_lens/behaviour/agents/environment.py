@@ -13,9 +13,10 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
+from dt_lens.arguments import require_offers
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.environment_wrappers import specify
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, a_type, because
 from dt_lens.lens.environment_names import specification
 
 __all__ = ["ScoreReference", "Task", "make_task", "score_reference"]
@@ -89,6 +90,9 @@ def make_task(
             environment is not registered with, an environment that cannot be made, or a state or action space that the
             model does not fit.
     """
+    require_offers(cfg, "cfg", "the configuration of a decision transformer", "state_dim", "act_dim")
+    if not isinstance(kwargs, Mapping):
+        raise DtLensError(f"kwargs is {a_type(kwargs)}; it must be a dictionary of arguments by name.")
     spec, kwargs = specify(specification(environment), kwargs)
     env = _make(spec, kwargs)
     try:
@@ -188,4 +192,6 @@ def score_reference(environment: str) -> ScoreReference | None:
     >>> score_reference("CartPole-v1") is None
     True
     """
+    if not isinstance(environment, str):
+        raise DtLensError(f"environment is {environment!r}; it must be a Gymnasium id, as text.")
     return _REFERENCES.get(environment.rpartition(":")[2].rpartition("-v")[0])

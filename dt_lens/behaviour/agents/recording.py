@@ -9,8 +9,10 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from dt_lens.arguments import LAST_SEED, require_offers, whole_number
 from dt_lens.behaviour.agents.environment import Task
 from dt_lens.behaviour.agents.running import known_setting, run
+from dt_lens.lens.protocol import require_agent
 
 if TYPE_CHECKING:
     from dt_lens.behaviour.agents.episodes import Episodes
@@ -42,6 +44,9 @@ def record_actions(model: HookedDecisionTransformer, evaluation: Episodes, seed:
 
     The episode is run again, and repeats to the last bit what it was when ``evaluate`` ran it with these weights.
     """
+    require_agent(model, "record_actions")
+    require_offers(evaluation, "evaluation", "a result of evaluate", "environment_kwargs", "time_limit")
+    seed = whole_number(seed, "seed", 0, LAST_SEED - 1)
     e = evaluation
     own = (model.facts.environment_for(name)[1] for name in (e.environment, None))
     # The user may have confirmed the model's.

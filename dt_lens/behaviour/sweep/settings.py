@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.behaviour.agents.episodes import check_rule
 from dt_lens.behaviour.sweep.halving import parse_halving
 from dt_lens.errors import DtLensError, nearest
@@ -17,7 +17,6 @@ __all__ = ["SV", "SweepSettings", "as_list"]
 
 MATCHES = ("frobenius", "output")
 DIRECTIONS = ("plain", "activation")
-LAST_SEED = 2**63 - 1  # the largest integer of SQLite
 
 SV = int | str | Sequence[int | str]
 

@@ -28,7 +28,7 @@ from dt_lens.behaviour.sweep.plan import FORMAT, Plan, block_size_of, merge_arms
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.settings import SweepSettings
 from dt_lens.behaviour.sweep.store import FILE, Store
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.forward_mode import one_thread
 from dt_lens.lens.matrices import catalogue
 from dt_lens.lens.protocol import require_agent
@@ -76,6 +76,8 @@ class Sweep:
         **options: Any,
     ) -> None:
         require_agent(model, "Sweep")
+        if settings is not None and not isinstance(settings, SweepSettings):
+            raise DtLensError(f"settings is {a_type(settings)}; it must be a SweepSettings.")
         self.settings = asked = replace(settings or SweepSettings(), **options)
         if workers is not None:
             whole_number(workers, "workers", 1)

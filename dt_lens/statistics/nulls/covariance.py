@@ -30,7 +30,7 @@ from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.optimize import brentq
 from torch import Tensor
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.multiplicity import tail_or_share
 from dt_lens.statistics.nulls.haar import LabelBlocks, unit_labels
@@ -102,7 +102,7 @@ class CovarianceMaximum:
         width = labels.width if isinstance(labels, LabelBlocks) else np.shape(labels)[-1]
         values, vectors = _eigen(covariance, width, centred)
         n, blocks = _turned(labels, vectors)
-        seed, span = whole_number(seed, "seed", 0), whole_number(span, "span", 1)
+        seed, span = whole_number(seed, "seed", 0, LAST_SEED), whole_number(span, "span", 1)
         if samples is None:
             samples = max(2000, int(min(20_000, 4e9 / max(1, n * len(values)))) // span)
         samples = whole_number(samples, "samples", 1)

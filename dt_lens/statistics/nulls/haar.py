@@ -18,8 +18,9 @@ from scipy.interpolate import PchipInterpolator
 from scipy.special import betaincc, betainccinv
 from torch import Tensor
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError
+from dt_lens.statistics.arrays import numbers
 
 __all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum"]
 
@@ -38,7 +39,8 @@ def cap_probability(cosine: ArrayLike, dimension: int, span: int = 1) -> Array:
     >>> float(cap_probability(0.0, 10)), float(cap_probability(1.0, 10))
     (1.0, 0.0)
     """
-    t = np.clip(np.abs(np.asarray(cosine, dtype=np.float64)), 0.0, 1.0)
+    t = np.clip(np.abs(numbers(cosine, "cosine")), 0.0, 1.0)
+    dimension, span = whole_number(dimension, "dimension", 1), whole_number(span, "span", 1)
     if span >= dimension:
         return np.ones_like(t)
     return np.asarray(betaincc(span / 2, (dimension - span) / 2, t**2))
@@ -108,7 +110,7 @@ class HaarMaximum:
             DtLensError: for labels that are not finite or do not lie in so few dimensions, or numbers below 1 (a seed
                 below 0).
         """
-        seed, span = whole_number(seed, "seed", 0), whole_number(span, "span", 1)
+        seed, span = whole_number(seed, "seed", 0, LAST_SEED), whole_number(span, "span", 1)
         E: Array | None = None
         if isinstance(labels, LabelBlocks):
             n, dimension = labels.n, labels.dimension
@@ -175,7 +177,7 @@ def unit_labels(labels: ArrayLike) -> Array:
     Raises:
         DtLensError: for values that are not finite or not ``[n, d]``.
     """
-    E = np.asarray(labels, dtype=np.float64)
+    E = numbers(labels, "labels")
     if E.ndim != 2 or not np.isfinite(E).all():
         raise DtLensError(f"Labels have shape {list(E.shape)}; a null takes finite directions in rows, [n, d].")
     norms = np.linalg.norm(E, axis=1)
@@ -328,7 +330,8 @@ def frame_maximum(
         DtLensError: as ``HaarMaximum.of`` does.
     """
     E = unit_labels(labels)
-    dimension = _dimension(E, dimension)
+    dimension, directions = _dimension(E, dimension), whole_number(directions, "directions", 1)
+    samples, seed = whole_number(samples, "samples", 1), whole_number(seed, "seed", 0, LAST_SEED)
     if not len(E):
         return np.zeros(samples)
     C = _coordinates(E, dimension)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dt_lens.arguments import atomic_write, local_path
+from dt_lens.arguments import atomic_write, local_path, require_offers
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import signed
 from dt_lens.study.atlas import figures
@@ -43,6 +43,7 @@ def write_atlas(atlas: Atlas, folder: str | Path, name: str = "the model", comma
     Raises:
         DtLensError: if the folder cannot be written.
     """
+    require_offers(atlas, "atlas", "a result of make_atlas", "weighted", "baseline")
     folder = local_path(folder, "folder")
     tables = ["directions", "correlations", "shares", "reliability", "predictors"]
     tables += ["weighted"] * bool(len(atlas.weighted))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from dt_lens.arguments import local_path
+from dt_lens.arguments import local_path, require_offers
 from dt_lens.report.page import Block, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish, plain
 from dt_lens.study.court.claims import CLAIMS, WAYS, Way
@@ -36,6 +36,7 @@ def write_court(result: CourtResult, folder: str | Path) -> Path:
     Raises:
         DtLensError: if they cannot be written.
     """
+    require_offers(result, "result", "a CourtResult", "table", "facts", "ruling")
     folder = local_path(folder, "folder")
     write_csv_and_json(folder, "court", result.table, result.to_dict())
     shown = {name: value for name, value in result.facts.items() if name != "command" and value is not None}

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dt_lens.arguments import local_path
+from dt_lens.arguments import local_path, require_offers
 from dt_lens.report.page import Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish
 from dt_lens.study.result_files import write_csv_and_json
@@ -28,6 +28,7 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
     Raises:
         DtLensError: if they cannot be written.
     """
+    require_offers(result, "result", "a SteeringResult", "table", "curve", "numbers")
     folder = local_path(folder, "folder")
     write_csv_and_json(folder, "steering", result.table, result.to_dict())
     shown = ("model", "environment", "operating_target", "episodes", "choosing_episodes", "seed")

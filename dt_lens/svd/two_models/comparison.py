@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.arguments import require_wrapped, whole_number
+from dt_lens.arguments import finite_numbers, require_wrapped, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
@@ -77,6 +77,8 @@ def compare(
     for model in (a, b):
         require_wrapped(model, "compare", "weights", "structure")
     k = whole_number(k, "k", 1)
+    if not (isinstance(names, tuple | list) and len(names) == 2 and all(isinstance(name, str) for name in names)):
+        raise DtLensError(f"names is {names!r:.80}; it must be two names, such as ('before', 'after').")
     before, after = Snapshot.of(a), Snapshot.of(b)
     chosen = _comparable(before, after, matrices, fold_layernorm)
     notes = _notes(_precisions(before, after, chosen), names)
@@ -138,6 +140,8 @@ class ModelChanges:
             DtLensError: for a matrix that was not compared, or that has changed since.
         """
         found = self._matrix(matrix)
+        (least,) = finite_numbers([least], "least")
+        rank = None if rank is None else whole_number(rank, "rank", 1)
         one, two = (leading(factors, rank or MATCHED) for factors in self._both(found))
         rows = []
         for pair in match_directions(_cut(one, rank), _cut(two, rank), least):
@@ -170,7 +174,7 @@ class ModelChanges:
         Raises:
             DtLensError: for a matrix that was not compared, or that has changed since.
         """
-        found = self._matrix(matrix)
+        found, k = self._matrix(matrix), None if k is None else whole_number(k, "k", 1)
         both = self._both(found)
         factors, floor = change_factors(*both)
         if not any(bool(factor.any()) for factor in factors):
@@ -257,7 +261,7 @@ class ModelChanges:
 
     def most_changed(self, count: int = 10) -> pd.DataFrame:
         """The rows of largest relative change."""
-        return most_changed(self.table, count)
+        return most_changed(self.table, whole_number(count, "count", 0))
 
     def embeddings_of_both(self, side: SideName) -> list[str]:
         """The embeddings that both models have and that are compared with a side by default."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from dt_lens.arguments import atomic_write, local_path
+from dt_lens.arguments import atomic_write, local_path, require_offers
 from dt_lens.lens.matrices import RESIDUAL
 from dt_lens.lens.token_text import spelled, texts
 from dt_lens.report.page import Block, Folded, Note, Plot, Section, Table, write_report
@@ -36,6 +36,7 @@ def write_page(changes: ModelChanges, folder: str | Path, command: str = "") -> 
     Raises:
         DtLensError: when the folder cannot be written.
     """
+    require_offers(changes, "changes", "a result of compare", "table", "notes", "most_changed")
     folder = local_path(folder, "folder")
     with atomic_write(folder / "comparison.csv") as part:
         changes.table.to_csv(part, index=False)
