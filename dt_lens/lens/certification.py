@@ -101,8 +101,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
         DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; or a
             table none of whose rows changes an output; or if ``model`` is not a wrapped model that can run.
     """
-    require_running(model, "certify")
-    seed = whole_number(seed, "seed", 0, LAST_SEED)
+    require_running(model, "certify"), whole_number(seed, "seed", 0, LAST_SEED)
     weights = model.weights
     for name, weight in weights.items():
         if not _finite(weight):
