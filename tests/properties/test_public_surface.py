@@ -40,7 +40,7 @@ NOT_CALLED = {
     "CovarianceMaximum", "Decomposition", "DecisionTransformerOutput", "DtLensError", "Edit", "Engine", "Evaluation",
     "Event", "Family", "Finding", "HaarMaximum", "HookedLanguageModel", "Interval", "LabelBlocks",
     "LanguageModelAdapter", "LanguageModelConfig", "Lens", "LocalEngine", "Matrix", "ModelChanges", "Modules", "NULLS",
-    "Null", "Outcome", "PooledMaximum", "RayEngine", "Reference", "Ruling", "ScoreReference", "ShuffledMaximum",
+    "Null", "Options", "Outcome", "PooledMaximum", "RayEngine", "Reference", "Ruling", "ScoreReference", "ShuffledMaximum",
     "SteeringResult", "Structure", "StudyResult", "SubspaceOverlap", "SurvivalCurve", "TextComparison",
     "TextEvaluation", "TokenTable", "UntrainedMaximum", "Value", "WeightsOnly", "__version__", "ascii_only", "main",
     "whole_words",

@@ -78,6 +78,8 @@ def setting_of(
     facts = model.facts
     if environment is not None and not isinstance(environment, str):
         raise DtLensError(f"environment is {environment!r}; it must be a Gymnasium id, such as 'Hopper-v5'.")
+    if environment_kwargs is not None and not isinstance(environment_kwargs, Mapping):
+        raise DtLensError(f"environment_kwargs is {environment_kwargs!r:.80}; it must be a dictionary of keywords.")
     import_module_of(environment)
     environment, environment_kwargs, role = facts.environment_for(environment, environment_kwargs)
     if environment is None:
