@@ -101,7 +101,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
         DtLensError: naming the first matrix or part that does not reproduce its activation, and what would have; or a
             table none of whose rows changes an output; or if ``model`` is not a wrapped model that can run.
     """
-    require_running(model, "certify"), whole_number(seed, "seed", 0, LAST_SEED)
+    require_running(model, "certify")
     weights = model.weights
     for name, weight in weights.items():
         if not _finite(weight):
@@ -109,7 +109,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     dtype = getattr(model, "arithmetic", None) or _arithmetic(next(iter(weights.values())))
     tolerance = TOLERANCE[dtype]
     against = "the original model" if model.reference is not None else "the lens's own forward pass"
-    batch = model.probe(seed)
+    batch = model.probe(whole_number(seed, "seed", 0, LAST_SEED))
     try:
         truth = {} if model.reference is None else _without_padding(model.reference.activations(batch), batch)
         own = _activations(model, batch, truth)
