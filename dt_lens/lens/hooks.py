@@ -77,7 +77,7 @@ class HookedModule(HookedRootModule):
                 handle.remove()
         silent = [name for name in hooked if name not in ran]
         if silent:
-            raise DtLensError(f"The hooks at {_listed(silent)} did not run: this forward pass does not come by there.")
+            raise DtLensError(f"The hooks at {_listed(silent)} did not run: this forward pass does not reach them.")
         return out
 
     def run_with_hooks(
