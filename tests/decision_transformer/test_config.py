@@ -38,7 +38,7 @@ from dt_lens.errors import DtLensError
         ({"predicts": "action"}, "predicts is 'action'"),
         ({"predicts": ["action", "sate"]}, r"predicts names 'sate'; .* mean 'state'\?$"),
         ({"action_tanh": 1}, "action_tanh is 1; it must be true or false"),
-        ({"eps": "small"}, "eps is 'small'; it must be 0 or more"),
+        ({"eps": "small"}, "eps is 'small'; it must be a small number of 0 or more"),
         ({"eps": float("nan")}, "eps is nan"),
         ({"embed_ln_eps": -1e-5}, "embed_ln_eps is -1e-05"),
         ({"attn_dropout": 1.5}, r"attn_dropout is 1\.5; it must lie in 0 to 1"),
