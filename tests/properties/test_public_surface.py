@@ -36,7 +36,8 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 # Classes and protocols that users receive or write and do not call, constants, and rooms.
 NOT_CALLED = {
-    "Adapter", "Atlas", "BandMaximum", "CLAIMS", "SpectrumMaximum", "Certificate", "Checkpoint", "Claim", "Comparison", "Control", "CourtResult",
+    "Adapter", "Atlas", "BandMaximum", "CLAIMS", "SpectrumMaximum", "Certificate", "Checkpoint",
+    "Claim", "Comparison", "Control", "CourtResult",
     "CovarianceMaximum", "Decomposition", "DecisionTransformerOutput", "DtLensError", "Edit", "Engine", "Evaluation",
     "Event", "Family", "Finding", "HaarMaximum", "HookedLanguageModel", "Interval", "LabelBlocks",
     "LanguageModelAdapter", "LanguageModelConfig", "Lens", "LocalEngine", "Matrix", "ModelChanges", "Modules", "NULLS",
