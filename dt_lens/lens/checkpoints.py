@@ -100,6 +100,8 @@ def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoin
         if not path.exists():
             raise DtLensError(f"There is no file or folder {str(path)!r}; give the path of a checkpoint.")
         folder = path.is_dir()
+        if folder:
+            (path / "config.json").exists()  # raises for a folder that may not be entered
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a null character
         raise DtLensError(f"{str(path)[:200]!r} cannot be accessed: {because(error)}.") from error
     checkpoint = _read_folder(path, unpack) if folder else _read_file(path, unpack)

@@ -35,6 +35,10 @@ class Shards:
 
     def __init__(self, path: str | Path) -> None:
         path = local_path(path, "path")
+        try:
+            (path / "config.json").exists()
+        except OSError as error:  # a folder that may not be entered
+            raise DtLensError(f"{str(path)[:200]!r} cannot be accessed: {because(error)}.") from error
         single = path if path.is_file() else path / SINGLE
         self.folder = path.parent if path.is_file() else path
         if not self.folder.is_dir():

@@ -221,6 +221,23 @@ def test_wrong_values_are_one_sentence(calls: dict[str, Any]) -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="only root may become somebody else")
+@pytest.mark.parametrize("opens", ["load", "open_checkpoint", "SweepResults"])
+def test_a_folder_that_may_not_be_entered_is_one_sentence(opens: str, tmp_path_factory: Any) -> None:
+    folder = tmp_path_factory.mktemp("closed")
+    for above in (*folder.parents[:3], folder):
+        if above.name.startswith("pytest") or above == folder:
+            above.chmod(0o755)
+    folder.chmod(0o644)
+    function = public()[opens]
+    os.seteuid(65534)
+    try:
+        with pytest.raises(DtLensError, match=r"cannot be accessed: .*Permission denied"):
+            function(folder)
+    finally:
+        os.seteuid(0)
+
+
 @pytest.mark.acceptance(minutes=3)
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=int(os.environ.get("DT_LENS_EXAMPLES", "3000")), deadline=None)

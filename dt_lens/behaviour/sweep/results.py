@@ -23,7 +23,7 @@ from dt_lens.behaviour.sweep.schema import decoding, read_options
 from dt_lens.behaviour.sweep.soundness import require_sound
 from dt_lens.behaviour.sweep.store import FILE, KEPT, explain_errors
 from dt_lens.decision_transformer.facts import from_file
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, logrank, sign_flip, wilson
 
@@ -50,8 +50,12 @@ class SweepResults:
 
     def __init__(self, source: str | Path) -> None:
         path = local_path(source, "source")
-        self.file = path / FILE if path.is_dir() else path
-        if not self.file.is_file():
+        try:
+            self.file = path / FILE if path.is_dir() else path
+            there = self.file.is_file()
+        except OSError as error:  # a folder that may not be entered
+            raise DtLensError(f"{str(path)[:200]!r} cannot be accessed: {because(error)}.") from error
+        if not there:
             raise DtLensError(f"There is no sweep in {path}; run it first.")
         self._sound: tuple[int, ...] = ()  # the state in which the file was last checked
         with self._reading():
