@@ -51,7 +51,9 @@ class LanguageModelReference:
                 module.training = training
         silent = [name for name in hook_names(self.cfg) if wanted(name) and name not in seen]
         if silent:
-            raise DtLensError(f"certify: the original's forward pass does not reach {silent[0]}; load the model anew.")
+            raise DtLensError(
+                f"certify: the original's forward pass does not reach {silent[0]}; check the options of its structure."
+            )
         for layer in range(self.cfg.n_layers):
             self._require_activation(f"blocks.{layer}", seen)
         return {name: tensor.detach() for name, tensor in seen.items()}

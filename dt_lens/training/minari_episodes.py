@@ -163,7 +163,7 @@ class _Checks:
 
     def _refuse(self, what: str) -> NoReturn:
         raise DtLensError(
-            f"Episode {self.number} of the data set {self.dataset.id!r} {what}; repair the data set or record it anew."
+            f"Episode {self.number} of the data set {self.dataset.id!r} {what}; repair the data set or record it again."
         )
 
     def _flat(self, values: Any, space: gym.Space[Any], what: str) -> Float32[np.ndarray, "row size"]:

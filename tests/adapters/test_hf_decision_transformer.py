@@ -168,7 +168,7 @@ def test_wrapping_twice_and_wrapping_a_lens(make_hf: Any) -> None:
         ({"state_dim": {}}, "state_dim is {}"),
         ({"max_ep_len": 10**18}, r"embed_timestep\.weight"),
         ({"n_positions": -1}, "n_position is -1"),
-        ({"layer_norm_epsilon": "1e-5"}, "eps is '1e-5'; it must be 0 or more"),
+        ({"layer_norm_epsilon": "1e-5"}, "eps is '1e-5'; it must be a small number of 0 or more"),
         ({"layer_norm_epsilon": -1.0}, r"eps is -1\.0"),
         ({"action_tanh": "false"}, "action_tanh is 'false'; it must be true or false"),
         ({"scale_attn_weights": 1}, "attn_scale_by_head is 1"),

@@ -245,7 +245,7 @@ def test_a_wrong_structure_is_refused(kind: str, make_lm: Any) -> None:
     with pytest.raises(DtLensError):
         dt_lens.certify(rewired(model, family, parallel=not true.parallel))
     if true.position == "rotary":
-        refused(rewired(model, family, position="learned"), "the attention scale of block 0")
+        refused(rewired(model, family, position="learned"), "does not reach hook_pos_embed")
     if true.gated:
         with pytest.raises(DtLensError):
             dt_lens.certify(rewired(model, family, gated=False))
