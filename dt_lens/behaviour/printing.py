@@ -8,12 +8,23 @@ from html import escape
 from dt_lens.statistics.outcomes import Interval
 
 __all__ = [
+    "decimals",
     "difference_tests",
     "p_text",
     "span",
     "text_table",
     "html_table",
 ]
+
+
+def decimals(*sizes: float) -> int:
+    """How many decimals outcomes of these sizes are printed with: one, or as many as the largest needs for 3 digits.
+
+    >>> decimals(3211.0, -5.0), decimals(4.2), decimals(0.93, 0.0), decimals(0.0), decimals(float("nan"))
+    (1, 2, 3, 1, 1)
+    """
+    largest = max((abs(size) for size in sizes if math.isfinite(size)), default=0.0)
+    return 1 if largest == 0 else min(max(1, 2 - math.floor(math.log10(largest))), 9)
 
 
 def span(interval: Interval | tuple[float, float], *, percent: bool = False, digits: int = 1) -> str:

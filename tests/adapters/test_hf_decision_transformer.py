@@ -170,6 +170,7 @@ def test_wrapping_twice_and_wrapping_a_lens(make_hf: Any) -> None:
         ({"n_positions": -1}, "n_position is -1"),
         ({"layer_norm_epsilon": "1e-5"}, "eps is '1e-5'; it must be a small number of 0 or more"),
         ({"layer_norm_epsilon": -1.0}, r"eps is -1\.0"),
+        ({"layer_norm_epsilon": 1e30}, r"eps is 1e\+30; it must be a small number"),
         ({"action_tanh": "false"}, "action_tanh is 'false'; it must be true or false"),
         ({"scale_attn_weights": 1}, "attn_scale_by_head is 1"),
         ({"attn_pdrop": 7}, "attn_dropout is 7"),

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.behaviour.agents.episodes import GUESSED, Episodes
-from dt_lens.behaviour.printing import difference_tests, html_table, p_text, span, text_table
+from dt_lens.behaviour.printing import decimals, difference_tests, html_table, p_text, span, text_table
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.statistics.outcomes import (
     Interval,
@@ -144,13 +144,17 @@ class Comparison:
                 (self.failure_baseline, self.failure_baseline_interval),
             )
         ]
+        k = self._decimals()
         lengths = f"{a.lengths.mean():.1f} against {b.lengths.mean():.1f} steps"
         rows = [
-            ("mean return", f"{a.mean:.1f} against {b.mean:.1f}"),
-            ("paired difference", f"{self.difference:+.1f}  {level} {span(self.difference_interval)}"),
+            ("mean return", f"{a.mean:.{k}f} against {b.mean:.{k}f}"),
+            ("paired difference", f"{self.difference:+.{k}f}  {level} {span(self.difference_interval, digits=k)}"),
             *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.returns != b.returns))),
-            ("interquartile mean", f"{self.iqm_edited:.1f} against {self.iqm_baseline:.1f}"),
-            ("  of the differences", f"{self.iqm_difference:+.1f}  {level} {span(self.iqm_difference_interval)}"),
+            ("interquartile mean", f"{self.iqm_edited:.{k}f} against {self.iqm_baseline:.{k}f}"),
+            (
+                "  of the differences",
+                f"{self.iqm_difference:+.{k}f}  {level} {span(self.iqm_difference_interval, digits=k)}",
+            ),
             ("effect size (Cohen's d_z)", f"{self.effect_size:+.2f}"),
             (f"failed ({a.failure_rule})", f"{failed[0]} against {failed[1]}  p = {p_text(self.failure_p_value)}"),
             ("survival (log-rank)", f"mean length {lengths}  p = {p_text(self.survival_p_value)}"),
@@ -168,9 +172,12 @@ class Comparison:
         return text_table(self._title(), self._rows())
 
     def __repr__(self) -> str:
-        return (
-            f"<Comparison {self._title()}; paired difference {self.difference:+.1f} {span(self.difference_interval)}>"
-        )
+        k = self._decimals()
+        difference = f"{self.difference:+.{k}f} {span(self.difference_interval, digits=k)}"
+        return f"<Comparison {self._title()}; paired difference {difference}>"
+
+    def _decimals(self) -> int:
+        return decimals(*self.edited.returns, *self.baseline.returns)
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), self._rows())

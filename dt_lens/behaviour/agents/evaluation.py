@@ -11,7 +11,7 @@ import numpy as np
 
 from dt_lens.behaviour.agents.comparison import Comparison
 from dt_lens.behaviour.agents.episodes import GUESSED, Episodes
-from dt_lens.behaviour.printing import html_table, span, text_table
+from dt_lens.behaviour.printing import decimals, html_table, span, text_table
 from dt_lens.decision_transformer.environment_wrappers import environment_in_words
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import FileKeywords
@@ -124,11 +124,12 @@ class Evaluation(Episodes):
         role, made = self.environment_role, environment_in_words(self.environment_kwargs)
         place = " with ".join(part for part in (f"the {role} environment" if role else "", made) if part)
         rows = [("environment", place)] if place else []
+        k = decimals(s["min"], s["max"])
         rows += [
-            ("mean return", f"{s['mean']:.1f}  {span(s['mean_interval'])}"),
-            ("interquartile mean", f"{s['iqm']:.1f}  {span(s['iqm_interval'])}"),
-            ("standard deviation", f"{s['std']:.1f}"),
-            ("range", f"{s['min']:.1f} to {s['max']:.1f}"),
+            ("mean return", f"{s['mean']:.{k}f}  {span(s['mean_interval'], digits=k)}"),
+            ("interquartile mean", f"{s['iqm']:.{k}f}  {span(s['iqm_interval'], digits=k)}"),
+            ("standard deviation", f"{s['std']:.{k}f}"),
+            ("range", f"{s['min']:.{k}f} to {s['max']:.{k}f}"),
             ("mean length", f"{s['mean_length']:.1f} of {self.time_limit} steps"),
             (
                 f"failed ({self.failure_rule})",
@@ -154,7 +155,7 @@ class Evaluation(Episodes):
         return "\n".join((text_table(self._title(), self._rows()), *self.notes))
 
     def __repr__(self) -> str:
-        return f"<Evaluation {self._title()}; mean return {self.mean:.1f}>"
+        return f"<Evaluation {self._title()}; mean return {self.mean:.{decimals(*self.returns)}f}>"
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), self._rows()) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)

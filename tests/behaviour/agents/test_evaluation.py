@@ -95,6 +95,14 @@ def test_equal_evaluations_differ_by_nothing(n: int) -> None:
     json.dumps(c.to_dict())
 
 
+def test_small_returns_are_printed_with_their_digits() -> None:
+    """As MiniGrid's, between 0 and 1: one decimal would say that an edit changes the return by +0.0."""
+    returns = np.linspace(0.85, 0.95, 11)
+    baseline, edited = _evaluation(returns), _evaluation(returns - 0.031)
+    assert "0.900  [0." in str(baseline) and "0.850 to 0.950" in str(baseline)
+    assert "-0.031  95 %" in str(edited.compare(baseline)) and "-0.031" in repr(edited.compare(baseline))
+
+
 def test_a_constant_difference() -> None:
     c = _evaluation(GOOD - 7.0).compare(_evaluation(GOOD))
     assert c.difference == pytest.approx(-7.0)
