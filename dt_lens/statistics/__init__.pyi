@@ -1,5 +1,4 @@
 from . import nulls as nulls
-from .local_linear import beside_neighbours as beside_neighbours
 from .multiplicity import holm as holm
 from .multiplicity import q_values as q_values
 from .multiplicity import tail_or_share as tail_or_share
