@@ -286,7 +286,7 @@ def test_a_circuits_control_changes_the_weight_by_as_much_as_an_edit_does(
     # Directions that the factor hardly passes on would need hundreds of times as much.
     most = max(size(edit) for edit in edits)
     sizes = [size(edit.control(seed, acts if matched else None)) for edit in edits[:2] for seed in range(20)]
-    assert sorted(sizes)[len(sizes) // 2] < 5 * most
+    assert sorted(sizes)[len(sizes) // 2] < 6 * most
     assert max(sizes) < 100 * most
 
 
