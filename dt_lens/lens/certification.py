@@ -25,7 +25,7 @@ from dt_lens.lens.diagnosis import Check, explain
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import Snapshot, catalogue
 from dt_lens.lens.protocol import require_running
-from dt_lens.lens.table_rows import counted, unproven_rows
+from dt_lens.lens.table_rows import counted, hooks_of_tables, unproven_rows
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -140,7 +140,11 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
         raise DtLensError(
             f"certify: no activation proves {unproven[0]}; the adapter's reference must give both its sides."
         )
-    return Certificate(errors, against, unproven_rows(model, batch, own), dict(getattr(model, "assumed", {})))
+    del check, truth  # logits may be larger than all else, and the rows need room of their own
+    looked_up = {hook: own[hook] for hook in hooks_of_tables(model, batch) if hook in own}
+    del own
+    rows = unproven_rows(model, batch, looked_up)
+    return Certificate(errors, against, rows, dict(getattr(model, "assumed", {})))
 
 
 def _arithmetic(weight: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ an adapter reads them rightly, or that the model reads them at all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from dt_lens.lens.forward_mode import evaluating
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
 
-__all__ = ["counted", "unproven_rows"]
+__all__ = ["counted", "hooks_of_tables", "unproven_rows"]
 
 
 def unproven_rows(model: Lens, batch: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, tuple[range, ...]]:
@@ -32,12 +32,12 @@ def unproven_rows(model: Lens, batch: Mapping[str, Any], own: Mapping[str, Tenso
     Args:
         model: a wrapped model that says which rows it reads (``rows_read``).
         batch: what it is called with.
-        own: its activations on this batch, among them what it looked up.
+        own: its activations on this batch at ``hooks_of_tables``.
 
     Raises:
         DtLensError: naming a table that is not read where the model says, or none of whose rows changes an output.
     """
-    reads: Mapping[str, tuple[str, Tensor]] = getattr(model, "rows_read", lambda batch: {})(batch)
+    reads = _reads(model, batch)
     slopes = _slopes(model, batch, [hook for hook, _ in reads.values()])
     found: dict[str, tuple[range, ...]] = {}
     for name, (hook, index) in reads.items():
@@ -64,6 +64,17 @@ def unproven_rows(model: Lens, batch: Mapping[str, Any], own: Mapping[str, Tenso
     return found
 
 
+def hooks_of_tables(model: Lens, batch: Mapping[str, Any]) -> set[str]:
+    """The hooks at which a model looks rows of its tables up."""
+    return {hook for hook, _ in _reads(model, batch).values()}
+
+
+def _reads(model: Lens, batch: Mapping[str, Any]) -> Mapping[str, tuple[str, Tensor]]:
+    """For each table the hook at which it is read, and the rows that this batch reads there."""
+    reads: Mapping[str, tuple[str, Tensor]] = getattr(model, "rows_read", lambda batch: {})(batch)
+    return reads
+
+
 def counted(unproven: Mapping[str, tuple[range, ...]]) -> str:
     """``"968 rows of embed.timestep.W"`` and the like, for a sentence; empty where there is nothing."""
     sizes = {name: sum(map(len, rows)) for name, rows in unproven.items()}
@@ -88,13 +99,14 @@ def _slopes(model: Any, batch: Mapping[str, Any], hooks: list[str]) -> dict[str,
             out = model(**batch)
         outputs = [out] if isinstance(out, Tensor) else [x for x in vars(out).values() if isinstance(x, Tensor)]
         generator = torch.Generator().manual_seed(0)
-        total = torch.zeros((), dtype=torch.float64)
-        for x in outputs:
-            kept = _without_padding(x, batch.get("attention_mask"))
-            noise = torch.randn(kept.shape, generator=generator, dtype=torch.float32).to(kept)
-            total = total + (kept * noise).sum().double().cpu()
+        kept = [_without_padding(x, batch.get("attention_mask")) for x in outputs]
+        kept = [x for x in kept if x.requires_grad]  # a head of another kind of weights may have no slope at all
+        # Given as gradients, not multiplied: logits may be larger than all else, and products would hold them again.
+        noise = [torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in kept]
         read = [name for name in hooks if name in leaves]
-        grads = torch.autograd.grad(total, [leaves[name] for name in read], allow_unused=True)
+        grads: Sequence[Tensor | None] = [None] * len(read)
+        if kept:
+            grads = torch.autograd.grad(kept, [leaves[name] for name in read], noise, allow_unused=True)
     zeros = {name: torch.zeros_like(leaves[name]) for name in read}
     return zeros | {name: grad for name, grad in zip(read, grads, strict=True) if grad is not None}
 

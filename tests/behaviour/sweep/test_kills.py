@@ -147,7 +147,6 @@ def test_killed_at_any_statement(
         sweep = make_sweep(tmp_path / f"killed {number}", **options)
         before = units_done(sweep.file)
         for attempt in range(60):
-
             # More statements each time: no unit is finished before the first few dozen.
             def run(sweep: Any = sweep, moment: int = moment + 2 * attempt) -> None:
                 countdown[0] = moment
