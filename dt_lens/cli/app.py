@@ -8,6 +8,7 @@ from __future__ import annotations
 import _thread
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, NoReturn
@@ -108,18 +109,28 @@ def main() -> None:
 def _no_interrupt_lost() -> Iterator[None]:
     """Raise Ctrl-C again where Python drops it: in the middle of a finalizer, an exception is only reported."""
     before = sys.unraisablehook
+    again: list[threading.Timer] = []
 
     def report(dropped: sys.UnraisableHookArgs) -> None:
-        if issubclass(dropped.exc_type, KeyboardInterrupt):
-            _thread.interrupt_main()  # arrives when the finalizer is done
-        else:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
             before(dropped)
+            return
+        # From another thread and later: raised here, inside the report, it would be dropped as well.
+        again.append(threading.Timer(0.02, _thread.interrupt_main))
+        again[-1].daemon = True
+        again[-1].start()
 
     sys.unraisablehook = report
     try:
         yield
+    except SystemExit as left:
+        if again and left.code in (0, None):  # the command ended before it came again
+            raise KeyboardInterrupt from None
+        raise
     finally:
         sys.unraisablehook = before
+        for timer in again:
+            timer.cancel()
 
 
 def _leave(stop: BaseException) -> NoReturn:
