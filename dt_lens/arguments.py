@@ -30,6 +30,7 @@ __all__ = [
     "require_offers",
     "require_wrapped",
     "require_writable",
+    "truth_value",
     "whole_number",
     "whole_numbers",
     "write_checked_json",
@@ -57,6 +58,20 @@ def whole_number(value: Any, name: str, least: int | None = None, most: int | No
         upper = "" if most is None else f"{' and' if lower else ' of'} at most {most}"
         raise DtLensError(f"{name} is {value!r}; it must be a whole number{lower}{upper}.")
     return number
+
+
+def truth_value(value: Any, name: str) -> bool:
+    """``value`` as a bool.
+
+    Raises:
+        DtLensError: for anything but ``True`` and ``False``, under its ``name``.
+
+    >>> truth_value(True, "fold_layernorm")
+    True
+    """
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise DtLensError(f"{name} is {value!r:.80}; it must be True or False.")
+    return bool(value)
 
 
 def whole_numbers(value: Any, name: str, least: int | None = None) -> list[int]:

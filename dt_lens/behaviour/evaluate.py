@@ -133,9 +133,11 @@ def evaluate(
         )
     whole_number(episodes, "episodes", 1)
     whole_number(seed, "seed", 0, LAST_SEED)
-    for name, value, least in (("max_steps", max_steps, 1), ("workers", workers, 1), ("lanes", lanes, LEAST_LANES)):
+    # As many lanes as somebody has memory for; beyond that a number is a mistake.
+    limits = (("max_steps", max_steps, 1, None), ("workers", workers, 1, None), ("lanes", lanes, LEAST_LANES, 2**16))
+    for name, value, least, most in limits:
         if value is not None:
-            whole_number(value, name, least)
+            whole_number(value, name, least, most)
     if failure is not None:
         check_rule(failure)
     setting = setting_of(model, environment, environment_kwargs, target_return, max_steps)

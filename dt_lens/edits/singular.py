@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dt_lens.arguments import require_activations, whole_number, whole_numbers
+from dt_lens.arguments import require_activations, truth_value, whole_number, whole_numbers
 from dt_lens.edits.control import Control
 from dt_lens.edits.edit import Edit
 from dt_lens.edits.low_rank import carry, remarks_on
@@ -88,6 +88,7 @@ class SingularEdit(Edit):
         activations: Activations | None = None,
     ) -> None:
         require_running(model, "SingularEdit")
+        fold_layernorm = truth_value(fold_layernorm, "fold_layernorm")
         with state_of(model).lock:  # another thread may be writing these weights
             self._make(model, matrix, sv, side, value, head, seed, fold_layernorm, decomposition, activations)
 

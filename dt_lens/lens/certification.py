@@ -26,6 +26,7 @@ from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import Snapshot, catalogue
 from dt_lens.lens.protocol import require_running
 from dt_lens.lens.table_rows import counted, hooks_of_tables, unproven_rows
+from dt_lens.lens.weights import CHUNK, all_finite
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -47,7 +48,6 @@ EXCHANGED: tuple[str, ...] = (
 EXCHANGED += ("hook_pre_linear",)
 # A language model's tables, which are looked up or read off, and so are not in the catalogue of matrices.
 TABLES = ("embed.W_E", "pos_embed.W_pos", "unembed.W_U")
-CHUNK = 2**17  # entries of a weight that are converted to float64 at a time, so that memory never holds all of it twice
 # The model's outputs, and the part that is wrong if an output differs.
 READ_OFF = {
     "hook_final": "ln_final",
@@ -104,7 +104,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     require_running(model, "certify")
     weights = model.weights
     for name, weight in weights.items():
-        if not _finite(weight):
+        if not all_finite(weight):
             raise DtLensError(f"certify: the weight {name!r} holds NaN or infinite values; the model is damaged.")
     dtype = getattr(model, "arithmetic", None) or _arithmetic(next(iter(weights.values())))
     tolerance = TOLERANCE[dtype]
@@ -445,10 +445,3 @@ def _some_columns(W: Tensor) -> Iterator[slice]:
     step = max(1, CHUNK // len(W))
     for start in range(0, W.shape[1], step):
         yield slice(start, min(start + step, W.shape[1]))
-
-
-def _finite(weight: Tensor) -> bool:
-    """Whether every entry is finite, without the copies that ``isfinite`` makes of a large weight."""
-    outer = max(range(weight.ndim), key=weight.stride)
-    step = max(1, CHUNK * weight.shape[outer] // max(1, weight.numel()))
-    return all(bool(torch.isfinite(end)) for part in torch.split(weight, step, outer) for end in part.aminmax())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -63,12 +63,12 @@ class Embedding:
             object.__setattr__(self, "directions", made)
         if self.directions.ndim != 2 or not self.directions.numel():
             raise DtLensError(f"Directions have shape {list(self.directions.shape)}; expected [n, d_model].")
-        if self.side not in ("in", "out"):
+        if not isinstance(self.side, str) or self.side not in ("in", "out"):
             raise DtLensError(
                 f"side is {self.side!r}; it must be 'in' (put into the stream) or 'out' (read out of it)."
             )
-        if isinstance(self.labels, str):
-            raise DtLensError(f"labels is {self.labels!r}; give a list with one label for each direction.")
+        if isinstance(self.labels, str) or not isinstance(self.labels, Iterable):
+            raise DtLensError(f"labels is {self.labels!r:.80}; give a list with one label for each direction.")
         # Unlike isfinite, aminmax makes no copy of a large table.
         if not all(bool(torch.isfinite(end)) for end in self.directions.aminmax()):
             raise DtLensError("Directions hold NaN or infinite values; every entry must be finite.")

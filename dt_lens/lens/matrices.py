@@ -166,11 +166,9 @@ class Matrix:
                     f"{self.name} has two sides on the residual stream; pass side={self.left!r} or side={self.right!r}."
                 )
             side = self.residual_sides[0]
-        if side == self.left:
-            return "left"
-        if side == self.right:
-            return "right"
-        raise DtLensError(f"{self.name} has no side {side!r}; it has {self.left!r} and {self.right!r}.")
+        if isinstance(side, str) and side in (self.left, self.right):
+            return "left" if side == self.left else "right"
+        raise DtLensError(f"{self.name} has no side {str(side)!r:.60}; it has {self.left!r} and {self.right!r}.")
 
     def norm(self, side: Literal["left", "right"]) -> str | None:
         """The prefix of the LayerNorm (``"blocks.0.ln1"``) that a side reads through, or ``None``."""

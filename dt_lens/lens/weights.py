@@ -1,4 +1,4 @@
-"""Hashes of weights, and the check that a forward pass can use them."""
+"""Hashes of weights, and checks that they are finite and that a forward pass can use them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Matrix, Weighted
 
 __all__ = [
+    "CHUNK",
     "DTYPES",
+    "all_finite",
     "require_computable",
     "fingerprint",
     "hash_of",
@@ -21,6 +23,7 @@ __all__ = [
     "weight_bytes",
 ]
 
+CHUNK = 2**17  # entries of a weight that are converted to float64 at a time, so that memory never holds all of it twice
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,3 +77,10 @@ def require_computable(weights: Mapping[str, Tensor]) -> None:
             f"The weight {name!r} is {kind[0]} on {kind[1]} and {second!r} is {other[0]} on {other[1]}; convert "
             "the model to one type and one device with .to()."
         )
+
+
+def all_finite(weight: Tensor) -> bool:
+    """Whether every entry is finite, without the copies that ``isfinite`` makes of a large weight."""
+    outer = max(range(weight.ndim), key=weight.stride)
+    step = max(1, CHUNK * weight.shape[outer] // max(1, weight.numel()))
+    return all(bool(torch.isfinite(end)) for part in torch.split(weight, step, outer) for end in part.aminmax())

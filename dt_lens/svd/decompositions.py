@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from dt_lens.arguments import local_path, require_activations, require_wrapped, whole_number
+from dt_lens.arguments import local_path, require_activations, require_wrapped, truth_value, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, find_matrix, select_matrices
@@ -55,7 +55,7 @@ class Decompositions:
         require_wrapped(model, type(self).__name__, "structure", "embeddings")
         self.model = model
         self.rank = None if rank is None else whole_number(rank, "rank", 1)
-        self.fold_layernorm = fold_layernorm
+        self.fold_layernorm = truth_value(fold_layernorm, "fold_layernorm")
         if activations is not None:
             require_activations(activations)
         self.activations = activations

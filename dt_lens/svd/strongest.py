@@ -39,7 +39,7 @@ def strongest(
             f"null={null!r} draws single directions, not the frame of a whole matrix; use scan(null={null!r}) "
             "or another null."
         )
-    samples, seed = whole_number(samples, "samples", 1), whole_number(seed, "seed", 0, LAST_SEED)
+    samples, seed = whole_number(samples, "samples", 1, 10**7), whole_number(seed, "seed", 0, LAST_SEED)
     pairings = [pairing for pairing in svd.pairings(matrices, embeddings) if len(pairing.decomposition.sigma)]
     pools = null if isinstance(null, Pools) else None
     if null in ("untrained", "shuffled"):
