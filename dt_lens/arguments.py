@@ -69,7 +69,7 @@ def truth_value(value: Any, name: str) -> bool:
     >>> truth_value(True, "fold_layernorm")
     True
     """
-    if type(value).__name__ not in ("bool", "bool_"):
+    if type(value).__name__ != "bool":  # Python's or NumPy's
         raise DtLensError(f"{name} is {value!r:.80}; it must be True or False.")
     return bool(value)
 
@@ -288,5 +288,4 @@ def require_offers(value: Any, name: str, wanted: str, *offers: str) -> None:
 
 def require_activations(given: Any) -> None:
     """Raise ``DtLensError`` unless ``given`` is a result of ``dt_lens.collect_activations``."""
-    if not hasattr(given, "inputs"):
-        raise DtLensError(f"activations is {a_type(given)}; it must be a result of collect_activations.")
+    require_offers(given, "activations", "a result of collect_activations", "inputs")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 
 __all__ = ["refuse_pointer", "refuse_special_files", "refuse_special_model"]
 
@@ -84,7 +84,7 @@ def refuse_special_model(model: nn.Module) -> None:
     quantised = next((name for name, part in parts.items() if _is_quantised(part)), None)
     if quantised is not None:
         raise DtLensError(
-            f"The weights of this model are quantised ({quantised!r} is a {type(parts[quantised]).__name__}); "
+            f"The weights of this model are quantised ({quantised!r} is {a_type(parts[quantised])}); "
             "wrap it dequantised, for a model of Transformers' dt_lens.wrap(model.dequantize()), or load the "
             "unquantised original."
         )

@@ -125,7 +125,7 @@ def write_report(
     for name, text in (("title", title), ("command", command)):
         if not isinstance(text, str):
             raise DtLensError(f"{name} is {text!r:.80}; it must be text.")
-    if isinstance(sections, str) or not all(isinstance(one, Section) for one in _several(sections)):
+    if not isinstance(sections, list | tuple) or not all(isinstance(one, Section) for one in sections):
         raise DtLensError(f"sections is {sections!r:.80}; it must be a list of Section.")
     page = _page(title, sections, verdict, facts or {}, command)
     with atomic_write(path) as part:
@@ -138,10 +138,6 @@ def write_report(
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src data:"
 )
-
-
-def _several(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [None]
 
 
 def _page(
