@@ -112,7 +112,7 @@ def names(value: Any, name: str) -> list[str]:
     """One name (or pattern of names) or several.
 
     Raises:
-        DtLensError: if it is not text, under its ``name``.
+        DtLensError: if it is not text or there is none, under its ``name``.
 
     >>> names("*.W_in", "matrices")
     ['*.W_in']
@@ -125,6 +125,8 @@ def names(value: Any, name: str) -> list[str]:
         several = [None]
     if not all(isinstance(one, str) for one in several):
         raise DtLensError(f"{name} is {value!r}; it must be a name or pattern, as text, or several.")
+    if not several:
+        raise DtLensError(f"{name} is empty; give at least one name or pattern, or None for all.")
     return several
 
 

@@ -282,6 +282,7 @@ def test_what_changed_since_is_noticed(make_dt: Make) -> None:
         ({"normalization": "none"}, {}, "fold_layernorm=False"),
         ({}, {"k": 0}, "k is 0"),
         ({}, {"matrices": "*.W_inn"}, "W_in"),
+        ({}, {"matrices": []}, "matrices is empty"),
     ],
 )
 def test_mistakes_are_one_sentence(make_dt: Make, other: dict[str, Any], options: dict[str, Any], needed: str) -> None:
