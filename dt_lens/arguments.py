@@ -41,7 +41,7 @@ LAST_SEED = 2**63 - 1  # seeds are kept in arrays and in SQLite, whose integers 
 
 
 def whole_number(value: Any, name: str, least: int | None = None, most: int | None = None) -> int:
-    """``value`` as an int from ``least`` to ``most``; NumPy's integers are accepted.
+    """``value`` as an int from ``least`` to ``most``, or to the last of 64 bits; NumPy's integers are accepted.
 
     Raises:
         DtLensError: for anything else, under its ``name``.
@@ -53,6 +53,8 @@ def whole_number(value: Any, name: str, least: int | None = None, most: int | No
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
+    if number is not None and most is None and number > LAST_SEED:
+        most = LAST_SEED
     if number is None or (least is not None and number < least) or (most is not None and number > most):
         lower = "" if least is None else f" of at least {least}"
         upper = "" if most is None else f"{' and' if lower else ' of'} at most {most}"

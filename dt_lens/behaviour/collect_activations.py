@@ -85,18 +85,17 @@ def collect_activations(
             watch = Watch(model, matrices)
             record = _watch_text(model, watch, tell)
         else:
-            from dt_lens.behaviour.agents.running import setting_of
+            from dt_lens.behaviour.agents.running import seeds_of, setting_of
 
             agent: Any = model
-            for name, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
-                whole_number(value, name, least)
+            seeds = seeds_of(seed, episodes)
             if max_steps is not None:
                 whole_number(max_steps, "max_steps", 1)
             setting = setting_of(
                 agent, environment, environment_kwargs, target_return, max_steps, "collect_activations"
             )
             watch = Watch(model, matrices, last_narrows=True)
-            record = _watch_episodes(agent, watch, setting, range(seed, seed + episodes), tell)
+            record = _watch_episodes(agent, watch, setting, seeds, tell)
         record |= {"model_id": _identity(model), "tokens": watch.tokens}
         points, stream = watch.moments()
     return Activations(points, watch.reads, stream, record, watch.made_of)

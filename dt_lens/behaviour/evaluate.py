@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
-from dt_lens.arguments import LAST_SEED, whole_number
+from dt_lens.arguments import whole_number
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.errors import DtLensError
 from dt_lens.lens.assumed import notes
@@ -125,14 +125,13 @@ def evaluate(
     from dt_lens.behaviour.agents.episodes import check_rule, known_rule
     from dt_lens.behaviour.agents.evaluation import Evaluation
     from dt_lens.behaviour.agents.lanes import LEAST_LANES
-    from dt_lens.behaviour.agents.running import run, setting_of
+    from dt_lens.behaviour.agents.running import run, seeds_of, setting_of
 
     if any(value is not None for value in (texts, context, windows)):
         raise DtLensError(
             "This is an agent, and evaluate runs it in an environment; leave out texts, context and windows."
         )
-    whole_number(episodes, "episodes", 1)
-    whole_number(seed, "seed", 0, LAST_SEED)
+    seeds = seeds_of(seed, episodes)
     # As many lanes as somebody has memory for; beyond that a number is a mistake.
     limits = (("max_steps", max_steps, 1, None), ("workers", workers, 1, None), ("lanes", lanes, LEAST_LANES, 2**16))
     for name, value, least, most in limits:
@@ -141,7 +140,6 @@ def evaluate(
     if failure is not None:
         check_rule(failure)
     setting = setting_of(model, environment, environment_kwargs, target_return, max_steps)
-    seeds = range(int(seed), int(seed) + int(episodes))
     with counting(progress, len(seeds), "episodes") as count:
         # Episodes that run count by the share of the time limit that they have run.
         report = None if count is None else lambda finished, running: count(finished + running)

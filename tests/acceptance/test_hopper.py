@@ -18,10 +18,10 @@ pytestmark = pytest.mark.acceptance(minutes=2)
 
 def test_the_edit_of_the_readme_hurts_and_goes_away() -> None:
     model = dt_lens.load("hopper")
-    base = evaluate(model, episodes=16, seed=0)
+    base = evaluate(model, episodes=8, seed=0)
     with SingularEdit(model, "blocks.0.mlp.W_in", sv=0):
-        edited = evaluate(model, episodes=16, seed=0)
-    assert evaluate(model, episodes=16, seed=0).to_frame().equals(base.to_frame())
+        edited = evaluate(model, episodes=8, seed=0)
+    assert evaluate(model, episodes=8, seed=0).to_frame().equals(base.to_frame())
     assert edited.compare(base).difference < 0
 
 

@@ -176,7 +176,7 @@ def test_progress_and_bad_settings(make_model: Make) -> None:
     shares = [share for _, share in calls]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
-    for options in ({"episodes": 0}, {"seed": -1}, {"max_steps": 0}, {"episodes": 1.5}):
+    for options in ({"episodes": 0}, {"episodes": 2**63}, {"seed": -1}, {"max_steps": 0}, {"episodes": 1.5}):
         with pytest.raises(DtLensError, match="must be a whole number"):
             collect_activations(model, **options)  # type: ignore[arg-type]
     with pytest.raises(DtLensError, match="gives states of"):

@@ -80,6 +80,12 @@ def test_what_counts_as_failing_is_a_fact_an_argument_or_a_guess(make_model: Mak
         ({}, {"target_returns": ()}, "give evaluate a target_return"),
         ({"episodes": 0}, {}, "episodes is 0"),
         ({"seed": -1}, {}, "seed is -1"),
+        ({"seed": 2**63 - 3}, {}, "below 2..63, so give a smaller one"),
+        (
+            {"episodes": 2**63},
+            {},
+            "episodes is 9223372036854775808; it must be a whole number of at least 1 and at most",
+        ),
         ({"workers": 0}, {}, "workers is 0"),
         ({"lanes": 4}, {}, "lanes is 4"),
         ({"max_steps": 2.5}, {}, "max_steps is 2.5"),
@@ -285,7 +291,7 @@ def test_a_script_without_main_guard() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.acceptance)])
 def test_stopping_the_run_stops_its_workers(tmp_path: Any, how: signal.Signals) -> None:
     """In the middle of endless episodes: at once after Ctrl-C, and soon after the run is killed outright."""
     pids = tmp_path / "pids"

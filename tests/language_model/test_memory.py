@@ -37,6 +37,7 @@ print((memory("VmHWM") - before) / size, size)
 """
 
 
+@pytest.mark.acceptance
 def test_peak_memory_of_wrapping_and_certifying_is_within_a_tenth_of_the_model() -> None:
     if not os.access("/proc/self/clear_refs", os.W_OK) or not Path("/proc/self/status").exists():
         pytest.skip("the peak can be measured on Linux only")

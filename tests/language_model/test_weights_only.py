@@ -170,6 +170,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.acceptance
 def test_weights_do_not_pile_up(tmp_path: Path) -> None:
     """Going through 150 MB of weights takes the memory of a block or two."""
     big = GPTJConfig(n_embd=512, n_layer=12, n_head=8, rotary_dim=16, n_positions=16, vocab_size=70, eos_token_id=0)

@@ -23,6 +23,7 @@ from dt_lens.svd.drawn_models import Drawn
 from dt_lens.svd.scan import null_source
 
 SCANS = 500
+MANY = pytest.param(SCANS, marks=pytest.mark.acceptance)
 GROUP = 25  # scans with the same labels share one null, whose own error (800 draws) the bounds below leave out
 Array = NDArray[Any]
 
@@ -51,10 +52,11 @@ def interval(scans: int = SCANS) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def test_haar_on_directions_that_point_anywhere() -> None:
+@pytest.mark.parametrize("scans", [200, MANY])
+def test_haar_on_directions_that_point_anywhere(scans: int) -> None:
     """Five rows that do not depend on each other: Benjamini and Hochberg's rate is alpha itself, on both sides."""
     rng, found, p_values = np.random.default_rng(0), 0, []
-    for group in range(SCANS // GROUP):
+    for group in range(scans // GROUP):
         d, n = int(rng.integers(4, 24)), int(rng.integers(1, 4))
         labels, nulls = rng.standard_normal((n, d)), dict[Any, Any]()
         for _ in range(GROUP):
@@ -65,34 +67,36 @@ def test_haar_on_directions_that_point_anywhere() -> None:
             found += discovered(table)
             p_values.append(table["p_value"].to_numpy())
         assert len(nulls) == 1
-    low, high = interval()
+    low, high = interval(scans)
     assert low <= found <= high, found
     assert stats.kstest(np.concatenate(p_values), "uniform").pvalue > 1e-3
 
 
-def test_haar_on_whole_random_matrices() -> None:
+@pytest.mark.parametrize("scans", [200, MANY])
+def test_haar_on_whole_random_matrices(scans: int) -> None:
     """All directions of a matrix at once, which are orthogonal to each other: never more than alpha."""
     rng, found = np.random.default_rng(1), 0
-    for _ in range(SCANS // GROUP):
+    for _ in range(scans // GROUP):
         d, k = int(rng.integers(4, 20)), int(rng.integers(2, 16))
         labels, nulls = rng.standard_normal((1, d)), dict[Any, Any]()
         for _ in range(GROUP):
             svd = WeightSVD(model_of([rng.standard_normal((d, k)) for _ in range(2)], labels))
             svd._nulls = nulls
             found += discovered(svd.scan(embeddings="known"))
-    low, high = interval()
+    low, high = interval(scans)
     assert low / 2 <= found <= high, found
 
 
 @pytest.mark.parametrize("n", [1, pytest.param(6, marks=pytest.mark.acceptance)])
-def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(n: int) -> None:
+@pytest.mark.parametrize("scans", [200, MANY])
+def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(scans: int, n: int) -> None:
     """Why there is a covariance null: on directions that lie where the stream does, an even null rejects too much."""
     rng, d = np.random.default_rng(n), 12
     root = np.linalg.qr(rng.standard_normal((d, d)))[0] * np.arange(1, d + 1.0) ** -0.75
     S, labels = root @ root.T, rng.standard_normal((n, d)) @ root.T
     found, even, p_values = 0, 0, []
     shared: WeightSVD | None = None
-    for _ in range(SCANS):
+    for _ in range(scans):
         svd = WeightSVD(model_of(lone_directions(rng.standard_normal((5, d)) @ root.T, rng), labels))
         if shared is not None:  # the nulls depend on the labels alone
             svd._nulls = shared._nulls
@@ -106,7 +110,7 @@ def test_covariance_on_directions_drawn_with_it_and_haar_on_the_same(n: int) -> 
         p_values.append(p)
     # The very numbers that a scan gives.
     np.testing.assert_allclose(svd.scan(null="covariance", activations=S)["p_value"], p, rtol=1e-9)
-    low, high = interval()
+    low, high = interval(scans)
     assert found <= high, found
     assert found >= (low if n == 1 else low / 2), found
     assert even > 2 * high, even

@@ -56,7 +56,7 @@ def test_hopper_hops_as_its_card_says() -> None:
     from dt_lens import evaluate
 
     model = dt_lens.load("hopper")
-    outcome = evaluate(model, episodes=100, seed=0)
+    outcome = evaluate(model, episodes=40, seed=0)
     assert outcome.mean >= 2_700
     assert (outcome.lengths == 1000).mean() >= 0.95
     card = (bundled()["hopper"] / "CARD.md").read_text(encoding="utf-8")
@@ -64,6 +64,7 @@ def test_hopper_hops_as_its_card_says() -> None:
     assert first and float(first[1].replace(",", "")) == model.facts.target_returns[0]
     # Floating-point sums differ from machine to machine, and hopping amplifies them.
     assert abs(outcome.mean - float(first[2].replace(",", ""))) < 100
-    means = [evaluate(model, episodes=24, seed=0, target_return=target).mean for target in model.facts.target_returns]
+    others = model.facts.target_returns[1:]
+    means = [outcome.mean, *(evaluate(model, episodes=8, seed=0, target_return=t).mean for t in others)]
     rising = sum(better > worse for better, worse in pairwise(means))
     assert rising >= 3

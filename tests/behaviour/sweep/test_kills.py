@@ -93,7 +93,7 @@ def same(one: SweepResults, other: SweepResults) -> None:
 
 
 SOME = [6, 21, 50]
-MANY = [*range(1, 40, 3), *(random.Random(0).randint(1, 90) for _ in range(17))]
+MANY = [*range(1, 40, 5), *(random.Random(0).randint(1, 90) for _ in range(10))]
 
 # What the file holds before the first kill, and the sweep that is killed.
 KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
@@ -227,11 +227,6 @@ def _kill_at_random(
     same(sweep.results, whole.results)
     assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
     return Counter(log.read_text().split())
-
-
-def test_killed_now_and_then(make_sweep: Make, tmp_path: Path) -> None:
-    few = {"matrices": "*.0.mlp.W_in", "max_steps": 30}
-    assert _kill_at_random(make_sweep, tmp_path, 3, seed=1, more=few).total() >= 3
 
 
 @pytest.mark.acceptance(minutes=3)
