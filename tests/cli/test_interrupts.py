@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -142,3 +143,59 @@ def test_ctrl_c_while_the_command_line_is_imported(seen: str) -> None:
     assert process.wait(timeout=60) == 130
     (sentence,) = [line for line in lines if line]
     assert sentence.startswith("dt-lens: Stopped") and "give it again" in sentence
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc")
+@pytest.mark.acceptance(minutes=2)
+@pytest.mark.parametrize(
+    ("words", "resumes"),
+    [
+        (("evaluate", "{model}", "--episodes", "200000"), False),
+        (("study", "{model}", "--episodes", "20000", "--edits", "1", "--no-video", "--out", "{out}"), True),
+        (("sweep", "{model}", "--matrices", "*.W_in", "--episodes", "2000", "--out", "{out}"), True),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+@pytest.mark.parametrize("after", [0.1, 2.0])  # seconds: when the workers start, and when they run episodes
+def test_ctrl_c_reaches_the_workers_too(
+    cartpole: Path, tmp_path: Path, words: tuple[str, ...], resumes: bool, after: float
+) -> None:
+    """A terminal sends it to every process of the command: still one sentence, and nothing goes on running."""
+    command = [word.format(model=cartpole, out=tmp_path / "out") for word in words]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dt_lens", *command, "--workers", "2"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 120
+        while len(workers := children(process.pid)) < 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(after)
+        workers |= children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130, said
+        assert "Traceback" not in said and "KeyboardInterrupt" not in said, said
+        sentence = said.strip().splitlines()[-1]
+        assert sentence.startswith("dt-lens: Stopped") and ("resumes" in sentence) == resumes, said
+        while any(Path("/proc", pid).exists() for pid in workers):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def children(process: int) -> set[str]:
+    """The processes that a process has started, by their numbers."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            _, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == process:
+                found.add(stat.parent.name)
+    return found
