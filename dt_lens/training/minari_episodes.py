@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from dt_lens.decision_transformer.environment_wrappers import describe_environment
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["FlatEpisode", "environments_of", "flat_episodes", "open_dataset"]
+__all__ = ["FlatEpisode", "environments_of", "flat_episodes", "open_dataset", "require_dataset_id"]
 
 
 class FlatEpisode(NamedTuple):
@@ -29,17 +29,34 @@ class FlatEpisode(NamedTuple):
 def open_dataset(dataset_id: str) -> Any:
     """The Minari data set, downloaded if it is not stored locally.
 
+    No code that a data set names is run. For one that lacks a space, Minari would make the environment that its
+    metadata describe, with an entry point and arguments that may be any function and command; such a set is refused.
+
     Raises:
-        DtLensError: if it is neither local nor downloadable, or stored locally and damaged.
+        DtLensError: if it is neither local nor downloadable, or stored locally and damaged or without its spaces.
     """
     import minari
+    from minari.dataset.minari_storage import MinariStorage
+    from minari.storage import hosting
     from minari.storage.datasets_root_dir import get_dataset_path
 
     here: Path | None = None
     try:
         folder = Path(get_dataset_path(dataset_id))
-        here = folder if (folder / "data").exists() else None
-        return minari.load_dataset(dataset_id, download=True)
+        if not (folder / "data").exists():
+            require_dataset_id(dataset_id)
+            hosting.download_dataset(dataset_id)  # reads the metadata, and makes nothing of them
+        here = folder
+        metadata = MinariStorage.read_raw_metadata(folder / "data")
+        lacking = [name for name in ("observation_space", "action_space") if not isinstance(metadata.get(name), str)]
+        if lacking:
+            raise ValueError(
+                f"its metadata.json lacks {' and '.join(lacking)}, and dt-lens makes no environment that a file "
+                "describes to find out"
+            )
+        return minari.load_dataset(dataset_id)
+    except DtLensError:
+        raise
     except Exception as error:
         if here is not None:
             raise DtLensError(
@@ -49,6 +66,19 @@ def open_dataset(dataset_id: str) -> Any:
         raise DtLensError(
             f"The Minari data set {dataset_id!r} is not stored locally and cannot be downloaded ({because(error)}); "
             "`minari list local` and `minari list remote` list the data sets that exist."
+        ) from error
+
+
+def require_dataset_id(dataset_id: str) -> None:
+    """Raise ``DtLensError`` unless ``dataset_id`` has the form of a Minari id."""
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:  # a TypeError for an id without a version
+        raise DtLensError(
+            f"{dataset_id!r} is not a Minari id; write name-v0 or namespace/name-v0, of letters, digits, - and _, with "
+            "at least two characters in a namespace."
         ) from error
 
 

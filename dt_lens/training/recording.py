@@ -35,6 +35,7 @@ from dt_lens.training.expert import (
     rollout,
     time_limit,
 )
+from dt_lens.training.minari_episodes import require_dataset_id
 
 __all__ = ["PhaseReport", "balanced", "record"]
 
@@ -196,18 +197,11 @@ def _check(dataset_id: str, **counts: int) -> None:
     except ImportError as error:
         raise DtLensError("Minari stores data sets with h5py, which is not installed; pip install h5py.") from error
     import minari
-    from minari.dataset.minari_dataset import parse_dataset_id
     from minari.storage.datasets_root_dir import get_dataset_path
 
     for name, value in counts.items():
         whole_number(value, name, 1)
-    try:
-        parse_dataset_id(dataset_id)
-    except (ValueError, TypeError) as error:
-        raise DtLensError(
-            f"{dataset_id!r} is not a Minari id; write name-v0 or namespace/name-v0, of letters, digits, - and _, with "
-            "at least two characters in a namespace."
-        ) from error
+    require_dataset_id(dataset_id)
     try:
         stored = Path(get_dataset_path(dataset_id))  # makes the folder of all data sets
     except OSError as error:

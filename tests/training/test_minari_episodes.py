@@ -171,6 +171,34 @@ def test_damaged_metadata_is_damaged_and_not_absent(data: Path, text: str) -> No
     assert "\n" not in str(caught.value) and "download" in str(caught.value)
 
 
+@pytest.mark.parametrize("lacking", ["observation_space", "action_space", "observation_space action_space"])
+@pytest.mark.parametrize("downloaded", [False, True])
+def test_no_code_that_a_data_set_names_is_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str, downloaded: bool
+) -> None:
+    """Minari makes the environment of a set without its spaces: with any function, here one that leaves a file."""
+    trace = tmp_path / "ran"
+    spec = {"id": "Any-v0", "entry_point": "subprocess:call", "kwargs": {"args": ["touch", str(trace)]}}
+    metadata = json.loads((data / "metadata.json").read_text())
+    kept = {name: value for name, value in metadata.items() if name not in lacking.split()}
+    (data / "metadata.json").write_text(
+        json.dumps(kept | {"env_spec": json.dumps({**spec, "additional_wrappers": []})})
+    )
+    if downloaded:
+        away = data.rename(tmp_path / "away")
+        monkeypatch.setattr("minari.storage.hosting.download_dataset", lambda _: away.rename(data))
+    with pytest.raises(DtLensError) as caught:
+        read(ID)
+    assert data.exists() and not trace.exists()
+    assert f"its metadata.json lacks {lacking.replace(' ', ' and ')}, and dt-lens makes no" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hopper", "no version", "../x-v0", "a/x-v0"])
+def test_what_is_no_id_is_not_said_to_be_away(data: Path, name: str) -> None:
+    with pytest.raises(DtLensError, match=f"'{name}' is not a Minari id; write name-v0 or namespace/name-v0"):
+        read(name)
+
+
 def test_metadata_that_counts_more_episodes_than_there_are(data: Path) -> None:
     file = data / "metadata.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"total_episodes": 5}))
