@@ -80,7 +80,8 @@ def describe_environment(spec: EnvSpec) -> tuple[str, dict[str, Any]]:
     """A specification as an id and ``environment_kwargs``: what differs from the environment registered under its id.
 
     Where the id is not registered, everything is given. The id is ``"package:Id"`` where a package other than Gymnasium
-    has the environment's class, since that package must be imported first. ``render_mode`` is left out, and so are
+    has the environment's class, since that package must be imported first, and where the id is registered here with a
+    class of another package, which is another environment. ``render_mode`` is left out, and so are
     wrappers that only record, draw or check an episode. Arrays become lists.
     """
     import gymnasium as gym
@@ -94,10 +95,20 @@ def describe_environment(spec: EnvSpec) -> tuple[str, dict[str, Any]]:
         kwargs["max_episode_steps"] = -1 if spec.max_episode_steps is None else spec.max_episode_steps
     if wrappers != ([] if registered is None else _described(registered.additional_wrappers)):
         kwargs["wrappers"] = wrappers
-    package = spec.entry_point.partition(":")[0].partition(".")[0] if isinstance(spec.entry_point, str) else ""
+    if registered is not None and _package(registered) != (package := _package(spec)):
+        # Another class than the one that is registered here: its package is named, so that the user is asked.
+        return spec.id if package in ("", "gymnasium") else f"{package}:{spec.id}", kwargs
+    package = _package(spec) if isinstance(spec.entry_point, str) else ""
     # A package that is not imported, where its environment is registered, is not what registers it.
     unknown = package in ("", "__main__", "gymnasium") or (registered is not None and package not in sys.modules)
     return spec.id if unknown else f"{package}:{spec.id}", kwargs
+
+
+def _package(spec: EnvSpec) -> str:
+    """The first part of the name of the module that has the environment's class or function."""
+    entry = spec.entry_point
+    module = entry.partition(":")[0] if isinstance(entry, str) else str(getattr(entry, "__module__", ""))
+    return module.partition(".")[0]
 
 
 def _described(specs: Iterable[WrapperSpec]) -> list[dict[str, Any]]:

@@ -68,6 +68,11 @@ def specification(environment: str) -> EnvSpec:
             )
         import_module_of(environment)
     spec = gym.envs.registry.get(name)
+    if module == "__main__" and not (spec and _of_the_script(spec)):  # always imported, and never the same script
+        raise DtLensError(
+            f"The environment {environment!r} is of a script's own class, which dt-lens cannot find; register it, and "
+            "pass environment= with its id (--environment on the command line)."
+        )
     if spec is None:
         raise DtLensError(
             f"There is no Gymnasium environment {environment!r}; import the package that registers it, or pass "
@@ -79,6 +84,11 @@ def specification(environment: str) -> EnvSpec:
 def _announced(module: str) -> bool:
     package = module.partition(".")[0]
     return any(package == entry.module.partition(".")[0] for group in GROUPS for entry in entry_points(group=group))
+
+
+def _of_the_script(spec: EnvSpec) -> bool:
+    entry = spec.entry_point
+    return (entry.partition(":")[0] if isinstance(entry, str) else getattr(entry, "__module__", "")) == "__main__"
 
 
 def require_registered(spec: EnvSpec, kwargs: Mapping[str, Any]) -> None:

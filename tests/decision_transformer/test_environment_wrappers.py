@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from gymnasium import wrappers as w
 from dt_lens.decision_transformer.environment_wrappers import describe_environment, specify
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
-from dt_lens.lens.environment_names import FileKeywords
+from dt_lens.lens.environment_names import FileKeywords, specification
 
 
 def _steps(env: Any) -> tuple[list[Any], list[float], int]:
@@ -117,12 +118,25 @@ def test_wrappers_that_an_environment_is_registered_with_stay(own: list[str]) ->
 def test_an_id_that_is_not_registered_here_keeps_everything_and_names_its_package(own: list[str]) -> None:
     spec = gym.make(own[0], disable_env_checker=True).spec
     assert spec is not None
-    spec.entry_point = "some_package.envs:Env"
+    gym.registry[own[0]].entry_point = spec.entry_point = "some_package.envs:Env"
     assert describe_environment(spec)[0] == own[0]  # registered, and not by that package, which is not imported
     spec.id = "Elsewhere-v0"
     place, kwargs = describe_environment(spec)
     assert place == "some_package:Elsewhere-v0"
     assert kwargs == {"max_episode_steps": 5, "wrappers": [{"name": f"{__name__}.Halved", "kwargs": {"by": 3.0}}]}
+
+
+@pytest.mark.parametrize(
+    ("package", "sentence"), [("mylab", "import it yourself"), ("__main__", "own class.*register")]
+)
+def test_another_class_under_a_registered_id_is_asked_for(package: str, sentence: str) -> None:
+    spec = copy.deepcopy(gym.spec("Pendulum-v1"))
+    spec.entry_point = "gymnasium.envs.elsewhere:PendulumEnv"  # another version of Gymnasium
+    assert describe_environment(spec) == ("Pendulum-v1", {})
+    spec.entry_point = f"{package}.envs:HeavyPendulum"
+    assert describe_environment(spec) == (f"{package}:Pendulum-v1", {})
+    with pytest.raises(DtLensError, match=sentence):
+        specification(f"{package}:Pendulum-v1")
 
 
 @pytest.mark.parametrize(
