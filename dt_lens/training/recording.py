@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
@@ -174,9 +173,18 @@ def _rehearse(environment_id: str, seed: int, forward: bool) -> None:
     """Run one step of the environment: what does not work is found before hours of training.
 
     Raises:
-        DtLensError: if the environment does not run, or has no forward reward although ``forward`` asks for it.
+        DtLensError: if the environment does not run, cannot be stored, or has no forward reward although ``forward``
+            asks for it.
     """
     env, _ = environment(environment_id), time_limit(environment_id)
+    try:
+        if env.spec is not None:  # refused by time_limit
+            env.spec.to_json()
+    except (ValueError, TypeError) as error:
+        raise DtLensError(
+            f"Minari cannot store the specification of {environment_id!r} ({because(error)}); register it with "
+            "an entry point as text ('module:Class') and arguments that JSON can hold."
+        ) from error
     try:
         observation, _ = env.reset(seed=seed)
         _, reward, _, _, info = env.step(np.zeros(env.action_space.shape or (), env.action_space.dtype))
@@ -341,7 +349,7 @@ def _store(episodes: Iterable[Episode], dataset_id: str, environment_id: str, re
             minari.create_dataset_from_buffers(
                 dataset_id,
                 buffers,
-                env=gym.spec(environment_id),
+                env=environment(environment_id),  # a "module:Id" is no id of Gymnasium's registry
                 algorithm_name="augmented random search V2-t, every stage of it",
                 description=f"From random to expert, balanced over the return. Made by dt-lens: {json.dumps(recipe)}",
             )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import PendulumEnv
+from gymnasium.envs.registration import EnvSpec
 
 from dt_lens.errors import DtLensError
 from dt_lens.training import recording as module
@@ -131,6 +134,13 @@ def test_record_is_read_back_and_survives_an_interruption(minari_root: Path, mon
         record("Hopper-v5", "test/whole-v0", **TINY)
 
 
+def test_an_environment_may_be_named_with_its_module(minari_root: Path) -> None:
+    few = {**TINY, "steps": 50, "paces": (), "candidates": 4, "episodes": 4, "bins": 2}
+    record("gymnasium:Pendulum-v1", "test/named-v0", **few, workers=1, folder=minari_root / "a")
+    kept = read("test/named-v0")
+    assert (kept.environment, kept.environment_kwargs) == ("Pendulum-v1", {}) and kept.lengths[0] == 200
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -178,5 +188,8 @@ def test_what_recording_needs_is_found_before_the_search(minari_root: Path, monk
     refused("Minari's folder of data sets cannot be written: Not a directory")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(minari_root / "minari"))
     in_the_way.unlink()
+    monkeypatch.setitem(gym.registry, "Own-v0", EnvSpec("Own-v0", PendulumEnv, max_episode_steps=9))
+    with pytest.raises(DtLensError, match=r"cannot store the specification of 'Own-v0' \(Callable found.* as text"):
+        record("Own-v0", "test/x-v0", **{**TINY, "paces": ()}, folder=folder)
     monkeypatch.setattr("gymnasium.envs.mujoco.hopper_v5.HopperEnv.step", lambda *_: 1 / 0)
     refused("'Hopper-v5' cannot be run: division by zero")
