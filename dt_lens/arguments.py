@@ -11,10 +11,10 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dt_lens.errors import DtLensError, a_type, nearest, unwritable
 
@@ -22,6 +22,7 @@ __all__ = [
     "LAST_SEED",
     "atomic_write",
     "finite_numbers",
+    "is_finite_number",
     "local_path",
     "names",
     "read_checked_json",
@@ -87,6 +88,18 @@ def whole_numbers(value: Any, name: str, least: int | None = None) -> list[int]:
     return [whole_number(one, name, least) for one in (plain if several else [plain])]
 
 
+def is_finite_number(value: Any) -> TypeGuard[float]:
+    """Whether ``value`` is a number that a float can hold: no truth value, NaN or infinity, and no ``10**400``.
+
+    >>> is_finite_number(1), is_finite_number(10**400), is_finite_number(True)
+    (True, False, False)
+    """
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def finite_numbers(value: Any, name: str) -> list[float]:
     """Several numbers, in a list, an array or a tensor, none of them NaN or infinite.
 
@@ -100,13 +113,9 @@ def finite_numbers(value: Any, name: str) -> list[float]:
     several = plain if isinstance(plain, Iterable) and not isinstance(plain, str | bytes) else [None]
     found: list[float] = []
     for one in several:
-        number = math.nan
-        if isinstance(one, Real) and not isinstance(one, bool):
-            with suppress(OverflowError):
-                number = float(one)
-        if not math.isfinite(number):
-            raise DtLensError(f"{name} is {value!r}; it must be several finite numbers.")
-        found.append(number)
+        if not is_finite_number(one):
+            raise DtLensError(f"{name} is {value!r:.200}; it must be several finite numbers.")
+        found.append(float(one))
     return found
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from dt_lens.arguments import is_finite_number
 from dt_lens.errors import DtLensError, nearest
 
 __all__ = ["HEADS", "Activation", "HookedDecisionTransformerConfig", "Normalization", "Position"]
@@ -86,13 +86,14 @@ class HookedDecisionTransformerConfig:
             if not isinstance(getattr(self, name), bool):
                 raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must be true or false.")
         for name in ("eps", "embed_ln_eps"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+            if not (is_finite_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise DtLensError(
-                    f"The configuration's {name} is {getattr(self, name)!r}; it must be a small number of 0 or more."
+                    f"The configuration's {name} is {getattr(self, name)!r:.80}; it must be a small number of 0 or "
+                    "more."
                 )
         for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r}; it must lie in 0 to 1.")
+            if not (is_finite_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r:.80}; it must lie in 0 to 1.")
         if self.d_model % self.n_heads:
             raise DtLensError(
                 f"d_model {self.d_model} does not split into n_heads {self.n_heads} equal heads; give an n_heads that "
@@ -160,7 +161,3 @@ class HookedDecisionTransformerConfig:
             if name not in values:
                 raise DtLensError(f"The configuration lacks {name!r}, which a decision transformer needs.")
         return cls(**values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

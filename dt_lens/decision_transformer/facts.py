@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dt_lens.arguments import atomic_write
+from dt_lens.arguments import LAST_SEED, atomic_write, is_finite_number
 from dt_lens.decision_transformer.environment_wrappers import APART, check_environment_kwargs
 from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.assumed import Options
@@ -60,7 +58,7 @@ class RunFacts:
     evaluation_environment: dict[str, Any] | None = None  # {"id": ..., "kwargs": {...}}, if it is another one
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.context, int) and not isinstance(self.context, bool) and self.context >= 1,
+        _require(type(self.context) is int and 1 <= self.context <= LAST_SEED,
                  "context", self.context, "a positive number of steps")  # fmt: skip
         _require(
             self.environment is None or isinstance(self.environment, str),
@@ -93,11 +91,11 @@ class RunFacts:
         for name in ("state_labels", "action_labels", "trained_heads"):
             self._freeze(name, _names, "strings")
         scale = self.return_scale
-        _require(_is_number(scale) and scale > 0, "return_scale", scale, "a positive number")
+        _require(is_finite_number(scale) and scale > 0, "return_scale", scale, "a positive number")
         _require(self.padding in get_args(Padding), "padding", self.padding, "'mask' or 'visible'")
         ends = ("terminated", "truncated")
         _require(
-            self.failure is None or self.failure in ends or _is_number(self.failure),
+            self.failure is None or self.failure in ends or is_finite_number(self.failure),
             "failure",
             self.failure,
             "'terminated', 'truncated' or a return to fall below",
@@ -266,14 +264,10 @@ def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
         raise DtLensError(f"The run facts' {name} is {shown}; it must be {wanted}.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _numbers(value: Any) -> tuple[float, ...] | None:
     """Plain floats of a list, a tuple, an array or a tensor of numbers; ``None`` for anything else."""
     listed = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(listed, (list, tuple)) or not all(_is_number(v) for v in listed):
+    if not isinstance(listed, (list, tuple)) or not all(is_finite_number(v) for v in listed):
         return None
     return tuple(float(v) for v in listed)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dt_lens.arguments import is_finite_number
 from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.svd.side_labels import unit_rows
@@ -129,13 +130,9 @@ def embedded_direction(value: Any) -> tuple[str, str | int, float | None] | None
     label = label if isinstance(label, str) else int(label)
     if "replace" in keys:
         return name, label, None
-    try:
-        turn = math.nan if isinstance(angle, bool) or not isinstance(angle, Real) else float(angle)
-    except OverflowError:
-        turn = math.inf
-    if not math.isfinite(turn):
-        raise DtLensError(f"The angle is {angle!r}; it must be a number of degrees.")
-    return name, label, turn
+    if not is_finite_number(angle):
+        raise DtLensError(f"The angle is {angle!r:.80}; it must be a number of degrees.")
+    return name, label, float(angle)
 
 
 def find_direction(embeddings: EmbeddingRegistry, name: str, label: str | int) -> tuple[Embedding, int, str | int]:

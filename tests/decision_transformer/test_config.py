@@ -41,6 +41,8 @@ from dt_lens.errors import DtLensError
         ({"eps": "small"}, "eps is 'small'; it must be a small number of 0 or more"),
         ({"eps": float("nan")}, "eps is nan"),
         ({"embed_ln_eps": -1e-5}, "embed_ln_eps is -1e-05"),
+        ({"eps": 10**400}, "eps is 1000"),
+        ({"attn_dropout": 10**400}, "attn_dropout is 1000"),
         ({"attn_dropout": 1.5}, r"attn_dropout is 1\.5; it must lie in 0 to 1"),
     ],
 )

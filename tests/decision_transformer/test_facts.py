@@ -56,6 +56,12 @@ def test_arrays_become_plain_numbers(tmp_path: Path) -> None:
         ({"trained_heads": ["actions"]}, r"names 'actions'; the heads are action, .* mean 'action'\?"),
         ({"contxt": 3}, r"unknown field 'contxt'.* mean 'context'\?"),
         ({"context": None}, "context is None"),
+        # JSON's whole numbers have no bound.
+        ({"context": 10**400}, "context is 1000"),
+        ({"failure": 10**400}, "failure is 1000.*a return to fall below"),
+        ({"return_scale": 10**400}, "return_scale is 1000.*a positive number"),
+        ({"target_returns": [10**400]}, "target_returns is .*a list of finite numbers"),
+        ({"state_mean": [10**400], "state_std": [1.0]}, "state_mean is .*a list of finite numbers"),
     ],
 )
 def test_wrong_facts_are_refused(values: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from safetensors.torch import load, save
 
-from dt_lens.arguments import LAST_SEED, whole_number
+from dt_lens.arguments import LAST_SEED, is_finite_number, whole_number
 from dt_lens.behaviour.agents.environment import Task, make_task
 from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
 from dt_lens.behaviour.agents.rollouts import Conditions, EpisodeCount, Outcome, Policy, run_episodes
@@ -108,8 +108,8 @@ def setting_of(
                 f"give {caller} a target_return, in the environment's own units."
             )
         target_return = facts.target_returns[0]
-    if not isinstance(target_return, int | float | np.number) or not math.isfinite(target_return):
-        raise DtLensError(f"target_return is {target_return!r}; it must be a finite number.")
+    if not is_finite_number(target_return):
+        raise DtLensError(f"target_return is {target_return!r:.80}; it must be a finite number.")
     setting = known_setting(model, environment, environment_kwargs, float(target_return), max_steps)
     return setting._replace(role=role)
 
