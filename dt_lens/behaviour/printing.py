@@ -11,6 +11,7 @@ __all__ = [
     "decimals",
     "difference_tests",
     "p_text",
+    "places",
     "span",
     "text_table",
     "html_table",
@@ -27,18 +28,31 @@ def decimals(*sizes: float) -> int:
     return 1 if largest == 0 else min(max(1, 2 - math.floor(math.log10(largest))), 9)
 
 
-def span(interval: Interval | tuple[float, float], *, percent: bool = False, digits: int = 1) -> str:
-    """An interval as text.
+def places(*sizes: float) -> int:
+    """How many decimals such outcomes have in a sentence: as ``decimals``, but none where that is one.
 
-    >>> span((0.1, 0.25), percent=True), span((float("nan"), float("nan")))
-    ('[10.0 %, 25.0 %]', '(no interval)')
+    >>> places(3211.0, -5.0), places(0.93)
+    (0, 3)
+    """
+    found = decimals(*sizes)
+    return 0 if found == 1 else found
+
+
+def span(
+    interval: Interval | tuple[float, float], *, percent: bool = False, digits: int = 1, sign: bool = False
+) -> str:
+    """An interval as text, with ``sign`` that of its ends where they are above 0 too.
+
+    >>> span((0.1, 0.25), percent=True), span((float("nan"), float("nan"))), span((-0.5, 1.25), digits=2, sign=True)
+    ('[10.0 %, 25.0 %]', '(no interval)', '[-0.50, +1.25]')
     """
     low, high = interval
     if math.isnan(low) or math.isnan(high):
         return "(no interval)"
+    form = f"{'+' if sign else ''}.{digits}f"
     if percent:
-        return f"[{100 * low:.{digits}f} %, {100 * high:.{digits}f} %]"
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+        return f"[{100 * low:{form}} %, {100 * high:{form}} %]"
+    return f"[{low:{form}}, {high:{form}}]"
 
 
 def text_table(title: str, rows: list[tuple[str, str]]) -> str:
@@ -67,17 +81,20 @@ def p_text(p: float) -> str:
     return f"{p:.1e}" if p < 1e-3 else f"{p:.3g}"
 
 
-def difference_tests(flips: float, mean: float, differ: bool) -> list[tuple[str, str]]:
-    """The rows with the p-values of paired differences and their null hypotheses.
+def difference_tests(flips: float, mean: float, differ: bool, what: str) -> list[tuple[str, str]]:
+    """The rows with the p-values of paired differences of ``what``, and their null hypotheses.
 
-    >>> difference_tests(0.01, 0.02, True)
+    >>> difference_tests(0.01, 0.02, True, "return")
     [('  symmetric about 0', 'p = 0.01 (sign flips)'), ('  mean 0', 'p = 0.02 (studentised bootstrap)')]
-    >>> difference_tests(1.0, 1.0, False)
-    [('  nothing changed', 'every pair has the same outcome, p = 1')]
+    >>> difference_tests(1.0, 1.0, False, "return")
+    [('  no return changed', 'the two of every pair are equal, p = 1')]
+    >>> difference_tests(0.01, float("nan"), True, "loss")[1]
+    ('  mean 0', 'no test: all differences are equal')
     """
     if not differ:
-        return [("  nothing changed", "every pair has the same outcome, p = 1")]
+        return [(f"  no {what} changed", "the two of every pair are equal, p = 1")]
+    no_test = "no test: all differences are equal"
     return [
         ("  symmetric about 0", f"p = {p_text(flips)} (sign flips)"),
-        ("  mean 0", f"p = {p_text(mean)} (studentised bootstrap)"),
+        ("  mean 0", no_test if math.isnan(mean) else f"p = {p_text(mean)} (studentised bootstrap)"),
     ]

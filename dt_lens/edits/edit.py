@@ -228,9 +228,9 @@ class Edit(Reversible):
             if not self.active:
                 return
             state.edits[:] = [edit for edit in state.edits if edit is not self]
+            _write(self.model)
             if not state.edits:
                 allow_saving(self.model)
-            _write(self.model)
             needed = {edit._weight for edit in state.edits}
             weights = self.model.weights
             untouched = {name: state.untouched.pop(name) for name in list(state.untouched) if name not in needed}

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from dt_lens.statistics.outcomes import LEAST_P
 from dt_lens.statistics.rank_correlation import NONE, RankCorrelation
 
 __all__ = ["beside_neighbours"]
@@ -52,7 +53,8 @@ def beside_neighbours(x: ArrayLike, y: ArrayLike, size: ArrayLike, strata: Array
     rho, sd = xy / np.sqrt(xx * yy), np.sqrt(variance / (xx * yy))
     middle = np.arctanh(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
     ends = np.tanh([middle - 1.96 * sd, middle + 1.96 * sd])
-    return RankCorrelation(float(rho), float(ends[0]), float(ends[1]), float(2 * stats.norm.sf(abs(rho) / sd)), n)
+    p_value = max(float(2 * stats.norm.sf(abs(rho) / sd)), LEAST_P)
+    return RankCorrelation(float(rho), float(ends[0]), float(ends[1]), p_value, n)
 
 
 @lru_cache(maxsize=64)

@@ -104,7 +104,7 @@ def bootstrap_interval(
         return _corrected(x, statistic, confidence, resamples, seed)
     tail = (1 - confidence) / 2
     with np.errstate(all="ignore"):
-        value, error, t, df = _studentised(x, int(len(x) / 4) if statistic is iqm else 0, resamples, seed)
+        value, error, t, df = _studentised(x, int(len(x) / 4) if statistic is iqm else 0, tail, resamples, seed)
         if t is None:
             high = float(stats.t.isf(tail, df))
             low = -high
@@ -114,9 +114,10 @@ def bootstrap_interval(
     return found if error > 0 and np.isfinite(found).all() else _NONE
 
 
-def _studentised(x: Float, cut: int, resamples: int, seed: int) -> tuple[float, float, Float | None, int]:
+def _studentised(x: Float, cut: int, tail: float, resamples: int, seed: int) -> tuple[float, float, Float | None, int]:
     """The mean of ``x [n]`` without ``cut`` values at each end, its standard error, the t statistics of resamples, and
-    the degrees of freedom. There are no t statistics where more than 2.5 % of the resamples hardly vary."""
+    the degrees of freedom. There are no t statistics where more than 2.5 % of the resamples, or a share ``tail``,
+    hardly vary: their t is infinite, and would be a quantile."""
     n = len(x)
     centre, scale = float(np.median(x)), float(np.ptp(x))
     z = (x - centre) / scale
@@ -128,7 +129,7 @@ def _studentised(x: Float, cut: int, resamples: int, seed: int) -> tuple[float, 
     ]
     means, errors = (np.concatenate(found) for found in zip(*parts, strict=True))
     flat = errors <= NEARLY_EQUAL * error
-    t = None if flat.mean() > 0.025 else np.where(means == value, 0.0, (means - value) / errors)
+    t = None if flat.mean() > min(0.025, tail) else np.where(means == value, 0.0, (means - value) / errors)
     return centre + scale * float(value), scale * float(error), t, n - 2 * cut - 1
 
 
@@ -208,8 +209,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
             raise DtLensError(f"{name} is {count!r:.80}; it must be a number.")
     if n == 0 or not np.isfinite([float(successes), float(n)]).all():
         return _NONE
-    if not 0 <= successes <= n:
-        raise DtLensError(f"There cannot be {successes} successes in {n} tries; give a number from 0 to {n}.")
+    if not (0 <= successes <= n and float(successes).is_integer() and float(n).is_integer()):
+        raise DtLensError(f"There cannot be {successes} successes in {n} tries; give a whole number from 0 to {n}.")
     ci = stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method="wilson")
     # Rounding can leave 1e-18 where the formula says 0.
     low, high = (0.0 if successes == 0 else float(ci.low)), (1.0 if successes == n else float(ci.high))
@@ -282,7 +283,7 @@ def mean_test(differences: ArrayLike, *, resamples: int = RESAMPLES, seed: int =
     if len(d) < 2 or np.ptp(d) == 0:
         return float("nan")
     with np.errstate(all="ignore"):
-        value, error, drawn, df = _studentised(d, 0, resamples, seed)
+        value, error, drawn, df = _studentised(d, 0, 0.025, resamples, seed)
         t = value / error
     if not np.isfinite(t):
         return float("nan")

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.arguments import atomic_write, local_path
+from dt_lens.behaviour.printing import decimals, places
 from dt_lens.report import heatmaps, spectra
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, Video, write_report
 from dt_lens.report.style import signed
-from dt_lens.statistics.outcomes import wilson
+from dt_lens.statistics.outcomes import interval_note, wilson
 from dt_lens.study import figures
 from dt_lens.study.result import StudyResult
 from dt_lens.version import __version__
@@ -84,16 +85,17 @@ def _versions() -> str:
 def sentences(result: StudyResult) -> list[str]:
     """The verdict in three or four sentences."""
     base, table = result.baseline, result.verdicts
+    mean = f"{base.mean:,.{places(*base.returns)}f}"
     alive = 1 - float(base.terminated.mean())
     hurts = table["verdict"] == "hurts more than its control"
     lines = [
         (
-            f"Unedited, the agent returns **{base.mean:,.0f}** on average over {len(base)} episodes, and {alive:.0%} "
+            f"Unedited, the agent returns **{mean}** on average over {len(base)} episodes, and {alive:.0%} "
             "of them last to the time limit."
         )
     ]
     if unchanged := _unchanged(result):
-        return [*lines, unchanged]
+        return [*lines, *unchanged]
     for role, what in (
         ("strong", "directions that match an embedding best"),
         ("weak", "contrasts (similar in size, poor in match)"),
@@ -144,34 +146,48 @@ def _shown(difference: float) -> str:
     return signed(difference, 0 if size == 0 else int(np.clip(2 - np.floor(np.log10(size)), 0, 6)))
 
 
-def _unchanged(result: StudyResult) -> str:
-    """That no edit and no control changed anything, in a sentence; empty if one did."""
-    returns = result.baseline.returns
-    if any((arm.returns != returns).any() for arm in (*result.edited, *result.controls)):
-        return ""
+def _unchanged(result: StudyResult) -> list[str]:
+    """That no edit and no control changed a return, and what else they changed, in sentences; empty if one did."""
+    base, arms = result.baseline, (*result.edited, *result.controls)
+    returns = base.returns
+    if any((arm.returns != returns).any() for arm in arms):
+        return []
     same = f"; all of them return **{returns[0]:,.6g}**" if np.ptp(returns) == 0 else ""
-    return (
-        f"**Nothing changed**: no edit and no control changed the return of any episode{same}. So this study shows "
-        "nothing of damage; it takes larger edits, other directions, or a task in which the agent is not so sure of "
-        "its return."
+    failures = [float(arm.failed.mean()) for arm in arms]
+    other = any((arm.failed != base.failed).any() or (arm.lengths != base.lengths).any() for arm in arms)
+    nothing = (
+        f"**{'No return' if other else 'Nothing'} changed**: no edit and no control changed the return of any "
+        f"episode{same}. So this study shows nothing of damage; it takes larger edits, other directions, or a task in "
+        "which the agent is not so sure of its return."
     )
+    if not other:
+        return [nothing]
+    lengths = [float(arm.lengths.mean()) for arm in arms]
+    return [
+        nothing,
+        (
+            f"But episodes went otherwise: **{base.failed.mean():.0%}** of them fail unedited, and {min(failures):.0%} "
+            f"to {max(failures):.0%} under edits and controls; they last {base.lengths.mean():,.1f} steps on average, "
+            f"and {min(lengths):,.1f} to {max(lengths):,.1f}."
+        ),
+    ]
 
 
 def _agent(result: StudyResult) -> Section:
-    summary = result.baseline.summary()
+    summary, k = result.baseline.summary(), decimals(*result.baseline.returns)
     rows = [
-        ("mean return", f"{summary['mean']:,.1f}", _interval(summary["mean_interval"])),
-        ("interquartile mean", f"{summary['iqm']:,.1f}", _interval(summary["iqm_interval"])),
-        ("standard deviation of returns", f"{summary['std']:,.1f}", ""),
+        ("mean return", f"{summary['mean']:,.{k}f}", _interval(summary["mean_interval"], k)),
+        ("interquartile mean", f"{summary['iqm']:,.{k}f}", _interval(summary["iqm_interval"], k)),
+        ("standard deviation of returns", f"{summary['std']:,.{k}f}", ""),
         ("mean length (steps)", f"{summary['mean_length']:,.1f}", ""),
         (
             f"failed ({summary['failure_rule']})",
             f"{summary['failure_rate']:.1%}",
-            _interval(summary["failure_interval"], percent=True),
+            _interval(summary["failure_interval"], None),
         ),
     ]
     if "score" in summary:
-        rows.append(("D4RL-normalised score", f"{summary['score']:.1f}", _interval(summary["score_interval"])))
+        rows.append(("D4RL-normalised score", f"{summary['score']:.1f}", _interval(summary["score_interval"], 1)))
     frame = pd.DataFrame(rows, columns=["unedited agent", "value", "95 % interval"])
     return Section(
         "The unedited agent",
@@ -187,11 +203,12 @@ def _agent(result: StudyResult) -> Section:
     )
 
 
-def _interval(ends: tuple[float, float], percent: bool = False) -> str:
+def _interval(ends: tuple[float, float], digits: int | None) -> str:
+    """In words; as percentages without ``digits``."""
     low, high = ends
     if np.isnan(low) or np.isnan(high):
-        return "none: the outcomes are equal"
-    return f"{low:.1%} to {high:.1%}" if percent else f"{low:,.1f} to {high:,.1f}"
+        return "none: what it is of does not vary"
+    return f"{low:.1%} to {high:.1%}" if digits is None else f"{low:,.{digits}f} to {high:,.{digits}f}"
 
 
 def _matches(result: StudyResult) -> Section:
@@ -265,7 +282,11 @@ def _effects(result: StudyResult) -> Section:
     shown = table[list(VERDICT_COLUMNS)]
     notes = [Note(note) for note in dict.fromkeys(table["note"]) if note]
     if unchanged := _unchanged(result):
-        return Section("What editing them does", [Note(unchanged.replace("**", "")), Table(shown), *notes])
+        said = [Note(line.replace("**", "")) for line in unchanged]
+        return Section("What editing them does", [*said, Table(shown), *notes])
+    differences = [arm.returns - result.baseline.returns for arm in (*result.edited, *result.controls)]
+    covers = dict.fromkeys(filter(None, (interval_note(row, "differences") for row in differences)))
+    notes += [Note(f"Intervals of differences: {note}.") for note in covers]
     rho, interval = result.spearman.rho, (result.spearman.low, result.spearman.high)
     return Section(
         "What editing them does",

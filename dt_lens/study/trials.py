@@ -21,7 +21,6 @@ from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.progress import Count
 from dt_lens.statistics.multiplicity import q_values
-from dt_lens.statistics.outcomes import bootstrap_interval
 
 __all__ = ["Trials", "verdicts"]
 
@@ -70,11 +69,14 @@ class Trials:
 
 
 def _read(file: Path) -> Evaluation | None:
-    """The evaluation in ``file``; ``None`` if it does not exist, or is damaged: then the trial runs again."""
+    """The evaluation in ``file``; ``None`` if it does not exist, or is damaged: then the trial runs again.
+
+    Files of dt-lens 0.2 and before have no checksum around the evaluation.
+    """
     kept = read_checked_json(file)
     try:
-        return None if kept is None else Evaluation.from_dict(kept)
-    except (ValueError, KeyError, TypeError, DtLensError):
+        return Evaluation.from_dict(json.loads(file.read_text(encoding="utf-8")) if kept is None else kept)
+    except (OSError, ValueError, KeyError, TypeError, DtLensError):
         return None
 
 
@@ -94,7 +96,7 @@ def verdicts(
     rows: list[dict[str, Any]] = []
     for direction, edit, result, control in zip(chosen.to_dict("records"), edits, edited, controls, strict=True):
         effect, control_effect, beyond = result.compare(baseline), control.compare(baseline), result.compare(control)
-        interval = bootstrap_interval(control.returns - result.returns)
+        low, high = beyond.difference_interval
         rows.append(
             {
                 **{str(name): direction[name] for name in KEPT},
@@ -107,8 +109,8 @@ def verdicts(
                 "control_difference_low": control_effect.difference_interval[0],
                 "control_difference_high": control_effect.difference_interval[1],
                 "damage_beyond_control": -beyond.difference,
-                "beyond_low": interval[0],
-                "beyond_high": interval[1],
+                "beyond_low": -high,
+                "beyond_high": -low,
                 "damage_per_energy": -effect.difference / edit.energy,
                 "p_value": beyond.p_value,
                 "failure_rate": effect.failure_edited,
@@ -129,9 +131,13 @@ def _verdict(q: float, beyond: float, difference: float) -> str:
 
     >>> _verdict(0.01, 5.0, -8.0), _verdict(0.01, -5.0, 3.0), _verdict(0.01, 5.0, 3.0)
     ('hurts more than its control', 'improves more than its control', 'improves less than its control')
+    >>> _verdict(0.01, 5.0, 0.0)
+    'leaves the mean as it is, unlike its control'
     """
     if not q < 0.05:
         return "no difference from its control shown"
+    if difference == 0:
+        return "leaves the mean as it is, unlike its control"
     if beyond > 0:
         return "hurts more than its control" if difference < 0 else "improves less than its control"
     return "improves more than its control" if difference > 0 else "hurts less than its control"

@@ -63,7 +63,9 @@ def test_what_counts_as_failing_is_a_fact_an_argument_or_a_guess(make_model: Mak
     options = {"episodes": 3, "workers": 1, "max_steps": 4}  # the pole still stands: every episode is cut
     guessed, before = evaluate(model, **options), model_id(model)
     assert (guessed.failed.sum(), guessed.failure_guessed) == (0, True)
-    assert "a guess" in str(guessed) and "--failure" in str(guessed.compare(guessed)) + str(guessed)
+    for said in (str(guessed), str(guessed.compare(guessed))):
+        rule, note = said[said.index("failed (") :].splitlines()[:2]
+        assert "a guess" in note and "--failure" in note and "ended before" in rule
     model.facts = replace(model.facts, failure="truncated")
     known = evaluate(model, **options)
     assert (known.failed.sum(), known.failure_guessed) == (3, False) and "a guess" not in str(known)
@@ -71,6 +73,11 @@ def test_what_counts_as_failing_is_a_fact_an_argument_or_a_guess(make_model: Mak
     assert evaluate(model, failure="terminated", **options).failed.sum() == 0
     assert type(known).from_dict(known.to_dict()).failure_guessed is False
     assert type(known).from_dict(guessed.to_dict()).failure_guessed is True
+
+
+def test_a_limit_may_be_numpys(make_model: Make) -> None:
+    model = make_model("Pendulum-v1")
+    assert evaluate(model, episodes=1, workers=1, max_steps=np.int64(5)).lengths.tolist() == [5]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +101,8 @@ def test_what_counts_as_failing_is_a_fact_an_argument_or_a_guess(make_model: Mak
         ({"target_return": float("nan")}, {}, "target_return is nan"),
         ({"environment": "Hopper-v5"}, {}, "gives states of 11 numbers and this model reads 4"),
         ({"failure": "fell"}, {}, "failure is 'fell'"),
+        ({"failure": float("nan")}, {}, "failure is nan; it must be"),
+        ({"failure": 10**400}, {}, "failure is 1000"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,25 @@ def test_what_did_not_change_is_said_and_not_drawn(studied: StudyResult, tmp_pat
     assert "What each edit does, beside its control" in studied.report.read_text(encoding="utf-8")
 
 
+def test_equal_returns_do_not_hide_failures(studied: StudyResult) -> None:
+    base = replace(studied.baseline, **_columns(12, 50.0), failure="terminated")
+    alive = replace(base, terminated=np.zeros(12, bool), truncated=np.ones(12, bool), lengths=np.full(12, 90))
+    table = verdicts(studied.verdicts, studied.edits, base, [alive, base], [base, base])
+    result = replace(studied, verdicts=table, edited=[alive, base], controls=[base] * 2, baseline=base)
+    said = sentences(result)
+    assert "**No return changed**" in said[1] and "**100%** of them fail unedited, and 0% to 100%" in said[2]
+    assert "50.0 steps on average, and 50.0 to 90.0" in said[2]
+
+
+def test_returns_below_one_keep_their_digits(studied: StudyResult, tmp_path: Path) -> None:
+    n = len(studied.baseline)
+    base = replace(studied.baseline, **_columns(n, 0.9) | {"returns": np.linspace(0.85, 0.95, n)})
+    result = replace(studied, baseline=base)
+    assert "returns **0.900** on average" in sentences(result)[0]
+    page = write_study(result, tmp_path).read_text(encoding="utf-8")
+    assert ">0.900<" in page
+
+
 def test_an_edit_that_improves_the_agent_is_not_said_to_hurt_less(studied: StudyResult) -> None:
     base = replace(studied.baseline, **_columns(12, 50.0))
     better, worse = (replace(base, returns=base.returns + gain + np.arange(12)) for gain in (90.0, -40.0))
@@ -78,7 +98,7 @@ def test_an_edit_that_improves_the_agent_is_not_said_to_hurt_less(studied: Study
     assert "No edit lowers the mean return" in said and "**2** of the 2 edits improve the agent more" in said
     assert "hurts less" not in said and "The worst edit" not in said
     table = verdicts(studied.verdicts, edits, base, [worse, base], [base, better])
-    assert list(table["verdict"]) == ["hurts more than its control", "improves less than its control"]
+    assert list(table["verdict"]) == ["hurts more than its control", "leaves the mean as it is, unlike its control"]
     lower = replace(base, returns=base.returns - 80.0 - np.arange(12))
     assert (
         verdicts(studied.verdicts, edits, base, [worse] * 2, [lower] * 2)["verdict"][0] == "hurts less than its control"
@@ -117,6 +137,10 @@ def test_a_finished_study_runs_nothing_again(agent: Any, studied: StudyResult, m
         raise AssertionError("a finished trial was run again")
 
     monkeypatch.setattr("dt_lens.study.trials.evaluate", never)
+    again = Study(agent, studied.report.parent, **OPTIONS).run()
+    pd.testing.assert_frame_equal(again.verdicts, studied.verdicts)
+    for file in (studied.report.parent / "trials").iterdir():  # as dt-lens 0.2 wrote it, without a checksum
+        file.write_text(json.dumps(json.loads(file.read_text())["value"]))
     again = Study(agent, studied.report.parent, **OPTIONS).run()
     pd.testing.assert_frame_equal(again.verdicts, studied.verdicts)
     with pytest.raises(AssertionError, match="run again"):

@@ -149,7 +149,7 @@ class Comparison:
         rows = [
             ("mean return", f"{a.mean:.{k}f} against {b.mean:.{k}f}"),
             ("paired difference", f"{self.difference:+.{k}f}  {level} {span(self.difference_interval, digits=k)}"),
-            *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.returns != b.returns))),
+            *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.returns != b.returns)), "return"),
             ("interquartile mean", f"{self.iqm_edited:.{k}f} against {self.iqm_baseline:.{k}f}"),
             (
                 "  of the differences",
@@ -157,10 +157,9 @@ class Comparison:
             ),
             ("effect size (Cohen's d_z)", f"{self.effect_size:+.2f}"),
             (f"failed ({a.failure_rule})", f"{failed[0]} against {failed[1]}  p = {p_text(self.failure_p_value)}"),
+            *([GUESSED] if a.failure_note else []),
             ("survival (log-rank)", f"mean length {lengths}  p = {p_text(self.survival_p_value)}"),
         ]
-        if a.failure_note:
-            rows.append(GUESSED)
         return rows + ([("intervals", self.interval_note)] if self.interval_note else [])
 
     def _title(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeGuard
 
 import gymnasium as gym
@@ -127,8 +128,9 @@ def make_task(
     return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, limit)
 
 
-def _is_limit(steps: Any) -> TypeGuard[int]:
-    return isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
+def _is_limit(steps: Any) -> TypeGuard[Integral]:
+    """NumPy's integers too; an environment may say ``None``, or anything."""
+    return isinstance(steps, Integral) and not isinstance(steps, bool) and int(steps) > 0
 
 
 def _make(spec: EnvSpec, kwargs: Mapping[str, Any]) -> Env:

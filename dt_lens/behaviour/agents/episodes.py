@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -85,7 +86,7 @@ class Episodes:
         ordered = sorted(outcomes)
         if failure is None:
             failure, failure_guessed = guess_rule(environment), True
-        check_rule(failure)
+        failure = check_rule(failure)
         return cls(
             seeds=np.array([o.seed for o in ordered], dtype=np.int64),
             returns=np.array([o.total for o in ordered], dtype=np.float64),
@@ -122,12 +123,17 @@ class Episodes:
     def failed(self) -> NDArray[np.bool_]:
         """``[n]``, by the rule ``failure``."""
         if callable(self.failure):
-            failed = np.asarray(self.failure(self.to_frame()), dtype=bool)
+            failed = np.asarray(self.failure(self.to_frame()))
             if failed.shape != self.seeds.shape:
                 raise DtLensError(
                     f"The failure function gave {list(failed.shape)} values; it must give one per episode, {len(self)}."
                 )
-            return failed
+            if failed.dtype.kind not in "biuf" or not np.isin(failed, (0, 1)).all():
+                raise DtLensError(
+                    f"The failure function gave {failed[~np.isin(failed, (0, 1))][:1]}; it must give True or False for "
+                    "each episode."
+                )
+            return failed.astype(bool)
         if self.failure == "terminated":
             return self.terminated
         if self.failure == "truncated":
@@ -163,8 +169,7 @@ class Episodes:
 
     def with_failure(self, failure: FailureRule) -> Self:
         """The same episodes under another failure rule."""
-        check_rule(failure)
-        return replace(self, failure=failure, failure_guessed=False)
+        return replace(self, failure=check_rule(failure), failure_guessed=False)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per episode: seed, return, length, terminated, truncated, and score where D4RL defines one."""
@@ -187,8 +192,7 @@ def known_rule(failure: FailureRule | None, facts: RunFacts, environment: str) -
         DtLensError: unless ``failure`` is a rule or ``None``.
     """
     if failure is not None:
-        check_rule(failure)
-        return failure
+        return check_rule(failure)
     own = (facts.environment, (facts.evaluation_environment or {}).get("id"))
     known = any(same_environment(environment, name) for name in own)
     return cast("FailureRule | None", facts.failure) if known else None
@@ -206,11 +210,19 @@ def guess_rule(environment: str) -> FailureRule:
     return "truncated" if name.startswith(_ENDS_IN_SUCCESS) else "terminated"
 
 
-def check_rule(failure: FailureRule) -> None:
-    """Raise ``DtLensError`` unless ``failure`` is a failure rule."""
-    number = isinstance(failure, int | float | np.number) and not isinstance(failure, bool)
-    if not (callable(failure) or number or (isinstance(failure, str) and failure in ("terminated", "truncated"))):
-        raise DtLensError(
-            f"failure is {failure!r}; it must be 'terminated', 'truncated', a return to fall below, "
-            "or a function of the frame."
-        )
+def check_rule(failure: FailureRule) -> FailureRule:
+    """``failure``, with a number as a ``float``, which files can keep.
+
+    Raises:
+        DtLensError: unless it is a failure rule.
+    """
+    if callable(failure) or (isinstance(failure, str) and failure in ("terminated", "truncated")):
+        return failure
+    if isinstance(failure, int | float | np.number) and not isinstance(failure, bool):
+        with suppress(OverflowError, TypeError):
+            if np.isfinite(float(failure)):
+                return float(failure)
+    raise DtLensError(
+        f"failure is {failure!r}; it must be 'terminated', 'truncated', a return to fall below, "
+        "or a function of the frame."
+    )

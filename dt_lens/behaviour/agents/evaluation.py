@@ -52,7 +52,7 @@ class Evaluation(Episodes):
             "mean_interval": tuple(interval),
             "iqm": float(iqm(self.returns)),
             "iqm_interval": tuple(bootstrap_interval(self.returns, iqm, confidence=confidence, seed=seed)),
-            "interval_note": interval_note(self.returns, "episodes"),
+            "interval_note": interval_note(self.returns, "returns"),
             "std": float(self.returns.std(ddof=1)) if n > 1 else float("nan"),
             "min": float(self.returns.min()),
             "max": float(self.returns.max()),
@@ -136,10 +136,10 @@ class Evaluation(Episodes):
                 f"{s['failures']} of {len(self)}  {span(s['failure_interval'], percent=True)}",
             ),
         ]
-        if "score" in s:
-            rows.append(("D4RL-normalised score", f"{s['score']:.1f}  {span(s['score_interval'])}"))
         if self.failure_note:
             rows.append(GUESSED)
+        if "score" in s:
+            rows.append(("D4RL-normalised score", f"{s['score']:.1f}  {span(s['score_interval'])}"))
         if s["interval_note"]:
             rows.append(("intervals", s["interval_note"]))
         return rows

@@ -84,9 +84,9 @@ class SweepSettings:
             if getattr(self, name) is not None:
                 self._keep(name, whole_number(getattr(self, name), name, 1))
         if self.failure is not None:
-            check_rule(self.failure)  # type: ignore[arg-type]
             if callable(self.failure):
                 raise DtLensError("A sweep's file keeps failure as a word or a number; give a function to table().")
+            self._keep("failure", check_rule(self.failure))  # type: ignore[arg-type]
         rungs = parse_halving(self.halving)
         self._keep("halving", rungs)
         if rungs is not None and not self.baseline:

@@ -146,7 +146,7 @@ class TextComparison:
         rows = [
             ("mean loss", f"{a.mean:.4f} against {b.mean:.4f} nats per token"),
             ("paired difference", f"{self.difference:+.4f}  {level} {interval}"),
-            *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.loss != b.loss))),
+            *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.loss != b.loss)), "loss"),
             ("interquartile mean", f"{self.iqm_edited:.4f} against {self.iqm_baseline:.4f}"),
             (
                 "  of the differences",

@@ -48,7 +48,7 @@ class TextEvaluation(Losses):
             "loss_interval": tuple(bootstrap_interval(self.loss, **options)),
             "iqm": float(iqm(self.loss)),
             "iqm_interval": tuple(bootstrap_interval(self.loss, iqm, **options)),
-            "interval_note": interval_note(self.loss, "windows"),
+            "interval_note": interval_note(self.loss, "losses"),
             "std": float(self.loss.std(ddof=1)) if len(self) > 1 else float("nan"),
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,

@@ -11,6 +11,7 @@ import pandas as pd
 from dt_lens.arguments import atomic_write, local_path, require_offers
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import signed
+from dt_lens.statistics.outcomes import ENOUGH
 from dt_lens.study.atlas import figures
 from dt_lens.study.atlas.result import Atlas
 from dt_lens.study.atlas.sentences import MATCH_COLUMNS, correlation_of, covered, joined, sentences, shares_for
@@ -146,7 +147,10 @@ def _shares(atlas: Atlas) -> Section:
         columns += ["controls", "controls_as_costly"]
     intervals = {"damage": ("damage_low", "damage_high")}
     frame = worst[[*columns, "damage_low", "damage_high"]]
-    blocks.append(Folded(f"The {len(worst)} most harmful removals", [Table(frame, intervals=intervals)]))
+    few = int(worst["episodes"].min())
+    said = f"Intervals of single directions are over {few} episodes; below {ENOUGH} they cover less than 95 %."
+    notes = [Note(said)] if few < ENOUGH else []
+    blocks.append(Folded(f"The {len(worst)} most harmful removals", [Table(frame, intervals=intervals), *notes]))
     rule = f"Failures: {atlas.baseline.failure_rule}."
     blocks.append(Note(f"{rule} {note[0].upper()}{note[1:]}." if (note := atlas.baseline.failure_note) else rule))
     blocks.append(Folded("The counts", [Table(atlas.shares)]))

@@ -101,9 +101,10 @@ def _beside_controls(atlas: Atlas) -> list[str]:
     lines = [f"{beside}."]
     if np.isfinite(found["beyond"]):
         lost, low, high = (_lost(atlas, found[name]) for name in ("beyond", "beyond_low", "beyond_high"))
+        interval = f"[{low}, {high}]" if np.isfinite(found["beyond_low"]) else "(no interval: all are equal)"
         of = "of the return" if np.isfinite(atlas.unit) else "points of return"
         lines.append(
-            f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}** {of} [{low}, {high}] "
+            f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}** {of} {interval} "
             f"beyond a random change (p = {found['beyond_p_value']:.2g}, a pair for each direction)."
         )
     lines += _pair_by_pair(atlas)

@@ -148,6 +148,8 @@ def why_undecided(about: str, found: Finding, p_value: float) -> str:
     """Why a claim is undecided, in one sentence."""
     if not math.isfinite(found.effect):
         return "Undecided: one of the two numbers does not vary, so the statistic is not defined."
+    if about == "behaviour" and math.isnan(found.low):
+        return "Undecided: there is no interval, because the values are too few or do not vary."
     reached = found.effect >= found.margin if about == "weights" else found.low > 0
     if reached and not found.quiet:
         return "Undecided: the control is not quiet."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -10,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from dt_lens.behaviour.printing import span
 from dt_lens.edits.singular import load_edit
 from dt_lens.edits.state import unedited
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import find_matrix
 from dt_lens.statistics.local_linear import beside_neighbours
-from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
+from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, sign_flip
 from dt_lens.statistics.rank_correlation import RankCorrelation, at_equal_size, rank_correlation, spearman_brown
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.claims import Finding, NotApplicable, Way
@@ -96,18 +98,19 @@ def hurts_more(
     name = min(tried, key=lambda name: tried[name][0])
     value, low, high, _ = tried[name]
     control = bootstrap_interval(beyond[inward].mean(0))
-    parts = "; ".join(f"per unit of {n} {v:+.2f} [{lo:+.2f}, {hi:+.2f}]" for n, (v, lo, hi, _) in tried.items())
+    least = float(beyond[inward].mean()) if math.isnan(control.low) else control.low
+    parts = "; ".join(f"per unit of {n} {v:+.2f} {_span(lo, hi)}" for n, (v, lo, hi, _) in tried.items())
     said = (
         f"These {len(damage)} edits cost {damage[inward].mean():.0%} of the return in W_in and "
         f"{damage[~inward].mean():.0%} in W_out, beyond their controls {beyond[inward].mean():.0%} and "
         f"{beyond[~inward].mean():.0%}; of an edit of typical energy, W_in less W_out: {parts}, over episodes. "
     )
-    parts = "; ".join(
-        f"per unit of {n} {v:+.2f} [{lo:+.2f}, {hi:+.2f}], p = {p:.2g}" for n, (v, lo, hi, p) in across.items()
-    )
+    parts = "; ".join(f"per unit of {n} {v:+.2f} {_span(lo, hi)}, p = {p:.2g}" for n, (v, lo, hi, p) in across.items())
     said += f"With directions as units ({inward.sum()} and {(~inward).sum()}): {parts}."
     numbers: dict[str, object] = {"by_energy": {n: list(found) for n, found in tried.items()}, "counts": name}
     numbers["by_direction"] = {n: list(found) for n, found in across.items()}
+    note = interval_note(per[inward].mean(0) - per[~inward].mean(0), "differences")
+    said += f" Intervals over episodes: {note}." if note else ""
     numbers["beyond_controls_in"] = [float(beyond[inward].mean()), *control]
     return Finding(
         value,
@@ -116,15 +119,25 @@ def hurts_more(
         effect=value,
         margin=MORE,
         p_value=max(found[3] for found in tried.values()),
-        quiet=control.low > 0,
+        quiet=least > 0,
         said=said + case.gated,
         numbers=numbers,
     )
 
 
+def _span(low: float, high: float) -> str:
+    return span((low, high), digits=2, sign=True)
+
+
 def _of_episodes(values: Array) -> tuple[float, float, float, float]:
-    """Mean, interval, and the one-sided p that it is above zero, of a value per episode."""
+    """Mean, interval, and the one-sided p that it is above zero, of a value per episode.
+
+    A value that is the same in every episode, mostly 0, has no interval. It cannot support a claim, but it can lie
+    below the margin: the upper end is the value itself.
+    """
     low, high = bootstrap_interval(values)
+    if len(values) > 1 and np.ptp(values) == 0:
+        high = float(values[0])
     return float(values.mean()), low, high, _one_sided(sign_flip(values), float(values.mean()))
 
 
@@ -185,7 +198,7 @@ def cosine_predicts_damage(
         quiet, other = not weaker.low > 0, weaker.rho
     name = min(tried, key=lambda name: tried[name].rho)
     rho, low, high, _, n = tried[name]
-    parts = ", ".join(f"{found.rho:+.2f} [{found.low:+.2f}, {found.high:+.2f}] {n}" for n, found in tried.items())
+    parts = ", ".join(f"{found.rho:+.2f} {_span(found.low, found.high)} {n}" for n, found in tried.items())
     said = f"Over {n} edits ({source}) the correlation is {parts}."
     numbers: dict[str, object] = {name: list(found) for name, found in tried.items()}
     if way == "proper":
@@ -196,11 +209,12 @@ def cosine_predicts_damage(
             reliable = _reliability(edits, size)
             numbers |= {"at equal energy, local-linear": list(lines), "reliability_beyond_control": reliable}
             said += (
-                f" Without bins, by local lines, it is {lines.rho:+.2f} [{lines.low:+.2f}, {lines.high:+.2f}] at equal "
+                f" Without bins, by local lines, it is {lines.rho:+.2f} {_span(lines.low, lines.high)} at equal "
                 f"energy. The reliability of damage beyond the control is {reliable:.2f} there"
             )
+            end = min(1.0, tried["at equal energy"].high / reliable**0.5) if reliable > 0 else math.nan
             said += (
-                f": corrected for it the interval would end at {min(1.0, high / reliable**0.5):+.2f}."
+                f": corrected for it the interval would end at {end:+.2f}."
                 if reliable > 0
                 else ", so the interval says nothing of what the edits truly cost."
             )

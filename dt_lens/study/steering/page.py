@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -39,6 +40,11 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
             [
                 Plot(steering_figure(result)),
                 Table(result.table, "Doses of the chosen direction on fresh seeds."),
+                *(
+                    Note(f"The interval of {what}: {result.numbers[name]}.")
+                    for name, what in (("reach_note", "the reach"), ("rise_note", "the rise in failures"))
+                    if result.numbers.get(name)
+                ),
                 Table(result.curve, "The unedited agent at each target."),
             ],
         )
@@ -104,12 +110,9 @@ def steering_figure(result: SteeringResult) -> go.Figure:
         _line(figure, result.table, "dose", "failure_rate", "chosen", 3, legend=False)
     low, high = result.curve["mean"].min(), result.curve["mean"].max()
     figure.add_hrect(low, high, row=1, col=2, fillcolor=COLOURS["targets"], opacity=0.1, line_width=0)
-    ends = [*result.curve["mean_low"], *result.curve["mean_high"]]
-    if len(result.table):
-        ends += [*result.table["mean_low"], *result.table["mean_high"]]
-    room = 0.05 * (max(ends) - min(ends) or 1.0)
+    ends, room = _range(result.curve, result.table)
     for column in (1, 2):
-        figure.update_yaxes(range=[min(ends) - room, max(ends) + room], row=1, col=column)
+        figure.update_yaxes(range=[ends[0] - room, ends[1] + room], row=1, col=column)
     figure.update_yaxes(title_text="mean return", row=1, col=1)
     figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], row=1, col=3)
     figure.update_xaxes(title_text="target return", row=1, col=1)
@@ -126,8 +129,7 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
     sides = list(dict.fromkeys(table["side"]))
     titles = [f"random in place of what it {DOES[side]}" for side in sides]
     figure = make_subplots(1, len(sides), horizontal_spacing=0.09, shared_yaxes=True, subplot_titles=titles)
-    ends = [*result.curve["mean_low"], *result.curve["mean_high"], *table["lowest"], *table["highest"]]
-    span, room = [min(ends), max(ends)], 0.04 * (max(ends) - min(ends) or 1.0)
+    span, room = _range(result.curve, table)
     grey = {"color": "rgb(200,200,200)", "dash": "dot"}
     for column, side in enumerate(sides, 1):
         figure.add_trace(go.Scatter(x=span, y=span, mode="lines", showlegend=False, line=grey), row=1, col=column)
@@ -150,6 +152,14 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
     figure.update_yaxes(title_text="mean return at the largest dose", row=1, col=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     return finish(figure, "Random directions of the same output energy", "a cross: failures rise", height=440, wide=760)
+
+
+def _range(*tables: pd.DataFrame) -> tuple[list[float], float]:
+    """The least and the largest return of tables, ends of intervals included, and some room beyond them."""
+    names = ("mean", "mean_low", "mean_high", "lowest", "highest")
+    ends = np.concatenate([table[name] for table in tables for name in names if name in table])
+    low, high = float(np.nanmin(ends)), float(np.nanmax(ends))  # equal returns have no interval
+    return [low, high], 0.05 * (high - low or 1.0)
 
 
 def _line(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, column: int, legend: bool = True) -> None:

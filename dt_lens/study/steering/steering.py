@@ -21,13 +21,14 @@ from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.running import setting_of
 from dt_lens.behaviour.collect_activations import kept_activations
+from dt_lens.behaviour.printing import places, span
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName
 from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import ProgressCallback, reporting
-from dt_lens.statistics.outcomes import Interval, bootstrap_interval, sign_flip, wilson
+from dt_lens.statistics.outcomes import Interval, bootstrap_interval, interval_note, sign_flip, wilson
 from dt_lens.study.steering.doses import (
     DOES,
     Candidate,
@@ -243,6 +244,7 @@ class _Search:
         for name, values in (("reach", reach), ("rise", rise)):
             found[name] = float(values.mean())
             found[f"{name}_interval"] = list(bootstrap_interval(values))
+            found[f"{name}_note"] = interval_note(values, "differences")
         return table, arms, found
 
     def _randoms(
@@ -326,26 +328,29 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float) -> t
     reach, rise = (Interval(*found[f"{name}_interval"]) for name in ("reach", "rise"))
     verdict: Verdict = "undecided"
     which = ""
-    # Failures that rise by the same in every episode, mostly by nothing, have no interval: the rise itself counts.
-    rise_high = found["rise"] if math.isnan(rise.high) else rise.high
-    if reach.high < REACH:
+    # What is the same in every episode, mostly 0, has no interval: against a margin the value itself counts.
+    reach_high, rise_high = (
+        found[name] if math.isnan(interval.high) else interval.high
+        for name, interval in (("reach", reach), ("rise", rise))
+    )
+    if reach_high < REACH:
         verdict = "none found"
     elif reach.low > 0 and rise_high > RISE:
         verdict = "moves the return by failing"
     elif reach.low > 0:
-        own = tuple(found[f"{side}_p_value"] <= ALPHA for side in ("read", "put"))
-        verdict = "found" if all(own) else "no more than random"
-        which = EXCHANGED.get(own, "")
+        own_p = tuple(found[f"{side}_p_value"] <= ALPHA for side in ("read", "put"))
+        verdict = "found" if all(own_p) else "no more than random"
+        which = EXCHANGED.get(own_p, "")
+    own, failures = (
+        f"{100 * found[name]:+.0f} % {span(interval, percent=True, digits=0, sign=True)}"
+        for name, interval in (("reach", reach), ("rise", rise))
+    )
     sentence = (
         f"The best candidate was {direction.name} ({direction.why}). On fresh seeds its doses move the return by "
-        f"{found['reach']:+.0%} {_signed_span(reach)} of the curve's range of {extent:,.0f}, and "
-        f"failures rise by {found['rise']:+.0%} {_signed_span(rise)}; of {found['random_directions']} "
-        f"random directions of the same output energy, {found['read_as_far']} move it as far without failing in place "
-        f"of what it reads, and {found['put_as_far']} in place of what it {DOES[found['put_side']]}"
+        f"{own} of the curve's range of {extent:,.{places(extent)}f}, and failures rise by {failures}; of "
+        f"{found['random_directions']} random directions of the same output energy, {found['read_as_far']} move it as "
+        f"far without failing in place of what it reads, and {found['put_as_far']} in place of what it "
+        f"{DOES[found['put_side']]}"
         f"{GAIN if found['put_side'] == 'write' else ''}: {verdict}{which}."
     )
     return verdict, sentence
-
-
-def _signed_span(interval: Interval) -> str:
-    return "(no interval)" if math.isnan(interval.low) else f"[{interval.low:+.0%}, {interval.high:+.0%}]"

@@ -103,6 +103,23 @@ def test_small_returns_are_printed_with_their_digits() -> None:
     assert "-0.031  95 %" in str(edited.compare(baseline)) and "-0.031" in repr(edited.compare(baseline))
 
 
+def test_equal_returns_are_not_said_to_be_equal_episodes() -> None:
+    """Lengths and failures may differ where returns do not."""
+    equal = np.ones(20)
+    said = str(_evaluation(equal, np.full(20, 10)).compare(_evaluation(equal)))
+    assert "no return changed" in said and "10.0 against 1000.0 steps" in said and "nothing changed" not in said
+    assert "100.0 %" in said
+
+
+def test_a_failure_function_says_true_or_false() -> None:
+    e = _evaluation(GOOD)
+    assert e.with_failure(lambda frame: 1.0 * (frame["return"] < 2900)).failed.any()
+    for answer in (np.full(40, np.nan), np.full(40, 2), np.full(40, "yes")):
+        with pytest.raises(DtLensError, match="must give True or False for each episode"):
+            e.with_failure(lambda frame, answer=answer: answer).failed  # noqa: B018
+    assert type(e.with_failure(np.float32(7.5)).failure) is float
+
+
 def test_a_constant_difference() -> None:
     c = _evaluation(GOOD - 7.0).compare(_evaluation(GOOD))
     assert c.difference == pytest.approx(-7.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from dt_lens.behaviour.agents.evaluation import Evaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.errors import DtLensError
 from dt_lens.study.court.case import Case
-from dt_lens.study.court.claims import WAYS, Finding, NotApplicable, verdict_of
+from dt_lens.study.court.claims import WAYS, Finding, NotApplicable, verdict_of, why_undecided
 from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, output_shares
 from dt_lens.study.court.rollouts import MeasuredEdit, MeasuredEdits, edits_of_sweep
 
@@ -129,6 +130,22 @@ def test_few_episodes_are_undecided(case: Case) -> None:
     edits = [MeasuredEdit(*[*list(a.__dict__.values())[:6], a.returns[few], a.controls[:, few]]) for a in made.edits]
     less = MeasuredEdits(short, edits, [a for a in edits if a.kind == "W_in"])
     assert ruled(hurts_more(case, "proper", less, {"F": [1.0] * 4})) == "undecided"
+
+
+def test_edits_that_change_nothing_are_not_supported(case: Case) -> None:
+    """No episode differs, so there is no interval; but nothing is lost, which is below the margin."""
+    base = baseline().returns
+    edits = [
+        MeasuredEdit(f"blocks.0.mlp.{kind}", kind, "read", sv, 1.0, {}, base, base[None])
+        for kind in ("W_in", "W_out")
+        for sv in (0, 1)
+    ]
+    found = hurts_more(case, "proper", MeasuredEdits(baseline(), edits, edits[:2]), {"e": [1.0] * 4})
+    assert found.effect == found.high == 0.0 and ruled(found) == "not supported"
+    assert "(no interval)" in found.said and "nan" not in found.said
+    assert "Undecided: there is no interval" in why_undecided(
+        "behaviour", Finding(0.3, math.nan, 0.3, effect=0.3, margin=0.05, p_value=0.001), 0.001
+    )
 
 
 def test_an_agent_that_returns_nothing_has_nothing_to_lose(case: Case) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -20,7 +21,7 @@ from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
-from dt_lens.study.steering import steering
+from dt_lens.study.steering import page, steering
 from dt_lens.study.steering.doses import (
     Candidate,
     candidates_of,
@@ -229,6 +230,32 @@ def test_an_agent_that_ignores_its_target_has_no_curve(agent: Any, answering: An
     result = tried(agent, tmp_path)
     assert result.verdict == "not applicable" and result.best is None and "no curve" in result.sentence
     assert (tmp_path / "steering.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("reach", "interval", "wanted"),
+    [(0.0, (np.nan, np.nan), "none found"), (0.5, (np.nan, np.nan), "undecided"), (0.5, (0.3, 0.6), "found")],
+)
+def test_what_is_the_same_in_every_episode_has_no_interval(
+    planted: Candidate, reach: float, interval: tuple[float, float], wanted: str
+) -> None:
+    found = {
+        "reach": reach, "reach_interval": interval, "rise": 0.0, "rise_interval": (np.nan, np.nan),
+        "read_p_value": 0.05, "put_p_value": 0.05, "random_directions": 19, "read_as_far": 0, "put_as_far": 0,
+        "put_side": "write",
+    }  # fmt: skip
+    verdict, sentence = steering._verdict(planted, found, 0.41)
+    assert verdict == wanted and "nan" not in sentence and "curve's range of 0.410," in sentence
+
+
+def test_a_figure_shows_means_without_an_interval() -> None:
+    curve = pd.DataFrame(
+        {"target": [1.0, 2.0], "mean": [120.0, 500.0], "mean_low": [100.0, np.nan], "mean_high": [150.0, np.nan]}
+    )
+    for table in (curve, curve[::-1]):
+        result = SteeringResult("not applicable", "", None, table, *[pd.DataFrame()] * 3, {})
+        low, high = page.steering_figure(result).layout.yaxis.range
+        assert low < 100 and high > 500
 
 
 def test_slopes() -> None:
