@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.environment_names import import_module_of
 from dt_lens.training.dataset import Trajectories, Windows, read
-from dt_lens.training.run import CHECKPOINT, TrainingRun
+from dt_lens.training.run import CHECKPOINT, TrainingRun, saved_state
 from dt_lens.training.settings import AgentSettings
 
 __all__ = ["AgentProgress", "action_loss", "train"]
@@ -97,12 +98,14 @@ def train(
     import_module_of(environment)
     asked = {"environment": environment, "environment_kwargs": environment_kwargs}
     facts = given_facts(_facts(settings, data), {name: value for name, value in asked.items() if value is not None})
+    folder, on = local_path(out, "out"), torch.device(device)
+    kept = saved_state(folder, on) if resume else None
     with torch.random.fork_rng(devices=[]):
-        run = _AgentRun(settings, data, facts, local_path(out, "out"), torch.device(device))
+        run = _AgentRun(settings, data, facts, folder, on, _older_rows(kept))
         if eval_every and eval_episodes and run.can_evaluate(insist=environment is not None):
             run.eval_episodes = eval_episodes
-        if resume:
-            run.resume()
+        if kept is not None:
+            run.resume(kept)
         run.finish(eval_every, checkpoint_every, report or (lambda _: None))
     return run.model
 
@@ -111,6 +114,14 @@ def _targets(returns: np.ndarray[Any, Any]) -> tuple[float, ...]:
     """Quantiles of the returns, best first, to two significant digits, without repeats."""
     rounded = (float(f"{q:.2g}") for q in np.quantile(returns, TARGET_QUANTILES))
     return tuple(dict.fromkeys(rounded))
+
+
+def _older_rows(state: dict[str, Any] | None) -> int | None:
+    """Rows of the timestep table in a checkpoint of version 0.2.0, whose settings do not say them: its time limit."""
+    if state is None or "max_ep_len" in json.loads(state["settings"]):
+        return None
+    table = state["model"].get("embed.timestep.W") if isinstance(state.get("model"), dict) else None
+    return len(table) if isinstance(table, Tensor) else None
 
 
 def _short(value: float) -> float:
@@ -125,7 +136,13 @@ class _AgentRun(TrainingRun):
     settings: AgentSettings
 
     def __init__(
-        self, settings: AgentSettings, data: Trajectories, facts: RunFacts, out: Path, device: torch.device
+        self,
+        settings: AgentSettings,
+        data: Trajectories,
+        facts: RunFacts,
+        out: Path,
+        device: torch.device,
+        rows: int | None = None,
     ) -> None:
         torch.manual_seed(settings.seed)
         longest = int(data.lengths.max())
@@ -143,7 +160,7 @@ class _AgentRun(TrainingRun):
                 n_heads=settings.n_heads,
                 d_mlp=4 * settings.d_model,
                 n_ctx=settings.context,
-                max_ep_len=settings.max_ep_len or longest,
+                max_ep_len=settings.max_ep_len or max(rows or 0, longest),
                 action_tanh=data.bounded,
                 discrete_actions=data.discrete,
                 embed_dropout=drop,

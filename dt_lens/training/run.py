@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dt_lens.arguments import atomic_write
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because
 from dt_lens.training.settings import AgentSettings, TextSettings
 
-__all__ = ["CHECKPOINT", "TrainingRun"]
+__all__ = ["CHECKPOINT", "TrainingRun", "saved_state"]
 
 CHECKPOINT = "checkpoint.pt"
 CURVE = "curve.jsonl"
@@ -158,24 +158,16 @@ class TrainingRun(ABC):
         with atomic_write(self.out / CURVE) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in self.curve), encoding="utf-8")
 
-    def resume(self) -> None:
-        """Resume from the checkpoint in ``out``, if there is one.
+    def resume(self, state: dict[str, Any] | None = None) -> None:
+        """Resume from the checkpoint in ``out``, if there is one; ``state`` is what ``saved_state`` read of it.
 
         Raises:
             DtLensError: if it cannot be read, or belongs to another run.
         """
-        file = self.out / CHECKPOINT
-        if not file.exists():
+        state = saved_state(self.out, self.device) if state is None else state
+        if state is None:
             return
-        try:
-            with zipfile.ZipFile(file) as archive:  # torch.load does not compare the checksums in it
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile
-            state = torch.load(file, map_location=self.device, weights_only=True)
-            saved = json.loads(state["settings"])
-        except Exception as error:  # a damaged archive or pickle may raise anything
-            raise DtLensError(f"{file} is damaged or not a training checkpoint; delete it to start again.") from error
-        saved |= {name: state[name] for name in self._data if name in state}
+        saved = json.loads(state["settings"]) | {name: state[name] for name in self._data if name in state}
         mine = json.loads(json.dumps(asdict(self.settings))) | self._data
         other = [name for name, value in mine.items() if saved.get(name) != value]
         if other:
@@ -183,11 +175,37 @@ class TrainingRun(ABC):
                 f"{self.out} holds a run with another {', '.join(other)}; choose another folder, or start again there "
                 "(--fresh; resume=False)."
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
-        self.step = self._kept = state["step"]
-        self.curve = json.loads(state["curve"])
-        self._losses, self._counted = state["losses"], state["counted"]
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"].cpu())
+            self.step = self._kept = state["step"]
+            self.curve = json.loads(state["curve"])
+            self._losses, self._counted = state["losses"], state["counted"]
+        except Exception as error:  # of another version: other names, shapes or parts
+            raise DtLensError(
+                f"{self.out / CHECKPOINT} does not fit this run's model ({because(error)}); choose another folder, or "
+                "start again there (--fresh; resume=False)."
+            ) from error
         if self.curve:
             self._began = time.monotonic() - self.curve[-1]["seconds"]
+
+
+def saved_state(out: Path, device: torch.device) -> dict[str, Any] | None:
+    """The checkpoint in ``out`` as ``TrainingRun.save`` wrote it; ``None`` if there is none.
+
+    Raises:
+        DtLensError: if it cannot be read.
+    """
+    file = out / CHECKPOINT
+    if not file.exists():
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch.load does not compare the checksums in it
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+        dict(json.loads(state["settings"]))
+    except Exception as error:  # a damaged archive or pickle may raise anything
+        raise DtLensError(f"{file} is damaged or not a training checkpoint; delete it to start again.") from error
+    return state

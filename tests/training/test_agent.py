@@ -118,6 +118,36 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+def test_a_run_of_version_0_2_is_resumed_with_its_longer_timestep_table(tmp_path: Path) -> None:
+    often = {"eval_every": 0, "checkpoint_every": 2}
+
+    def stop(progress: AgentProgress) -> None:
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    whole = train("test/linear-v0", tmp_path / "whole", small(steps=4, max_ep_len=200), **often)
+    with pytest.raises(KeyboardInterrupt):
+        train("test/linear-v0", tmp_path, small(steps=4, max_ep_len=200), **often, report=stop)
+    file = tmp_path / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    settings = json.loads(state["settings"])
+    del settings["max_ep_len"]  # as many rows as the time limit, in version 0.2.0
+    older = {**state, "settings": json.dumps(settings)}
+    for damage, said in (
+        ({"model": {}}, "Missing key"),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "loaded state dict"),
+        ({"curve": "{"}, "Expecting"),
+    ):
+        torch.save(older | damage, file)
+        with pytest.raises(DtLensError, match=rf"checkpoint\.pt does not fit this run's model \(.*{said}.*--fresh"):
+            train("test/linear-v0", tmp_path, small(steps=4), **often)
+    torch.save(older, file)
+    resumed = train("test/linear-v0", tmp_path, small(steps=4), **often)
+    assert resumed.cfg.max_ep_len == 200
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, resumed.weights[name]), name
+
+
 def test_the_seed_decides_and_the_callers_generator_is_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
