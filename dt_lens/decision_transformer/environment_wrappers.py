@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from dt_lens.arguments import whole_number
 from dt_lens.errors import DtLensError, because, nearest
@@ -50,6 +50,8 @@ REFUSED = {
     ),
     "Autoreset": "starts the next episode by itself; leave it out",
 }
+MOST = 10_000  # frames, bins, pixels or steps that a wrapper takes: 10**9 frames end the process for want of memory
+SIZES = ("tile_size", "agent_view_size", "max_words_in_mission")  # MiniGrid annotates none of its wrappers' arguments
 
 
 def check_environment_kwargs(kwargs: Mapping[str, Any], name: str = "environment_kwargs") -> None:
@@ -123,8 +125,14 @@ def _described(specs: Iterable[WrapperSpec]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
+    """As JSON gives it back; what has no form there, such as a function, becomes its ``repr``."""
+
     def listed(other: Any) -> Any:
-        return other.tolist() if hasattr(other, "tolist") else repr(other)
+        import numpy as np
+
+        if isinstance(other, np.dtype) or (isinstance(other, type) and issubclass(other, np.generic)):
+            return np.dtype(other).name
+        return other.tolist() if hasattr(other, "tolist") and not isinstance(other, type) else repr(other)
 
     return json.loads(json.dumps(value, default=listed))
 
@@ -160,10 +168,11 @@ def _wrapper_specs(
     spec: EnvSpec, own: Mapping[str, Any], wrappers: Iterable[Mapping[str, Any]]
 ) -> tuple[WrapperSpec, ...]:
     """The wrappers that the environment is registered with, and those of ``wrappers`` that are not among them."""
-    wanted = [{"name": wrapper["name"], "kwargs": _plain(wrapper.get("kwargs"))} for wrapper in wrappers]
+    wanted = list(wrappers)
     has = _made_with(spec, own)
     known = _described(has)
-    rest = wanted[len(known) :] if wanted[: len(known)] == known else wanted
+    first = [{"name": wrapper["name"], "kwargs": _plain(wrapper.get("kwargs"))} for wrapper in wanted[: len(known)]]
+    rest = wanted[len(known) :] if first == known else wanted
     return (*has, *(_look_up(spec.id, wrapper) for wrapper in rest))
 
 
@@ -182,10 +191,9 @@ def _made_with(spec: EnvSpec, own: Mapping[str, Any]) -> tuple[WrapperSpec, ...]
 
 
 def _look_up(environment: str, wrapper: Mapping[str, Any]) -> WrapperSpec:
-    import gymnasium as gym
     from gymnasium.envs.registration import WrapperSpec
 
-    shown, kwargs = f"The wrapper {wrapper['name']!r} of {environment!r}", wrapper["kwargs"]
+    shown, kwargs = f"The wrapper {wrapper['name']!r} of {environment!r}", wrapper.get("kwargs")
     place, _, name = wrapper["name"].rpartition(".")
     if place not in PLACES:
         raise DtLensError(
@@ -195,11 +203,12 @@ def _look_up(environment: str, wrapper: Mapping[str, Any]) -> WrapperSpec:
     if name in REFUSED:
         raise DtLensError(f"{shown} {REFUSED[name]}.")
     try:
-        kind = getattr(importlib.import_module(place), name, None)
+        module = importlib.import_module(place)
+        kind = getattr(module, name, None)
     except ImportError as error:
         raise DtLensError(f"{shown} cannot be imported ({because(error)}); install what it needs.") from error
-    if not (isinstance(kind, type) and issubclass(kind, gym.Wrapper) and f"{kind.__module__}.".startswith(f"{place}.")):
-        known = [known for known in dir(importlib.import_module(place)) if known[:1].isupper()]
+    if not _is_of(kind, place):
+        known = [known for known, value in vars(module).items() if _is_of(value, place) and known not in REFUSED]
         raise DtLensError(f"{shown} is not a wrapper of {place}.{nearest(name, known)}")
     takes = [p for p in inspect.signature(kind).parameters.values() if p.name != "env"]
     if kwargs is None and takes:
@@ -208,18 +217,36 @@ def _look_up(environment: str, wrapper: Mapping[str, Any]) -> WrapperSpec:
             f"kwargs ({', '.join(p.name for p in takes)}), or register an environment that has it and pass "
             "environment= (--environment on the command line)."
         )
-    arrays = {p.name for p in takes if "ndarray" in str(p.annotation)}
-    return WrapperSpec(name, f"{kind.__module__}:{kind.__name__}", _with_arrays(kwargs or {}, arrays))
+    given = dict(kwargs or {})
+    given |= {p.name: _taken(shown, p, given[p.name]) for p in takes if p.name in given}
+    return WrapperSpec(name, f"{kind.__module__}:{kind.__name__}", given)
 
 
-def _with_arrays(kwargs: Mapping[str, Any], arrays: set[str]) -> dict[str, Any]:
-    """Arguments with arrays in place of lists, for those that a wrapper takes as an array or a number."""
+def _is_of(kind: Any, place: str) -> TypeGuard[type[Any]]:
+    """Whether this is a wrapper that ``place`` itself has, not one that it imports."""
+    import gymnasium as gym
+
+    return isinstance(kind, type) and issubclass(kind, gym.Wrapper) and f"{kind.__module__}.".startswith(f"{place}.")
+
+
+def _taken(shown: str, parameter: inspect.Parameter, value: Any) -> Any:
+    """An argument as the wrapper takes it: a function, an array or a tuple, which JSON has as text or as lists."""
     import numpy as np
 
-    return {
-        name: np.asarray(value) if name in arrays and isinstance(value, list) else value
-        for name, value in kwargs.items()
-    }
+    kind = str(parameter.annotation)
+    if "Callable" in kind and isinstance(value, str):
+        raise DtLensError(
+            f"{shown} takes a function as {parameter.name}, which no file records; pass environment_kwargs= with it in "
+            "Python, or register an environment that has it and pass environment= (--environment on the command line)."
+        )
+    if (kind.startswith(("int", "tuple[int")) or parameter.name in SIZES) and parameter.name != APART[0]:
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(size, int) and size > MOST:
+                raise DtLensError(f"{shown} has {parameter.name}={size!r:.80}; it must be at most {MOST:,}.")
+    if isinstance(value, list):
+        tuples = "tuple" in kind or isinstance(parameter.default, tuple)
+        return np.asarray(value) if "ndarray" in kind else tuple(value) if tuples else value
+    return value
 
 
 def environment_in_words(kwargs: Mapping[str, Any]) -> str:

@@ -45,6 +45,8 @@ WRAPPED: dict[str, Any] = {
     "the time as an observation": lambda: w.TimeAwareObservation(_pendulum(max_episode_steps=9)),
     "a stack of frames": lambda: w.FrameStackObservation(_pendulum(), 3, padding_type="zero"),
     "several": lambda: w.TimeLimit(w.FlattenObservation(w.FrameStackObservation(w.ClipReward(_pendulum(), -1), 2)), 7),
+    "another shape": lambda: w.ReshapeObservation(_pendulum(), (3, 1)),
+    "another type": lambda: w.DtypeObservation(w.RescaleObservation(_pendulum(), -2.0, 2.0), np.float16),
     "keywords": lambda: _pendulum(g=5.0, render_mode="rgb_array"),
     "no limit": lambda: _pendulum(max_episode_steps=-1),
     "only watched": lambda: w.RecordEpisodeStatistics(_pendulum()),
@@ -154,6 +156,11 @@ def test_another_class_under_a_registered_id_is_asked_for(package: str, sentence
         ("gymnasium.wrappers.importlib", {}, "not a wrapper of gymnasium.wrappers"),
         ("gymnasium.wrappers.NormalizeObservation", {}, "running statistics.*environment="),
         ("gymnasium.wrappers.RecordVideo", {"video_folder": "x"}, "only records, draws or checks"),
+        ("gymnasium.wrappers.OrderEnforcin", {}, "not a wrapper of gymnasium.wrappers(?!.*OrderEnforcing')"),
+        ("gymnasium.wrappers.TransformReward", {"func": "<function f>"}, "takes a function as func.*environment="),
+        ("gymnasium.wrappers.TransformObservation", {"func": "os.system", "observation_space": None}, "takes a funct"),
+        ("gymnasium.wrappers.FrameStackObservation", {"stack_size": 10**9}, "stack_size=1000000000; .*most 10,000"),
+        ("gymnasium.wrappers.ReshapeObservation", {"shape": [3, 10**9]}, "shape=1000000000; .*most 10,000"),
         ("gymnasium.wrappers.RescaleAction", None, r"does not record.*\(min_action, max_action\).*environment="),
     ],
 )
@@ -163,8 +170,26 @@ def test_a_wrapper_that_cannot_be_looked_up_is_one_sentence(name: str, kwargs: A
     assert "\n" not in str(caught.value) and "antigravity" not in sys.modules
 
 
+def test_a_function_of_the_users_is_called() -> None:
+    gym.register("dt-lens-test/Typed-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=5,
+                 additional_wrappers=(w.DtypeObservation.wrapper_spec(dtype=np.float32),))  # fmt: skip
+    try:
+        given = {"name": "gymnasium.wrappers.TransformReward", "kwargs": {"func": lambda reward: reward * 2}}
+        spec, own = specify(gym.spec("dt-lens-test/Typed-v0"), {"wrappers": [given]})
+        doubled, plain = gym.make(spec, **own), gym.make("dt-lens-test/Typed-v0")
+        assert _steps(doubled)[1] == [2 * reward for reward in _steps(plain)[1]]
+    finally:
+        del gym.registry["dt-lens-test/Typed-v0"]
+
+
 def test_a_minigrid_wrapper_without_arguments_needs_none_recorded() -> None:
     pytest.importorskip("minigrid")
+    for name in ("ObservationWrapper", "Anny", "FullObsWrapper"):
+        with pytest.raises(DtLensError, match=r"not a wrapper of minigrid\.wrappers\.") as caught:
+            specify(gym.spec("Pendulum-v1"), {"wrappers": [{"name": f"minigrid.wrappers.{name}", "kwargs": {}}]})
+        # Only what is a wrapper of that module is suggested, not what it imports.
+        assert not str(caught.value).endswith(("'ObservationWrapper'?", "'Any'?"))
+    assert str(caught.value).endswith("Did you mean 'FullyObsWrapper'?")
     from minigrid.wrappers import FlatObsWrapper, FullyObsWrapper, ImgObsWrapper
 
     env = ImgObsWrapper(FullyObsWrapper(gym.make("MiniGrid-Empty-5x5-v0", disable_env_checker=True)))
