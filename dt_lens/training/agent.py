@@ -18,7 +18,7 @@ from torch import Tensor
 from dt_lens.arguments import local_path, require_writable, whole_number
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.facts import RunFacts, from_file, given_facts
+from dt_lens.decision_transformer.facts import RunFacts, from_file
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.environment_names import import_module_of
@@ -70,7 +70,9 @@ def train(
         eval_episodes: episodes at each target.
         checkpoint_every: steps between checkpoints.
         environment: a Gymnasium id to evaluate in, ``"module:Id"`` to import a package that registers it. By default
-            the evaluation environment of the data set, if it has one, else its own; they must be registered.
+            the evaluation environment of the data set, if it has one, else its own; they must be registered. The
+            model's facts keep it as ``evaluation_environment`` beside the data set's own ``environment``; where the
+            data set names none, as ``environment``.
         environment_kwargs: its keyword arguments; by default the data set's own, with its environment, as far as the
             environment is registered with them. Time limit and wrappers as in ``evaluate``.
         resume: whether to resume an unfinished run in ``out``.
@@ -81,9 +83,10 @@ def train(
         The trained model in evaluation mode, with its run facts.
 
     Raises:
-        DtLensError: if the data set cannot be read, the settings do not make a model, ``environment`` does not fit,
-            ``out`` holds a checkpoint of another run, or the folder cannot be written. If the data set's own
-            environment cannot be made, that is a warning, and there are no evaluations.
+        DtLensError: if the data set cannot be read, the settings do not make a model, ``environment`` with
+            ``environment_kwargs`` cannot be made or does not fit, ``out`` holds a checkpoint of another run, or the
+            folder cannot be written. If the data set names no environment, or its own cannot be made, that is a
+            warning, and there are no evaluations.
     """
     eval_every = whole_number(eval_every, "eval_every", 0)
     eval_episodes = whole_number(eval_episodes, "eval_episodes", 0)
@@ -95,14 +98,14 @@ def train(
     data = read(dataset_id)
     if not settings.targets:
         settings = replace(settings, targets=_targets(data.returns))
-    import_module_of(environment)
-    asked = {"environment": environment, "environment_kwargs": environment_kwargs}
-    facts = given_facts(_facts(settings, data), {name: value for name, value in asked.items() if value is not None})
+    facts = _to_evaluate_in(_facts(settings, data), environment, environment_kwargs)
+    facts.to_json()  # what JSON cannot hold is found before the work
     folder, on = local_path(out, "out"), torch.device(device)
     kept = saved_state(folder, on) if resume else None
     with torch.random.fork_rng(devices=[]):
         run = _AgentRun(settings, data, facts, folder, on, _older_rows(kept))
-        if eval_every and eval_episodes and run.can_evaluate(insist=environment is not None):
+        wanted, asked = bool(eval_every and eval_episodes), not (environment is None and environment_kwargs is None)
+        if (asked or wanted) and run.can_evaluate(insist=asked) and wanted:
             run.eval_episodes = eval_episodes
         if kept is not None:
             run.resume(kept)
@@ -193,6 +196,11 @@ class _AgentRun(TrainingRun):
         from dt_lens.behaviour.agents.running import setting_of
 
         if self.model.facts.environment_for()[0] is None:
+            warnings.warn(
+                f"The data set {self.data.dataset_id!r} names no environment; pass environment= (--environment on the "
+                "command line). Training continues without evaluations.",
+                stacklevel=3,
+            )
             return False
         try:
             setting_of(self.model, None, None, None, None, "train")
@@ -247,6 +255,24 @@ def action_loss(
     if discrete:
         return F.cross_entropy(predicted[real], batch["actions"][real].argmax(-1))
     return F.mse_loss(predicted[real], batch["actions"][real])
+
+
+def _to_evaluate_in(facts: RunFacts, environment: str | None, kwargs: Mapping[str, Any] | None) -> RunFacts:
+    """The facts with the environment that the user wants the agent evaluated in, beside the one of the data."""
+    if environment is not None and not isinstance(environment, str):
+        raise DtLensError(f"environment is {environment!r:.80}; it must be a Gymnasium id, such as 'Hopper-v5'.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise DtLensError(f"environment_kwargs is {kwargs!r:.80}; it must be a dictionary of keywords.")
+    import_module_of(environment)
+    if environment is None and kwargs is None:
+        return facts
+    place, known, _ = facts.environment_for(environment, kwargs)
+    if place is None:
+        raise DtLensError("The data set names no environment for environment_kwargs; pass environment= as well.")
+    if facts.environment is None:
+        return replace(facts, environment=place, environment_kwargs=dict(known))
+    same = (place, dict(known)) == (facts.environment, dict(facts.environment_kwargs))
+    return replace(facts, evaluation_environment=None if same else {"id": place, "kwargs": known})
 
 
 def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:

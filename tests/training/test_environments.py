@@ -6,6 +6,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def _data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         env = _wrapped(-4.0, 4.0, 12, render_mode="rgb_array")
         _store("test/two-v0", env, _wrapped(-1.0, 1.0, 15))
         _store("test/one-v0", env)
+        # A specification that JSON cannot hold, which Minari leaves out.
+        _store("test/none-v0", RescaleAction(env, np.float32(-1), np.float32(1)))
         yield
 
 
@@ -150,14 +153,59 @@ def test_model_id_depends_on_the_wrappers_and_not_on_a_field_that_older_files_la
     assert json.loads(model.facts.to_json())["evaluation_environment"] is not None
 
 
-def test_an_environment_that_the_user_gives_wins(folder: Path, tmp_path: Path) -> None:
-    own = train("test/two-v0", tmp_path / "own", SMALL, eval_every=0, environment="MountainCarContinuous-v0")
-    assert own.facts.environment_for() == ("MountainCarContinuous-v0", {}, "")
+def test_an_environment_that_the_user_gives_is_where_the_agent_is_evaluated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the data say of the training environment stays."""
+    monkeypatch.setitem(gym.registry, "Other-v0", replace(gym.spec("Pendulum-v1"), id="Other-v0"))
+    for number, (given, id_, kwargs) in enumerate(
+        (
+            ({"environment": "Other-v0"}, "Other-v0", {}),
+            ({"environment_kwargs": {"g": 5.0}}, "Pendulum-v1", {"g": 5.0, **EVALUATION}),
+            ({"environment": "Pendulum-v1", "environment_kwargs": TRAINING}, "Pendulum-v1", TRAINING),
+        )
+    ):
+        facts = train("test/two-v0", tmp_path / str(number), SMALL, eval_every=0, **given).facts
+        assert json.loads(facts.to_json()) == json.loads((tmp_path / str(number) / "dt_lens.json").read_text())
+        assert (facts.environment, facts.environment_kwargs) == ("Pendulum-v1", TRAINING)
+        assert facts.environment_for()[:2] == (id_, kwargs)
+        assert (facts.evaluation_environment is None) == (kwargs == TRAINING)
     same = train("test/one-v0", tmp_path / "same", SMALL, eval_every=0, environment="Pendulum-v1")
     assert same.facts.environment_for() == ("Pendulum-v1", TRAINING, "")  # the same id: what the data say of it
     assert same.facts.evaluation_environment is None
     loaded = dt_lens.load(folder, check=False, environment="Pendulum-v1", environment_kwargs={"wrappers": []})
     assert loaded.facts.environment_for()[1:] == ({"max_episode_steps": 15, "wrappers": []}, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"environment_kwargs": {"nonsense": 1}}, "'Pendulum-v1' cannot be made: .*nonsense"),
+        ({"environment": "Nope-v0"}, "no Gymnasium environment 'Nope-v0'"),
+        ({"environment": "CartPole-v1"}, "CartPole-v1 gives states of 4 numbers"),
+        ({"environment": 3}, "environment is 3; it must be a Gymnasium id"),
+        ({"environment_kwargs": 3}, "environment_kwargs is 3; it must be a dictionary"),
+        ({"environment_kwargs": {"g": print}}, "cannot be written as JSON"),
+    ],
+)
+@pytest.mark.parametrize("eval_every", [0, 1])
+def test_a_wrong_environment_of_the_users_is_an_error_before_training(
+    tmp_path: Path, given: dict[str, Any], said: str, eval_every: int
+) -> None:
+    with pytest.raises(DtLensError, match=said):
+        train("test/two-v0", tmp_path, SMALL, eval_every=eval_every, **given)
+    assert not (tmp_path / "dt_lens.json").exists()
+
+
+def test_data_without_an_environment_are_a_warning_and_take_the_users(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"'test/none-v0' names no environment; pass environment=.* without evaluat"):
+        assert train("test/none-v0", tmp_path / "none", SMALL, eval_every=1).facts.environment is None
+    with pytest.raises(DtLensError, match="names no environment for environment_kwargs; pass environment= as well"):
+        train("test/none-v0", tmp_path / "given", SMALL, environment_kwargs={"g": 5.0})
+    given = {"environment": "Pendulum-v1", "environment_kwargs": {"g": 5.0}}
+    facts = train("test/none-v0", tmp_path / "given", SMALL, eval_every=1, eval_episodes=1, **given).facts
+    assert facts.environment_for() == ("Pendulum-v1", {"g": 5.0}, "") and facts.evaluation_environment is None
+    assert json.loads((tmp_path / "given" / "curve.jsonl").read_text())["returns"]
 
 
 def test_a_wrapper_of_another_package_asks_for_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
