@@ -38,6 +38,8 @@ UNUSED = re.compile(r"encoder\.wte\.weight|encoder\.h\.\d+\.attn\.(masked_)?bias
 SHAPE_OPTIONS = {"n_heads", "act_fn", "action_tanh", "max_ep_len"}
 NAMES = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "tanh": "tanh"}
 OPTIONS = {"discrete_actions", "ignore_options", *FACTS}
+# What config.json states for the sake of Hugging Face's class, though it was only assumed when the model was saved.
+REPLACED = {"act_fn": "activation_function", "action_tanh": "action_tanh"}
 # What older releases wrote into every configuration and a decision transformer does not use: options for generating
 # text, for pooling and for files, and other names of options that it has.
 OLD_OPTIONS = {
@@ -67,11 +69,13 @@ class HFDecisionTransformer:
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedDecisionTransformer:
         tensors = dict(checkpoint.tensors)
         config = checkpoint.config or _ours(checkpoint.config_beside())
-        refuse_unknown(given, OPTIONS if config else OPTIONS | SHAPE_OPTIONS)
-        checkpoint.require_finite(used(tensors))
-        options = Options(given)
         # What lies beside a file without its configuration may belong to another one.
         kept = RunFacts.load(checkpoint.folder) if config and checkpoint.folder else None
+        noted = _assumed_before(kept)
+        _refuse_what_is_gone(given, noted - REPLACED.keys())
+        refuse_unknown(given, OPTIONS | noted if config else OPTIONS | SHAPE_OPTIONS)
+        checkpoint.require_finite(used(tensors))
+        options = Options(given)
         if not config:
             if "n_heads" not in given:
                 raise DtLensError(
@@ -79,12 +83,19 @@ class HFDecisionTransformer:
                     "give the folder that holds both, or pass n_heads=."
                 )
             config = config_from_shapes(tensors, options, "Hugging Face's decision transformer")
+        elif replaced := noted & given.keys() & REPLACED.keys():
+            config = {**config, **{REPLACED[name]: _replacement(name, given[name]) for name in replaced}}
         model = original(tensors, config, given.get("ignore_options", ()))
         return self._lens(model, heads_in(tensors), kept, options)
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
+        kept = _facts_beside(model)
+        for name in _assumed_before(kept) & given.keys() & REPLACED.keys():
+            raise DtLensError(
+                f"A live model's own configuration says what {name} is; load its folder with {name}={given[name]!r}."
+            )
         refuse_unknown(given, OPTIONS)
-        return self._lens(model, HEADS, _facts_beside(model), Options(given))
+        return self._lens(model, HEADS, kept, Options(given))
 
     def _lens(
         self, model: nn.Module, predicts: tuple[str, ...], kept: RunFacts | None, given: Options
@@ -95,6 +106,32 @@ class HFDecisionTransformer:
         hooked = lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
         hooked.assumed = given.assumed
         return hooked
+
+
+def _assumed_before(kept: RunFacts | None) -> set[str]:
+    """Options that were assumed when the model was saved, so that its config.json states them and nobody knows them."""
+    noted = kept.about.get("assumed") if kept else None
+    return {str(name) for name in noted if name not in FACTS} if isinstance(noted, Mapping) else set()
+
+
+def _refuse_what_is_gone(given: Mapping[str, Any], names: set[str]) -> None:
+    for name in names & given.keys():
+        raise DtLensError(
+            f"{name} was assumed before this model was saved in Hugging Face's form, which does not hold it; load the "
+            f"original file again with {name}={given[name]!r:.80}."
+        )
+
+
+def _replacement(name: str, value: Any) -> Any:
+    return NAMES[_activation(value)] if name == "act_fn" else value
+
+
+def _activation(act_fn: Any) -> str:
+    if not isinstance(act_fn, str) or act_fn not in NAMES:
+        raise DtLensError(
+            f"act_fn is {act_fn!r:.80}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn)[:80], NAMES)
+        )
+    return act_fn
 
 
 def lens_on(
@@ -211,9 +248,7 @@ def config_from_shapes(tensors: Mapping[str, Tensor], given: Options, kind: str)
         return tensors[key].shape
 
     layers = {int(m[1]) for key in tensors if (m := re.match(r"encoder\.h\.([0-9]{1,6})\.", key))}
-    act_fn = given.assume("act_fn", "relu")  # the authors' default; the file does not say
-    if not isinstance(act_fn, str) or act_fn not in NAMES:
-        raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn), NAMES))
+    act_fn = _activation(given.assume("act_fn", "relu"))  # the authors' default; the file does not say
     rows = shape("embed_timestep.weight")[0]
     longest = given.get("max_ep_len", rows)
     if not isinstance(longest, int) or longest != rows:

@@ -44,7 +44,7 @@ Given = Annotated[
         "--given",
         "-g",
         metavar="NAME=VALUE",
-        help="A value that the checkpoint does not record, such as n_heads=1; may be repeated.",
+        help="A value that the checkpoint does not record, such as n_heads=1, or adapter=NAME; may be repeated.",
     ),
 ]
 Matrices = Annotated[
@@ -93,7 +93,7 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
         if not equals:
             raise DtLensError(f"--given is {item!r}; expected NAME=VALUE, such as n_heads=1.")
         name = name.strip().replace("-", "_")
-        if not name or name in ("source", "adapter", "check"):
+        if not name or name in ("source", "check"):
             raise DtLensError(
                 f"--given is {item!r}; {name or 'nothing'} is not a value that a checkpoint may lack, such as n_heads."
             )

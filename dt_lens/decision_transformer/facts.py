@@ -19,6 +19,7 @@ __all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "from_file", "given_fac
 
 FACTS_FILE = "dt_lens.json"
 Padding = Literal["mask", "visible"]
+USUAL = {"context": 20, "return_scale": 1.0, "state_mean": None}  # where nobody says; 20 is the paper's
 HEADS = ("action", "state", "return_to_go", "reward")  # the last two are one head
 
 
@@ -191,13 +192,21 @@ class RunFacts:
     def load(cls, folder: Path) -> RunFacts | None:
         """Read ``dt_lens.json`` from ``folder``; ``None`` if there is no such file.
 
+        What it leaves out of the return scale and the normalisation of states is listed in ``about`` as assumed.
+
         Raises:
             DtLensError: for a file that is not JSON, or a field that is unknown or of the wrong kind.
         """
         file = folder / FACTS_FILE
         if not file.exists() and not file.is_symlink():  # a broken link is an error, not a lack of facts
             return None
-        return cls.from_dict(read_json(file), str(file))
+        values = read_json(file)
+        facts = cls.from_dict(values, str(file))
+        noted = facts.about.get("assumed", {})
+        missing = {name: USUAL[name] for name in ("return_scale", "state_mean") if name not in values}
+        if not missing or not isinstance(noted, Mapping):
+            return facts
+        return replace(facts, about={**facts.about, "assumed": {**missing, **noted}})
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the run facts") -> RunFacts:
@@ -242,8 +251,7 @@ def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
         for name, value in noted.items() if isinstance(noted, Mapping) else ():
             options.assume(str(name), value)
         return replace(kept, **_in_environment(kept, chosen))
-    usual = {"context": 20, "return_scale": 1.0, "state_mean": None}
-    return RunFacts(**chosen, **{name: options.assume(name, usual[name]) for name in usual if name not in chosen})
+    return RunFacts(**chosen, **{name: options.assume(name, USUAL[name]) for name in USUAL if name not in chosen})
 
 
 def _in_environment(kept: RunFacts, chosen: Mapping[str, Any]) -> dict[str, Any]:

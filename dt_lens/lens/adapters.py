@@ -173,7 +173,10 @@ def opener(shards: Shards, adapter: str | Adapter | type | None) -> Opener:
         return matches[0]
     if matches:
         names = ", ".join(found.name for found in matches)
-        raise DtLensError(f"Several adapters recognise this model ({names}); pass adapter= with one of these names.")
+        raise DtLensError(
+            f"Several adapters recognise this model ({names}); pass adapter= with one of these names "
+            "(-g adapter=NAME on the command line)."
+        )
     kind = shards.config.get("model_type", "not said in a config.json")
     raise DtLensError(
         f"No adapter reads the weights of this model in place (its model_type is {kind}); those that can are "
@@ -238,9 +241,9 @@ def choose(source: Checkpoint | nn.Module, adapter: str | Adapter | type | None,
     if matches:
         raise DtLensError(
             f"Several adapters recognise this model ({', '.join(m.name for m in matches)}); pass adapter= with one of "
-            "these names."
+            "these names (-g adapter=NAME on the command line)."
         )
     raise Unrecognised(
         f"No adapter recognises this model, which holds {what}, ...; dt-lens knows {', '.join(sorted(known))} (pass "
-        "adapter= to insist on one; docs/adapters.md shows how to add one)."
+        "adapter=, or -g adapter=NAME on the command line, to insist on one; docs/adapters.md shows how to add one)."
     )

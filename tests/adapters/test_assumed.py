@@ -78,6 +78,23 @@ def test_assumptions_are_said_wherever_the_model_goes(
     again = dt_lens.load(saved, check=False)
     assert again.assumed == lens.assumed
     assert dt_lens.load(saved, check=False, return_scale=10).assumed == {"act_fn": "relu", "action_tanh": True}
+    # What was assumed can still be said, as the note advises, and what the configuration knows cannot.
+    told = dt_lens.load(saved, check=False, act_fn="gelu", action_tanh=False)
+    direct = dt_lens.load(file, n_heads=2, check=False, act_fn="gelu", action_tanh=False)
+    assert told.cfg == direct.cfg and told.assumed == {"return_scale": 1000.0}
+    probe = told.probe()
+    assert torch.equal(told(**probe).action_preds, direct(**probe).action_preds)
+    assert not torch.equal(told(**probe).action_preds, again(**probe).action_preds)
+    with pytest.raises(dt_lens.DtLensError, match=r"act_fn is 'gello'; .* mean 'gelu'"):
+        dt_lens.load(saved, check=False, act_fn="gello")
+    with pytest.raises(dt_lens.DtLensError, match="Unknown option 'n_heads'"):
+        dt_lens.load(saved, check=False, n_heads=2)
+    live = type(make_hf()).from_pretrained(saved)
+    with pytest.raises(dt_lens.DtLensError, match="load its folder with act_fn='gelu'"):
+        dt_lens.wrap(live, check=False, act_fn="gelu")
+    again.assumed = {"strides": [4]}
+    with pytest.raises(dt_lens.DtLensError, match=r"load the original file again with strides=\[2\]"):
+        dt_lens.load(save_pretrained(again, saved), check=False, strides=[2])
     again.assumed = {}
     assert "assumed" not in json.loads((save_pretrained(again, saved) / "dt_lens.json").read_text())["about"]
     assert lens.untrained().assumed == lens.assumed
@@ -94,6 +111,18 @@ def test_a_live_model_says_more_than_its_file(make_hf: Any) -> None:
         set() if hasattr(live, "max_length") else {"context"}
     )
     assert dt_lens.wrap(make_hf(), check=False).assumed == ALL_FACTS
+
+
+def test_facts_that_a_file_leaves_out_are_assumed(make_hf: Any, tmp_path: Path) -> None:
+    make_hf().save_pretrained(tmp_path)
+    facts = tmp_path / "dt_lens.json"
+    facts.write_text('{"context": 20, "environment": "Hopper-v5"}')
+    lens = dt_lens.load(tmp_path, check=False)
+    assert lens.assumed == {"return_scale": 1.0, **NO_STATISTICS}
+    assert dt_lens.load(save_pretrained(lens, tmp_path / "new"), check=False).assumed == lens.assumed
+    assert dt_lens.load(tmp_path, check=False, return_scale=10).assumed == NO_STATISTICS
+    facts.write_text('{"context": 20, "return_scale": 10, "state_mean": null, "state_std": null}')
+    assert dt_lens.load(tmp_path, check=False).assumed == {}
 
 
 def test_hugging_faces_tensors_without_their_configuration(make_hf: Any, tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def test_a_study_leaves_a_report_and_goes_on_where_it_was(dt_lens: Run, cartpole
         (("scan", "{model}", "--embeddings", "action_ou"), "action_out"),
         (("scan", "{model}", "-g", "n_heads"), "NAME=VALUE"),
         (("certify", "{model}", "-g", "check=0"), "check is not a value"),
+        (("certify", "{model}", "-g", "adapter=huggingface"), "hf_decision_transformer"),
+        (("certify", "{model}", "-g", "adapter=3"), "adapter"),
         (("certify", "{model}", "-g", "x=" + "[" * 100_000), "nested too deeply"),
         (("scan", "{model}", "-g", "n_head=2"), "n_head"),
         (("evaluate", "{model}", "--edit", "blocks.0.mlp.W_in", "--sv", "99"), "out of range"),
@@ -144,6 +146,11 @@ def test_a_study_leaves_a_report_and_goes_on_where_it_was(dt_lens: Run, cartpole
 )
 def test_mistakes_are_one_sentence(dt_lens: Run, cartpole: Path, words: tuple[str, ...], needed: str) -> None:
     refused(dt_lens(*(word.format(model=cartpole) for word in words)), needed)
+
+
+def test_an_adapter_may_be_insisted_on(dt_lens: Run, cartpole: Path) -> None:
+    result = dt_lens("top", cartpole, "blocks.0.mlp.W_in", "-g", "adapter=hf_decision_transformer")
+    assert result.returncode == 0, result.stderr
 
 
 def test_an_unknown_data_set_is_one_sentence(dt_lens: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
