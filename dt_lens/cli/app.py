@@ -71,7 +71,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 # What a command keeps when it is stopped, and how to go on. Some stop with a sentence of their own that says more.
 _FOLDER = "Stopped; what is finished is kept in its folder, and the same command resumes from there."
-_TRAINING = "Stopped; a checkpoint in its folder is kept, and the same command, without --fresh, resumes from there."
+_TRAINING = (
+    "Stopped; a checkpoint, if there is one in its folder, is kept, and the same command, without --fresh, resumes "
+    "from there."
+)
 _KEPT = {
     "study": _FOLDER,
     "sweep": _FOLDER,

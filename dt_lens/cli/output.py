@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from dt_lens.progress import progress
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["print_table", "print_written", "progress", "write_csv"]
+__all__ = ["print_table", "print_written", "progress", "training_in", "write_csv"]
 
 
 def write_csv(table: pd.DataFrame, file: Path, index: bool = False) -> None:
@@ -25,6 +27,22 @@ def write_csv(table: pd.DataFrame, file: Path, index: bool = False) -> None:
 def print_written(file: Path) -> None:
     """Print, on standard error, the path of a file that was written."""
     print(f"Written: {file}", file=sys.stderr)
+
+
+@contextmanager
+def training_in(out: Path) -> Iterator[None]:
+    """Say, at a Ctrl-C before the first step, what ``out`` holds; a training run itself says which step it keeps."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            raise
+        file = out / "checkpoint.pt"
+        raise KeyboardInterrupt(
+            f"Stopped before training went on; {file} is kept, and the same command, without --fresh, resumes from it."
+            if file.exists()
+            else "Stopped before the first step; nothing is kept, and the same command starts again."
+        ) from None
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:

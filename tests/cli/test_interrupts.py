@@ -122,6 +122,29 @@ def test_training_says_which_step_is_kept(dt_lens: Run, tmp_path: Path) -> None:
             assert f"dt-lens: Stopped at step {at} of 130" in result.stderr and kept in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "reads"),
+    [("train", "dt_lens.training.agent.read"), ("train-text", "dt_lens.training.text.read_corpus")],
+)
+def test_training_that_has_not_begun_says_what_is_there(
+    dt_lens: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, reads: str
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reads, stop)
+    result = dt_lens(command, "a/b-v0", "--out", tmp_path)
+    assert result.returncode == 130
+    assert result.stderr.endswith(
+        "dt-lens: Stopped before the first step; nothing is kept, and the same command starts again.\n"
+    )
+    (tmp_path / "checkpoint.pt").write_bytes(b"of an earlier run")
+    assert (
+        "checkpoint.pt is kept, and the same command, without --fresh, res"
+        in dt_lens(command, "a/b-v0", "--out", tmp_path).stderr
+    )
+
+
 @pytest.mark.parametrize("seen", ["lazy_loader", "typer"])
 def test_ctrl_c_while_the_command_line_is_imported(seen: str) -> None:
     """One real process, stopped at the first moment that can be seen from outside: a module has just been imported."""

@@ -9,7 +9,7 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Device, Fresh, Seed, json_object, to_float
-from dt_lens.cli.output import progress
+from dt_lens.cli.output import progress, training_in
 from dt_lens.training.settings import AgentSettings
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def train(
 ) -> None:
     """Train a decision transformer on a Minari data set and write it in Hugging Face's format."""
     require_writable(out / "checkpoint.pt")
+    from dt_lens.behaviour.printing import places
     from dt_lens.training.agent import train as fit
 
     settings = AgentSettings(
@@ -80,10 +81,11 @@ def train(
         max_ep_len=max_ep_len,
         targets=() if targets is None else tuple(to_float(t, "targets") for t in targets.split(",")),
     )
-    with progress() as tell:
+    with progress() as tell, training_in(out):
 
         def report(p: AgentProgress) -> None:
-            returns = ", ".join(f"{target:g} → {got:.4g}" for target, got in p.returns.items())
+            digits = places(*p.returns.values())
+            returns = ", ".join(f"{target:,.10g} → {got:,.{digits}f}" for target, got in p.returns.items())
             tell(f"loss {p.loss:.4f}" + (f"  target → return {returns}" if returns else ""), p.step / p.steps)
 
         fit(

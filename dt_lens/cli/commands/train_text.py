@@ -9,7 +9,7 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Device, Fresh, Seed
-from dt_lens.cli.output import progress
+from dt_lens.cli.output import progress, training_in
 from dt_lens.training.settings import TextSettings
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def train_text(
         held_out=held_out,
         seed=seed,
     )
-    with progress() as tell:
+    with progress() as tell, training_in(out):
 
         def report(p: TextProgress) -> None:
             tell(f"loss {p.loss:.3f}" + (f"  held out {p.held_out:.3f}" if p.held_out else ""), p.step / p.steps)

@@ -25,7 +25,7 @@ def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: py
 
     def fake(*words: Any, report: Callable[[Any], None], **options: Any) -> None:
         calls.append((words, options))
-        report(module.AgentProgress(1, 2, 0.25, {30.0: 7.0}))
+        report(module.AgentProgress(1, 2, 0.25, {30.0: 12345.0, 20.0: 7.0}))
 
     monkeypatch.setattr(module, "train", fake)
     sizes = ["--steps", 2, "--batch-size", 3, "--context", 4, "--d-model", 8, "--layers", 5, "--heads", 2]
@@ -33,7 +33,7 @@ def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: py
     kwargs = ["--environment-kwargs", '{"sab": true}', "--max-ep-len", 11]
     done = dt_lens("train", "a/b-v0", "--out", "somewhere", *sizes, *others, "--env", "CartPole-v1", "--fresh", *kwargs)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "The model: somewhere\n" and "loss 0.2500  target → return 30 → 7" in done.stderr
+    assert done.stdout == "The model: somewhere\n" and "loss 0.2500  target → return 30 → 12,345, 20 → 7" in done.stderr
     settings = AgentSettings(
         steps=2, batch_size=3, context=4, d_model=8, n_layers=5, n_heads=2, lr=0.5, seed=9, targets=(30.0, 20.0),
         max_ep_len=11,
