@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,14 @@ def test_a_video_is_of_the_wrapped_environment(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_model_id_depends_on_the_wrappers_and_not_on_a_field_that_older_files_lack(make_dt: Any) -> None:
-    import hashlib
-    from dataclasses import asdict, replace
-
     model = make_dt(n_layers=1)
-    before = hashlib.sha256()
-    facts = {name: value for name, value in asdict(model.facts).items() if name != "evaluation_environment"}
-    before.update(json.dumps([model.cfg.to_dict(), facts], sort_keys=True, default=str).encode())
+    newer = ("evaluation_environment", "failure")
+    facts = {name: value for name, value in asdict(model.facts).items() if name not in newer}
+    before = hashlib.sha256(json.dumps([model.cfg.to_dict(), facts], sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.weights.items()):
+        before.update(f"{name} {weight.dtype} {list(weight.shape)}".encode() + weight.detach().numpy().tobytes())
     ids = [model_id(model)]
+    assert ids == [before.hexdigest()[:16]]  # as version 0.2.0 had it
     for change in ({"environment_kwargs": TRAINING}, {"evaluation_environment": {"id": "A-v0", "kwargs": {}}}):
         model.facts = replace(model.facts, **change)
         ids.append(model_id(model))
@@ -208,14 +209,24 @@ def test_data_without_an_environment_are_a_warning_and_take_the_users(tmp_path: 
     assert json.loads((tmp_path / "given" / "curve.jsonl").read_text())["returns"]
 
 
-def test_a_wrapper_of_another_package_asks_for_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dt_lens.training import minari_episodes
+class Half(gym.RewardWrapper[Any, Any], gym.utils.RecordConstructorArgs):
+    """A wrapper of a package that is not Gymnasium's."""
 
-    foreign = [{"name": "somebody.wrappers.Half", "kwargs": {}}]
-    monkeypatch.setattr(
-        minari_episodes, "describe_environment", lambda _: ("Pendulum-v1", {**TRAINING, "wrappers": foreign})
-    )
-    with pytest.warns(UserWarning, match=r"'somebody.wrappers.Half' .*pass environment=.* without evaluations"):
-        model = train("test/one-v0", tmp_path, SMALL, eval_every=1)
-    with pytest.raises(DtLensError, match=r"'somebody.wrappers.Half' .*pass environment="):
+    def __init__(self, env: Any) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.RewardWrapper.__init__(self, env)
+
+    def reward(self, reward: Any) -> float:
+        return float(reward) / 2
+
+
+def test_a_wrapper_of_another_package_asks_for_an_environment(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _store("test/half-v0", Half(_wrapped(-4.0, 4.0, 12)))
+    said = r"'[\w.]*test_environments\.Half' .*pass environment="
+    with pytest.warns(UserWarning, match=f"{said}.* without evaluations"):
+        model = train("test/half-v0", tmp_path, SMALL, eval_every=1)
+    assert model.facts.environment_kwargs["wrappers"][0] == HALF[0]
+    with pytest.raises(DtLensError, match=said):
         dt_lens.evaluate(model, episodes=1)
