@@ -147,9 +147,8 @@ def _no_position(renamed: Mapping[str, Tensor]) -> Tensor:
 def _facts(renamed: Mapping[str, Tensor], given: Options) -> dict[str, Any]:
     """The run facts that were given, and kzl's own values of the others."""
     facts = {name: value for name, value in given.items() if name in FACTS}
-    facts["return_scale"] = given.assume(
-        "return_scale", 1000.0
-    )  # what kzl's experiment.py uses in every gym environment
+    # What kzl's experiment.py uses in every gym environment.
+    facts["return_scale"] = given.assume("return_scale", 1000.0)
     widths = [tensor.shape[-1] for key, tensor in renamed.items() if MASK.fullmatch(key) and tensor.ndim]
     # A causal mask has three tokens a step of the context, where somebody chose it; 1024 is GPT-2's default.
     if widths and widths[0] % 3 == 0:

@@ -255,13 +255,21 @@ def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
 
 
 def _in_environment(kept: RunFacts, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user chose; an environment of his is the only one, with what the checkpoint knows of it."""
+    """What the user chose; an environment of his is the only one, with what the checkpoint knows of it.
+
+    Keywords without an environment are of the one that the agent runs in, and leave the training data's as it is.
+    """
     environment, kwargs = chosen.get("environment"), chosen.get("environment_kwargs")
     if (environment, kwargs) == (None, None):
         return dict(chosen)
     if not isinstance(environment, str | None) or not isinstance(kwargs, Mapping | None):
         return dict(chosen)  # refused by their checks
-    place, known, _ = kept.environment_for(environment, kwargs)
+    if "evaluation_environment" in chosen:
+        kept = replace(kept, evaluation_environment=None)  # the other keywords are of the training data's
+    place, known, role = kept.environment_for(environment, kwargs)
+    if environment is None and kept.evaluation_environment is not None and role != "training":
+        other = {name: value for name, value in chosen.items() if name not in ("environment", "environment_kwargs")}
+        return {"evaluation_environment": {"id": place, "kwargs": known}, **other}
     return {"evaluation_environment": None, **chosen, "environment": place, "environment_kwargs": known}
 
 

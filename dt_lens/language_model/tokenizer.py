@@ -56,4 +56,9 @@ def _as_in_the_file(made: Any, file: Path) -> Any:
     # One that the file does not know was added by the class, for a model that has no row for it.
     special = {name: str(token) for name, token in made.special_tokens_map.items() if isinstance(token, str)}
     kept = {name: token for name, token in special.items() if own.token_to_id(token) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=own, name_or_path=str(file.parent), **kept)
+    # Special tokens without a name of their own, which special_tokens_map does not have.
+    others = [token for token in made.all_special_tokens if token not in special.values()]
+    others = [token for token in others if own.token_to_id(token) is not None]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own, name_or_path=str(file.parent), extra_special_tokens=others, **kept
+    )

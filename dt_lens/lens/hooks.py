@@ -77,7 +77,10 @@ class HookedModule(HookedRootModule):
                 handle.remove()
         silent = [name for name in hooked if name not in ran]
         if silent:
-            raise DtLensError(f"The hooks at {_listed(silent)} did not run: this forward pass does not reach them.")
+            raise DtLensError(
+                f"The hooks at {_listed(silent)} did not run: this forward pass does not reach them "
+                "(or another thread hooked the model meanwhile; hook one model from one thread at a time)."
+            )
         return out
 
     def run_with_hooks(
@@ -99,7 +102,8 @@ class HookedModule(HookedRootModule):
     ) -> Iterator[Any]:
         """TransformerLens's ``hooks``. On leaving, a hook that has never run is an error.
 
-        So is a backward hook if ``backward`` was not called inside.
+        So is a backward hook if ``backward`` was not called inside. With ``reset_hooks_end=False`` neither is: the
+        hooks stay, and may run later. Hook one model from one thread at a time: leaving removes the others' hooks too.
         """
         idle: dict[tuple[str, int], str] = {}
 
@@ -122,7 +126,7 @@ class HookedModule(HookedRootModule):
                 )
             raise DtLensError(
                 f"The hooks at {where} never ran: inside 'with model.hooks(...)' call this model itself, not the model "
-                "that it wraps nor a compiled one."
+                "that it wraps nor a compiled one, and from one thread at a time (another's hooks end with these)."
             )
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
     checkpoint = read_checkpoint(_locate(source), partial(unpack, adapter=adapter))
     refuse_special_files(checkpoint.path, checkpoint.tensors, checkpoint.config, checkpoint.tensors.values())
     chosen, checkpoint = choose_for(checkpoint, adapter)
-    import_module_of(given.get("environment"))
+    _import_environments(given)
     return _certified(chosen.load(checkpoint, **given), check)
 
 
@@ -67,7 +68,7 @@ def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check
         )
     refuse_special_model(model)
     chosen = choose(model, adapter, [type(model).__name__, *(name for name, _ in model.named_parameters())])
-    import_module_of(given.get("environment"))
+    _import_environments(given)
     return _certified(chosen.wrap(model, **given), check)
 
 
@@ -96,6 +97,13 @@ def open_checkpoint(source: str | Path, *, adapter: str | Adapter | type | None 
     shards = Shards(_locate(source))
     refuse_special_files(shards.folder, shards.files, shards.config)
     return opener(shards, adapter).open(shards, **given)
+
+
+def _import_environments(given: Mapping[str, Any]) -> None:
+    """Import the modules of the environments that the user himself names."""
+    import_module_of(given.get("environment"))
+    if isinstance(other := given.get("evaluation_environment"), Mapping):
+        import_module_of(other.get("id"))
 
 
 def _certified(lens: Lens, check: bool) -> Lens:

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ import pytest
 from gymnasium import wrappers as w
 
 from dt_lens.decision_transformer.environment_wrappers import describe_environment, specify
-from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.decision_transformer.facts import RunFacts, given_facts
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import FileKeywords, specification
 
@@ -247,3 +248,26 @@ def test_which_environment_an_agent_runs_in() -> None:
     assert other.environment_for() == ("B-v0", {}, "evaluation") and other.environment_for("A-v0")[2] == "training"
     assert other.environment_for("C-v0") == ("C-v0", {}, "") and RunFacts(3).environment_for()[0] is None
     assert "evaluation_environment" not in alone.to_dict() and "evaluation_environment" in both.to_dict()
+
+
+def test_keywords_of_the_users_change_what_the_agent_runs_in_and_not_what_it_was_trained_in() -> None:
+    rescale = [{"name": "gymnasium.wrappers.RescaleAction", "kwargs": {"min_action": -1, "max_action": 1}}]
+    trained = {"max_episode_steps": 40, "wrappers": rescale}
+    kept = RunFacts(3, "A-v0", trained, evaluation_environment={"id": "B-v0", "kwargs": {"max_episode_steps": 60}})
+    facts = given_facts(kept, {"environment_kwargs": {"g": 5.0}})
+    assert (facts.environment, facts.environment_kwargs) == ("A-v0", trained)
+    assert facts.evaluation_environment == {"id": "B-v0", "kwargs": {"max_episode_steps": 60, "g": 5.0}}
+    same = replace(kept, evaluation_environment={"id": "A-v0", "kwargs": {}})
+    facts = given_facts(same, {"environment_kwargs": trained})  # the training data's own: that is where it runs
+    assert facts.environment_for() == ("A-v0", trained, "")
+    # Whoever names an environment runs in that one alone; whoever names both has both.
+    facts = given_facts(kept, {"environment": "A-v0", "environment_kwargs": {"g": 5.0}})
+    assert facts.environment_for() == ("A-v0", {**trained, "g": 5.0}, "")
+    other = {"id": "C-v0", "kwargs": {}}
+    facts = given_facts(kept, {"environment_kwargs": {"g": 5.0}, "evaluation_environment": other})
+    assert (facts.environment, facts.environment_kwargs) == ("A-v0", {**trained, "g": 5.0})
+    assert facts.evaluation_environment == other
+    assert given_facts(RunFacts(3, "A-v0", trained), {"environment_kwargs": {"g": 5.0}}).environment_for()[1] == {
+        **trained,
+        "g": 5.0,
+    }

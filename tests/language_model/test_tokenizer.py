@@ -63,6 +63,15 @@ def test_special_tokens_stay(tmp_path: Path) -> None:
     assert found("hello", return_tensors=None)["input_ids"] == found.encode("hello")
 
 
+def test_special_tokens_without_a_name_stay(tmp_path: Path) -> None:
+    own = a_tokenizer("metaspace", "<end>")
+    own.add_special_tokens(["<one>", "<two>"])
+    folder = folder_of(tmp_path, own, "gpt2", eos_token="<end>", additional_special_tokens=["<one>", "<two>"])
+    found = tokenizer_in(folder)
+    assert sorted(found.all_special_tokens) == ["<end>", "<one>", "<two>"] and len(found) == own.get_vocab_size()
+    assert found.decode(found.encode("hello<one>"), skip_special_tokens=True).split() == ["hello"]
+
+
 def test_a_loaded_model_has_it(tmp_path: Path, make_lm: Any) -> None:
     make_lm("gpt2").save_pretrained(tmp_path)
     folder_of(tmp_path, own := a_tokenizer("metaspace"), "gpt2")

@@ -100,8 +100,18 @@ def test_keywords_from_a_file_are_those_of_the_registered_environment(
     assert dt_lens.evaluate(agent, "FrozenLake-v1", **options).environment_kwargs == confirmed
 
 
-def test_a_package_that_announces_adapters_may_be_named() -> None:
+def test_a_package_that_announces_adapters_may_be_named(beside: Path) -> None:
     pytest.importorskip("minigrid")
     name = "dt_lens_adapters.minigrid_environments:Flat/MiniGrid-Empty-5x5-v0"
     assert environment_labels(name, {"max_steps": 4})[1] is not None
+    # An option of such an environment may name another one, and imports nothing either.
     assert environment_labels(name, {"env_id": "evil:Evil-v0"}) == (None, None)
+    assert not (beside / "imported").exists() and "evil" not in sys.modules
+
+
+def test_an_environment_to_evaluate_in_that_the_user_names_is_imported(beside: Path) -> None:
+    model = dt_lens.load(
+        beside, check=False, evaluation_environment={"id": "evil:Evil-v0", "kwargs": {"max_episode_steps": 2}}
+    )
+    assert (beside / "imported").exists()
+    assert dt_lens.evaluate(model, episodes=1, workers=1).time_limit == 2

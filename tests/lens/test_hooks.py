@@ -123,6 +123,22 @@ def test_a_hook_that_never_runs_is_an_error(model: Any) -> None:
     assert not any(point.has_hooks() for point in model.hook_dict.values())
 
 
+def test_hooks_of_two_threads_are_told_of_each_other(make_dt: Any) -> None:
+    model = make_dt()
+    one, other = model.hooks([(OUT, same)]), model.hooks([(POST, same)])
+    one.__enter__()
+    run(model)
+    other.__enter__()
+    one.__exit__(None, None, None)  # takes the other's hooks along
+    run(model)
+    with pytest.raises(DtLensError, match=f"hooks at '{POST}' never ran: .* one thread at a time"):
+        other.__exit__(None, None, None)
+    # With reset_hooks_end=False they stay, and may run later.
+    with model.hooks([(OUT, zero)], reset_hooks_end=False):
+        pass
+    assert model.hook_dict[OUT].has_hooks()
+
+
 def test_a_pass_that_does_not_come_by_a_hook_is_an_error(make_dt: Any) -> None:
     model = make_dt()
     model.blocks[1].forward = lambda x, allowed: x
