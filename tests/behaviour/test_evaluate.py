@@ -99,6 +99,7 @@ def test_a_limit_may_be_numpys(make_model: Make) -> None:
         ({"target_return": "high"}, {}, "target_return is 'high'"),
         ({"environment": 3}, {}, "environment is 3; it must be"),
         ({"target_return": float("nan")}, {}, "target_return is nan"),
+        ({"target_return": 10**400}, {}, "target_return is 1000"),
         ({"environment": "Hopper-v5"}, {}, "gives states of 11 numbers and this model reads 4"),
         ({"failure": "fell"}, {}, "failure is 'fell'"),
         ({"failure": float("nan")}, {}, "failure is nan; it must be"),
