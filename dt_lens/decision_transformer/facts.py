@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from dt_lens.arguments import LAST_SEED, atomic_write, is_finite_number
 from dt_lens.decision_transformer.environment_wrappers import APART, check_environment_kwargs
@@ -57,6 +57,8 @@ class RunFacts:
     failure: str | float | None = None  # what counts as failing; see ``Evaluation``
     about: dict[str, Any] = field(default_factory=dict)  # anything else: dataset, recipe, scores
     evaluation_environment: dict[str, Any] | None = None  # {"id": ..., "kwargs": {...}}, if it is another one
+
+    left_out: ClassVar[Mapping[str, Any]] = {}  # of a file: what it does not say, and what is taken for it
 
     def __post_init__(self) -> None:
         _require(type(self.context) is int and 1 <= self.context <= LAST_SEED,
@@ -192,7 +194,7 @@ class RunFacts:
     def load(cls, folder: Path) -> RunFacts | None:
         """Read ``dt_lens.json`` from ``folder``; ``None`` if there is no such file.
 
-        What it leaves out of the return scale and the normalisation of states is listed in ``about`` as assumed.
+        Its ``left_out`` says what the file leaves out of the return scale and the normalisation of states.
 
         Raises:
             DtLensError: for a file that is not JSON, or a field that is unknown or of the wrong kind.
@@ -202,11 +204,9 @@ class RunFacts:
             return None
         values = read_json(file)
         facts = cls.from_dict(values, str(file))
-        noted = facts.about.get("assumed", {})
-        missing = {name: USUAL[name] for name in ("return_scale", "state_mean") if name not in values}
-        if not missing or not isinstance(noted, Mapping):
-            return facts
-        return replace(facts, about={**facts.about, "assumed": {**missing, **noted}})
+        left_out = {name: USUAL[name] for name in ("return_scale", "state_mean") if name not in values}
+        object.__setattr__(facts, "left_out", left_out)
+        return facts
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the run facts") -> RunFacts:
@@ -248,7 +248,7 @@ def given_facts(kept: RunFacts | None, given: Mapping[str, Any]) -> RunFacts:
     options = given if isinstance(given, Options) else Options(given)
     if kept is not None:
         noted = kept.about.get("assumed")  # by an earlier load, before the model was saved
-        for name, value in noted.items() if isinstance(noted, Mapping) else ():
+        for name, value in {**kept.left_out, **(noted if isinstance(noted, Mapping) else {})}.items():
             options.assume(str(name), value)
         return replace(kept, **_in_environment(kept, chosen))
     return RunFacts(**chosen, **{name: options.assume(name, USUAL[name]) for name in USUAL if name not in chosen})

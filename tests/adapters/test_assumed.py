@@ -14,6 +14,7 @@ import torch
 import dt_lens
 from dt_lens.cli import main
 from dt_lens.decision_transformer.checkpoint import save_pretrained
+from dt_lens.decision_transformer.facts import RunFacts
 from originals.formats import Format, agents, hugging_face, minigrids
 from originals.kzl import OPTIONS, LiveKZL, renamed
 from originals.nano_gpt import as_nano
@@ -119,6 +120,7 @@ def test_facts_that_a_file_leaves_out_are_assumed(make_hf: Any, tmp_path: Path) 
     facts.write_text('{"context": 20, "environment": "Hopper-v5"}')
     lens = dt_lens.load(tmp_path, check=False)
     assert lens.assumed == {"return_scale": 1.0, **NO_STATISTICS}
+    assert lens.facts == RunFacts(20, "Hopper-v5")  # the model's identity is that of before
     assert dt_lens.load(save_pretrained(lens, tmp_path / "new"), check=False).assumed == lens.assumed
     assert dt_lens.load(tmp_path, check=False, return_scale=10).assumed == NO_STATISTICS
     facts.write_text('{"context": 20, "return_scale": 10, "state_mean": null, "state_std": null}')
