@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dt_lens.language_model.family import Family
 from dt_lens.language_model.labels import token_labels
 from dt_lens.language_model.passage import hook_names, passing
 from dt_lens.language_model.reference import LanguageModelReference
+from dt_lens.language_model.text import TextMethods
 from dt_lens.lens.assumed import assumed_text
 from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.lens.hooks import HookedModule, HookPoint, copy_edits
@@ -29,7 +31,7 @@ __all__ = ["HookedLanguageModel"]
 TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w")
 
 
-class HookedLanguageModel(HookedModule):
+class HookedLanguageModel(TextMethods, HookedModule):
     """A language model whose every activation can be read and replaced, and whose weights are the wrapped model's own.
 
     ``model(tokens)`` gives logits; ``run_with_cache``, ``run_with_hooks`` and ``hooks`` are TransformerLens's, and so
@@ -176,62 +178,67 @@ class HookedLanguageModel(HookedModule):
         learned = self.cfg.position == "learned"
         return {**read, "pos_embed.W_pos": ("hook_pos_embed", torch.arange(tokens.shape[1]))} if learned else read
 
-    def to_tokens(self, text: str | Sequence[str]) -> Tensor:
-        """Tokens ``[batch, pos]`` of a text, or of several of the same number of tokens.
-
-        Raises:
-            DtLensError: without a tokenizer, or for texts of different lengths.
-        """
-        if self.tokenizer is None:
-            raise DtLensError("This model was wrapped without a tokenizer; pass tokenizer= to dt_lens.wrap or load.")
-        rows = [list(self.tokenizer.encode(one)) for one in ([text] if isinstance(text, str) else text)]
-        if len({len(row) for row in rows}) != 1:
-            raise DtLensError("The texts have different numbers of tokens; give them one by one.")
-        return torch.tensor(rows, device=next(self.model.parameters()).device)
-
     def forward(
         self,
         tokens: Tensor | str | Sequence[str],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        return_type: str = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool = False,
+    ) -> Any:
         """Logits ``[batch, pos, d_vocab]`` of the next token, for tokens ``[batch, pos]`` or text.
 
         Args:
-            tokens: whole numbers below ``cfg.d_vocab``; or text, given a tokenizer.
+            tokens: whole numbers below ``cfg.d_vocab``; or a text or several, given a tokenizer. Shorter texts are
+                padded on the right, and the padding is masked.
             attention_mask: ``[batch, pos]``, 0 for padding; all real when omitted.
             position_ids: ``[batch, pos]`` or ``[1, pos]``, each below ``cfg.n_ctx``. When omitted, the real tokens of
                 each row are numbered from 0, as Hugging Face's ``generate`` numbers them, so that padding on the left
                 changes no logit of a real token. Hugging Face's own forward pass numbers padding too.
+            return_type: ``"logits"``; ``"loss"``, the mean cross-entropy of every real token that follows a real one,
+                in nats; or ``"both"``, logits and loss.
+            loss_per_token: the loss of each instead, ``[batch, pos - 1]``, 0 for padding.
+            prepend_bos: as for ``to_tokens``; of text only.
 
         Raises:
             DtLensError: for tokens of another shape, beyond the vocabulary or more than the context holds, or a mask or
                 positions that do not fit them.
         """
-        ids = tokens if isinstance(tokens, Tensor) else self.to_tokens(tokens)
+        if return_type not in ("logits", "loss", "both"):
+            raise DtLensError(f"return_type is {return_type!r:.80}; it must be 'logits', 'loss' or 'both'.")
+        if isinstance(tokens, Tensor):
+            ids = tokens
+        else:
+            ids, mask = self._encoded(tokens, prepend_bos)
+            if attention_mask is None and not bool(mask.all()):
+                attention_mask = mask
         require_tokens(self.cfg, ids, attention_mask, position_ids, self.tokenizer)
         if position_ids is None and attention_mask is not None:
             position_ids = positions_of(attention_mask)
-        hooked = {name for name, point in self.hook_dict.items() if point.has_hooks()}
-
-        def run() -> Any:
-            return self.model(
+        with self._hooked():
+            logits: Tensor = self.model(
                 input_ids=ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=False,
                 return_dict=True,
-            )
+            ).logits
+        if return_type == "logits":
+            return logits
+        loss = _loss(logits, ids, attention_mask, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
 
+    @contextmanager
+    def _hooked(self) -> Iterator[bool]:
+        """The wrapped model's own passes with the hooks that there are; whether there are any."""
+        hooked = {name for name, point in self.hook_dict.items() if point.has_hooks()}
         if not hooked:
-            out = run()
-        else:
-            with passing(
-                self.model, self.family, self.cfg, lambda name, x: self.hook_dict[name](x), hooked.__contains__
-            ):
-                out = run()
-        logits: Tensor = out.logits
-        return logits
+            yield False
+            return
+        with passing(self.model, self.family, self.cfg, lambda name, x: self.hook_dict[name](x), hooked.__contains__):
+            yield True
 
     def require_shared(self, names: Sequence[str]) -> None:
         """Check that the user's own model still shares these weights' memory.
@@ -263,3 +270,14 @@ class HookedLanguageModel(HookedModule):
             f"HookedLanguageModel({cfg.family}, {cfg.n_layers} layers x {cfg.n_heads} heads, d_model {cfg.d_model}, "
             f"vocabulary {cfg.d_vocab}{assumed})"
         )
+
+
+def _loss(logits: Tensor, ids: Tensor, mask: Tensor | None, per_token: bool) -> Tensor:
+    """Cross-entropy of each token given those before it, in float32 at least; means are over the real ones."""
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    found = -wide.log_softmax(-1).gather(-1, ids[:, 1:, None].to(wide.device))[..., 0]
+    if mask is None:
+        return found if per_token else found.mean()
+    real = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    found = found * real.to(found)
+    return found if per_token else found.sum() / real.sum()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.forward_mode import uncompiled
+from dt_lens.lens.stacked_weights import StackedWeights
 
 __all__ = ["HookPoint", "HookedModule", "copy_edits"]
 
@@ -47,7 +48,7 @@ Names = str | Sequence[str] | Callable[[str], bool]
 Hooks = Iterable[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
-class HookedModule(HookedRootModule):
+class HookedModule(StackedWeights, HookedRootModule):
     """TransformerLens's ``HookedRootModule``, with which every hook runs, or is an error.
 
     A hook that does not run makes an ablation read "no effect". So a name that the model does not have is refused, a
@@ -60,9 +61,22 @@ class HookedModule(HookedRootModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass."""
-        hooked = {name: point for name, point in self.hook_dict.items() if point.has_hooks()}
-        if not hooked or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
+        with self.all_hooks_run():
+            return super().__call__(*args, **kwargs)
+
+    @contextmanager
+    def all_hooks_run(self) -> Iterator[None]:
+        """Passes inside run uncompiled where there are hooks, and a hook that did not run is an error at the end.
+
+        Raises:
+            DtLensError: naming the hooks that none of the passes reached.
+        """
+        hooked = {name: point for name, point in self.hook_dict.items() if point.has_hooks()}
+        if not hooked:
+            yield
+            return
         ran: set[str] = set()
 
         def noting(name: str) -> Callable[..., None]:
@@ -71,7 +85,7 @@ class HookedModule(HookedRootModule):
         handles = [point.register_forward_pre_hook(noting(name)) for name, point in hooked.items()]
         try:
             with uncompiled():
-                out = super().__call__(*args, **kwargs)
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -81,7 +95,6 @@ class HookedModule(HookedRootModule):
                 f"The hooks at {_listed(silent)} did not run: this forward pass does not reach them "
                 "(or another thread hooked the model meanwhile; hook one model from one thread at a time)."
             )
-        return out
 
     def run_with_hooks(
         self,
