@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import dt_lens as package
+from dt_lens.cli import app
 
 Run = Callable[..., Any]
 INSIDE = str(Path(package.__file__).parent)
@@ -85,8 +86,26 @@ def stopped(dt_lens: Run, command: str, model: Path, out: Path, at: int) -> bool
     [("certify", 1), ("certify", 900), ("scan --resume", 2), ("scan --resume", 665), ("top", 300), ("evaluate", 80)],
 )
 def test_ctrl_c_at_a_drawn_moment(dt_lens: Run, cartpole: Path, tmp_path: Path, command: str, at: int) -> None:
-    """The 665th is inside the finalizer of a generator, where Python drops what is raised."""
     assert stopped(dt_lens, command, cartpole, tmp_path, at)
+
+
+class Late:
+    """Its finalizer is where Ctrl-C arrives: Python reports what is raised there, and drops it."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_ctrl_c_inside_a_finalizer_is_not_lost(ends: bool) -> None:
+    """It comes again, in the middle of the command or at its end."""
+    late, end = Late(), time.monotonic() + 20
+    with pytest.raises(KeyboardInterrupt), app._no_interrupt_lost():
+        del late
+        if ends:
+            raise SystemExit(0)
+        while time.monotonic() < end:
+            time.sleep(0.01)
 
 
 @pytest.mark.acceptance(minutes=3)
