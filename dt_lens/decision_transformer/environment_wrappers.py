@@ -26,7 +26,7 @@ from dt_lens.lens.environment_names import FileKeywords, require_registered
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-__all__ = ["APART", "check_environment_kwargs", "describe_environment", "environment_in_words", "specify"]
+__all__ = ["APART", "as_json", "check_environment_kwargs", "describe_environment", "environment_in_words", "specify"]
 
 APART = ("max_episode_steps", "wrappers")  # what does not go to the constructor
 PLACES = ("gymnasium.wrappers", "minigrid.wrappers")
@@ -89,8 +89,8 @@ def describe_environment(spec: EnvSpec) -> tuple[str, dict[str, Any]]:
     import gymnasium as gym
 
     registered = gym.registry.get(spec.id)
-    usual = {} if registered is None else _plain(registered.kwargs)
-    kwargs = {name: value for name, value in _plain(spec.kwargs).items() if name not in usual or usual[name] != value}
+    usual = {} if registered is None else as_json(registered.kwargs)
+    kwargs = {name: value for name, value in as_json(spec.kwargs).items() if name not in usual or usual[name] != value}
     kwargs.pop("render_mode", None)
     wrappers = _described(spec.additional_wrappers)
     if registered is None or registered.max_episode_steps != spec.max_episode_steps:
@@ -120,11 +120,11 @@ def _described(specs: Iterable[WrapperSpec]) -> list[dict[str, Any]]:
         place = next((place for place in PLACES if f"{module}.".startswith(f"{place}.")), module)
         if module.partition(".")[0] == "minari" or (place == PLACES[0] and spec.name in WATCHING):
             continue
-        found.append({"name": f"{place}.{spec.name}", "kwargs": _plain(spec.kwargs)})
+        found.append({"name": f"{place}.{spec.name}", "kwargs": as_json(spec.kwargs)})
     return found
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """As JSON gives it back; what has no form there, such as a function, becomes its ``repr``."""
 
     def listed(other: Any) -> Any:
@@ -171,7 +171,7 @@ def _wrapper_specs(
     wanted = list(wrappers)
     has = _made_with(spec, own)
     known = _described(has)
-    first = [{"name": wrapper["name"], "kwargs": _plain(wrapper.get("kwargs"))} for wrapper in wanted[: len(known)]]
+    first = [{"name": wrapper["name"], "kwargs": as_json(wrapper.get("kwargs"))} for wrapper in wanted[: len(known)]]
     rest = wanted[len(known) :] if first == known else wanted
     return (*has, *(_look_up(spec.id, wrapper) for wrapper in rest))
 

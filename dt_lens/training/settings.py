@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
-from dt_lens.arguments import LAST_SEED, finite_numbers, whole_number
+from dt_lens.arguments import LAST_SEED, finite_numbers, is_finite_number, whole_number
 from dt_lens.errors import DtLensError
 
 __all__ = ["AgentSettings", "Schedule", "TextSettings"]
@@ -47,7 +46,7 @@ class Schedule:
     def _require(self, right: Callable[[float], bool], wanted: str, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool) or not right(float(value)):
+            if not is_finite_number(value) or not right(float(value)):
                 raise DtLensError(f"{name} is {value!r}; it must be {wanted}.")
 
     def rate(self, step: int) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from dt_lens.behaviour.agents.comparison import Comparison
 from dt_lens.behaviour.agents.episodes import GUESSED, Episodes
 from dt_lens.behaviour.printing import decimals, html_table, span, text_table
-from dt_lens.decision_transformer.environment_wrappers import environment_in_words
+from dt_lens.decision_transformer.environment_wrappers import as_json, environment_in_words
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import FileKeywords
 from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, iqm, wilson
@@ -84,7 +84,7 @@ class Evaluation(Episodes):
             "model_id": self.model_id,
             "edits": list(self.edits),
             "notes": list(self.notes),
-            "environment_kwargs": dict(self.environment_kwargs),
+            "environment_kwargs": as_json(dict(self.environment_kwargs)),
             "environment_role": self.environment_role,
             "failure": self._plain_failure(),
             **self.summary(),

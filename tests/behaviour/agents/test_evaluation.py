@@ -185,6 +185,8 @@ def test_everything_is_plain_json() -> None:
     assert json.loads(json.dumps(read.to_dict())) == written
     assert read.compare(e.with_failure(2400.0)).difference == 0.0
     assert Evaluation.from_dict(e.with_failure(lambda frame: frame["length"] < 3).to_dict()).failure == "terminated"
+    of_users = _evaluation(BAD, LENGTHS, environment_kwargs={"reward": abs, "g": np.float32(9.5)})
+    assert json.loads(json.dumps(of_users.to_dict()))["environment_kwargs"] == {"reward": repr(abs), "g": 9.5}
     with pytest.raises(DtLensError, match="time_limit"):
         Evaluation.from_dict({name: value for name, value in written.items() if name != "time_limit"})
     assert json.loads(json.dumps(e.compare(_evaluation(GOOD)).to_dict()))["failure_edited"] == 0.75

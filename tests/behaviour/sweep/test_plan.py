@@ -20,6 +20,13 @@ from dt_lens.errors import DtLensError
 Make = Callable[..., Any]
 
 
+def test_a_threshold_may_be_numpys() -> None:
+    """JSON, in which the file keeps it, has no number of NumPy's."""
+    assert json.dumps(SweepSettings(failure=np.float32(5)).failure) == "5.0"
+    with pytest.raises(DtLensError, match="failure is nan"):
+        SweepSettings(failure=float("nan"))
+
+
 @pytest.mark.parametrize(
     ("sv", "chosen"),
     [
