@@ -142,7 +142,7 @@ def lens_on(
     reference: Reference,
 ) -> HookedDecisionTransformer:
     """The lens on a model whose tensors ``tensors()`` gives under Hugging Face's keys."""
-    # Hugging Face's class has every head; one that the file lacks is no part of the lens.
+    # Hugging Face's class has every head; one that the file lacks is not part of the lens.
     absent = {f"{HEAD_KEYS[head]}.{leaf}" for head in HEADS if head not in cfg.predicts for leaf in ("weight", "bias")}
 
     def views() -> dict[str, Tensor]:

@@ -349,7 +349,7 @@ def _store(episodes: Iterable[Episode], dataset_id: str, environment_id: str, re
             minari.create_dataset_from_buffers(
                 dataset_id,
                 buffers,
-                env=environment(environment_id),  # a "module:Id" is no id of Gymnasium's registry
+                env=environment(environment_id),  # Gymnasium's registry does not know "module:Id"
                 algorithm_name="augmented random search V2-t, every stage of it",
                 description=f"From random to expert, balanced over the return. Made by dt-lens: {json.dumps(recipe)}",
             )
