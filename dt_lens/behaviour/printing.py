@@ -8,6 +8,7 @@ from html import escape
 from dt_lens.statistics.outcomes import Interval
 
 __all__ = [
+    "about_interval",
     "decimals",
     "difference_tests",
     "p_text",
@@ -53,6 +54,20 @@ def span(
     if percent:
         return f"[{100 * low:{form}} %, {100 * high:{form}} %]"
     return f"[{low:{form}}, {high:{form}}]"
+
+
+def about_interval(what: str, note: str) -> str:
+    """An ``interval_note`` of ``what`` as a sentence; empty for an empty one.
+
+    >>> about_interval("The mean's interval", "fewer than 200 returns"), about_interval("The mean's interval", "")
+    ("The mean's interval may cover less than 95 %: fewer than 200 returns.", '')
+    >>> about_interval("The mean's interval", "no interval: all 20 returns are equal")
+    "The mean's interval is missing: all 20 returns are equal."
+    """
+    if not note:
+        return ""
+    missing = note.removeprefix("no interval: ")
+    return f"{what} {'may cover less than 95 %' if missing == note else 'is missing'}: {missing}."
 
 
 def text_table(title: str, rows: list[tuple[str, str]]) -> str:

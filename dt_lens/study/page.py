@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.arguments import atomic_write, local_path
-from dt_lens.behaviour.printing import decimals, places
+from dt_lens.behaviour.printing import about_interval, decimals, places
 from dt_lens.report import heatmaps, spectra
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, Video, write_report
 from dt_lens.report.style import signed
@@ -198,7 +198,7 @@ def _agent(result: StudyResult) -> Section:
                 f"{result.baseline.seeds[-1]}.",
             ),
             *(Note(f"Failures: {note}.", "warning") for note in [result.baseline.failure_note] if note),
-            *(Note(f"The interval of the mean: {note}.") for note in [summary["interval_note"]] if note),
+            *(Note(said) for said in [about_interval("The mean's interval", summary["interval_note"])] if said),
         ],
     )
 
@@ -285,8 +285,8 @@ def _effects(result: StudyResult) -> Section:
         said = [Note(line.replace("**", "")) for line in unchanged]
         return Section("What editing them does", [*said, Table(shown), *notes])
     differences = [arm.returns - result.baseline.returns for arm in (*result.edited, *result.controls)]
-    covers = dict.fromkeys(filter(None, (interval_note(row, "differences") for row in differences)))
-    notes += [Note(f"Intervals of differences: {note}.") for note in covers]
+    covers = (about_interval("An interval of differences", interval_note(row, "differences")) for row in differences)
+    notes += [Note(said) for said in dict.fromkeys(covers) if said]
     rho, interval = result.spearman.rho, (result.spearman.low, result.spearman.high)
     return Section(
         "What editing them does",

@@ -84,6 +84,7 @@ def test_returns_below_one_keep_their_digits(studied: StudyResult, tmp_path: Pat
     assert "returns **0.900** on average" in sentences(result)[0]
     page = write_study(result, tmp_path).read_text(encoding="utf-8")
     assert ">0.900<" in page
+    assert "interval may cover less than 95 %: fewer than 200 returns." in page
 
 
 def test_an_edit_that_improves_the_agent_is_not_said_to_hurt_less(studied: StudyResult) -> None:

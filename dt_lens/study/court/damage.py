@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from dt_lens.behaviour.printing import span
+from dt_lens.behaviour.printing import about_interval, span
 from dt_lens.edits.singular import load_edit
 from dt_lens.edits.state import unedited
 from dt_lens.lens.activations import Activations
@@ -110,7 +110,7 @@ def hurts_more(
     numbers: dict[str, object] = {"by_energy": {n: list(found) for n, found in tried.items()}, "counts": name}
     numbers["by_direction"] = {n: list(found) for n, found in across.items()}
     note = interval_note(per[inward].mean(0) - per[~inward].mean(0), "differences")
-    said += f" Intervals over episodes: {note}." if note else ""
+    said += f" {about_interval('The interval over episodes', note)}" if note else ""
     numbers["beyond_controls_in"] = [float(beyond[inward].mean()), *control]
     return Finding(
         value,

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dt_lens.arguments import local_path, require_offers
+from dt_lens.behaviour.printing import about_interval
 from dt_lens.report.page import Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish
 from dt_lens.study.result_files import write_csv_and_json
@@ -41,7 +42,7 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                 Plot(steering_figure(result)),
                 Table(result.table, "Doses of the chosen direction on fresh seeds."),
                 *(
-                    Note(f"The interval of {what}: {result.numbers[name]}.")
+                    Note(about_interval(f"The interval of {what}", result.numbers[name]))
                     for name, what in (("reach_note", "the reach"), ("rise_note", "the rise in failures"))
                     if result.numbers.get(name)
                 ),
