@@ -152,7 +152,8 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
     figure.update_yaxes(range=[span[0] - room, span[1] + room])
     figure.update_yaxes(title_text="mean return at the largest dose", row=1, col=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
-    return finish(figure, "Random directions of the same output energy", "a cross: failures rise", height=440, wide=760)
+    matched = "the same output energy" + (", or gain where they write" if "write" in sides else "")
+    return finish(figure, "Random directions in its place", f"{matched}; a cross: failures rise", height=440, wide=760)
 
 
 def _range(*tables: pd.DataFrame) -> tuple[list[float], float]:
