@@ -137,11 +137,14 @@ class TextMethods:
         devices = [ids.device] if ids.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.all_hooks_run(), self._hooked() as hooked:
             torch.manual_seed(seed)
-            options = GenerationConfig(max_new_tokens=count, use_cache=not hooked, **options)
-            found: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=options)
+            config = GenerationConfig(max_new_tokens=count, use_cache=not hooked, **options)
+            found: Tensor = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
             return found
-        texts = [self._decoded(row[~pad].tolist()) for row, pad in zip(found, self._padding(found, mask), strict=True)]
+        texts = [
+            self._decoded(row[~pad].tolist())
+            for row, pad in zip(found, _padding(found, mask, options["eos_token_id"]), strict=True)
+        ]
         return texts[0] if isinstance(input, str) or (isinstance(input, Tensor) and len(texts) == 1) else texts
 
     def _options(
@@ -165,17 +168,6 @@ class TextMethods:
         k = 0 if top_k is None else whole_number(top_k, "top_k", 1)
         temperature = 1.0 if temperature is None else float(temperature)
         return options | {"temperature": temperature, "top_p": 1.0 if top_p is None else float(top_p), "top_k": k}
-
-    def _padding(self, found: Tensor, mask: Tensor) -> Tensor:
-        """Where an answer ``[batch, pos]`` is padding: before its text, and after the token that ended it."""
-        pad = torch.zeros_like(found, dtype=torch.bool)
-        pad[:, : mask.shape[1]] = mask == 0
-        end = getattr(self.model.generation_config, "eos_token_id", None)
-        if end is not None:
-            ends = torch.isin(found, torch.as_tensor(end, device=found.device))
-            ends[:, : mask.shape[1]] = False
-            pad |= (ends.long().cumsum(-1) - ends.long()) > 0
-        return pad
 
     def _encoded(self, text: Any, prepend_bos: bool = False, padding_side: str = "right") -> tuple[Tensor, Tensor]:
         """Tokens and mask ``[batch, pos]``, 0 for padding."""
@@ -233,3 +225,14 @@ class TextMethods:
         if self.tokenizer is None:
             raise DtLensError("This model was wrapped without a tokenizer; pass tokenizer= to dt_lens.wrap or load.")
         return self.tokenizer
+
+
+def _padding(found: Tensor, mask: Tensor, end: int | list[int] | None) -> Tensor:
+    """Where an answer ``[batch, pos]`` is padding: before its text, and after the token that ended it."""
+    pad = torch.zeros_like(found, dtype=torch.bool)
+    pad[:, : mask.shape[1]] = mask == 0
+    if end is not None:
+        ends = torch.isin(found, torch.as_tensor(end, device=found.device))
+        ends[:, : mask.shape[1]] = False
+        pad |= (ends.long().cumsum(-1) - ends.long()) > 0
+    return pad

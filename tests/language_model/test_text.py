@@ -112,10 +112,14 @@ def test_texts_are_continued_as_if_alone(named: Any) -> None:
 
 
 def test_it_ends_at_the_last_token(named: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = named.generate("Once upon a time", 5, return_type="tokens")[0]
+    tokens, whole = (
+        named.generate("Once upon a time", 5, return_type="tokens")[0],
+        named.generate("Once upon a time", 5),
+    )
     monkeypatch.setattr(named.model.generation_config, "eos_token_id", int(tokens[6]))
     assert named.generate("Once upon a time", 5, return_type="tokens")[0].tolist() == tokens[:7].tolist()
     assert torch.equal(named.generate("Once upon a time", 5, stop_at_eos=False, return_type="tokens")[0], tokens)
+    assert named.generate("Once upon a time", 5, stop_at_eos=False) == whole
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dt_lens.arguments import is_finite_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import same_environment
 from dt_lens.statistics.outcomes import SurvivalCurve, kaplan_meier
@@ -218,10 +218,8 @@ def check_rule(failure: FailureRule) -> FailureRule:
     """
     if callable(failure) or (isinstance(failure, str) and failure in ("terminated", "truncated")):
         return failure
-    if isinstance(failure, int | float | np.number) and not isinstance(failure, bool):
-        with suppress(OverflowError, TypeError):
-            if np.isfinite(float(failure)):
-                return float(failure)
+    if is_finite_number(failure):
+        return float(failure)
     raise DtLensError(
         f"failure is {failure!r}; it must be 'terminated', 'truncated', a return to fall below, "
         "or a function of the frame."
