@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import dt_lens
-from dt_lens.behaviour.agents.environment import make_task
+from dt_lens.behaviour.agents.environment import make_environment
 from dt_lens.decision_transformer.facts import RunFacts
 
 WANTED = 6.0
@@ -104,7 +104,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         dt_lens.save_pretrained(model, Path(folder))
         peer = DecisionTransformerModel.from_pretrained(folder).eval()
-    assert make_task(ENVIRONMENT, KWARGS, model.cfg).time_limit >= given.steps, "the environment cuts episodes earlier"
+    assert make_environment(ENVIRONMENT, KWARGS, model.cfg).time_limit >= given.steps, "the environment cuts episodes earlier"
     threads = torch.get_num_threads()
 
     def usual(n: int, steps: int) -> float:

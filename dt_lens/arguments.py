@@ -20,6 +20,7 @@ from dt_lens.errors import DtLensError, a_type, nearest, unwritable
 
 __all__ = [
     "LAST_SEED",
+    "as_json",
     "atomic_write",
     "finite_numbers",
     "is_finite_number",
@@ -302,3 +303,16 @@ def require_offers(value: Any, name: str, wanted: str, *offers: str) -> None:
 def require_activations(given: Any) -> None:
     """Raise ``DtLensError`` unless ``given`` is a result of ``dt_lens.collect_activations``."""
     require_offers(given, "activations", "a result of collect_activations", "inputs")
+
+
+def as_json(value: Any) -> Any:
+    """As JSON gives it back; what has no form there, such as a function, becomes its ``repr``."""
+
+    def listed(other: Any) -> Any:
+        import numpy as np
+
+        if isinstance(other, np.dtype) or (isinstance(other, type) and issubclass(other, np.generic)):
+            return np.dtype(other).name
+        return other.tolist() if hasattr(other, "tolist") and not isinstance(other, type) else repr(other)
+
+    return json.loads(json.dumps(value, default=listed))

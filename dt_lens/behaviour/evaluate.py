@@ -1,4 +1,4 @@
-"""``evaluate``: run a decision transformer in an environment, hundreds of paired episodes at a time."""
+"""``evaluate``: what a model does in its task, hundreds of paired units at a time."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 from dt_lens.arguments import whole_number
-from dt_lens.behaviour.agents.identity import model_id
-from dt_lens.errors import DtLensError
-from dt_lens.lens.assumed import notes
-from dt_lens.lens.protocol import require_running
+from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.task import Task
+from dt_lens.behaviour.tasks import task_of
 from dt_lens.progress import Count, counting
 
 if TYPE_CHECKING:
-    from dt_lens.behaviour.agents.episodes import FailureRule
-    from dt_lens.behaviour.agents.evaluation import Evaluation
+    from dt_lens.behaviour.agents.environment import Named
+    from dt_lens.behaviour.agents.evaluation import AgentEvaluation
+    from dt_lens.behaviour.terms import FailureRule
     from dt_lens.behaviour.texts.evaluation import TextEvaluation
     from dt_lens.behaviour.texts.windows import Texts
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
+    from dt_lens.language_model.model import HookedLanguageModel
 
 __all__ = [
     "evaluate",
@@ -27,132 +28,142 @@ __all__ = [
 @overload
 def evaluate(
     model: HookedDecisionTransformer,
-    environment: str | None = None,
+    what: Named | None = None,
     *,
-    episodes: int = 100,
+    units: int | None = None,
     seed: int = 0,
+    failure: FailureRule | None = None,
+    workers: int | None = None,
+    progress: bool | Count = False,
+    environment: Named | None = None,
+    episodes: int | None = None,
     target_return: float | None = None,
     environment_kwargs: Mapping[str, Any] | None = None,
     max_steps: int | None = None,
-    failure: FailureRule | None = None,
-    workers: int | None = None,
     lanes: int | None = None,
+) -> AgentEvaluation: ...
+
+
+@overload
+def evaluate(
+    model: HookedLanguageModel,
+    what: Texts | None = None,
+    *,
+    units: int | None = None,
     progress: bool | Count = False,
-) -> Evaluation: ...
+    texts: Texts | None = None,
+    context: int | None = None,
+    windows: int | None = None,
+) -> TextEvaluation: ...
 
 
 @overload
 def evaluate(
     model: Any,
-    read: Texts | None = None,
-    /,
+    what: Any = None,
     *,
-    texts: Texts | None = None,
-    context: int | None = None,
-    windows: int | None = None,
-    progress: bool | Count = False,
-) -> TextEvaluation: ...
-
-
-def evaluate(
-    model: Any,
-    environment: Any = None,
-    *,
-    episodes: int = 100,
+    task: Task | None = None,
+    units: int | None = None,
     seed: int = 0,
+    failure: FailureRule | None = None,
+    workers: int | None = None,
+    progress: bool | Count = False,
+    environment: Any = None,
+    episodes: int | None = None,
     target_return: float | None = None,
     environment_kwargs: Mapping[str, Any] | None = None,
     max_steps: int | None = None,
-    failure: FailureRule | None = None,
-    workers: int | None = None,
     lanes: int | None = None,
     texts: Texts | None = None,
     context: int | None = None,
     windows: int | None = None,
+) -> Evaluation: ...
+
+
+def evaluate(
+    model: Any,
+    what: Any = None,
+    *,
+    task: Task | None = None,
+    units: int | None = None,
+    seed: int = 0,
+    failure: FailureRule | None = None,
+    workers: int | None = None,
     progress: bool | Count = False,
-) -> Any:
-    """Run ``episodes`` episodes of ``model`` as it is now (edits included) and return how each one went.
+    environment: Any = None,
+    episodes: int | None = None,
+    target_return: float | None = None,
+    environment_kwargs: Mapping[str, Any] | None = None,
+    max_steps: int | None = None,
+    lanes: int | None = None,
+    texts: Texts | None = None,
+    context: int | None = None,
+    windows: int | None = None,
+) -> Evaluation:
+    """Run units of ``model`` as it is now (edits included) and return how each one went.
 
-    Episode ``i`` starts from ``env.reset(seed=seed + i)``. What happens in it depends on the model, the environment,
-    the target return and that seed alone, to the last bit: not on ``episodes``, ``workers``, ``lanes`` (on a CPU) or
-    the order. So two evaluations with the same seeds are paired, and ``edited.compare(baseline)`` compares them.
+    What a unit is, its task says: an episode of an agent in an environment, a window of text of a language model, or
+    whatever a ``Task`` of your own counts. What happens in it depends on the model, the setting and the unit's number
+    alone, to the last bit (on a CPU): not on how many there are, on ``workers`` or on the order. So two evaluations of
+    the same units are paired, and ``edited.compare(baseline)`` compares them. Dropout is off.
 
-    A model on the CPU runs in worker processes. A model with hooks, with a state encoder of its own, or on another
-    device runs in this process, on one torch thread; what its hooks do is part of the behaviour. Dropout is off.
-
-    A language model reads texts instead: ``evaluate(model, texts, context=..., windows=..., progress=...)`` gives a
-    ``TextEvaluation`` of loss and KL per window of tokens; see ``dt_lens.behaviour.texts.reading.evaluate_text``.
+    An agent's episode ``i`` starts from ``env.reset(seed=seed + i)``. An agent on the CPU runs in worker processes. One
+    with hooks, with a state encoder of its own, or on another device runs in this process, on one torch thread; what
+    its hooks do is part of the behaviour. A language model predicts each window by itself; if edits are in force, also
+    with them suspended: KL and the tokens that moved compare the model with itself without its edits.
 
     Args:
-        model: a ``HookedDecisionTransformer``: what ``dt_lens.load`` and ``dt_lens.wrap`` return for one.
-        environment: a Gymnasium id, ``"module:Id"`` to import a package that registers it. By default the model's own:
-            the evaluation environment of its data, if they have one, else that of the data themselves. The result says
-            which.
-        episodes: how many.
+        model: what ``dt_lens.load`` and ``dt_lens.wrap`` return.
+        what: of an agent the environment: a Gymnasium id, ``"module:Id"`` to import a package that registers it, an
+            ``EnvSpec``, or a function that makes one. By default the model's own: the evaluation environment of its
+            data, if they have one, else that of the data themselves; the result says which. Of a language model the
+            texts: the path of a text file, a text, or a list of texts; the held-out text in the model's folder by
+            default. Of any model a ``Task``.
+        task: a ``Task``, in place of ``what``.
+        units: how many; 100 episodes, or all windows, by default. ``episodes`` and ``windows`` are other names for it.
         seed: of the first episode, not negative.
+        failure: what counts as failing; by default what the model's facts say for their environment, else a guess; see
+            ``terms_of_episodes``.
+        workers: processes; as many as there are processor cores to use by default; 1 runs in this process.
+        progress: ``True`` for a progress bar on standard error, or a function of (units done, units), which counts
+            running episodes by their share of the time limit.
+        environment, episodes: other names for ``what`` and ``units`` of an agent.
         target_return: what the agent is asked for, in the environment's units; the model's first one by default.
         environment_kwargs: for ``gymnasium.make``; by default those of the model's facts, with the model's environment.
             ``max_episode_steps`` and ``wrappers`` (see ``RunFacts``) of that environment stay unless they are named:
             ``{"wrappers": []}`` takes it without any.
         max_steps: cut episodes after this many steps, where the environment's time limit does not do so earlier.
-        failure: what counts as failing; by default what the model's facts say for their environment, else a guess; see
-            ``dt_lens.behaviour.agents.episodes.Episodes``.
-        workers: processes; as many as there are processor cores to use by default; 1 runs in this process.
         lanes: episodes side by side in a process, at least 8; chosen by the number of episodes by default.
-        progress: ``True`` for a progress bar on standard error, or a function of (episodes done, episodes), which
-            counts running episodes by their share of the time limit.
-        texts, context, windows: for a language model only; ``texts`` may also stand in the place of ``environment``.
+        texts, windows: other names for ``what`` and ``units`` of a language model.
+        context: tokens of a window, at most the model's own; 128 by default.
+
+    Returns:
+        an ``Evaluation``: of an agent an ``AgentEvaluation``, of a language model a ``TextEvaluation``.
 
     Raises:
-        DtLensError: when the environment or the target return is neither given nor among the model's facts, when they
-            do not fit the model, when the model predicts an action that is not finite, or when a worker dies.
+        DtLensError: for arguments that do not fit the model, when the environment or the target return is neither given
+            nor among the model's facts, for texts that cannot be read or are too short, when the model predicts
+            something that is not finite, or when a worker dies.
     """
-    require_running(model, "evaluate")
-    if not model.can_act:
-        from dt_lens.behaviour.texts.reading import evaluate_text
-
-        of_agents = (target_return, environment_kwargs, max_steps, failure, workers, lanes)
-        if (episodes, seed) != (100, 0) or any(value is not None for value in of_agents):
-            raise DtLensError(
-                "This is a language model, and evaluate reads texts with it; of the options it takes texts, context, "
-                "windows and progress."
-            )
-        if texts is not None and environment is not None:
-            raise DtLensError("evaluate was given texts twice; give them once.")
-        given = environment if texts is None else texts
-        return evaluate_text(model, given, context=context, windows=windows, progress=progress)
-
-    from dt_lens.behaviour.agents.episodes import check_rule, known_rule
-    from dt_lens.behaviour.agents.evaluation import Evaluation
-    from dt_lens.behaviour.agents.lanes import LEAST_LANES
-    from dt_lens.behaviour.agents.running import run, seeds_of, setting_of
-
-    if any(value is not None for value in (texts, context, windows)):
-        raise DtLensError(
-            "This is an agent, and evaluate runs it in an environment; leave out texts, context and windows."
-        )
-    seeds = seeds_of(seed, episodes)
-    # As many lanes as somebody has memory for; beyond that a number is a mistake.
-    limits = (("max_steps", max_steps, 1, None), ("workers", workers, 1, None), ("lanes", lanes, LEAST_LANES, 2**16))
-    for name, value, least, most in limits:
-        if value is not None:
-            whole_number(value, name, least, most)
-    if failure is not None:
-        check_rule(failure)
-    setting = setting_of(model, environment, environment_kwargs, target_return, max_steps)
-    with counting(progress, len(seeds), "episodes") as count:
-        # Episodes that run count by the share of the time limit that they have run.
-        report = None if count is None else lambda finished, running: count(finished + running)
-        outcomes = run(model, setting, seeds, workers=workers, lanes=lanes, report=report)
-    return Evaluation.from_outcomes(
-        outcomes,
-        environment=setting.environment,
-        environment_kwargs=setting.environment_kwargs,
-        environment_role=setting.role,
-        target_return=setting.target_return,
-        time_limit=setting.task.time_limit,
-        model_id=model_id(model),
-        edits=tuple(edit.to_dict() for edit in getattr(model, "active_edits", ())),
-        failure=known_rule(failure, model.facts, setting.environment),
-        notes=notes(model),
+    if workers is not None:
+        whole_number(workers, "workers", 1)
+    found, numbers = task_of(
+        model,
+        what,
+        task=task,
+        units=units,
+        seed=seed,
+        failure=failure,
+        environment=environment,
+        episodes=episodes,
+        target_return=target_return,
+        environment_kwargs=environment_kwargs,
+        max_steps=max_steps,
+        lanes=lanes,
+        texts=texts,
+        context=context,
+        windows=windows,
     )
+    with counting(progress, len(numbers), found.terms.units) as count:
+        report = None if count is None else lambda done, total: count(done)
+        return found.evaluate(model, numbers, workers=workers, progress=report)

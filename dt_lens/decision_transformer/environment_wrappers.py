@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from dt_lens.arguments import whole_number
+from dt_lens.arguments import as_json, whole_number
 from dt_lens.errors import DtLensError, because, nearest
 from dt_lens.lens.environment_names import FileKeywords, require_registered
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-__all__ = ["APART", "as_json", "check_environment_kwargs", "describe_environment", "environment_in_words", "specify"]
+__all__ = ["APART", "check_environment_kwargs", "describe_environment", "environment_in_words", "specify"]
 
 APART = ("max_episode_steps", "wrappers")  # what does not go to the constructor
 PLACES = ("gymnasium.wrappers", "minigrid.wrappers")
@@ -122,19 +121,6 @@ def _described(specs: Iterable[WrapperSpec]) -> list[dict[str, Any]]:
             continue
         found.append({"name": f"{place}.{spec.name}", "kwargs": as_json(spec.kwargs)})
     return found
-
-
-def as_json(value: Any) -> Any:
-    """As JSON gives it back; what has no form there, such as a function, becomes its ``repr``."""
-
-    def listed(other: Any) -> Any:
-        import numpy as np
-
-        if isinstance(other, np.dtype) or (isinstance(other, type) and issubclass(other, np.generic)):
-            return np.dtype(other).name
-        return other.tolist() if hasattr(other, "tolist") and not isinstance(other, type) else repr(other)
-
-    return json.loads(json.dumps(value, default=listed))
 
 
 def specify(spec: EnvSpec, kwargs: Mapping[str, Any]) -> tuple[EnvSpec, dict[str, Any]]:

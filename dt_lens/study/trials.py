@@ -6,17 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dt_lens.arguments import read_checked_json, write_checked_json
-from dt_lens.behaviour.agents.episodes import FailureRule, guess_rule, known_rule
 from dt_lens.behaviour.agents.evaluation import Evaluation
-from dt_lens.behaviour.agents.identity import model_id
-from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.progress import Count
@@ -29,55 +25,43 @@ KEPT = ("role", "matrix", "layer", "side", "sv", "sigma", "embedding", "label", 
 
 
 class Trials:
-    """Evaluates a model, edited or not, and keeps each evaluation in a file, so that interrupted studies resume.
+    """Evaluates a model in its task, edited or not, and keeps each evaluation in a file, so that studies resume.
 
     Args:
-        model: a wrapped agent.
+        model: a wrapped model.
+        task: what is run. Evaluations that are kept are judged by its failure rule again.
         folder: for the files.
         workers: worker processes.
-        failure: what counts as failing; that of the model's facts by default, else a guess. Episodes that are kept are
-            judged by it again.
-        settings: what else ``evaluate`` takes. With the weights they name the files, so their order counts.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        folder: Path,
-        workers: int | None = None,
-        *,
-        failure: FailureRule | None = None,
-        **settings: Any,
-    ) -> None:
-        self.failure = failure
-        self.model, self.folder, self.workers, self.settings = model, folder, workers, settings
+    def __init__(self, model: Any, task: Task, folder: Path, workers: int | None = None) -> None:
+        self.model, self.task, self.folder, self.workers = model, task, folder, workers
+        terms = task.terms
+        self._setting = as_json([terms.task, dict(terms.measures), dict(terms.setting)])
 
-    def run(self, edit: Edit | None = None, progress: Count | None = None) -> Evaluation:
-        """The evaluation under ``edit``, read from its file if the same weights ran with the same settings before."""
+    def run(self, units: range, edit: Edit | None = None, progress: Count | None = None) -> Evaluation:
+        """The evaluation of ``units`` under ``edit``; from its file if the same weights ran them in this task before.
+
+        Raises:
+            DtLensError: if the units cannot be run, or the file cannot be written.
+        """
         with edit or nullcontext():
-            key = hashlib.sha256(json.dumps([model_id(self.model), self.settings]).encode()).hexdigest()[:16]
-            file = self.folder / f"{key}.json"
-            kept = _read(file)
+            key = [self.task.identity(self.model)[1], self._setting, units.start, units.stop]
+            name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+            file = self.folder / f"{name}.json"
+            kept = self._read(file)
             if kept is None:
-                kept = evaluate(self.model, workers=self.workers, progress=progress or False, **self.settings)
+                kept = self.task.evaluate(self.model, units, workers=self.workers, progress=progress)
                 write_checked_json(file, kept.to_dict())
-        rule = known_rule(self.failure, self.model.facts, kept.environment)
-        guessed = rule is None
-        return replace(
-            kept.with_failure(guess_rule(kept.environment) if rule is None else rule), failure_guessed=guessed
-        )
+        return kept.with_terms(self.task.terms)
 
-
-def _read(file: Path) -> Evaluation | None:
-    """The evaluation in ``file``; ``None`` if it does not exist, or is damaged: then the trial runs again.
-
-    Files of dt-lens 0.2 and before have no checksum around the evaluation.
-    """
-    kept = read_checked_json(file)
-    try:
-        return Evaluation.from_dict(json.loads(file.read_text(encoding="utf-8")) if kept is None else kept)
-    except (OSError, ValueError, KeyError, TypeError, DtLensError):
-        return None
+    def _read(self, file: Path) -> Evaluation | None:
+        """The evaluation in ``file``; ``None`` if it does not exist, or is damaged: then it runs again."""
+        values = read_checked_json(file)
+        try:
+            return None if values is None else self.task.evaluation.from_dict(values)
+        except DtLensError:
+            return None
 
 
 def verdicts(

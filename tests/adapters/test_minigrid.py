@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dt_lens
 from dt_lens import SingularEdit, WeightSVD
-from dt_lens.behaviour.agents.environment import make_task
+from dt_lens.behaviour.agents.environment import make_environment
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.environment_labels import environment_labels
 from dt_lens.errors import DtLensError
@@ -235,7 +235,10 @@ def test_an_environment_brings_its_actions_and_its_own_time_limit() -> None:
     cfg = HookedDecisionTransformerConfig(147, 3, d_model=8, n_layers=1, discrete_actions=True, action_tanh=False)
     name = f"{ENVIRONMENTS}:Flat/MiniGrid-Dynamic-Obstacles-8x8-v0"
     assert environment_labels(name) == (None, ("left", "right", "forward"))
-    assert [make_task(name, {}, cfg).time_limit, make_task(name, {"max_steps": 9}, cfg, 50).time_limit] == [256, 9]
+    assert [
+        make_environment(name, {}, cfg).time_limit,
+        make_environment(name, {"max_steps": 9}, cfg, 50).time_limit,
+    ] == [256, 9]
     whole: Any = gym.make(f"{ENVIRONMENTS}:Flat/MiniGrid-Empty-5x5-v0", fully_observed=True, max_steps=4)
     assert whole.reset(seed=0)[0].shape == (75,)
     assert gym.make(f"{ENVIRONMENTS}:Flat/MiniGrid-Empty-5x5-v0", view_size=3).reset(seed=0)[0].shape == (27,)

@@ -241,7 +241,7 @@ import sys
 from functools import partial
 import gymnasium as gym, numpy as np, torch
 from safetensors.torch import save
-from dt_lens.behaviour.agents.environment import make_task
+from dt_lens.behaviour.agents.environment import make_environment
 from dt_lens.behaviour.agents.rollouts import Conditions
 from dt_lens.behaviour.agents.running import Job, run_job
 from dt_lens.behaviour.agents import workers
@@ -265,7 +265,7 @@ torch.manual_seed(0)
 cfg = HookedDecisionTransformerConfig(2, 1, d_model=8, d_mlp=8, max_ep_len=9)
 weights = save({{name: torch.randn(shape) for name, shape in acting_shapes(cfg).items()}})
 conditions = Conditions(1.0, 1.0, np.zeros(2), np.ones(2), 8)
-job = Job(weights, cfg.to_dict(), 3, make_task("Own-v0", {{}}, cfg), conditions, 8)
+job = Job(weights, cfg.to_dict(), 3, make_environment("Own-v0", {{}}, cfg), conditions, 8)
 
 def run_in_workers(job, count):
     return workers.run_in_workers(partial(run_job, job), range(20), count)
@@ -288,7 +288,7 @@ def test_a_script_without_main_guard() -> None:
     gym.register("Deadly-v0", entry_point=Deadly, max_episode_steps=9)
     from dataclasses import replace
     try:
-        run_in_workers(replace(job, task=make_task("Deadly-v0", {}, cfg)), 2)
+        run_in_workers(replace(job, made=make_environment("Deadly-v0", {}, cfg)), 2)
     except DtLensError as error:
         print(error)
     print(len(run_in_workers(job, 2)))

@@ -12,7 +12,7 @@ import gymnasium as gym
 import pytest
 
 import dt_lens
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.behaviour.agents.recording import record_actions
 from dt_lens.cli import main
 from dt_lens.decision_transformer.checkpoint import save_pretrained
@@ -52,7 +52,9 @@ def test_a_name_from_a_file_imports_nothing(beside: Path, monkeypatch: pytest.Mo
         dt_lens.evaluate(model, episodes=1)
     said = {"environment": "evil:Evil-v0", "environment_kwargs": {}, "target_return": 1.0, "time_limit": 3}
     steps = {"seed": [0], "return": [1.0], "length": [3], "terminated": [False], "truncated": [True]}
-    kept = Evaluation.from_dict({**said, "model_id": "", "failure": "terminated", "edits": [], "per_episode": steps})
+    kept = AgentEvaluation.from_dict(
+        {**said, "model_id": "", "failure": "terminated", "edits": [], "per_episode": steps}
+    )
     with pytest.raises(DtLensError, match="comes from a file"):
         record_actions(model, kept, 0)
     # Under ``python -m dt_lens`` the working directory is the first place to import from.
@@ -87,7 +89,7 @@ def test_keywords_from_a_file_are_those_of_the_registered_environment(
         dt_lens.evaluate(agent, **options)
     confirmed = {"desc": ["SFFF"] * 4}
     result = dt_lens.evaluate(agent, environment_kwargs=confirmed, **options)
-    again = Evaluation.from_dict(result.to_dict())
+    again = AgentEvaluation.from_dict(result.to_dict())
     with pytest.raises(DtLensError, match="the keyword desc="):
         record_actions(agent, again, 0)
     agent = loaded({}, environment_kwargs=confirmed)

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dt_lens
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.errors import DtLensError
 
@@ -82,7 +82,7 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
     table = svd.scan("*.W_in", embeddings="action_out")
     changes = dt_lens.compare(model, other, "*.W_in")
     outcomes = [Outcome(seed, float(seed % 3), 5, False, True) for seed in range(6)]
-    evaluation = Evaluation.from_outcomes(outcomes, environment="Pendulum-v1", target_return=1.0, time_limit=5)
+    evaluation = AgentEvaluation.from_outcomes(outcomes, environment="Pendulum-v1", target_return=1.0, time_limit=5)
     x, ended = [1.0, 2.0, 3.0, 5.0], [True, False, True, True]
     edit = dt_lens.SingularEdit(model, "blocks.0.mlp.W_in")
     few: dict[str, Any] = {"episodes": 2, "seed": 0, "max_steps": 3}
@@ -134,7 +134,7 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
         "catalogue": (rows["catalogue"], {"lens": model}),
         "find_matrix": (rows["find_matrix"], {"lens": model, "name": "blocks.0.mlp.W_in"}),
         "select_matrices": (rows["select_matrices"], {"lens": model, "patterns": "*.W_in"}),
-        "make_task": (rows["make_task"], {"environment": "Pendulum-v1", "kwargs": {}, "cfg": agent.cfg}),
+        "make_environment": (rows["make_environment"], {"environment": "Pendulum-v1", "kwargs": {}, "cfg": agent.cfg}),
         "score_reference": (rows["score_reference"], {"environment": "Hopper-v5"}),
         "model_id": (rows["model_id"], {"model": model}),
         "record_actions": (rows["record_actions"], {"model": agent, "evaluation": evaluation, "seed": 0}),

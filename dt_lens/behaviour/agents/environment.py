@@ -1,10 +1,11 @@
-"""A Gymnasium environment as a task for a decision transformer: made by id, checked against the model, scored."""
+"""A Gymnasium environment for a decision transformer: made by id, checked against the model, scored."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeGuard
 
@@ -20,13 +21,14 @@ from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError, a_type, because
 from dt_lens.lens.environment_names import specification
 
-__all__ = ["ScoreReference", "Task", "make_task", "score_reference"]
+__all__ = ["Environment", "Named", "ScoreReference", "make_environment", "score_reference", "specification_of"]
 
 Env = gym.Env[Any, Any]
+Named = str | EnvSpec | Callable[..., Env]  # a Gymnasium id, a specification, or a function that makes one
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Environment:
     """An environment's specification, so that any process can make it, with what acting in it takes.
 
     Observations that are not flat vectors are flattened as ``gymnasium.spaces.flatten`` does (a discrete one becomes
@@ -41,6 +43,9 @@ class Task:
     state_dim: int
     act_dim: int
     time_limit: int  # steps after which an episode is cut
+    # Called with the environment after each reset; what it returns is called when the episode ends, for ``measures``.
+    measure: Callable[[Env], Callable[[], Mapping[str, float]]] | None = None
+    measures: tuple[str, ...] = ()
 
     def make(self, **kwargs: Any) -> Env:
         """A new environment with the dynamics and the seeding of ``gym.make(id)``; ``kwargs`` such as ``render_mode``.
@@ -71,13 +76,32 @@ class Task:
         return list(clipped), clipped.astype(np.float32)
 
 
-def make_task(
-    environment: str,
+def specification_of(environment: Named) -> EnvSpec:
+    """The specification of an environment that is given by its id, by a specification, or by what makes it.
+
+    Raises:
+        DtLensError: for an id that is not registered, or anything else.
+    """
+    if isinstance(environment, EnvSpec):
+        return environment
+    if isinstance(environment, str):
+        return specification(environment)
+    if not callable(environment):
+        raise DtLensError(
+            f"environment is {environment!r:.80}; it must be a Gymnasium id, such as 'Hopper-v5', an EnvSpec, or a "
+            "function that makes an environment."
+        )
+    name = getattr(environment, "__qualname__", type(environment).__name__)
+    return EnvSpec(re.sub(r"[^\w:.-]+", "-", name).strip("-") or "environment", entry_point=environment)
+
+
+def make_environment(
+    environment: Named,
     kwargs: Mapping[str, Any],
     cfg: HookedDecisionTransformerConfig,
     max_steps: int | None = None,
-) -> Task:
-    """The task ``environment``, made once to check that the model ``cfg`` describes fits it.
+) -> Environment:
+    """``environment``, made once to check that the model ``cfg`` describes fits it.
 
     ``kwargs`` are keywords of ``gymnasium.make``; its ``max_episode_steps`` and ``wrappers`` change the specification.
 
@@ -94,7 +118,8 @@ def make_task(
     require_offers(cfg, "cfg", "the configuration of a decision transformer", "state_dim", "act_dim")
     if not isinstance(kwargs, Mapping):
         raise DtLensError(f"kwargs is {a_type(kwargs)}; it must be a dictionary of arguments by name.")
-    spec, kwargs = specify(specification(environment), kwargs)
+    spec, kwargs = specify(specification_of(environment), kwargs)
+    environment = environment if isinstance(environment, str) else spec.id
     env = _make(spec, kwargs)
     try:
         state_dim = _state_size(environment, env.observation_space)
@@ -125,7 +150,7 @@ def make_task(
             stacklevel=2,
         )
     limit = min(limits, default=cfg.max_ep_len)
-    return Task(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, limit)
+    return Environment(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, limit)
 
 
 def _is_limit(steps: Any) -> TypeGuard[Integral]:

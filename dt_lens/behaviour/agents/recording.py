@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dt_lens.arguments import LAST_SEED, require_offers, whole_number
-from dt_lens.behaviour.agents.environment import Task
+from dt_lens.behaviour.agents.environment import Environment
 from dt_lens.behaviour.agents.running import known_setting, run
 from dt_lens.lens.protocol import require_agent
 
 if TYPE_CHECKING:
-    from dt_lens.behaviour.agents.episodes import Episodes
+    from dt_lens.behaviour.agents.evaluation import AgentEvaluation
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 __all__ = ["record_actions"]
@@ -32,14 +32,14 @@ class _ActionLog(gym.Wrapper[Any, Any, Any, Any]):
 
 
 @dataclass(frozen=True)
-class _RecordingTask(Task):
+class _RecordedEnvironment(Environment):
     log: list[NDArray[Any]] = field(default_factory=list)
 
     def make(self, **kwargs: Any) -> gym.Env[Any, Any]:
         return _ActionLog(super().make(**kwargs), self.log)
 
 
-def record_actions(model: HookedDecisionTransformer, evaluation: Episodes, seed: int) -> NDArray[Any]:
+def record_actions(model: HookedDecisionTransformer, evaluation: AgentEvaluation, seed: int) -> NDArray[Any]:
     """The actions of ``model`` as it is now in episode ``seed`` of ``evaluation``: ``[steps, act_dim]`` or ``[steps]``.
 
     The episode is run again, and repeats to the last bit what it was when ``evaluate`` ran it with these weights.
@@ -52,6 +52,6 @@ def record_actions(model: HookedDecisionTransformer, evaluation: Episodes, seed:
     # The user may have confirmed the model's.
     kwargs = next((known for known in own if known == e.environment_kwargs), e.environment_kwargs)
     setting = known_setting(model, e.environment, kwargs, e.target_return, e.time_limit)
-    recording = _RecordingTask(**{f.name: getattr(setting.task, f.name) for f in fields(Task)})
-    run(model, setting._replace(task=recording), range(seed, seed + 1), workers=1)
+    recording = _RecordedEnvironment(**{f.name: getattr(setting.made, f.name) for f in fields(Environment)})
+    run(model, setting._replace(made=recording), range(seed, seed + 1), workers=1)
     return np.array(recording.log)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt_lens.behaviour.agents.environment import Task
+from dt_lens.behaviour.agents.environment import Environment
 from dt_lens.errors import DtLensError
 
 __all__ = ["Conditions", "EpisodeCount", "Outcome", "Policy", "run_episodes"]
@@ -33,6 +33,7 @@ class Outcome(NamedTuple):
     length: int  # steps
     terminated: bool  # the environment ended it
     truncated: bool  # the time limit cut it
+    more: tuple[float, ...] = ()  # what else the environment's ``measure`` gives, in the order of its ``measures``
 
 
 class Conditions(NamedTuple):
@@ -60,15 +61,17 @@ class Policy(Protocol):
 class _Lane:
     """One environment and the episode that runs in it."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.env = task, task.make()
+    def __init__(self, made: Environment) -> None:
+        self.made, self.env = made, made.make()
         self.seed = self.length = 0
         self.total = 0.0
-        self.state = np.zeros(task.state_dim)
+        self.measured: Callable[[], Mapping[str, float]] | None = None
+        self.state = np.zeros(made.state_dim)
 
     def begin(self, seed: int) -> NDArray[np.float64]:
         self.seed, self.length, self.total = seed, 0, 0.0
         observation, _ = self.env.reset(seed=seed)
+        self.measured = None if self.made.measure is None else self.made.measure(self.env)
         return self._state(observation)
 
     def step(self, action: Any) -> tuple[NDArray[np.float64], bool, bool]:
@@ -81,34 +84,36 @@ class _Lane:
         # Also on the last step, which no action follows: a return of NaN would be ranked among the others.
         if not math.isfinite(self.total):
             raise self.not_finite(f"a reward that is not a finite number, or too large for the return ({reward!r})")
-        truncated = bool(truncated) or self.length >= self.task.time_limit
+        truncated = bool(truncated) or self.length >= self.made.time_limit
         return self._state(observation), bool(terminated), truncated
 
     def _state(self, observation: Any) -> NDArray[np.float64]:
-        self.state = self.task.state(observation)
+        self.state = self.made.state(observation)
         if not np.isfinite(self.state).all():
             raise self.not_finite(f"an observation that is not finite ({_few(self.state)})")
         return self.state
 
     def not_finite(self, what: str) -> DtLensError:
         return DtLensError(
-            f"The environment {self.task.environment} gave {what} at step {self.length} of the episode with seed "
+            f"The environment {self.made.environment} gave {what} at step {self.length} of the episode with seed "
             f"{self.seed}; the episode has no return, so mend the environment or leave out that seed."
         )
 
     def outcome(self, terminated: bool, truncated: bool) -> Outcome:
-        return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated)
+        own = {} if self.measured is None else self.measured()
+        more = tuple(float(own[name]) for name in self.made.measures)
+        return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated, more)
 
 
 class _Inputs:
     """The next inputs of the policy, a row per lane."""
 
-    def __init__(self, width: int, task: Task, conditions: Conditions) -> None:
+    def __init__(self, width: int, made: Environment, conditions: Conditions) -> None:
         self.conditions = conditions
-        self.states = np.zeros((width, task.state_dim))
+        self.states = np.zeros((width, made.state_dim))
         self.earned = np.zeros((width, 1))
         self.timesteps = np.zeros(width, np.int64)
-        self.actions = np.zeros((width, task.act_dim), np.float32)
+        self.actions = np.zeros((width, made.act_dim), np.float32)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c = self.conditions
@@ -131,7 +136,7 @@ class _Inputs:
 
 def run_episodes(
     policy: Policy,
-    task: Task,
+    made: Environment,
     conditions: Conditions,
     seeds: Iterator[int],
     *,
@@ -142,7 +147,7 @@ def run_episodes(
 
     Args:
         policy: fresh, with one row for each lane.
-        task: the environment, and when an episode is cut.
+        made: the environment, and when an episode is cut.
         conditions: the target return, and how states and returns are scaled.
         seeds: given in order to lanes as they fall free.
         least_width: when the seeds run out the batch narrows as lanes fall free, but not below this; when omitted it
@@ -156,7 +161,7 @@ def run_episodes(
         DtLensError: for a reward or an observation that is not finite, which names the environment, and for an action
             that is not finite.
     """
-    inputs = _Inputs(policy.width, task, conditions)
+    inputs = _Inputs(policy.width, made, conditions)
     lanes: dict[int, _Lane] = {}  # by row
     outcomes: list[Outcome] = []
 
@@ -170,13 +175,13 @@ def run_episodes(
             seed = next(seeds, None)
             if seed is None:
                 break
-            lanes[row] = _Lane(task)
+            lanes[row] = _Lane(made)
             begin(row, seed)
         while lanes:
             seen = inputs.tensors()
             predictions = policy.act(*seen).float().cpu().numpy()
             _check_finite(predictions, seen[0], lanes)
-            actions, inputs.actions = task.actions(predictions)
+            actions, inputs.actions = made.actions(predictions)
             for row, lane in list(lanes.items()):
                 state, terminated, truncated = lane.step(actions[row])
                 if not (terminated or truncated):
@@ -193,7 +198,7 @@ def run_episodes(
             if lanes and least_width is not None and max(len(lanes), least_width) < policy.width:
                 lanes = _narrow(policy, inputs, lanes, max(len(lanes), least_width))
             if report is not None:
-                report(len(outcomes), sum(lane.length for lane in lanes.values()) / task.time_limit)
+                report(len(outcomes), sum(lane.length for lane in lanes.values()) / made.time_limit)
     finally:
         for lane in lanes.values():
             lane.env.close()

@@ -10,7 +10,7 @@ and Gymnasium take.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.torch import load, save
 
 from dt_lens.arguments import LAST_SEED, is_finite_number, whole_number
-from dt_lens.behaviour.agents.environment import Task, make_task
+from dt_lens.behaviour.agents.environment import Environment, Named, make_environment, specification_of
 from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
 from dt_lens.behaviour.agents.rollouts import Conditions, EpisodeCount, Outcome, Policy, run_episodes
 from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
     environment: str
     environment_kwargs: dict[str, Any]
     target_return: float
-    task: Task
+    made: Environment
     conditions: Conditions
     role: str = ""  # "training" or "evaluation", where the model's facts know both
 
@@ -91,7 +91,9 @@ def setting_of(
     """
     facts = model.facts
     if environment is not None and not isinstance(environment, str):
-        raise DtLensError(f"environment is {environment!r}; it must be a Gymnasium id, such as 'Hopper-v5'.")
+        given, environment = environment, specification_of(environment).id
+    else:
+        given = None
     if environment_kwargs is not None and not isinstance(environment_kwargs, Mapping):
         raise DtLensError(f"environment_kwargs is {environment_kwargs!r:.80}; it must be a dictionary of keywords.")
     import_module_of(environment)
@@ -110,20 +112,20 @@ def setting_of(
         target_return = facts.target_returns[0]
     if not is_finite_number(target_return):
         raise DtLensError(f"target_return is {target_return!r:.80}; it must be a finite number.")
-    setting = known_setting(model, environment, environment_kwargs, float(target_return), max_steps)
+    setting = known_setting(model, given or environment, environment_kwargs, float(target_return), max_steps)
     return setting._replace(role=role)
 
 
 def known_setting(
     model: HookedDecisionTransformer,
-    environment: str,
+    environment: Named,
     environment_kwargs: Mapping[str, Any],
     target_return: float,
     max_steps: int | None,
 ) -> Setting:
     """The setting of these very values; no module is imported."""
-    task = make_task(environment, environment_kwargs, model.cfg, max_steps)
-    return Setting(environment, dict(environment_kwargs), target_return, task, _conditions(model, target_return))
+    made = make_environment(environment, environment_kwargs, model.cfg, max_steps)
+    return Setting(made.environment, dict(environment_kwargs), target_return, made, _conditions(model, target_return))
 
 
 def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:
@@ -142,7 +144,7 @@ class Job:
     weights: bytes  # safetensors
     cfg: dict[str, Any]
     context: int
-    task: Task
+    made: Environment
     conditions: Conditions
     lanes: int
     padding: Padding = "mask"
@@ -158,7 +160,7 @@ def portable_job(model: HookedDecisionTransformer, setting: Setting, lanes: int)
         return None
     packed = save({name: weight.contiguous() for name, weight in used.items()})
     facts = model.facts
-    return Job(packed, model.cfg.to_dict(), facts.context, setting.task, setting.conditions, lanes, facts.padding)
+    return Job(packed, model.cfg.to_dict(), facts.context, setting.made, setting.conditions, lanes, facts.padding)
 
 
 def acting_weights(model: HookedDecisionTransformer) -> dict[str, Tensor]:
@@ -170,7 +172,7 @@ def acting_weights(model: HookedDecisionTransformer) -> dict[str, Tensor]:
 def run(
     model: HookedDecisionTransformer,
     setting: Setting,
-    seeds: range,
+    seeds: Sequence[int],
     *,
     workers: int | None = None,
     lanes: int | None = None,
@@ -214,7 +216,7 @@ def run_job(
         model = ActingModel(load(job.weights), HookedDecisionTransformerConfig.from_dict(job.cfg))
         policy, least_width = _lean_policy(model, job.context, job.lanes, job.padding)
         policy = policy if watch is None else watch(policy)
-        return run_episodes(policy, job.task, job.conditions, seeds, least_width=least_width, report=report)
+        return run_episodes(policy, job.made, job.conditions, seeds, least_width=least_width, report=report)
 
 
 def _run_here(
@@ -239,7 +241,7 @@ def _run_here(
         else:
             policy = WindowPolicy(model, model.cfg, context, lanes, like, padding=padding)
         policy = policy if watch is None else watch(policy)
-        return run_episodes(policy, setting.task, setting.conditions, seeds, report=report)
+        return run_episodes(policy, setting.made, setting.conditions, seeds, report=report)
 
 
 def _lean_policy(model: ActingModel, context: int, lanes: int, padding: Padding) -> tuple[Policy, int | None]:

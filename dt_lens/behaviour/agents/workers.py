@@ -14,7 +14,7 @@ import signal
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ IDLE_SECONDS = 300  # how long a worker waits for more work before it leaves
 REPORT_SECONDS = 0.2
 
 
-def run_in_workers(work: Work, seeds: range, workers: int, report: EpisodeCount | None = None) -> list[Outcome]:
+def run_in_workers(work: Work, seeds: Sequence[int], workers: int, report: EpisodeCount | None = None) -> list[Outcome]:
     """Run all ``seeds`` in ``workers`` processes; ``work`` runs in each of them, on the seeds that it claims.
 
     Raises:
@@ -96,7 +96,7 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _work(work: Work, seeds: range, folder: str, number: int) -> list[Outcome]:
+def _work(work: Work, seeds: Sequence[int], folder: str, number: int) -> list[Outcome]:
     file, due, parent = Path(folder, f"report-{number}"), 0.0, os.getppid()
 
     def report(finished: int, running: float) -> None:
@@ -111,7 +111,7 @@ def _work(work: Work, seeds: range, folder: str, number: int) -> list[Outcome]:
     return work(_claim(seeds, folder), report)
 
 
-def _claim(seeds: range, folder: str) -> Iterator[int]:
+def _claim(seeds: Sequence[int], folder: str) -> Iterator[int]:
     """The seeds that no other worker has taken: making a file of that name succeeds for one of them only.
 
     So no worker waits for a slower one's share.

@@ -73,7 +73,7 @@ def first_steps(job: Job) -> str | None:
 
 
 def _steps(job: Job) -> str:
-    short = replace(job, task=replace(job.task, time_limit=min(STEPS, job.task.time_limit)))
+    short = replace(job, made=replace(job.made, time_limit=min(STEPS, job.made.time_limit)))
     try:
         outcomes = repr([(o.total.hex(), o.length) for o in run_unit(short, load(job.weights), Unit(0, b"", 0, 2))])
     except DtLensError as error:
@@ -85,6 +85,6 @@ def _steps(job: Job) -> str:
 
 def fingerprint(job: Job) -> Mapping[str, str | None]:
     """What must be equal on two machines before one may run units of the other's sweep."""
-    package = registration(job.task.spec)["package"]
+    package = registration(job.made.spec)["package"]
     versions = {"version of dt-lens": __version__, **software(), "package of the environment": package}
     return {**versions, "steps": first_steps(job)}

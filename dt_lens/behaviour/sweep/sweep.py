@@ -102,11 +102,11 @@ class Sweep:
             "environment": setting.environment,
             "environment_kwargs": setting.environment_kwargs,
             "target_return": setting.target_return,
-            "time_limit": setting.task.time_limit,
+            "time_limit": setting.made.time_limit,
             "failure": known_rule(asked.failure, model.facts, setting.environment),  # type: ignore[arg-type]
             "block_size": block_size_of(asked.episodes, asked.block_size),
             "fold_layernorm": asked.fold_layernorm,
-            "registration": registration(setting.task.spec),
+            "registration": registration(setting.made.spec),
             **software(),
         }
         with one_thread():
@@ -121,7 +121,7 @@ class Sweep:
                 "environment": setting.environment,
                 "environment_kwargs": setting.environment_kwargs,
                 "target_return": setting.target_return,
-                "max_steps": setting.task.time_limit,
+                "max_steps": setting.made.time_limit,
             },
         )
         self._source.check(list(dict.fromkeys(arm.matrix for arm in self._arms if arm.matrix is not None)))

@@ -1,2 +1,3 @@
 from .comparison import TextComparison as TextComparison
 from .evaluation import TextEvaluation as TextEvaluation
+from .task import TextTask as TextTask

@@ -1,140 +1,143 @@
-"""The result of ``evaluate`` for a language model: its losses, their summary, and how both are printed."""
+"""The result of ``evaluate`` for a language model: an ``Evaluation`` whose units are windows of text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
-from dt_lens.behaviour.printing import html_table, span, text_table
+from dt_lens.behaviour.comparison import Comparison
+from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.terms import Terms
 from dt_lens.behaviour.texts.comparison import TextComparison
-from dt_lens.behaviour.texts.losses import Losses, Moved, moved_html, moved_rows, small_span
-from dt_lens.errors import DtLensError
-from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, iqm
+from dt_lens.behaviour.texts.moved import Moved, moved_frame, moved_html, moved_rows, small_span
+from dt_lens.statistics.outcomes import bootstrap_interval
 
-__all__ = ["TextEvaluation"]
+__all__ = ["TextEvaluation", "terms_of_windows"]
 
-_KEPT = ("text", "text_id", "context", "bytes_per_token", "model_id", "base_id")
+
+def terms_of_windows(text: str, text_id: str, context: int) -> Terms:
+    """The terms of windows of a text.
+
+    Args:
+        text: what is read, in words.
+        text_id: hash of all tokens of all windows; only evaluations with the same one are paired.
+        context: tokens of a window.
+    """
+    return Terms(
+        task="text",
+        measures={"loss": "real", "kl": "real", "tokens": "integer"},
+        outcome="loss",
+        better="less",
+        unit="window",
+        index="index",
+        scale="nats per token",
+        digits=4,
+        setting={"context": context, "text_id": text_id},
+        titles={"text_id": "text"},
+        place=f"{text}, in windows of up to {context} tokens",
+        actor="model",
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TextEvaluation(Losses):
-    """Losses with a summary and paired comparisons; the arrays and their attributes are those of ``Losses``.
+class TextEvaluation(Evaluation):
+    """Windows of text that one model predicted; one window is one unit of evidence.
 
-    Intervals are over windows of these texts and for this one checkpoint. Neighbouring windows of a text are not quite
-    independent, so the intervals are a little too narrow.
+    Neighbouring windows of a text are not quite independent, so the intervals are a little too narrow.
     """
 
+    comparison: ClassVar[type[Comparison]] = TextComparison
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """``[n]``, predicted tokens of each window."""
+        return np.asarray(self.columns["tokens"])
+
+    @property
+    def loss(self) -> NDArray[np.float64]:
+        """``[n]``, mean negative log probability of them, in nats per token."""
+        return self.outcomes
+
+    @property
+    def kl(self) -> NDArray[np.float64]:
+        """``[n]``, mean Kullback-Leibler divergence of the model from itself without the edits that were active,
+        KL(unedited || edited), in nats per token (Kullback and Leibler 1951); zeros where there were none."""
+        return np.asarray(self.columns["kl"])
+
+    @property
+    def moved(self) -> tuple[Moved, ...]:
+        """The tokens whose mean predicted probability the edits changed most: those that gained, most first, then those
+        that lost, most first."""
+        return tuple(Moved(*row) for row in self.details.get("moved", ()))
+
+    @property
+    def text(self) -> str:
+        """What was read, in words."""
+        return str(self.details.get("text", ""))
+
+    @property
+    def text_id(self) -> str:
+        """Hash of all tokens of all windows; only evaluations with the same one are paired."""
+        return str(self.terms.setting["text_id"])
+
+    @property
+    def context(self) -> int:
+        """Tokens of a window."""
+        return int(self.terms.setting["context"])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the texts, in UTF-8."""
+        return float(self.details.get("bytes_per_token", math.nan))
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean loss."""
+        return math.exp(self.mean)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The mean loss over the mean length of a token: what compares models with other tokenizers."""
+        return self.mean / math.log(2) / self.bytes_per_token
+
     def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
-        """The numbers of the evaluation, as plain values.
-
-        ``loss``, ``loss_interval``, ``iqm``, ``iqm_interval`` (studentised bootstrap over windows), ``interval_note``
-        (where the mean's covers less than it says), ``std`` (n - 1), ``perplexity``,
-        ``bits_per_byte``, ``kl`` and ``kl_interval``.
-
-        Args:
-            confidence: of the intervals.
-            seed: of the bootstrap.
-        """
-        options: dict[str, Any] = {"confidence": confidence, "seed": seed}
+        """As ``Evaluation.summary``; also ``loss`` and ``loss_interval`` (the mean), ``predicted`` (tokens),
+        ``perplexity``, ``bits_per_byte``, ``kl`` and ``kl_interval``."""
+        found = super().summary(confidence=confidence, seed=seed)
         return {
             "text": self.text,
-            "windows": len(self),
-            "context": self.context,
+            **found,
             "tokens": int(self.tokens.sum()),
             "loss": self.mean,
-            "loss_interval": tuple(bootstrap_interval(self.loss, **options)),
-            "iqm": float(iqm(self.loss)),
-            "iqm_interval": tuple(bootstrap_interval(self.loss, iqm, **options)),
-            "interval_note": interval_note(self.loss, "losses"),
-            "std": float(self.loss.std(ddof=1)) if len(self) > 1 else float("nan"),
+            "loss_interval": found["mean_interval"],
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
             "kl": float(self.kl.mean()),
-            "kl_interval": tuple(bootstrap_interval(self.kl, **options)),
+            "kl_interval": tuple(bootstrap_interval(self.kl, confidence=confidence, seed=seed)),
         }
 
-    def compare(
-        self, baseline: Losses, *, confidence: float = 0.95, seed: int = 0, other_model: bool = False
-    ) -> TextComparison:
-        """This evaluation against ``baseline``, paired by window; differences are this one's minus the baseline's.
+    def moved_frame(self, k: int | None = None) -> pd.DataFrame:
+        """The ``k`` tokens that gained and the ``k`` that lost most: token, text, before, after, change."""
+        return moved_frame(self.moved, k)
 
-        Args:
-            baseline: of the same texts, cut into the same windows.
-            confidence: of the intervals.
-            seed: of the bootstrap and the permutations.
-            other_model: whether the two may be of different models, as before and after fine-tuning; they must have the
-                same tokenizer.
-
-        Raises:
-            DtLensError: when the two differ in their texts, windows or tokens, or in the model without its edits.
-        """
-        return TextComparison.of(self, baseline, confidence=confidence, seed=seed, other_model=other_model)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Provenance, ``summary()``, the tokens that moved and the windows, as plain JSON values."""
-        return {
-            **{name: getattr(self, name) for name in _KEPT},
-            "edits": list(self.edits),
-            **self.summary(),
-            "moved": [list(row) for row in self.moved],
-            "per_window": {name: column.tolist() for name, column in self.to_frame().items()},
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TextEvaluation:
-        """The inverse of ``to_dict``, to the last bit.
-
-        Raises:
-            DtLensError: for a value that is missing or of the wrong kind.
-        """
-        try:
-            rows = values["per_window"]
-            tokens, loss, kl = (
-                np.array(rows["tokens"], dtype=np.int64),
-                np.array(rows["loss"], dtype=np.float64),
-                np.array(rows["kl"], dtype=np.float64),
-            )
-            if not tokens.shape == loss.shape == kl.shape or tokens.ndim != 1 or not len(tokens):
-                raise ValueError("the columns of per_window differ in length")
-            return cls(
-                tokens,
-                loss,
-                kl,
-                tuple(Moved(*row) for row in values["moved"]),
-                edits=tuple(values["edits"]),
-                **{name: values[name] for name in _KEPT},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DtLensError(f"These are not the values of a text evaluation's to_dict: {error!r}.") from error
-
-    def _rows(self) -> list[tuple[str, str]]:
-        s = self.summary()
+    def _more_rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows = [
-            ("mean loss", f"{s['loss']:.4f} nats per token  {span(s['loss_interval'], digits=4)}"),
-            ("interquartile mean", f"{s['iqm']:.4f}  {span(s['iqm_interval'], digits=4)}"),
-            ("perplexity", f"{s['perplexity']:.2f}"),
-            ("bits per byte", f"{s['bits_per_byte']:.4f}"),
+            ("perplexity", f"{summary['perplexity']:.2f}"),
+            ("bits per byte", f"{summary['bits_per_byte']:.4f}"),
+            ("predicted tokens", f"{summary['tokens']:,}"),
         ]
         if self.edits:
-            rows.append(("KL from the unedited", f"{s['kl']:.3g} nats per token  {small_span(s['kl_interval'])}"))
+            rows.append(
+                ("KL from the unedited", f"{summary['kl']:.3g} nats per token  {small_span(summary['kl_interval'])}")
+            )
             rows += moved_rows(self.moved)
-        if s["interval_note"]:
-            rows.append(("intervals", s["interval_note"]))
         return rows
 
-    def _title(self) -> str:
-        edits = f", {len(self.edits)} edit{'s' * (len(self.edits) != 1)}" if self.edits else ""
-        windows = f"{len(self)} window{'s' * (len(self) != 1)}"
-        return f"{self.text}: {windows} of up to {self.context} tokens, {int(self.tokens.sum()):,} predicted{edits}"
-
-    def __str__(self) -> str:
-        return text_table(self._title(), self._rows())
-
-    def __repr__(self) -> str:
-        return f"<TextEvaluation {self._title()}; mean loss {self.mean:.4f}>"
-
     def _repr_html_(self) -> str:
-        return html_table(self._title(), self._rows()) + moved_html(self.moved)
+        return super()._repr_html_() + moved_html(self.moved)

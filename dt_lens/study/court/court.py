@@ -118,7 +118,7 @@ def court(
             "model_id": model_id(model),
             "environment": trial.setting.environment,
             "target_return": trial.setting.target_return,
-            "time_limit": trial.setting.task.time_limit,
+            "time_limit": trial.setting.made.time_limit,
         }
     if trial.measured is not None:
         facts |= {"episodes": episodes, "unedited_mean_return": round(trial.measured.baseline.mean, 3)}
@@ -160,7 +160,7 @@ class _Trial:
             3: self._hurts_more,
             4: lambda way: reads_states(self.case, way),
             5: lambda way: reward_beats_chance(self.case, way),
-            6: lambda way: follows_time(self.case, way, self.setting.task.time_limit if self.setting else None),
+            6: lambda way: follows_time(self.case, way, self.setting.made.time_limit if self.setting else None),
             7: self._predicts,
         }
         found: dict[Way, dict[int, Finding | str]] = {way: {} for way in WAYS}

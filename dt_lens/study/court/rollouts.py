@@ -249,7 +249,7 @@ def common_action(model: Any, setting: Setting, out: Path | None, tell: Progress
 
     Discrete: the index of the most frequent action. Continuous: the coordinate of largest mean |action|.
     """
-    identity = [model_id(model), setting.target_return, setting.environment, setting.task.time_limit]
+    identity = [model_id(model), setting.target_return, setting.environment, setting.made.time_limit]
     identity += [setting.environment_kwargs] if setting.environment_kwargs else []
     file = None if out is None else out / "actions.json"
     kept = _kept(file, identity)
@@ -257,14 +257,14 @@ def common_action(model: Any, setting: Setting, out: Path | None, tell: Progress
         return kept
     where = Evaluation.from_outcomes(
         [], environment=setting.environment, environment_kwargs=setting.environment_kwargs,
-        target_return=setting.target_return, time_limit=setting.task.time_limit,
+        target_return=setting.target_return, time_limit=setting.made.time_limit,
     )  # fmt: skip
     sizes = np.zeros(model.cfg.act_dim)
     for seed in range(OWN):
         tell(f"counting actions  episode {seed + 1} of {OWN}", 0.1)
         actions = record_actions(model, where, seed)
         if model.cfg.discrete_actions:
-            kinds = actions.astype(np.int64) - int(getattr(setting.task.action_space, "start", 0))
+            kinds = actions.astype(np.int64) - int(getattr(setting.made.action_space, "start", 0))
             sizes += np.bincount(kinds, minlength=len(sizes))
         else:
             sizes += np.abs(actions).sum(0)

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from dt_lens.behaviour.agents.environment import make_task, score_reference
+from dt_lens.behaviour.agents.environment import make_environment, score_reference
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.errors import DtLensError
 
@@ -37,13 +37,13 @@ def test_an_environment_that_does_not_fit_is_refused(
     environment: str, cfg: HookedDecisionTransformerConfig, sentence: str
 ) -> None:
     with pytest.raises(DtLensError, match=sentence) as caught:
-        make_task(environment, {}, cfg)
+        make_environment(environment, {}, cfg)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_keyword_arguments_are_refused() -> None:
     with pytest.raises(DtLensError, match=r"'Hopper-v5' cannot be made: .*wings"):
-        make_task("Hopper-v5", {"wings": 2}, _cfg(11, 3))
+        make_environment("Hopper-v5", {"wings": 2}, _cfg(11, 3))
 
 
 @pytest.mark.parametrize("raised", [RuntimeError("no licence\nfound."), AssertionError(), SystemExit(3), KeyError("x")])
@@ -54,20 +54,20 @@ def test_whatever_a_constructor_raises_is_one_sentence(raised: BaseException) ->
     gym.register("dt-lens-test/Broken-v0", entry_point=make)
     try:
         with pytest.raises(DtLensError, match=r"^The environment 'dt-lens-test/Broken-v0' cannot be made: .+\.$"):
-            make_task("dt-lens-test/Broken-v0", {}, _cfg(2, 3))
+            make_environment("dt-lens-test/Broken-v0", {}, _cfg(2, 3))
     finally:
         del gym.registry["dt-lens-test/Broken-v0"]
 
 
 def test_keyword_arguments_reach_the_environment() -> None:
-    env = make_task("Hopper-v5", {"terminate_when_unhealthy": False}, _cfg(11, 3)).make()
+    env = make_environment("Hopper-v5", {"terminate_when_unhealthy": False}, _cfg(11, 3)).make()
     assert env.unwrapped._terminate_when_unhealthy is False
 
 
 def test_the_shortest_limit_holds() -> None:
-    assert make_task("Hopper-v5", {}, _cfg(11, 3)).time_limit == 1000
-    assert make_task("Hopper-v5", {}, _cfg(11, 3), max_steps=20).time_limit == 20
-    assert make_task("Hopper-v5", {}, _cfg(11, 3), max_steps=2000).time_limit == 1000
+    assert make_environment("Hopper-v5", {}, _cfg(11, 3)).time_limit == 1000
+    assert make_environment("Hopper-v5", {}, _cfg(11, 3), max_steps=20).time_limit == 20
+    assert make_environment("Hopper-v5", {}, _cfg(11, 3), max_steps=2000).time_limit == 1000
 
 
 class _Counting(_Start):
@@ -80,18 +80,20 @@ def test_an_environments_own_limit_holds_beyond_the_models_timestep_table() -> N
     for number, kind in enumerate((_Counting, _Start)):
         gym.register(f"dt-lens-test/Limit-v{number}", entry_point=kind)
     try:
-        assert make_task("dt-lens-test/Limit-v0", {}, _cfg(2, 3, True)).time_limit == 100  # the table has 77 rows
-        assert make_task("dt-lens-test/Limit-v0", {}, _cfg(2, 3, True), max_steps=90).time_limit == 90
-        assert make_task("dt-lens-test/Limit-v1", {}, _cfg(2, 3, True), max_steps=90).time_limit == 90
+        assert (
+            make_environment("dt-lens-test/Limit-v0", {}, _cfg(2, 3, True)).time_limit == 100
+        )  # the table has 77 rows
+        assert make_environment("dt-lens-test/Limit-v0", {}, _cfg(2, 3, True), max_steps=90).time_limit == 90
+        assert make_environment("dt-lens-test/Limit-v1", {}, _cfg(2, 3, True), max_steps=90).time_limit == 90
         with pytest.warns(UserWarning, match="no time limit that dt-lens can see.*after 77 steps"):
-            assert make_task("dt-lens-test/Limit-v1", {}, _cfg(2, 3, True)).time_limit == 77
+            assert make_environment("dt-lens-test/Limit-v1", {}, _cfg(2, 3, True)).time_limit == 77
     finally:
         for number in range(2):
             del gym.registry[f"dt-lens-test/Limit-v{number}"]
 
 
 def test_same_dynamics_as_gym_make() -> None:
-    ours, theirs = make_task("Hopper-v5", {}, _cfg(11, 3)).make(), gym.make("Hopper-v5")
+    ours, theirs = make_environment("Hopper-v5", {}, _cfg(11, 3)).make(), gym.make("Hopper-v5")
     np.testing.assert_array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
     for action in np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32):
         a, b = ours.step(action), theirs.step(action)
@@ -100,7 +102,7 @@ def test_same_dynamics_as_gym_make() -> None:
 
 
 def test_continuous_actions_are_clipped_and_not_rescaled() -> None:
-    task = make_task("Pendulum-v1", {}, _cfg(3, 1))
+    task = make_environment("Pendulum-v1", {}, _cfg(3, 1))
     env = task.make()  # torques from -2 to 2
     for predicted, expected in ((0.5, 0.5), (1.7, 1.7), (9.0, 2.0), (-9.0, -2.0)):
         actions, taken = task.actions(np.array([[predicted]], np.float32))
@@ -112,7 +114,7 @@ def test_continuous_actions_are_clipped_and_not_rescaled() -> None:
 def test_discrete_actions_are_the_largest_logit_and_come_back_one_hot() -> None:
     gym.register("dt-lens-test/Start-v0", entry_point=_Start, max_episode_steps=3)
     try:
-        task = make_task("dt-lens-test/Start-v0", {}, _cfg(2, 3, True))
+        task = make_environment("dt-lens-test/Start-v0", {}, _cfg(2, 3, True))
         actions, taken = task.actions(np.array([[-1.0, 0.5, 0.2], [3.0, 0.5, 0.2]], np.float32))
     finally:
         del gym.registry["dt-lens-test/Start-v0"]
@@ -121,7 +123,7 @@ def test_discrete_actions_are_the_largest_logit_and_come_back_one_hot() -> None:
 
 
 def test_observations_that_are_not_vectors_are_flattened() -> None:
-    task = make_task("FrozenLake-v1", {}, _cfg(16, 4, True))
+    task = make_environment("FrozenLake-v1", {}, _cfg(16, 4, True))
     assert task.state(3).tolist() == np.eye(16)[3].tolist()
 
 
@@ -132,7 +134,7 @@ def test_actions_of_other_spaces_are_refused() -> None:
     gym.register("dt-lens-test/Two-v0", entry_point=Two, max_episode_steps=3)
     try:
         with pytest.raises(DtLensError, match="only flat continuous"):
-            make_task("dt-lens-test/Two-v0", {}, _cfg(2, 4, True))
+            make_environment("dt-lens-test/Two-v0", {}, _cfg(2, 4, True))
     finally:
         del gym.registry["dt-lens-test/Two-v0"]
 

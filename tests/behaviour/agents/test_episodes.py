@@ -7,19 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dt_lens.behaviour.agents.episodes import Episodes, known_rule
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
+from dt_lens.behaviour.agents.failure import known_rule
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
 
 
-def _episodes(returns: Any, lengths: Any = None, environment: str = "Hopper-v5") -> Episodes:
+def _episodes(returns: Any, lengths: Any = None, environment: str = "Hopper-v5") -> AgentEvaluation:
     lengths = np.full(len(returns), 1000) if lengths is None else lengths
     outcomes = [
         Outcome(i, float(r), int(n), bool(n < 1000), bool(n >= 1000))
         for i, (r, n) in enumerate(zip(returns, lengths, strict=True))
     ]
-    return Episodes.from_outcomes(outcomes[::-1], environment=environment, target_return=3600.0, time_limit=1000)
+    return AgentEvaluation.from_outcomes(outcomes[::-1], environment=environment, target_return=3600.0, time_limit=1000)
 
 
 RNG = np.random.default_rng(0)

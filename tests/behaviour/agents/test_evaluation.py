@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.outcomes import mcnemar, wilson
@@ -19,14 +19,14 @@ from dt_lens.statistics.outcomes import mcnemar, wilson
 
 def _evaluation(
     returns: Any, lengths: Any = None, *, seed: int = 0, environment: str = "Hopper-v5", **rest: Any
-) -> Evaluation:
+) -> AgentEvaluation:
     lengths = np.full(len(returns), 1000) if lengths is None else lengths
     outcomes = [
         Outcome(seed + i, float(r), int(n), bool(n < 1000), bool(n >= 1000))
         for i, (r, n) in enumerate(zip(returns, lengths, strict=True))
     ]
     options = {"target_return": 3600.0, "time_limit": 1000, "model_id": "0123456789abcdef"}
-    return Evaluation.from_outcomes(outcomes[::-1], environment=environment, **(options | rest))
+    return AgentEvaluation.from_outcomes(outcomes[::-1], environment=environment, **(options | rest))
 
 
 RNG = np.random.default_rng(0)
@@ -135,15 +135,15 @@ def test_a_constant_difference() -> None:
         ({"target_return": 1800.0}, "target return"),
         ({"time_limit": 500}, "time limit"),
         ({"failure": 100.0}, "failure rule"),
-        ({"seed": 1}, "different seeds"),
+        ({"seed": 1}, "different episodes"),
     ],
 )
 def test_evaluations_that_cannot_be_paired_are_refused(other: dict[str, Any], what: str) -> None:
     with pytest.raises(DtLensError, match=what):
         _evaluation(GOOD).compare(_evaluation(GOOD, **other))
-    with pytest.raises(DtLensError, match=r"different seeds \(40 from 0 and 39 from 0\)"):
+    with pytest.raises(DtLensError, match=r"different episodes \(40 from 0 and 39 from 0\)"):
         _evaluation(GOOD).compare(_evaluation(GOOD[:39]))
-    with pytest.raises(DtLensError, match="compare takes another evaluation of an agent, not a NoneType"):
+    with pytest.raises(DtLensError, match="compare takes another evaluation, not a NoneType"):
         _evaluation(GOOD).compare(None)  # type: ignore[arg-type]
 
 
@@ -170,23 +170,25 @@ def test_an_evaluation_stays_one_through_pickle_and_another_rule() -> None:
     e = _evaluation(BAD, LENGTHS)
     assert e.failed.any()  # a cached value travels too
     back = pickle.loads(pickle.dumps(e))
-    assert isinstance(back, Evaluation)
+    assert isinstance(back, AgentEvaluation)
     assert back.to_dict() == e.to_dict()
     c = pickle.loads(pickle.dumps(e.compare(_evaluation(GOOD))))
     assert repr(c) == repr(e.compare(_evaluation(GOOD)))
-    assert isinstance(e.with_failure(2400.0), Evaluation)
+    assert isinstance(e.with_failure(2400.0), AgentEvaluation)
 
 
 def test_everything_is_plain_json() -> None:
     e = _evaluation(BAD, LENGTHS)
     written = json.loads(json.dumps(e.with_failure(2400.0).to_dict()))
     assert pd.DataFrame(written["per_episode"]).equals(e.to_frame())
-    read = Evaluation.from_dict(written)
+    read = AgentEvaluation.from_dict(written)
     assert json.loads(json.dumps(read.to_dict())) == written
     assert read.compare(e.with_failure(2400.0)).difference == 0.0
-    assert Evaluation.from_dict(e.with_failure(lambda frame: frame["length"] < 3).to_dict()).failure == "terminated"
+    assert (
+        AgentEvaluation.from_dict(e.with_failure(lambda frame: frame["length"] < 3).to_dict()).failure == "terminated"
+    )
     of_users = _evaluation(BAD, LENGTHS, environment_kwargs={"reward": abs, "g": np.float32(9.5)})
     assert json.loads(json.dumps(of_users.to_dict()))["environment_kwargs"] == {"reward": repr(abs), "g": 9.5}
     with pytest.raises(DtLensError, match="time_limit"):
-        Evaluation.from_dict({name: value for name, value in written.items() if name != "time_limit"})
+        AgentEvaluation.from_dict({name: value for name, value in written.items() if name != "time_limit"})
     assert json.loads(json.dumps(e.compare(_evaluation(GOOD)).to_dict()))["failure_edited"] == 0.75

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dt_lens.behaviour.agents.environment import Task, make_task
+from dt_lens.behaviour.agents.environment import Environment, make_environment
 from dt_lens.behaviour.agents.lanes import arrange
 from dt_lens.behaviour.agents.rollouts import Conditions, Outcome, run_episodes
 from dt_lens.behaviour.agents.windows import SlidingPolicy
@@ -34,7 +34,7 @@ def _conditions(model: Any) -> Conditions:
 
 
 def _run(model: Any, seeds: Sequence[int], lanes: int, max_steps: int | None = None) -> dict[int, Outcome]:
-    task = make_task(model.facts.environment, {}, model.cfg, max_steps)
+    task = make_environment(model.facts.environment, {}, model.cfg, max_steps)
     acting = ActingModel(model.weights, model.cfg)
     with one_thread():
         width, least, alone = arrange(acting, model.facts.context, lanes)
@@ -137,10 +137,10 @@ class _CartPusher:
         return torch.tensor([[0.0, 1.0]]).expand(self.width, 2)
 
 
-def _cart(max_steps: int = 200) -> Task:
+def _cart(max_steps: int = 200) -> Environment:
     from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 
-    return make_task("CartPole-v1", {}, HookedDecisionTransformerConfig(4, 2, discrete_actions=True), max_steps)
+    return make_environment("CartPole-v1", {}, HookedDecisionTransformerConfig(4, 2, discrete_actions=True), max_steps)
 
 
 FREE = Conditions(100.0, 1.0, np.zeros(4), np.ones(4), 999)
@@ -217,7 +217,7 @@ def test_an_episode_is_terminated_or_truncated_and_never_both(
     try:
         kwargs = {"at": at, "terminated": flags[0], "truncated": flags[1]}
         cfg = HookedDecisionTransformerConfig(4, 2, discrete_actions=True)
-        task = make_task("dt-lens-test/Ends-v0", kwargs, cfg, limit)
+        task = make_environment("dt-lens-test/Ends-v0", kwargs, cfg, limit)
         outcomes = run_episodes(_CartPusher(8), task, FREE, iter(range(9)))
     finally:
         del gym.registry["dt-lens-test/Ends-v0"]
@@ -265,7 +265,7 @@ def test_a_number_that_is_not_finite_is_the_environments_fault(what: str, value:
 
     try:
         cfg = HookedDecisionTransformerConfig(4, 2, discrete_actions=True)
-        task = make_task("dt-lens-test/Spoils-v0", {"what": what, "value": value, "when": when}, cfg, 9)
+        task = make_environment("dt-lens-test/Spoils-v0", {"what": what, "value": value, "when": when}, cfg, 9)
         if (what, when) == ("reward", 0) or (value, when) == (1e39, 3):  # no action follows the last observation
             assert len(run_episodes(Reads(8), task, FREE, iter([7]))) == 1
             return

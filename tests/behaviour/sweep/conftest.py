@@ -48,7 +48,7 @@ class Inline:
 
 def key_of(job: Any) -> tuple[Any, ...]:
     """What an outcome depends on besides the edit and the seed."""
-    task, settings = job.task, (repr(job.cfg), job.context, job.padding, repr(job.conditions))
+    task, settings = job.made, (repr(job.cfg), job.context, job.padding, repr(job.conditions))
     return (job.weights, repr(task.spec), repr(task.kwargs), task.time_limit, *settings)
 
 

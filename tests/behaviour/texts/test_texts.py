@@ -236,8 +236,8 @@ def test_a_record_comes_back_to_the_last_bit(lens: Any) -> None:
 def test_evaluations_that_cannot_be_paired_are_refused(lens: Any) -> None:
     found = evaluate(lens, TEXT, context=16)
     for other, words in (
-        (evaluate(lens, TEXT.upper(), context=16), "different texts"),
-        (evaluate(lens, TEXT, context=8), "different windows"),
+        (evaluate(lens, TEXT.upper(), context=16), "differ in their text"),
+        (evaluate(lens, TEXT, context=8), "differ in their context"),
         (evaluate(lens, TEXT, context=16, windows=2), "different windows"),
         (evaluate(dt_lens.wrap(hf_model(1), tokenizer=Bytes()), TEXT, context=16), "different models"),
         ("baseline", "another evaluation"),

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest, kstest
 
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.results import SweepResults
@@ -105,9 +105,9 @@ def test_a_random_change_has_any_rank_among_random_changes() -> None:
     row = pd.concat([row, pd.Series(dict.fromkeys(("episodes", "mean_return", "failure_rate", "mean_length"), 0))])
     row = pd.concat([row, pd.Series(dict.fromkeys(("difference", "difference_low", "difference_high", "p_value"), 0))])
 
-    def arm(cost: float) -> Evaluation:
+    def arm(cost: float) -> AgentEvaluation:
         outcomes = [Outcome(int(i), 1000 - cost + rng.standard_normal(), 5, False, True) for i in episodes]
-        return Evaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=5)
+        return AgentEvaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=5)
 
     trials = 400
     p = [

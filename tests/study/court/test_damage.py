@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.errors import DtLensError
 from dt_lens.study.court.case import Case
@@ -27,10 +27,10 @@ def ruled(found: Finding) -> str:
     return verdict_of("behaviour", found, found.p_value)
 
 
-def baseline(mean: float = BASE, spread: float = 10.0) -> Evaluation:
+def baseline(mean: float = BASE, spread: float = 10.0) -> AgentEvaluation:
     returns = mean + spread * np.random.default_rng(0).standard_normal(EPISODES)
     outcomes = [Outcome(i, float(value), 10, False, True) for i, value in enumerate(returns)]
-    return Evaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=10)
+    return AgentEvaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=10)
 
 
 def edit(
@@ -121,7 +121,7 @@ def test_few_episodes_are_undecided(case: Case) -> None:
     made = measured([(0.14, 1.0), (0.14, 1.0)], [(0.1, 1.0), (0.1, 1.0)])
     few = slice(0, 6)
     base = made.baseline
-    short = Evaluation.from_outcomes(
+    short = AgentEvaluation.from_outcomes(
         [Outcome(i, float(value), 10, False, True) for i, value in enumerate(base.returns[few])],
         environment="E-v0",
         target_return=1.0,
@@ -151,7 +151,7 @@ def test_edits_that_change_nothing_are_not_supported(case: Case) -> None:
 def test_an_agent_that_returns_nothing_has_nothing_to_lose(case: Case) -> None:
     made = measured([(0.5, 1.0)] * 2, [(0.1, 1.0)] * 2)
     outcomes = [Outcome(i, -1.0, 10, False, True) for i in range(EPISODES)]
-    poor = Evaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=10)
+    poor = AgentEvaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=10)
     with pytest.raises(NotApplicable, match="returns -1 on average"):
         hurts_more(case, "proper", MeasuredEdits(poor, made.edits, made.raw), {"F": [1.0] * 4})
 

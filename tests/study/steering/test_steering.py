@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 
 import dt_lens
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.decision_transformer.facts import RunFacts
@@ -53,7 +53,7 @@ def answering(agent: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, 
     monkeypatch.setattr(steering._Search, "_inputs", lambda *_: inputs)
 
     def put(answer: Answer, obeys: float = 1.0, random: Callable[[Edit], tuple[float, float]] | None = None) -> None:
-        def evaluate(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
+        def evaluate(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> AgentEvaluation:
             change, fails, key = 0.0, 0.0, 0
             if edit is not None:
                 record = edit.to_dict()
@@ -72,7 +72,7 @@ def answering(agent: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, 
                 )
                 total = 200 + obeys * (target - 200) + change + 5 * own + 5 * noise
                 outcomes.append(Outcome(i, float(total), 10, bool(coin < fails), not coin < fails))
-            return Evaluation.from_outcomes(
+            return AgentEvaluation.from_outcomes(
                 outcomes, environment="Hopper-v5", target_return=target, time_limit=10, model_id=model_id(self.model)
             )
 
@@ -125,7 +125,7 @@ def test_the_report_is_of_other_seeds_than_the_choice(
     answering(lambda *_: (0.0, 0.0))
     answer, seen = steering._Search._evaluate, list[tuple[bool, int, int]]()
 
-    def watched(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
+    def watched(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> AgentEvaluation:
         scaling = edit is not None and isinstance(edit.to_dict()["value"], float)
         seen.append((scaling, seed, seed + episodes))
         return answer(self, edit, target, episodes, seed)
@@ -259,9 +259,9 @@ def test_a_figure_shows_means_without_an_interval() -> None:
 
 
 def test_slopes() -> None:
-    def arm(returns: list[float]) -> Evaluation:
+    def arm(returns: list[float]) -> AgentEvaluation:
         outcomes = [Outcome(i, value, 5, False, True) for i, value in enumerate(returns)]
-        return Evaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=5)
+        return AgentEvaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=5)
 
     arms = {0.0: arm([1.0, 5.0]), 1.0: arm([2.0, 5.0]), 2.0: arm([3.0, 2.0])}
     np.testing.assert_allclose(slopes(arms), [1.0, -1.5])

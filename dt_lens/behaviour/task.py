@@ -1,0 +1,303 @@
+"""``Task``: what a model does, in units that can be counted and paired. It is all that differs between models.
+
+Evaluations, comparisons, sweeps, studies, atlases and steering work in a task's units and outcomes, and never ask what
+kind of model it is. ``dt_lens.behaviour.agents`` has the task of agents (a unit is an episode), ``dt_lens.behaviour.
+texts`` that of language models (a window of text). For another, subclass ``Task`` and give it ``terms`` and ``run``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dt_lens.arguments import LAST_SEED, as_json, whole_number
+from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.identity import base_and_model_id
+from dt_lens.behaviour.terms import FailureRule, Terms
+from dt_lens.behaviour.watched import activations_of_batches
+from dt_lens.errors import DtLensError, a_type
+from dt_lens.lens.activations import Activations
+from dt_lens.lens.assumed import notes
+from dt_lens.lens.forward_mode import evaluating, one_thread
+from dt_lens.progress import Count, ProgressCallback, silent
+
+__all__ = ["Columns", "Job", "ModelJob", "Row", "Task", "hash_of", "require_portable", "rows_of", "versions_of"]
+
+Columns = Mapping[str, Any] | pd.DataFrame  # a value per unit under the name of each measure
+Row = tuple[Any, ...]  # a unit's number, then its measures in the order of the terms
+
+
+class Job(Protocol):
+    """A model in its task, packed for any process: it can be pickled."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What the bits of an outcome depend on besides model and setting, as JSON values: versions of packages."""
+        ...
+
+    def sample(self) -> str | None:
+        """A hash of a little of what the unedited model does; ``None`` if that does not repeat even here.
+
+        Sweeps compare it between machines.
+        """
+        ...
+
+    def run(self, change: Mapping[str, Tensor], units: Sequence[int]) -> list[Row]:
+        """Run ``units`` of the model with some of its weights changed; a row per unit, ascending.
+
+        A unit's row is the same bits in every process, whatever ran before it.
+
+        Args:
+            change: the weights that differ from the packed model's, by canonical name.
+            units: the numbers of the units.
+
+        Raises:
+            DtLensError: if a unit has no outcome.
+        """
+        ...
+
+
+class Task(ABC):
+    """What a model does: its units, what is measured of each, which way is better, and how they run.
+
+    A subclass gives ``terms`` and ``run``. What a unit gives must depend on the model, the terms' ``setting`` and the
+    unit's number alone, not on the other units or their order: then two evaluations of the same units are paired.
+
+    Attributes:
+        counts: how many units ``evaluate``, a sweep (``sweep``), a study (``study``) and steering (``steer``, and
+            ``choose`` while it chooses) run where nobody says, and how many ``activations`` are collected from.
+        software: the packages on which the bits of an outcome depend, by their names on PyPI.
+        evaluation: the class of a result.
+    """
+
+    evaluation: ClassVar[type[Evaluation]] = Evaluation
+
+    counts: ClassVar[Mapping[str, int]] = {
+        "evaluate": 100,
+        "sweep": 20,
+        "study": 50,
+        "steer": 40,
+        "choose": 8,
+        "activations": 10,
+    }
+    software: ClassVar[tuple[str, ...]] = ("torch", "numpy")
+
+    @property
+    @abstractmethod
+    def terms(self) -> Terms:
+        """What is measured, and the words for it."""
+
+    @abstractmethod
+    def run(
+        self, model: Any, units: Sequence[int], *, workers: int | None = None, progress: Count | None = None
+    ) -> Columns:
+        """Run ``units`` with ``model`` as it is now, edits included.
+
+        Called with dropout off, without gradients and on one torch thread.
+
+        Args:
+            model: a wrapped model.
+            units: the numbers of the units.
+            workers: worker processes to use, if the task can use any.
+            progress: a function of (units done, units), or ``None``.
+
+        Returns:
+            a column for every measure of the terms, with a value per unit, in the order of ``units``.
+        """
+
+    def units(self, count: int | None, seed: int = 0, use: str = "evaluate") -> range:
+        """The numbers of ``count`` units; by default as many as ``use`` runs.
+
+        Raises:
+            DtLensError: for numbers that are none.
+        """
+        seed = whole_number(seed, "seed", 0, LAST_SEED)
+        count = whole_number(self.counts[use] if count is None else count, self.terms.units, 1)
+        if seed + count - 1 > LAST_SEED:
+            raise DtLensError(
+                f"seed is {seed}; the last {self.terms.unit}'s must be below 2**63, so give a smaller one."
+            )
+        return range(seed, seed + count)
+
+    def with_failure(self, failure: FailureRule | None) -> Task:
+        """The same task under another failure rule; ``None`` leaves it as it is."""
+        if failure is None:
+            return self
+        raise DtLensError(f"Failing has no meaning in the task {self.terms.task!r}; leave out failure.")
+
+    def identity(self, model: Any) -> tuple[str, str]:
+        """Hashes of what decides what the model does: without its edits, and as it is now; see ``Measured``."""
+        return base_and_model_id(model)
+
+    def evaluate(
+        self, model: Any, units: Sequence[int], *, workers: int | None = None, progress: Count | None = None
+    ) -> Evaluation:
+        """Run ``units`` and collect what they give.
+
+        Raises:
+            DtLensError: for a column that is missing, of another length, or an outcome that is not finite.
+        """
+        with self._running(model):
+            columns = self.run(model, units, workers=workers, progress=progress)
+        return self.result(units, columns, **self.about(model))
+
+    @contextmanager
+    def _running(self, model: Any) -> Iterator[None]:
+        with one_thread(), evaluating(model), torch.no_grad():
+            yield
+
+    def about(self, model: Any) -> dict[str, Any]:
+        """What a result says of the model: its identity, edits in force, and notes."""
+        base_id, model_id = self.identity(model)
+        edits = tuple(edit.to_dict() for edit in getattr(model, "active_edits", ()))
+        return {"base_id": base_id, "model_id": model_id, "edits": edits, "notes": notes(model)}
+
+    def result(self, units: Sequence[int], columns: Columns, **about: Any) -> Evaluation:
+        """An evaluation of units that ran; ``about`` is what ``about`` gives."""
+        checked = _checked(self.terms, units, columns)
+        return self.evaluation(self.terms, np.asarray(units, dtype=np.int64), checked, **about)
+
+    def pack(self, model: Any) -> Job:
+        """Pack ``model`` as it is now for other processes.
+
+        Raises:
+            DtLensError: if it cannot run in another process.
+        """
+        require_portable(model)
+        return ModelJob(self, model)
+
+    def weights(self, model: Any) -> Mapping[str, Tensor]:
+        """The live weights that ``run`` takes, by canonical name; what else an edit changes does not count."""
+        found: Mapping[str, Tensor] = model.weights
+        return found
+
+    def batches(self, model: Any, units: Sequence[int]) -> Iterable[Any]:
+        """What the model is fed in ``units``, for activations: arguments of ``collect_activations(batches=)``.
+
+        Raises:
+            DtLensError: unless a subclass gives them.
+        """
+        raise DtLensError(
+            f"The task {self.terms.task!r} does not say what it feeds the model; output energies need that: give it a "
+            "method batches."
+        )
+
+    def activations(
+        self,
+        model: Any,
+        *,
+        count: int | None = None,
+        seed: int = 0,
+        matrices: Sequence[str] | str | None = None,
+        tell: ProgressCallback = silent,
+    ) -> Activations:
+        """The moments of what the model's matrices read in ``count`` of its units, without its edits."""
+        units = self.units(self.counts["activations"] if count is None else count, seed)
+        record = {
+            **as_json(dict(self.terms.setting)),
+            "model_id": self.identity(model)[0],
+            self.terms.units: len(units),
+        }
+        batches = self.batches(model, units)
+        return activations_of_batches(model, batches, tell, total=len(units), matrices=matrices, record=record)
+
+
+def require_portable(model: Any) -> None:
+    """Raise ``DtLensError`` for a model that only this process can run: one with hooks, or not on the CPU."""
+    if any(m._forward_hooks or m._forward_pre_hooks for m in _modules(model)) or any(
+        weight.device.type != "cpu" for weight in model.weights.values()
+    ):
+        raise DtLensError(
+            "This model cannot run in other processes, because it is not on the CPU or has hooks of yours; move it, "
+            "take its hooks off, or use evaluate."
+        )
+
+
+@dataclass
+class ModelJob:
+    """A live model, packed whole; the weights of a unit are written into it, and taken back."""
+
+    task: Task
+    model: Any
+
+    def provenance(self) -> dict[str, Any]:
+        return versions_of(self.task.software)
+
+    def sample(self) -> str | None:
+        one, other = (hash_of(lambda: self.run({}, self.task.units(2))) for _ in range(2))
+        return one if one == other else None
+
+    def run(self, change: Mapping[str, Tensor], units: Sequence[int]) -> list[Row]:
+        weights = self.model.weights
+        before = {name: weights[name].clone() for name in change}
+        with self.task._running(self.model):
+            try:
+                for name, value in change.items():
+                    weights[name].copy_(value)
+                return rows_of(self.task.terms, units, self.task.run(self.model, units))
+            finally:
+                for name, value in before.items():
+                    weights[name].copy_(value)
+
+
+def rows_of(terms: Terms, units: Sequence[int], columns: Columns) -> list[Row]:
+    """A row per unit, ascending, of Python's own values."""
+    checked = _checked(terms, units, columns)
+    return sorted(zip(list(units), *(checked[name].tolist() for name in terms.measures), strict=True))
+
+
+def _checked(terms: Terms, units: Sequence[int], columns: Columns) -> dict[str, np.ndarray[Any, Any]]:
+    """The columns as arrays of one length, with outcomes that are finite."""
+    if not isinstance(columns, Mapping | pd.DataFrame):
+        raise DtLensError(
+            f"The task {terms.task!r} gave {a_type(columns)}; its run must give columns by name: a dictionary or a "
+            "DataFrame."
+        )
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for name in terms.measures:
+        if name not in columns:
+            raise DtLensError(f"The task {terms.task!r} did not measure {name!r}, which its terms name.")
+        column = np.asarray(columns[name])
+        if column.shape != (len(units),):
+            raise DtLensError(
+                f"The task {terms.task!r} gave {list(column.shape)} values of {name!r}; it must give one for each of "
+                f"the {len(units)} {terms.units}."
+            )
+        found[name] = column.astype(terms.dtype(name))
+    bad = ~np.isfinite(found[terms.outcome])
+    if bad.any():
+        first = int(bad.argmax())
+        raise DtLensError(
+            f"The {terms.outcome} of {terms.unit} {units[first]} is {found[terms.outcome][first]}; the task "
+            f"{terms.task!r} must give a finite number."
+        )
+    return found
+
+
+def hash_of(run: Callable[[], Any]) -> str:
+    """A hash of every bit of what ``run`` gives, or of the error that it raises."""
+    try:
+        found = repr([tuple(value.hex() if isinstance(value, float) else value for value in row) for row in run()])
+    except DtLensError as error:
+        found = str(error)
+    except Exception as error:  # a task may raise anything, with another message each time
+        found = type(error).__name__
+    return hashlib.sha256(found.encode()).hexdigest()
+
+
+def versions_of(software: Iterable[str]) -> dict[str, str]:
+    """The versions of packages, as a sweep's file keeps them."""
+    return {f"version of {name}": version(name) for name in software}
+
+
+def _modules(model: Any) -> Iterable[Any]:
+    return model.modules() if hasattr(model, "modules") else ()
