@@ -145,10 +145,10 @@ class Evaluation(Measured):
         if terms.failure is not None:
             failed = f"{s['failures']} of {len(self)}  {span(s['failure_interval'], percent=True)}"
             rows += [(f"failed ({terms.failure_rule})", failed), *([GUESSED] if terms.failure_note else [])]
-        rows += self._more_rows(s)
+        rows += self.more_rows(s)
         return rows + ([("intervals", s["interval_note"])] if s["interval_note"] else [])
 
-    def _more_rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def more_rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         """What a subclass adds to the table, from ``summary()``."""
         return []
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 from dt_lens.statistics.outcomes import Interval
 
@@ -11,6 +13,7 @@ __all__ = [
     "about_interval",
     "decimals",
     "difference_tests",
+    "edit_name",
     "p_text",
     "places",
     "span",
@@ -83,6 +86,18 @@ def html_table(title: str, rows: list[tuple[str, str]]) -> str:
         for name, value in rows
     )
     return f"<table><caption style='text-align:left'>{escape(title)}</caption>{body}</table>"
+
+
+def edit_name(row: Mapping[Any, Any]) -> str:
+    """What an edit is called, from a row with its ``matrix``, ``sv`` and ``side``.
+
+    >>> edit_name({"matrix": "blocks.0.mlp.W_in", "sv": 3, "side": "read"})
+    'blocks.0.mlp.W_in sv=3'
+    >>> edit_name({"matrix": "blocks.0.attn.OV.1", "sv": 0, "side": "write"})
+    'blocks.0.attn.OV.1 write sv=0'
+    """
+    two_sided = ".attn.OV" in str(row["matrix"]) or ".attn.QK" in str(row["matrix"])
+    return f"{row['matrix']}{' ' + str(row['side']) if two_sided else ''} sv={row['sv']}"
 
 
 def p_text(p: float) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dt_lens.arguments import LAST_SEED, as_json, whole_number
+from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.identity import base_and_model_id
 from dt_lens.behaviour.terms import FailureRule, Terms
@@ -30,6 +32,7 @@ from dt_lens.lens.activations import Activations
 from dt_lens.lens.assumed import notes
 from dt_lens.lens.forward_mode import evaluating, one_thread
 from dt_lens.progress import Count, ProgressCallback, silent
+from dt_lens.report.page import Section
 
 __all__ = ["Columns", "Job", "ModelJob", "Row", "Task", "hash_of", "require_portable", "rows_of", "versions_of"]
 
@@ -179,6 +182,15 @@ class Task(ABC):
         """The live weights that ``run`` takes, by canonical name; what else an edit changes does not count."""
         found: Mapping[str, Tensor] = model.weights
         return found
+
+    def sections(self, arms: Arms, folder: Path) -> list[Section]:
+        """What a study's report shows of this task beyond its tables; nothing by default.
+
+        Args:
+            arms: the unedited model, the edits and their controls.
+            folder: where files that a section needs may be written.
+        """
+        return []
 
     def batches(self, model: Any, units: Sequence[int]) -> Iterable[Any]:
         """What the model is fed in ``units``, for activations: arguments of ``collect_activations(batches=)``.

@@ -15,7 +15,7 @@ from dt_lens.lens.protocol import require_running
 
 __all__ = ["base_identity", "evaluation_class", "task_of", "terms_in"]
 
-OF_AGENTS = ("environment_kwargs", "target_return", "max_steps", "failure", "lanes")
+OF_AGENTS = ("environment_kwargs", "target_return", "max_steps", "failure", "lanes", "video")
 OF_TEXTS = ("texts", "context")
 COUNTS = {"episodes": "agents", "windows": "language models"}  # names for the number of units
 
@@ -151,7 +151,8 @@ def terms_in(options: Mapping[str, Any]) -> Terms:
     from dt_lens.behaviour.agents.evaluation import terms_of_episodes
 
     names = ("environment", "target_return", "time_limit", "environment_kwargs")
-    return terms_of_episodes(*(options[name] for name in names), options.get("failure"))
+    environment, target_return, limit, kwargs = (options[name] for name in names)
+    return terms_of_episodes(environment, target_return, limit, kwargs, options.get("failure"))
 
 
 def evaluation_class(terms: Terms) -> type[Evaluation]:

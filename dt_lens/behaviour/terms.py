@@ -111,6 +111,11 @@ class Terms:
         return f"{self.outcome}{'es' if self.outcome.endswith('s') else 's'}"
 
     @property
+    def lost(self) -> str:
+        """Damage in two words: ``"return lost"``, ``"loss gained"``."""
+        return f"{self.outcome} {'lost' if self.better == 'more' else 'gained'}"
+
+    @property
     def sign(self) -> int:
         """1 where more of the outcome is better, -1 where less is: damage is ``sign`` times what was lost."""
         return 1 if self.better == "more" else -1

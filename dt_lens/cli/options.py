@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from dt_lens.errors import DtLensError
 
 __all__ = [
     "Agent",
+    "Context",
     "Device",
     "Environment",
     "Failure",
@@ -23,7 +25,9 @@ __all__ = [
     "Raw",
     "Seed",
     "Target",
+    "Text",
     "WeightsOnly",
+    "Windows",
     "Workers",
     "failure_rule",
     "indices",
@@ -31,6 +35,7 @@ __all__ = [
     "load_model",
     "number",
     "split",
+    "task_options",
     "to_float",
 ]
 
@@ -69,6 +74,9 @@ Failure = Annotated[
     ),
 ]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cut episodes after this many steps.")]
+Text = Annotated[Path | None, typer.Option(help="For a language model: a text file; its held-out text by default.")]
+Context = Annotated[int | None, typer.Option(min=2, help="For a language model: tokens in a window.")]
+Windows = Annotated[int | None, typer.Option(min=1, help="For a language model: the largest number of windows.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Use weights and embeddings as stored, without folding LayerNorm in.")]
 Device = Annotated[str, typer.Option(help="The device to train on: cpu, cuda, ...")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming a run in the folder.")]
@@ -178,3 +186,27 @@ def indices(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise DtLensError(f"--sv is {text!r}; expected one index or several with commas, such as 0,1.") from None
+
+
+def task_options(model: Any, **given: Any) -> dict[str, Any]:
+    """What says which units a command runs: the options that were given, as ``evaluate`` takes them.
+
+    Args:
+        model: the loaded model.
+        given: values of options by the name of the option with underscores; ``None`` if it was not given.
+
+    Raises:
+        DtLensError: for an option of another kind of model.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    of_readers = ("text", "context", "windows")
+    wrong = [name for name in found if (name in of_readers) == model.can_act]
+    if wrong:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        what = "an agent, which runs in an environment" if model.can_act else "a language model, which reads --text"
+        raise DtLensError(f"The model is {what}; leave out {options}.")
+    if "failure" in found:
+        found["failure"] = failure_rule(found["failure"])
+    if "text" in found:
+        found["texts"] = found.pop("text")
+    return found

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
+from dt_lens.behaviour.terms import Terms
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.report.spectra import q_text
 from dt_lens.report.style import BASELINE, CONTROL, EDIT, PALETTE, columns_of, empty, finish, kind_of, plain, signed
@@ -25,17 +26,19 @@ def survival(
     baseline: str | None = None,
     controls: Mapping[str, str] | None = None,
     horizon: float | None = None,
-    title: str = "How long the agent lasts",
+    title: str = "How long the units last",
+    step: str = "step",
 ) -> go.Figure:
-    """Draw Kaplan-Meier curves (Kaplan and Meier 1958) of the unedited agent, edits, and their controls.
+    """Draw Kaplan-Meier curves (Kaplan and Meier 1958) of the unedited model, edits, and their controls.
 
     Args:
-        curves: for each name ``(times, survival)`` or ``(times, survival, low, high)``, each ``[n]``: times in
-            environment steps, rising; the probability of being alive after them, falling, in [0, 1].
-        baseline: the name of the unedited agent's curve, drawn thick and grey.
+        curves: for each name ``(times, survival)`` or ``(times, survival, low, high)``, each ``[n]``: times,
+            rising; the probability of being alive after them, falling, in [0, 1].
+        baseline: the name of the unedited model's curve, drawn thick and grey.
         controls: for each edit's name the name of its control, drawn dotted in the edit's colour.
         horizon: the time limit; every curve is drawn up to it.
         title: the figure's title.
+        step: what the times count.
 
     Intervals are drawn as bands if given: not the controls', and with more than four edits only the baseline's, since
     bands would hide the curves.
@@ -81,11 +84,11 @@ def survival(
             legendgroup=owner,
             line={"color": colour, "width": 4 if name == baseline else 2.2 if owner == name else 1.8, "dash": dash},
             text=[plain(name)] * len(times),
-            hovertemplate="%{text}<br>step %{x}: %{y:.1%} alive<extra></extra>",
+            hovertemplate="%{text}<br>step %{x}: %{y:.1%} running<extra></extra>",
         )
     end = horizon if horizon is not None else max(float(times[-1]) for times, *_ in steps.values())
-    figure.update_xaxes(title_text="environment step", range=[0, end * 1.01])
-    figure.update_yaxes(title_text="episodes still alive", range=[-0.02, 1.04], tickformat=".0%")
+    figure.update_xaxes(title_text=step, range=[0, end * 1.01])
+    figure.update_yaxes(title_text="share still running", range=[-0.02, 1.04], tickformat=".0%")
     figure.update_layout(legend={"tracegroupgap": 4, "groupclick": "togglegroup"})
     kinds = " · ".join(["solid: edits", "dotted: their controls"] if controls else ["Kaplan-Meier estimate"])
     return finish(
@@ -97,15 +100,20 @@ def survival(
 
 
 def effects(
-    verdicts: pd.DataFrame, *, alpha: float = 0.05, title: str = "What each edit does, beside its control"
+    verdicts: pd.DataFrame,
+    terms: Terms,
+    *,
+    alpha: float = 0.05,
+    title: str = "What each edit does, beside its control",
 ) -> go.Figure:
-    """Draw each edit's effect on the return beside that of its energy-matched control, with intervals.
+    """Draw each edit's effect on the outcome beside that of its energy-matched control, with intervals.
 
     Args:
         verdicts: a row per edit with ``matrix sv difference difference_low difference_high control_difference
-            control_difference_low control_difference_high``: paired differences of the mean return from the unedited
-            agent and the ends of their intervals. ``role``, ``side``, ``embedding``, ``label``, ``cosine``, ``q`` and
-            ``verdict`` are shown if present.
+            control_difference_low control_difference_high``: paired differences of the mean outcome from the
+            unedited model and the ends of their intervals. ``role``, ``side``, ``embedding``, ``label``, ``cosine``,
+            ``q`` and ``verdict`` are shown if present.
+        terms: of the evaluations.
         alpha: edits with ``q`` below it have a filled mark, others an open one.
         title: the figure's title.
 
@@ -149,7 +157,7 @@ def effects(
                 "thickness": 2,
                 "width": 4,
             },
-            customdata=[_hover_text(row, prefix) for row in rows],
+            customdata=[_hover_text(row, prefix, terms) for row in rows],
             hovertemplate="%{customdata}<extra></extra>",
         )
     figure.add_vline(x=0, line={"width": 1.5, "color": BASELINE})
@@ -161,14 +169,14 @@ def effects(
         showgrid=False,
         zeroline=False,
     )
-    figure.update_xaxes(title_text="change of mean return (paired)", zeroline=False)
+    figure.update_xaxes(title_text=f"change of mean {terms.outcome} (paired)", zeroline=False)
     for border in range(1, len(rows)):
         turn = "role" in verdicts and rows[border]["role"] != rows[border - 1]["role"]
         figure.add_hline(
             y=border - 0.5, line={"width": 1.5 if turn else 0.5, "color": BASELINE}, opacity=0.9 if turn else 0.35
         )
     figure.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"})
-    about = "against the unedited agent on the same seeds · bars: confidence intervals" + (
+    about = f"against the unedited {terms.actor} on the same {terms.units} · bars: confidence intervals" + (
         f" · filled circles: unlike the control, q < {alpha:g}" if "q" in verdicts else ""
     )
     return finish(figure, title, about, height=46 * len(rows) + 170, labels_above=True)
@@ -176,6 +184,7 @@ def effects(
 
 def damage_against_cosine(
     verdicts: pd.DataFrame,
+    terms: Terms,
     *,
     beyond_control: bool = True,
     spearman: tuple[float, float, float] | None = None,
@@ -186,7 +195,8 @@ def damage_against_cosine(
     Args:
         verdicts: a row per edit with ``matrix sv cosine`` and either ``damage_beyond_control`` (positive where the edit
             hurts more than its control; ``beyond_low``, ``beyond_high`` are drawn if present) or ``difference``.
-        beyond_control: draw ``damage_beyond_control``; otherwise the damage is the loss of return, ``-difference``.
+        terms: of the evaluations.
+        beyond_control: draw ``damage_beyond_control``; otherwise the damage against the unedited model.
         spearman: the rank correlation and the ends of its interval for the title; computed, without an interval, by
             default.
         title: the beginning of the figure's title.
@@ -199,11 +209,12 @@ def damage_against_cosine(
     if verdicts.empty:
         return empty(title, "No edit was measured.")
     cosine = verdicts["cosine"].abs().to_numpy(dtype=np.float64)
-    damage = verdicts[value].to_numpy(dtype=np.float64) * (1 if beyond_control else -1)
+    damage = verdicts[value].to_numpy(dtype=np.float64) * (1 if beyond_control else -terms.sign)
     ends = ("beyond_low", "beyond_high") if beyond_control else ("difference_high", "difference_low")
+    ends = ends if beyond_control or terms.sign > 0 else ends[::-1]
     bars = all(end in verdicts for end in ends)
     low, high = (
-        (verdicts[e].to_numpy(dtype=np.float64) * (1 if beyond_control else -1) for e in ends)
+        (verdicts[e].to_numpy(dtype=np.float64) * (1 if beyond_control else -terms.sign) for e in ends)
         if bars
         else (damage, damage)
     )
@@ -211,7 +222,7 @@ def damage_against_cosine(
     roles = [str(r) for r in verdicts["role"]] if "role" in verdicts else [""] * len(verdicts)
     figure = go.Figure()
     figure.add_hline(y=0, line={"width": 1.5, "color": BASELINE})
-    hover = [_hover_text(row, "") for row in verdicts.to_dict("records")]
+    hover = [_hover_text(row, "", terms) for row in verdicts.to_dict("records")]
     for number, kind in enumerate(dict.fromkeys(kinds)):
         at = np.array([k == kind for k in kinds])
         colour = PALETTE[number % len(PALETTE)]
@@ -240,7 +251,9 @@ def damage_against_cosine(
         )
     figure.update_xaxes(title_text="|cosine| of the direction's best match", rangemode="tozero")
     figure.update_yaxes(
-        title_text="return lost beyond the control" if beyond_control else "return lost against the unedited agent",
+        title_text=f"{terms.lost} beyond the control"
+        if beyond_control
+        else f"{terms.lost} against the unedited {terms.actor}",
         zeroline=False,
     )
     figure.update_layout(legend_title_text="matrix", showlegend=True)
@@ -293,19 +306,22 @@ def _shortened(text: str, most: int = 44) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _hover_text(row: Mapping[Any, Any], prefix: str) -> str:
+def _hover_text(row: Mapping[Any, Any], prefix: str, terms: Terms) -> str:
     """What the hover shows of an edit or, with a prefix, of its control."""
     where = f"<b>{plain(row['matrix'])}</b>, sv {row['sv']}" + (f", {plain(row['side'])}" if _has(row, "side") else "")
     lines = [("control of " if prefix else "") + where]
     if _has(row, "label") and _has(row, "cosine"):
         lines.append(f"{plain(row.get('embedding', ''))}: {plain(row['label'])}, cosine {row['cosine']:+.3f}")
-    measured = {"change of return": (prefix + "difference", prefix + "difference_low", prefix + "difference_high")}
+    measured = {
+        f"change of {terms.outcome}": (prefix + "difference", prefix + "difference_low", prefix + "difference_high")
+    }
     if not prefix:
-        measured["lost beyond the control"] = ("damage_beyond_control", "beyond_low", "beyond_high")
+        measured[f"{terms.lost} beyond the control"] = ("damage_beyond_control", "beyond_low", "beyond_high")
     for what, (middle, low, high) in measured.items():
         if _has(row, middle):
-            between = f" [{row[low]:,.0f}, {row[high]:,.0f}]" if _has(row, low) and _has(row, high) else ""
-            lines.append(f"{what} {row[middle]:,.0f}{between}")
+            k = terms.digits or 0
+            between = f" [{row[low]:,.{k}f}, {row[high]:,.{k}f}]" if _has(row, low) and _has(row, high) else ""
+            lines.append(f"{what} {row[middle]:,.{k}f}{between}")
     if _has(row, prefix + "failure_rate"):
         lines.append(f"failure rate {row[prefix + 'failure_rate']:.0%}")
     if not prefix and _has(row, "q"):

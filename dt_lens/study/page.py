@@ -10,18 +10,25 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.arguments import atomic_write, local_path
-from dt_lens.behaviour.printing import about_interval, decimals, places
+from dt_lens.behaviour.printing import about_interval, decimals, edit_name, places
 from dt_lens.report import heatmaps, spectra
-from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, Video, write_report
+from dt_lens.report.page import Choice, Folded, Markup, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import signed
 from dt_lens.statistics.outcomes import interval_note, wilson
 from dt_lens.study import figures
 from dt_lens.study.result import StudyResult
+from dt_lens.svd.token_page import token_html
 from dt_lens.version import __version__
 
 __all__ = ["sentences", "write_study"]
 
 SHOWN = 64  # directions of a heatmap
+MANY = 64  # labels of an embedding from which on both ends of each edited direction are shown in words
+ROLES = {
+    "strong": "directions that match an embedding best",
+    "weak": "contrasts (similar in size, poor in match)",
+    "first": "first directions of a kind of matrix",
+}
 # The verdict first: readers rarely scroll far to the right.
 VERDICT_COLUMNS = (
     "role", "matrix", "side", "sv", "label", "cosine", "verdict", "q",
@@ -48,156 +55,172 @@ def write_study(result: StudyResult, folder: str | Path) -> Path:
         folder / "report.html",
         f"What the weights of {model} do",
         [
-            _agent(result),
+            _unedited(result),
             _matches(result),
+            *_labels(result),
             _effects(result),
-            _survival(result),
-            _video(result),
+            *_survival(result),
+            *result.sections,
             _method(result),
         ],
         verdict=sentences(result),
         facts={
             "model": model,
-            "environment": base.environment,
-            "target return": f"{base.target_return:g}",
-            "episodes per arm": len(base),
+            **{
+                base.terms.named(name): f"{value:g}" if isinstance(value, float) else value
+                for name, value in base.terms.setting.items()
+                if isinstance(value, str | int | float)
+            },
+            f"{base.terms.units} per arm": len(base),
             "arms": 1 + 2 * len(result.edits),
             "seed": facts.get("seed"),
             "edit": f"the singular vector becomes {facts.get('value')!r}",
-            "versions": f"dt-lens {__version__}, {_versions()}",
+            "versions": f"dt-lens {__version__}, {_versions(facts.get('software', ()))}",
             **({"note": " ".join(base.notes)} if base.notes else {}),
         },
         command=facts.get("command", ""),
     )
 
 
-def _versions() -> str:
+def _versions(software: Any) -> str:
     from importlib.metadata import version
 
-    return ", ".join(
-        [
-            f"Python {platform.python_version()}",
-            *(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy")),
-        ]
-    )
+    packages = (f"{name} {version(name)}" for name in software)
+    return ", ".join([f"Python {platform.python_version()}", *packages])
 
 
 def sentences(result: StudyResult) -> list[str]:
-    """The verdict in three or four sentences."""
-    base, table = result.baseline, result.verdicts
-    mean = f"{base.mean:,.{places(*base.returns)}f}"
-    alive = 1 - float(base.terminated.mean())
+    """The verdict in a few sentences."""
+    base, table, terms = result.baseline, result.verdicts, result.baseline.terms
+    mean = f"{base.mean:,.{_places(result)}f}"
     hurts = table["verdict"] == "hurts more than its control"
+    scale = f" {terms.scale}" if terms.scale else ""
+    lasts = ""
+    if terms.lasts is not None:
+        lasts = f", and {1 - float(base.ended.mean()):.0%} of them last to the limit"
     lines = [
-        (
-            f"Unedited, the agent returns **{mean}** on average over {len(base)} episodes, and {alive:.0%} "
-            "of them last to the time limit."
-        )
+        f"Unedited, the {terms.actor}'s mean {terms.outcome} is **{mean}**{scale} over {len(base)} {terms.units}"
+        f"{lasts}."
     ]
     if unchanged := _unchanged(result):
         return [*lines, *unchanged]
-    for role, what in (
-        ("strong", "directions that match an embedding best"),
-        ("weak", "contrasts (similar in size, poor in match)"),
-    ):
+    for role, what in ROLES.items():
         rows = table["role"] == role
-        lines.append(
-            f"Of {int(rows.sum())} {what}, **{int((hurts & rows).sum())}** hurt more when edited than a random change "
-            "of the same energy in the same place (q < 0.05)."
-        )
-    worst = table.sort_values("difference", kind="stable").iloc[0]
-    edit = f"{worst['matrix']} sv={worst['sv']}"
-    by = f"by **{_shown(worst['difference'])}** and its control by {_shown(worst['control_difference'])}."
-    if worst["difference"] < 0:
-        lines.append(f"The worst edit, {edit}, changes the return {by}")
+        if rows.any():
+            lines.append(
+                f"Of {int(rows.sum())} {what}, **{int((hurts & rows).sum())}** hurt more when edited than a random "
+                "change of the same energy in the same place (q < 0.05)."
+            )
+    worst = table.loc[(terms.sign * table["difference"]).sort_values(kind="stable").index[0]]
+    edit = edit_name(worst.to_dict())
+    shown = _shown(worst["difference"], terms.digits), _shown(worst["control_difference"], terms.digits)
+    by = f"by **{shown[0]}** and its control by {shown[1]}."
+    if terms.sign * worst["difference"] < 0:
+        lines.append(f"The worst edit, {edit}, changes the mean {terms.outcome} {by}")
     else:
-        lines.append(f"No edit lowers the mean return; the one with the lowest, {edit}, changes it {by}")
+        worsens, extreme = ("lowers", "lowest") if terms.sign > 0 else ("raises", "highest")
+        lines.append(f"No edit {worsens} the mean {terms.outcome}; the one with the {extreme}, {edit}, changes it {by}")
     better = int((table["verdict"] == "improves more than its control").sum())
     if better:
-        lines.append(f"**{better}** of the {len(table)} edits improve the agent more than their controls (q < 0.05).")
-    found = result.spearman
-    if np.isnan(found.rho):
-        why = "one of the two does not vary" if len(table) > 2 else f"there are only {len(table)}"
-        lines.append(f"These edits cannot show whether cosine predicts damage: {why}.")
-    else:
-        # By p, not by the interval: with a handful of pairs a bootstrap interval is too short.
-        clear = (
-            "so this number of edits does not decide whether cosine predicts damage"
-            if found.p_value >= 0.05
-            else "so cosine predicts damage here"
-            if found.rho > 0
-            else "so larger cosines go with less damage here"
-        )
         lines.append(
-            f"Across the {len(table)} edits, Spearman's correlation of |cosine| with damage beyond the control is "
-            f"**{signed(found.rho)}** [{signed(found.low)}, {signed(found.high)}], p = {found.p_value:.2g}"
-            f", {clear}."
+            f"**{better}** of the {len(table)} edits improve the {terms.actor} more than their controls (q < 0.05)."
         )
-    return lines
+    return [*lines, _correlation(result)]
 
 
-def _shown(difference: float) -> str:
-    """A difference of returns to three digits, or to whole numbers: returns may lie between 0 and 1.
+def _correlation(result: StudyResult) -> str:
+    """Whether cosine predicts damage here, in a sentence."""
+    found, n = result.spearman, len(result.verdicts)
+    if np.isnan(found.rho):
+        why = "one of the two does not vary" if n > 2 else f"there are only {n}"
+        return f"These edits cannot show whether cosine predicts damage: {why}."
+    # By p, not by the interval: with a handful of pairs a bootstrap interval is too short.
+    clear = (
+        "so this number of edits does not decide whether cosine predicts damage"
+        if found.p_value >= 0.05
+        else "so cosine predicts damage here"
+        if found.rho > 0
+        else "so larger cosines go with less damage here"
+    )
+    return (
+        f"Across the {n} edits, Spearman's correlation of |cosine| with damage beyond the control is "
+        f"**{signed(found.rho)}** [{signed(found.low)}, {signed(found.high)}], p = {found.p_value:.2g}, {clear}."
+    )
 
-    >>> _shown(-2345.6), _shown(0.3124), _shown(0.0)
-    ('−2,346', '+0.312', '+0')
+
+def _places(result: StudyResult) -> int:
+    given = result.baseline.terms.digits
+    return places(*result.baseline.outcomes) if given is None else given
+
+
+def _shown(difference: float, digits: int | None = None) -> str:
+    """A difference to ``digits`` decimals; by default to three digits, or to whole numbers.
+
+    >>> _shown(-2345.6), _shown(0.3124), _shown(0.0), _shown(0.25, 4)
+    ('−2,346', '+0.312', '+0', '+0.2500')
     """
     size = abs(difference)
-    return signed(difference, 0 if size == 0 else int(np.clip(2 - np.floor(np.log10(size)), 0, 6)))
+    if digits is None:
+        digits = 0 if size == 0 else int(np.clip(2 - np.floor(np.log10(size)), 0, 6))
+    return signed(difference, digits)
 
 
 def _unchanged(result: StudyResult) -> list[str]:
-    """That no edit and no control changed a return, and what else they changed, in sentences; empty if one did."""
-    base, arms = result.baseline, (*result.edited, *result.controls)
-    returns = base.returns
-    if any((arm.returns != returns).any() for arm in arms):
+    """That no edit and no control changed an outcome, and what else they changed, in sentences; empty if one did."""
+    base, arms, terms = result.baseline, (*result.edited, *result.controls), result.baseline.terms
+    outcomes = base.outcomes
+    if any((arm.outcomes != outcomes).any() for arm in arms):
         return []
-    same = f"; all of them return **{returns[0]:,.6g}**" if np.ptp(returns) == 0 else ""
+    equal = np.ptp(outcomes) == 0
+    same = f"; for all of them it is **{outcomes[0]:,.6g}**" if equal else ""
     failures = [float(arm.failed.mean()) for arm in arms]
-    other = any((arm.failed != base.failed).any() or (arm.lengths != base.lengths).any() for arm in arms)
+    lasting = terms.lasts is not None
+    other = any((arm.failed != base.failed).any() or (lasting and (arm.lengths != base.lengths).any()) for arm in arms)
     nothing = (
-        f"**{'No return' if other else 'Nothing'} changed**: no edit and no control changed the return of any "
-        f"episode{same}. So this study shows nothing of damage; it takes larger edits, other directions, or a task in "
-        "which the agent is not so sure of its return."
+        f"**{f'No {terms.outcome}' if other else 'Nothing'} changed**: no edit and no control changed the "
+        f"{terms.outcome} of any {terms.unit}{same}. So this study shows nothing of damage; it takes larger edits, "
+        f"other directions, or a task in which the {terms.actor} is not so sure of its {terms.outcome}."
     )
     if not other:
         return [nothing]
-    lengths = [float(arm.lengths.mean()) for arm in arms]
-    return [
-        nothing,
-        (
-            f"But episodes went otherwise: **{base.failed.mean():.0%}** of them fail unedited, and {min(failures):.0%} "
-            f"to {max(failures):.0%} under edits and controls; they last {base.lengths.mean():,.1f} steps on average, "
-            f"and {min(lengths):,.1f} to {max(lengths):,.1f}."
-        ),
-    ]
+    said = (
+        f"But {terms.units} went otherwise: **{base.failed.mean():.0%}** of them fail unedited, and "
+        f"{min(failures):.0%} to {max(failures):.0%} under edits and controls"
+    )
+    if lasting:
+        lengths = [float(arm.lengths.mean()) for arm in arms]
+        said += (
+            f"; they last {base.lengths.mean():,.1f} {terms.step}s on average, and {min(lengths):,.1f} to "
+            f"{max(lengths):,.1f}"
+        )
+    return [nothing, f"{said}."]
 
 
-def _agent(result: StudyResult) -> Section:
-    summary, k = result.baseline.summary(), decimals(*result.baseline.returns)
+def _unedited(result: StudyResult) -> Section:
+    base, terms = result.baseline, result.baseline.terms
+    summary = base.summary()
+    k = decimals(*base.outcomes) if terms.digits is None else terms.digits
+    scale = f" ({terms.scale})" if terms.scale else ""
     rows = [
-        ("mean return", f"{summary['mean']:,.{k}f}", _interval(summary["mean_interval"], k)),
+        (f"mean {terms.outcome}{scale}", f"{summary['mean']:,.{k}f}", _interval(summary["mean_interval"], k)),
         ("interquartile mean", f"{summary['iqm']:,.{k}f}", _interval(summary["iqm_interval"], k)),
-        ("standard deviation of returns", f"{summary['std']:,.{k}f}", ""),
-        ("mean length (steps)", f"{summary['mean_length']:,.1f}", ""),
-        (
-            f"failed ({summary['failure_rule']})",
-            f"{summary['failure_rate']:.1%}",
-            _interval(summary["failure_interval"], None),
-        ),
+        (f"standard deviation of {terms.outcomes}", f"{summary['std']:,.{k}f}", ""),
     ]
-    if "score" in summary:
-        rows.append(("D4RL-normalised score", f"{summary['score']:.1f}", _interval(summary["score_interval"], 1)))
-    frame = pd.DataFrame(rows, columns=["unedited agent", "value", "95 % interval"])
+    if terms.lasts is not None:
+        rows.append((f"mean length ({terms.step}s)", f"{summary['mean_length']:,.1f}", ""))
+    if terms.failure is not None:
+        failed = f"failed ({summary['failure_rule']})"
+        rows.append((failed, f"{summary['failure_rate']:.1%}", _interval(summary["failure_interval"], None)))
+    for name, said in base.more_rows(summary):
+        value, _, interval = said.partition("  ")
+        rows.append((name, value, interval.strip("[]").replace(", ", " to ")))
+    frame = pd.DataFrame(rows, columns=[f"unedited {terms.actor}", "value", "95 % interval"])
+    first, last = base.units[0], base.units[-1]
     return Section(
-        "The unedited agent",
+        f"The unedited {terms.actor}",
         [
-            Table(
-                frame,
-                f"{summary['episodes']} episodes of {summary['environment']}, seeds {result.baseline.seeds[0]} to "
-                f"{result.baseline.seeds[-1]}.",
-            ),
-            *(Note(f"Failures: {note}.", "warning") for note in [result.baseline.failure_note] if note),
+            Table(frame, f"{terms.place}: {len(base)} {terms.units}, {terms.index} {first} to {last}."),
+            *(Note(f"Failures: {note}.", "warning") for note in [terms.failure_note] if note),
             *(Note(said) for said in [about_interval("The mean's interval", summary["interval_note"])] if said),
         ],
     )
@@ -277,14 +300,44 @@ def _heatmaps(result: StudyResult) -> dict[str, Any]:
     return found
 
 
+def _labels(result: StudyResult) -> list[Section]:
+    """The labels at both ends of every edited direction, where an embedding has too many for a heatmap."""
+    many = [name for name, found in result.svd.model.embeddings.items() if found.trained and len(found) > MANY]
+    if not many:
+        return []
+    edited = result.verdicts[["matrix", "side", "sv"]].drop_duplicates()
+    parts: list[Any] = []
+    counted: dict[str, tuple[int, int]] = {}
+    for matrix, rows in edited.groupby("matrix", sort=False):
+        found = result.svd.tokens(str(matrix), many, int(rows["sv"].max()) + 1, 6)
+        counted |= found.shown
+        parts.append(found.rows.merge(rows, on=["matrix", "side", "sv"]))
+    table = result.table.merge(edited, on=["matrix", "side", "sv"])
+    columns = ["matrix", "side", "sv", "embedding", "label", "cosine", "z", "p_value", "q_value"]
+    return [
+        Section(
+            "The labels at both ends of the edited directions",
+            [
+                (
+                    "The labels nearest to each edited direction and to its opposite. A direction's sign is a "
+                    "convention. Nearest labels always look like something; whether the nearest is nearer than chance "
+                    "is what q says."
+                ),
+                Markup(token_html(pd.concat(parts), counted)),
+                Table(table[columns], "The best match of each edited direction with each embedding."),
+            ],
+        )
+    ]
+
+
 def _effects(result: StudyResult) -> Section:
-    table = result.verdicts
-    shown = table[list(VERDICT_COLUMNS)]
+    table, terms = result.verdicts, result.baseline.terms
+    shown = table[[name for name in VERDICT_COLUMNS if name in table]]
     notes = [Note(note) for note in dict.fromkeys(table["note"]) if note]
     if unchanged := _unchanged(result):
         said = [Note(line.replace("**", "")) for line in unchanged]
         return Section("What editing them does", [*said, Table(shown), *notes])
-    differences = [arm.returns - result.baseline.returns for arm in (*result.edited, *result.controls)]
+    differences = [arm.outcomes - result.baseline.outcomes for arm in (*result.edited, *result.controls)]
     covers = (about_interval("An interval of differences", interval_note(row, "differences")) for row in differences)
     notes += [Note(said) for said in dict.fromkeys(covers) if said]
     rho, interval = result.spearman.rho, (result.spearman.low, result.spearman.high)
@@ -293,25 +346,29 @@ def _effects(result: StudyResult) -> Section:
         [
             (
                 "Each edit replaces one singular vector; its control is a random change of the same Frobenius norm "
-                "and rank in the same place. All arms run the same seeds, so differences are paired."
+                f"and rank in the same place. All arms run the same {terms.units}, so differences are paired."
             ),
-            Plot(figures.effects(table)),
+            Plot(figures.effects(table, terms)),
             Table(
                 shown,
-                "Damage beyond the control is the control's return less the edit's; p by sign-flip permutation "
-                "of the pairs, q by Benjamini-Hochberg over the edits.",
+                f"Damage beyond the control is the {terms.lost} beyond it; p by sign-flip permutation of the pairs, "
+                "q by Benjamini-Hochberg over the edits.",
                 intervals={"damage_beyond_control": ("beyond_low", "beyond_high")},
             ),
             *notes,
-            Plot(figures.damage_against_cosine(table, spearman=None if rho != rho else (rho, *interval))),
+            Plot(figures.damage_against_cosine(table, terms, spearman=None if rho != rho else (rho, *interval))),
         ],
     )
 
 
-def _survival(result: StudyResult) -> Section:
-    if not any(arm.terminated.any() for arm in (result.baseline, *result.edited, *result.controls)):
-        said = "No episode of any arm ended before the time limit, so there are no survival curves to draw."
-        return Section("How long the agent lasts", [said])
+def _survival(result: StudyResult) -> list[Section]:
+    terms = result.baseline.terms
+    if terms.lasts is None:
+        return []
+    title = f"How long the {terms.actor} lasts"
+    if not any(arm.ended.any() for arm in (result.baseline, *result.edited, *result.controls)):
+        said = f"No {terms.unit} of any arm ended before the limit, so there are no survival curves to draw."
+        return [Section(title, [said])]
     curves: dict[str, Any] = {"unedited": _curve(result.baseline)}
     controls: dict[str, str] = {}
     for i, row in enumerate(result.verdicts.to_dict("records")):
@@ -319,17 +376,14 @@ def _survival(result: StudyResult) -> Section:
         name = name if name not in curves else f"{name} {row['side']}"
         curves[name], curves[f"control of {name}"] = _curve(result.edited[i]), _curve(result.controls[i])
         controls[name] = f"control of {name}"
-    limit = float(result.baseline.time_limit)
-    return Section(
-        "How long the agent lasts",
-        [
-            (
-                "An episode that the time limit cuts is censored: it lasted at least that long, which does not mean "
-                "that it succeeded."
-            ),
-            Plot(figures.survival(curves, baseline="unedited", controls=controls, horizon=limit)),
-        ],
+    figure = figures.survival(
+        curves, baseline="unedited", controls=controls, horizon=float(terms.limit or 0), title=title, step=terms.step
     )
+    censored = (
+        f"{terms.units.capitalize()} that the limit cuts are censored: they lasted at least that long, which does not "
+        "mean that they succeeded."
+    )
+    return [Section(title, [censored, Plot(figure)])]
 
 
 def _curve(evaluation: Any) -> tuple[Any, Any, Any, Any]:
@@ -337,40 +391,35 @@ def _curve(evaluation: Any) -> tuple[Any, Any, Any, Any]:
     return curve.times, curve.survival, curve.low, curve.high
 
 
-def _video(result: StudyResult) -> Section:
-    video = result.video
-    return Section(
-        "The worst edit beside the unedited agent",
-        [
-            Video(
-                video.file,
-                "The edit with the largest loss, in the episode with its median loss; both agents start from the "
-                "same state.",
-                video.reason,
-            )
-        ],
-    )
-
-
 def _method(result: StudyResult) -> Section:
     folded = result.table.attrs["fold_layernorm"]
     stored = "with their LayerNorm folded in" if folded else "as stored"
     embeddings = "effective, through the LayerNorm between them and the stream" if folded else "raw"
+    without = result.facts.get("without_contrast", [])
+    lacking = (
+        [f"No contrast: {', '.join(without)} {'have' if len(without) > 1 else 'has'} no poor match of its own."]
+        if without
+        else []
+    )
+    terms = result.baseline.terms
     return Section(
         "What this can and cannot tell",
         [
             (
                 f"Singular directions are of the matrices {stored}; embeddings are {embeddings}. "
                 "The strong directions have the largest z of each kind of matrix in turn, at most one per matrix; "
-                "each contrast is the poorest match among directions of similar sigma in the same matrix."
+                "each contrast is a poor match (|cosine| below the median of the best match under the null), the "
+                "poorest among directions of similar sigma in the same matrix. The first directions are direction 0 of "
+                "the first matrix of each kind."
             ),
+            *(Note(said) for said in lacking),
             Note(
-                "This is one checkpoint. Intervals are over episodes; they say nothing about another training "
+                f"This is one checkpoint. Intervals are over {terms.units}; they say nothing about another training "
                 "run of the same recipe.",
                 "warning",
             ),
             Note(
-                "Damage was measured at one target return and one dose, with one random control for each edit. "
+                "Damage was measured in one setting and at one dose, with one random control for each edit. "
                 "Another seed draws other controls."
             ),
         ],

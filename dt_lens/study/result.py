@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dt_lens.behaviour.agents.evaluation import Evaluation
-from dt_lens.behaviour.video.video import SideBySide
+from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.edits.edit import Edit
+from dt_lens.report.page import Section, Video
 from dt_lens.statistics.rank_correlation import RankCorrelation
 from dt_lens.svd.weight_svd import WeightSVD
 
@@ -30,10 +30,11 @@ class StudyResult:
         edited, controls: an evaluation per edit, and one of its control, in the order of ``verdicts``.
         edits: the edits, in the same order.
         spearman: rank correlation of |cosine| with the damage beyond the control, over the edits.
-        video: the worst edit beside the unedited agent, or why there is no video.
+        sections: what the task shows of the arms, for the page.
         report: the page.
         svd: the decompositions that were scanned and edited.
-        facts: what was run: ``model`` (its name), ``seed``, ``value`` (of the edits) and ``command``.
+        facts: what was run: ``model`` (its name), ``seed``, ``value`` (of the edits), ``command``, ``software`` (names
+            of packages) and ``without_contrast`` (matrices of strong directions that have no poor match).
     """
 
     table: pd.DataFrame
@@ -44,7 +45,13 @@ class StudyResult:
     controls: list[Evaluation]
     edits: list[Edit]
     spearman: RankCorrelation
-    video: SideBySide
+    sections: Sequence[Section]
     report: Path
     svd: WeightSVD
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        """Why there is no video where the page would show one, in sentences."""
+        blocks = [block for section in self.sections for block in section.blocks]
+        return [block.reason for block in blocks if isinstance(block, Video) and block.reason]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dt_lens.arguments import local_path, require_writable
-from dt_lens.behaviour.agents.episodes import FailureRule, check_rule
-from dt_lens.behaviour.agents.evaluation import Evaluation
-from dt_lens.behaviour.agents.recording import record_actions
-from dt_lens.behaviour.video.video import SideBySide, side_by_side
+from dt_lens.arguments import local_path, require_writable, whole_number
+from dt_lens.behaviour.arms import Arms
+from dt_lens.behaviour.printing import edit_name
+from dt_lens.behaviour.task import Task
+from dt_lens.behaviour.tasks import task_of
 from dt_lens.edits.edit import Edit
 from dt_lens.edits.singular import SingularEdit
-from dt_lens.errors import DtLensError
-from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import Count, ProgressCallback, reporting
 from dt_lens.statistics.rank_correlation import rank_correlation
 from dt_lens.study.page import write_study
@@ -31,46 +28,60 @@ __all__ = ["MATRICES", "Study"]
 MATRICES = ("*.W_in", "*.W_out", "*.OV.*")
 
 
-@dataclass
 class Study:
-    """A study of one decision transformer.
+    """A study of one model in its task.
 
     ``run`` does it. Run again with the same settings, it resumes: finished evaluations are read from ``out``.
 
     Args:
-        model: a ``HookedDecisionTransformer`` that knows its environment and target returns.
+        model: a wrapped model that can run.
         out: the folder for the report, the tables and the trials.
+        what: what is run, as for ``evaluate``; the model's own task by default.
         name: what the report calls the model.
+        task: a ``Task``, in place of ``what``.
         matrices: which matrices to scan and to choose from; shell patterns.
-        episodes: paired episodes of the unedited model, of each edit and of each control.
-        edits: how many strong directions to edit, each with a weak one as its contrast.
+        units: paired units of the unedited model, of each edit and of each control: 50 episodes, or 128 windows, by
+            default. ``episodes`` and ``windows`` are other names for it.
+        edits: how many strong directions to edit, each with a weak one as its contrast; the first direction of each
+            kind of matrix is edited as well.
         value: what the edits put in place of a singular vector; see ``SingularEdit``.
-        seed: of the episodes, of the null's sampling and of the controls.
-        target_return: what the agent is asked for; the model's first one by default.
-        failure: what counts as failing; that of the model's facts by default, else a guess; see ``Evaluation``.
-        workers: worker processes of the rollouts.
-        video: draw the unedited and the worst-hit agent side by side if the machine can.
+        seed: of the units, where they have seeds, of the null's sampling and of the controls.
+        workers: worker processes, where the task can use any.
         command: the command line that makes the report again, for the report.
+        options: what else ``evaluate`` takes to say what is run, such as ``target_return``, ``failure`` or ``context``;
+            for an agent also ``video=False``, which leaves out the video.
+
+    Raises:
+        DtLensError: for a model or settings that cannot be studied.
     """
 
-    model: Any
-    out: str | Path
-    name: str = "the model"
-    matrices: Sequence[str] = MATRICES
-    episodes: int = 50
-    edits: int = 2
-    value: Any = "constant"
-    seed: int = 0
-    target_return: float | None = None
-    failure: FailureRule | None = None
-    workers: int | None = None
-    video: bool = True
-    command: str = ""
-
-    @property
-    def folder(self) -> Path:
-        """``out``, as a path."""
-        return local_path(self.out, "out")
+    def __init__(
+        self,
+        model: Any,
+        out: str | Path,
+        what: Any = None,
+        *,
+        name: str = "the model",
+        task: Task | None = None,
+        matrices: Sequence[str] = MATRICES,
+        units: int | None = None,
+        edits: int = 2,
+        value: Any = "constant",
+        seed: int = 0,
+        workers: int | None = None,
+        command: str = "",
+        **options: Any,
+    ) -> None:
+        self.folder = local_path(out, "out")
+        self.task, self.units = task_of(
+            model, what, task=task, units=units, seed=seed, caller="a study", use="study", **options
+        )
+        whole_number(len(self.units), self.task.terms.units, 2)
+        self.edits = whole_number(edits, "edits", 1)
+        if workers is not None:
+            whole_number(workers, "workers", 1)
+        self.model, self.name, self.matrices, self.value = model, name, matrices, value
+        self.seed, self.workers, self.command = seed, workers, command
 
     def run(self, progress: bool | ProgressCallback = False) -> StudyResult:
         """Do the study and write ``report.html``, ``scan.csv`` and ``verdicts.csv``.
@@ -79,15 +90,9 @@ class Study:
             progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
 
         Raises:
-            DtLensError: for a model or settings that cannot be studied, or a folder that cannot be written.
+            DtLensError: for matrices that cannot be scanned, a value that cannot be put in force, or a folder that
+                cannot be written.
         """
-        require_agent(self.model, "A study")
-        if self.failure is not None:
-            check_rule(self.failure)
-        if self.episodes < 2:
-            raise DtLensError(f"episodes is {self.episodes}; a study needs at least 2, and 50 or more to decide much.")
-        if self.edits < 1:
-            raise DtLensError(f"edits is {self.edits}; a study needs at least 1.")
         require_writable(*(self.folder / name for name in ("report.html", "scan.csv", "verdicts.csv", "trials/trial")))
         with reporting(progress) as tell:
             return self._run(tell)
@@ -114,17 +119,18 @@ class Study:
         conditions: list[tuple[str, Edit | None]] = [("unedited", None)]
         for i, edit in enumerate(edits):
             conditions += [("edit", edit), ("control", edit.control(self.seed + i))]
-        settings = {"episodes": self.episodes, "seed": self.seed, "target_return": self.target_return}
-        trials = Trials(self.model, self.folder / "trials", self.workers, failure=self.failure, **settings)
+        trials = Trials(self.model, self.task, self.folder / "trials", self.workers)
         results = []
         for number, (kind, change) in enumerate(conditions):
             where = "" if change is None else f" of {change.matrix.name} [{number} of {len(conditions) - 1}]"
             start, share = 0.04 + 0.92 * number / len(conditions), 0.92 / len(conditions)
-            results.append(trials.run(change, _counted(tell, kind + where, start, share)))
+            results.append(trials.run(self.units, change, _counted(tell, kind + where, start, share)))
         baseline, edited, controls = results[0], results[1::2], results[2::2]
         summary = verdicts(chosen, edits, baseline, edited, controls)
-        tell("drawing the video", 0.96)
-        video = self._video(summary, edits, baseline, edited)
+        tell("drawing", 0.96)
+        names = [edit_name(row) for row in summary.to_dict("records")]
+        arms = Arms(self.model, baseline, edits, names, edited, controls)
+        sections = self.task.sections(arms, self.folder)
         tell("writing the report", 0.99)
         result = StudyResult(
             table=table,
@@ -135,41 +141,24 @@ class Study:
             controls=controls,
             edits=edits,
             spearman=rank_correlation(summary["cosine"].abs(), summary["damage_beyond_control"], seed=self.seed),
-            video=video,
+            sections=sections,
             report=self.folder / "report.html",
             svd=svd,
-            facts={"model": self.name, "seed": self.seed, "value": self.value, "command": self.command},
+            facts=self._facts(chosen),
         )
         write_study(result, self.folder)
         tell("done", 1.0)
         return result
 
-    def _video(
-        self, summary: pd.DataFrame, edits: list[Edit], baseline: Evaluation, edited: list[Evaluation]
-    ) -> SideBySide:
-        if not self.video:
-            return SideBySide(None, "There is no video: it was switched off.")
-        if not (summary["difference"] < 0).any():
-            return SideBySide(None, "There is no video: no edit lowered the mean return.")
-        worst = int(summary["difference"].to_numpy().argmin())
-        losses = baseline.returns - edited[worst].returns
-        # The seed whose loss is the median one: a typical episode, not the most spectacular.
-        episode = int(losses.argsort(kind="stable")[len(losses) // 2])
-        seed = int(baseline.seeds[episode])
-        unedited = record_actions(self.model, baseline, seed)
-        with edits[worst]:
-            hit = record_actions(self.model, edited[worst], seed)
-        row = summary.iloc[worst]
-        return side_by_side(
-            baseline.environment,
-            unedited,
-            hit,
-            seed=seed,
-            file=self.folder / "worst.mp4",
-            captions=("unedited", f"{row['matrix']} sv={row['sv']} edited"),
-            environment_kwargs=baseline.environment_kwargs,
-            ended="fell" if baseline.failure == "terminated" and not baseline.failure_guessed else "ended",
-        )
+    def _facts(self, chosen: pd.DataFrame) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "seed": self.seed,
+            "value": self.value,
+            "command": self.command,
+            "software": list(self.task.software),
+            "without_contrast": list(chosen.attrs["without_contrast"]),
+        }
 
 
 def _counted(tell: ProgressCallback, what: str, start: float, share: float) -> Count:

@@ -1,4 +1,4 @@
-"""Evaluate a model under edits and their controls, all on the same seeds, and judge the edits."""
+"""Evaluate a model under edits and their controls, all over the same units, and judge the edits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from dt_lens.arguments import read_checked_json, write_checked_json
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.arguments import as_json, read_checked_json, write_checked_json
+from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.task import Task
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.progress import Count
@@ -73,45 +74,47 @@ def verdicts(
 ) -> pd.DataFrame:
     """Judge every edit against its control: a row per edit.
 
-    ``difference`` and ``control_difference`` are mean paired differences of the return from the unedited agent;
-    ``damage_beyond_control`` is the mean paired return of the control less that of the edit, with a bootstrap interval;
-    ``p_value`` its two-sided sign-flip permutation test; ``q`` Benjamini-Hochberg's over the edits.
+    ``difference`` and ``control_difference`` are mean paired differences of the outcome from the unedited model;
+    ``damage_beyond_control`` is how much worse the edit is than its control on average, with a bootstrap interval;
+    ``p_value`` its two-sided sign-flip permutation test; ``q`` Benjamini-Hochberg's over the edits. Failure rates are
+    there where failing has a meaning.
     """
+    terms = baseline.terms
     rows: list[dict[str, Any]] = []
     for direction, edit, result, control in zip(chosen.to_dict("records"), edits, edited, controls, strict=True):
         effect, control_effect, beyond = result.compare(baseline), control.compare(baseline), result.compare(control)
-        low, high = beyond.difference_interval
+        failures = {"failure_rate": effect.failure_edited, "control_failure_rate": control_effect.failure_edited}
         rows.append(
             {
                 **{str(name): direction[name] for name in KEPT},
                 "energy": edit.energy,
-                "return_mean": result.mean,
+                f"{terms.outcome}_mean": result.mean,
                 "difference": effect.difference,
                 "difference_low": effect.difference_interval[0],
                 "difference_high": effect.difference_interval[1],
                 "control_difference": control_effect.difference,
                 "control_difference_low": control_effect.difference_interval[0],
                 "control_difference_high": control_effect.difference_interval[1],
-                "damage_beyond_control": -beyond.difference,
-                "beyond_low": -high,
-                "beyond_high": -low,
-                "damage_per_energy": -effect.difference / edit.energy,
+                "damage_beyond_control": beyond.damage,
+                "beyond_low": beyond.damage_interval[0],
+                "beyond_high": beyond.damage_interval[1],
+                "damage_per_energy": effect.damage / edit.energy,
                 "p_value": beyond.p_value,
-                "failure_rate": effect.failure_edited,
-                "control_failure_rate": control_effect.failure_edited,
+                **({} if terms.failure is None else failures),
                 "note": edit.note,
             }
         )
     table = pd.DataFrame(rows)
     table["q"] = q_values(table["p_value"])
     table["verdict"] = [
-        _verdict(*row) for row in zip(table["q"], table["damage_beyond_control"], table["difference"], strict=True)
+        _verdict(q, beyond, terms.sign * difference)
+        for q, beyond, difference in zip(table["q"], table["damage_beyond_control"], table["difference"], strict=True)
     ]
     return table
 
 
-def _verdict(q: float, beyond: float, difference: float) -> str:
-    """In words, by the sign of the edit's own mean ``difference`` from the unedited agent.
+def _verdict(q: float, beyond: float, gained: float) -> str:
+    """In words, by what the edit itself ``gained`` on the unedited model on average: below 0 it hurts.
 
     >>> _verdict(0.01, 5.0, -8.0), _verdict(0.01, -5.0, 3.0), _verdict(0.01, 5.0, 3.0)
     ('hurts more than its control', 'improves more than its control', 'improves less than its control')
@@ -120,8 +123,8 @@ def _verdict(q: float, beyond: float, difference: float) -> str:
     """
     if not q < 0.05:
         return "no difference from its control shown"
-    if difference == 0:
+    if gained == 0:
         return "leaves the mean as it is, unlike its control"
     if beyond > 0:
-        return "hurts more than its control" if difference < 0 else "improves less than its control"
-    return "improves more than its control" if difference > 0 else "hurts less than its control"
+        return "hurts more than its control" if gained < 0 else "improves less than its control"
+    return "improves more than its control" if gained > 0 else "hurts less than its control"

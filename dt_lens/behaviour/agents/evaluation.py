@@ -247,7 +247,7 @@ class AgentEvaluation(Evaluation):
         place = " with ".join(part for part in (f"the {role} environment" if role else "", made) if part)
         return [*([("environment", place)] if place else []), *super()._rows()]
 
-    def _more_rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def more_rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if "score" not in summary:
             return []
         return [("D4RL-normalised score", f"{summary['score']:.1f}  {span(summary['score_interval'])}")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from dt_lens.behaviour.agents.job import SOFTWARE, AgentJob
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
 from dt_lens.behaviour.agents.running import Setting, acting_weights, portable_job, run, setting_of
 from dt_lens.behaviour.agents.watched import activations_of_episodes
+from dt_lens.behaviour.agents.report import video_section
+from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.task import Columns, Job, Task
 from dt_lens.behaviour.terms import FailureRule, Measure, Terms
@@ -24,6 +27,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import Count, ProgressCallback, silent
+from dt_lens.report.page import Section
 
 __all__ = ["AgentTask"]
 
@@ -39,6 +43,7 @@ class AgentTask(Task):
         setting: the environment, the target return, and how states and returns are scaled.
         failure: what counts as failing; ``None`` for a guess by the environment's name.
         lanes: episodes side by side in a process; ``None`` for as many as fit the number of episodes.
+        video: whether reports draw the worst edit beside the unedited agent.
     """
 
     software: ClassVar[tuple[str, ...]] = SOFTWARE
@@ -50,6 +55,7 @@ class AgentTask(Task):
     setting: Setting
     failure: FailureRule | None = None
     lanes: int | None = None
+    video: bool = True
 
     @classmethod
     def of(
@@ -62,6 +68,7 @@ class AgentTask(Task):
         max_steps: int | None = None,
         failure: FailureRule | None = None,
         lanes: int | None = None,
+        video: bool = True,
         caller: str = "evaluate",
     ) -> Self:
         """The task of ``model`` in an environment, with the model's facts for what is ``None``.
@@ -71,6 +78,7 @@ class AgentTask(Task):
             environment: a Gymnasium id, ``"module:Id"`` to import a package that registers it, an ``EnvSpec``, or a
                 function that makes an environment.
             environment_kwargs, target_return, max_steps, failure, lanes: as for ``evaluate``.
+            video: whether reports draw the worst edit beside the unedited agent.
             caller: who asks, for messages.
 
         Raises:
@@ -83,7 +91,7 @@ class AgentTask(Task):
             if value is not None:
                 whole_number(value, name, least, most)
         setting = setting_of(model, environment, environment_kwargs, target_return, max_steps, caller)
-        task = cls(setting, known_rule(failure, model.facts, setting.environment), lanes)
+        task = cls(setting, known_rule(failure, model.facts, setting.environment), lanes, video)
         if type(task).measure is not AgentTask.measure:
             made = replace(setting.made, measure=task.measure, measures=tuple(cls.measures))
             task = replace(task, setting=setting._replace(made=made))
@@ -132,6 +140,9 @@ class AgentTask(Task):
 
     def about(self, model: Any) -> dict[str, Any]:
         return {**super().about(model), "details": {"environment_role": self.setting.role}}
+
+    def sections(self, arms: Arms, folder: Path) -> list[Section]:
+        return [video_section(arms, self.setting, folder, self.video)]
 
     def pack(self, model: Any) -> Job:
         job = portable_job(model, self.setting, LEAST_LANES)

@@ -126,7 +126,7 @@ class TextEvaluation(Evaluation):
         """The ``k`` tokens that gained and the ``k`` that lost most: token, text, before, after, change."""
         return moved_frame(self.moved, k)
 
-    def _more_rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def more_rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows = [
             ("perplexity", f"{summary['perplexity']:.2f}"),
             ("bits per byte", f"{summary['bits_per_byte']:.4f}"),

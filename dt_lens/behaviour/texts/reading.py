@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dt_lens.behaviour.task import Row, hash_of, versions_of
@@ -19,7 +20,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.forward_mode import evaluating, one_thread
 from dt_lens.progress import Count
 
-__all__ = ["SOFTWARE", "TextJob", "read_windows"]
+__all__ = ["SOFTWARE", "TextJob", "read_windows", "token_losses"]
 
 SOFTWARE = ("torch", "transformers", "tokenizers", "numpy")  # another version of one of these may give other bits
 AT_ONCE = 2**28  # bytes of logits to keep between running without edits and with them
@@ -67,6 +68,14 @@ def _against(
     q = log_q.exp()
     # Rounding may leave a little less than zero where the two are nearly the same.
     return loss, float((q * (log_q - log_p)).sum(-1).clamp(min=0).mean()), p, q
+
+
+def token_losses(model: Any, windows: Windows, unit: int) -> NDArray[np.float64]:
+    """The loss of each predicted token of a window, ``[predicted]``, in nats. Called without gradients."""
+    window = windows.tokens[unit]
+    log_p = _logits(model, window, windows.unpredicted).double().log_softmax(-1)
+    target = torch.from_numpy(window[windows.unpredicted :]).to(log_p.device)
+    return np.asarray(-log_p.gather(-1, target[:, None])[:, 0].cpu())
 
 
 def _groups(tokens: Sequence[np.ndarray[Any, Any]], vocabulary: int) -> Iterator[Sequence[np.ndarray[Any, Any]]]:

@@ -11,14 +11,17 @@ import numpy as np
 import torch
 
 from dt_lens.arguments import whole_number
+from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.task import Columns, Job, Task, require_portable
 from dt_lens.behaviour.terms import Terms
 from dt_lens.behaviour.texts.evaluation import TextEvaluation, terms_of_windows
 from dt_lens.behaviour.texts.reading import SOFTWARE, TextJob, read_windows
+from dt_lens.behaviour.texts.report import text_sections
 from dt_lens.behaviour.texts.windows import Texts, Windows, cut, read_texts
 from dt_lens.errors import DtLensError
 from dt_lens.progress import Count
+from dt_lens.report.page import Section
 
 __all__ = ["CONTEXT", "HELD_OUT", "TextTask"]
 
@@ -38,7 +41,7 @@ class TextTask(Task):
 
     # Windows are cheap beside episodes, and their losses vary less under an edit than returns do.
     counts: ClassVar[Mapping[str, int]] = {
-        "evaluate": 2**40, "sweep": 32, "study": 2**40, "steer": 2**40, "choose": 32, "activations": 256,
+        "evaluate": 2**40, "sweep": 32, "study": 128, "steer": 2**40, "choose": 32, "activations": 256,
     }  # fmt: skip
     evaluation: ClassVar[type[Evaluation]] = TextEvaluation
     software: ClassVar[tuple[str, ...]] = SOFTWARE
@@ -110,6 +113,9 @@ class TextTask(Task):
     def pack(self, model: Any) -> Job:
         require_portable(model)
         return TextJob(model, self.windows)
+
+    def sections(self, arms: Arms, folder: Path) -> list[Section]:
+        return text_sections(arms, self.windows)
 
     def batches(self, model: Any, units: Sequence[int]) -> Iterable[Any]:
         return (torch.from_numpy(self.windows.tokens[unit])[None] for unit in units)

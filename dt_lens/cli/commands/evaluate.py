@@ -9,30 +9,34 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
+    Context,
     Environment,
     Failure,
     Given,
+    MaxSteps,
     Model,
     Seed,
     Target,
+    Text,
+    Windows,
     Workers,
-    failure_rule,
     indices,
     load_model,
     number,
+    task_options,
 )
 from dt_lens.cli.output import progress, write_csv
-from dt_lens.errors import DtLensError
-
-EPISODES = 100
 
 
 def evaluate(
     model: Model,
     environment: Environment = None,
-    episodes: Annotated[int, typer.Option(min=1, help="Number of episodes; episode i uses seed + i.")] = EPISODES,
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of episodes, 100 by default; episode i uses seed + i.")
+    ] = None,
     seed: Seed = 0,
     target_return: Target = None,
+    max_steps: MaxSteps = None,
     failure: Failure = None,
     edit: Annotated[
         str | None, typer.Option(metavar="MATRIX", help="Also measure the model with this matrix edited, and compare.")
@@ -46,13 +50,9 @@ def evaluate(
         ),
     ] = "constant",
     workers: Workers = None,
-    text: Annotated[
-        Path | None, typer.Option(help="For a language model: a text file; its held-out text by default.")
-    ] = None,
-    context: Annotated[int | None, typer.Option(min=2, help="For a language model: tokens in a window.")] = None,
-    windows: Annotated[
-        int | None, typer.Option(min=1, help="For a language model: the largest number of windows.")
-    ] = None,
+    text: Text = None,
+    context: Context = None,
+    windows: Windows = None,
     out: Annotated[Path | None, typer.Option(help="Write a row for each episode or window to this .csv file.")] = None,
     given: Given = None,
 ) -> None:
@@ -65,31 +65,26 @@ def evaluate(
     from dt_lens.behaviour.evaluate import evaluate as run
     from dt_lens.edits.singular import SingularEdit
 
-    options: dict[str, Any] = {"episodes": episodes, "target_return": target_return, "workers": workers}
-    options["failure"] = failure_rule(failure)
-    options |= {"texts": text, "context": context, "windows": windows}
-    reads = not loaded.can_act
-    unit = "windows" if reads else "episodes"
-    if not reads:
-        options["seed"] = seed
-    _require_fit(
-        reads,
-        {
-            "--environment": environment is not None,
-            "--episodes": episodes != EPISODES,
-            "--target-return": target_return is not None,
-            "--failure": failure is not None,
-            "--workers": workers is not None,
-        },
-        {"--text": text is not None, "--context": context is not None, "--windows": windows is not None},
+    options = task_options(
+        loaded,
+        environment=environment,
+        episodes=episodes,
+        target_return=target_return,
+        max_steps=max_steps,
+        failure=failure,
+        text=text,
+        context=context,
+        windows=windows,
     )
+    unit = "episodes" if loaded.can_act else "windows"
 
     def measured(what: str) -> Any:
         with progress() as tell:
             return run(
                 loaded,
-                environment,
                 **options,
+                seed=seed,
+                workers=workers,
                 progress=lambda done, total: tell(what, done / total),
             )
 
@@ -111,12 +106,3 @@ def evaluate(
 
         table = frames["unedited"] if change is None else pd.concat(frames, names=["arm"]).reset_index(level=0)
         write_csv(table, out)
-
-
-def _require_fit(reads: bool, of_agents: dict[str, bool], of_readers: dict[str, bool]) -> None:
-    """Raise ``DtLensError`` for options that were given and belong to the other kind of model."""
-    wrong = [name for name, given in (of_agents if reads else of_readers).items() if given]
-    if not wrong:
-        return
-    what = "a language model, which reads --text" if reads else "an agent, which runs in an environment"
-    raise DtLensError(f"The model is {what}; leave out {' and '.join(wrong)}.")

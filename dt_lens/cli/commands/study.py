@@ -10,30 +10,61 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Agent, Failure, Given, Seed, Target, Workers, failure_rule, load_model, number, split
+from dt_lens.cli.options import (
+    Context,
+    Environment,
+    Failure,
+    Given,
+    MaxSteps,
+    Model,
+    Seed,
+    Target,
+    Text,
+    Workers,
+    load_model,
+    number,
+    split,
+    task_options,
+)
 from dt_lens.cli.output import print_table, progress
 
 
 def study(
-    model: Agent,
+    model: Model,
+    environment: Environment = None,
     episodes: Annotated[
-        int, typer.Option(min=2, help="Paired episodes of the unedited agent, each edit and each control.")
-    ] = 50,
+        int | None,
+        typer.Option(min=2, help="Paired episodes of the unedited agent, each edit and each control; 50 by default."),
+    ] = None,
     matrices: Annotated[
         str, typer.Option(help="Comma-separated matrices to scan and choose directions from.")
     ] = "*.W_in,*.W_out,*.OV.*",
     edits: Annotated[
-        int, typer.Option(min=1, help="Number of strong directions to edit, each with a weak one for contrast.")
+        int,
+        typer.Option(
+            min=1,
+            help="Number of strong directions to edit, each with a weak one for contrast; the first of each kind of "
+            "matrix is edited too.",
+        ),
     ] = 2,
     value: Annotated[
         str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a factor of sigma.")
     ] = "constant",
     target_return: Target = None,
-    seed: Seed = 0,
+    max_steps: MaxSteps = None,
     failure: Failure = None,
+    text: Text = None,
+    context: Context = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=2, help="For a language model: paired windows of each arm; 128, if there are so many."),
+    ] = None,
+    seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; dt-lens-study/MODEL by default.")] = None,
     workers: Workers = None,
-    video: Annotated[bool, typer.Option(help="Draw the agent under the worst edit beside the unedited one.")] = True,
+    video: Annotated[
+        bool, typer.Option(help="For an agent: draw it under the worst edit beside the unedited one.")
+    ] = True,
     given: Given = None,
 ) -> None:
     """Scan a model, choose directions, edit them beside controls, measure, and write a report.
@@ -54,21 +85,30 @@ def study(
             folder,
             name=model,
             matrices=split(matrices, "matrices") or [],
-            episodes=episodes,
             edits=edits,
             value=number(value),
             seed=seed,
-            target_return=target_return,
-            failure=failure_rule(failure),
             workers=workers,
-            video=video,
             command=command,
+            **task_options(
+                loaded,
+                environment=environment,
+                episodes=episodes,
+                target_return=target_return,
+                max_steps=max_steps,
+                failure=failure,
+                text=text,
+                context=context,
+                windows=windows,
+                video=None if video else False,
+            ),
         ).run(tell)
     shown = ["role", "matrix", "side", "sv", "label", "cosine"]
     shown += ["energy", "difference", "control_difference", "q", "verdict"]
-    print_table(result.verdicts[shown], "Edits and their controls: mean paired difference of the return")
+    terms = result.baseline.terms
+    print_table(result.verdicts[shown], f"Edits and their controls: mean paired difference of the {terms.outcome}")
     for sentence in sentences(result):
         print(sentence.replace("**", ""))
-    if result.video.reason:
-        print(result.video.reason)
+    for reason in result.missing:
+        print(reason)
     print(f"\nThe report: {result.report}")
