@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from dt_lens.behaviour.terms import Terms
 from dt_lens.errors import DtLensError, nearest
+from dt_lens.lens.token_text import spelled
 from dt_lens.report.spectra import q_text
 from dt_lens.report.style import BASELINE, CONTROL, EDIT, PALETTE, columns_of, empty, finish, kind_of, plain, signed
 
@@ -258,7 +259,7 @@ def damage_against_cosine(
     )
     figure.update_layout(legend_title_text="matrix", showlegend=True)
     about = "one point per edit" + (" · bars: confidence intervals" if bars else "")
-    about += " · filled: strong matches, open: weak ones" if "weak" in roles else ""
+    about += " · open: contrasts, poor in match" if "weak" in roles else ""
     return finish(figure, f"{title} {_correlation(cosine, damage, spearman)}", about, height=480)
 
 
@@ -292,7 +293,9 @@ def _edit_label(row: Mapping[Any, Any]) -> str:
     side = f" {plain(row['side'])}" if two_sided and _has(row, "side") else ""
     first = f"<b>{plain(row['matrix'])}</b>{side} · sv {row['sv']}"
     match = f"{row['embedding']} " if _has(row, "embedding") else ""
-    match += f"{row['label']} {signed(row['cosine'])}" if _has(row, "label") and _has(row, "cosine") else ""
+    match += (
+        f"{spelled(str(row['label']))} {signed(row['cosine'])}" if _has(row, "label") and _has(row, "cosine") else ""
+    )
     second = ": ".join(part for part in (str(row["role"]) if _has(row, "role") else "", match.strip()) if part)
     return first + (f"<br><i>{plain(_shortened(second))}</i>" if second else "")
 
@@ -311,7 +314,9 @@ def _hover_text(row: Mapping[Any, Any], prefix: str, terms: Terms) -> str:
     where = f"<b>{plain(row['matrix'])}</b>, sv {row['sv']}" + (f", {plain(row['side'])}" if _has(row, "side") else "")
     lines = [("control of " if prefix else "") + where]
     if _has(row, "label") and _has(row, "cosine"):
-        lines.append(f"{plain(row.get('embedding', ''))}: {plain(row['label'])}, cosine {row['cosine']:+.3f}")
+        lines.append(
+            f"{plain(row.get('embedding', ''))}: {plain(spelled(str(row['label'])))}, cosine {row['cosine']:+.3f}"
+        )
     measured = {
         f"change of {terms.outcome}": (prefix + "difference", prefix + "difference_low", prefix + "difference_high")
     }

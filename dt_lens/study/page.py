@@ -11,6 +11,7 @@ import pandas as pd
 
 from dt_lens.arguments import atomic_write, local_path
 from dt_lens.behaviour.printing import about_interval, decimals, edit_name, places
+from dt_lens.lens.token_text import spelled
 from dt_lens.report import heatmaps, spectra
 from dt_lens.report.page import Choice, Folded, Markup, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import signed
@@ -98,10 +99,8 @@ def sentences(result: StudyResult) -> list[str]:
     lasts = ""
     if terms.lasts is not None:
         lasts = f", and {1 - float(base.ended.mean()):.0%} of them last to the limit"
-    lines = [
-        f"Unedited, the {terms.actor}'s mean {terms.outcome} is **{mean}**{scale} over {len(base)} {terms.units}"
-        f"{lasts}."
-    ]
+    over = f"over {len(base)} {terms.units}{lasts}"
+    lines = [f"Unedited, the {terms.actor}'s mean {terms.outcome} is **{mean}**{scale} {over}."]
     if unchanged := _unchanged(result):
         return [*lines, *unchanged]
     for role, what in ROLES.items():
@@ -261,7 +260,7 @@ def _matches(result: StudyResult) -> Section:
             )
         )
     blocks += [
-        Table(best.drop(columns=["layer", "head", "block"]), "The 25 strongest matches."),
+        Table(_spelled(best.drop(columns=["layer", "head", "block"])), "The 25 strongest matches."),
         Plot(spectra.spectrum({name: svd[name].sigma.cpu().numpy() for name in names})),
         Plot(spectra.sigma_against_cosine(table)),
         Choice(
@@ -324,15 +323,20 @@ def _labels(result: StudyResult) -> list[Section]:
                     "is what q says."
                 ),
                 Markup(token_html(pd.concat(parts), counted)),
-                Table(table[columns], "The best match of each edited direction with each embedding."),
+                Table(_spelled(table[columns]), "The best match of each edited direction with each embedding."),
             ],
         )
     ]
 
 
+def _spelled(rows: pd.DataFrame) -> pd.DataFrame:
+    """With every character of a label visible: many tokens differ in the space before them alone."""
+    return rows.assign(label=[spelled(str(label)) for label in rows["label"]])
+
+
 def _effects(result: StudyResult) -> Section:
     table, terms = result.verdicts, result.baseline.terms
-    shown = table[[name for name in VERDICT_COLUMNS if name in table]]
+    shown = _spelled(table[[name for name in VERDICT_COLUMNS if name in table]])
     notes = [Note(note) for note in dict.fromkeys(table["note"]) if note]
     if unchanged := _unchanged(result):
         said = [Note(line.replace("**", "")) for line in unchanged]

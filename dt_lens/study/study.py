@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import task_of
 from dt_lens.edits.edit import Edit
 from dt_lens.edits.singular import SingularEdit
+from dt_lens.lens.matrices import Snapshot, catalogue
 from dt_lens.progress import Count, ProgressCallback, reporting
 from dt_lens.statistics.rank_correlation import rank_correlation
 from dt_lens.study.page import write_study
@@ -39,7 +41,8 @@ class Study:
         what: what is run, as for ``evaluate``; the model's own task by default.
         name: what the report calls the model.
         task: a ``Task``, in place of ``what``.
-        matrices: which matrices to scan and to choose from; shell patterns.
+        matrices: which matrices to scan and to choose from; shell patterns. By default the MLPs' and the OV circuits,
+            as far as the model has them.
         units: paired units of the unedited model, of each edit and of each control: 50 episodes, or 128 windows, by
             default. ``episodes`` and ``windows`` are other names for it.
         edits: how many strong directions to edit, each with a weak one as its contrast; the first direction of each
@@ -63,7 +66,7 @@ class Study:
         *,
         name: str = "the model",
         task: Task | None = None,
-        matrices: Sequence[str] = MATRICES,
+        matrices: Sequence[str] | None = None,
         units: int | None = None,
         edits: int = 2,
         value: Any = "constant",
@@ -80,6 +83,9 @@ class Study:
         self.edits = whole_number(edits, "edits", 1)
         if workers is not None:
             whole_number(workers, "workers", 1)
+        if matrices is None:
+            present = list(catalogue(Snapshot.of(model)))
+            matrices = [pattern for pattern in MATRICES if fnmatch.filter(present, pattern)]
         self.model, self.name, self.matrices, self.value = model, name, matrices, value
         self.seed, self.workers, self.command = seed, workers, command
 

@@ -8,9 +8,12 @@ import plotly.graph_objects as go
 import pytest
 from scipy.stats import spearmanr
 
+from dt_lens.behaviour.agents.evaluation import terms_of_episodes
 from dt_lens.errors import DtLensError
 from dt_lens.report.style import plain
 from dt_lens.study import figures
+
+TERMS = terms_of_episodes("E-v0", 1.0, 10)
 
 
 def verdict_table() -> pd.DataFrame:
@@ -89,7 +92,7 @@ def test_survival_names_the_nearest_curve() -> None:
 
 
 def test_effects_put_each_control_below_its_edit_with_its_interval() -> None:
-    figure = figures.effects(verdict_table())
+    figure = figures.effects(verdict_table(), TERMS)
     edits, controls = figure.data
     order = [0, 2, 1]  # strong ones first, else in the table's order
     np.testing.assert_allclose(edits.x, verdict_table()["difference"].to_numpy()[order])
@@ -104,22 +107,25 @@ def test_effects_put_each_control_below_its_edit_with_its_interval() -> None:
 
 def test_effects_need_their_columns_only() -> None:
     bare = verdict_table()[[c for c in verdict_table() if "difference" in c or c in ("matrix", "sv")]]
-    assert len(figures.effects(bare).data[0].x) == 3
+    assert len(figures.effects(bare, TERMS).data[0].x) == 3
     with pytest.raises(DtLensError, match="'control_difference_low'"):
-        figures.effects(bare.drop(columns="control_difference_low"))
+        figures.effects(bare.drop(columns="control_difference_low"), TERMS)
 
 
 def test_damage_shows_spearman_computed_or_given() -> None:
     table = verdict_table()
     table["cosine"] = [-0.6, 0.4, 0.1]
     expected = spearmanr(table["cosine"].abs(), table["damage_beyond_control"]).statistic
-    title = figures.damage_against_cosine(table).layout.title.text
+    title = figures.damage_against_cosine(table, TERMS).layout.title.text
     assert f"{expected:+.2f}" in title and "3 edits" in title
-    assert "+0.50 [−0.10, +0.90]" in figures.damage_against_cosine(table, spearman=(0.5, -0.1, 0.9)).layout.title.text
+    assert (
+        "+0.50 [−0.10, +0.90]"
+        in figures.damage_against_cosine(table, TERMS, spearman=(0.5, -0.1, 0.9)).layout.title.text
+    )
 
 
 def test_damage_is_a_loss_and_positive() -> None:
-    figure = figures.damage_against_cosine(verdict_table(), beyond_control=False)
+    figure = figures.damage_against_cosine(verdict_table(), TERMS, beyond_control=False)
     points = {float(x): float(y) for trace in figure.data for x, y in zip(trace.x, trace.y, strict=True)}
     assert points[0.6] == 2400.0
     first = next(trace for trace in figure.data if trace.name == "W_in")
@@ -127,14 +133,14 @@ def test_damage_is_a_loss_and_positive() -> None:
 
 
 def test_damage_without_a_correlation_says_so() -> None:
-    assert "Too few" in figures.damage_against_cosine(verdict_table()).layout.title.text  # one cosine is missing
+    assert "Too few" in figures.damage_against_cosine(verdict_table(), TERMS).layout.title.text  # one cosine is missing
 
 
 def test_an_empty_table_gives_a_figure_that_says_so() -> None:
     verdicts = verdict_table().iloc[:0]
-    made = [figures.survival({}), figures.effects(verdicts), figures.damage_against_cosine(verdicts)]
+    made = [figures.survival({}), figures.effects(verdicts, TERMS), figures.damage_against_cosine(verdicts, TERMS)]
     assert all(figure.layout.annotations[0].text for figure in made)
 
 
 def test_names_from_data_stay_words() -> None:
-    assert plain("<b>thigh</b>") in figures.effects(verdict_table()).layout.yaxis.ticktext[2]
+    assert plain("<b>thigh</b>") in figures.effects(verdict_table(), TERMS).layout.yaxis.ticktext[2]

@@ -32,6 +32,10 @@ def test_each_direction_has_its_one_best_match_and_untrained_heads_have_none(svd
 def test_the_strongest_of_each_kind_and_its_poorest_peer(svd: WeightSVD) -> None:
     table = svd.scan(["*.W_in", "*.W_out", "*.OV.*"], embeddings="*")
     chosen = choose_directions(table, svd, 3)
+    assert chosen.attrs["without_contrast"] == []
+    first = chosen[6:]
+    assert set(first["role"]) == {"first"} and (first["sv"] == 0).all()
+    chosen = chosen[:6]
     assert list(chosen["role"]) == ["strong", "weak"] * 3
     assert sorted(svd[name].matrix.kind for name in chosen["matrix"][::2]) == ["OV", "W_in", "W_out"]
     best = best_matches(table)
@@ -39,12 +43,26 @@ def test_the_strongest_of_each_kind_and_its_poorest_peer(svd: WeightSVD) -> None
         kind = [name for name in set(best["matrix"]) if svd[name].matrix.kind == svd[strong["matrix"]].matrix.kind]
         assert strong["z"] == best[best["matrix"].isin(kind)]["z"].max()
         assert (strong["matrix"], strong["side"]) == (weak["matrix"], weak["side"])
-        peers = best[(best["matrix"] == weak["matrix"]) & (best["side"] == weak["side"]) & (best["sv"] != strong["sv"])]
-        similar = peers[(peers["sigma"] / strong["sigma"]).between(1 / SIMILAR, SIMILAR)]
-        assert weak["z"] == similar["z"].min()
+        assert weak["embedding"] == strong["embedding"] and weak["p_value"] > 0.5
+        here = table[(table["matrix"] == weak["matrix"]) & (table["side"] == weak["side"])]
+        poor = here[(here["embedding"] == strong["embedding"]) & (here["p_value"] > 0.5)]["sv"]
+        peers = best[(best["matrix"] == weak["matrix"]) & (best["side"] == weak["side"]) & best["sv"].isin(poor)]
+        similar = peers[
+            (peers["sigma"] / strong["sigma"]).between(1 / SIMILAR, SIMILAR) & (peers["sv"] != strong["sv"])
+        ]
+        assert weak["sv"] == similar.sort_values("z")["sv"].iloc[0]
+
+
+def test_a_matrix_without_a_poor_match_has_no_contrast(svd: WeightSVD) -> None:
+    table = svd.scan(["*.W_in", "*.W_out"], embeddings="*")
+    strongest = choose_directions(table, svd, 1).iloc[0]["matrix"]
+    good = table.assign(p_value=table["p_value"].where(table["matrix"] != strongest, 0.4))
+    good.attrs = table.attrs
+    chosen = choose_directions(good, svd, 1)
+    assert chosen.attrs["without_contrast"] == [strongest] and "weak" not in set(chosen["role"])
 
 
 def test_too_few_directions_are_refused(svd: WeightSVD) -> None:
-    table = svd.scan(["blocks.0.mlp.W_in"], embeddings="action_out").head(1)
+    table = svd.scan(["blocks.0.mlp.W_in"], embeddings="action_out").head(0)
     with pytest.raises(DtLensError, match="too few"):
         choose_directions(pd.DataFrame(table), svd, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import dt_lens
+from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.tasks import task_of
+from dt_lens.behaviour.texts.report import coloured
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
+from dt_lens.lens.loading import wrap
 from dt_lens.study.page import sentences, write_study
 from dt_lens.study.result import StudyResult
 from dt_lens.study.study import Study
 from dt_lens.study.trials import Trials, verdicts
+from tests.behaviour.texts.test_texts import Bytes, hf_model
+from tests.behaviour.toy import Points, sorter
 
 OPTIONS: dict[str, Any] = {"episodes": 4, "edits": 1, "workers": 1, "video": False}
 
@@ -46,7 +50,9 @@ def studied(agent: Any, shares: list[float], tmp_path_factory: pytest.TempPathFa
 
 def test_a_row_for_each_edit_beside_its_control(studied: StudyResult) -> None:
     rows = studied.verdicts
-    assert list(rows["role"]) == ["strong", "weak"]
+    assert list(rows["role"])[:2] == ["strong", "weak"] and set(rows["role"][2:]) == {"first"}
+    kinds = {studied.svd[name].matrix.kind for name in studied.table["matrix"]}
+    assert {studied.svd[row.matrix].matrix.kind for row in rows.itertuples() if row.sv == 0} == kinds
     assert [edit.matrix.name for edit in studied.edits] == list(rows["matrix"])
     for i, (edited, control) in enumerate(zip(studied.edited, studied.controls, strict=True)):
         assert list(edited.seeds) == list(control.seeds) == list(studied.baseline.seeds) == [0, 1, 2, 3]
@@ -68,10 +74,13 @@ def test_what_did_not_change_is_said_and_not_drawn(studied: StudyResult, tmp_pat
 
 
 def test_equal_returns_do_not_hide_failures(studied: StudyResult) -> None:
-    base = replace(studied.baseline, **_columns(12, 50.0), failure="terminated")
-    alive = replace(base, terminated=np.zeros(12, bool), truncated=np.ones(12, bool), lengths=np.full(12, 90))
-    table = verdicts(studied.verdicts, studied.edits, base, [alive, base], [base, base])
-    result = replace(studied, verdicts=table, edited=[alive, base], controls=[base] * 2, baseline=base)
+    base = _evaluation(studied, np.full(12, 50.0)).with_failure("terminated")
+    cut = {"terminated": np.zeros(12, bool), "truncated": np.ones(12, bool), "length": np.full(12, 90)}
+    alive = replace(base, columns={**base.columns, **cut})
+    n = len(studied.edits)
+    edited, controls = [alive] + [base] * (n - 1), [base] * n
+    table = verdicts(studied.verdicts, studied.edits, base, edited, controls)
+    result = replace(studied, verdicts=table, edited=edited, controls=controls, baseline=base)
     said = sentences(result)
     assert "**No return changed**" in said[1] and "**100%** of them fail unedited, and 0% to 100%" in said[2]
     assert "50.0 steps on average, and 50.0 to 90.0" in said[2]
@@ -79,37 +88,37 @@ def test_equal_returns_do_not_hide_failures(studied: StudyResult) -> None:
 
 def test_returns_below_one_keep_their_digits(studied: StudyResult, tmp_path: Path) -> None:
     n = len(studied.baseline)
-    base = replace(studied.baseline, **_columns(n, 0.9) | {"returns": np.linspace(0.85, 0.95, n)})
+    base = _evaluation(studied, np.linspace(0.85, 0.95, n))
     result = replace(studied, baseline=base)
-    assert "returns **0.900** on average" in sentences(result)[0]
+    assert "mean return is **0.900** over" in sentences(result)[0]
     page = write_study(result, tmp_path).read_text(encoding="utf-8")
     assert ">0.900<" in page
     assert "interval may cover less than 95 %: fewer than 200 returns." in page
 
 
 def test_an_edit_that_improves_the_agent_is_not_said_to_hurt_less(studied: StudyResult) -> None:
-    base = replace(studied.baseline, **_columns(12, 50.0))
-    better, worse = (replace(base, returns=base.returns + gain + np.arange(12)) for gain in (90.0, -40.0))
-    edits = studied.edits
-    table = verdicts(studied.verdicts, edits, base, [better, better], [worse, base])
+    base = _evaluation(studied, np.full(12, 50.0))
+    better, worse = (_evaluation(studied, base.outcomes + gain + np.arange(12)) for gain in (90.0, -40.0))
+    chosen, edits = studied.verdicts.head(2), studied.edits[:2]
+    table = verdicts(chosen, edits, base, [better, better], [worse, base])
     assert list(table["verdict"]) == ["improves more than its control"] * 2
     said = " ".join(
         sentences(replace(studied, verdicts=table, edited=[better] * 2, controls=[worse, base], baseline=base))
     )
     assert "No edit lowers the mean return" in said and "**2** of the 2 edits improve the agent more" in said
     assert "hurts less" not in said and "The worst edit" not in said
-    table = verdicts(studied.verdicts, edits, base, [worse, base], [base, better])
+    table = verdicts(chosen, edits, base, [worse, base], [base, better])
     assert list(table["verdict"]) == ["hurts more than its control", "leaves the mean as it is, unlike its control"]
-    lower = replace(base, returns=base.returns - 80.0 - np.arange(12))
-    assert (
-        verdicts(studied.verdicts, edits, base, [worse] * 2, [lower] * 2)["verdict"][0] == "hurts less than its control"
-    )
+    lower = _evaluation(studied, base.outcomes - 80.0 - np.arange(12))
+    assert verdicts(chosen, edits, base, [worse] * 2, [lower] * 2)["verdict"][0] == "hurts less than its control"
 
 
-def _columns(n: int, value: float) -> dict[str, Any]:
-    """An evaluation's arrays: ``n`` episodes of return ``value``."""
+def _evaluation(studied: StudyResult, returns: Any) -> Evaluation:
+    """An evaluation in the study's setting whose episodes all end after 50 steps."""
+    n = len(returns)
     flags = {"terminated": np.ones(n, bool), "truncated": np.zeros(n, bool)}
-    return {"seeds": np.arange(n), "returns": np.full(n, value), "lengths": np.full(n, 50), **flags}
+    columns = {"return": np.asarray(returns), "length": np.full(n, 50), **flags}
+    return replace(studied.baseline, units=np.arange(n), columns=columns)
 
 
 def test_progress_rises_from_nothing_to_everything(studied: StudyResult, shares: list[float]) -> None:
@@ -127,7 +136,7 @@ def test_the_files_are_written_from_the_result_alone(studied: StudyResult, tmp_p
     text = page.read_text()
     assert "What the weights of a &lt;small&gt; agent do" in text and "dt-lens study it" in text
     assert "There is no video: it was switched off." in text
-    assert sum("hurt more when edited than a random change" in sentence for sentence in sentences(studied)) == 2
+    assert sum("hurt more when edited than a random change" in sentence for sentence in sentences(studied)) == 3
     (tmp_path / "file").write_text("")
     with pytest.raises(DtLensError, match="cannot be written"):
         write_study(studied, tmp_path / "file" / "x")
@@ -137,22 +146,18 @@ def test_a_finished_study_runs_nothing_again(agent: Any, studied: StudyResult, m
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished trial was run again")
 
-    monkeypatch.setattr("dt_lens.study.trials.evaluate", never)
-    again = Study(agent, studied.report.parent, **OPTIONS).run()
-    pd.testing.assert_frame_equal(again.verdicts, studied.verdicts)
-    for file in (studied.report.parent / "trials").iterdir():  # as dt-lens 0.2 wrote it, without a checksum
-        file.write_text(json.dumps(json.loads(file.read_text())["value"]))
+    monkeypatch.setattr("dt_lens.behaviour.agents.task.AgentTask.evaluate", never)
     again = Study(agent, studied.report.parent, **OPTIONS).run()
     pd.testing.assert_frame_equal(again.verdicts, studied.verdicts)
     with pytest.raises(AssertionError, match="run again"):
-        Trials(agent, studied.report.parent / "trials", 1, episodes=4, seed=1, target_return=None).run()
+        Trials(agent, task_of(agent)[0], studied.report.parent / "trials", 1).run(range(1, 5))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"episodes": 1}, "episodes is 1; a study needs at least 2"),
-        ({"edits": 0}, "edits is 0; a study needs at least 1"),
+        ({"episodes": 1}, "episodes is 1; it must be a whole number of at least 2"),
+        ({"edits": 0}, "edits is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_too_few_are_refused(agent: Any, tmp_path: Path, options: dict[str, int], message: str) -> None:
@@ -161,8 +166,39 @@ def test_too_few_are_refused(agent: Any, tmp_path: Path, options: dict[str, int]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_language_model_is_refused_at_once(tmp_path: Path) -> None:
-    study = Study(dt_lens.load("tiny-gpt2", check=False), str(tmp_path / "out"))
-    with pytest.raises(DtLensError, match=r"takes a decision transformer .*, not a language model; "):
-        study.run()
-    assert study.folder == tmp_path / "out" and not study.folder.exists()
+def test_a_language_model_in_its_text(tmp_path: Path) -> None:
+    """The same study of windows of text: the loss is what counts, and less of it is better."""
+    model = wrap(hf_model(0), tokenizer=Bytes(), check=False)
+    told: list[str] = []
+    study = Study(model, tmp_path, texts="The quick brown fox jumps over the lazy dog. " * 8, context=16, edits=1)
+    found = study.run(lambda what, _share: told.append(what))
+    table, base = found.verdicts, found.baseline
+    assert base.terms.outcome == "loss" and len(base) == len(study.units) > 10
+    for i, (edited, control) in enumerate(zip(found.edited, found.controls, strict=True)):
+        assert table["difference"][i] == pytest.approx((edited.outcomes - base.outcomes).mean())
+        assert table["damage_beyond_control"][i] == pytest.approx((edited.outcomes - control.outcomes).mean())
+        hurt = table["verdict"][i] == "hurts more than its control"
+        assert not hurt or edited.mean > max(control.mean, base.mean)
+    assert "failure_rate" not in table and "loss_mean" in table
+    page = found.report.read_text(encoding="utf-8")
+    for words in ("The unedited model", "Loss and KL, window by window", "The tokens that moved", "nats per token"):
+        assert words in page
+    read = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)
+    assert "nats per token" in read and not re.search(r"\bagent|episode|\breturn", read)
+    assert "lasts" not in " ".join(section.title for section in found.sections)
+    assert any("of blocks." in what for what in told) and not found.missing
+
+
+def test_a_third_partys_task(tmp_path: Path) -> None:
+    found = Study(sorter(), tmp_path, Points(), units=6, edits=1, name="a sorter", value="zero").run()
+    assert found.baseline.terms.task == "points" and list(found.baseline.units) == [0, 1, 2, 3, 4, 5]
+    assert "The unedited sorter" in found.report.read_text(encoding="utf-8") and "failure_rate" in found.verdicts
+    assert "Unedited, the sorter's mean score is **" in sentences(found)[0]
+
+
+def test_a_text_is_coloured_by_its_change_of_loss() -> None:
+    found = coloured(["<s>", "a", "b&"], np.array([1.0, 2.0]), np.array([0.5, 4.0]))
+    first, second, third = found.split("<span")[1:]
+    assert "not predicted" in first and "&lt;s&gt;" in first and "background" not in first
+    assert "0,114,178,0.15" in second and "1.000 to 0.500 nats, -0.500" in second
+    assert "213,94,0,0.60" in third and "b&amp;</span>" in third

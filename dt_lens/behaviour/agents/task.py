@@ -16,9 +16,9 @@ from dt_lens.behaviour.agents.failure import known_rule
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.job import SOFTWARE, AgentJob
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
+from dt_lens.behaviour.agents.report import video_section
 from dt_lens.behaviour.agents.running import Setting, acting_weights, portable_job, run, setting_of
 from dt_lens.behaviour.agents.watched import activations_of_episodes
-from dt_lens.behaviour.agents.report import video_section
 from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.task import Columns, Job, Task

@@ -37,8 +37,9 @@ def study(
         typer.Option(min=2, help="Paired episodes of the unedited agent, each edit and each control; 50 by default."),
     ] = None,
     matrices: Annotated[
-        str, typer.Option(help="Comma-separated matrices to scan and choose directions from.")
-    ] = "*.W_in,*.W_out,*.OV.*",
+        str | None,
+        typer.Option(help="Comma-separated matrices to choose directions from; '*.W_in,*.W_out,*.OV.*' by default."),
+    ] = None,
     edits: Annotated[
         int,
         typer.Option(
@@ -84,7 +85,7 @@ def study(
             loaded,
             folder,
             name=model,
-            matrices=split(matrices, "matrices") or [],
+            matrices=split(matrices, "matrices"),
             edits=edits,
             value=number(value),
             seed=seed,
