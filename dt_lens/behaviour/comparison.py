@@ -164,7 +164,7 @@ class Comparison:
         a, b, terms, k = self.edited, self.baseline, self.edited.terms, self._decimals()
         level, scale = f"{100 * self.confidence:g} %", f" {terms.scale}" if terms.scale else ""
         rows = [
-            (f"mean {terms.outcome}", f"{a.mean:.{k}f} against {b.mean:.{k}f}{scale}"),
+            (f"mean {terms.outcome_name}", f"{a.mean:.{k}f} against {b.mean:.{k}f}{scale}"),
             ("paired difference", f"{self.difference:+.{k}f}  {level} {span(self.difference_interval, digits=k)}"),
             *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.outcomes != b.outcomes)), terms.outcome),
             ("interquartile mean", f"{self.iqm_edited:.{k}f} against {self.iqm_baseline:.{k}f}"),

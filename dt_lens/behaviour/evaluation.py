@@ -51,7 +51,7 @@ class Evaluation(Measured):
             "iqm": float(iqm(self.outcomes)),
             "iqm_interval": tuple(bootstrap_interval(self.outcomes, iqm, **options)),
             "interval_note": interval_note(
-                self.outcomes, f"{terms.outcome}{'es' * terms.outcome.endswith('s') or 's'}"
+                self.outcomes, f"{terms.outcome_name}{'es' * terms.outcome.endswith('s') or 's'}"
             ),
             "std": float(self.outcomes.std(ddof=1)) if n > 1 else float("nan"),
             "min": float(self.outcomes.min()),
@@ -135,7 +135,7 @@ class Evaluation(Measured):
         s, terms, k = self.summary(), self.terms, self._decimals()
         scale = f" {terms.scale}" if terms.scale else ""
         rows = [
-            (f"mean {terms.outcome}", f"{s['mean']:.{k}f}{scale}  {span(s['mean_interval'], digits=k)}"),
+            (f"mean {terms.outcome_name}", f"{s['mean']:.{k}f}{scale}  {span(s['mean_interval'], digits=k)}"),
             ("interquartile mean", f"{s['iqm']:.{k}f}  {span(s['iqm_interval'], digits=k)}"),
             ("standard deviation", f"{s['std']:.{k}f}"),
             ("range", f"{s['min']:.{k}f} to {s['max']:.{k}f}"),
@@ -165,7 +165,9 @@ class Evaluation(Measured):
         return "\n".join((text_table(self._title(), self._rows()), *self.notes))
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._title()}; mean {self.terms.outcome} {self.mean:.{self._decimals()}f}>"
+        return (
+            f"<{type(self).__name__} {self._title()}; mean {self.terms.outcome_name} {self.mean:.{self._decimals()}f}>"
+        )
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), self._rows()) + "".join(f"<p>{escape(note)}</p>" for note in self.notes)

@@ -108,12 +108,17 @@ class Terms:
         >>> Terms(task="text", measures={"loss": "real"}, outcome="loss").outcomes
         'losses'
         """
-        return f"{self.outcome}{'es' if self.outcome.endswith('s') else 's'}"
+        return f"{self.outcome_name}{'es' if self.outcome.endswith('s') else 's'}"
+
+    @property
+    def outcome_name(self) -> str:
+        """``outcome`` in words: without underscores."""
+        return self.outcome.replace("_", " ")
 
     @property
     def lost(self) -> str:
         """Damage in two words: ``"return lost"``, ``"loss gained"``."""
-        return f"{self.outcome} {'lost' if self.better == 'more' else 'gained'}"
+        return f"{self.outcome_name} {'lost' if self.better == 'more' else 'gained'}"
 
     @property
     def sign(self) -> int:
@@ -154,7 +159,7 @@ class Terms:
             return str(getattr(self.failure, "__name__", "a function"))
         if isinstance(self.failure, str):
             return self.failures[self.failure]
-        return f"{self.outcome} {'below' if self.better == 'more' else 'above'} {self.failure:g}"
+        return f"{self.outcome_name} {'below' if self.better == 'more' else 'above'} {self.failure:g}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; a failure function is left out."""

@@ -170,7 +170,7 @@ def effects(
         showgrid=False,
         zeroline=False,
     )
-    figure.update_xaxes(title_text=f"change of mean {terms.outcome} (paired)", zeroline=False)
+    figure.update_xaxes(title_text=f"change of mean {terms.outcome_name} (paired)", zeroline=False)
     for border in range(1, len(rows)):
         turn = "role" in verdicts and rows[border]["role"] != rows[border - 1]["role"]
         figure.add_hline(
@@ -318,7 +318,11 @@ def _hover_text(row: Mapping[Any, Any], prefix: str, terms: Terms) -> str:
             f"{plain(row.get('embedding', ''))}: {plain(spelled(str(row['label'])))}, cosine {row['cosine']:+.3f}"
         )
     measured = {
-        f"change of {terms.outcome}": (prefix + "difference", prefix + "difference_low", prefix + "difference_high")
+        f"change of {terms.outcome_name}": (
+            prefix + "difference",
+            prefix + "difference_low",
+            prefix + "difference_high",
+        )
     }
     if not prefix:
         measured[f"{terms.lost} beyond the control"] = ("damage_beyond_control", "beyond_low", "beyond_high")

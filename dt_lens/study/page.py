@@ -100,7 +100,7 @@ def sentences(result: StudyResult) -> list[str]:
     if terms.lasts is not None:
         lasts = f", and {1 - float(base.ended.mean()):.0%} of them last to the limit"
     over = f"over {len(base)} {terms.units}{lasts}"
-    lines = [f"Unedited, the {terms.actor}'s mean {terms.outcome} is **{mean}**{scale} {over}."]
+    lines = [f"Unedited, the {terms.actor}'s mean {terms.outcome_name} is **{mean}**{scale} {over}."]
     if unchanged := _unchanged(result):
         return [*lines, *unchanged]
     for role, what in ROLES.items():
@@ -115,10 +115,12 @@ def sentences(result: StudyResult) -> list[str]:
     shown = _shown(worst["difference"], terms.digits), _shown(worst["control_difference"], terms.digits)
     by = f"by **{shown[0]}** and its control by {shown[1]}."
     if terms.sign * worst["difference"] < 0:
-        lines.append(f"The worst edit, {edit}, changes the mean {terms.outcome} {by}")
+        lines.append(f"The worst edit, {edit}, changes the mean {terms.outcome_name} {by}")
     else:
         worsens, extreme = ("lowers", "lowest") if terms.sign > 0 else ("raises", "highest")
-        lines.append(f"No edit {worsens} the mean {terms.outcome}; the one with the {extreme}, {edit}, changes it {by}")
+        lines.append(
+            f"No edit {worsens} the mean {terms.outcome_name}; the one with the {extreme}, {edit}, changes it {by}"
+        )
     better = int((table["verdict"] == "improves more than its control").sum())
     if better:
         lines.append(
@@ -176,9 +178,9 @@ def _unchanged(result: StudyResult) -> list[str]:
     lasting = terms.lasts is not None
     other = any((arm.failed != base.failed).any() or (lasting and (arm.lengths != base.lengths).any()) for arm in arms)
     nothing = (
-        f"**{f'No {terms.outcome}' if other else 'Nothing'} changed**: no edit and no control changed the "
-        f"{terms.outcome} of any {terms.unit}{same}. So this study shows nothing of damage; it takes larger edits, "
-        f"other directions, or a task in which the {terms.actor} is not so sure of its {terms.outcome}."
+        f"**{f'No {terms.outcome_name}' if other else 'Nothing'} changed**: no edit and no control changed the "
+        f"{terms.outcome_name} of any {terms.unit}{same}. So this study shows nothing of damage; it takes larger edits, "
+        f"other directions, or a task in which the {terms.actor} is not so sure of its {terms.outcome_name}."
     )
     if not other:
         return [nothing]
@@ -201,7 +203,7 @@ def _unedited(result: StudyResult) -> Section:
     k = decimals(*base.outcomes) if terms.digits is None else terms.digits
     scale = f" ({terms.scale})" if terms.scale else ""
     rows = [
-        (f"mean {terms.outcome}{scale}", f"{summary['mean']:,.{k}f}", _interval(summary["mean_interval"], k)),
+        (f"mean {terms.outcome_name}{scale}", f"{summary['mean']:,.{k}f}", _interval(summary["mean_interval"], k)),
         ("interquartile mean", f"{summary['iqm']:,.{k}f}", _interval(summary["iqm_interval"], k)),
         (f"standard deviation of {terms.outcomes}", f"{summary['std']:,.{k}f}", ""),
     ]
