@@ -15,6 +15,11 @@ __all__ = [
     "Agent",
     "Context",
     "Device",
+    "EditMatrices",
+    "EditSide",
+    "EditSv",
+    "EditValue",
+    "EditsFrom",
     "Environment",
     "Failure",
     "Fresh",
@@ -29,8 +34,8 @@ __all__ = [
     "WeightsOnly",
     "Windows",
     "Workers",
+    "edits_of",
     "failure_rule",
-    "indices",
     "json_object",
     "load_model",
     "number",
@@ -77,6 +82,32 @@ MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cut episodes after th
 Text = Annotated[Path | None, typer.Option(help="For a language model: a text file; its held-out text by default.")]
 Context = Annotated[int | None, typer.Option(min=2, help="For a language model: tokens in a window.")]
 Windows = Annotated[int | None, typer.Option(min=1, help="For a language model: the largest number of windows.")]
+EditMatrices = Annotated[
+    list[str] | None,
+    typer.Option("--edit", metavar="MATRIX", help="A matrix to edit, such as blocks.0.mlp.W_in; may be repeated."),
+]
+EditSv = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sv",
+        help="Directions to edit, such as 0, 0-3 (both ends included) or 0,2; --sv=-1 is the last. One --sv for each "
+        "--edit, or one for all; 0 by default.",
+    ),
+]
+EditSide = Annotated[
+    list[str] | None, typer.Option("--side", help="The side to edit, read or write, if the matrix has both.")
+]
+EditValue = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--value",
+        help="What the singular vector becomes: constant (the default), zero, flip, random, a number that multiplies "
+        "sigma, replace:EMBEDDING:LABEL, towards:EMBEDDING:LABEL:DEGREES, or the JSON of a record's value.",
+    ),
+]
+EditsFrom = Annotated[
+    Path | None, typer.Option(help="Take the edits from a .json file that edit.save or save_edits wrote.")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Use weights and embeddings as stored, without folding LayerNorm in.")]
 Device = Annotated[str, typer.Option(help="The device to train on: cpu, cuda, ...")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming a run in the folder.")]
@@ -176,16 +207,36 @@ def failure_rule(text: str | None) -> Any:
     return None if text is None else number(text)
 
 
-def indices(text: str) -> list[int]:
-    """Parse the indices of ``--sv``.
+def edits_of(
+    model: Any,
+    matrices: list[str] | None,
+    sv: list[str] | None,
+    sides: list[str] | None,
+    values: list[str] | None,
+    file: Path | None,
+    *,
+    raw: bool,
+    seed: int,
+) -> list[Any]:
+    """The edits that a command was given, not in force; none if it was given none.
 
     Raises:
-        DtLensError: if a part is not a whole number.
+        DtLensError: for edits that cannot be made, or options that do not fit one another.
     """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DtLensError(f"--sv is {text!r}; expected one index or several with commas, such as 0,1.") from None
+    from dt_lens.edits.several import load_edits, written_edits
+
+    of_each = {"sv": sv, "side": sides, "value": values, "raw": raw}
+    wrong = [f"--{name}" for name, given in of_each.items() if given]
+    if file is not None:
+        wrong = ["--edit"] * bool(matrices) + wrong
+        if wrong:
+            raise DtLensError(f"--edits-from says what the edits are; leave out {' and '.join(wrong)}.")
+        return load_edits(model, file)
+    if not matrices:
+        if wrong:
+            raise DtLensError(f"{' and '.join(wrong)} belong to an edit; say which matrix is edited with --edit.")
+        return []
+    return written_edits(model, matrices, sv or ["0"], sides or [], values or ["constant"], raw=raw, seed=seed)
 
 
 def task_options(model: Any, **given: Any) -> dict[str, Any]:

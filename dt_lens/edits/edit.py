@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dt_lens.arguments import require_activations
+from dt_lens.edits.files import save_records
 from dt_lens.edits.low_rank import Placed, spectrum_of
 from dt_lens.edits.reversible import Reversible, entering, leaving
 from dt_lens.edits.saving import allow_saving, refuse_saving
@@ -170,6 +172,14 @@ class Edit(Reversible):
     def to_dict(self) -> dict[str, Any]:
         """A portable record from which ``SingularEdit.from_dict`` makes the same edit; plain JSON values."""
         raise NotImplementedError
+
+    def save(self, file: str | Path) -> Path:
+        """Write the edit to a JSON file, from which ``load_edits`` and ``--edits-from`` make it again.
+
+        Raises:
+            DtLensError: if the file cannot be written.
+        """
+        return save_records(file, [self.to_dict()])
 
     @entering
     def apply(self) -> None:

@@ -18,6 +18,7 @@ from dt_lens.edits.edit import Edit
 from dt_lens.edits.low_rank import carry, remarks_on
 from dt_lens.edits.replacements import Replacements, Value
 from dt_lens.edits.state import state_of, unedited
+from dt_lens.edits.written import SV, highest_sv, parse_value, resolve_sv
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName, Snapshot, find_matrix
@@ -39,8 +40,9 @@ class SingularEdit(Edit):
     Args:
         model: a wrapped model.
         matrix: a catalogued name, such as ``"blocks.0.mlp.W_in"`` or ``"blocks.2.attn.OV.0"``.
-        sv: which singular directions, largest sigma first: an index, a list or a slice; negative ones count from the
-            smallest. They are those of the unedited matrix, also inside another edit.
+        sv: which singular directions, largest sigma first: an index, a list, a slice, or text such as ``"0-3"`` (both
+            ends included) or ``"0,2,-1"``; negative ones count from the smallest. They are those of the unedited
+            matrix, also inside another edit.
         side: the side whose vector is replaced; by default the matrix's only side on the residual stream (OV and QK
             have two, so it must be given).
         value: what the unit vector becomes: ``"constant"`` (every entry 1/d, the edit this project grew from),
@@ -51,8 +53,9 @@ class SingularEdit(Edit):
             ["action_out", "thigh"]}`` puts that unit vector in its place; ``("action_out", "thigh", 30)`` or
             ``{"towards": ["action_out", "thigh"], "angle": 30}`` turns the vector by 30 degrees in the plane of the
             two, towards the direction and past it, or away from it with a negative angle. A label may be a row's
-            number. The embedding's nearer pole is used, at most 90 degrees away; its effective direction with
-            ``fold_layernorm``, as in a ``WeightSVD``, else the raw one.
+            number. All of them may be text, as on the command line: ``"0.5"``, ``"replace:action_out:thigh"``,
+            ``"towards:action_out:thigh:30"``, or the JSON of a mapping. The embedding's nearer pole is used, at most 90
+            degrees away; its effective direction with ``fold_layernorm``, as in a ``WeightSVD``, else the raw one.
         head: one head's own ``W_Q``, ``W_K``, ``W_V`` or ``W_O``, or which head's ``OV`` or ``QK``.
         seed: of ``value="random"``.
         fold_layernorm: whether directions are those of the folded matrix.
@@ -77,10 +80,10 @@ class SingularEdit(Edit):
         self,
         model: Lens,
         matrix: str,
-        sv: int | Sequence[int] | slice = 0,
+        sv: SV | slice = 0,
         *,
         side: SideName | None = None,
-        value: Value | float | Tensor | Sequence[Any] | Mapping[str, Any] = "constant",
+        value: Value | str | float | Tensor | Sequence[Any] | Mapping[str, Any] = "constant",
         head: int | None = None,
         seed: int = 0,
         fold_layernorm: bool = True,
@@ -96,7 +99,7 @@ class SingularEdit(Edit):
         self,
         model: Lens,
         matrix: str,
-        sv: int | Sequence[int] | slice,
+        sv: SV | slice,
         side: SideName | None,
         value: Any,
         head: int | None,
@@ -115,12 +118,15 @@ class SingularEdit(Edit):
             require_activations(activations)
         self.seed = whole_number(seed, "seed", -(2**63), 2**63 - 1)
         self.activations = "" if activations is None else activations.digest
-        rank = _rank_for(sv)
+        if isinstance(value, str):
+            value = parse_value(value, model.embeddings)[1]
+        rank = _rank_for(highest_sv(sv) if isinstance(sv, str) else sv)
         if decomposition is None:
             decomposition = _decomposed(model, factors, rank, activations)
         else:
             _require_fit(decomposition, factors, self.activations, whole=rank is None)
-        chosen = _indices(sv, len(decomposition.sigma), found.name)
+        k = len(decomposition.sigma)
+        chosen = _indices(resolve_sv(sv, k, found.name) if isinstance(sv, str) and k else sv, k, found.name)
         rows = torch.tensor(chosen, device=decomposition.sigma.device)
         sigma, strength = decomposition.sigma[rows], decomposition.strength[rows]
         left, right = decomposition.left[rows], decomposition.right[rows]

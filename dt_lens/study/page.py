@@ -29,6 +29,7 @@ ROLES = {
     "strong": "directions that match an embedding best",
     "weak": "contrasts (similar in size, poor in match)",
     "first": "first directions of a kind of matrix",
+    "given": "edits",
 }
 # The verdict first: readers rarely scroll far to the right.
 VERDICT_COLUMNS = (
@@ -179,8 +180,8 @@ def _unchanged(result: StudyResult) -> list[str]:
     other = any((arm.failed != base.failed).any() or (lasting and (arm.lengths != base.lengths).any()) for arm in arms)
     nothing = (
         f"**{f'No {terms.outcome_name}' if other else 'Nothing'} changed**: no edit and no control changed the "
-        f"{terms.outcome_name} of any {terms.unit}{same}. So this study shows nothing of damage; it takes larger edits, "
-        f"other directions, or a task in which the {terms.actor} is not so sure of its {terms.outcome_name}."
+        f"{terms.outcome_name} of any {terms.unit}{same}. So this study shows nothing of damage; it takes larger "
+        f"edits, other directions, or a task in which the {terms.actor} is not so sure of its {terms.outcome_name}."
     )
     if not other:
         return [nothing]

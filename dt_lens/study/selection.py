@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from dt_lens.errors import DtLensError
 if TYPE_CHECKING:
     from dt_lens.svd.weight_svd import WeightSVD
 
-__all__ = ["best_matches", "choose_directions"]
+__all__ = ["best_matches", "choose_directions", "rows_of_directions"]
 
 POOR = 0.5  # a contrast's p is above this: its match is below the median of the best match under the null
 SIMILAR = 2.0  # a contrast's sigma lies within this factor of its strong partner's if any direction's does
@@ -73,6 +74,28 @@ def choose_directions(table: pd.DataFrame, svd: WeightSVD, count: int = 3) -> pd
     chosen = pd.DataFrame([row for _, row in rows]).reset_index(drop=True)
     chosen.insert(0, "role", [role for role, _ in rows])
     chosen.attrs["without_contrast"] = without
+    return chosen
+
+
+def rows_of_directions(table: pd.DataFrame, places: Sequence[tuple[str, str, int]]) -> pd.DataFrame:
+    """The best match of each direction at ``(matrix, side, sv)``, in that order, with the role ``"given"``.
+
+    Raises:
+        DtLensError: for a direction that the scan does not hold.
+    """
+    best = best_matches(table)
+    known = {place: number for number, place in enumerate(zip(best["matrix"], best["side"], best["sv"], strict=True))}
+    rows = []
+    for place in places:
+        if place not in known:
+            raise DtLensError(
+                f"The scan holds no direction {place[2]} of {place[0]} ({place[1]} side); name the matrix in matrices, "
+                "and a side that faces the residual stream."
+            )
+        rows.append(best.iloc[known[place]])
+    chosen = pd.DataFrame(rows).reset_index(drop=True)
+    chosen.insert(0, "role", "given")
+    chosen.attrs["without_contrast"] = []
     return chosen
 
 

@@ -21,7 +21,7 @@ from dt_lens.progress import Count, ProgressCallback, reporting
 from dt_lens.statistics.rank_correlation import rank_correlation
 from dt_lens.study.page import write_study
 from dt_lens.study.result import StudyResult
-from dt_lens.study.selection import choose_directions
+from dt_lens.study.selection import choose_directions, rows_of_directions
 from dt_lens.study.trials import Trials, verdicts
 from dt_lens.svd.weight_svd import WeightSVD
 
@@ -46,7 +46,7 @@ class Study:
         units: paired units of the unedited model, of each edit and of each control: 50 episodes, or 128 windows, by
             default. ``episodes`` and ``windows`` are other names for it.
         edits: how many strong directions to edit, each with a weak one as its contrast; the first direction of each
-            kind of matrix is edited as well.
+            kind of matrix is edited as well. Or the edits themselves, not in force; then nothing is chosen.
         value: what the edits put in place of a singular vector; see ``SingularEdit``.
         seed: of the units, where they have seeds, of the null's sampling and of the controls.
         workers: worker processes, where the task can use any.
@@ -68,7 +68,7 @@ class Study:
         task: Task | None = None,
         matrices: Sequence[str] | None = None,
         units: int | None = None,
-        edits: int = 2,
+        edits: int | Sequence[Edit] = 2,
         value: Any = "constant",
         seed: int = 0,
         workers: int | None = None,
@@ -80,12 +80,16 @@ class Study:
             model, what, task=task, units=units, seed=seed, caller="a study", use="study", **options
         )
         whole_number(len(self.units), self.task.terms.units, 2)
-        self.edits = whole_number(edits, "edits", 1)
+        self.given = list(edits) if isinstance(edits, Sequence) else None
+        self.edits = whole_number(len(edits) if isinstance(edits, Sequence) else edits, "edits", 1)
         if workers is not None:
             whole_number(workers, "workers", 1)
         if matrices is None:
             present = list(catalogue(Snapshot.of(model)))
             matrices = [pattern for pattern in MATRICES if fnmatch.filter(present, pattern)]
+            matrices += [
+                edit.matrix.name for edit in self.given or () if edit.matrix.kind not in ("W_in", "W_out", "OV")
+            ]
         self.model, self.name, self.matrices, self.value = model, name, matrices, value
         self.seed, self.workers, self.command = seed, workers, command
 
@@ -109,19 +113,7 @@ class Study:
         # Every embedding with every side: the claim to be tested is that W_in, which reads, matches the outputs.
         table = svd.scan(self.matrices, seed=self.seed, embeddings="*")
         strongest = svd.strongest(self.matrices, embeddings="*", samples=200, seed=self.seed)
-        chosen = choose_directions(table, svd, self.edits)
-        edits: list[Edit] = [
-            SingularEdit(
-                self.model,
-                row["matrix"],
-                int(row["sv"]),
-                side=row["side"],
-                value=self.value,
-                seed=self.seed,
-                decomposition=svd[row["matrix"]],
-            )
-            for _, row in chosen.iterrows()
-        ]
+        chosen, edits = self._edits(table, svd)
         conditions: list[tuple[str, Edit | None]] = [("unedited", None)]
         for i, edit in enumerate(edits):
             conditions += [("edit", edit), ("control", edit.control(self.seed + i))]
@@ -155,6 +147,25 @@ class Study:
         write_study(result, self.folder)
         tell("done", 1.0)
         return result
+
+    def _edits(self, table: pd.DataFrame, svd: WeightSVD) -> tuple[pd.DataFrame, list[Edit]]:
+        """The edits, and a row of the scan for each."""
+        if self.given is not None:
+            places = [(edit.matrix.name, edit.side, edit.sv[0]) for edit in self.given]
+            return rows_of_directions(table, places), self.given
+        chosen = choose_directions(table, svd, self.edits)
+        return chosen, [
+            SingularEdit(
+                self.model,
+                row["matrix"],
+                int(row["sv"]),
+                side=row["side"],
+                value=self.value,
+                seed=self.seed,
+                decomposition=svd[row["matrix"]],
+            )
+            for _, row in chosen.iterrows()
+        ]
 
     def _facts(self, chosen: pd.DataFrame) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.tasks import task_of
 from dt_lens.behaviour.texts.report import coloured
 from dt_lens.decision_transformer.facts import RunFacts
+from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.loading import wrap
 from dt_lens.study.page import sentences, write_study
@@ -203,3 +204,11 @@ def test_a_text_is_coloured_by_its_change_of_loss() -> None:
     assert "not predicted" in first and "&lt;s&gt;" in first and "background" not in first
     assert "0,114,178,0.15" in second and "1.000 to 0.500 nats, -0.500" in second
     assert "213,94,0,0.60" in third and "b&amp;</span>" in third
+
+
+def test_edits_that_are_given_are_studied_as_they_are(tmp_path: Path) -> None:
+    model = sorter()
+    edits = [SingularEdit(model, "blocks.1.mlp.W_out", 2, value="zero"), SingularEdit(model, "blocks.0.mlp.W_in", 1)]
+    found = Study(model, tmp_path, Points(), units=4, edits=edits).run()
+    assert list(found.verdicts["role"]) == ["given"] * 2 and found.edits == edits
+    assert list(found.verdicts["sv"]) == [2, 1] and any("Of 2 edits, **" in line for line in sentences(found))

@@ -10,6 +10,7 @@ from typing import Any
 from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.behaviour.agents.episodes import check_rule
 from dt_lens.behaviour.sweep.halving import parse_halving
+from dt_lens.edits.written import SV, split_values
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.activations import Activations
 
@@ -17,8 +18,6 @@ __all__ = ["SV", "SweepSettings", "as_list"]
 
 MATCHES = ("frobenius", "output")
 DIRECTIONS = ("plain", "activation")
-
-SV = int | str | Sequence[int | str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ class SweepSettings:
                 raise DtLensError(
                     f"{name} is {word!r}; it must be one of {', '.join(words)}." + nearest(str(word), words)
                 )
-        self._keep("edits", self.edits.split(",") if isinstance(self.edits, str) else as_list(self.edits))
+        self._keep("edits", split_values(self.edits) if isinstance(self.edits, str) else as_list(self.edits))
         if not self.edits:
             raise DtLensError("edits is empty; give at least one value, such as constant.")
         for name in ("matrices", "sides"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,19 +11,24 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    EditMatrices,
+    EditsFrom,
+    EditSide,
+    EditSv,
+    EditValue,
     Environment,
     Failure,
     Given,
     MaxSteps,
     Model,
+    Raw,
     Seed,
     Target,
     Text,
     Windows,
     Workers,
-    indices,
+    edits_of,
     load_model,
-    number,
     task_options,
 )
 from dt_lens.cli.output import progress, write_csv
@@ -38,17 +44,12 @@ def evaluate(
     target_return: Target = None,
     max_steps: MaxSteps = None,
     failure: Failure = None,
-    edit: Annotated[
-        str | None, typer.Option(metavar="MATRIX", help="Also measure the model with this matrix edited, and compare.")
-    ] = None,
-    sv: Annotated[str, typer.Option(help="Indices of the directions to edit, such as 0 or 0,1.")] = "0",
-    side: Annotated[str | None, typer.Option(help="The side to edit, read or write, if the matrix has both.")] = None,
-    value: Annotated[
-        str,
-        typer.Option(
-            help="What the singular vector becomes: constant, zero, flip, random, or a number that scales sigma."
-        ),
-    ] = "constant",
+    edit: EditMatrices = None,
+    sv: EditSv = None,
+    side: EditSide = None,
+    value: EditValue = None,
+    edits_from: EditsFrom = None,
+    raw: Raw = False,
     workers: Workers = None,
     text: Text = None,
     context: Context = None,
@@ -58,12 +59,11 @@ def evaluate(
 ) -> None:
     """Measure an agent over many episodes, or a language model over a text.
 
-    With --edit, also measure the edited model, and compare the two.
+    With --edit or --edits-from, also measure the model with these edits in force, and compare the two.
     """
     require_writable(out)
     loaded = load_model(model, given)
     from dt_lens.behaviour.evaluate import evaluate as run
-    from dt_lens.edits.singular import SingularEdit
 
     options = task_options(
         loaded,
@@ -88,21 +88,21 @@ def evaluate(
                 progress=lambda done, total: tell(what, done / total),
             )
 
-    change = None
-    if edit is not None:
-        change = SingularEdit(loaded, edit, indices(sv), side=side, value=number(value), seed=seed)  # type: ignore[arg-type]
+    edits = edits_of(loaded, edit, sv, side, value, edits_from, raw=raw, seed=seed)
     baseline = measured(unit)
     print(baseline)
     frames = {"unedited": baseline.to_frame()}
-    if change is not None:
-        with change:
+    if edits:
+        with ExitStack() as stack:
+            for change in edits:
+                stack.enter_context(change)
             edited = measured(f"edited {unit}")
         print(f"\n{edited.compare(baseline)}")
-        if change.note:
-            print(change.note)
+        for note in dict.fromkeys(change.note for change in edits if change.note):
+            print(note)
         frames["edited"] = edited.to_frame()
     if out:
         import pandas as pd
 
-        table = frames["unedited"] if change is None else pd.concat(frames, names=["arm"]).reset_index(level=0)
+        table = frames["unedited"] if not edits else pd.concat(frames, names=["arm"]).reset_index(level=0)
         write_csv(table, out)

@@ -12,15 +12,22 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    EditMatrices,
+    EditsFrom,
+    EditSide,
+    EditSv,
+    EditValue,
     Environment,
     Failure,
     Given,
     MaxSteps,
     Model,
+    Raw,
     Seed,
     Target,
     Text,
     Workers,
+    edits_of,
     load_model,
     number,
     split,
@@ -48,9 +55,12 @@ def study(
             "matrix is edited too.",
         ),
     ] = 2,
-    value: Annotated[
-        str, typer.Option(help="What a singular vector becomes: constant, zero, flip, random, or a factor of sigma.")
-    ] = "constant",
+    value: EditValue = None,
+    edit: EditMatrices = None,
+    sv: EditSv = None,
+    side: EditSide = None,
+    edits_from: EditsFrom = None,
+    raw: Raw = False,
     target_return: Target = None,
     max_steps: MaxSteps = None,
     failure: Failure = None,
@@ -80,14 +90,17 @@ def study(
         from dt_lens.study.page import sentences
         from dt_lens.study.study import Study
 
+        # Without --edit, --value is of the directions that the study chooses.
+        own = value if edit or edits_from else None
+        given_edits = edits_of(loaded, edit, sv, side, own, edits_from, raw=raw, seed=seed)
         command = shlex.join(["dt-lens", *sys.argv[1:]])
         result = Study(
             loaded,
             folder,
             name=model,
             matrices=split(matrices, "matrices"),
-            edits=edits,
-            value=number(value),
+            edits=given_edits or edits,
+            value=number((value or ["constant"])[0]),
             seed=seed,
             workers=workers,
             command=command,
