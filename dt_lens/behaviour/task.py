@@ -77,7 +77,8 @@ class Task(ABC):
 
     Attributes:
         counts: how many units ``evaluate``, a sweep (``sweep``), a study (``study``) and steering (``steer``, and
-            ``choose`` while it chooses) run where nobody says, and how many ``activations`` are collected from.
+            ``choose`` while it chooses) and the court (``court``) run where nobody says, and how many
+            ``activations`` are collected from. What a subclass leaves out is as here.
         software: the packages on which the bits of an outcome depend, by their names on PyPI.
         evaluation: the class of a result.
     """
@@ -90,6 +91,7 @@ class Task(ABC):
         "study": 50,
         "steer": 40,
         "choose": 8,
+        "court": 200,
         "activations": 10,
     }
     software: ClassVar[tuple[str, ...]] = ("torch", "numpy")
@@ -124,7 +126,7 @@ class Task(ABC):
             DtLensError: for numbers that are none.
         """
         seed = whole_number(seed, "seed", 0, LAST_SEED)
-        count = whole_number(self.counts[use] if count is None else count, self.terms.units, 1)
+        count = whole_number({**Task.counts, **self.counts}[use] if count is None else count, self.terms.units, 1)
         if seed + count - 1 > LAST_SEED:
             raise DtLensError(
                 f"seed is {seed}; the last {self.terms.unit}'s must be below 2**63, so give a smaller one."
@@ -182,6 +184,19 @@ class Task(ABC):
         """The live weights that ``run`` takes, by canonical name; what else an edit changes does not count."""
         found: Mapping[str, Tensor] = model.weights
         return found
+
+    def common_outputs(self, model: Any, tell: ProgressCallback = silent) -> np.ndarray[Any, Any] | None:
+        """How much of each output a model gives in a few units of this task: the court asks for the most common one.
+
+        Args:
+            model: a wrapped model, as it is now.
+            tell: receives the progress.
+
+        Returns:
+            ``[labels]`` counts or sizes, in the order of the labels of the model's output embedding; ``None``, as by
+            default, if outputs cannot be counted.
+        """
+        return None
 
     def sections(self, arms: Arms, folder: Path) -> list[Section]:
         """What a study's report shows of this task beyond its tables; nothing by default.

@@ -13,7 +13,7 @@ from dt_lens.edits.edit import suspended
 from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.protocol import require_running
 
-__all__ = ["base_identity", "evaluation_class", "task_of", "terms_in"]
+__all__ = ["base_identity", "evaluation_class", "identity_of", "task_of", "terms_in"]
 
 OF_AGENTS = ("environment_kwargs", "target_return", "max_steps", "failure", "lanes", "video")
 OF_TEXTS = ("texts", "context")
@@ -138,6 +138,19 @@ def base_identity(model: Any) -> str:
 
     with suspended(model):
         return model_id(model) if model.can_act else base_and_model_id(model)[0]
+
+
+def identity_of(model: Any, terms: Terms) -> str:
+    """The hash of a model as it is now, as the task of these terms identifies it.
+
+    A file keeps terms and no task; a task with an ``identity`` of its own must be asked itself.
+    """
+    from dt_lens.behaviour.agents.evaluation import AgentEvaluation
+    from dt_lens.behaviour.agents.identity import model_id
+
+    if issubclass(evaluation_class(terms), AgentEvaluation):
+        return model_id(model)
+    return base_and_model_id(model)[1]
 
 
 def terms_in(options: Mapping[str, Any]) -> Terms:

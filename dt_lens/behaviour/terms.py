@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 from dt_lens.arguments import is_finite_number
 from dt_lens.errors import DtLensError
 
-__all__ = ["FailureRule", "Measure", "Terms"]
+__all__ = ["FailureRule", "Measure", "Terms", "with_article"]
 
 Measure = Literal["real", "integer", "boolean"]
 FailureRule = str | float | Callable[[pd.DataFrame], Any]
@@ -35,6 +35,8 @@ class Terms:
         index: what a unit's number is called, such as ``"seed"``.
         scale: what the outcome is measured in, such as ``"nats per token"``; may be empty.
         digits: decimals to print the outcome with; ``None`` for as many as its size asks for.
+        large: what counts as a large loss of outcome, in its own units; ``None`` for a tenth of the unedited model's
+            mean, where shares of that mean say something.
         setting: what the measures depend on besides the model and the unit, as JSON values. Two results are paired
             only where it is equal.
         titles: words for names in ``setting``, for messages; by default the names with spaces.
@@ -61,6 +63,7 @@ class Terms:
     index: str = "index"
     scale: str = ""
     digits: int | None = None
+    large: float | None = None
     setting: Mapping[str, Any] = field(default_factory=dict)
     titles: Mapping[str, str] = field(default_factory=dict)
     place: str = ""
@@ -84,6 +87,11 @@ class Terms:
             raise DtLensError(
                 f"The task {self.task!r} compares {self.outcome!r}; its outcome must be one of its real measures: "
                 f"{', '.join(name for name, kind in kinds.items() if kind == 'real') or 'it has none'}."
+            )
+        if self.large is not None and not (is_finite_number(self.large) and self.large > 0):
+            raise DtLensError(
+                f"large is {self.large!r} in the task {self.task!r}; it must be a number above 0, or None for a tenth "
+                "of the unedited mean."
             )
         if self.better not in ("more", "less"):
             raise DtLensError(f"better is {self.better!r}; it must be 'more' or 'less'.")
@@ -121,6 +129,15 @@ class Terms:
         return f"{self.outcome_name} {'lost' if self.better == 'more' else 'gained'}"
 
     @property
+    def indices(self) -> str:
+        """The plural of ``index``.
+
+        >>> Terms(task="text", measures={"loss": "real"}, outcome="loss").indices
+        'indices'
+        """
+        return "indices" if self.index == "index" else f"{self.index}s"
+
+    @property
     def sign(self) -> int:
         """1 where more of the outcome is better, -1 where less is: damage is ``sign`` times what was lost."""
         return 1 if self.better == "more" else -1
@@ -146,7 +163,7 @@ class Terms:
         words = [repr(name) for name in self.failures]
         side = "fall below" if self.better == "more" else "rise above"
         raise DtLensError(
-            f"failure is {failure!r}; it must be {', '.join([*words, f'{_article(self.outcome)} to {side}'])}, "
+            f"failure is {failure!r}; it must be {', '.join([*words, f'{with_article(self.outcome)} to {side}'])}, "
             "or a function of the frame."
         )
 
@@ -186,5 +203,10 @@ class Terms:
             raise DtLensError(f"These are not the terms of a task: {error!r}.") from error
 
 
-def _article(word: str) -> str:
+def with_article(word: str) -> str:
+    """A word with its article.
+
+    >>> with_article("episode"), with_article("window")
+    ('an episode', 'a window')
+    """
     return f"{'an' if word[:1] in 'aeiou' else 'a'} {word}"

@@ -17,7 +17,7 @@ from dt_lens.lens.protocol import require_agent
 if TYPE_CHECKING:
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
-__all__ = ["record_actions"]
+__all__ = ["actions_of_episode", "record_actions"]
 
 
 class _ActionLog(gym.Wrapper[Any, Any, Any, Any]):
@@ -55,16 +55,17 @@ def record_actions(
     require_offers(evaluation, "evaluation", "a result of evaluate", "environment_kwargs", "time_limit")
     seed = whole_number(seed, "seed", 0, LAST_SEED - 1)
     if setting is not None:
-        return _recorded(model, setting, seed)
+        return actions_of_episode(model, setting, seed)
     e = evaluation
     own = (model.facts.environment_for(name)[1] for name in (e.environment, None))
     # The user may have confirmed the model's.
     kwargs = next((known for known in own if known == e.environment_kwargs), e.environment_kwargs)
     setting = known_setting(model, e.environment, kwargs, e.target_return, e.time_limit)
-    return _recorded(model, setting, seed)
+    return actions_of_episode(model, setting, seed)
 
 
-def _recorded(model: HookedDecisionTransformer, setting: Setting, seed: int) -> NDArray[Any]:
+def actions_of_episode(model: HookedDecisionTransformer, setting: Setting, seed: int) -> NDArray[Any]:
+    """The actions of an episode in an environment that is known."""
     recording = _RecordedEnvironment(**{f.name: getattr(setting.made, f.name) for f in fields(Environment)})
     run(model, setting._replace(made=recording), range(seed, seed + 1), workers=1)
     return np.array(recording.log)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dt_lens.arguments import whole_number
@@ -16,6 +18,7 @@ from dt_lens.behaviour.agents.failure import known_rule
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.job import SOFTWARE, AgentJob
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
+from dt_lens.behaviour.agents.recording import actions_of_episode
 from dt_lens.behaviour.agents.report import video_section
 from dt_lens.behaviour.agents.running import Setting, acting_weights, portable_job, run, setting_of
 from dt_lens.behaviour.agents.watched import activations_of_episodes
@@ -30,6 +33,8 @@ from dt_lens.progress import Count, ProgressCallback, silent
 from dt_lens.report.page import Section
 
 __all__ = ["AgentTask"]
+
+COUNTED = 10  # episodes in which actions are counted
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,19 @@ class AgentTask(Task):
 
     def about(self, model: Any) -> dict[str, Any]:
         return {**super().about(model), "details": {"environment_role": self.setting.role}}
+
+    def common_outputs(self, model: Any, tell: ProgressCallback = silent) -> NDArray[np.float64]:
+        """Discrete actions: how often each was taken in ten episodes. Continuous: the sum of each coordinate's size."""
+        sizes = np.zeros(model.cfg.act_dim)
+        for seed in range(COUNTED):
+            tell(f"counting actions  episode {seed + 1} of {COUNTED}", 0.1)
+            actions = actions_of_episode(model, self.setting, seed)
+            if model.cfg.discrete_actions:
+                kinds = actions.astype(np.int64) - int(getattr(self.setting.made.action_space, "start", 0))
+                sizes += np.bincount(kinds, minlength=len(sizes))
+            else:
+                sizes += np.abs(actions).sum(0)
+        return sizes
 
     def sections(self, arms: Arms, folder: Path) -> list[Section]:
         return [video_section(arms, self.setting, folder, self.video)]

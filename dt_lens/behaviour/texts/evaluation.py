@@ -20,6 +20,8 @@ from dt_lens.statistics.outcomes import bootstrap_interval
 
 __all__ = ["TextEvaluation", "terms_of_windows"]
 
+LARGE = 0.1  # nats per token: about a tenth more perplexity, as a tenth of the return is large for agents
+
 
 def terms_of_windows(text: str, text_id: str, context: int) -> Terms:
     """The terms of windows of a text.
@@ -38,6 +40,7 @@ def terms_of_windows(text: str, text_id: str, context: int) -> Terms:
         index="index",
         scale="nats per token",
         digits=4,
+        large=LARGE,
         setting={"context": context, "text_id": text_id},
         titles={"text_id": "text"},
         place=f"{text}, in windows of up to {context} tokens",

@@ -20,7 +20,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.forward_mode import evaluating, one_thread
 from dt_lens.progress import Count
 
-__all__ = ["SOFTWARE", "TextJob", "read_windows", "token_losses"]
+__all__ = ["SOFTWARE", "TextJob", "predictions", "read_windows", "token_losses"]
 
 SOFTWARE = ("torch", "transformers", "tokenizers", "numpy")  # another version of one of these may give other bits
 AT_ONCE = 2**28  # bytes of logits to keep between running without edits and with them
@@ -76,6 +76,15 @@ def token_losses(model: Any, windows: Windows, unit: int) -> NDArray[np.float64]
     log_p = _logits(model, window, windows.unpredicted).double().log_softmax(-1)
     target = torch.from_numpy(window[windows.unpredicted :]).to(log_p.device)
     return np.asarray(-log_p.gather(-1, target[:, None])[:, 0].cpu())
+
+
+def predictions(model: Any, windows: Windows, units: Sequence[int]) -> NDArray[np.int64]:
+    """How often each token is the likeliest one, ``[d_vocab]``. Called without gradients."""
+    counts = torch.zeros(int(model.cfg.d_vocab), dtype=torch.int64)
+    for unit in units:
+        best = _logits(model, windows.tokens[unit], windows.unpredicted).argmax(-1)
+        counts += torch.bincount(best.cpu(), minlength=len(counts))
+    return np.asarray(counts)
 
 
 def _groups(tokens: Sequence[np.ndarray[Any, Any]], vocabulary: int) -> Iterator[Sequence[np.ndarray[Any, Any]]]:

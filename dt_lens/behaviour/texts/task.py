@@ -16,15 +16,16 @@ from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.task import Columns, Job, Task, require_portable
 from dt_lens.behaviour.terms import Terms
 from dt_lens.behaviour.texts.evaluation import TextEvaluation, terms_of_windows
-from dt_lens.behaviour.texts.reading import SOFTWARE, TextJob, read_windows
+from dt_lens.behaviour.texts.reading import SOFTWARE, TextJob, predictions, read_windows
 from dt_lens.behaviour.texts.report import text_sections
 from dt_lens.behaviour.texts.windows import Texts, Windows, cut, read_texts
 from dt_lens.errors import DtLensError
-from dt_lens.progress import Count
+from dt_lens.progress import Count, ProgressCallback, silent
 from dt_lens.report.page import Section
 
 __all__ = ["CONTEXT", "HELD_OUT", "TextTask"]
 
+COUNTED = 64  # windows in which predictions are counted
 HELD_OUT = "heldout.txt"  # a text in the model's folder that it was not trained on
 CONTEXT = 128  # the default: shorter windows are more units, and a long window's later tokens are easier
 
@@ -41,7 +42,8 @@ class TextTask(Task):
 
     # Windows are cheap beside episodes, and their losses vary less under an edit than returns do.
     counts: ClassVar[Mapping[str, int]] = {
-        "evaluate": 2**40, "sweep": 32, "study": 128, "steer": 2**40, "choose": 32, "activations": 256,
+        "evaluate": 2**40, "sweep": 32, "study": 128, "steer": 2**40, "choose": 32, "court": 200,
+        "activations": 256,
     }  # fmt: skip
     evaluation: ClassVar[type[Evaluation]] = TextEvaluation
     software: ClassVar[tuple[str, ...]] = SOFTWARE
@@ -88,7 +90,7 @@ class TextTask(Task):
 
     def units(self, count: int | None, seed: int = 0, use: str = "evaluate") -> range:
         """The first ``count`` windows, or all if there are fewer; ``seed`` does not matter."""
-        wanted = self.counts[use] if count is None else whole_number(count, "windows", 1)
+        wanted = {**Task.counts, **self.counts}[use] if count is None else whole_number(count, "windows", 1)
         return range(min(wanted, len(self.windows)))
 
     def run(
@@ -113,6 +115,12 @@ class TextTask(Task):
     def pack(self, model: Any) -> Job:
         require_portable(model)
         return TextJob(model, self.windows)
+
+    def common_outputs(self, model: Any, tell: ProgressCallback = silent) -> np.ndarray[Any, Any]:
+        """How often the model predicts each token, greedily, in the first 64 windows."""
+        tell("counting predictions", 0.1)
+        with self._running(model):
+            return predictions(model, self.windows, self.units(COUNTED))
 
     def sections(self, arms: Arms, folder: Path) -> list[Section]:
         return text_sections(arms, self.windows)

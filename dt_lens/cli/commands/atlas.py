@@ -10,18 +10,18 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Agent, Failure, Given, Seed, failure_rule, load_model
+from dt_lens.cli.options import Failure, Given, Model, Seed, failure_rule, load_model
 from dt_lens.cli.output import print_table, progress
 
 
 def atlas(
-    model: Agent,
+    model: Model,
     sweep: Annotated[Path, typer.Option(help="Folder of a sweep that removed directions (--edits zero).")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for atlas.html and its tables; the sweep's by default.")
     ] = None,
     activations: Annotated[
-        Path | None, typer.Option(help="The agent's real inputs, for output energies; the sweep's by default.")
+        Path | None, typer.Option(help="The model's real inputs, for output energies; the sweep's by default.")
     ] = None,
     seed: Seed = 0,
     failure: Failure = None,
@@ -47,6 +47,6 @@ def atlas(
     print_table(table_of(found), "Directions whose removal matters")
     for sentence in sentences(found):
         print(sentence.replace("**", ""))
-    if found.baseline.failure_note:
-        print(f"Failures ({found.baseline.failure_rule}): {found.baseline.failure_note}.")
+    if found.terms.failure_note:
+        print(f"Failures ({found.terms.failure_rule}): {found.terms.failure_note}.")
     print(f"\nThe atlas: {page}")

@@ -10,15 +10,28 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Environment, Given, MaxSteps, Model, Seed, Target, Workers, load_model
+from dt_lens.cli.options import (
+    Context,
+    Environment,
+    Given,
+    MaxSteps,
+    Model,
+    Seed,
+    Target,
+    Windows,
+    Workers,
+    load_model,
+    task_options,
+)
 from dt_lens.cli.output import print_table, progress
 
 
 def court(
     model: Model,
     episodes: Annotated[
-        int, typer.Option(min=2, help="Paired episodes of the unedited agent, each edit and each control.")
-    ] = 200,
+        int | None,
+        typer.Option(min=2, help="Paired episodes of the unedited agent, each edit and each control; 200 by default."),
+    ] = None,
     seed: Seed = 0,
     environment: Environment = None,
     target_return: Target = None,
@@ -26,9 +39,12 @@ def court(
     sweep: Annotated[
         Path | None, typer.Option(help="Folder of a finished sweep of this model, with controls, for claim 7.")
     ] = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="A text file in which a language model's most common token is counted.")
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", "--texts", help="For a language model: a text file; its held-out text by default."),
     ] = None,
+    context: Context = None,
+    windows: Windows = None,
     rollouts: Annotated[bool, typer.Option(help="Run the edits; without, only claims about weights are tried.")] = True,
     draws: Annotated[int, typer.Option(min=200, help="Number of draws of the nulls.")] = 4000,
     out: Annotated[Path | None, typer.Option(help="Folder for all results; dt-lens-court/MODEL by default.")] = None,
@@ -45,6 +61,16 @@ def court(
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
+        asked = task_options(
+            loaded,
+            episodes=episodes,
+            environment=environment,
+            target_return=target_return,
+            max_steps=max_steps,
+            text=text,
+            context=context,
+            windows=windows,
+        )
         from dt_lens.study.court.court import court as try_claims
         from dt_lens.study.court.page import sentences
 
@@ -52,18 +78,14 @@ def court(
             loaded,
             folder,
             name=Path(model).name,
-            episodes=episodes,
             seed=seed,
-            environment=environment,
-            target_return=target_return,
-            max_steps=max_steps,
             sweep=sweep,
-            texts=texts,
             rollouts=rollouts,
             draws=draws,
             workers=workers,
             command=shlex.join(["dt-lens", *sys.argv[1:]]),
             progress=tell,
+            **asked,
         )
     shown = ["claim", "title", "verdict", "effect", "margin", "p_value", "note_verdict", "note_effect", "note_p_value"]
     print_table(result.table[shown], "Verdicts, as it should be and as the note's code computed it")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dt_lens.behaviour.agents.episodes import FailureRule
-from dt_lens.behaviour.agents.evaluation import Evaluation
-from dt_lens.behaviour.agents.identity import model_id
-from dt_lens.behaviour.sweep.results import SweepResults
+from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.task import Task
+from dt_lens.behaviour.tasks import identity_of, terms_in
+from dt_lens.behaviour.terms import FailureRule
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.matrices import Snapshot, find_matrix
@@ -27,11 +27,17 @@ from dt_lens.study.atlas.tables import (
     reliability_of,
     shares_of,
 )
+from dt_lens.study.labels import tried_on
 from dt_lens.svd.weight_svd import WeightSVD
+
+if TYPE_CHECKING:
+    from dt_lens.behaviour.sweep.results import SweepResults
 
 __all__ = ["make_atlas"]
 
 PLACE = ["matrix", "kind", "layer", "head", "sv"]
+KINDS = ("W_in", "W_gate", "W_out", "OV")  # in the order of sentences
+NAN = float("nan")
 
 
 def make_atlas(
@@ -42,6 +48,7 @@ def make_atlas(
     value: str = "zero",
     seed: int = 0,
     failure: FailureRule | None = None,
+    task: Task | None = None,
 ) -> Atlas:
     """Make the atlas of a sweep of removals, finished or not.
 
@@ -53,6 +60,7 @@ def make_atlas(
         value: which of the sweep's edits.
         seed: of the bootstrap and the permutations.
         failure: what counts as failing; by default what the sweep's file says, else a guess; see ``Evaluation``.
+        task: the task of the sweep, where it is one of your own that identifies models in its own way.
 
     Raises:
         DtLensError: if the sweep is of another model, has no such edits, no baseline, or nothing finished, or if the
@@ -60,12 +68,15 @@ def make_atlas(
     """
     if not hasattr(results, "evaluations"):
         raise DtLensError(f"make_atlas takes the results of a sweep, not {a_type(results)}; see SweepResults.")
-    if model_id(model) != results.options["model"]:
+    terms = terms_in(results.options)
+    own = identity_of(model, terms) if task is None else task.identity(model)[1]
+    if own != results.options["model"]:
         raise DtLensError("The sweep is of other weights than this model's; load the model that was swept.")
     evaluations = results.evaluations(failure)
     baseline = evaluations.get(0) if results.options["baseline"] else None
     if baseline is None:
-        raise DtLensError("The sweep has no episodes of the unedited agent; run it with a baseline.")
+        raise DtLensError(f"The sweep has no {terms.units} of the unedited {terms.actor}; run it with a baseline.")
+    terms = baseline.terms
     table = results.table(failure=failure)
     edits = table[(table["kind"] == "edit") & (table["value"] == value)].drop_duplicates(["matrix", "sv", "directions"])
     plain, weighted = (edits[edits["directions"] == which] for which in ("plain", "activation"))
@@ -74,7 +85,8 @@ def make_atlas(
         wanted = f"edits with value {value!r}" if edits.empty else "plain directions"
         raise DtLensError(f"The sweep holds no {wanted}; it has {known}.")
     controls, unit = results.controls(), _unit(baseline, seed)
-    directions, more = (_measured(some, evaluations, baseline, controls, unit, seed) for some in (plain, weighted))
+    large = LARGE * unit if terms.large is None else float(terms.large)
+    directions, more = (_measured(some, evaluations, baseline, controls, large, seed) for some in (plain, weighted))
     if directions.empty:
         raise DtLensError("The sweep has not finished a direction yet; run it on.")
     awaited, halving = plain, results.options.get("halving")
@@ -90,7 +102,7 @@ def make_atlas(
         more, _, _ = _matched(_described(more, aware, None), aware, seed)
     return Atlas(
         directions,
-        shares_of(directions, unit, seed),
+        shares_of(directions, large, seed),
         correlations_of(directions, columns, seed),
         reliability_of(directions, seed),
         predictors_of(directions, more, seed),
@@ -101,6 +113,8 @@ def make_atlas(
         unit,
         untrained,
         dict(results.options),
+        large,
+        _tried(model, directions, columns),
     )
 
 
@@ -117,7 +131,9 @@ def _swept_with(results: SweepResults, given: Any) -> Any:
 
 
 def _unit(baseline: Evaluation, seed: int) -> float:
-    low, high = bootstrap_interval(baseline.returns, seed=seed)
+    if baseline.terms.large is not None:
+        return float("nan")
+    low, high = bootstrap_interval(baseline.outcomes, seed=seed)
     return float("nan") if low <= 0 <= high or not baseline.mean else abs(baseline.mean)
 
 
@@ -126,15 +142,15 @@ def _measured(
     evaluations: dict[int, Evaluation],
     baseline: Evaluation,
     controls: Mapping[int, Sequence[int]],
-    unit: float,
+    large: float,
     seed: int,
 ) -> pd.DataFrame:
-    """A row for each of ``edits`` that has episodes."""
+    """A row for each of ``edits`` that has units."""
     rows = []
     for arm, row in edits.iterrows():
         if arm in evaluations:
             own = [evaluations[control] for control in controls.get(arm, ()) if control in evaluations]
-            rows.append(_removed(row, evaluations[arm], baseline, own, unit, seed))
+            rows.append(_removed(row, evaluations[arm], baseline, own, large, seed))
     found = pd.DataFrame(rows)
     if len(found):
         found["q_value"] = q_where_known(found["p_value"])
@@ -142,25 +158,28 @@ def _measured(
 
 
 def _removed(
-    row: pd.Series, edited: Evaluation, baseline: Evaluation, controls: list[Evaluation], unit: float, seed: int
+    row: pd.Series, edited: Evaluation, baseline: Evaluation, controls: list[Evaluation], large: float, seed: int
 ) -> dict[str, Any]:
     """What the removal of one direction did, and what its controls did."""
+    terms = baseline.terms
+    sign, mean = terms.sign, f"mean_{terms.outcome}"
+    ends = ("difference_high", "difference_low") if sign > 0 else ("difference_low", "difference_high")
     found = {
-        name: row[name]
-        for name in ("matrix", "layer", "head", "sv", "energy", "output_energy", "episodes", "mean_return")
+        name: row[name] for name in ("matrix", "layer", "head", "sv", "energy", "output_energy", terms.units, mean)
     }
     found |= {
-        "damage": -row["difference"],
-        "damage_low": -row["difference_high"],
-        "damage_high": -row["difference_low"],
+        "damage": -sign * row["difference"],
+        "damage_low": -sign * row[ends[0]],
+        "damage_high": -sign * row[ends[1]],
         "p_value": row["p_value"],
-        "failure_rate": row["failure_rate"],
-        "mean_length": row["mean_length"],
     }
-    seeds = _common([edited, baseline])
+    fails = terms.failure is not None
+    found |= {"failure_rate": row["failure_rate"]} if fails else {}
+    found |= {"mean_length": row["mean_length"]} if terms.lasts is not None else {}
+    units = _common([edited, baseline])
     for name, odd in (("damage_odd", 1), ("damage_even", 0)):
-        half = seeds[seeds % 2 == odd]
-        found[name] = float((_returns(baseline, half) - _returns(edited, half)).mean()) if len(half) else np.nan
+        half = units[units % 2 == odd]
+        found[name] = float((sign * (_outcomes(baseline, half) - _outcomes(edited, half))).mean()) if len(half) else NAN
     found["controls"] = 0
     found |= dict.fromkeys(
         (
@@ -168,7 +187,7 @@ def _removed(
             "controls_as_costly",
             "rank_p_value",
             "control_damage",
-            "control_failure_rate",
+            *(("control_failure_rate",) if fails else ()),
             "beyond",
             "beyond_low",
             "beyond_high",
@@ -176,44 +195,45 @@ def _removed(
             "beyond_odd",
             "beyond_even",
         ),
-        np.nan,
+        NAN,
     )
-    seeds = _common([edited, baseline, *controls])
-    if controls and len(seeds):
-        returns = np.array([_returns(control, seeds) for control in controls])
-        costs = (_returns(baseline, seeds) - returns).mean(1)
-        lost = returns.mean(0) - _returns(edited, seeds)
-        # By the returns themselves: the unedited agent's are the same for all of them.
-        as_costly = int((returns.mean(1) <= _returns(edited, seeds).mean()).sum())
+    units = _common([edited, baseline, *controls])
+    if controls and len(units):
+        outcomes = np.array([_outcomes(control, units) for control in controls])
+        costs = (sign * (_outcomes(baseline, units) - outcomes)).mean(1)
+        lost = sign * (outcomes.mean(0) - _outcomes(edited, units))
+        # By the outcomes themselves: the unedited model's are the same for all of them.
+        as_costly = int((sign * outcomes.mean(1) <= sign * _outcomes(edited, units).mean()).sum())
         low, high = bootstrap_interval(lost, seed=seed)
         found |= {
             "controls": len(controls),
-            "controls_large": int((costs > LARGE * unit).sum()) if np.isfinite(unit) else np.nan,
+            "controls_large": int((costs > large).sum()) if np.isfinite(large) else NAN,
             "controls_as_costly": as_costly,
             "rank_p_value": (1 + as_costly) / (1 + len(controls)),
             "control_damage": float(costs.mean()),
-            "control_failure_rate": float(np.mean([control.failed.mean() for control in controls])),
             "beyond": float(lost.mean()),
             "beyond_low": low,
             "beyond_high": high,
             "beyond_p_value": sign_flip(lost, seed=seed),
         }
         for name, odd in (("beyond_odd", 1), ("beyond_even", 0)):
-            half = lost[seeds % 2 == odd]
-            found[name] = float(half.mean()) if len(half) else np.nan
+            half = lost[units % 2 == odd]
+            found[name] = float(half.mean()) if len(half) else NAN
+        if fails:
+            found["control_failure_rate"] = float(np.mean([control.failed.mean() for control in controls]))
     return found
 
 
 def _common(evaluations: list[Evaluation]) -> NDArray[np.int64]:
-    seeds = evaluations[0].seeds
+    units = evaluations[0].units
     for other in evaluations[1:]:
-        seeds = np.intersect1d(seeds, other.seeds)
-    return np.asarray(seeds)
+        units = np.intersect1d(units, other.units)
+    return np.asarray(units)
 
 
-def _returns(evaluation: Evaluation, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The returns at ``seeds``; an evaluation's seeds are in ascending order."""
-    return np.asarray(evaluation.returns[np.searchsorted(evaluation.seeds, seeds)])
+def _outcomes(evaluation: Evaluation, units: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The outcomes of ``units``; an evaluation's units are in ascending order."""
+    return np.asarray(evaluation.outcomes[np.searchsorted(evaluation.units, units)])
 
 
 def _described(directions: pd.DataFrame, svd: WeightSVD, activations: Any) -> pd.DataFrame:
@@ -256,3 +276,14 @@ def _matched(directions: pd.DataFrame, svd: WeightSVD, seed: int) -> tuple[pd.Da
         out[match.column] = best.reindex(places).to_numpy(dtype=np.float64)
         columns.append(match)
     return out, columns, list(scan.attrs.get("untrained", []))
+
+
+def _tried(model: Any, directions: pd.DataFrame, columns: Sequence[MatchColumn]) -> dict[str, list[str]]:
+    """For each kind of matrix the columns whose cosines may predict damage, on the last of its stream's sides."""
+    bare, known, found = Snapshot.of(model), {match.column for match in columns}, dict[str, list[str]]()
+    for kind in KINDS:
+        of_kind = directions.loc[directions["kind"] == kind, "matrix"]
+        if len(of_kind):
+            side = find_matrix(bare, str(of_kind.iloc[0])).residual_sides[-1]
+            found[kind] = [name for e in tried_on(model.embeddings, side) if (name := f"{side} {e}") in known]
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,24 +12,32 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
+from dt_lens.behaviour.printing import places
+from dt_lens.behaviour.terms import Terms
 from dt_lens.report.style import BASELINE, CONTROL, PALETTE, columns_of, empty, finish, natural, plain, ticks
 
-__all__ = ["Panel", "along_the_spectrum", "damage_against", "shares", "sizes_against_damage"]
+__all__ = ["Panel", "along_the_spectrum", "damage_against", "number_format", "shares", "sizes_against_damage"]
 
 Panel = tuple[str, str]  # a kind of matrix, and the column of its directions' cosines
 Array = NDArray[np.float64]
 LEAST = 3  # ticks on an axis
 DAMAGE = {
-    "damage": "return lost",
-    "damage_per_energy": "return lost per unit energy",
-    "damage_per_output_energy": "return lost per unit output energy",
-    "beyond": "return lost beyond the control",
+    "damage": "",
+    "damage_per_energy": " per unit energy",
+    "damage_per_output_energy": " per unit output energy",
+    "beyond": " beyond the control",
 }
+
+
+def number_format(terms: Terms, *sizes: float) -> str:
+    """A format string for outcomes of these sizes: as many decimals as the terms say, else as their size asks for."""
+    return f"{{:,.{places(*sizes) if terms.digits is None else terms.digits}f}}"
 
 
 def damage_against(
     directions: pd.DataFrame,
     panels: Sequence[Panel],
+    terms: Terms,
     *,
     response: str = "damage",
     heads: Sequence[str] = (),
@@ -43,6 +51,7 @@ def damage_against(
     Args:
         directions: ``Atlas.directions``.
         panels: for each panel the kind of matrix, and the column of cosines, such as ``("W_out", "write action_out")``.
+        terms: what was measured, and the words for it.
         response: the column of the damage.
         heads: a line above each panel, such as its rank correlation.
         title: the figure's title.
@@ -84,7 +93,7 @@ def damage_against(
                     "line": {"color": colour[layer], "width": [1.2 if s else 0.8 for s in sure]},
                     "opacity": 0.85,
                 },
-                customdata=_hover_texts(rows),
+                customdata=_hover_texts(rows, terms),
                 hovertemplate="%{customdata}<extra></extra>",
                 row=1,
                 col=number,
@@ -93,9 +102,10 @@ def damage_against(
         about = f"|cosine| with {plain(embedding)}<br>{plain(side)} side"
         figure.update_xaxes(title_text=about, rangemode="tozero", row=1, col=number)
     figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
-    figure.update_yaxes(title_text=DAMAGE.get(response, response), col=1)
+    figure.update_yaxes(title_text=f"{terms.lost}{DAMAGE[response]}" if response in DAMAGE else response, col=1)
     # The legend shows one marker for filled and open points; the subtitle says what they mean.
-    about = f"one point per removed direction · filled: the return changes at q < 0.05 · logarithmic beyond ±{scale:g}"
+    about = f"one point per removed direction · filled: the {terms.outcome} changes at q < 0.05"
+    about += f" · logarithmic beyond ±{scale:g}"
     finished = finish(figure, title, about, height=520, wide=260 * len(shown))
     finished.update_layout(margin_t=130)
     return finished
@@ -149,33 +159,40 @@ def _between(low: float, high: float, scale: float) -> Array:
     return np.asarray(np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step)
 
 
-def _hover_texts(rows: pd.DataFrame) -> list[str]:
-    return [_hover_text({str(key): value for key, value in row.items()}) for row in rows.to_dict("records")]
+def _hover_texts(rows: pd.DataFrame, terms: Terms) -> list[str]:
+    form = number_format(terms, *rows[f"mean_{terms.outcome}"]).format
+    return [
+        _hover_text({str(key): value for key, value in row.items()}, terms, form) for row in rows.to_dict("records")
+    ]
 
 
-def _hover_text(row: dict[str, Any]) -> str:
+def _hover_text(row: dict[str, Any], terms: Terms, form: Callable[[float], str]) -> str:
+    happened = terms.lost.split()[1]
     text = f"<b>{plain(row['matrix'])} sv={row['sv']}</b><br>sigma {row['sigma']:.3g} · energy {row['energy']:.3g}"
-    text += f"<br>return {row['mean_return']:,.0f} (lost {row['damage']:,.0f}, q = {row['q_value']:.2g})"
+    mean, damage = form(row[f"mean_{terms.outcome}"]), form(row["damage"])
+    text += f"<br>{terms.outcome} {mean} ({happened} {damage}, q = {row['q_value']:.2g})"
     control = row.get("control_damage", float("nan"))
-    return text if control != control else f"{text}<br>its control lost {control:,.0f}"
+    return text if control != control else f"{text}<br>its control {happened} {form(control)}"
 
 
 def along_the_spectrum(
-    directions: pd.DataFrame, mean: float, *, title: str = "What removing each direction leaves"
+    directions: pd.DataFrame, mean: float, terms: Terms, *, title: str = "What removing each direction leaves"
 ) -> go.Figure:
-    """Draw the return without each direction, from the largest sigma to the smallest, in a panel for each matrix.
+    """Draw the outcome without each direction, from the largest sigma to the smallest, in a panel for each matrix.
 
     Rows are blocks; columns are kinds of matrices, or heads if a kind has several.
 
     Args:
         directions: ``Atlas.directions``; ``control_damage`` is drawn if known.
-        mean: the unedited agent's mean return.
+        mean: the unedited model's mean outcome.
+        terms: what was measured, and the words for it.
         title: the figure's title.
 
     Raises:
         DtLensError: for a missing column.
     """
-    columns_of(directions, ["matrix", "kind", "layer", "head", "sv", "mean_return", "q_value"], "The atlas")
+    column = f"mean_{terms.outcome}"
+    columns_of(directions, ["matrix", "kind", "layer", "head", "sv", column, "q_value"], "The atlas")
     if directions.empty:
         return empty(title, "No direction was measured.")
     columns = _columns(directions)
@@ -217,9 +234,9 @@ def along_the_spectrum(
             kinds.index(columns[directions["matrix"] == matrix].iloc[0]) + 1,
         )
         if "control_damage" in rows and rows["control_damage"].notna().any():
-            control = mean - rows["control_damage"].to_numpy(dtype=np.float64)
+            control = mean - terms.sign * rows["control_damage"].to_numpy(dtype=np.float64)
             marker = {"color": "rgba(0,0,0,0)", "size": 5, "line": {"color": CONTROL, "width": 0.8}}
-            draw("its control", rows["sv"], control, marker, place, _hover_texts(rows))
+            draw("its control", rows["sv"], control, marker, place, _hover_texts(rows, terms))
         for sure, name, colour in ((False, "removed", "#b98a5e"), (True, "removed, q < 0.05", PALETTE[1])):
             part = rows[(rows["q_value"] < 0.05) == sure]
             if len(part):
@@ -227,14 +244,16 @@ def along_the_spectrum(
                 draw(
                     name,
                     part["sv"],
-                    part["mean_return"],
+                    part[column],
                     marker,
                     place,
-                    _hover_texts(part),
+                    _hover_texts(part, terms),
                 )
     figure.update_xaxes(title_text="sv", row=len(layers))
-    figure.update_yaxes(title_text="mean return", col=1, rangemode="tozero")
-    about = "sv 0 has the largest sigma · dotted: the unedited agent"
+    # From 0 where a share of the mean says something; otherwise what changes would not be seen.
+    span = {"rangemode": "tozero"} if terms.large is None else {}
+    figure.update_yaxes(title_text=f"mean {terms.outcome}", col=1, **span)
+    about = f"sv 0 has the largest sigma · dotted: the unedited {terms.actor}"
     finished = finish(figure, title, about, height=180 + 170 * len(layers), wide=230 * len(kinds))
     finished.update_layout(margin_t=110)
     return finished
@@ -247,11 +266,12 @@ def _columns(directions: pd.DataFrame) -> pd.Series[str]:
     return kinds.where(heads < 2, kinds + "." + directions["head"].astype("Int64").astype(str))
 
 
-def shares(table: pd.DataFrame, *, title: str = "How many directions matter") -> go.Figure:
-    """Draw for each matrix the share of directions whose removal costs return at q < 0.05.
+def shares(table: pd.DataFrame, terms: Terms, *, title: str = "How many directions matter") -> go.Figure:
+    """Draw for each matrix the share of directions whose removal does damage at q < 0.05.
 
     Args:
         table: ``Atlas.shares``; its rows of single matrices are drawn.
+        terms: what was measured, and the words for it.
 
     Raises:
         DtLensError: for a missing column.
@@ -276,17 +296,23 @@ def shares(table: pd.DataFrame, *, title: str = "How many directions matter") ->
         )
     figure.update_xaxes(tickformat=".0%", title_text="share of the matrix's directions", rangemode="tozero")
     figure.update_yaxes(categoryorder="array", categoryarray=list(rows["what"]))
-    return finish(figure, title, "removal costs return at q < 0.05", height=140 + 32 * len(rows))
+    about = f"removal {'costs' if terms.sign > 0 else 'raises'} {terms.outcome} at q < 0.05"
+    return finish(figure, title, about, height=140 + 32 * len(rows))
 
 
 def sizes_against_damage(
-    directions: pd.DataFrame, predictors: Sequence[str], *, title: str = "Does size predict what a direction does?"
+    directions: pd.DataFrame,
+    predictors: Sequence[str],
+    terms: Terms,
+    *,
+    title: str = "Does size predict what a direction does?",
 ) -> go.Figure:
-    """Draw the return lost against sigma, and against the output energy on real inputs, in a panel for each.
+    """Draw the damage against sigma, and against the output energy on real inputs, in a panel for each.
 
     Args:
         directions: ``Atlas.directions``.
         predictors: columns, such as ``["sigma", "output_energy"]``.
+        terms: what was measured, and the words for it.
 
     Raises:
         DtLensError: for a missing column.
@@ -319,7 +345,7 @@ def sizes_against_damage(
                     "size": [8 if s else 5 for s in sure],
                     "line": {"color": colour, "width": 0.9},
                 },
-                customdata=_hover_texts(rows),
+                customdata=_hover_texts(rows, terms),
                 hovertemplate="%{customdata}<extra></extra>",
                 row=1,
                 col=number,
@@ -328,6 +354,6 @@ def sizes_against_damage(
             axis = ticks(float(positive[predictor].min()), float(positive[predictor].max()))
             figure.update_xaxes(title_text=predictor.replace("_", " "), row=1, col=number, **axis)
     figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
-    figure.update_yaxes(title_text="return lost", col=1)
+    figure.update_yaxes(title_text=terms.lost, col=1)
     about = f"one point per removed direction · filled: q < 0.05 · logarithmic beyond ±{scale:g}"
     return finish(figure, title, about, height=460, wide=330 * len(predictors))

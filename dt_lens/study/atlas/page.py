@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.arguments import atomic_write, local_path, require_offers
+from dt_lens.behaviour.terms import Terms, with_article
 from dt_lens.report.page import Choice, Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import signed
 from dt_lens.statistics.outcomes import ENOUGH
 from dt_lens.study.atlas import figures
+from dt_lens.study.atlas.figures import number_format
 from dt_lens.study.atlas.result import Atlas
-from dt_lens.study.atlas.sentences import MATCH_COLUMNS, correlation_of, covered, joined, sentences, shares_for
+from dt_lens.study.atlas.sentences import correlation_of, covered, joined, sentences, shares_for
 from dt_lens.study.atlas.tables import ALPHA
 from dt_lens.version import __version__
 
@@ -52,6 +54,7 @@ def write_atlas(atlas: Atlas, folder: str | Path, name: str = "the model", comma
         with atomic_write(folder / f"{what}.csv") as part:
             getattr(atlas, what).to_csv(part, index=False, float_format="%.6g")
     base = atlas.baseline
+    scale = f" {base.terms.scale}" if base.terms.scale else ""
     return write_report(
         folder / "atlas.html",
         f"An atlas of {name}: what each direction does",
@@ -59,11 +62,10 @@ def write_atlas(atlas: Atlas, folder: str | Path, name: str = "the model", comma
         verdict=sentences(atlas),
         facts={
             "model": name,
-            "environment": base.environment,
-            "target return": f"{base.target_return:g}",
-            "unedited": f"{base.mean:,.0f} on average",
+            **_setting(base.terms),
+            "unedited": f"{number_format(base.terms, base.mean).format(base.mean)}{scale} on average",
             "directions": f"{len(atlas.directions):,} of {atlas.planned:,}",
-            "episodes per direction": _episodes(atlas),
+            f"{base.terms.units} per direction": _units(atlas),
             "random changes": _controls(atlas),
             "seed": atlas.options["seed"],
             "version": f"dt-lens {__version__}",
@@ -79,8 +81,19 @@ def _sections(atlas: Atlas) -> list[Section]:
     return [_damage(atlas), _shares(atlas), _matches(atlas), _sizes(atlas), _method(atlas)]
 
 
-def _episodes(atlas: Atlas) -> str:
-    counts = atlas.directions["episodes"]
+def _setting(terms: Terms) -> dict[str, Any]:
+    """What the outcomes depend on, and where the units come from, unless a value of the setting says that."""
+    found = {
+        terms.named(name): f"{value:g}" if isinstance(value, float) else value
+        for name, value in terms.setting.items()
+        if isinstance(value, str | int | float)
+    }
+    said = any(isinstance(value, str) and value in terms.place for value in terms.setting.values())
+    return found if said or not terms.place else {terms.units: terms.place, **found}
+
+
+def _units(atlas: Atlas) -> str:
+    counts = atlas.directions[atlas.terms.units]
     return f"{counts.min():,}" + (f" to {counts.max():,}" if counts.max() > counts.min() else "")
 
 
@@ -92,12 +105,11 @@ def _controls(atlas: Atlas) -> str:
 
 
 def _panels(atlas: Atlas) -> list[figures.Panel]:
-    kinds = set(atlas.directions["kind"])
-    return [(kind, column) for kind, column in MATCH_COLUMNS.items() if kind in kinds and column in atlas.directions]
+    return [(kind, column) for kind, columns in atlas.matches.items() for column in columns]
 
 
 def _damage(atlas: Atlas) -> Section:
-    panels = _panels(atlas)
+    panels, terms = _panels(atlas), atlas.terms
     shown: dict[str, Any] = {}
     named = {"damage": "as it is", "damage_per_energy": "per unit energy", "beyond": "beyond the control"}
     for response, what in named.items():
@@ -105,14 +117,15 @@ def _damage(atlas: Atlas) -> Section:
         if len(measured):
             present = [panel for panel in panels if panel[0] in set(measured["kind"])]
             heads = [_line(atlas, *panel, response) for panel in present]
-            shown[what] = figures.damage_against(measured, present, response=response, heads=heads)
+            shown[what] = figures.damage_against(measured, present, terms, response=response, heads=heads)
     return Section(
         "Does cosine predict damage?",
         [
-            Choice(shown, "damage", "Every point is one singular direction, removed for all paired episodes."),
+            Choice(shown, "damage", f"Every point is one singular direction, removed for all paired {terms.units}."),
             Note(
-                "Damage per unit energy is large for a direction of tiny energy that does nothing: it is an episode's "
-                "noise divided by almost 0. All directions also share the noise of the unedited agent, so this damage "
+                "Damage per unit energy is large for a direction of tiny energy that does nothing: it is "
+                f"{with_article(terms.unit)}'s noise divided by almost 0. All directions also share the noise of the "
+                f"unedited {terms.actor}, so this damage "
                 "correlates with anything that correlates with the energy. Its correlation is shown and not tested; "
                 "the one to read is that among directions of equal size."
             ),
@@ -120,8 +133,9 @@ def _damage(atlas: Atlas) -> Section:
                 "How well damage repeats",
                 [
                     (
-                        "The rank correlation of the damage in episodes of odd and of even seed, and from it by "
-                        "Spearman and Brown's formula that of all episodes: how far a second such sweep would agree."
+                        f"The rank correlation of the damage in {terms.units} of odd and of even {terms.index}, and "
+                        f"from it by Spearman and Brown's formula that of all {terms.units}: how far a second such "
+                        "sweep would agree."
                     ),
                     Table(atlas.reliability),
                 ],
@@ -139,20 +153,23 @@ def _line(atlas: Atlas, kind: str, column: str, response: str) -> str:
 
 
 def _shares(atlas: Atlas) -> Section:
-    blocks: list[Any] = [Plot(figures.shares(atlas.shares))]
-    blocks.append(Plot(figures.along_the_spectrum(atlas.directions, atlas.baseline.mean)))
+    terms = atlas.terms
+    blocks: list[Any] = [Plot(figures.shares(atlas.shares, terms))]
+    blocks.append(Plot(figures.along_the_spectrum(atlas.directions, atlas.baseline.mean, terms)))
     worst = atlas.directions.sort_values("damage", ascending=False).head(SHOWN)
-    columns = ["matrix", "sv", "sigma", "energy", "mean_return", "damage", "q_value", "failure_rate", "control_damage"]
+    columns = ["matrix", "sv", "sigma", "energy", f"mean_{terms.outcome}", "damage", "q_value"]
+    columns += [*(["failure_rate"] if terms.failure is not None else []), "control_damage"]
     if atlas.directions["controls"].max() > 1:
         columns += ["controls", "controls_as_costly"]
     intervals = {"damage": ("damage_low", "damage_high")}
     frame = worst[[*columns, "damage_low", "damage_high"]]
-    few = int(worst["episodes"].min())
-    said = f"Intervals of single directions are over {few} episodes; below {ENOUGH} they cover less than 95 %."
+    few = int(worst[terms.units].min())
+    said = f"Intervals of single directions are over {few} {terms.units}; below {ENOUGH} they cover less than 95 %."
     notes = [Note(said)] if few < ENOUGH else []
     blocks.append(Folded(f"The {len(worst)} most harmful removals", [Table(frame, intervals=intervals), *notes]))
-    rule = f"Failures: {atlas.baseline.failure_rule}."
-    blocks.append(Note(f"{rule} {note[0].upper()}{note[1:]}." if (note := atlas.baseline.failure_note) else rule))
+    if terms.failure is not None:
+        rule, note = f"Failures: {terms.failure_rule}.", terms.failure_note
+        blocks.append(Note(f"{rule} {note[0].upper()}{note[1:]}." if note else rule))
     blocks.append(Folded("The counts", [Table(atlas.shares)]))
     return Section("How many directions matter?", blocks)
 
@@ -186,35 +203,38 @@ def _matches(atlas: Atlas) -> Section:
 
 def _sizes(atlas: Atlas) -> Section:
     predictors = [name for name in ("sigma", "output_energy") if name in atlas.directions]
-    blocks: list[Any] = [Plot(figures.sizes_against_damage(atlas.directions, predictors))]
+    whose = f"the {atlas.terms.actor}'s own inputs"
+    blocks: list[Any] = [Plot(figures.sizes_against_damage(atlas.directions, predictors, atlas.terms))]
     blocks.append(Table(atlas.predictors[atlas.predictors["what"] == atlas.predictors["kind"]].drop(columns="what")))
     if "output_energy" in predictors:
         blocks.insert(
             0,
             "Sigma measures what the weights do if inputs point equally in every direction; the output energy is the "
-            "root mean square of what the direction puts out on the agent's own inputs.",
+            f"root mean square of what the direction puts out on {whose}.",
         )
     if len(atlas.weighted):
         blocks.append(
             f"{len(atlas.weighted)} activation-aware directions were removed as well: those of the decomposition in "
-            "which sigma is the standard deviation of the output on the agent's own inputs. Their sigmas, and those of "
+            f"which sigma is the standard deviation of the output on {whose}. Their sigmas, and those of "
             "the plain directions of the same matrices and indices, are compared with the damage of their own removals."
         )
     return Section("Does size predict damage?", blocks)
 
 
 def _method(atlas: Atlas) -> Section:
-    options = atlas.options
+    options, terms = atlas.options, atlas.terms
     halved = options.get("halving") and (
-        " Successive halving gave more episodes to those that moved the return most; the damage of those that it kept "
-        "is from fresh seeds, and that of the others from the seeds that stopped them, with p = 1."
+        f" Successive halving gave more {terms.units} to those that moved the {terms.outcome} most; the damage of "
+        f"those that it kept is from fresh {terms.indices}, and that of the others from the {terms.indices} that "
+        "stopped them, with p = 1."
     )
     return Section(
         "How it was measured",
         [
             (
-                f"Every direction was removed (its sigma set to 0) for {_episodes(atlas)} episodes, the seeds from "
-                f"{options['seed']} on, and compared with the unedited agent seed by seed. p is by sign flips of the "
+                f"Every direction was removed (its sigma set to 0) for {_units(atlas)} {terms.units}, the "
+                f"{terms.indices} from {options['seed']} on, and compared with the unedited {terms.actor} "
+                f"{terms.index} by {terms.index}. p is by sign flips of the "
                 f"paired differences; q is Benjamini-Hochberg over the directions.{halved or ''}"
             ),
             (
@@ -224,7 +244,8 @@ def _method(atlas: Atlas) -> Section:
                 "and intervals are Bonett and Wright's."
             ),
             Note(
-                "This is one checkpoint. Intervals are over its episodes and directions, not over training runs; a "
+                f"This is one checkpoint. Intervals are over its {terms.units} and directions, not over training "
+                "runs; a "
                 "direction whose removal does nothing may be one of several that do the same work."
             ),
         ],

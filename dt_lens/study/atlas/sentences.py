@@ -13,22 +13,14 @@ from dt_lens.statistics.outcomes import mcnemar
 from dt_lens.study.atlas.result import Atlas
 from dt_lens.study.atlas.tables import ALPHA, LARGE, RANKED
 
-__all__ = ["MATCH_COLUMNS", "correlation_of", "covered", "joined", "sentences", "shares_for"]
+__all__ = ["correlation_of", "covered", "joined", "sentences", "shares_for"]
 
-HALF = 0.5  # of the unedited agent's return
-# The match that may predict damage, for each kind of matrix: a column of ``Atlas.directions``. W_in reads, and is
-# compared with the action output all the same, because that is the claim to be tested.
-MATCH_COLUMNS = {
-    "W_in": "read action_out",
-    "W_gate": "read action_out",
-    "W_out": "write action_out",
-    "OV": "write action_out",
-}
+HALF = 0.5  # of the unedited model's mean, or five times what the task calls large
 # Two sizes to compare by how well they predict damage: their names, their rows, and the row of their difference.
 PREDICTORS = (
     (
         "Sigma",
-        "the output energy on the agent's own inputs",
+        "the output energy on the {actor}'s own inputs",
         "sigma",
         "output_energy",
         "output_energy minus sigma",
@@ -45,24 +37,30 @@ PREDICTORS = (
 
 def sentences(atlas: Atlas) -> list[str]:
     """The answer in a few plain sentences."""
-    everything, n = shares_for(atlas, "all"), len(atlas.directions)
+    everything, n, terms = shares_for(atlas, "all"), len(atlas.directions), atlas.terms
     if not atlas.directions["damage"].any():
-        lines = [f"**Nothing changed**: no removal of {n:,} directions changed the mean return, so there is no damage."]
-        return lines + _unfinished(atlas)
-    large = f", and more than {LARGE:.0%} of it for **{everything['large']:.0f}**" if np.isfinite(atlas.unit) else ""
+        said = f"no removal of {n:,} directions changed the mean {terms.outcome}, so there is no damage."
+        return [f"**Nothing changed**: {said}", *_unfinished(atlas)]
+    more = f"{LARGE:.0%} of it" if np.isfinite(atlas.unit) else f"{atlas.large:g}{_scale(atlas)}"
+    large = f", and more than {more} for **{everything['large']:.0f}**" if np.isfinite(atlas.large) else ""
+    costs = (
+        f"costs the {terms.actor} {terms.outcome}" if terms.sign > 0 else f"raises the {terms.actor}'s {terms.outcome}"
+    )
     lines = [
         (
-            "Removing one singular direction costs the agent return (q < 0.05) for "
+            f"Removing one singular direction {costs} (q < 0.05) for "
             f"**{everything['hurts']} of {n:,}** directions ({everything['share']:.1%}){large}."
         )
     ]
     lines += _beside_controls(atlas)
-    for kind, column in MATCH_COLUMNS.items():
+    for kind, column in ((kind, column) for kind, columns in atlas.matches.items() for column in columns):
         row, equal = (correlation_of(atlas, kind, column, response) for response in ("damage", "damage at equal size"))
         if row is not None and equal is not None and np.isfinite(row["rho"]):
             lines.append(_predicts(row, equal))
     lines += _repeats(atlas)
-    lines += [_better(atlas, *names) for names in PREDICTORS if _is_known(atlas, names[-1])]
+    for names in PREDICTORS:
+        if _is_known(atlas, names[-1]):
+            lines.append(_better(atlas, *(name.format(actor=terms.actor) for name in names)))
     return lines + _unfinished(atlas)
 
 
@@ -93,18 +91,20 @@ def _beside_controls(atlas: Atlas) -> list[str]:
         return []
     whose = f"{k:,} of {n:,}" if k < n else f"all {n:,}"
     beside = f"Beside {whose} directions{covered(atlas)} random changes of the same size were made in the same place"
-    if np.isfinite(atlas.unit):
+    if np.isfinite(atlas.large):
         beside += (
-            f": **{found['controls_large']:.0f} of {found['controls']:,}** random changes cost more than {LARGE:.0%}, "
+            f": **{found['controls_large']:.0f} of {found['controls']:,}** random changes cost more than "
+            f"{_sizes(atlas)[0][1]}, "
             f"and **{found['controlled_large']:.0f} of {k:,}** of those directions, counted likewise (whatever their q)"
         )
     lines = [f"{beside}."]
     if np.isfinite(found["beyond"]):
         lost, low, high = (_lost(atlas, found[name]) for name in ("beyond", "beyond_low", "beyond_high"))
         interval = f"[{low}, {high}]" if np.isfinite(found["beyond_low"]) else "(no interval: all are equal)"
-        of = "of the return" if np.isfinite(atlas.unit) else "points of return"
+        shares, points = f" of the {atlas.terms.outcome}", _scale(atlas) or f" points of {atlas.terms.outcome}"
         lines.append(
-            f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}** {of} {interval} "
+            f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}**"
+            f"{shares if np.isfinite(atlas.unit) else points} {interval} "
             f"beyond a random change (p = {found['beyond_p_value']:.2g}, a pair for each direction)."
         )
     lines += _pair_by_pair(atlas)
@@ -124,23 +124,35 @@ def _beside_controls(atlas: Atlas) -> list[str]:
 def _pair_by_pair(atlas: Atlas) -> list[str]:
     """Each direction against its one random change: an answer without selection."""
     pairs = atlas.directions[atlas.directions["controls"] == 1]
-    if not (len(pairs) and np.isfinite(atlas.unit)):
+    if not (len(pairs) and np.isfinite(atlas.large)):
         return []
     other, own = pairs["control_damage"], pairs["control_damage"] + pairs["beyond"]
     parts = []
-    for share in (LARGE, HALF):
-        a, b = own > share * atlas.unit, other > share * atlas.unit
+    for size, words in _sizes(atlas):
+        a, b = own > size, other > size
         parts.append(
-            f"in {(a & ~b).sum()} pairs only the direction costs more than {share:.0%}, in {(b & ~a).sum()} only the "
+            f"in {(a & ~b).sum()} pairs only the direction costs more than {words}, in {(b & ~a).sum()} only the "
             f"change (McNemar's exact p = {mcnemar(a, b):.2g})"
         )
     return [f"Each direction against its one random change: {'; '.join(parts)}."]
 
 
+def _sizes(atlas: Atlas) -> list[tuple[float, str]]:
+    """Two sizes of loss to count by, with words for them: a large one, and five times that."""
+    if np.isfinite(atlas.unit):
+        return [(share * atlas.unit, f"{share:.0%}") for share in (LARGE, HALF)]
+    return [(size, f"{size:g}{_scale(atlas)}") for size in (atlas.large, HALF / LARGE * atlas.large)]
+
+
+def _scale(atlas: Atlas) -> str:
+    """What the outcome is measured in, after a number; empty where that has no name."""
+    return f" {atlas.terms.scale}" if atlas.terms.scale else ""
+
+
 def covered(atlas: Atlas) -> str:
     """Which directions have random changes beside them, in parentheses; empty if all have."""
     if atlas.options.get("halving"):
-        return " (those that successive halving kept, selected for moving the return)"
+        return f" (those that successive halving kept, selected for moving the {atlas.terms.outcome})"
     whole, parts = list[str](), list[str]()
     for kind in dict.fromkeys(atlas.directions["kind"]):
         found = shares_for(atlas, kind)
@@ -165,9 +177,11 @@ def joined(words: list[str]) -> str:
 
 
 def _lost(atlas: Atlas, value: float) -> str:
-    """A loss as a share of the unedited return, or in points if that return is not distinguishable from 0."""
+    """A loss as a share of the unedited mean, or in the outcome's own units where that share means nothing."""
     if np.isfinite(atlas.unit):
         return f"{value / atlas.unit:+.1%}"
+    if atlas.terms.digits is not None:
+        return f"{value:+,.{atlas.terms.digits}f}"
     return f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.3g}"
 
 
@@ -175,7 +189,7 @@ def _repeats(atlas: Atlas) -> list[str]:
     """How much the noise of the damages weakens a correlation."""
     equal = atlas.reliability[atlas.reliability["inside"] == "equal size"]
     table = equal[equal["of"] == "damage"].set_index("what")
-    kinds = [kind for kind in MATCH_COLUMNS if kind in table.index]
+    kinds = [kind for kind in atlas.matches if kind in table.index]
     if not kinds:
         return []
     values = joined(

@@ -30,7 +30,7 @@ __all__ = [
     "shares_of",
 ]
 
-LARGE = 0.1  # of the unedited agent's return: a loss of this share is large
+LARGE = 0.1  # of the unedited model's mean: a loss of this share is large, unless the task says what is
 ALPHA = 0.05
 LEAST = 5  # directions that a correlation needs
 RANKED = 19  # controls of a direction; it costs more than each of them with p = 0.05 if it is one more random change
@@ -62,12 +62,12 @@ def _groups(directions: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]
         yield str(name), str(rows["kind"].iloc[0]), rows
 
 
-def shares_of(directions: pd.DataFrame, unit: float, seed: int) -> pd.DataFrame:
+def shares_of(directions: pd.DataFrame, large: float, seed: int) -> pd.DataFrame:
     """Count the directions that matter, and their controls that do: ``Atlas.shares``.
 
     Args:
         directions: ``Atlas.directions``.
-        unit: the size of the unedited agent's return; if it is ``nan``, no loss is large.
+        large: what counts as a large loss; if it is ``nan``, no loss is large.
         seed: of the bootstrap and the sign flips.
     """
     out = []
@@ -79,9 +79,9 @@ def shares_of(directions: pd.DataFrame, unit: float, seed: int) -> pd.DataFrame:
         several = len(own) >= LEAST
         interval = bootstrap_interval(beyond, seed=seed) if several else (np.nan, np.nan)
         worst = rows.iloc[int(rows["damage"].to_numpy().argmax())]
-        has_unit, compared = np.isfinite(unit), np.isfinite(unit) and len(own) > 0
-        # At the seeds of its controls a direction loses what they lose plus what it loses beyond them.
-        alike = own["control_damage"] + own["beyond"] > LARGE * unit
+        known, compared = np.isfinite(large), np.isfinite(large) and len(own) > 0
+        # Over the units of its controls a direction loses what they lose plus what it loses beyond them.
+        alike = own["control_damage"] + own["beyond"] > large
         out.append(
             {
                 "what": what,
@@ -90,7 +90,7 @@ def shares_of(directions: pd.DataFrame, unit: float, seed: int) -> pd.DataFrame:
                 "hurts": int(matters.sum()),
                 "share": float(matters.mean()),
                 "helps": int(((rows["q_value"] < ALPHA) & ~hurt).sum()),
-                "large": int((matters & (rows["damage"] > LARGE * unit)).sum()) if has_unit else np.nan,
+                "large": int((matters & (rows["damage"] > large)).sum()) if known else np.nan,
                 "controlled": len(own),
                 "controlled_large": int(alike.sum()) if compared else np.nan,
                 "controls": int(own["controls"].sum()),
@@ -139,7 +139,7 @@ def _size(rows: pd.DataFrame) -> pd.Series:
 
 
 def reliability_of(directions: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """How well damage, and damage beyond the control, repeats in odd and even episodes: ``Atlas.reliability``."""
+    """How well damage, and damage beyond the control, repeats in odd and even units: ``Atlas.reliability``."""
     out: list[dict[str, Any]] = []
     for what, kind, rows in _groups(directions):
         for of in ("damage", "beyond"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from dt_lens.lens.embeddings import Embedding
 from dt_lens.lens.matrices import Matrix, Snapshot, select_matrices
 from dt_lens.study.court.claims import NotApplicable, Way
+from dt_lens.study.labels import inputs_of, outputs_of
 from dt_lens.svd.decomposition import Decomposition
 from dt_lens.svd.side_labels import unit_rows
 from dt_lens.svd.weight_svd import WeightSVD
@@ -103,23 +105,22 @@ class Case:
         return Labels(rows, rows.shape[1] - int(centred))
 
     def embedding(self, kind: str) -> Embedding:
-        """``"output"`` and ``"input"`` (of an agent its actions and states, of a language model its tokens),
-        ``"reward"`` or ``"time"``.
+        """``"output"`` and ``"input"`` (actions and states where it has those, else tokens, else what it has),
+        ``"reward"`` or ``"time"``, by the embeddings' kinds and sides.
 
         Raises:
             NotApplicable: if the model has none.
         """
-        tokens = not self.model.can_act
-        wanted = {
-            "output": ("token_out" if tokens else "action_out", "action output"),
-            "input": ("token_in" if tokens else "state_in", "state input"),
-            "reward": ("reward_in", "reward embedding"),
-            "time": ("timestep_in", "timestep embedding"),
-        }[kind]
-        if wanted[0] not in self.model.embeddings:
-            raise NotApplicable(f"the model has no {wanted[1]}")
-        found: Embedding = self.model.embeddings[wanted[0]]
-        return found
+        known: Mapping[str, Embedding] = self.model.embeddings
+        words = {"output": "action output", "input": "state input", "reward": "reward embedding"}
+        of_kind = {"reward": "reward", "time": "timestep"}.get(kind)
+        if of_kind is None:
+            names = outputs_of(known) if kind == "output" else inputs_of(known)
+        else:
+            names = [name for name, e in known.items() if (e.kind, e.side) == (of_kind, "in")]
+        if not names:
+            raise NotApplicable(f"the model has no {words.get(kind, 'timestep embedding')}")
+        return known[names[0]]
 
     def untrained(self, kind: str) -> Embedding | None:
         """The largest head of a kind (or of ``"any"``) that was never trained; ``None`` if there is none."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from dt_lens.behaviour.terms import Terms
 from dt_lens.errors import DtLensError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "NotApplicable",
     "Verdict",
     "Way",
+    "claims_in",
     "verdict_of",
     "why_undecided",
 ]
@@ -92,6 +94,19 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
+def claims_in(terms: Terms | None) -> tuple[Claim, ...]:
+    """The claims, with the statistic of the third in what a task measures damage in; ``None`` for no task."""
+    if terms is None or (terms.large is None and terms.outcome == "return"):
+        return CLAIMS
+    share = (
+        f"share of the {terms.outcome} lost"
+        if terms.large is None
+        else f"{terms.lost}, in {terms.scale or 'its own units'},"
+    )
+    said = f"{share} by an edit of typical energy, W_in less W_out"
+    return tuple(replace(claim, statistic=said) if claim.number == 3 else claim for claim in CLAIMS)
+
+
 class NotApplicable(DtLensError):
     """A claim cannot be tried on this model; the message is the reason, as it follows "not applicable: "."""
 
@@ -111,6 +126,7 @@ class Finding:
         quiet: whether the claim's control came out as it should; ``docs/court.md`` calls that quiet.
         said: the sentence with the numbers.
         numbers: what else was computed.
+        units: what the values of a claim about behaviour are called, such as ``"episodes"``.
     """
 
     statistic: float
@@ -123,6 +139,7 @@ class Finding:
     quiet: bool = True
     said: str = ""
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    units: str = "units"
 
 
 def verdict_of(about: str, found: Finding, p_value: float) -> Verdict:
@@ -160,4 +177,4 @@ def why_undecided(about: str, found: Finding, p_value: float) -> str:
             f"Undecided: the effect is below the margin of {found.margin:.2g}, but chance reaches {found.critical:.2g} "
             "one time in 20, so the test could have missed one of that size."
         )
-    return "Undecided at this number of episodes or edits: the interval includes both 0 and the margin."
+    return f"Undecided at this number of {found.units} or edits: the interval includes both 0 and the margin."

@@ -26,7 +26,10 @@ from dt_lens.study.court.rollouts import MeasuredEdit, MeasuredEdits
 __all__ = ["cosine_predicts_damage", "hurts_more", "output_shares"]
 
 Array = NDArray[np.float64]
-MORE = 0.05  # margin of claim 3, a share of the return
+# Margin of claim 3: a share of the unedited mean, or half of what the task calls a large loss. A tenth is large
+# where losses are shares, so the two are one rule.
+MORE = 0.05
+OF_LARGE = 0.5
 PREDICTS = 0.2  # margin of claim 7, a correlation
 FEW = 12  # edits for a correlation: with fewer, the interval of a partial correlation covers too seldom
 RESAMPLES = 10_000
@@ -59,9 +62,9 @@ def hurts_more(
     energies: Mapping[str, Sequence[float]],
     shown: Mapping[str, Sequence[float]] | None = None,
 ) -> Finding:
-    """Claim 3: damage per unit of energy of the edits of ``W_in`` less that of ``W_out``, a value per episode.
+    """Claim 3: damage per unit of energy of the edits of ``W_in`` less that of ``W_out``, a value per unit of the task.
 
-    The interval is over episodes, and so about these edits. With directions as units (a value per edit) the finding
+    The interval is over these units, and so about these edits. With directions as units (a value per edit) the finding
     says what they show of directions in general; that is not part of the verdict.
 
     Args:
@@ -69,23 +72,24 @@ def hurts_more(
         shown: further energies, shown with directions as units and not counted.
 
     Raises:
-        NotApplicable: if the unedited agent has no return to lose, or an edit has no energy.
+        NotApplicable: if damage is a share of an unedited mean that is not above zero, or an edit has no energy.
     """
-    base, scale = measured.baseline.returns, measured.scale
+    terms, cost, of = measured.baseline.terms, measured.cost, measured.of
+    margin = MORE if terms.large is None else OF_LARGE * terms.large
     if way == "note":
         outward = [edit for edit in measured.edits if edit.kind == "W_out"]
         inside, outside = (
-            np.mean([(base - edit.returns) / scale for edit in part], axis=0) for part in (measured.raw, outward)
+            np.mean([measured.damage(edit) for edit in part], axis=0) for part in (measured.raw, outward)
         )
-        found = _of_episodes(inside - outside)
+        found = _of_units(inside - outside)
         said = (
-            f"Whatever their energies, the edits of the raw W_in cost {inside.mean():.0%} of the return and those of "
-            f"W_out {outside.mean():.0%}."
+            f"Whatever their energies, the edits of the raw W_in cost {cost(inside.mean())}{of} and those of "
+            f"W_out {cost(outside.mean())}."
         )
-        return Finding(*found[:3], effect=found[0], margin=MORE, p_value=found[3], said=said)
+        return Finding(*found[:3], effect=found[0], margin=margin, p_value=found[3], said=said, units=terms.units)
     inward = np.array([edit.kind == "W_in" for edit in measured.edits])
-    damage = np.array([(base - edit.returns) / scale for edit in measured.edits])
-    beyond = np.array([(edit.controls.mean(0) - edit.returns) / scale for edit in measured.edits])
+    damage = np.array([measured.damage(edit) for edit in measured.edits])
+    beyond = np.array([measured.beyond(edit) for edit in measured.edits])
     tried, across = {}, {}
     for name, values in {**energies, **(shown or {})}.items():
         size = np.asarray(values, dtype=np.float64)
@@ -94,45 +98,50 @@ def hurts_more(
         per = damage / (size / np.exp(np.log(size).mean()))[:, None]
         across[name] = _of_directions(per[inward].mean(1), per[~inward].mean(1))
         if name in energies:
-            tried[name] = _of_episodes(per[inward].mean(0) - per[~inward].mean(0))
+            tried[name] = _of_units(per[inward].mean(0) - per[~inward].mean(0))
     name = min(tried, key=lambda name: tried[name][0])
     value, low, high, _ = tried[name]
     control = bootstrap_interval(beyond[inward].mean(0))
     least = float(beyond[inward].mean()) if math.isnan(control.low) else control.low
-    parts = "; ".join(f"per unit of {n} {v:+.2f} {_span(lo, hi)}" for n, (v, lo, hi, _) in tried.items())
+    k = measured.digits
+    parts = "; ".join(f"per unit of {n} {v:+.{k}f} {_span(lo, hi, k)}" for n, (v, lo, hi, _) in tried.items())
+    costs = [cost(float(of_these.mean())) for of_these in (damage[inward], damage[~inward], beyond[inward])]
     said = (
-        f"These {len(damage)} edits cost {damage[inward].mean():.0%} of the return in W_in and "
-        f"{damage[~inward].mean():.0%} in W_out, beyond their controls {beyond[inward].mean():.0%} and "
-        f"{beyond[~inward].mean():.0%}; of an edit of typical energy, W_in less W_out: {parts}, over episodes. "
+        f"These {len(damage)} edits cost {costs[0]}{of} in W_in and {costs[1]} in W_out, beyond their controls "
+        f"{costs[2]} and {cost(float(beyond[~inward].mean()))}; of an edit of typical energy, W_in less W_out: "
+        f"{parts}, over {terms.units}. "
     )
-    parts = "; ".join(f"per unit of {n} {v:+.2f} {_span(lo, hi)}, p = {p:.2g}" for n, (v, lo, hi, p) in across.items())
+    parts = "; ".join(
+        f"per unit of {n} {v:+.{k}f} {_span(lo, hi, k)}, p = {p:.2g}" for n, (v, lo, hi, p) in across.items()
+    )
     said += f"With directions as units ({inward.sum()} and {(~inward).sum()}): {parts}."
     numbers: dict[str, object] = {"by_energy": {n: list(found) for n, found in tried.items()}, "counts": name}
     numbers["by_direction"] = {n: list(found) for n, found in across.items()}
     note = interval_note(per[inward].mean(0) - per[~inward].mean(0), "differences")
-    said += f" {about_interval('The interval over episodes', note)}" if note else ""
+    said += f" {about_interval(f'The interval over {terms.units}', note)}" if note else ""
     numbers["beyond_controls_in"] = [float(beyond[inward].mean()), *control]
     return Finding(
         value,
         low,
         high,
         effect=value,
-        margin=MORE,
+        margin=margin,
         p_value=max(found[3] for found in tried.values()),
         quiet=least > 0,
         said=said + case.gated,
         numbers=numbers,
+        units=terms.units,
     )
 
 
-def _span(low: float, high: float) -> str:
-    return span((low, high), digits=2, sign=True)
+def _span(low: float, high: float, digits: int = 2) -> str:
+    return span((low, high), digits=digits, sign=True)
 
 
-def _of_episodes(values: Array) -> tuple[float, float, float, float]:
-    """Mean, interval, and the one-sided p that it is above zero, of a value per episode.
+def _of_units(values: Array) -> tuple[float, float, float, float]:
+    """Mean, interval, and the one-sided p that it is above zero, of a value per unit of the task.
 
-    A value that is the same in every episode, mostly 0, has no interval. It cannot support a claim, but it can lie
+    A value that is the same in every unit, mostly 0, has no interval. It cannot support a claim, but it can lie
     below the margin: the upper end is the value itself.
     """
     low, high = bootstrap_interval(values)
@@ -168,7 +177,7 @@ def _one_sided(p: float, value: float) -> float:
 def cosine_predicts_damage(
     case: Case, way: Way, measured: MeasuredEdits, source: str, energies: Sequence[float] | None = None
 ) -> Finding:
-    """Claim 7: the rank correlation, over edits, of the best |cosine| with actions and the damage.
+    """Claim 7: the rank correlation, over edits, of the best |cosine| with the outputs and the damage.
 
     Ranks are taken inside each kind of matrix: differences between kinds are the subject of claims 1 and 3. With a
     dozen edits of every matrix, as in a sweep, ranks are taken inside each matrix.
@@ -178,21 +187,22 @@ def cosine_predicts_damage(
         energies: of ``measured.edits``, on real inputs; their Frobenius norms by default.
 
     Raises:
-        NotApplicable: if there are fewer than twelve edits, or the unedited agent has no return to lose.
+        NotApplicable: if there are fewer than twelve edits, or damage is a share of an unedited mean that is not
+            above zero.
     """
     edits = list(measured.edits)
     if way == "note" and measured.raw is not measured.edits:
         edits = [*measured.raw, *(edit for edit in measured.edits if edit.kind != "W_in")]
     if len(edits) < FEW:
         raise NotApplicable(f"there are {len(edits)} edits, fewer than the {FEW} that a correlation needs")
-    base, scale = measured.baseline.returns, measured.scale
+    terms, scale = measured.baseline.terms, measured.scale
     if way == "note":
-        damage = [float((base - edit.returns).mean() / scale) for edit in edits]
+        damage = [float((terms.sign * (measured.baseline.outcomes - e.outcomes)).mean() / scale) for e in edits]
         tried = {"over all edits": rank_correlation(_cosines(case, way, edits, False), damage, resamples=RESAMPLES)}
         quiet, other = True, float("nan")
     else:
         size = [edit.energy for edit in edits] if energies is None else energies
-        damage = [float((edit.controls.mean(0) - edit.returns).mean() / scale) for edit in edits]
+        damage = [float((terms.sign * (e.controls.mean(0) - e.outcomes)).mean() / scale) for e in edits]
         tried, others = (_inside(_cosines(case, way, edits, control), damage, size, edits) for control in (False, True))
         weaker = min(others.values(), key=lambda found: found.rho)
         quiet, other = not weaker.low > 0, weaker.rho
@@ -206,7 +216,7 @@ def cosine_predicts_damage(
         if "at equal energy" in tried:
             matrices = [edit.matrix for edit in edits]
             lines = beside_neighbours(_cosines(case, way, edits, False), damage, size, matrices)
-            reliable = _reliability(edits, size)
+            reliable = _reliability(measured, edits, size)
             numbers |= {"at equal energy, local-linear": list(lines), "reliability_beyond_control": reliable}
             said += (
                 f" Without bins, by local lines, it is {lines.rho:+.2f} {_span(lines.low, lines.high)} at equal "
@@ -219,12 +229,15 @@ def cosine_predicts_damage(
                 else ", so the interval says nothing of what the edits truly cost."
             )
     p = max(_one_sided(found.p_value, found.rho) for found in tried.values())
-    return Finding(rho, low, high, effect=rho, margin=PREDICTS, p_value=p, quiet=quiet, said=said, numbers=numbers)
+    return Finding(
+        rho, low, high, effect=rho, margin=PREDICTS, p_value=p, quiet=quiet, said=said, numbers=numbers,
+        units=terms.units,
+    )  # fmt: skip
 
 
-def _reliability(edits: Sequence[MeasuredEdit], size: Sequence[float]) -> float:
-    """How well damage beyond the control repeats at equal energy, from every second episode and the others."""
-    beyond = np.array([edit.controls.mean(0) - edit.returns for edit in edits])
+def _reliability(measured: MeasuredEdits, edits: Sequence[MeasuredEdit], size: Sequence[float]) -> float:
+    """How well damage beyond the control repeats at equal energy, from every second unit and the others."""
+    beyond = np.array([measured.baseline.terms.sign * (edit.controls.mean(0) - edit.outcomes) for edit in edits])
     one, other = beyond[:, 0::2].mean(1), beyond[:, 1::2].mean(1)
     return spearman_brown(at_equal_size(one, other, size, [edit.matrix for edit in edits]).rho)
 

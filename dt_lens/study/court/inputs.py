@@ -90,10 +90,10 @@ def follows_time(case: Case, way: Way, steps: int | None = None) -> Finding:
     """Claim 6: how smoothly the cosines of ``blocks.0.mlp.W_out``'s directions run along the timestep table.
 
     Args:
-        steps: how many rows of the table episodes reach; all by default.
+        steps: how many rows of the table the model reaches in its task; all by default.
 
     Raises:
-        NotApplicable: if episodes reach fewer than ten rows.
+        NotApplicable: if the model reaches fewer than ten rows.
     """
     embedding = case.embedding("time")
     (matrix,) = case.matrices("W_out", 0)
@@ -101,7 +101,7 @@ def follows_time(case: Case, way: Way, steps: int | None = None) -> Finding:
     labels = case.labels(embedding, way, matrix)
     rows = labels.rows[:steps]
     if len(rows) < ROWS:
-        raise NotApplicable(f"episodes reach {len(rows)} rows of the timestep table, too few for a series")
+        raise NotApplicable(f"the model reaches {len(rows)} rows of the timestep table, too few for a series")
     order = np.random.default_rng([case.seed, 6]).permutation(len(rows))
 
     def tried(rows: Array, draws: int, seed: int) -> NullComparison:

@@ -56,15 +56,15 @@ def w_in_matches_more(case: Case, way: Way) -> Finding:
     return weights_finding(found, OF_CHANCE * chance, control.p_value >= ALPHA, said + case.gated, numbers)
 
 
-def first_is_common(case: Case, way: Way, action: int) -> Finding:
-    """Claim 2: |cosine| of ``W_in``'s direction 0 with the label ``action`` less the mean over the other labels."""
+def first_is_common(case: Case, way: Way, common: int) -> Finding:
+    """Claim 2: |cosine| of ``W_in``'s direction 0 with the label ``common`` less the mean over the other labels."""
     embedding = case.embedding("output")
     if len(embedding) < 2:
-        raise NotApplicable("the model has only one action, so there is no other to compare with")
+        raise NotApplicable(f"the model has only one {embedding.kind}, so there is no other to compare with")
 
     def contrast(cosines: Array) -> Array:
         sizes = np.abs(cosines[:, :, 0])
-        return np.asarray(sizes[:, action] - (sizes.sum(1) - sizes[:, action]) / (sizes.shape[1] - 1))
+        return np.asarray(sizes[:, common] - (sizes.sum(1) - sizes[:, common]) / (sizes.shape[1] - 1))
 
     first: list[float] = []
     middle: list[float] = []
@@ -73,17 +73,17 @@ def first_is_common(case: Case, way: Way, action: int) -> Finding:
         vectors, labels = case.vectors(matrix, way), case.labels(embedding, way, matrix)
         for values, row in ((first, 0), (middle, len(vectors) // 2)):
             values.append(float(contrast((labels.rows @ vectors[row][:, None])[None])[0]))
-        best += int(np.abs(labels.rows @ vectors[0]).argmax()) == action
+        best += int(np.abs(labels.rows @ vectors[0]).argmax()) == common
         nulls.append(rotated(labels, 1, contrast, case.draws, [case.seed, 2, matrix.layer]))
     null = np.mean(nulls, axis=0)
     found, control = compare_with_null(float(np.mean(first)), null), compare_with_null(float(np.mean(middle)), null)
-    label = embedding.labels[action]
+    label = embedding.labels[common]
     said = (
-        f"Direction 0 of W_in matches the most common action ({label}) by {found.statistic:+.3f} more than the others "
-        f"on average over {len(first)} blocks, and it is its best match in {best} of them; the middle direction by "
-        f"{control.statistic:+.3f}."
+        f"Direction 0 of W_in matches the most common {embedding.kind} ({label}) by {found.statistic:+.3f} more than "
+        f"the others on average over {len(first)} blocks, and it is its best match in {best} of them; the middle "
+        f"direction by {control.statistic:+.3f}."
     )
-    numbers = {"action": label, "best_match_in": best, "blocks": len(first), "by_block": first}
+    numbers = {embedding.kind: label, "best_match_in": best, "blocks": len(first), "by_block": first}
     return weights_finding(found, COMMON, control.p_value >= ALPHA, said + case.gated, numbers)
 
 

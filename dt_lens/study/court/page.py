@@ -123,8 +123,8 @@ def effects_figure(result: CourtResult) -> go.Figure:
 
 
 def _claim(result: CourtResult, number: int) -> Section:
-    claim = next(claim for claim in CLAIMS if claim.number == number)
     rulings = [result.ruling(number, way) for way in WAYS]
+    claim = rulings[0].claim
     rows = [_row(ruling) for ruling in rulings]
     blocks: list[Block] = [f"The note, in short: {claim.words} The statistic: {claim.statistic}."]
     blocks += [f"**{NAMES[ruling.way].capitalize()}: {ruling.verdict}.** {ruling.sentence}" for ruling in rulings]
@@ -171,8 +171,8 @@ def _rules(result: CourtResult) -> Section:
                 "below the margin. Everything else is undecided."
             ),
             Note(
-                "This is one checkpoint and, for claims about behaviour, one target return. A verdict is about the "
-                "stated statistic; “supported” does not say that a direction means its label.",
+                "This is one checkpoint and, for claims about behaviour, one setting of its task. A verdict is about "
+                "the stated statistic; “supported” does not say that a direction means its label.",
                 "warning",
             ),
         ],

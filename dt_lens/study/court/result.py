@@ -67,7 +67,8 @@ class CourtResult:
         is. ``low`` and ``high`` are the null's central 95 % for claims about weights, an interval for behaviour.
         """
         rows = []
-        for claim in CLAIMS:
+        for number in (claim.number for claim in CLAIMS):
+            claim = self.ruling(number).claim
             row: dict[str, Any] = {"claim": claim.number, "title": claim.title, "about": claim.about}
             for way, prefix in zip(WAYS, ("", "note_"), strict=True):
                 ruling = self.ruling(claim.number, way)

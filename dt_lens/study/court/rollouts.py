@@ -1,4 +1,4 @@
-"""The episodes behind the claims about behaviour: a few edits, each with its control, all on the same seeds."""
+"""The units behind the claims about behaviour: a few edits, each with its control, all over the same units."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.arguments import read_checked_json, write_checked_json
-from dt_lens.behaviour.agents.evaluation import Evaluation
-from dt_lens.behaviour.agents.identity import model_id
-from dt_lens.behaviour.agents.recording import record_actions
-from dt_lens.behaviour.agents.running import Setting
+from dt_lens.arguments import as_json, read_checked_json, write_checked_json
+from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.sweep.arms import parse_value, scales_sigma
-from dt_lens.behaviour.sweep.results import SweepResults, at_seeds
+from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE
 from dt_lens.behaviour.sweep.sweep import Sweep
+from dt_lens.behaviour.task import Task
+from dt_lens.behaviour.tasks import identity_of, terms_in
 from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Snapshot, find_matrix, select_matrices
@@ -30,19 +29,19 @@ __all__ = [
     "MeasuredEdit",
     "MeasuredEdits",
     "Rollouts",
-    "common_action",
+    "common_output",
     "edits_of_sweep",
     "measured_edits",
 ]
 
+Array = NDArray[np.float64]
 DIRECTIONS = (0, 2)  # the note's first and third
 EDIT = "constant"
-OWN = 10  # episodes in which the most common action is counted
 
 
 @dataclass(frozen=True)
 class MeasuredEdit:
-    """One edit with the returns of its episodes and of its controls', at the baseline's seeds."""
+    """One edit with the outcomes of its units and of its controls', over the baseline's units."""
 
     matrix: str
     kind: str
@@ -50,16 +49,16 @@ class MeasuredEdit:
     sv: int
     energy: float
     record: Mapping[str, Any]
-    returns: NDArray[np.float64]  # [episode]
-    controls: NDArray[np.float64]  # [control, episode]
+    outcomes: Array  # [unit]
+    controls: Array  # [control, unit]
 
 
 @dataclass(frozen=True)
 class MeasuredEdits:
-    """The edits that were run over one set of seeds, with the unedited agent.
+    """The edits that were run over the same units, with the unedited model.
 
     Attributes:
-        baseline: the unedited agent's evaluation.
+        baseline: the unedited model's evaluation.
         edits: of the folded matrices, with controls.
         raw: of the raw ``W_in``, for the note's way; without LayerNorms these are edits of ``edits``.
         folded: whether ``edits`` are of folded matrices.
@@ -72,36 +71,68 @@ class MeasuredEdits:
 
     @property
     def scale(self) -> float:
-        """The unedited mean return, of which damage is a share.
+        """What damage is measured in: the unedited mean, or one of the outcome's own units if the task says what of
+        those is a large loss.
 
         Raises:
-            NotApplicable: if it is not above zero.
+            NotApplicable: if damage is a share of a mean that is not above zero.
         """
+        terms = self.baseline.terms
+        if terms.large is not None:
+            return 1.0
         if not self.baseline.mean > 0:
             raise NotApplicable(
-                f"the unedited agent returns {self.baseline.mean:.3g} on average, and damage is a share of it"
+                f"the mean {terms.outcome} of the unedited {terms.actor} is {self.baseline.mean:.3g}, and damage is a "
+                "share of it"
             )
         return self.baseline.mean
+
+    def damage(self, edit: MeasuredEdit) -> Array:
+        """``[unit]``, how much worse an edit's outcomes are than the unedited model's, in units of ``scale``."""
+        return np.asarray(self.baseline.terms.sign * (self.baseline.outcomes - edit.outcomes) / self.scale)
+
+    def beyond(self, edit: MeasuredEdit) -> Array:
+        """``[unit]``, how much worse an edit's outcomes are than its controls', in units of ``scale``."""
+        return np.asarray(self.baseline.terms.sign * (edit.controls.mean(0) - edit.outcomes) / self.scale)
+
+    def cost(self, damage: float) -> str:
+        """A damage as a number in a sentence."""
+        terms = self.baseline.terms
+        return f"{damage:.0%}" if terms.large is None else f"{damage:.{self.digits}f}"
+
+    @property
+    def of(self) -> str:
+        """What follows ``cost``: ``" of the return"``, ``" nats per token"``."""
+        terms = self.baseline.terms
+        if terms.large is None:
+            return f" of the {terms.outcome}"
+        return f" {terms.scale}" if terms.scale else ""
+
+    @property
+    def digits(self) -> int:
+        """Decimals of a damage."""
+        terms = self.baseline.terms
+        return 2 if terms.large is None else 3 if terms.digits is None else terms.digits
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """How the court's episodes are run; ``run`` does it, and resumes after an interruption.
+    """How the court's units are run; ``run`` does it, and resumes after an interruption.
 
     Args:
-        model: a wrapped agent.
+        model: a wrapped model.
         out: the folder; the sweeps' files are in ``arms/folded`` and ``arms/raw``.
-        episodes, seed, environment, environment_kwargs, target_return, max_steps, workers: as for ``Sweep``.
+        task: what is run.
+        units: the numbers of the units.
+        seed: of the controls.
+        workers: worker processes.
     """
 
     model: Any
     out: Path
-    episodes: int = 200
+    task: Task
+    units: range
     seed: int = 0
-    environment: str | None = None
-    environment_kwargs: Mapping[str, Any] | None = None
-    target_return: float | None = None
-    max_steps: int | None = None
     workers: int | None = None
 
     def run(self, tell: ProgressCallback) -> MeasuredEdits:
@@ -109,7 +140,7 @@ class Rollouts:
 
         Raises:
             DtLensError: as ``Sweep`` does.
-            KeyboardInterrupt: on Ctrl-C; finished episodes are kept.
+            KeyboardInterrupt: on Ctrl-C; finished units are kept.
         """
         matrices = [m for m in select_matrices(self.model) if m.kind in ("W_in", "W_out")]
         directions = f"{DIRECTIONS[0]},{DIRECTIONS[1]}"
@@ -119,9 +150,8 @@ class Rollouts:
         main = self._sweep(
             "folded", tell, (0.0, share), matrices=names, sv=directions, edits=EDIT, controls=1, sides=None
         )
-        # The folder may hold more episodes, from a longer run.
-        asked = range(self.seed, self.seed + self.episodes)
-        baseline, edits = measured_edits(main, self.model, seeds=asked)
+        # The folder may hold more units, from a longer run.
+        baseline, edits = measured_edits(main, self.model, units=self.units)
         if not folds:
             return MeasuredEdits(baseline, edits, [edit for edit in edits if edit.kind == "W_in"], folded=False)
         inward = [m.name for m in matrices if m.kind == "W_in"]
@@ -129,7 +159,7 @@ class Rollouts:
             "raw", tell, (share, 1.0), matrices=inward, sv=directions, edits=EDIT, controls=0, baseline=False,
             fold_layernorm=False,
         )  # fmt: skip
-        return MeasuredEdits(baseline, edits, measured_edits(raw, self.model, baseline, asked)[1])
+        return MeasuredEdits(baseline, edits, measured_edits(raw, self.model, baseline, self.units)[1])
 
     def _sweep(self, name: str, tell: ProgressCallback, part: tuple[float, float], **options: Any) -> SweepResults:
         def share(what: str, done: float) -> None:
@@ -139,12 +169,8 @@ class Rollouts:
         finished = self._finished(folder, **options)
         if finished is not None:
             return finished
-        setting: dict[str, Any] = {
-            "episodes": self.episodes, "seed": self.seed, "environment": self.environment, "workers": self.workers,
-            "environment_kwargs": self.environment_kwargs, "target_return": self.target_return,
-            "max_steps": self.max_steps,
-        }  # fmt: skip
-        return Sweep(self.model, folder, **setting, **options).run(share).results
+        setting: dict[str, Any] = {"units": len(self.units), "seed": self.seed, "workers": self.workers}
+        return Sweep(self.model, folder, task=self.task, **setting, **options).run(share).results
 
     def _finished(self, folder: Path, **options: Any) -> SweepResults | None:
         """The sweep in ``folder`` if it is finished and of these arms, whichever version ran it."""
@@ -152,77 +178,77 @@ class Rollouts:
             return None
         found = SweepResults(folder)
         wanted: dict[str, Any] = {
-            "model": model_id(self.model), "episodes": self.episodes, "seed": self.seed, "edits": [EDIT],
+            "model": self.task.identity(self.model)[1], "seed": self.seed, "edits": [EDIT],
             "matrices": options["matrices"], "controls": options["controls"],
             "fold_layernorm": options.get("fold_layernorm", True),
         }  # fmt: skip
-        given: dict[str, Any] = {"environment": self.environment, "environment_kwargs": self.environment_kwargs}
-        given |= {"target_return": self.target_return, "time_limit": self.max_steps}
-        wanted |= {key: value for key, value in given.items() if value is not None}
-        left = found.status()
-        same = all(found.options.get(key) == value for key, value in wanted.items())
+        left, kept = found.status(), found.options
+        number = next((kept[name] for name in ("units", self.task.terms.units) if name in kept), None)
+        here, there = (as_json(dict(terms.setting)) for terms in (self.task.terms, terms_in(kept)))
+        same = here == there and number == len(self.units)
+        same = same and all(kept.get(key) == value for key, value in wanted.items())
         return found if same and not left["todo"] + left["failed"] else None
 
 
 def measured_edits(
-    results: SweepResults, model: Any, baseline: Evaluation | None = None, seeds: range | None = None
+    results: SweepResults, model: Any, baseline: Evaluation | None = None, units: range | None = None
 ) -> tuple[Evaluation, list[MeasuredEdit]]:
-    """The baseline of a sweep, and every edit that ran all of its seeds, with controls.
+    """The baseline of a sweep, and every edit that ran all of its units, with controls.
 
     Edits of activation-aware directions are left out.
 
     Args:
         results: a sweep's file.
         model: the model that was swept.
-        baseline: from another sweep over the same seeds, if this one has none.
-        seeds: the episodes to take; all by default.
+        baseline: from another sweep over the same units, if this one has none.
+        units: the units to take; all by default.
 
     Raises:
         DtLensError: if there is no baseline.
     """
     evaluations = results.evaluations()
-    if seeds is not None:
-        evaluations = {arm: at_seeds(found, seeds) for arm, found in evaluations.items()}
+    if units is not None:
+        shared = {arm: np.intersect1d(found.units, units) for arm, found in evaluations.items()}
+        evaluations = {arm: evaluations[arm].at(common) for arm, common in shared.items() if len(common)}
     if baseline is None:
         if not results.options["baseline"] or 0 not in evaluations:
-            raise DtLensError(f"The sweep in {results.file} has no unedited agent; run one with its baseline.")
+            actor = terms_in(results.options).actor
+            raise DtLensError(f"The sweep in {results.file} has no unedited {actor}; run one with its baseline.")
         baseline = evaluations[0]
-    columns = ["kind", "matrix", "side", "sv"]
-    rows = results.episodes().drop_duplicates("arm")[["arm", *columns]].to_dict("records")
-    whole = [row for row in rows if np.array_equal(evaluations[row["arm"]].seeds, baseline.seeds)]
-    finished, controls = {row["arm"] for row in whole}, results.controls()
-    found = []
-    for row in whole:
-        if row["kind"] != "edit":
+    whole = {arm: found for arm, found in evaluations.items() if np.array_equal(found.units, baseline.units)}
+    controls, bare = results.controls(), Snapshot.of(model)
+    edits = []
+    for arm, found in whole.items():
+        record = found.edits[0] if found.edits else {"kind": "none"}
+        if record["kind"] != "singular" or record.get("activations"):  # the unedited model, a control, other directions
             continue
-        (record,) = evaluations[row["arm"]].edits
-        if record["kind"] != "singular" or record.get("activations"):
-            continue
-        found.append(
+        beside = [whole[control].outcomes for control in controls.get(arm, ()) if control in whole]
+        (sv,) = record["sv"] if isinstance(record["sv"], list) else [record["sv"]]
+        edits.append(
             MeasuredEdit(
-                row["matrix"],
-                find_matrix(Snapshot.of(model), row["matrix"]).kind,
-                row["side"],
-                int(row["sv"]),
+                record["matrix"],
+                find_matrix(bare, record["matrix"]).kind,
+                record["side"],
+                int(sv),
                 load_edit(model, record).energy,
                 record,
-                evaluations[row["arm"]].returns,
-                np.array([evaluations[c].returns for c in controls.get(row["arm"], ()) if c in finished]).reshape(
-                    -1, len(baseline)
-                ),
+                found.outcomes,
+                np.array(beside).reshape(-1, len(baseline)),
             )
         )
-    return baseline, found
+    return baseline, edits
 
 
-def edits_of_sweep(source: str | Path, model: Any) -> tuple[MeasuredEdits, str]:
+def edits_of_sweep(source: str | Path, model: Any, task: Task | None = None) -> tuple[MeasuredEdits, str]:
     """The edits of a finished sweep of this model, and their value: removals if the sweep has several values.
 
     Raises:
         DtLensError: if the sweep is of another model or of raw matrices, or has no edit with a control.
     """
     results = SweepResults(source)
-    if results.options["model"] != model_id(model):
+    terms = terms_in(results.options)
+    own = identity_of(model, terms) if task is None or task.terms.task != terms.task else task.identity(model)[1]
+    if results.options["model"] != own:
         raise DtLensError(f"The sweep in {results.file} is of another model; give the model it was made with.")
     folded = bool(results.options["fold_layernorm"])
     if not folded and any(matrix.foldable for matrix in select_matrices(model)):
@@ -244,39 +270,32 @@ def edits_of_sweep(source: str | Path, model: Any) -> tuple[MeasuredEdits, str]:
     return MeasuredEdits(baseline, found, found, folded), chosen
 
 
-def common_action(model: Any, setting: Setting, out: Path | None, tell: ProgressCallback) -> int:
-    """The most common action in ten of the agent's own episodes, kept in ``out/actions.json``.
+def common_output(model: Any, task: Task, kind: str, out: Path | None, tell: ProgressCallback) -> int:
+    """The label of the output embedding that a model puts out most, by its task; kept in ``out``.
 
-    Discrete: the index of the most frequent action. Continuous: the coordinate of largest mean |action|.
+    Args:
+        kind: of the embedding, such as ``"action"``: the file is named after it.
+
+    Raises:
+        NotApplicable: if the task does not count outputs.
     """
-    identity = [model_id(model), setting.target_return, setting.environment, setting.made.time_limit]
-    identity += [setting.environment_kwargs] if setting.environment_kwargs else []
-    file = None if out is None else out / "actions.json"
-    kept = _kept(file, identity)
+    of = as_json([task.identity(model)[1], dict(task.terms.setting)])
+    file = None if out is None else out / f"{kind}s.json"
+    kept = _kept(file, of)
     if kept is not None:
         return kept
-    where = Evaluation.from_outcomes(
-        [], environment=setting.environment, environment_kwargs=setting.environment_kwargs,
-        target_return=setting.target_return, time_limit=setting.made.time_limit,
-    )  # fmt: skip
-    sizes = np.zeros(model.cfg.act_dim)
-    for seed in range(OWN):
-        tell(f"counting actions  episode {seed + 1} of {OWN}", 0.1)
-        actions = record_actions(model, where, seed)
-        if model.cfg.discrete_actions:
-            kinds = actions.astype(np.int64) - int(getattr(setting.made.action_space, "start", 0))
-            sizes += np.bincount(kinds, minlength=len(sizes))
-        else:
-            sizes += np.abs(actions).sum(0)
-    found = {"of": identity, "episodes": OWN, "sizes": sizes.tolist(), "most_common": int(sizes.argmax())}
+    sizes = task.common_outputs(model, tell)
+    if sizes is None:
+        raise NotApplicable(f"the task {task.terms.task!r} does not say which {kind} is the most common one")
+    found = {"of": of, "sizes": np.asarray(sizes).tolist(), "most_common": int(np.argmax(sizes))}
     if file is not None:
         write_checked_json(file, found)
-    return int(sizes.argmax())
+    return int(found["most_common"])
 
 
-def _kept(file: Path | None, identity: list[Any]) -> int | None:
+def _kept(file: Path | None, of: Any) -> int | None:
     kept = None if file is None else read_checked_json(file)
     try:
-        return int(kept["most_common"]) if kept is not None and kept["of"] == identity else None
+        return int(kept["most_common"]) if kept is not None and kept["of"] == of else None
     except (ValueError, KeyError, TypeError):
         return None  # of another version: it is counted again

@@ -6,7 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dt_lens.behaviour.agents.evaluation import terms_of_episodes
 from dt_lens.study.atlas.figures import along_the_spectrum, damage_against
+
+TERMS = terms_of_episodes("E-v0", 1.0, 10)
 
 
 def directions(heads: int, damage: np.ndarray) -> pd.DataFrame:
@@ -26,7 +29,7 @@ def directions(heads: int, damage: np.ndarray) -> pd.DataFrame:
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_every_matrix_has_a_panel_of_its_own(heads: int) -> None:
-    figure = along_the_spectrum(directions(heads, np.arange(4.0)), 1000.0)
+    figure = along_the_spectrum(directions(heads, np.arange(4.0)), 1000.0, TERMS)
     drawn = [(trace.xaxis, trace.yaxis) for trace in figure.data if len(trace.x)]
     assert len(set(drawn)) == len(drawn) == 2 * (1 + heads)
     titles = {annotation.text for annotation in figure.layout.annotations}
@@ -39,7 +42,7 @@ def test_every_matrix_has_a_panel_of_its_own(heads: int) -> None:
 )
 def test_an_axis_has_three_ticks_in_view(low: float, high: float) -> None:
     values = np.linspace(low, high, 30)
-    figure = damage_against(directions(1, values), [("W_in", "cosine")])
+    figure = damage_against(directions(1, values), [("W_in", "cosine")], TERMS)
     drawn = np.concatenate(
         [np.asarray(t.y, float) for t in figure.data if t.y is not None and t.customdata is not None]
     )

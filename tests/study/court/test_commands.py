@@ -49,7 +49,7 @@ def test_steer(folder: Path, tmp_path: Path) -> None:
     [
         (["court", "--sweep", "nowhere"], "There is no sweep in nowhere"),
         (["court", "--environment", "CartPole-v1"], "gives states of 4 numbers"),
-        (["court", "--texts", "nowhere"], "texts is for a language model, and this is an agent"),
+        (["court", "--texts", "nowhere"], "The model is an agent, which runs in an environment; leave out --text"),
         (["steer", "--doses", "a,b"], "--doses holds 'a'"),
         (["steer", "--doses", "1,2"], "give at least two finite numbers"),
         (["steer", "--targets", "5"], "There are 1 target returns"),

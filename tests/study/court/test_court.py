@@ -17,6 +17,7 @@ import pytest
 import dt_lens
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.sweep import Sweep
+from dt_lens.behaviour.tasks import task_of
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
 from dt_lens.study.court.claims import CLAIMS
@@ -141,7 +142,8 @@ def test_the_same_episodes_for_every_arm(tried: Any) -> None:
 def test_without_layernorms_raw_edits_are_the_same_edits(plain: Any, tmp_path: Path) -> None:
     model = plain(n_layers=1, d_model=32, d_mlp=48)
     model.facts = RunFacts(context=3, environment="Hopper-v5", target_returns=(100.0,))
-    arms = Rollouts(model, tmp_path, episodes=2, max_steps=3, workers=1).run(lambda _what, _share: None)
+    task, units = task_of(model, units=2, max_steps=3)
+    arms = Rollouts(model, tmp_path, task, units, workers=1).run(lambda _what, _share: None)
     assert not (tmp_path / "arms" / "raw").exists()
     assert [arm.sv for arm in arms.raw] == [0, 2] and all(arm in arms.edits for arm in arms.raw)
     assert all(len(arm.controls) == 1 for arm in arms.edits)
@@ -184,18 +186,18 @@ def test_what_a_model_lacks_is_a_reason(plain: Any, tmp_path: Path) -> None:
 
 def test_a_language_model(make_lm: Callable[..., Any], tmp_path: Path) -> None:
     model = dt_lens.wrap(make_lm("gpt2"), check=False)
-    of_agents = {"environment": "Hopper-v5", "target_return": 1.0, "max_steps": 3, "sweep": tmp_path}
-    for option, value in of_agents.items():
-        with pytest.raises(DtLensError, match=f"{option} is for an agent, and this is a language model"):
+    for option, value in {"environment": "Hopper-v5", "target_return": 1.0, "max_steps": 3}.items():
+        with pytest.raises(DtLensError, match=f"This is a language model, and court reads texts .* leave out {option}"):
             court(model, tmp_path, draws=200, **{option: value})
     result = court(model, tmp_path, draws=200)
     reasons = {r.claim.number: r.reason for r in result.rulings if r.verdict == "not applicable" and r.way == "proper"}
+    unread = "the model has no tokenizer to read texts with; wrap it with one: dt_lens.wrap(model, tokenizer=...)"
     assert reasons == {
-        2: "no texts were given to find the most common token in",
-        3: "a language model does not act",
+        2: unread,
+        3: unread,
         5: "the model has no reward embedding",
         6: "the model has no timestep embedding",
-        7: "a language model does not act",
+        7: unread,
     }
 
 
@@ -208,7 +210,7 @@ def test_a_language_model(make_lm: Callable[..., Any], tmp_path: Path) -> None:
         ({"environment": "CartPole-v1"}, "CartPole-v1 gives states of 4 numbers"),
         ({"target_return": float("nan")}, "target_return is nan"),
         ({"sweep": "nowhere"}, "There is no sweep in nowhere"),
-        ({"texts": "nowhere"}, "texts is for a language model, and this is an agent"),
+        ({"texts": "nowhere"}, "This is an agent, and court runs it in an environment; leave out texts"),
     ],
 )
 def test_bad_input_is_one_sentence(agent: Any, tmp_path: Path, options: dict[str, Any], said: str) -> None:

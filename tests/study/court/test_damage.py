@@ -127,7 +127,7 @@ def test_few_episodes_are_undecided(case: Case) -> None:
         target_return=1.0,
         time_limit=10,
     )
-    edits = [MeasuredEdit(*[*list(a.__dict__.values())[:6], a.returns[few], a.controls[:, few]]) for a in made.edits]
+    edits = [MeasuredEdit(*[*list(a.__dict__.values())[:6], a.outcomes[few], a.controls[:, few]]) for a in made.edits]
     less = MeasuredEdits(short, edits, [a for a in edits if a.kind == "W_in"])
     assert ruled(hurts_more(case, "proper", less, {"F": [1.0] * 4})) == "undecided"
 
@@ -152,7 +152,7 @@ def test_an_agent_that_returns_nothing_has_nothing_to_lose(case: Case) -> None:
     made = measured([(0.5, 1.0)] * 2, [(0.1, 1.0)] * 2)
     outcomes = [Outcome(i, -1.0, 10, False, True) for i in range(EPISODES)]
     poor = AgentEvaluation.from_outcomes(outcomes, environment="E-v0", target_return=1.0, time_limit=10)
-    with pytest.raises(NotApplicable, match="returns -1 on average"):
+    with pytest.raises(NotApplicable, match="mean return of the unedited agent is -1, and damage is a share"):
         hurts_more(case, "proper", MeasuredEdits(poor, made.edits, made.raw), {"F": [1.0] * 4})
 
 
