@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from dt_lens.arguments import as_json, read_checked_json, write_checked_json
 from dt_lens.behaviour.evaluation import Evaluation
-from dt_lens.behaviour.sweep.arms import parse_value, scales_sigma
+from dt_lens.behaviour.sweep.arms import scales_sigma
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE
 from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import identity_of, terms_in
 from dt_lens.edits.singular import load_edit
+from dt_lens.edits.written import parse_value
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Snapshot, find_matrix, select_matrices
 from dt_lens.progress import ProgressCallback
