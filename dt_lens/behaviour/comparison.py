@@ -196,7 +196,8 @@ class Comparison:
 
     def _title(self) -> str:
         a = self.edited
-        return f"{a.terms.place}: {len(a)} paired {a.terms.units}{numbered(a)}"
+        size = f" {a.terms.size}" if a.terms.size else ""
+        return f"{a.terms.place}: {len(a)} paired {a.terms.units}{size}{numbered(a)}"
 
     def __str__(self) -> str:
         return text_table(self._title(), self._rows())

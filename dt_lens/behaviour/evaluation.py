@@ -159,7 +159,8 @@ class Evaluation(Measured):
     def _title(self) -> str:
         edits = f", {len(self.edits)} edit{'s' * (len(self.edits) != 1)}" if self.edits else ""
         count = f"{len(self)} {self.terms.unit}{'s' * (len(self) != 1)}"
-        return f"{self.terms.place}: {count}{numbered(self)}{edits}"
+        size = f" {self.terms.size}" if self.terms.size else ""
+        return f"{self.terms.place}: {count}{size}{numbered(self)}{edits}"
 
     def __str__(self) -> str:
         return "\n".join((text_table(self._title(), self._rows()), *self.notes))

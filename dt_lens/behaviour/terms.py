@@ -32,6 +32,7 @@ class Terms:
         outcome: which of them is compared, such as ``"return"``; a real one.
         better: whether ``"more"`` or ``"less"`` of it is better.
         unit: what one unit is called, such as ``"episode"``; the plural adds an ``s``.
+        size: how large a unit is, in words after its plural, such as ``"of up to 128 tokens"``; may be empty.
         index: what a unit's number is called, such as ``"seed"``.
         scale: what the outcome is measured in, such as ``"nats per token"``; may be empty.
         digits: decimals to print the outcome with; ``None`` for as many as its size asks for.
@@ -60,6 +61,7 @@ class Terms:
     outcome: str
     better: Literal["more", "less"] = "more"
     unit: str = "unit"
+    size: str = ""
     index: str = "index"
     scale: str = ""
     digits: int | None = None

@@ -218,10 +218,11 @@ def _unedited(result: StudyResult) -> Section:
         rows.append((name, value, interval.strip("[]").replace(", ", " to ")))
     frame = pd.DataFrame(rows, columns=[f"unedited {terms.actor}", "value", "95 % interval"])
     first, last = base.units[0], base.units[-1]
+    size = f" {terms.size}" if terms.size else ""
     return Section(
         f"The unedited {terms.actor}",
         [
-            Table(frame, f"{terms.place}: {len(base)} {terms.units}, {terms.index} {first} to {last}."),
+            Table(frame, f"{terms.place}: {len(base)} {terms.units}{size}, {terms.index} {first} to {last}."),
             *(Note(f"Failures: {note}.", "warning") for note in [terms.failure_note] if note),
             *(Note(said) for said in [about_interval("The mean's interval", summary["interval_note"])] if said),
         ],

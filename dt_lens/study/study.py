@@ -87,9 +87,8 @@ class Study:
         if matrices is None:
             present = list(catalogue(Snapshot.of(model)))
             matrices = [pattern for pattern in MATRICES if fnmatch.filter(present, pattern)]
-            matrices += [
-                edit.matrix.name for edit in self.given or () if edit.matrix.kind not in ("W_in", "W_out", "OV")
-            ]
+            names = [edit.matrix.name for edit in self.given or ()]
+            matrices += [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in matrices)]
         self.model, self.name, self.matrices, self.value = model, name, matrices, value
         self.seed, self.workers, self.command = seed, workers, command
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dt_lens import DtLensError, SingularEdit, collect_activations, evaluate
 from dt_lens.behaviour.agents import windows as windows_module
-from dt_lens.behaviour.agents.running import setting_of
+from dt_lens.behaviour.agents.task import AgentTask
 from dt_lens.behaviour.collect_activations import kept_activations
 from dt_lens.lens.activations import Activations
 
@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(make_model: Make, monkeypatch: pytest
                 raise KeyboardInterrupt
             return super().act(*args)
 
-    monkeypatch.setattr("dt_lens.behaviour.collect_activations.WindowPolicy", Stopping)
+    monkeypatch.setattr("dt_lens.behaviour.agents.watched.WindowPolicy", Stopping)
     edit = SingularEdit(model, "blocks.0.mlp.W_in", value="zero")
     with edit:
         before = {name: weight.clone() for name, weight in model.weights.items()}
@@ -148,8 +148,8 @@ def test_kept_activations_are_collected_again_in_another_setting(make_model: Mak
     model, file = make_model("CartPole-v1"), tmp_path / "kept.safetensors"
 
     def kept(max_steps: int = 4, seed: int = 0, kwargs: dict[str, Any] | None = None) -> str:
-        setting = setting_of(model, None, kwargs, None, max_steps, "a test")
-        return kept_activations(model, file, setting, seed).digest
+        task = AgentTask.of(model, environment_kwargs=kwargs, max_steps=max_steps)
+        return kept_activations(model, file, task, seed).digest
 
     first = kept()
     written = file.stat().st_mtime_ns

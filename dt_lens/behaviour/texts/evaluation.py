@@ -33,17 +33,18 @@ def terms_of_windows(text: str, text_id: str, context: int) -> Terms:
     """
     return Terms(
         task="text",
-        measures={"loss": "real", "kl": "real", "tokens": "integer"},
+        measures={"tokens": "integer", "loss": "real", "kl": "real"},
         outcome="loss",
         better="less",
         unit="window",
+        size=f"of up to {context} tokens",
         index="index",
         scale="nats per token",
         digits=4,
         large=LARGE,
         setting={"context": context, "text_id": text_id},
         titles={"text_id": "text"},
-        place=f"{text}, in windows of up to {context} tokens",
+        place=text,
         actor="model",
     )
 

@@ -28,14 +28,14 @@ AT_ONCE = 2**28  # bytes of logits to keep between running without edits and wit
 
 def read_windows(
     model: Any, windows: Windows, units: Sequence[int], progress: Count | None = None
-) -> tuple[list[tuple[float, float, int]], tuple[Moved, ...]]:
-    """(loss, KL, predicted tokens) of each of ``units``, and the tokens that moved most.
+) -> tuple[list[tuple[int, float, float]], tuple[Moved, ...]]:
+    """(predicted tokens, loss, KL) of each of ``units``, and the tokens that moved most.
 
     Every window is run by itself, so that its result depends on the model and its tokens alone, to the last bit on a
     CPU. If edits are in force, the windows also run with them suspended. Called without gradients.
     """
     edited = bool(state_of(model).edits)
-    rows: list[tuple[float, float, int]] = []
+    rows: list[tuple[int, float, float]] = []
     before = after = torch.zeros((), dtype=torch.float64)  # sums over positions, then [d_vocab]
     positions = 0
     for group in _groups([windows.tokens[unit] for unit in units], int(model.cfg.d_vocab)):
@@ -49,7 +49,7 @@ def read_windows(
             )
             if q is not None:
                 before, after, positions = before + q.sum(0), after + p.sum(0), positions + len(p)
-            rows.append((loss, kl, len(window) - windows.unpredicted))
+            rows.append((len(window) - windows.unpredicted, loss, kl))
             if progress is not None:
                 progress(len(rows), len(units))
     return rows, most_moved(before / positions, after / positions, model) if edited else ()
@@ -138,7 +138,7 @@ class TextJob:
                     target = w.tokens[unit][w.unpredicted :]
                     logits = _logits(self.model, w.tokens[unit], w.unpredicted)
                     loss, kl, _, _ = _against(logits, bare.get(unit), target)
-                    rows.append((unit, loss, kl, len(target)))
+                    rows.append((unit, len(target), loss, kl))
                 return rows
             finally:
                 for name, value in before.items():

@@ -129,9 +129,9 @@ class TextTask(Task):
         return (torch.from_numpy(self.windows.tokens[unit])[None] for unit in units)
 
 
-def _columns(rows: Sequence[tuple[float, float, int]]) -> dict[str, np.ndarray[Any, Any]]:
-    loss, kl, tokens = (np.asarray(column) for column in zip(*rows, strict=True))
-    return {"loss": loss, "kl": kl, "tokens": tokens}
+def _columns(rows: Sequence[tuple[int, float, float]]) -> dict[str, np.ndarray[Any, Any]]:
+    tokens, loss, kl = (np.asarray(column) for column in zip(*rows, strict=True))
+    return {"tokens": tokens, "loss": loss, "kl": kl}
 
 
 def _held_out(model: Any, caller: str) -> Path:

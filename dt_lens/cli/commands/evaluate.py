@@ -75,6 +75,7 @@ def evaluate(
         text=text,
         context=context,
         windows=windows,
+        workers=workers,
     )
     unit = "episodes" if loaded.can_act else "windows"
 
@@ -84,7 +85,6 @@ def evaluate(
                 loaded,
                 **options,
                 seed=seed,
-                workers=workers,
                 progress=lambda done, total: tell(what, done / total),
             )
 

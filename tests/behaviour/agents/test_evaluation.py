@@ -189,6 +189,9 @@ def test_everything_is_plain_json() -> None:
     )
     of_users = _evaluation(BAD, LENGTHS, environment_kwargs={"reward": abs, "g": np.float32(9.5)})
     assert json.loads(json.dumps(of_users.to_dict()))["environment_kwargs"] == {"reward": repr(abs), "g": 9.5}
-    with pytest.raises(DtLensError, match="time_limit"):
-        AgentEvaluation.from_dict({name: value for name, value in written.items() if name != "time_limit"})
+    with pytest.raises(DtLensError, match="per_episode"):
+        AgentEvaluation.from_dict({name: value for name, value in written.items() if name != "per_episode"})
+    of_0_3 = {name: value for name, value in written.items() if name not in ("task", "base_id", "details")}
+    older = AgentEvaluation.from_dict(of_0_3 | {"failure": 2400.0})
+    assert json.loads(json.dumps(older.to_dict())) == written
     assert json.loads(json.dumps(e.compare(_evaluation(GOOD)).to_dict()))["failure_edited"] == 0.75

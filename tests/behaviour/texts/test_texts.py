@@ -229,8 +229,8 @@ def test_a_record_comes_back_to_the_last_bit(lens: Any) -> None:
     back = TextEvaluation.from_dict(json.loads(json.dumps(found.to_dict())))
     assert back.to_dict() == found.to_dict() and back.moved == found.moved
     assert back.compare(found).difference == 0
-    with pytest.raises(DtLensError, match="text_id"):
-        TextEvaluation.from_dict({k: v for k, v in found.to_dict().items() if k != "text_id"})
+    with pytest.raises(DtLensError, match="per_window"):
+        TextEvaluation.from_dict({k: v for k, v in found.to_dict().items() if k != "per_window"})
 
 
 def test_evaluations_that_cannot_be_paired_are_refused(lens: Any) -> None:
