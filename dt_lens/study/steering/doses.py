@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
@@ -165,7 +165,7 @@ def gain_scale(model: Any, direction: Candidate, random: int, svd: WeightSVD | N
     return own / other if other > 0 else 1.0
 
 
-def slopes(arms: Mapping[float, Evaluation]) -> Array:
+def slopes(arms: Mapping[float, AgentEvaluation]) -> Array:
     """The least-squares slope of the return per unit of dose for each seed, ``[episode]``."""
     x = np.array(sorted(arms))
     y = np.array([arms[dose].returns for dose in x])

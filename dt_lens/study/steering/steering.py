@@ -16,12 +16,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.arguments import finite_numbers, local_path, require_writable, whole_number
-from dt_lens.behaviour.agents.episodes import FailureRule
-from dt_lens.behaviour.agents.evaluation import Evaluation
+from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.behaviour.agents.identity import model_id
-from dt_lens.behaviour.agents.running import setting_of
+from dt_lens.behaviour.agents.task import AgentTask
 from dt_lens.behaviour.collect_activations import kept_activations
 from dt_lens.behaviour.printing import places, span
+from dt_lens.behaviour.terms import FailureRule
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
@@ -117,12 +117,11 @@ def steer(
             "environment's units."
         )
     require_writable(*(local_path(out, "out") / f"steering.{kind}" for kind in ("html", "csv", "json")))
-    search = _Search(
-        model, local_path(out, "out"), sorted(set(wanted)), grid, seed, environment, max_steps, workers, failure
+    # Refuses a bad environment or target before any episode.
+    task = AgentTask.of(
+        model, environment, target_return=wanted[0], max_steps=max_steps, failure=failure, caller="steer"
     )
-    setting_of(
-        model, environment, None, wanted[0], max_steps, "steer"
-    )  # refuses a bad environment or target before any episode
+    search = _Search(model, local_path(out, "out"), task, sorted(set(wanted)), grid, seed, workers)
     with reporting(progress) as tell:
         result = search.run(episodes, choosing, candidates, tell)
     facts = {"model": name, "model_id": model_id(model), "command": command}
@@ -137,13 +136,11 @@ class _Search:
 
     model: Any
     out: Path
+    task: AgentTask
     targets: list[float]
     doses: list[float]
     seed: int
-    environment: str | None
-    max_steps: int | None
     workers: int | None
-    failure: FailureRule | None = None
 
     def run(self, episodes: int, choosing: int, count: int, tell: ProgressCallback) -> SteeringResult:
         tell("running the curve", 0.0)
@@ -187,14 +184,15 @@ class _Search:
             sentence += f" Failed episodes ({at[best].failure_rule}): {at[best].failure_note}."
         return SteeringResult(verdict, sentence, direction, curve, tried, table, randoms, {**numbers, **found})
 
-    def _evaluate(self, edit: Edit | None, target: float, episodes: int, seed: int) -> Evaluation:
-        settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "target_return": target}
-        settings |= {"environment": self.environment, "max_steps": self.max_steps}
-        return Trials(self.model, self.out / "arms", self.workers, failure=self.failure, **settings).run(edit)
+    def _evaluate(self, edit: Edit | None, target: float, episodes: int, seed: int) -> AgentEvaluation:
+        task = self.task.at(target)
+        found = Trials(self.model, task, self.out / "arms", self.workers).run(task.units(episodes, seed), edit)
+        assert isinstance(found, AgentEvaluation)
+        return found
 
     def _choose(
         self,
-        plain: Evaluation,
+        plain: AgentEvaluation,
         means: Mapping[float, float],
         target: float,
         episodes: int,
@@ -230,7 +228,7 @@ class _Search:
 
     def _report(
         self, direction: Candidate, target: float, extent: float, sign: float, episodes: int, tell: ProgressCallback
-    ) -> tuple[pd.DataFrame, dict[float, Evaluation], dict[str, Any]]:
+    ) -> tuple[pd.DataFrame, dict[float, AgentEvaluation], dict[str, Any]]:
         start = self.seed + FRESH
         plain = self._evaluate(None, target, episodes, start)
         arms = {1.0: plain}
@@ -252,7 +250,7 @@ class _Search:
         direction: Candidate,
         target: float,
         extent: float,
-        arms: Mapping[float, Evaluation],
+        arms: Mapping[float, AgentEvaluation],
         episodes: int,
         tell: ProgressCallback,
     ) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -260,7 +258,9 @@ class _Search:
         ends, start = (min(self.doses), max(self.doses)), self.seed + FRESH
         svd, inputs, few = WeightSVD(self.model), self._inputs(target, tell), slice(0, min(episodes, len(arms[1.0])))
 
-        def row(side: str, seed: int | None, scale: float, one: Evaluation, other: Evaluation) -> dict[str, Any]:
+        def row(
+            side: str, seed: int | None, scale: float, one: AgentEvaluation, other: AgentEvaluation
+        ) -> dict[str, Any]:
             low, high = (float(found.returns[few].mean()) for found in (one, other))
             rise = max(float(found.failed[few].mean() - arms[1.0].failed[few].mean()) for found in (one, other))
             place = {"side": side, "seed": seed, "scale": scale, "lowest": low, "highest": high}
@@ -299,9 +299,8 @@ class _Search:
 
     def _inputs(self, target: float, tell: ProgressCallback) -> Activations:
         """What the matrices read while the unedited agent plays at the operating target."""
-        setting = setting_of(self.model, self.environment, None, target, self.max_steps, "steer")
         file = self.out / "activations.safetensors"
-        return kept_activations(self.model, file, setting, self.seed, lambda what, _: tell(what, 0.7))
+        return kept_activations(self.model, file, self.task.at(target), self.seed, lambda what, _: tell(what, 0.7))
 
 
 def _differ(returns: NDArray[np.float64], seed: int, draws: int = 9999) -> float:
@@ -314,7 +313,7 @@ def _differ(returns: NDArray[np.float64], seed: int, draws: int = 9999) -> float
     return (1 + int((drawn >= range_of * (1 - 1e-12)).sum())) / (1 + draws)
 
 
-def _row(found: Evaluation) -> dict[str, Any]:
+def _row(found: AgentEvaluation) -> dict[str, Any]:
     failures = int(found.failed.sum())
     low, high = bootstrap_interval(found.returns)
     rate = wilson(failures, len(found))
