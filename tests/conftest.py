@@ -196,14 +196,14 @@ def make_dt() -> Callable[..., Any]:
 def make_lm() -> Callable[..., Any]:
     """A small random causal language model of Hugging Face's class, in evaluation mode: ``make_lm("gptj", n_head=4)``.
 
-    No bias is zero and no scale one. Names: gpt2, gptj, gpt_neo, llama, mistral, qwen2.
+    No bias is zero and no scale one. Names: gpt2, gptj, gpt_neo, gpt_neox, llama, mistral, qwen2.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     ids = {"bos_token_id": None, "eos_token_id": None}
-    llama = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    llama |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 12}
+    decoder = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 12}
+    llama = {**decoder, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
     neo = {"vocab_size": 29, "max_position_embeddings": 12, "hidden_size": 16, "num_layers": 2, "num_heads": 4}
     gpt = {"vocab_size": 29, "n_positions": 12, "n_embd": 16, "n_layer": 2}
     kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -213,6 +213,11 @@ def make_lm() -> Callable[..., Any]:
             transformers.GPTNeoForCausalLM,
             transformers.GPTNeoConfig,
             {**neo, "attention_types": [[["global", "local"], 1]], "window_size": 3},
+        ),
+        "gpt_neox": (
+            transformers.GPTNeoXForCausalLM,
+            transformers.GPTNeoXConfig,
+            {**decoder, "num_attention_heads": 2, "intermediate_size": 24, "rotary_pct": 0.5},
         ),
         "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, llama),
         "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, llama),

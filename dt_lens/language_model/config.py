@@ -16,7 +16,7 @@ Position = Literal["learned", "rotary"]
 
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
 MOST_LAYERS = 10_000
-FLAGS = ("gated", "parallel", "tied", "qkv_bias", "out_bias", "mlp_bias", "unembed_bias")
+FLAGS = ("gated", "parallel", "own_mlp_norm", "tied", "qkv_bias", "out_bias", "mlp_bias", "unembed_bias")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class LanguageModelConfig:
     eps: float = 1e-5
     position: Position = "learned"
     gated: bool = False
-    parallel: bool = False  # attention and MLP read the stream side by side, through one norm
+    parallel: bool = False  # attention and MLP read the stream side by side
+    own_mlp_norm: bool = False  # and then each through a norm of its own
     tied: bool = False
     qkv_bias: bool = True
     out_bias: bool = True
@@ -92,6 +93,11 @@ class LanguageModelConfig:
         }
 
     @property
+    def has_ln2(self) -> bool:
+        """Whether the MLP reads through another norm than attention."""
+        return not self.parallel or self.own_mlp_norm
+
+    @property
     def structure(self) -> Structure:
         """Blocks, heads, and which norm stands before which matrix."""
         attn = tuple(f"blocks.{layer}.ln1" for layer in range(self.n_layers))
@@ -101,7 +107,7 @@ class LanguageModelConfig:
             d_model=self.d_model,
             attn_scale=self.attn_scale,
             attn_norm=attn,
-            mlp_norm=attn if self.parallel else tuple(f"blocks.{layer}.ln2" for layer in range(self.n_layers)),
+            mlp_norm=tuple(f"blocks.{layer}.ln2" for layer in range(self.n_layers)) if self.has_ln2 else attn,
             n_kv_heads=self.n_kv_heads,
             rms=self.norm == "rmsnorm",
             parallel=self.parallel,

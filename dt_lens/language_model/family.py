@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dt_lens.language_model.config import LanguageModelConfig, Values
@@ -16,7 +16,9 @@ __all__ = ["Family", "Modules"]
 class Modules:
     """The paths of a live model's modules; those of a block are relative to it.
 
-    ``qkv`` is one module whose output holds queries, keys and values side by side, or the three of them.
+    ``qkv`` is one module whose output holds queries, keys and values side by side, or the three of them; ``by_head``
+    says that each head's three stand together in the one output. Where ``mlp_gate`` is ``mlp_in``, the one module's
+    output holds the gate and the input side by side.
     """
 
     embed: str
@@ -35,6 +37,7 @@ class Modules:
     mlp_gate: str | None = None
     # Where scores become a pattern: in a method _attn(query, key, value, ...) of this module of the block, or in the
     # function that Hugging Face's attention interface gives to it.
+    by_head: bool = False
     core: str = "attn"
     core_kind: Literal["interface", "method"] = "interface"
 
@@ -56,6 +59,7 @@ class Family:
         ignored: whole keys that are knowingly not read, as regular expressions.
         prefix: what checkpoints of the bare model lack in front of their keys.
         single_inside: the class computes norms or attention in float32, whatever type its weights have.
+        renamed: what files call some tensors, and the class's keys for them.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     prefix: str = ""
     single_inside: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def config(self, values: Mapping[str, Any]) -> LanguageModelConfig:
         """The configuration from the values of a config.json.
@@ -96,7 +101,7 @@ class Family:
                     rule = rule._replace(key=self.block_key + rule.key)
                     entries[f"blocks.{layer}.{name}"] = Stored.of(rule, cfg.sizes, layer)
         entries |= {name: Stored.of(rule, cfg.sizes) for name, rule in whole.items() if name not in first}
-        return Layout(entries, ignored, self.prefix, cfg.n_layers, self.block_key)
+        return Layout(entries, ignored, self.prefix, cfg.n_layers, self.block_key, self.renamed)
 
     def recognises(self, config: Mapping[str, Any], keys: Iterable[str]) -> bool:
         """Whether a checkpoint with this config.json and these keys is of this family."""

@@ -38,8 +38,8 @@ def hook_names(cfg: LanguageModelConfig) -> list[str]:
         attn = ["hook_q", "hook_k", "hook_v"] + ["hook_rot_q", "hook_rot_k"] * (cfg.position == "rotary")
         attn = [f"attn.{name}" for name in (*attn, "hook_pattern", "hook_z")]
         inside = ["hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", *attn, "hook_attn_out"]
-        if not cfg.parallel:
-            inside += ["hook_resid_mid", "ln2.hook_scale", "ln2.hook_normalized"]
+        inside += ["hook_resid_mid"] * (not cfg.parallel)
+        inside += ["ln2.hook_scale", "ln2.hook_normalized"] * cfg.has_ln2
         inside += ["mlp.hook_pre"] + ["mlp.hook_pre_linear"] * cfg.gated + ["mlp.hook_post", "hook_mlp_out"]
         names += [f"blocks.{layer}.{name}" for name in (*inside, "hook_resid_post")]
     return [*names, "ln_final.hook_scale", "ln_final.hook_normalized", "hook_final"]
@@ -51,7 +51,8 @@ def passing(
 ) -> Iterator[None]:
     """Within this context ``see(name, activation)`` is called for every wanted activation of ``model``.
 
-    Besides ``hook_names``, ``blocks.{l}.attn_in`` and ``mlp_in`` (what the norms give) and ``logits`` may be wanted.
+    Besides ``hook_names``, ``blocks.{l}.attn_in`` and ``mlp_in`` (what the norms give), ``blocks.{l}.mlp_stream`` (what
+    the MLP's own norm is given where it stands beside attention) and ``logits`` may be wanted.
     The model goes on with what ``see`` returns; returning the same tensor changes nothing. ``hook_scale`` and
     ``hook_normalized`` (the stream divided by its scale, before the norm's own weights) are computed beside the norm
     and replace its output only if another tensor is returned.
@@ -100,7 +101,7 @@ class _Passage:
 
     def block(self, layer: int, path: str) -> None:
         b, at = f"blocks.{layer}", self.modules
-        if at.ln2 is None and not self.cfg.parallel:
+        if at.ln2 is None and self.cfg.has_ln2:
             raise DtLensError(
                 f"The family of {a_type(self.model)} has no norm before its MLP, and its configuration does "
                 "not say that attention and MLP read the stream side by side; one of the two is declared wrongly."
@@ -111,13 +112,21 @@ class _Passage:
         self.core(f"{b}.attn", f"{path}.{at.core}")
         self.entry(f"{path}.{at.out}", f"{b}.attn.hook_z", self.cfg.n_heads)
         self.output(f"{path}.{at.attn}", f"{b}.hook_attn_out")
-        if at.ln2 is not None and not self.cfg.parallel:
-            self.middle(layer, f"{path}.{at.ln2}")
+        if at.ln2 is not None and self.cfg.has_ln2:
+            if self.cfg.parallel:
+                self.entry(f"{path}.{at.ln2}", f"{b}.mlp_stream")
+            else:
+                self.middle(layer, f"{path}.{at.ln2}")
             self.norm(f"{path}.{at.ln2}", f"{b}.ln2", f"{b}.mlp_in")
         gate = at.mlp_gate if self.cfg.gated else None
-        if gate is not None:
-            self.output(f"{path}.{gate}", f"{b}.mlp.hook_pre")
-        self.output(f"{path}.{at.mlp_in}", f"{b}.mlp.{'hook_pre' if gate is None else 'hook_pre_linear'}")
+        if gate == at.mlp_in:
+            self.parts(
+                f"{path}.{gate}", [f"{b}.mlp.hook_pre", f"{b}.mlp.hook_pre_linear"], "n t (part m) -> part n t m"
+            )
+        else:
+            if gate is not None:
+                self.output(f"{path}.{gate}", f"{b}.mlp.hook_pre")
+            self.output(f"{path}.{at.mlp_in}", f"{b}.mlp.{'hook_pre' if gate is None else 'hook_pre_linear'}")
         self.entry(f"{path}.{at.mlp_out}", f"{b}.mlp.hook_post")
         self.output(f"{path}.{at.mlp}", f"{b}.hook_mlp_out")
         if at.ln2 is not None and not self.cfg.parallel and self.wanted(f"{b}.hook_resid_mid"):
@@ -217,6 +226,9 @@ class _Passage:
             for path, name, heads in zip(paths, names, counts, strict=True):
                 self.output(path, name, heads)
             return
+        if self.modules.by_head:
+            self.parts(paths[0], names, "n t (h part e) -> part n t h e", h=self.cfg.n_heads)
+            return
         if not any(self.wanted(name) for name in names):
             return
 
@@ -230,6 +242,22 @@ class _Passage:
             return None if unchanged else torch.cat(given, -1)
 
         self.handles.append(self.module(paths[0]).register_forward_hook(hook))
+
+    def parts(self, path: str, names: list[str], pattern: str, **sizes: int) -> None:
+        """See the equal parts of a module's output, which ``pattern`` takes apart, under a name each."""
+        if not any(self.wanted(name) for name in names):
+            return
+        whole, apart = pattern.split(" -> ")
+
+        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> Any:
+            held = rearrange(out, pattern, part=len(names), **sizes).unbind(0)
+            given = [
+                self.see(name, part) if self.wanted(name) else part for name, part in zip(names, held, strict=True)
+            ]
+            unchanged = all(new is old for new, old in zip(given, held, strict=True))
+            return None if unchanged else rearrange(torch.stack(given), f"{apart} -> {whole}")
+
+        self.handles.append(self.module(path).register_forward_hook(hook))
 
     def core(self, attn: str, path: str) -> None:
         """See rotated queries and keys ``[n, head, t, e]``, and the pattern computed from them."""

@@ -55,8 +55,24 @@ class LanguageModelReference:
                 f"certify: the original's forward pass does not reach {silent[0]}; check the options of its structure."
             )
         for layer in range(self.cfg.n_layers):
+            self._require_sum(f"blocks.{layer}", seen)
             self._require_activation(f"blocks.{layer}", seen)
         return {name: tensor.detach() for name, tensor in seen.items()}
+
+    def _require_sum(self, block: str, seen: Mapping[str, Tensor]) -> None:
+        """Raise unless the MLP reads the stream where the configuration says: before what attention adds, or after."""
+        before, attn = seen[f"{block}.hook_resid_pre"], seen[f"{block}.hook_attn_out"]
+        read = seen.get(f"{block}.mlp_stream" if self.cfg.parallel else f"{block}.hook_resid_mid")
+        if read is None:  # one norm serves both
+            return
+        expected = before if self.cfg.parallel else before + attn
+        size = torch.maximum(before.abs(), attn.abs()).max()
+        if bool((read - expected).abs().max() > 4 * torch.finfo(read.dtype).eps * size):
+            said = "beside" if self.cfg.parallel else "after"
+            raise DtLensError(
+                f"certify: the MLP of {block} does not read the stream {said} its attention; the adapter declares "
+                "parallel wrongly."
+            )
 
     def _require_activation(self, block: str, seen: Mapping[str, Tensor]) -> None:
         """Raise unless the neurons are the activation of ``hook_pre``, times ``hook_pre_linear`` if gated."""

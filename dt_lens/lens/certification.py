@@ -292,11 +292,12 @@ class _Walk:
 
     def mlp(self, layer: int) -> Iterator[Check]:
         block, mlp = f"blocks.{layer}", f"blocks.{layer}.mlp"
-        norm, parallel = self.structure.mlp_norm[layer], self.structure.parallel
-        entry = f"{block}.attn_in" if parallel else f"{block}.mlp_in"
-        if not parallel:
+        norm, stream = self.structure.mlp_norm[layer], "pre" if self.structure.parallel else "mid"
+        shared = self.structure.parallel and norm == self.structure.attn_norm[layer]
+        entry = f"{block}.attn_in" if shared else f"{block}.mlp_in"
+        if not shared:
             yield from self.layernorm(entry, norm)
-        x = self.entry(entry, norm, f"{block}.hook_resid_{'pre' if parallel else 'mid'}")
+        x = self.entry(entry, norm, f"{block}.hook_resid_{stream}")
         gated = f"{mlp}.W_gate" in self.weights
         # Where the gate has a bias both biases are added before the product; elsewhere the one bias comes after it.
         with_bias = not gated or f"{mlp}.b_gate" in self.weights
@@ -318,7 +319,8 @@ class _Walk:
             return self.own[f"{norm}.hook_normalized"].double()
         block, _, which = norm.rpartition(".")
         last = f"blocks.{self.structure.n_layers - 1}.hook_resid_post"
-        names = {"ln1": f"{block}.hook_resid_pre", "ln2": f"{block}.hook_resid_mid", "ln_final": last}
+        middle = f"{block}.hook_resid_{'pre' if self.structure.parallel else 'mid'}"
+        names = {"ln1": f"{block}.hook_resid_pre", "ln2": middle, "ln_final": last}
         x = self.truth[names[which]].double()
         if not self.structure.rms:
             x = x - x.mean(-1, keepdim=True)

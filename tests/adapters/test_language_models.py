@@ -1,4 +1,4 @@
-"""GPT-2, GPT-J, GPT-Neo, Llama and its kin: the lens computes what Hugging Face does; nothing wrong is certified."""
+"""GPT-2, GPT-J, GPT-Neo(X), Llama and its kin: the lens computes what Hugging Face does; nothing wrong is certified."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens_adapters.gpt2 import FAMILY as GPT2
 from dt_lens_adapters.gpt_neo import FAMILY as GPT_NEO
+from dt_lens_adapters.gpt_neox import FAMILY as GPT_NEOX
 from dt_lens_adapters.gptj import FAMILY as GPTJ
 from dt_lens_adapters.llama import LLAMA, MISTRAL, QWEN2
 
-FAMILIES = {family.name: family for family in (GPT2, GPTJ, GPT_NEO, LLAMA, MISTRAL, QWEN2)}
+FAMILIES = {family.name: family for family in (GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, QWEN2)}
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
 
@@ -206,6 +207,7 @@ def test_heads_in_another_order_or_split_another_way_are_refused(kind: str, make
         refused(disguised(model, family, exchanged(name)), f"blocks.1.attn.{name} does not reproduce.*heads look exch")
         rule = family.block[f"attn.{name}"]
         strided = rule.pattern.replace("(head e)", "(e head)").replace("(kv e)", "(e kv)")
+        strided = strided.replace("(head part e)", "(part head e)")  # all queries, then all keys
         wrong = redeclared(family, **{f"attn.{name}": rule._replace(pattern=strided)})
         refused(HookedLanguageModel(model, wrong, dt_lens.wrap(model, check=False).cfg), f"attn.{name} does not")
 
@@ -376,13 +378,12 @@ def test_what_does_not_fit_is_refused_in_one_sentence(change: Any, said: str, ma
 def test_defaults_that_config_json_leaves_out_are_the_classs_own() -> None:
     import transformers
 
-    classes = {"gpt2": "GPT2Config", "gptj": "GPTJConfig", "gpt_neo": "GPTNeoConfig", "llama": "LlamaConfig"}
-    for name, config in {**classes, "mistral": "MistralConfig", "qwen2": "Qwen2Config"}.items():
-        said = getattr(transformers, config)().to_dict()
-        for option, value in FAMILIES[name].defaults.items():
+    for name, family in FAMILIES.items():
+        said = getattr(transformers, family.architectures[0]).config_class().to_dict()
+        for option, value in family.defaults.items():
             if option in said:
                 assert said[option] == value, (name, option)
-        assert FAMILIES[name].config({}) == FAMILIES[name].config(said)
+        assert family.config({}) == family.config(said)
 
 
 def test_unknown_options_and_foreign_models(make_lm: Any) -> None:

@@ -14,7 +14,7 @@ from dt_lens import SingularEdit
 
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    kind = draw(st.sampled_from(["gpt2", "gptj", "gpt_neo", "llama", "qwen2"]))
+    kind = draw(st.sampled_from(["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "qwen2"]))
     heads, d_head = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 4))
     d, layers, vocabulary = heads * d_head, draw(st.integers(1, 3)), draw(st.integers(2, 40))
     mlp = draw(st.sampled_from([d, draw(st.integers(1, 40))]))
@@ -24,6 +24,13 @@ def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     sizes = {"hidden_size": d, "vocab_size": vocabulary, "intermediate_size": mlp}
     if kind == "gpt_neo":
         return kind, {**sizes, "num_heads": heads, "num_layers": layers, "attention_types": [[["global"], layers]]}
+    if kind == "gpt_neox":
+        sizes |= {
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "rotary_pct": draw(st.sampled_from([0.5, 1.0])),
+        }
+        return kind, {**sizes, "use_parallel_residual": draw(st.booleans()), "attention_bias": draw(st.booleans())}
     shared = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     return kind, {
         **sizes,
