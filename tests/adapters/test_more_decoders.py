@@ -1,4 +1,4 @@
-"""What GPT-NeoX has beyond the first families: fused heads, norms side by side, names of older files."""
+"""What GPT-NeoX and OPT have beyond the first families, alone or each in its own way."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 ODD: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "tie_word_embeddings": True}),
     ("gpt_neox", {"attention_bias": False, "num_attention_heads": 4, "intermediate_size": 7, "hidden_act": "gelu_new"}),
+    ("opt", {"enable_bias": False, "tie_word_embeddings": False, "num_attention_heads": 2, "ffn_dim": 7}),
+    ("opt", {"activation_function": "gelu", "pad_token_id": 28}),
 ]
 
 
@@ -107,3 +109,37 @@ def test_a_fused_activation_can_be_replaced(kind: str, make_lm: Any) -> None:
             lens.weights[f"blocks.0.{weight}"].mul_(2)
             close(out, model(TOKENS).logits)
             lens.weights[f"blocks.0.{weight}"].div_(2)
+
+
+OPTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is false"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is true"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is false"),
+    ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim is 8"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "said"), OPTIONS, ids=[said for _, _, said in OPTIONS])
+def test_an_option_that_cannot_be_represented_is_named(
+    kind: str, options: dict[str, Any], said: str, make_lm: Any, tmp_path: Path
+) -> None:
+    model = make_lm(kind, **options)
+    model.save_pretrained(tmp_path)
+    for take in (
+        lambda: dt_lens.wrap(model),
+        lambda: dt_lens.load(tmp_path),
+        lambda: dt_lens.open_checkpoint(tmp_path),
+    ):
+        with pytest.raises(DtLensError, match=said) as caught:
+            take()
+        assert "\n" not in str(caught.value)
+
+
+def test_the_rows_of_opts_positions_that_padding_reads_are_not_positions(make_lm: Any) -> None:
+    model = make_lm("opt")
+    lens, table = dt_lens.wrap(model, check=False), model.model.decoder.embed_positions.weight
+    assert torch.equal(lens.weights["pos_embed.W_pos"], table[2:])
+    assert len(lens.embeddings["position_in"]) == lens.cfg.n_ctx == 12
+    _, cache = lens.run_with_cache(TOKENS)
+    assert torch.equal(cache["hook_pos_embed"][0], table[2:10])
+    assert cache["blocks.0.mlp.hook_pre"].shape == (2, 8, 24)
