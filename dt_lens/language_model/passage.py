@@ -96,7 +96,7 @@ class _Passage:
         def seen(name: str, x: Tensor) -> Tensor:
             if x.ndim > 2:
                 return see(name, x)
-            whole = x.view(*self.shape, *x.shape[1:])
+            whole = x.reshape(*self.shape, *x.shape[1:])
             given = see(name, whole)
             return x if given is whole else given.flatten(0, 1)
 

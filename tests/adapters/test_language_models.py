@@ -23,9 +23,10 @@ from dt_lens_adapters.gpt_neox import FAMILY as GPT_NEOX
 from dt_lens_adapters.gptj import FAMILY as GPTJ
 from dt_lens_adapters.llama import LLAMA, MISTRAL, QWEN2
 from dt_lens_adapters.opt import FAMILY as OPT
+from dt_lens_adapters.phi3 import FAMILY as PHI3
 
-FAMILIES = {family.name: family for family in (GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, QWEN2)}
-SHARING = ("llama", "mistral", "qwen2")  # query heads may share keys and values
+FAMILIES = {family.name: family for family in (GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2)}
+SHARING = ("llama", "mistral", "phi3", "qwen2")  # query heads may share keys and values
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
 
@@ -101,7 +102,7 @@ def test_certified_with_a_proof_of_every_matrix_and_table(kind: str, make_lm: An
     assert {"embed.W_E", "unembed.W_U", "blocks.1.attn.OV.1", "blocks.1.attn.QK.0", "blocks.1.mlp.W_out"} <= set(
         proof.errors
     )
-    assert ("blocks.0.mlp.W_gate" in proof.errors) == (kind in ("llama", "mistral", "qwen2"))
+    assert ("blocks.0.mlp.W_gate" in proof.errors) == (kind in SHARING)
     assert proof.worst < 1e-5
 
 

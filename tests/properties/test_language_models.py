@@ -14,7 +14,7 @@ from dt_lens import SingularEdit
 
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    kind = draw(st.sampled_from(["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "opt", "qwen2"]))
+    kind = draw(st.sampled_from(["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "opt", "phi3", "qwen2"]))
     heads, d_head = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 4))
     d, layers, vocabulary = heads * d_head, draw(st.integers(1, 3)), draw(st.integers(2, 40))
     mlp = draw(st.sampled_from([d, draw(st.integers(1, 40))]))
@@ -40,6 +40,7 @@ def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
         "num_key_value_heads": shared,
+        "pad_token_id": None,
         "tie_word_embeddings": draw(st.booleans()),
     }
 
