@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -10,10 +9,11 @@ from typing import Any, Literal, get_args
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Structure
 
-__all__ = ["LanguageModelConfig", "Norm", "Position", "Values"]
+__all__ = ["LanguageModelConfig", "Norm", "Position", "QKNorm", "Values"]
 
 Norm = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rotary"]
+QKNorm = Literal["none", "head", "all"]
 
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
 MOST_LAYERS = 10_000
@@ -53,6 +53,7 @@ class LanguageModelConfig:
     out_bias: bool = True
     mlp_bias: bool = True
     unembed_bias: bool = False
+    qk_norm: QKNorm = "none"  # queries and keys pass a norm before the score: each head's own, or of all heads together
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -69,7 +70,7 @@ class LanguageModelConfig:
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} heads of keys and values equally; the "
                 "second number must divide the first."
             )
-        for name, allowed in (("norm", Norm), ("position", Position)):
+        for name, allowed in (("norm", Norm), ("position", Position), ("qk_norm", QKNorm)):
             if getattr(self, name) not in get_args(allowed):
                 raise DtLensError(
                     f"The configuration's {name} is {getattr(self, name)!r}; it must be one of "
@@ -99,6 +100,11 @@ class LanguageModelConfig:
         return not self.parallel or self.own_mlp_norm
 
     @property
+    def normed_qk(self) -> bool:
+        """Whether queries and keys pass a norm of their own."""
+        return self.qk_norm != "none"
+
+    @property
     def structure(self) -> Structure:
         """Blocks, heads, and which norm stands before which matrix."""
         attn = tuple(f"blocks.{layer}.ln1" for layer in range(self.n_layers))
@@ -113,6 +119,7 @@ class LanguageModelConfig:
             rms=self.norm == "rmsnorm",
             parallel=self.parallel,
             rotary=self.position == "rotary",
+            qk_norm=self.normed_qk,
         )
 
     def replace(self, **changes: Any) -> LanguageModelConfig:
@@ -163,15 +170,6 @@ class Values:
         if not isinstance(value, bool):
             raise DtLensError(f"config.json says {names[0]} is {value!r}; it must be true or false.")
         return value
-
-    def only(self, name: str, wanted: Any, why: str) -> None:
-        """Raise ``DtLensError`` naming an option that has another value than the one that the lens can represent."""
-        value = self.get(name)
-        if value != wanted:
-            raise DtLensError(
-                f"config.json says {name} is {json.dumps(value, default=str):.80}, so that {why}; models with "
-                f"{json.dumps(wanted)} can be read."
-            )
 
     def share(self, whole: int, *names: str) -> int:
         """``whole`` divided by a number of equal parts; ``DtLensError`` if there is a remainder."""

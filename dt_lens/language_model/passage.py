@@ -52,7 +52,8 @@ def passing(
     """Within this context ``see(name, activation)`` is called for every wanted activation of ``model``.
 
     Besides ``hook_names``, ``blocks.{l}.attn_in`` and ``mlp_in`` (what the norms give), ``blocks.{l}.mlp_stream`` (what
-    the MLP's own norm is given where it stands beside attention) and ``logits`` may be wanted.
+    the MLP's own norm is given where it stands beside attention), ``blocks.{l}.attn.q_normed`` and ``k_normed`` (what
+    the norms of queries and keys give, heads split) and ``logits`` may be wanted.
     The model goes on with what ``see`` returns; returning the same tensor changes nothing. ``hook_scale`` and
     ``hook_normalized`` (the stream divided by its scale, before the norm's own weights) are computed beside the norm
     and replace its output only if another tensor is returned.
@@ -77,8 +78,7 @@ class _Passage:
         self.model: Any = model
         self.cfg = cfg
         self.modules = family.modules
-        self.see, self.wanted = see if not family.modules.flat_mlp else self.unflattened(see), wanted
-        self.shape: tuple[int, ...] = ()  # [batch, pos] of the pass, where a block's second half does not have it
+        self.see, self.wanted = see, wanted
         self.handles: list[Any] = []
         self.cores: dict[int, Core] = {}
         self.methods: list[Any] = []
@@ -89,22 +89,6 @@ class _Passage:
             return self.model.get_submodule(path)
         except AttributeError as error:
             raise DtLensError(f"The model has no module {path!r}, which {a_type(self.model)} should have.") from error
-
-    def unflattened(self, see: See) -> See:
-        """``see`` for activations some of which have one axis in place of the texts and their tokens."""
-
-        def seen(name: str, x: Tensor) -> Tensor:
-            if x.ndim > 2:
-                return see(name, x)
-            whole = x.reshape(*self.shape, *x.shape[1:])
-            given = see(name, whole)
-            return x if given is whole else given.flatten(0, 1)
-
-        return seen
-
-    def note_shape(self, x: Tensor) -> Tensor:
-        self.shape = tuple(x.shape[:2])
-        return x
 
     def open(self) -> None:
         cfg, at = self.cfg, self.modules
@@ -123,11 +107,14 @@ class _Passage:
                 f"The family of {a_type(self.model)} has no norm before its MLP, and its configuration does "
                 "not say that attention and MLP read the stream side by side; one of the two is declared wrongly."
             )
-        if at.flat_mlp:
-            self.before(path, self.note_shape)
         self.entry(path, f"{b}.hook_resid_pre")
         self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
         self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])
+        if at.qk_norm is not None and self.cfg.normed_qk:
+            # A norm of all heads together is given them side by side.
+            counts = (self.cfg.n_heads, self.cfg.n_kv_heads) if self.cfg.qk_norm == "all" else (None, None)
+            for norm, letter, heads in zip(at.qk_norm, "qk", counts, strict=True):
+                self.output(f"{path}.{norm}", f"{b}.attn.{letter}_normed", heads)
         self.core(f"{b}.attn", f"{path}.{at.core}")
         self.entry(f"{path}.{at.out}", f"{b}.attn.hook_z", self.cfg.n_heads)
         self.output(f"{path}.{at.attn}", f"{b}.hook_attn_out")

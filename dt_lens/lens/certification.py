@@ -10,7 +10,7 @@ activation and must give the original's next one. So no error hides another, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,11 @@ from dt_lens.errors import DtLensError, because
 from dt_lens.lens.assumed import assumed_text
 from dt_lens.lens.diagnosis import Check, explain
 from dt_lens.lens.forward_mode import evaluating
-from dt_lens.lens.matrices import Snapshot, catalogue
+from dt_lens.lens.matrices import catalogue
+from dt_lens.lens.norm_proofs import NormProofs, some_columns, through
 from dt_lens.lens.protocol import require_running
 from dt_lens.lens.table_rows import counted, hooks_of_tables, unproven_rows
-from dt_lens.lens.weights import CHUNK, all_finite
+from dt_lens.lens.weights import all_finite
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -185,7 +186,7 @@ def _activations(model: Lens, batch: Mapping[str, Any], truth: Mapping[str, Tens
     return {name: tensor.detach() for name, tensor in {**cache, **outputs}.items()} | made
 
 
-class _Walk:
+class _Walk(NormProofs):
     """All checks that one batch's activations allow, in the order of the forward pass, in float64."""
 
     def __init__(
@@ -196,9 +197,7 @@ class _Walk:
         batch: Mapping[str, Any],
         dtype: torch.dtype,
     ) -> None:
-        self.norm_eps = float(getattr(model.cfg, "eps", 0.0))
-        self.model = Snapshot.of(model)
-        self.weights, self.structure = self.model
+        super().__init__(model)
         self.found = catalogue(model)
         self.truth = truth
         self.own = own
@@ -266,7 +265,7 @@ class _Walk:
         if "ln_final.w" in self.weights:
             yield self.check("ln_final", self.kept(self.normalized("ln_final")), self.kept(x))
         W_U, b_U, logits = self.weights["unembed.W_U"], self.weights.get("unembed.b_U"), self.truth["logits"]
-        for chosen in _some_columns(W_U):  # logits too are many
+        for chosen in some_columns(W_U):  # logits too are many
             b = 0.0 if b_U is None else b_U[chosen].double()
             part = W_U[:, chosen]
             yield self.product("unembed.W_U", self.kept(x), part, part.double, logits[..., chosen], b)
@@ -279,8 +278,9 @@ class _Walk:
         for kind, hook in (("W_Q", "hook_q"), ("W_K", "hook_k"), ("W_V", "hook_v")):
             yield from self.linear(f"{attn}.{kind}", x, norm, self.truth[f"{attn}.{hook}"].flatten(-2))
             yield from self.same(f"{attn}.{kind}", f"{attn}.{hook}")
+        yield from self.qk_norms(layer)
         # Rounded scores: an error of a score is one of the pattern's logarithm.
-        q, k, v = (self.by_query(layer, name) for name in "qkv")
+        q, k, v = (self.by_query(layer, name) for name in (*self.scored, "v"))
         scores = 2 * self.eps * einsum(q.norm(dim=-1), k.norm(dim=-1), "n q h, n k h -> n h q k")
         pattern = self.truth[f"{attn}.hook_pattern"].double()
         rounded = 2 * abs(self.structure.attn_scale[layer]) * scores.amax(-1, keepdim=True) * pattern
@@ -360,7 +360,7 @@ class _Walk:
         if norm is not None:
             bare, shift = self.kept(self.bare(norm)), self.shift(norm)
             folded = torch.empty_like(raw.computed)
-            for chosen in _some_columns(W):
+            for chosen in some_columns(W):
                 M = W[:, chosen].double()
                 folded[..., chosen] = bare @ matrix.fold_change(self.model, M)[0] + shift @ M
             yield Check(f"{name} with its LayerNorm folded", folded + b, raw.expected, raw.slack)
@@ -371,7 +371,7 @@ class _Walk:
         """A weight and its bias, applied to ``x`` a few columns at a time."""
         # Into one tensor each: separate results would lie between the chunks and keep their memory from being reused.
         made, terms = (x.new_empty((*x.shape[:-1], W.shape[1])) for _ in range(2))
-        for chosen in _some_columns(W):
+        for chosen in some_columns(W):
             M = W[:, chosen].double()
             made[..., chosen] = x @ M
             terms[..., chosen] = x.abs() @ M.abs()
@@ -379,6 +379,11 @@ class _Walk:
         # Algorithms", section 3.1); products of half-precision numbers are summed in float32.
         slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * terms
         return self.check(part, made + b, self.kept(output), slack, whole, x)
+
+    @property
+    def scored(self) -> tuple[str, str]:
+        """The queries and keys whose products are the scores."""
+        return ("rot_q", "rot_k") if self.structure.rotary else ("q", "k")
 
     def by_query(self, layer: int, which: str) -> Tensor:
         """``q``, ``k``, ``v`` or ``z`` in float64 with a head for every query head."""
@@ -393,57 +398,41 @@ class _Walk:
         attn, scale = f"blocks.{layer}.attn", self.structure.attn_scale[layer]
         pattern = self.truth[f"{attn}.hook_pattern"].double()
         q, k, z = (self.by_query(layer, name) for name in "qkz")
-        scored = [self.by_query(layer, f"rot_{name}") for name in "qk"] if self.structure.rotary else [q, k]
+        scored = [self.by_query(layer, name) for name in self.scored]
         for head in range(self.structure.n_heads):
             shared = head // self.structure.queries_per_key
             W_Q, W_O = (self.weights[f"{attn}.W_{letter}"][head].double() for letter in "QO")
             W_K, W_V = (self.weights[f"{attn}.W_{letter}"][shared].double() for letter in "KV")
             b_Q = self.head_bias(f"{attn}.b_Q", head, W_Q)
             b_K, b_V = (self.head_bias(f"{attn}.b_{letter}", shared, W_K) for letter in "KV")
-            QK, OV = self.found[f"{attn}.QK.{head}"], self.found[f"{attn}.OV.{head}"]
-            expected = einsum(q[:, :, head], k[:, :, head], "n q e, n k e -> n q k")
-            scores = einsum(_through(x, QK.raw(self.model)), x, "n q d, n k d -> n q k") + (x @ W_Q @ b_K)[:, :, None]
-            scores = scores + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
+            QK, OV = self.found.get(f"{attn}.QK.{head}"), self.found[f"{attn}.OV.{head}"]
             seen = pattern[:, head] > 0
-            yield self.check(
-                QK.name,
-                self.kept(scores.where(seen, 0)),
-                self.kept(expected.where(seen, 0)),
-                self.kept(score_slack[:, head]),
-            )
+            if QK is not None:
+                expected = einsum(q[:, :, head], k[:, :, head], "n q e, n k e -> n q k")
+                scores = einsum(through(x, QK.raw(self.model)), x, "n q d, n k d -> n q k")
+                scores = scores + (x @ W_Q @ b_K)[:, :, None] + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
+                scores, expected = scores.where(seen, 0), expected.where(seen, 0)
+                yield self.check(QK.name, self.kept(scores), self.kept(expected), self.kept(score_slack[:, head]))
             turned = einsum(scored[0][:, :, head], scored[1][:, :, head], "n q e, n k e -> n q k")
             attended = torch.softmax((turned * scale).masked_fill(~seen, float("-inf")), -1)
             slack = self.kept(pattern_slack[:, head])
             part = f"the attention scale of block {layer}"
             yield self.check(part, self.kept(attended), self.kept(pattern[:, head]), slack)
-            moved = einsum(pattern[:, head], _through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
+            moved = einsum(pattern[:, head], through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
             yield self.check(OV.name, self.kept(moved + b_V @ W_O), self.kept(z[:, :, head] @ W_O))
             if norm is not None:
                 # Folding is exact for any activations, so the matrices just proven give what the folded ones must.
                 bare = self.bare(norm)
                 bare = bare if self.structure.rms else bare - bare.mean(-1, keepdim=True)
                 plain = bare * self.weights[f"{norm}.w"].double()
-                expected = einsum(plain @ W_Q, plain @ W_K, "n q e, n k e -> n q k")
-                folded = einsum(_through(bare, QK.folded(self.model)), bare, "n q d, n k d -> n q k")
-                yield self.check(f"{QK.name} with its LayerNorm folded", self.kept(folded), self.kept(expected))
-                folded = _through(bare, OV.folded(self.model))
+                if QK is not None:
+                    expected = einsum(plain @ W_Q, plain @ W_K, "n q e, n k e -> n q k")
+                    folded = einsum(through(bare, QK.folded(self.model)), bare, "n q d, n k d -> n q k")
+                    yield self.check(f"{QK.name} with its LayerNorm folded", self.kept(folded), self.kept(expected))
+                folded = through(bare, OV.folded(self.model))
                 yield self.check(
                     f"{OV.name} with its LayerNorm folded", self.kept(folded), self.kept(plain @ W_V @ W_O)
                 )
 
     def head_bias(self, name: str, head: int, W: Tensor) -> Tensor:
         return self.weights[name][head].double() if name in self.weights else W.new_zeros(W.shape[1])
-
-
-def _through(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """``x`` times a circuit, factor by factor."""
-    for factor in factors:
-        x = x @ factor
-    return x
-
-
-def _some_columns(W: Tensor) -> Iterator[slice]:
-    """The columns of a weight, a few at a time."""
-    step = max(1, CHUNK // len(W))
-    for start in range(0, W.shape[1], step):
-        yield slice(start, min(start + step, W.shape[1]))

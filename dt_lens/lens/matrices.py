@@ -57,6 +57,8 @@ class Structure(NamedTuple):
         parallel: attention and MLP read the same stream, and both are added to it at once (GPT-J).
         rotary: queries and keys are rotated by their position before the score; QK is then the circuit of two tokens at
             the same position.
+        qk_norm: queries and keys each pass a norm before the score. It stands between the factors of QK, so that the
+            score is no bilinear form of the stream, and the catalogue has no QK circuits.
     """
 
     n_layers: int
@@ -69,6 +71,7 @@ class Structure(NamedTuple):
     rms: bool = False
     parallel: bool = False
     rotary: bool = False
+    qk_norm: bool = False
 
     @property
     def queries_per_key(self) -> int:
@@ -313,7 +316,8 @@ def _catalogue(structure: Structure, weights: frozenset[str], per_head: bool) ->
             k, v = (Factor(f"{attn}.W_{letter}", "a b -> a b", shared) for letter in "KV")
             k = k._replace(pattern="d e -> e d")
             add(Matrix(f"{attn}.OV.{head}", "OV", layer, head, "read", "write", (v, o), norm))
-            add(Matrix(f"{attn}.QK.{head}", "QK", layer, head, "query", "key", (q, k), norm, norm))
+            if not structure.qk_norm:
+                add(Matrix(f"{attn}.QK.{head}", "QK", layer, head, "query", "key", (q, k), norm, norm))
         norm = structure.mlp_norm[layer]
         for kind in ("W_in", "W_gate"):
             whole = (Factor(f"{mlp}.{kind}", "a b -> a b"),)
@@ -340,10 +344,20 @@ def find_matrix(lens: Weighted, name: str, head: int | None = None) -> Matrix:
         if f"{name}.0" not in known:
             raise DtLensError(f"{name} has no heads; leave head out.")
         raise DtLensError(f"{name} has no head {head}; the model's heads are 0 to {lens.structure.n_heads - 1}.")
+    _require_circuit(lens.structure, wanted)
     raise DtLensError(
         f"The model has no matrix {wanted!r}."
         + (nearest(wanted, known) or f" It has {', '.join(list(known)[:3])}, ...")
     )
+
+
+def _require_circuit(structure: Structure, name: str) -> None:
+    """Raise for the name or pattern of a QK circuit of a model that has none."""
+    if structure.qk_norm and "QK" in name.split("."):
+        raise DtLensError(
+            f"The model has no circuit {name!r}: its queries and keys pass a norm of their own before the score, so "
+            "that W_Q W_K^T does not give it; use W_Q and W_K."
+        )
 
 
 def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None) -> list[Matrix]:
@@ -364,6 +378,7 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
         matched = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
         matched = matched or [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
+            _require_circuit(lens.structure, pattern)
             near = nearest(pattern, everything)
             kinds = ", ".join(dict.fromkeys(f"'*.{m.kind}{'' if m.head is None else '.*'}'" for m in listed.values()))
             known = f"; give names, such as {next(iter(listed), 'none')}, or patterns, such as {kinds}."
