@@ -196,7 +196,7 @@ def make_dt() -> Callable[..., Any]:
 def make_lm() -> Callable[..., Any]:
     """A small random causal language model of Hugging Face's class, in evaluation mode: ``make_lm("gptj", n_head=4)``.
 
-    No bias is zero and no scale one. Names: gpt2, gptj, gpt_neo, gpt_neox, llama, mistral, qwen2, qwen3.
+    No bias is zero and no scale one. Names: gpt2, gptj, gpt_neo, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3.
     """
     import transformers
 
@@ -220,7 +220,13 @@ def make_lm() -> Callable[..., Any]:
             {**decoder, "num_attention_heads": 2, "intermediate_size": 24, "rotary_pct": 0.5},
         ),
         "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, llama),
+        "opt": (
+            transformers.OPTForCausalLM,
+            transformers.OPTConfig,
+            {**decoder, "num_attention_heads": 4, "ffn_dim": 24},
+        ),
         "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, llama),
+        "phi3": (transformers.Phi3ForCausalLM, transformers.Phi3Config, {**llama, "pad_token_id": 0}),
         "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, llama),
         "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {**llama, "head_dim": 4}),
     }

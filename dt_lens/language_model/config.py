@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -170,6 +171,15 @@ class Values:
         if not isinstance(value, bool):
             raise DtLensError(f"config.json says {names[0]} is {value!r}; it must be true or false.")
         return value
+
+    def only(self, name: str, wanted: Any, why: str) -> None:
+        """Raise ``DtLensError`` naming an option that has another value than the one that the lens can represent."""
+        value = self.get(name)
+        if value != wanted:
+            raise DtLensError(
+                f"config.json says {name} is {json.dumps(value, default=str):.80}, so that {why}; models with "
+                f"{json.dumps(wanted)} can be read."
+            )
 
     def share(self, whole: int, *names: str) -> int:
         """``whole`` divided by a number of equal parts; ``DtLensError`` if there is a remainder."""

@@ -18,7 +18,8 @@ class Modules:
 
     ``qkv`` is one module whose output holds queries, keys and values side by side, or the three of them; ``by_head``
     says that each head's three stand together in the one output. Where ``mlp_gate`` is ``mlp_in``, the one module's
-    output holds the gate and the input side by side.
+    output holds the gate and the input side by side. ``flat_mlp``: the second half of a block sees all texts as one,
+    ``[batch * pos, ...]``.
     """
 
     embed: str
@@ -38,6 +39,7 @@ class Modules:
     # Where scores become a pattern: in a method _attn(query, key, value, ...) of this module of the block, or in the
     # function that Hugging Face's attention interface gives to it.
     by_head: bool = False
+    flat_mlp: bool = False
     core: str = "attn"
     qk_norm: tuple[str, str] | None = None  # the norms of queries and of keys
     core_kind: Literal["interface", "method"] = "interface"

@@ -78,7 +78,8 @@ class _Passage:
         self.model: Any = model
         self.cfg = cfg
         self.modules = family.modules
-        self.see, self.wanted = see, wanted
+        self.see, self.wanted = see if not family.modules.flat_mlp else self.unflattened(see), wanted
+        self.shape: tuple[int, ...] = ()  # [batch, pos] of the pass, where a block's second half does not have it
         self.handles: list[Any] = []
         self.cores: dict[int, Core] = {}
         self.methods: list[Any] = []
@@ -89,6 +90,22 @@ class _Passage:
             return self.model.get_submodule(path)
         except AttributeError as error:
             raise DtLensError(f"The model has no module {path!r}, which {a_type(self.model)} should have.") from error
+
+    def unflattened(self, see: See) -> See:
+        """``see`` for activations some of which have one axis in place of the texts and their tokens."""
+
+        def seen(name: str, x: Tensor) -> Tensor:
+            if x.ndim > 2:
+                return see(name, x)
+            whole = x.reshape(*self.shape, *x.shape[1:])
+            given = see(name, whole)
+            return x if given is whole else given.flatten(0, 1)
+
+        return seen
+
+    def note_shape(self, x: Tensor) -> Tensor:
+        self.shape = tuple(x.shape[:2])
+        return x
 
     def open(self) -> None:
         cfg, at = self.cfg, self.modules
@@ -107,6 +124,8 @@ class _Passage:
                 f"The family of {a_type(self.model)} has no norm before its MLP, and its configuration does "
                 "not say that attention and MLP read the stream side by side; one of the two is declared wrongly."
             )
+        if at.flat_mlp:
+            self.before(path, self.note_shape)
         self.entry(path, f"{b}.hook_resid_pre")
         self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
         self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])

@@ -23,9 +23,14 @@ from dt_lens_adapters.gpt_neo import FAMILY as GPT_NEO
 from dt_lens_adapters.gpt_neox import FAMILY as GPT_NEOX
 from dt_lens_adapters.gptj import FAMILY as GPTJ
 from dt_lens_adapters.llama import LLAMA, MISTRAL, QWEN2
+from dt_lens_adapters.opt import FAMILY as OPT
+from dt_lens_adapters.phi3 import FAMILY as PHI3
 from dt_lens_adapters.qwen3 import FAMILY as QWEN3
 
-FAMILIES = {family.name: family for family in (GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {
+    family.name: family for family in (GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
+}
+SHARING = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # query heads may share keys and values
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
 
@@ -91,7 +96,8 @@ def test_every_weight_is_the_models_own_memory(kind: str, make_lm: Any) -> None:
     memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     shown = sum(weight.numel() for name, weight in lens.weights.items() if name != "unembed.W_U" or not lens.cfg.tied)
     assert all(weight.untyped_storage().data_ptr() in memory for weight in lens.weights.values())
-    assert shown == sum(parameter.numel() for parameter in model.parameters())
+    unshown = 2 * 16 if kind == "opt" else 0  # the two rows of the table of positions that only padding reads
+    assert shown + unshown == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_certified_with_a_proof_of_every_matrix_and_table(kind: str, make_lm: Any) -> None:
@@ -184,8 +190,8 @@ def test_in_shards_with_a_tokenizer_of_its_own(make_lm: Any, tmp_path: Path) -> 
 
 def test_matrices_that_another_layout_would_fit_in_shape_are_refused_in_it(kind: str, make_lm: Any) -> None:
     """nn.Linear's (out, in) read as Conv1D's (in, out), and the other way round, where sizes do not tell."""
-    square = {"gpt2": "n_inner", "gptj": "n_inner"}.get(kind, "intermediate_size")
-    heads = {} if kind.startswith("gp") else {"num_key_value_heads": 4}
+    square = {"gpt2": "n_inner", "gptj": "n_inner", "opt": "ffn_dim"}.get(kind, "intermediate_size")
+    heads = {"num_key_value_heads": 4} if kind in SHARING else {}
     model, family = make_lm(kind, **{square: 16}, **heads), FAMILIES[kind]
     for name in ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_out", "mlp.W_gate"):
         rule = family.block.get(name)
@@ -218,7 +224,7 @@ def test_heads_in_another_order_or_split_another_way_are_refused(kind: str, make
 
 
 def test_weights_called_by_each_others_names_are_refused(kind: str, make_lm: Any) -> None:
-    heads = {} if kind.startswith("gp") else {"num_key_value_heads": 4}
+    heads = {"num_key_value_heads": 4} if kind in SHARING else {}
     model, family = make_lm(kind, **heads), FAMILIES[kind]
     pairs = [("attn.W_K", "attn.W_V"), ("attn.W_Q", "attn.W_K")]
     if "mlp.W_gate" in family.block:
@@ -246,7 +252,8 @@ def test_a_wrong_structure_is_refused(kind: str, make_lm: Any) -> None:
     model, family = make_lm(kind), FAMILIES[kind]
     true = dt_lens.wrap(model, check=False).cfg
     refused(rewired(model, family, attn_scale=(0.1, 0.2)), "the attention scale of block 0")
-    refused(rewired(model, family, act_fn="relu"), "not relu of its MLP's input")
+    other = "relu" if true.act_fn != "relu" else "gelu"
+    refused(rewired(model, family, act_fn=other), f"not {other} of its MLP's input")
     other = "rmsnorm" if true.norm == "layernorm" else "layernorm"
     refused(rewired(model, family, norm=other), "ln1")
     with pytest.raises(DtLensError):

@@ -1,4 +1,4 @@
-"""What GPT-NeoX has beyond the first families: fused heads, norms side by side, names of older files."""
+"""What GPT-NeoX, OPT and Phi-3 have beyond the first families, alone or each in its own way."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.language_model.model import HookedLanguageModel
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0], "rope_theta": 1e4}
 ODD: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "tie_word_embeddings": True}),
     ("gpt_neox", {"attention_bias": False, "num_attention_heads": 4, "intermediate_size": 7, "hidden_act": "gelu_new"}),
+    ("opt", {"enable_bias": False, "tie_word_embeddings": False, "num_attention_heads": 2, "ffn_dim": 7}),
+    ("opt", {"activation_function": "gelu", "pad_token_id": 28}),
+    ("phi3", {"num_key_value_heads": 1, "intermediate_size": 7, "sliding_window": 3, "tie_word_embeddings": True}),
+    ("phi3", {"head_dim": 6, "partial_rotary_factor": 0.5, "hidden_act": "gelu"}),
+    ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 4, "num_key_value_heads": None}),
 ]
 
 
@@ -89,14 +95,23 @@ def test_writing_into_a_part_of_a_fused_weight_leaves_the_other_parts(make_lm: A
         keys[1] += 1  # of the second head, whose rows begin at 24: queries, keys, values of 8 rows each
         changed = (fused.weight - before).any(1).nonzero().flatten()
     assert changed.tolist() == list(range(32, 40))
+    model = make_lm("phi3")
+    lens, fused = dt_lens.wrap(model, check=False), model.model.layers[1].mlp.gate_up_proj
+    before = fused.weight.detach().clone()
+    with torch.no_grad():
+        lens.weights["blocks.1.mlp.W_in"][:, 2] += 1
+        changed = (fused.weight - before).any(1).nonzero().flatten()
+    assert changed.tolist() == [24 + 2]  # the inputs follow 24 gates
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "phi3"])
 def test_a_fused_activation_can_be_replaced(kind: str, make_lm: Any) -> None:
     """What a hook returns for one part is what the model goes on with: as if the weight had been another."""
     model = make_lm(kind)
     lens = dt_lens.wrap(model, check=False)
-    for name, weight in (("attn.hook_k", "attn.W_K"), ("attn.hook_v", "attn.W_V")):
+    parts = [("attn.hook_k", "attn.W_K"), ("attn.hook_v", "attn.W_V")]
+    parts += [("mlp.hook_pre", "mlp.W_gate"), ("mlp.hook_pre_linear", "mlp.W_in")] * lens.cfg.gated
+    for name, weight in parts:
         bias = lens.weights.get(f"blocks.0.{weight.replace('W', 'b')}")
 
         def doubled(x: Tensor, hook: Any, bias: Any = bias) -> Tensor:
@@ -107,3 +122,37 @@ def test_a_fused_activation_can_be_replaced(kind: str, make_lm: Any) -> None:
             lens.weights[f"blocks.0.{weight}"].mul_(2)
             close(out, model(TOKENS).logits)
             lens.weights[f"blocks.0.{weight}"].div_(2)
+
+
+OPTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is false"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is true"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is false"),
+    ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim is 8"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "said"), OPTIONS, ids=[said for _, _, said in OPTIONS])
+def test_an_option_that_cannot_be_represented_is_named(
+    kind: str, options: dict[str, Any], said: str, make_lm: Any, tmp_path: Path
+) -> None:
+    model = make_lm(kind, **options)
+    model.save_pretrained(tmp_path)
+    for take in (
+        lambda: dt_lens.wrap(model),
+        lambda: dt_lens.load(tmp_path),
+        lambda: dt_lens.open_checkpoint(tmp_path),
+    ):
+        with pytest.raises(DtLensError, match=said) as caught:
+            take()
+        assert "\n" not in str(caught.value)
+
+
+def test_the_rows_of_opts_positions_that_padding_reads_are_not_positions(make_lm: Any) -> None:
+    model = make_lm("opt")
+    lens, table = dt_lens.wrap(model, check=False), model.model.decoder.embed_positions.weight
+    assert torch.equal(lens.weights["pos_embed.W_pos"], table[2:])
+    assert len(lens.embeddings["position_in"]) == lens.cfg.n_ctx == 12
+    _, cache = lens.run_with_cache(TOKENS)
+    assert torch.equal(cache["hook_pos_embed"][0], table[2:10])
+    assert cache["blocks.0.mlp.hook_pre"].shape == (2, 8, 24)
