@@ -27,9 +27,7 @@ from dt_lens_adapters.opt import FAMILY as OPT
 from dt_lens_adapters.phi3 import FAMILY as PHI3
 from dt_lens_adapters.qwen3 import FAMILY as QWEN3
 
-FAMILIES = {
-    family.name: family for family in (GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
-}
+FAMILIES = {family.name: family for family in (GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)}
 SHARING = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # query heads may share keys and values
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
