@@ -196,7 +196,8 @@ def make_dt() -> Callable[..., Any]:
 def make_lm() -> Callable[..., Any]:
     """A small random causal language model of Hugging Face's class, in evaluation mode: ``make_lm("gptj", n_head=4)``.
 
-    No bias is zero and no scale one. Names: gpt2, gptj, gpt_neo, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3.
+    No bias is zero and no scale one. Names: bloom, gpt2, gptj, gpt_neo, gpt_neox, llama, mistral, opt, phi3, qwen2,
+    qwen3.
     """
     import transformers
 
@@ -208,6 +209,11 @@ def make_lm() -> Callable[..., Any]:
     gpt = {"vocab_size": 29, "n_positions": 12, "n_embd": 16, "n_layer": 2}
     kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, {**gpt, "n_head": 4}),
+        "bloom": (
+            transformers.BloomForCausalLM,
+            transformers.BloomConfig,
+            {"vocab_size": 29, "hidden_size": 16, "n_layer": 2, "n_head": 2, "seq_length": 12},
+        ),
         "gptj": (transformers.GPTJForCausalLM, transformers.GPTJConfig, {**gpt, "n_head": 2, "rotary_dim": 4}),
         "gpt_neo": (
             transformers.GPTNeoForCausalLM,

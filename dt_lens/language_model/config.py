@@ -10,15 +10,15 @@ from typing import Any, Literal, get_args
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Structure
 
-__all__ = ["LanguageModelConfig", "Norm", "Position", "QKNorm", "Values"]
+__all__ = ["LanguageModelConfig", "Norm", "Position", "QKNorm", "Values", "alibi_slopes"]
 
 Norm = Literal["layernorm", "rmsnorm"]
-Position = Literal["learned", "rotary"]
+Position = Literal["learned", "rotary", "alibi"]
 QKNorm = Literal["none", "head", "all"]
 
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
 MOST_LAYERS = 10_000
-FLAGS = ("gated", "parallel", "own_mlp_norm", "tied", "qkv_bias", "out_bias", "mlp_bias", "unembed_bias")
+FLAGS = ("gated", "parallel", "own_mlp_norm", "embed_ln", "tied", "qkv_bias", "out_bias", "mlp_bias", "unembed_bias")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class LanguageModelConfig:
     gated: bool = False
     parallel: bool = False  # attention and MLP read the stream side by side
     own_mlp_norm: bool = False  # and then each through a norm of its own
+    embed_ln: bool = False  # a norm over the token embeddings, before the first block
     tied: bool = False
     qkv_bias: bool = True
     out_bias: bool = True
@@ -121,6 +122,7 @@ class LanguageModelConfig:
             parallel=self.parallel,
             rotary=self.position == "rotary",
             qk_norm=self.normed_qk,
+            alibi=alibi_slopes(self.n_heads) if self.position == "alibi" else (),
         )
 
     def replace(self, **changes: Any) -> LanguageModelConfig:
@@ -130,6 +132,17 @@ class LanguageModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return {**asdict(self), "attn_scale": list(self.attn_scale)}
+
+
+def alibi_slopes(n_heads: int) -> tuple[float, ...]:
+    """How much each head's scores rise with the position of the key, in the order of the heads.
+
+    A geometric sequence of ratio ``2^(-8 / n)`` for ``n`` heads, a power of two; further heads have every second member
+    of the sequence for ``2n`` (Press et al., "Train Short, Test Long: Attention with Linear Biases", 2022).
+    """
+    power = 2 ** (n_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return (*slopes, *(2 ** (-4 * i / power) for i in range(1, 2 * (n_heads - power), 2)))
 
 
 class Values:

@@ -38,17 +38,20 @@ def language_model_embeddings(
 ) -> TokenEmbeddings:
     """``token_in`` (rows of ``embed.W_E``), ``token_out`` (columns of ``unembed.W_U``), ``position_in``, as live views.
 
-    ``token_out`` comes after ``ln_final``, which its ``effective`` directions include.
+    ``token_out`` comes after ``ln_final``, and ``token_in`` before ``embed_ln`` where there is one; their ``effective``
+    directions include it.
 
     Args:
-        weights: canonical weights; those of the embeddings and ``ln_final.w`` are enough.
+        weights: canonical weights; those of the embeddings, ``ln_final.w`` and ``embed_ln.w`` are enough.
         d_model: the stream's dimension.
         owner: the model's identity.
         labels: of the tokens; numbered when omitted.
-        rms: whether ``ln_final`` is an RMSNorm.
+        rms: whether the norms are RMSNorms.
     """
     registry = TokenEmbeddings(d_model, owner)
-    registry["token_in"] = Embedding(weights["embed.W_E"], labels, kind="token", side="in")
+    registry["token_in"] = Embedding(
+        weights["embed.W_E"], labels, kind="token", side="in", layernorm=weights.get("embed_ln.w"), rms=rms
+    )
     registry["token_out"] = Embedding(
         weights["unembed.W_U"].T, labels, kind="token", side="out", layernorm=weights.get("ln_final.w"), rms=rms
     )

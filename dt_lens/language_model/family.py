@@ -36,13 +36,14 @@ class Modules:
     pos_embed: str | None = None
     ln2: str | None = None
     mlp_gate: str | None = None
-    # Where scores become a pattern: in a method _attn(query, key, value, ...) of this module of the block, or in the
-    # function that Hugging Face's attention interface gives to it.
     by_head: bool = False
     flat_mlp: bool = False
-    core: str = "attn"
+    embed_ln: str | None = None
     qk_norm: tuple[str, str] | None = None  # the norms of queries and of keys
-    core_kind: Literal["interface", "method"] = "interface"
+    # Where scores become a pattern: in a method _attn(query, key, value, ...) of this module of the block, or in the
+    # function that Hugging Face's attention interface gives to it; or the module is the dropout of the pattern.
+    core: str = "attn"
+    core_kind: Literal["interface", "method", "dropout"] = "interface"
 
 
 @dataclass(frozen=True)

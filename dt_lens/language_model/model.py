@@ -28,7 +28,7 @@ from dt_lens.lens.weights import require_computable
 
 __all__ = ["HookedLanguageModel"]
 
-TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w")
+TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w", "embed_ln.w")
 
 
 class HookedLanguageModel(TextMethods, HookedModule):
@@ -196,7 +196,8 @@ class HookedLanguageModel(TextMethods, HookedModule):
             attention_mask: ``[batch, pos]``, 0 for padding; all real when omitted.
             position_ids: ``[batch, pos]`` or ``[1, pos]``, each below ``cfg.n_ctx``. When omitted, the real tokens of
                 each row are numbered from 0, as Hugging Face's ``generate`` numbers them, so that padding on the left
-                changes no logit of a real token. Hugging Face's own forward pass numbers padding too.
+                changes no logit of a real token. Hugging Face's own forward pass numbers padding too. With ALiBi the
+                mask alone says the distances, and there are no positions to give.
             return_type: ``"logits"``; ``"loss"``, the mean cross-entropy of every real token that follows a real one,
                 in nats; or ``"both"``, logits and loss.
             loss_per_token: the loss of each instead, ``[batch, pos - 1]``, 0 for padding.
@@ -215,7 +216,7 @@ class HookedLanguageModel(TextMethods, HookedModule):
             if attention_mask is None and not bool(mask.all()):
                 attention_mask = mask
         require_tokens(self.cfg, ids, attention_mask, position_ids, self.tokenizer)
-        if position_ids is None and attention_mask is not None:
+        if position_ids is None and attention_mask is not None and self.cfg.position != "alibi":
             position_ids = positions_of(attention_mask)
         with self._hooked():
             logits: Tensor = self.model(
@@ -234,11 +235,13 @@ class HookedLanguageModel(TextMethods, HookedModule):
     def _hooked(self) -> Iterator[bool]:
         """The wrapped model's own passes with the hooks that there are; whether there are any."""
         hooked = {name for name, point in self.hook_dict.items() if point.has_hooks()}
-        if not hooked:
+        # Attention that is always eager needs a mask that its arithmetic holds, hooks or not.
+        remasked = self.family.modules.core_kind == "dropout" and self.arithmetic is not None
+        if not hooked and not remasked:
             yield False
             return
         with passing(self.model, self.family, self.cfg, lambda name, x: self.hook_dict[name](x), hooked.__contains__):
-            yield True
+            yield bool(hooked)
 
     def require_shared(self, names: Sequence[str]) -> None:
         """Check that the user's own model still shares these weights' memory.

@@ -3,7 +3,8 @@
 No module of the model is replaced. During one forward pass, hooks on its modules call ``see`` with every wanted
 activation, heads split, and the model goes on with what ``see`` returns. No module lies between the rotated queries and
 keys and the pattern: there ``see`` is called from a function registered with Hugging Face's attention interface, or
-around the method ``_attn`` of older classes, and Hugging Face's own eager code computes the pattern.
+around the method ``_attn`` of older classes, and Hugging Face's own eager code computes the pattern. Bloom's passes a
+dropout, which is a module.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _cores: ContextVar[Mapping[int, Core]] = ContextVar("cores", default={})  # noqa
 def hook_names(cfg: LanguageModelConfig) -> list[str]:
     """The names of all activations, in the order of the forward pass."""
     names = ["hook_embed"] + ["hook_pos_embed"] * (cfg.position == "learned")
+    names += ["embed_ln.hook_scale", "embed_ln.hook_normalized"] * cfg.embed_ln
     for layer in range(cfg.n_layers):
         attn = ["hook_q", "hook_k", "hook_v"] + ["hook_rot_q", "hook_rot_k"] * (cfg.position == "rotary")
         attn = [f"attn.{name}" for name in (*attn, "hook_pattern", "hook_z")]
@@ -112,6 +114,8 @@ class _Passage:
         self.output(at.embed, "hook_embed")
         if at.pos_embed is not None:
             self.output(at.pos_embed, "hook_pos_embed")
+        if at.embed_ln is not None and cfg.embed_ln:
+            self.norm(at.embed_ln, "embed_ln", "embed_ln_out")
         for layer in range(cfg.n_layers):
             self.block(layer, at.block.replace("{l}", str(layer)))
         self.norm(at.ln_final, "ln_final", "hook_final")
@@ -126,6 +130,8 @@ class _Passage:
             )
         if at.flat_mlp:
             self.before(path, self.note_shape)
+        if at.core_kind == "dropout":
+            self.masked(path)
         self.entry(path, f"{b}.hook_resid_pre")
         self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
         self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])
@@ -192,6 +198,14 @@ class _Passage:
             if given is x:
                 return None
             return ((given, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": given})
+
+        self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
+
+    def masked(self, path: str) -> None:
+        """Give a block a mask that single precision holds: see ``_held``."""
+
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            return inputs, {**named, "attention_mask": _held(named.get("attention_mask"))}
 
         self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -289,6 +303,9 @@ class _Passage:
         q_name, k_name, pattern_name = (f"{attn}.hook_{name}" for name in ("rot_q", "rot_k", "pattern"))
         if not any(self.wanted(name) for name in (q_name, k_name, pattern_name)):
             return
+        if self.modules.core_kind == "dropout":
+            self.output(path, pattern_name)
+            return
         module = self.module(path)
         by_method = self.modules.core_kind == "method"
 
@@ -350,14 +367,18 @@ def _register() -> None:
 
 
 def _mask(*args: Any, **named: Any) -> Tensor | None:
-    """Hugging Face's own mask of eager attention, in numbers that single precision holds.
-
-    Its softmax is in single precision whatever the model's, where float64's smallest number is -inf; a padded query,
-    which sees nothing but padding, would be NaN, and from the next block on everything.
-    """
+    """Hugging Face's own mask of eager attention, in numbers that single precision holds."""
     from transformers import AttentionMaskInterface
 
-    mask: Tensor | None = AttentionMaskInterface._global_mapping["eager"](*args, **named)
+    return _held(AttentionMaskInterface._global_mapping["eager"](*args, **named))
+
+
+def _held(mask: Tensor | None) -> Tensor | None:
+    """A mask in numbers that single precision holds.
+
+    The softmax of eager attention is in single precision whatever the model's, where float64's smallest number is -inf;
+    a padded query, which sees nothing but padding, would be NaN, and from the next block on everything.
+    """
     return mask.clamp_min(torch.finfo(torch.float32).min) if mask is not None and mask.dtype == torch.float64 else mask
 
 

@@ -11,7 +11,6 @@ activation and must give the original's next one. So no error hides another, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +19,13 @@ from torch import Tensor
 
 from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError, because
-from dt_lens.lens.assumed import assumed_text
+from dt_lens.lens.certificate import Certificate
 from dt_lens.lens.diagnosis import Check, explain
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import catalogue
 from dt_lens.lens.norm_proofs import NormProofs, some_columns, through
 from dt_lens.lens.protocol import require_running
-from dt_lens.lens.table_rows import counted, hooks_of_tables, unproven_rows
+from dt_lens.lens.table_rows import hooks_of_tables, unproven_rows
 from dt_lens.lens.weights import all_finite
 
 if TYPE_CHECKING:
@@ -58,33 +57,6 @@ READ_OFF = {
     "return_preds": "predict.return_to_go.W",
     "logits": "the unembedding",
 }
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """The result of ``certify``: the largest relative error of each part, and whose activations it was compared with.
-
-    ``errors`` is keyed by the names of matrices, raw and with the LayerNorm folded, and of the parts between them.
-    ``unproven`` lists, for each table of positions, timesteps or tokens, the rows that change no output of the batch.
-    ``assumed`` are options that nobody said: the pass that a file is compared with assumes them too.
-    """
-
-    errors: Mapping[str, float]
-    against: str  # "the original model" or "the lens's own forward pass"
-    unproven: Mapping[str, tuple[range, ...]] = field(default_factory=dict)
-    assumed: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def worst(self) -> float:
-        """The largest relative error of all."""
-        return max(self.errors.values(), default=0.0)
-
-    def __str__(self) -> str:
-        rows = counted(self.unproven)
-        rest = f" (not proven: {rows}, which change no output of this batch)" if rows else ""
-        proven = f"{len(self.errors)} matrices and parts reproduce their activations{rest} in {self.against}"
-        open_ = f"; not proven, because assumed: {assumed_text(self.assumed)}" if self.assumed else ""
-        return f"{proven}; largest relative error {self.worst:.1e}{open_}"
 
 
 def certify(model: Lens, seed: int = 0) -> Certificate:
@@ -256,6 +228,9 @@ class _Walk(NormProofs):
                 rows = self.tokens if name == "embed.W_E" else torch.arange(expected.shape[-2])
                 made = self.weights[name][rows.to(self.weights[name].device)].double().expand_as(expected)
                 yield self.check(name, made, expected)
+        if "embed_ln.w" in self.weights and self.tokens is not None:
+            stream = self.truth["blocks.0.hook_resid_pre"]
+            yield self.check("embed_ln", self.kept(self.normalized("embed_ln")), self.kept(stream))
 
     def unembedding(self) -> Iterator[Check]:
         """A language model's logits from what its last norm leaves."""
@@ -320,7 +295,8 @@ class _Walk(NormProofs):
         block, _, which = norm.rpartition(".")
         last = f"blocks.{self.structure.n_layers - 1}.hook_resid_post"
         middle = f"{block}.hook_resid_{'pre' if self.structure.parallel else 'mid'}"
-        names = {"ln1": f"{block}.hook_resid_pre", "ln2": middle, "ln_final": last}
+        names = {"ln1": f"{block}.hook_resid_pre", "ln2": middle}
+        names |= {"embed_ln": "hook_embed", "ln_final": last}
         x = self.truth[names[which]].double()
         if not self.structure.rms:
             x = x - x.mean(-1, keepdim=True)
@@ -414,9 +390,13 @@ class _Walk(NormProofs):
                 scores, expected = scores.where(seen, 0), expected.where(seen, 0)
                 yield self.check(QK.name, self.kept(scores), self.kept(expected), self.kept(score_slack[:, head]))
             turned = einsum(scored[0][:, :, head], scored[1][:, :, head], "n q e, n k e -> n q k")
-            attended = torch.softmax((turned * scale).masked_fill(~seen, float("-inf")), -1)
-            slack = self.kept(pattern_slack[:, head])
+            turned = turned * scale
             part = f"the attention scale of block {layer}"
+            if self.structure.alibi:
+                turned = turned + self.structure.alibi[head] * torch.arange(turned.shape[-1]).to(turned)
+                part = f"{part} or the slope of ALiBi of its head {head}"
+            attended = torch.softmax(turned.masked_fill(~seen, float("-inf")), -1)
+            slack = self.kept(pattern_slack[:, head])
             yield self.check(part, self.kept(attended), self.kept(pattern[:, head]), slack)
             moved = einsum(pattern[:, head], through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
             yield self.check(OV.name, self.kept(moved + b_V @ W_O), self.kept(z[:, :, head] @ W_O))

@@ -59,6 +59,7 @@ class Structure(NamedTuple):
             the same position.
         qk_norm: queries and keys each pass a norm before the score. It stands between the factors of QK, so that the
             score is no bilinear form of the stream, and the catalogue has no QK circuits.
+        alibi: what each head's scores gain for every position that a key is further on (ALiBi); empty without.
     """
 
     n_layers: int
@@ -72,6 +73,7 @@ class Structure(NamedTuple):
     parallel: bool = False
     rotary: bool = False
     qk_norm: bool = False
+    alibi: tuple[float, ...] = ()
 
     @property
     def queries_per_key(self) -> int:

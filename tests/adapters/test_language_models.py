@@ -18,6 +18,7 @@ import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens.lens.matrices import catalogue
+from dt_lens_adapters.bloom import FAMILY as BLOOM
 from dt_lens_adapters.gpt2 import FAMILY as GPT2
 from dt_lens_adapters.gpt_neo import FAMILY as GPT_NEO
 from dt_lens_adapters.gpt_neox import FAMILY as GPT_NEOX
@@ -27,7 +28,9 @@ from dt_lens_adapters.opt import FAMILY as OPT
 from dt_lens_adapters.phi3 import FAMILY as PHI3
 from dt_lens_adapters.qwen3 import FAMILY as QWEN3
 
-FAMILIES = {family.name: family for family in (GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)}
+FAMILIES = {
+    family.name: family for family in (BLOOM, GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
+}
 SHARING = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # query heads may share keys and values
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
@@ -195,6 +198,8 @@ def test_matrices_that_another_layout_would_fit_in_shape_are_refused_in_it(kind:
         rule = family.block.get(name)
         if rule is None or rule.part is not None:  # the fused one is as high as wide nowhere
             continue
+        if kind == "bloom" and name.startswith("mlp"):  # whose width is fixed
+            continue
         before, after = rule.pattern.split(" -> ")
         groups = ["(head e)", "d"] if "head" in before else ["(kv e)", "d"] if "kv" in before else ["mlp", "d"]
         swapped = " ".join(groups if before != " ".join(groups) else reversed(groups))
@@ -253,7 +258,7 @@ def test_a_wrong_structure_is_refused(kind: str, make_lm: Any) -> None:
     other = "relu" if true.act_fn != "relu" else "gelu"
     refused(rewired(model, family, act_fn=other), f"not {other} of its MLP's input")
     other = "rmsnorm" if true.norm == "layernorm" else "layernorm"
-    refused(rewired(model, family, norm=other), "ln1")
+    refused(rewired(model, family, norm=other), "ln1|embed_ln")
     with pytest.raises(DtLensError):
         dt_lens.certify(rewired(model, family, parallel=not true.parallel))
     if true.position == "rotary":

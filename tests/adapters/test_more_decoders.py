@@ -1,4 +1,4 @@
-"""What GPT-NeoX, OPT and Phi-3 have beyond the first families, alone or each in its own way."""
+"""What Bloom, GPT-NeoX, OPT and Phi-3 have beyond the first families, alone or each in its own way."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ ODD: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"attention_bias": False, "num_attention_heads": 4, "intermediate_size": 7, "hidden_act": "gelu_new"}),
     ("opt", {"enable_bias": False, "tie_word_embeddings": False, "num_attention_heads": 2, "ffn_dim": 7}),
     ("opt", {"activation_function": "gelu", "pad_token_id": 28}),
+    ("bloom", {"n_head": 4, "pretraining_tp": 2, "hidden_size": 24, "tie_word_embeddings": False}),
+    ("bloom", {"n_head": 6, "hidden_size": 24, "layer_norm_epsilon": 1e-3}),
     ("phi3", {"num_key_value_heads": 1, "intermediate_size": 7, "sliding_window": 3, "tie_word_embeddings": True}),
     ("phi3", {"head_dim": 6, "partial_rotary_factor": 0.5, "hidden_act": "gelu"}),
     ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 4, "num_key_value_heads": None}),
@@ -104,7 +106,7 @@ def test_writing_into_a_part_of_a_fused_weight_leaves_the_other_parts(make_lm: A
     assert changed.tolist() == [24 + 2]  # the inputs follow 24 gates
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "phi3"])
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neox", "phi3"])
 def test_a_fused_activation_can_be_replaced(kind: str, make_lm: Any) -> None:
     """What a hook returns for one part is what the model goes on with: as if the weight had been another."""
     model = make_lm(kind)
@@ -129,6 +131,8 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm is true"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is false"),
     ("opt", {"word_embed_proj_dim": 8}, "word_embed_proj_dim is 8"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "residual_connection_post_layernorm is true"),
+    ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact is true"),
 ]
 
 
@@ -156,3 +160,41 @@ def test_the_rows_of_opts_positions_that_padding_reads_are_not_positions(make_lm
     _, cache = lens.run_with_cache(TOKENS)
     assert torch.equal(cache["hook_pos_embed"][0], table[2:10])
     assert cache["blocks.0.mlp.hook_pre"].shape == (2, 8, 24)
+
+
+def test_what_alibi_adds_to_the_scores_is_proven(make_lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_lm("bloom", n_head=6, hidden_size=24)  # no power of two
+    lens = dt_lens.wrap(model)
+    assert lens.structure.alibi[:4] == pytest.approx((1 / 4, 1 / 16, 1 / 64, 1 / 256))
+    assert lens.structure.alibi[4:] == pytest.approx((1 / 2, 1 / 8))
+    with pytest.raises(DtLensError, match="hook_pos_embed"):
+        dt_lens.certify(HookedLanguageModel(model, lens.family, lens.cfg.replace(position="learned")))
+    monkeypatch.setattr(
+        "dt_lens.language_model.config.alibi_slopes", lambda n: (1 / 4, 1 / 16, 1 / 64, 1 / 256, 0.5, 0.25)
+    )
+    with pytest.raises(DtLensError, match=r"of block 0 or the slope of ALiBi of its head 5 does not"):
+        dt_lens.certify(HookedLanguageModel(model, lens.family, lens.cfg))
+
+
+def test_blooms_distances_follow_the_mask_and_positions_are_refused(make_lm: Any) -> None:
+    lens = dt_lens.wrap(make_lm("bloom"), check=False)
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        close(lens(TOKENS, attention_mask=mask)[0, 3:], lens(TOKENS[:1, 3:])[0])
+        close(lens.run_with_cache(TOKENS, attention_mask=mask)[0][0, 3:], lens(TOKENS[:1, 3:])[0])
+    with pytest.raises(DtLensError, match="position_ids have no meaning for this model"):
+        lens(TOKENS, position_ids=torch.arange(8)[None])
+
+
+def test_blooms_tokens_pass_a_layernorm(make_lm: Any) -> None:
+    """What a token puts into the stream is its row behind the LayerNorm, up to length and a constant."""
+    lens = dt_lens.wrap(make_lm("bloom"), check=False)
+    token_in, weights = lens.embeddings["token_in"], lens.weights
+    _, cache = lens.run_with_cache(TOKENS)
+    assert torch.equal(cache["hook_embed"], weights["embed.W_E"][TOKENS])
+    put = cache["blocks.0.hook_resid_pre"] - weights["embed_ln.b"]
+    close(
+        torch.nn.functional.normalize(put, dim=-1),
+        torch.nn.functional.normalize(token_in.effective, dim=-1)[TOKENS].float(),
+    )

@@ -32,7 +32,21 @@ def make_model(kind: str, make_dt: Make, make_lm: Make) -> Any:
     return dt_lens.wrap(make_lm(kind).double(), check=False)
 
 
-MODELS = ["pre", "post", "bare", "gated", "gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "opt", "qwen2", "qwen3"]
+MODELS = [
+    "pre",
+    "post",
+    "bare",
+    "gated",
+    "bloom",
+    "gpt2",
+    "gptj",
+    "gpt_neo",
+    "gpt_neox",
+    "llama",
+    "opt",
+    "qwen2",
+    "qwen3",
+]
 
 
 def batches_of(model: Any) -> list[dict[str, Any]]:

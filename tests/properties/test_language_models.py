@@ -14,13 +14,17 @@ from dt_lens import SingularEdit
 
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    kind = draw(st.sampled_from(["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "opt", "phi3", "qwen2", "qwen3"]))
+    kind = draw(
+        st.sampled_from(["bloom", "gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "opt", "phi3", "qwen2", "qwen3"])
+    )
     heads, d_head = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 4))
     d, layers, vocabulary = heads * d_head, draw(st.integers(1, 3)), draw(st.integers(2, 40))
     mlp = draw(st.sampled_from([d, draw(st.integers(1, 40))]))
     if kind in ("gpt2", "gptj"):
         sizes = {"n_embd": d, "n_head": heads, "n_layer": layers, "vocab_size": vocabulary, "n_inner": mlp}
         return kind, sizes if kind == "gpt2" else {**sizes, "rotary_dim": draw(st.sampled_from([2, d_head]))}
+    if kind == "bloom":
+        return kind, {"hidden_size": d, "vocab_size": vocabulary, "n_head": heads, "n_layer": layers}
     sizes = {"hidden_size": d, "vocab_size": vocabulary, "intermediate_size": mlp}
     if kind == "opt":
         sizes = {"hidden_size": d, "vocab_size": vocabulary, "ffn_dim": mlp, "enable_bias": draw(st.booleans())}
