@@ -18,7 +18,10 @@ QKNorm = Literal["none", "head", "all"]
 
 SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
 MOST_LAYERS = 10_000
-FLAGS = ("gated", "parallel", "own_mlp_norm", "embed_ln", "tied", "qkv_bias", "out_bias", "mlp_bias", "unembed_bias")
+FLAGS = (
+    "gated", "parallel", "own_mlp_norm", "pre_norm", "post_norm", "unit_offset", "embed_ln", "tied", "qkv_bias",
+    "out_bias", "mlp_bias", "unembed_bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class LanguageModelConfig:
     out_bias: bool = True
     mlp_bias: bool = True
     unembed_bias: bool = False
+    pre_norm: bool = True  # attention and MLP read the stream through a norm
+    post_norm: bool = False  # what they give passes an RMSNorm before it joins the stream
+    unit_offset: bool = False  # the norms multiply by 1 + their weight
+    embed_scale: float = 1.0  # what a token's row of the table is multiplied by when it enters the stream
+    attn_softcap: float | None = None  # a score s enters the softmax as cap * tanh(s / cap)
+    logit_softcap: float | None = None  # the same of the logits
     qk_norm: QKNorm = "none"  # queries and keys pass a norm before the score: each head's own, or of all heads together
 
     def __post_init__(self) -> None:
@@ -78,6 +87,14 @@ class LanguageModelConfig:
                     f"The configuration's {name} is {getattr(self, name)!r}; it must be one of "
                     f"{', '.join(get_args(allowed))}."
                 )
+        if self.post_norm and self.norm != "rmsnorm":
+            raise DtLensError(
+                "post_norm asks for norm='rmsnorm': a norm that centres what is written has no place here."
+            )
+        for name in ("embed_scale", "attn_softcap", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+                raise DtLensError(f"The configuration's {name} is {value!r}; it must be a positive number.")
         if len(self.attn_scale) != self.n_layers:
             raise DtLensError(
                 f"attn_scale has {len(self.attn_scale)} entries; give one for each of {self.n_layers} layers."
@@ -99,7 +116,7 @@ class LanguageModelConfig:
     @property
     def has_ln2(self) -> bool:
         """Whether the MLP reads through another norm than attention."""
-        return not self.parallel or self.own_mlp_norm
+        return self.pre_norm and (not self.parallel or self.own_mlp_norm)
 
     @property
     def normed_qk(self) -> bool:
@@ -109,20 +126,25 @@ class LanguageModelConfig:
     @property
     def structure(self) -> Structure:
         """Blocks, heads, and which norm stands before which matrix."""
-        attn = tuple(f"blocks.{layer}.ln1" for layer in range(self.n_layers))
+        none = (None,) * self.n_layers
+        attn, mlp = (tuple(f"blocks.{layer}.{norm}" for layer in range(self.n_layers)) for norm in ("ln1", "ln2"))
         return Structure(
             n_layers=self.n_layers,
             n_heads=self.n_heads,
             d_model=self.d_model,
             attn_scale=self.attn_scale,
-            attn_norm=attn,
-            mlp_norm=tuple(f"blocks.{layer}.ln2" for layer in range(self.n_layers)) if self.has_ln2 else attn,
+            attn_norm=attn if self.pre_norm else none,
+            mlp_norm=(mlp if self.has_ln2 else attn) if self.pre_norm else none,
             n_kv_heads=self.n_kv_heads,
             rms=self.norm == "rmsnorm",
             parallel=self.parallel,
             rotary=self.position == "rotary",
             qk_norm=self.normed_qk,
             alibi=alibi_slopes(self.n_heads) if self.position == "alibi" else (),
+            attn_post_norm=tuple(f"{norm}_post" for norm in attn) if self.post_norm else (),
+            mlp_post_norm=tuple(f"{norm}_post" for norm in mlp) if self.post_norm else (),
+            unit_offset=self.unit_offset,
+            attn_softcap=self.attn_softcap,
         )
 
     def replace(self, **changes: Any) -> LanguageModelConfig:

@@ -24,7 +24,7 @@ class Modules:
 
     embed: str
     block: str  # "{l}" for the layer
-    ln1: str
+    ln1: str | None
     attn: str  # gives (what attention adds to the stream, ...)
     qkv: tuple[str, ...]
     out: str
@@ -40,6 +40,9 @@ class Modules:
     flat_mlp: bool = False
     embed_ln: str | None = None
     qk_norm: tuple[str, str] | None = None  # the norms of queries and of keys
+    ln1_post: str | None = None  # the norms that what attention and MLP give passes before it joins the stream
+    ln2_post: str | None = None
+    embed_scale: str | None = None  # the embedding's buffer that its rows are multiplied by
     # Where scores become a pattern: in a method _attn(query, key, value, ...) of this module of the block, or in the
     # function that Hugging Face's attention interface gives to it; or the module is the dropout of the pattern.
     core: str = "attn"

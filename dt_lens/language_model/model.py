@@ -156,7 +156,7 @@ class HookedLanguageModel(TextMethods, HookedModule):
         tables = {name: weight for name, weight in self.weights.items() if name in TABLES}
         place = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in tables.values())
         if self._embeddings is None or place != self._tables:
-            fresh = language_model_embeddings(tables, self.cfg.d_model, self.identity, self.labels, self.structure.rms)
+            fresh = language_model_embeddings(tables, self.cfg.d_model, self.identity, self.labels, self.structure)
             # Keep the sets that the user added; the standard ones are views of weights that have moved.
             for name, own in ({} if self._embeddings is None else self._embeddings).items():
                 if own.directions is not self._standard.get(name):
@@ -170,6 +170,26 @@ class HookedLanguageModel(TextMethods, HookedModule):
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.cfg.d_vocab, (2, min(7, self.cfg.n_ctx)), generator=generator)
         return {"tokens": tokens.to(next(self.model.parameters()).device)}
+
+    @property
+    def table_scale(self) -> Tensor | float:
+        """What a row of ``embed.W_E`` is multiplied by when it enters the stream, in the table's type.
+
+        Raises:
+            DtLensError: when the model multiplies by another number than its configuration says.
+        """
+        name = self.family.modules.embed_scale
+        if name is None:
+            return 1.0
+        embed = self.model.get_submodule(self.family.modules.embed)
+        scale: Tensor = getattr(embed, name).to(next(embed.parameters()).dtype)
+        # In bfloat16 the number is rounded, and stays so where the model is widened later.
+        if abs(float(scale) / self.cfg.embed_scale - 1) > torch.finfo(torch.bfloat16).eps:
+            raise DtLensError(
+                f"The model multiplies its token embeddings by {float(scale):g}, and its configuration says "
+                f"{self.cfg.embed_scale:g}; the adapter declares embed_scale wrongly."
+            )
+        return scale
 
     def rows_read(self, batch: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
         """For each table the hook that shows what is looked up on ``batch``, and the rows that this should be."""

@@ -39,10 +39,12 @@ def hook_names(cfg: LanguageModelConfig) -> list[str]:
     for layer in range(cfg.n_layers):
         attn = ["hook_q", "hook_k", "hook_v"] + ["hook_rot_q", "hook_rot_k"] * (cfg.position == "rotary")
         attn = [f"attn.{name}" for name in (*attn, "hook_pattern", "hook_z")]
-        inside = ["hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", *attn, "hook_attn_out"]
+        before, behind = ([f"{norm}.hook_scale", f"{norm}.hook_normalized"] for norm in ("ln1", "ln1_post"))
+        inside = ["hook_resid_pre", *before * cfg.pre_norm, *attn, *behind * cfg.post_norm, "hook_attn_out"]
         inside += ["hook_resid_mid"] * (not cfg.parallel)
         inside += ["ln2.hook_scale", "ln2.hook_normalized"] * cfg.has_ln2
-        inside += ["mlp.hook_pre"] + ["mlp.hook_pre_linear"] * cfg.gated + ["mlp.hook_post", "hook_mlp_out"]
+        inside += ["mlp.hook_pre"] + ["mlp.hook_pre_linear"] * cfg.gated + ["mlp.hook_post"]
+        inside += ["ln2_post.hook_scale", "ln2_post.hook_normalized"] * cfg.post_norm + ["hook_mlp_out"]
         names += [f"blocks.{layer}.{name}" for name in (*inside, "hook_resid_post")]
     return [*names, "ln_final.hook_scale", "ln_final.hook_normalized", "hook_final"]
 
@@ -55,7 +57,8 @@ def passing(
 
     Besides ``hook_names``, ``blocks.{l}.attn_in`` and ``mlp_in`` (what the norms give), ``blocks.{l}.mlp_stream`` (what
     the MLP's own norm is given where it stands beside attention), ``blocks.{l}.attn.q_normed`` and ``k_normed`` (what
-    the norms of queries and keys give, heads split) and ``logits`` may be wanted.
+    the norms of queries and keys give, heads split), ``blocks.{l}.attn_out`` and ``mlp_out`` (what attention and MLP
+    give to the norm behind them) and ``logits``, before any soft-capping, may be wanted.
     The model goes on with what ``see`` returns; returning the same tensor changes nothing. ``hook_scale`` and
     ``hook_normalized`` (the stream divided by its scale, before the norm's own weights) are computed beside the norm
     and replace its output only if another tensor is returned.
@@ -133,7 +136,8 @@ class _Passage:
         if at.core_kind == "dropout":
             self.masked(path)
         self.entry(path, f"{b}.hook_resid_pre")
-        self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
+        if at.ln1 is not None:
+            self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
         self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])
         if at.qk_norm is not None and self.cfg.normed_qk:
             # A norm of all heads together is given them side by side.
@@ -142,7 +146,9 @@ class _Passage:
                 self.output(f"{path}.{norm}", f"{b}.attn.{letter}_normed", heads)
         self.core(f"{b}.attn", f"{path}.{at.core}")
         self.entry(f"{path}.{at.out}", f"{b}.attn.hook_z", self.cfg.n_heads)
-        self.output(f"{path}.{at.attn}", f"{b}.hook_attn_out")
+        self.written(f"{path}.{at.attn}", "attn", f"{b}.ln1_post", path, at.ln1_post)
+        if at.ln2 is None and not self.cfg.pre_norm:
+            self.middle(layer, f"{path}.{at.mlp}")
         if at.ln2 is not None and self.cfg.has_ln2:
             if self.cfg.parallel:
                 self.entry(f"{path}.{at.ln2}", f"{b}.mlp_stream")
@@ -159,9 +165,9 @@ class _Passage:
                 self.output(f"{path}.{gate}", f"{b}.mlp.hook_pre")
             self.output(f"{path}.{at.mlp_in}", f"{b}.mlp.{'hook_pre' if gate is None else 'hook_pre_linear'}")
         self.entry(f"{path}.{at.mlp_out}", f"{b}.mlp.hook_post")
-        self.output(f"{path}.{at.mlp}", f"{b}.hook_mlp_out")
-        if at.ln2 is not None and not self.cfg.parallel and self.wanted(f"{b}.hook_resid_mid"):
-            self.rejoin(layer, f"{path}.{at.mlp}")
+        self.written(f"{path}.{at.mlp}", "mlp", f"{b}.ln2_post", path, at.ln2_post)
+        if not self.cfg.parallel and self.wanted(f"{b}.hook_resid_mid"):
+            self.rejoin(layer, f"{path}.{at.mlp if at.ln2_post is None else at.ln2_post}")
         self.output(path, f"{b}.hook_resid_post")
 
     def seen(self, name: str, x: Tensor, heads: int | None) -> Tensor:
@@ -209,6 +215,15 @@ class _Passage:
 
         self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
 
+    def written(self, path: str, which: str, norm: str, block: str, behind: str | None) -> None:
+        """See what attention or MLP adds to the stream: its output, or what the norm behind it makes of that."""
+        b = norm.rpartition(".")[0]
+        if behind is None:
+            self.output(path, f"{b}.hook_{which}_out")
+        else:
+            self.output(path, f"{b}.{which}_out")
+            self.norm(f"{block}.{behind}", norm, f"{b}.hook_{which}_out")
+
     def middle(self, layer: int, path: str) -> None:
         """See the stream between attention and MLP; a change to it must also go around the MLP: see ``rejoin``."""
         name = f"blocks.{layer}.hook_resid_mid"
@@ -251,7 +266,8 @@ class _Passage:
                 new = self.see(bare_name, bare) if self.wanted(bare_name) else bare
                 if new is not bare or new_scale is not scale:
                     bias = getattr(module, "bias", None)
-                    given = new * module.weight if bias is None else new * module.weight + bias
+                    weight = 1 + module.weight if self.cfg.unit_offset else module.weight
+                    given = new * weight if bias is None else new * weight + bias
             if self.wanted(after):
                 given = self.see(after, given)
             return None if given is out else given

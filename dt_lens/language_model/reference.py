@@ -74,6 +74,14 @@ class LanguageModelReference:
                 "parallel wrongly."
             )
 
+        if self.cfg.post_norm and not self.cfg.parallel:
+            after, size = read + seen[f"{block}.hook_mlp_out"], torch.maximum(size, read.abs().max())
+            if bool((seen[f"{block}.hook_resid_post"] - after).abs().max() > 4 * torch.finfo(read.dtype).eps * size):
+                raise DtLensError(
+                    f"certify: {block} does not add to the stream what the norm behind its MLP gives; the adapter "
+                    "declares that norm wrongly."
+                )
+
     def _require_activation(self, block: str, seen: Mapping[str, Tensor]) -> None:
         """Raise unless the neurons are the activation of ``hook_pre``, times ``hook_pre_linear`` if gated."""
         from transformers.activations import ACT2FN

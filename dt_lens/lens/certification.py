@@ -170,6 +170,7 @@ class _Walk(NormProofs):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(model)
+        self.table_scale: Tensor | float = getattr(model, "table_scale", 1.0)
         self.found = catalogue(model)
         self.truth = truth
         self.own = own
@@ -227,6 +228,7 @@ class _Walk(NormProofs):
                 expected = self.truth[hook].double()
                 rows = self.tokens if name == "embed.W_E" else torch.arange(expected.shape[-2])
                 made = self.weights[name][rows.to(self.weights[name].device)].double().expand_as(expected)
+                made = made * self.table_scale if name == "embed.W_E" else made
                 yield self.check(name, made, expected)
         if "embed_ln.w" in self.weights and self.tokens is not None:
             stream = self.truth["blocks.0.hook_resid_pre"]
@@ -262,8 +264,12 @@ class _Walk(NormProofs):
         yield from self.circuits(layer, x.double(), norm, scores, rounded)
         slack = self.kept(einsum(rounded, v.abs(), "n h q k, n k h e -> n q h e"))
         yield from self.same(f"the attention mask of block {layer}", f"{attn}.hook_z", slack)
-        z, out = self.truth[f"{attn}.hook_z"].flatten(-2), self.truth[f"{block}.hook_attn_out"]
-        yield from self.linear(f"{attn}.W_O", z, None, out)
+        z = self.truth[f"{attn}.hook_z"].flatten(-2)
+        behind = self.structure.attn_post_norm[layer] if self.structure.attn_post_norm else None
+        yield from self.linear(
+            f"{attn}.W_O", z, None, self.truth[f"{block}.{'hook_' if behind is None else ''}attn_out"]
+        )
+        yield from self.written(f"{attn}.W_O", z, behind, "attn")
 
     def mlp(self, layer: int) -> Iterator[Check]:
         block, mlp = f"blocks.{layer}", f"blocks.{layer}.mlp"
@@ -280,44 +286,11 @@ class _Walk(NormProofs):
             yield from self.linear(f"{mlp}.{kind}", x, norm, self.truth[f"{mlp}.{hook}"], with_bias=with_bias)
             yield from self.same(f"{mlp}.{kind}", f"{mlp}.{hook}")
         yield from self.same(f"the activation function of block {layer}", f"{mlp}.hook_post")
-        yield from self.linear(
-            f"{mlp}.W_out", self.truth[f"{mlp}.hook_post"], None, self.truth[f"{block}.hook_mlp_out"]
-        )
-
-    def layernorm(self, entry: str, norm: str | None) -> Iterator[Check]:
-        if norm is not None and entry in self.truth:
-            yield self.check(norm, self.kept(self.normalized(norm)), self.kept(self.truth[entry]))
-
-    def bare(self, norm: str) -> Tensor:
-        """The stream centred and divided by its scale: a folded LayerNorm does nothing else."""
-        if f"{norm}.hook_normalized" in self.own:
-            return self.own[f"{norm}.hook_normalized"].double()
-        block, _, which = norm.rpartition(".")
-        last = f"blocks.{self.structure.n_layers - 1}.hook_resid_post"
-        middle = f"{block}.hook_resid_{'pre' if self.structure.parallel else 'mid'}"
-        names = {"ln1": f"{block}.hook_resid_pre", "ln2": middle}
-        names |= {"embed_ln": "hook_embed", "ln_final": last}
-        x = self.truth[names[which]].double()
-        if not self.structure.rms:
-            x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
-
-    def normalized(self, norm: str) -> Tensor:
-        """A norm's output: scaled and, unless it is an RMSNorm, shifted."""
-        return self.bare(norm) * self.weights[f"{norm}.w"].double() + self.shift(norm)
-
-    def shift(self, norm: str) -> Tensor:
-        """The bias of a norm; an RMSNorm has none."""
-        bias = self.weights.get(f"{norm}.b")
-        return torch.zeros_like(self.weights[f"{norm}.w"], dtype=torch.float64) if bias is None else bias.double()
-
-    def entry(self, entry: str, norm: str | None, stream: str) -> Tensor:
-        """What a sublayer's matrices are applied to: the stream, or the output of its LayerNorm."""
-        if norm is None:
-            return self.truth[stream]
-        if entry in self.truth:
-            return self.truth[entry]
-        return self.normalized(norm)
+        post = self.truth[f"{mlp}.hook_post"]
+        behind = self.structure.mlp_post_norm[layer] if self.structure.mlp_post_norm else None
+        out = self.truth[f"{block}.{'hook_' if behind is None else ''}mlp_out"]
+        yield from self.linear(f"{mlp}.W_out", post, None, out)
+        yield from self.written(f"{mlp}.W_out", post, behind, "mlp")
 
     def linear(self, name: str, x: Tensor, norm: str | None, output: Tensor, with_bias: bool = True) -> Iterator[Check]:
         """A matrix with all its heads side by side, raw and with its LayerNorm folded."""
@@ -390,7 +363,8 @@ class _Walk(NormProofs):
                 scores, expected = scores.where(seen, 0), expected.where(seen, 0)
                 yield self.check(QK.name, self.kept(scores), self.kept(expected), self.kept(score_slack[:, head]))
             turned = einsum(scored[0][:, :, head], scored[1][:, :, head], "n q e, n k e -> n q k")
-            turned = turned * scale
+            cap = self.structure.attn_softcap
+            turned = turned * scale if cap is None else cap * torch.tanh(turned * scale / cap)
             part = f"the attention scale of block {layer}"
             if self.structure.alibi:
                 turned = turned + self.structure.alibi[head] * torch.arange(turned.shape[-1]).to(turned)
@@ -400,18 +374,19 @@ class _Walk(NormProofs):
             yield self.check(part, self.kept(attended), self.kept(pattern[:, head]), slack)
             moved = einsum(pattern[:, head], through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
             yield self.check(OV.name, self.kept(moved + b_V @ W_O), self.kept(z[:, :, head] @ W_O))
-            if norm is not None:
+            if OV.foldable:
                 # Folding is exact for any activations, so the matrices just proven give what the folded ones must.
-                bare = self.bare(norm)
+                bare = x if norm is None else self.bare(norm)
                 bare = bare if self.structure.rms else bare - bare.mean(-1, keepdim=True)
-                plain = bare * self.weights[f"{norm}.w"].double()
+                plain = bare if norm is None else bare * self.scale(norm)
+                behind = 1.0 if OV.right_norm is None else self.scale(OV.right_norm)
                 if QK is not None:
                     expected = einsum(plain @ W_Q, plain @ W_K, "n q e, n k e -> n q k")
                     folded = einsum(through(bare, QK.folded(self.model)), bare, "n q d, n k d -> n q k")
                     yield self.check(f"{QK.name} with its LayerNorm folded", self.kept(folded), self.kept(expected))
                 folded = through(bare, OV.folded(self.model))
                 yield self.check(
-                    f"{OV.name} with its LayerNorm folded", self.kept(folded), self.kept(plain @ W_V @ W_O)
+                    f"{OV.name} with its LayerNorm folded", self.kept(folded), self.kept(plain @ W_V @ W_O * behind)
                 )
 
     def head_bias(self, name: str, head: int, W: Tensor) -> Tensor:
