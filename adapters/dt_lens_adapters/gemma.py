@@ -121,7 +121,7 @@ GEMMA3 = replace(
         "attn.q_norm.w": At("self_attn.q_norm.weight", "e -> e", when="normed_qk"),
         "attn.k_norm.w": At("self_attn.k_norm.weight", "e -> e", when="normed_qk"),
     },
-    modules=replace(GEMMA2.modules, qk_norm=("self_attn.q_norm", "self_attn.k_norm")),
+    modules=replace(GEMMA2.modules, qk_norm=("self_attn.q_norm", "self_attn.k_norm"), qk_normed="n h t e"),
     defaults={
         **GEMMA2.defaults,
         "vocab_size": 262208,

@@ -42,6 +42,7 @@ FAMILY = replace(
         ln1_post="post_attention_layernorm",
         ln2_post="post_feedforward_layernorm",
         qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+        qk_normed="n t (h e)",
     ),
     defaults={
         **{name: value for name, value in LLAMA.defaults.items() if name != "mlp_bias"},

@@ -40,6 +40,7 @@ class Modules:
     flat_mlp: bool = False
     embed_ln: str | None = None
     qk_norm: tuple[str, str] | None = None  # the norms of queries and of keys
+    qk_normed: str = "n t h e"  # what those give; "n t (h e)" where one norms all heads together
     ln1_post: str | None = None  # the norms that what attention and MLP give passes before it joins the stream
     ln2_post: str | None = None
     embed_scale: str | None = None  # the embedding's buffer that its rows are multiplied by

@@ -140,10 +140,9 @@ class _Passage:
             self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
         self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])
         if at.qk_norm is not None and self.cfg.normed_qk:
-            # A norm of all heads together is given them side by side.
-            counts = (self.cfg.n_heads, self.cfg.n_kv_heads) if self.cfg.qk_norm == "all" else (None, None)
+            counts = (self.cfg.n_heads, self.cfg.n_kv_heads)
             for norm, letter, heads in zip(at.qk_norm, "qk", counts, strict=True):
-                self.output(f"{path}.{norm}", f"{b}.attn.{letter}_normed", heads)
+                self.output(f"{path}.{norm}", f"{b}.attn.{letter}_normed", heads, at.qk_normed)
         self.core(f"{b}.attn", f"{path}.{at.core}")
         self.entry(f"{path}.{at.out}", f"{b}.attn.hook_z", self.cfg.n_heads)
         self.written(f"{path}.{at.attn}", "attn", f"{b}.ln1_post", path, at.ln1_post)
@@ -170,22 +169,22 @@ class _Passage:
             self.rejoin(layer, f"{path}.{at.mlp if at.ln2_post is None else at.ln2_post}")
         self.output(path, f"{b}.hook_resid_post")
 
-    def seen(self, name: str, x: Tensor, heads: int | None) -> Tensor:
-        """``x`` itself unless ``see`` returns another tensor."""
+    def seen(self, name: str, x: Tensor, heads: int | None, held: str = "n t (h e)") -> Tensor:
+        """``x`` itself unless ``see``, which gets it with heads split, returns another tensor."""
         if heads is None:
             return self.see(name, x)
-        split = rearrange(x, "n t (h e) -> n t h e", h=heads)
+        split = rearrange(x, f"{held} -> n t h e", h=heads)
         given = self.see(name, split)
-        return x if given is split else rearrange(given, "n t h e -> n t (h e)")
+        return x if given is split else rearrange(given, f"n t h e -> {held}")
 
-    def output(self, path: str, name: str, heads: int | None = None) -> None:
+    def output(self, path: str, name: str, heads: int | None = None, held: str = "n t (h e)") -> None:
         """See a module's output, or the first of several."""
         if not self.wanted(name):
             return
 
         def hook(_module: nn.Module, _inputs: Any, out: Any) -> Any:
             x = out[0] if isinstance(out, tuple) else out
-            given = self.seen(name, x, heads)
+            given = self.seen(name, x, heads, held)
             if given is x:
                 return None
             return (given, *out[1:]) if isinstance(out, tuple) else given

@@ -260,7 +260,7 @@ class MatrixFactors:
         return None if norm is None else norm_scale(self.lens, norm)
 
 
-def norm_scale(lens: Weighted, norm: str) -> Float[Tensor, " d_model"]:
+def norm_scale(lens: Weighted, norm: str) -> Tensor:
     """What the norm of this prefix multiplies by: its weight, or 1 more than that, which is float64."""
     w = lens.weights[f"{norm}.w"]
     return w.double() + 1 if lens.structure.unit_offset else w

@@ -19,19 +19,22 @@ from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.language_model.model import HookedLanguageModel
 from dt_lens.lens.matrices import catalogue
 from dt_lens_adapters.bloom import FAMILY as BLOOM
+from dt_lens_adapters.gemma import GEMMA2, GEMMA3
 from dt_lens_adapters.gpt2 import FAMILY as GPT2
 from dt_lens_adapters.gpt_neo import FAMILY as GPT_NEO
 from dt_lens_adapters.gpt_neox import FAMILY as GPT_NEOX
 from dt_lens_adapters.gptj import FAMILY as GPTJ
 from dt_lens_adapters.llama import LLAMA, MISTRAL, QWEN2
+from dt_lens_adapters.olmo2 import FAMILY as OLMO2
 from dt_lens_adapters.opt import FAMILY as OPT
 from dt_lens_adapters.phi3 import FAMILY as PHI3
 from dt_lens_adapters.qwen3 import FAMILY as QWEN3
 
+NORMED = (GEMMA2, GEMMA3, OLMO2, QWEN3)
 FAMILIES = {
-    family.name: family for family in (BLOOM, GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, QWEN3)
+    family.name: family for family in (BLOOM, GPT2, GPTJ, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, OPT, PHI3, QWEN2, *NORMED)
 }
-SHARING = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # query heads may share keys and values
+SHARING = ("llama", "mistral", "phi3", "qwen2", *(family.name for family in NORMED))  # of keys and values
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
 
@@ -258,7 +261,11 @@ def test_a_wrong_structure_is_refused(kind: str, make_lm: Any) -> None:
     other = "relu" if true.act_fn != "relu" else "gelu"
     refused(rewired(model, family, act_fn=other), f"not {other} of its MLP's input")
     other = "rmsnorm" if true.norm == "layernorm" else "layernorm"
-    refused(rewired(model, family, norm=other), "ln1|embed_ln")
+    if true.post_norm:
+        with pytest.raises(DtLensError, match="post_norm asks for norm='rmsnorm'"):
+            rewired(model, family, norm=other)
+    else:
+        refused(rewired(model, family, norm=other), "ln1|embed_ln")
     with pytest.raises(DtLensError):
         dt_lens.certify(rewired(model, family, parallel=not true.parallel))
     if true.position == "rotary":

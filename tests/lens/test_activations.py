@@ -46,6 +46,8 @@ MODELS = [
     "opt",
     "qwen2",
     "qwen3",
+    "gemma2",
+    "olmo2",
 ]
 
 
@@ -93,6 +95,9 @@ def output_of(model: Any, cache: Any, name: str) -> Tensor:
         out = out - bias
     if leaf in ("W_Q", "W_K", "W_V"):
         return out.flatten(2) if matrix.head is None else out[:, :, matrix.head]
+    if matrix.right_norm is not None:  # the cache holds what the norm behind it gives
+        x = cache[f"{block}.mlp.hook_post"] if leaf == "W_out" else cache[f"{attn}.hook_z"].flatten(2)
+        out = x @ weights[f"{sublayer}.{leaf}"].flatten(0, -2)
     if leaf == "W_O" and matrix.head is not None:
         return cache[f"{attn}.hook_z"][:, :, matrix.head] @ weights[f"{attn}.W_O"][matrix.head]
     return out
