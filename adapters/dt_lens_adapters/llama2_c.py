@@ -143,7 +143,8 @@ def _config(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
             raise DtLensError(f"The checkpoint has no matrix {key!r}, which a model of llama2.c has.")
         return tensors[key].shape[0]
 
-    table, head = tensors["tok_embeddings.weight"], tensors.get("output.weight")
+    vocabulary, head = height("tok_embeddings.weight"), tensors.get("output.weight")
+    table = tensors["tok_embeddings.weight"]
     d, heads = height("layers.0.attention.wq.weight"), options["n_heads"]
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or d % (2 * heads):
         raise DtLensError(
@@ -152,7 +153,7 @@ def _config(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
         )
     layers = {int(found[1]) for key in tensors if (found := re.match(r"layers\.([0-9]{1,6})\.", key))}
     return {
-        "vocab_size": height("tok_embeddings.weight"),
+        "vocab_size": vocabulary,
         "hidden_size": table.shape[-1],
         "intermediate_size": height("layers.0.feed_forward.w1.weight"),
         "num_hidden_layers": len(layers),
