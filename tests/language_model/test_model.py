@@ -13,7 +13,7 @@ import dt_lens
 from dt_lens import DtLensError, SingularEdit
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
-KINDS = ("bloom", "gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "opt", "phi3", "gemma3", "olmo2")
+KINDS = ("bloom", "gpt2", "gptj", "gpt_neo", "llama", "opt", "gemma3", "olmo2")
 
 
 @pytest.fixture(params=KINDS)

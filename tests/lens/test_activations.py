@@ -43,7 +43,6 @@ MODELS = [
     "gpt_neo",
     "gpt_neox",
     "llama",
-    "opt",
     "qwen2",
     "qwen3",
     "gemma2",
