@@ -147,6 +147,26 @@ class LanguageModelConfig:
             attn_softcap=self.attn_softcap,
         )
 
+    @property
+    def normalization_type(self) -> str:
+        """TransformerLens's name of the norm."""
+        return "LN" if self.norm == "layernorm" else "RMS"
+
+    @property
+    def attn_only(self) -> bool:
+        """False: every block has an MLP. TransformerLens's name."""
+        return False
+
+    @property
+    def parallel_attn_mlp(self) -> bool:
+        """TransformerLens's name of ``parallel``."""
+        return self.parallel
+
+    @property
+    def n_key_value_heads(self) -> int | None:
+        """TransformerLens's name of ``n_kv_heads``: ``None`` where every query head has its own."""
+        return None if self.n_kv_heads == self.n_heads else self.n_kv_heads
+
     def replace(self, **changes: Any) -> LanguageModelConfig:
         """A copy with other values."""
         return replace(self, **changes)
