@@ -196,27 +196,49 @@ def make_dt() -> Callable[..., Any]:
 def make_lm() -> Callable[..., Any]:
     """A small random causal language model of Hugging Face's class, in evaluation mode: ``make_lm("gptj", n_head=4)``.
 
-    No bias is zero and no scale one. Names: gpt2, gptj, gpt_neo, llama, mistral, qwen2.
+    No bias is zero and no scale one. Names: bloom, gpt2, gptj, gpt_neo, gpt_neox, llama, mistral, opt, phi3, qwen2,
+    qwen3, gemma2, gemma3, olmo2.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     ids = {"bos_token_id": None, "eos_token_id": None}
-    llama = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    llama |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 12}
+    decoder = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 12}
+    llama = {**decoder, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    gemma = {**llama, "head_dim": 4, "query_pre_attn_scalar": 3, "sliding_window": 4, "pad_token_id": 0}
     neo = {"vocab_size": 29, "max_position_embeddings": 12, "hidden_size": 16, "num_layers": 2, "num_heads": 4}
     gpt = {"vocab_size": 29, "n_positions": 12, "n_embd": 16, "n_layer": 2}
     kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, {**gpt, "n_head": 4}),
+        "bloom": (
+            transformers.BloomForCausalLM,
+            transformers.BloomConfig,
+            {"vocab_size": 29, "hidden_size": 16, "n_layer": 2, "n_head": 2, "seq_length": 12},
+        ),
         "gptj": (transformers.GPTJForCausalLM, transformers.GPTJConfig, {**gpt, "n_head": 2, "rotary_dim": 4}),
         "gpt_neo": (
             transformers.GPTNeoForCausalLM,
             transformers.GPTNeoConfig,
             {**neo, "attention_types": [[["global", "local"], 1]], "window_size": 3},
         ),
+        "gpt_neox": (
+            transformers.GPTNeoXForCausalLM,
+            transformers.GPTNeoXConfig,
+            {**decoder, "num_attention_heads": 2, "intermediate_size": 24, "rotary_pct": 0.5},
+        ),
+        "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, gemma),
+        "gemma3": (transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, gemma),
         "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, llama),
+        "opt": (
+            transformers.OPTForCausalLM,
+            transformers.OPTConfig,
+            {**decoder, "num_attention_heads": 4, "ffn_dim": 24},
+        ),
+        "olmo2": (transformers.Olmo2ForCausalLM, transformers.Olmo2Config, {**llama, "pad_token_id": 0}),
         "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, llama),
+        "phi3": (transformers.Phi3ForCausalLM, transformers.Phi3Config, {**llama, "pad_token_id": 0}),
         "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, llama),
+        "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {**llama, "head_dim": 4}),
     }
 
     def make(kind: str, seed: int = 0, size: float = 0.3, **options: Any) -> Any:

@@ -1,6 +1,7 @@
 """State dicts of small GPTs written after Karpathy's nanoGPT: GPT-2 with ``nn.Linear`` for ``Conv1D``.
 
-They are GPT-2 in every part, so Hugging Face's class runs them: it gets each matrix transposed, without a copy.
+They are GPT-2 in every part, so Hugging Face's class runs them: it gets each matrix transposed, without a copy. So are
+those of build-nanogpt, whose settings are an object, ``GPTConfig``; its fields are read without its class.
 Two spellings are known, ``transformer.h.{l}.`` with ``wte`` and ``wpe``, and ``blocks.{l}.`` with ``tok_emb`` and
 ``pos_emb``. Where the file holds the characters of its vocabulary (``stoi``, ``itos``), they name the tokens.
 """
@@ -89,7 +90,8 @@ class NanoGPT:
         """The lens over Hugging Face's GPT-2.
 
         Args:
-            given: ``n_heads=``, where the file does not say; ``act_fn=`` (exact GELU when omitted); ``tokenizer=``.
+            given: ``n_heads=``, where the file does not say; ``act_fn=`` (when omitted exact GELU, or its tanh form in
+                files of build-nanogpt); ``tokenizer=``.
         """
         refuse_unknown(given, OPTIONS)
         with _in_the_files_words(checkpoint):
@@ -183,7 +185,9 @@ def _config(
     if absent <= max(layers, default=0):
         raise DtLensError(f"The checkpoint has no tensors of block {absent}, which a small GPT has.")
     head = tensors.get("lm_head.weight")
-    act_fn = given.assume("act_fn", "gelu")
+    # build-nanogpt saves its settings as an object, with these beside it, and has the tanh form of GELU, as GPT-2.
+    built = "model_args" not in checkpoint.extra and {"config", "step", "val_loss"} <= set(checkpoint.extra)
+    act_fn = given.assume("act_fn", "gelu_new" if built else "gelu")
     known = ("gelu", "gelu_new", "relu")
     if act_fn not in known:
         raise DtLensError(f"act_fn is {act_fn!r}; it must be one of {', '.join(known)}." + nearest(str(act_fn), known))

@@ -141,6 +141,16 @@ class HookedDecisionTransformerConfig:
         """Rows of the action table: one for each action coordinate or id, and one more if ``action_padding``."""
         return self.act_dim + self.action_padding
 
+    @property
+    def normalization_type(self) -> str:
+        """TransformerLens's name of the norm, where there is one."""
+        return "LN"
+
+    @property
+    def attn_only(self) -> bool:
+        """False: every block has an MLP. TransformerLens's name."""
+        return False
+
     def attn_scale(self, layer: int) -> float:
         """The factor that attention scores of ``layer`` are multiplied by."""
         scale = self.d_head**-0.5 if self.attn_scale_by_head else 1.0

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dt_lens.arguments import require_offers
+from dt_lens.decision_transformer.attribution import ActionAttribution
 from dt_lens.decision_transformer.batch import random_batch, require_batch
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.embeddings import decision_transformer_embeddings
@@ -225,7 +226,7 @@ class Block(nn.Module):
         return self.hook_mlp_out(F.dropout(self.mlp(x), self.dropout, self.training))
 
 
-class HookedDecisionTransformer(SharingModule):
+class HookedDecisionTransformer(ActionAttribution, SharingModule):
     """A decision transformer whose every activation can be read and replaced.
 
     ``model(states=, actions=, returns_to_go=, timesteps=, attention_mask=)`` takes Hugging Face's keywords;
@@ -272,8 +273,7 @@ class HookedDecisionTransformer(SharingModule):
         self.hook_embed_timestep, self.hook_embed = HookPoint(), HookPoint()
         if cfg.position != "none":
             self.hook_pos_embed = HookPoint()
-        self.hook_final = HookPoint()
-        self.hook_action_pre = HookPoint()  # before the tanh
+        self.hook_final, self.hook_action_pre = HookPoint(), HookPoint()  # action_pre: before the tanh
         self.facts = RunFacts(context=cfg.n_ctx)
         self._embeddings: EmbeddingRegistry | None = None
         self._standard: dict[str, Tensor] = {}
@@ -282,8 +282,7 @@ class HookedDecisionTransformer(SharingModule):
     @property
     def structure(self) -> Structure:
         """Blocks, heads, and which LayerNorm stands before which matrix."""
-        cfg = self.cfg
-        pre = cfg.normalization == "pre"
+        cfg, pre = self.cfg, self.cfg.normalization == "pre"
         return Structure(
             n_layers=cfg.n_layers,
             n_heads=cfg.n_heads,
@@ -368,7 +367,9 @@ class HookedDecisionTransformer(SharingModule):
         timesteps: Int[Tensor, "batch step"],
         attention_mask: Tensor | None = None,
         rewards: Tensor | None = None,
-    ) -> DecisionTransformerOutput:
+        *,
+        stop_at_layer: int | None = None,
+    ) -> Any:
         """Predict actions, next states and next returns for every step of a batch of episode windows.
 
         Args:
@@ -379,6 +380,7 @@ class HookedDecisionTransformer(SharingModule):
             timesteps: ``[batch, step]``, the step of the episode, from 0.
             attention_mask: ``[batch, step]``, nonzero for real steps and 0 for padding; all are real by default.
             rewards: unused, as in Hugging Face's model, which has it in its signature.
+            stop_at_layer: end before this block, and give the stream ``[batch, token, d_model]`` that enters it.
 
         Raises:
             DtLensError: for a tensor whose size does not fit the model, or a timestep beyond its table.
@@ -388,8 +390,10 @@ class HookedDecisionTransformer(SharingModule):
         tokens = self._tokens(states, actions, returns_to_go, timesteps)
         allowed = None if attention_mask is None else self._allowed(attention_mask, tokens.shape[1])
         x = F.dropout(self._add_position(self.embed_ln(tokens)), self.cfg.embed_dropout, self.training)
-        for block in self.blocks:
+        for block in self.blocks[: self._block(stop_at_layer)]:
             x = block(x, allowed)
+        if stop_at_layer is not None:
+            return x
         x = self.hook_final(self.ln_final(x))
         of_states, of_actions = x[:, 1::3], x[:, 2::3]
         action = self.hook_action_pre(self.predict["action"](of_states))

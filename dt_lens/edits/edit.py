@@ -135,9 +135,9 @@ class Edit(Reversible):
 
     @property
     def effective_energy(self) -> float:
-        """The Frobenius norm of the change of the folded matrix: the part that the LayerNorm in front lets through.
+        """The Frobenius norm of the change of the folded matrix: the part that the norms before and behind let through.
 
-        Equal to ``energy`` where there is no LayerNorm.
+        Equal to ``energy`` where there is no norm.
         """
         return float(spectrum_of(self._folded_delta).norm())
 

@@ -59,6 +59,11 @@ def require_tokens(
             f"position_ids are {_kind(positions)} of shape {list(positions.shape)}; with tokens of shape "
             f"{list(tokens.shape)} they must be whole numbers of the same shape, or of one row."
         )
+    if cfg.position == "alibi":
+        raise DtLensError(
+            "position_ids have no meaning for this model: with ALiBi, scores go by distances, which attention_mask "
+            "gives; leave position_ids out."
+        )
     low, high = (int(end) for end in positions.aminmax())
     if low < 0 or high >= cfg.n_ctx:
         raise DtLensError(f"position_ids run from {low} to {high}; this model's positions are 0 to {cfg.n_ctx - 1}.")

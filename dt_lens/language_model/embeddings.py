@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.lens.matrices import Structure
 
 __all__ = ["CENTRED", "TokenEmbeddings", "language_model_embeddings"]
 
@@ -34,23 +35,43 @@ class TokenEmbeddings(EmbeddingRegistry):
 
 
 def language_model_embeddings(
-    weights: Mapping[str, Tensor], d_model: int, owner: str, labels: Sequence[str] = (), rms: bool = False
+    weights: Mapping[str, Tensor],
+    d_model: int,
+    owner: str,
+    labels: Sequence[str] = (),
+    structure: Structure | None = None,
 ) -> TokenEmbeddings:
     """``token_in`` (rows of ``embed.W_E``), ``token_out`` (columns of ``unembed.W_U``), ``position_in``, as live views.
 
-    ``token_out`` comes after ``ln_final``, which its ``effective`` directions include.
+    ``token_out`` comes after ``ln_final``, and ``token_in`` before ``embed_ln`` where there is one; their ``effective``
+    directions include it.
 
     Args:
-        weights: canonical weights; those of the embeddings and ``ln_final.w`` are enough.
+        weights: canonical weights; those of the embeddings, ``ln_final.w`` and ``embed_ln.w`` are enough.
         d_model: the stream's dimension.
         owner: the model's identity.
         labels: of the tokens; numbered when omitted.
-        rms: whether ``ln_final`` is an RMSNorm.
+        structure: says what kind of norms there are; LayerNorms when omitted.
     """
     registry = TokenEmbeddings(d_model, owner)
-    registry["token_in"] = Embedding(weights["embed.W_E"], labels, kind="token", side="in")
+    rms, unit_offset = (False, False) if structure is None else (structure.rms, structure.unit_offset)
+    registry["token_in"] = Embedding(
+        weights["embed.W_E"],
+        labels,
+        kind="token",
+        side="in",
+        layernorm=weights.get("embed_ln.w"),
+        rms=rms,
+        unit_offset=unit_offset,
+    )
     registry["token_out"] = Embedding(
-        weights["unembed.W_U"].T, labels, kind="token", side="out", layernorm=weights.get("ln_final.w"), rms=rms
+        weights["unembed.W_U"].T,
+        labels,
+        kind="token",
+        side="out",
+        layernorm=weights.get("ln_final.w"),
+        rms=rms,
+        unit_offset=unit_offset,
     )
     if "pos_embed.W_pos" in weights:
         rows = weights["pos_embed.W_pos"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dt_lens.language_model.config import LanguageModelConfig, Values
@@ -16,12 +16,15 @@ __all__ = ["Family", "Modules"]
 class Modules:
     """The paths of a live model's modules; those of a block are relative to it.
 
-    ``qkv`` is one module whose output holds queries, keys and values side by side, or the three of them.
+    ``qkv`` is one module whose output holds queries, keys and values side by side, or the three of them; ``by_head``
+    says that each head's three stand together in the one output. Where ``mlp_gate`` is ``mlp_in``, the one module's
+    output holds the gate and the input side by side. ``flat_mlp``: the second half of a block sees all texts as one,
+    ``[batch * pos, ...]``.
     """
 
     embed: str
     block: str  # "{l}" for the layer
-    ln1: str
+    ln1: str | None
     attn: str  # gives (what attention adds to the stream, ...)
     qkv: tuple[str, ...]
     out: str
@@ -33,10 +36,18 @@ class Modules:
     pos_embed: str | None = None
     ln2: str | None = None
     mlp_gate: str | None = None
+    by_head: bool = False
+    flat_mlp: bool = False
+    embed_ln: str | None = None
+    qk_norm: tuple[str, str] | None = None  # the norms of queries and of keys
+    qk_normed: str = "n t h e"  # what those give; "n t (h e)" where one norms all heads together
+    ln1_post: str | None = None  # the norms that what attention and MLP give passes before it joins the stream
+    ln2_post: str | None = None
+    embed_scale: str | None = None  # the embedding's buffer that its rows are multiplied by
     # Where scores become a pattern: in a method _attn(query, key, value, ...) of this module of the block, or in the
-    # function that Hugging Face's attention interface gives to it.
+    # function that Hugging Face's attention interface gives to it; or the module is the dropout of the pattern.
     core: str = "attn"
-    core_kind: Literal["interface", "method"] = "interface"
+    core_kind: Literal["interface", "method", "dropout"] = "interface"
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Family:
         ignored: whole keys that are knowingly not read, as regular expressions.
         prefix: what checkpoints of the bare model lack in front of their keys.
         single_inside: the class computes norms or attention in float32, whatever type its weights have.
+        renamed: what files call some tensors, and the class's keys for them.
     """
 
     name: str
@@ -70,6 +82,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     prefix: str = ""
     single_inside: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def config(self, values: Mapping[str, Any]) -> LanguageModelConfig:
         """The configuration from the values of a config.json.
@@ -96,7 +109,7 @@ class Family:
                     rule = rule._replace(key=self.block_key + rule.key)
                     entries[f"blocks.{layer}.{name}"] = Stored.of(rule, cfg.sizes, layer)
         entries |= {name: Stored.of(rule, cfg.sizes) for name, rule in whole.items() if name not in first}
-        return Layout(entries, ignored, self.prefix, cfg.n_layers, self.block_key)
+        return Layout(entries, ignored, self.prefix, cfg.n_layers, self.block_key, self.renamed)
 
     def recognises(self, config: Mapping[str, Any], keys: Iterable[str]) -> bool:
         """Whether a checkpoint with this config.json and these keys is of this family."""

@@ -8,9 +8,10 @@ GPT-2's ``Conv1D`` (in, out): where both are square nothing but the pattern, and
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from einops import rearrange
@@ -18,13 +19,27 @@ from torch import Tensor
 
 from dt_lens.errors import DtLensError, nearest
 
-__all__ = ["At", "Layout", "Part", "Stored"]
+__all__ = ["At", "Interleaved", "Layout", "Part", "Stored"]
 
 
 class Part(NamedTuple):
-    """The ``which``-th of ``of`` equal parts of a fused tensor, side by side along ``axis``."""
+    """The ``which``-th of the parts of a fused tensor, side by side along ``axis``.
+
+    ``of`` is the number of parts where they are equal, else the axes that each of them spans: ``("head e", "kv e",
+    "kv e")``. A number among the axes stands for itself.
+    """
 
     axis: int
+    which: int
+    of: int | tuple[str, ...]
+
+
+class Interleaved(NamedTuple):
+    """The ``which``-th of the ``of`` equal parts of each head of a fused tensor: head 0's query, key, value, head 1's.
+
+    The pattern says where: it has an axis ``part`` in the stored tensor, and begins with it in the canonical one.
+    """
+
     which: int
     of: int
 
@@ -39,7 +54,7 @@ class At(NamedTuple):
 
     key: str
     pattern: str
-    part: Part | None = None
+    part: Part | Interleaved | None = None
     when: str | None = None
 
 
@@ -50,49 +65,59 @@ class Stored(NamedTuple):
     pattern: str
     sizes: tuple[tuple[str, int], ...]
     shape: tuple[int, ...]  # of the whole stored tensor
-    part: Part | None = None
+    span: tuple[int, int, int] | None = None  # axis, start, stop of the part
+    which: int | None = None  # of the interleaved parts
 
     @classmethod
     def of(cls, rule: At, sizes: Mapping[str, int], layer: int | None = None) -> Stored:
         """The rule for one layer of a model of these sizes."""
         key = rule.key if layer is None else rule.key.replace("{l}", str(layer))
         before = rule.pattern.split(" -> ")[0]
-        shape = []
-        for group in re.findall(r"\([^)]*\)|\S+", before):
-            size = 1
-            for axis in group.strip("()").split():
-                size *= sizes[axis]
-            shape.append(size)
-        if rule.part is not None:
-            shape[rule.part.axis] *= rule.part.of
+        span, which = None, None
+        if isinstance(rule.part, Interleaved):
+            sizes, which = {**sizes, "part": rule.part.of}, rule.part.which
+
+        def width(group: str) -> int:
+            return math.prod(int(axis) if axis.isdigit() else sizes[axis] for axis in group.strip("()").split())
+
+        shape = [width(group) for group in re.findall(r"\([^)]*\)|\S+", before)]
+        if isinstance(rule.part, Part):
+            axis, index, of = rule.part
+            widths = [shape[axis]] * of if isinstance(of, int) else [width(group) for group in of]
+            start = sum(widths[:index])
+            span, shape[axis] = (axis, start, start + widths[index]), sum(widths)
         used = {axis: sizes[axis] for axis in re.findall(r"\w+", before)}
-        return cls(key, rule.pattern, tuple(sorted(used.items())), tuple(shape), rule.part)
+        return cls(key, rule.pattern, tuple(sorted(used.items())), tuple(shape), span, which)
 
     @property
     def slices(self) -> tuple[slice, ...]:
         """The part of the stored tensor that is this weight."""
         whole = [slice(None)] * len(self.shape)
-        if self.part is not None:
-            width = self.shape[self.part.axis] // self.part.of
-            whole[self.part.axis] = slice(self.part.which * width, (self.part.which + 1) * width)
+        if self.span is not None:
+            axis, start, stop = self.span
+            whole[axis] = slice(start, stop)
         return tuple(whole)
 
     def view(self, tensor: Tensor) -> Tensor:
         """The canonical weight as a view of the whole stored tensor."""
-        return self._arrange(tensor[self.slices] if self.part is not None else tensor)
+        return self._arrange(tensor if self.span is None else tensor[self.slices])
 
     def read(self, file: Any, key: str | None = None) -> Tensor:
-        """The canonical weight from an open safetensors file; only its own part is read.
+        """The canonical weight from an open safetensors file; only its own part is read or kept.
 
         Args:
             file: what ``safetensors.safe_open`` gives.
             key: the tensor's name in the file; ``self.key`` when omitted.
         """
         key = self.key if key is None else key
-        return self._arrange(file.get_tensor(key) if self.part is None else file.get_slice(key)[self.slices])
+        if self.span is not None:
+            return self._arrange(file.get_slice(key)[self.slices])
+        found = self._arrange(file.get_tensor(key))
+        return found if self.which is None else found.clone()  # a view would keep the other parts in memory
 
     def _arrange(self, tensor: Tensor) -> Tensor:
-        return rearrange(tensor, self.pattern, **dict(self.sizes))
+        found = rearrange(tensor, self.pattern, **dict(self.sizes))
+        return found if self.which is None else found[self.which]
 
 
 @dataclass(frozen=True)
@@ -105,6 +130,7 @@ class Layout:
         prefix: what older checkpoints leave out in front of every key but the unembedding's.
         n_layers: the number of blocks.
         block: the keys of a block begin with this, ``{l}`` for the layer.
+        renamed: what files call some tensors, and their keys here.
     """
 
     entries: Mapping[str, Stored]
@@ -112,6 +138,7 @@ class Layout:
     prefix: str = ""
     n_layers: int = 0
     block: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def key_map(self, held: Iterable[str]) -> dict[str, str]:
         """Map this layout's keys to the checkpoint's own, which are the same or lack the prefix.
@@ -124,7 +151,10 @@ class Layout:
         needed = {entry.key for entry in self.entries.values()}
         own: dict[str, str] = {}
         for key in held:
-            full = f"{self.prefix}{key}" if bare and key not in needed else key
+            full = self.renamed.get(key, key)
+            full = f"{self.prefix}{key}" if bare and full == key and key not in needed else full
+            if full in own:
+                raise DtLensError(f"The checkpoint has {own[full]!r} and {key!r}, two names of one tensor; keep one.")
             if full in needed:
                 own[full] = key
             elif not any(re.fullmatch(pattern, full) for pattern in self.ignored):

@@ -17,8 +17,10 @@ from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.embeddings import language_model_embeddings
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.labels import token_labels
+from dt_lens.language_model.parts import Blocks
 from dt_lens.language_model.passage import hook_names, passing
 from dt_lens.language_model.reference import LanguageModelReference
+from dt_lens.language_model.stopping import entering
 from dt_lens.language_model.text import TextMethods
 from dt_lens.lens.assumed import assumed_text
 from dt_lens.lens.embeddings import EmbeddingRegistry
@@ -28,7 +30,7 @@ from dt_lens.lens.weights import require_computable
 
 __all__ = ["HookedLanguageModel"]
 
-TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w")
+TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w", "embed_ln.w")
 
 
 class HookedLanguageModel(TextMethods, HookedModule):
@@ -127,6 +129,31 @@ class HookedLanguageModel(TextMethods, HookedModule):
         return {name: view.detach() for name, view in self._layout.views(self.model.state_dict()).items()}
 
     @property
+    def blocks(self) -> Blocks:
+        """The weights of each block as attributes: ``model.blocks[0].attn.W_O``; live, as those of ``weights``."""
+        return Blocks(self.cfg.n_layers, tuple(self._layout.entries), self._weight)
+
+    def _weight(self, name: str) -> Tensor:
+        """One weight, without making the views of all."""
+        entry = self._layout.entries[name]
+        try:
+            return entry.view(self.model.get_parameter(entry.key)).detach()
+        except AttributeError:
+            return self.weights[name]
+
+    @property
+    def ln_final(self) -> nn.Module:
+        """The wrapped model's last norm, which may be called."""
+        found: nn.Module = self.model.get_submodule(self.family.modules.ln_final)
+        return found
+
+    @property
+    def unembed(self) -> nn.Module:
+        """The wrapped model's unembedding, which may be called: ``x @ W_U + b_U``."""
+        found: nn.Module = self.model.get_submodule(self.family.modules.unembed)
+        return found
+
+    @property
     def arithmetic(self) -> torch.dtype | None:
         """The type that the forward pass computes in, where it is not the weights' own."""
         wide = self.weights["embed.W_E"].dtype == torch.float64
@@ -156,7 +183,7 @@ class HookedLanguageModel(TextMethods, HookedModule):
         tables = {name: weight for name, weight in self.weights.items() if name in TABLES}
         place = tuple((weight.data_ptr(), weight.dtype, weight.device) for weight in tables.values())
         if self._embeddings is None or place != self._tables:
-            fresh = language_model_embeddings(tables, self.cfg.d_model, self.identity, self.labels, self.structure.rms)
+            fresh = language_model_embeddings(tables, self.cfg.d_model, self.identity, self.labels, self.structure)
             # Keep the sets that the user added; the standard ones are views of weights that have moved.
             for name, own in ({} if self._embeddings is None else self._embeddings).items():
                 if own.directions is not self._standard.get(name):
@@ -171,6 +198,26 @@ class HookedLanguageModel(TextMethods, HookedModule):
         tokens = torch.randint(self.cfg.d_vocab, (2, min(7, self.cfg.n_ctx)), generator=generator)
         return {"tokens": tokens.to(next(self.model.parameters()).device)}
 
+    @property
+    def table_scale(self) -> Tensor | float:
+        """What a row of ``embed.W_E`` is multiplied by when it enters the stream, in the table's type.
+
+        Raises:
+            DtLensError: when the model multiplies by another number than its configuration says.
+        """
+        name = self.family.modules.embed_scale
+        if name is None:
+            return 1.0
+        embed = self.model.get_submodule(self.family.modules.embed)
+        scale: Tensor = getattr(embed, name).to(next(embed.parameters()).dtype)
+        # In bfloat16 the number is rounded, and stays so where the model is widened later.
+        if abs(float(scale) / self.cfg.embed_scale - 1) > torch.finfo(torch.bfloat16).eps:
+            raise DtLensError(
+                f"The model multiplies its token embeddings by {float(scale):g}, and its configuration says "
+                f"{self.cfg.embed_scale:g}; the adapter declares embed_scale wrongly."
+            )
+        return scale
+
     def rows_read(self, batch: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
         """For each table the hook that shows what is looked up on ``batch``, and the rows that this should be."""
         tokens = batch["tokens"]
@@ -184,9 +231,10 @@ class HookedLanguageModel(TextMethods, HookedModule):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
-        return_type: str = "logits",
+        return_type: str | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool = False,
+        stop_at_layer: int | None = None,
     ) -> Any:
         """Logits ``[batch, pos, d_vocab]`` of the next token, for tokens ``[batch, pos]`` or text.
 
@@ -196,18 +244,26 @@ class HookedLanguageModel(TextMethods, HookedModule):
             attention_mask: ``[batch, pos]``, 0 for padding; all real when omitted.
             position_ids: ``[batch, pos]`` or ``[1, pos]``, each below ``cfg.n_ctx``. When omitted, the real tokens of
                 each row are numbered from 0, as Hugging Face's ``generate`` numbers them, so that padding on the left
-                changes no logit of a real token. Hugging Face's own forward pass numbers padding too.
+                changes no logit of a real token. Hugging Face's own forward pass numbers padding too. With ALiBi the
+                mask alone says the distances, and there are no positions to give.
             return_type: ``"logits"``; ``"loss"``, the mean cross-entropy of every real token that follows a real one,
-                in nats; or ``"both"``, logits and loss.
+                in nats; ``"both"``, logits and loss; or ``None``, which does not unembed and gives nothing.
             loss_per_token: the loss of each instead, ``[batch, pos - 1]``, 0 for padding.
             prepend_bos: as for ``to_tokens``; of text only.
+            stop_at_layer: end before this block, and give the stream ``[batch, pos, d_model]`` that enters it. A
+                negative number counts from the last; the number of blocks ends after the last one.
 
         Raises:
             DtLensError: for tokens of another shape, beyond the vocabulary or more than the context holds, or a mask or
                 positions that do not fit them.
         """
-        if return_type not in ("logits", "loss", "both"):
-            raise DtLensError(f"return_type is {return_type!r:.80}; it must be 'logits', 'loss' or 'both'.")
+        if return_type not in ("logits", "loss", "both", None):
+            raise DtLensError(f"return_type is {return_type!r:.80}; it must be 'logits', 'loss', 'both' or None.")
+        stop = self._block(stop_at_layer)
+        if stop is not None and return_type in ("loss", "both"):
+            raise DtLensError(
+                f"A pass with stop_at_layer={stop} has no logits, so return_type={return_type!r} is none."
+            )
         if isinstance(tokens, Tensor):
             ids = tokens
         else:
@@ -215,30 +271,46 @@ class HookedLanguageModel(TextMethods, HookedModule):
             if attention_mask is None and not bool(mask.all()):
                 attention_mask = mask
         require_tokens(self.cfg, ids, attention_mask, position_ids, self.tokenizer)
-        if position_ids is None and attention_mask is not None:
+        if position_ids is None and attention_mask is not None and self.cfg.position != "alibi":
             position_ids = positions_of(attention_mask)
-        with self._hooked():
-            logits: Tensor = self.model(
+
+        def run() -> Any:
+            return self.model(
                 input_ids=ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=False,
                 return_dict=True,
-            ).logits
+            )
+
+        with self._hooked():
+            if stop is not None:
+                return entering(self._module_at(stop), run)
+            if return_type is None:
+                entering(self.unembed, run)
+                return None
+            logits: Tensor = run().logits
         if return_type == "logits":
             return logits
         loss = _loss(logits, ids, attention_mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
+    def _module_at(self, layer: int) -> nn.Module:
+        """The block of this number, or what follows the last one."""
+        at, n = self.family.modules, self.cfg.n_layers
+        return self.ln_final if layer == n else self.model.get_submodule(at.block.replace("{l}", str(layer)))
+
     @contextmanager
     def _hooked(self) -> Iterator[bool]:
         """The wrapped model's own passes with the hooks that there are; whether there are any."""
         hooked = {name for name, point in self.hook_dict.items() if point.has_hooks()}
-        if not hooked:
+        # Attention that is always eager needs a mask that its arithmetic holds, hooks or not.
+        remasked = self.family.modules.core_kind == "dropout" and self.arithmetic is not None
+        if not hooked and not remasked:
             yield False
             return
         with passing(self.model, self.family, self.cfg, lambda name, x: self.hook_dict[name](x), hooked.__contains__):
-            yield True
+            yield bool(hooked)
 
     def require_shared(self, names: Sequence[str]) -> None:
         """Check that the user's own model still shares these weights' memory.

@@ -44,7 +44,9 @@ def original(family: Family, checkpoint: Checkpoint) -> nn.Module:
     tensors = {key: checkpoint.tensors[held] for key, held in own.items()}
     unembed = family.whole["unembed.W_U"].key
     if cfg.tied:
-        second, first = checkpoint.tensors.get(unembed), tensors[family.whole["embed.W_E"].key]
+        names = [unembed, *(name for name, key in family.renamed.items() if key == unembed)]
+        second = next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
+        first = tensors[family.whole["embed.W_E"].key]
         if second is not None and not (second.shape == first.shape and torch.equal(second, first)):
             raise DtLensError(
                 f"The configuration ties {unembed!r} to the token embedding, and the checkpoint holds another one; "

@@ -3,7 +3,8 @@
 No module of the model is replaced. During one forward pass, hooks on its modules call ``see`` with every wanted
 activation, heads split, and the model goes on with what ``see`` returns. No module lies between the rotated queries and
 keys and the pattern: there ``see`` is called from a function registered with Hugging Face's attention interface, or
-around the method ``_attn`` of older classes, and Hugging Face's own eager code computes the pattern.
+around the method ``_attn`` of older classes, and Hugging Face's own eager code computes the pattern. Bloom's passes a
+dropout, which is a module.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ _cores: ContextVar[Mapping[int, Core]] = ContextVar("cores", default={})  # noqa
 def hook_names(cfg: LanguageModelConfig) -> list[str]:
     """The names of all activations, in the order of the forward pass."""
     names = ["hook_embed"] + ["hook_pos_embed"] * (cfg.position == "learned")
+    names += ["embed_ln.hook_scale", "embed_ln.hook_normalized"] * cfg.embed_ln
     for layer in range(cfg.n_layers):
         attn = ["hook_q", "hook_k", "hook_v"] + ["hook_rot_q", "hook_rot_k"] * (cfg.position == "rotary")
         attn = [f"attn.{name}" for name in (*attn, "hook_pattern", "hook_z")]
-        inside = ["hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", *attn, "hook_attn_out"]
-        if not cfg.parallel:
-            inside += ["hook_resid_mid", "ln2.hook_scale", "ln2.hook_normalized"]
-        inside += ["mlp.hook_pre"] + ["mlp.hook_pre_linear"] * cfg.gated + ["mlp.hook_post", "hook_mlp_out"]
+        before, behind = ([f"{norm}.hook_scale", f"{norm}.hook_normalized"] for norm in ("ln1", "ln1_post"))
+        inside = ["hook_resid_pre", *before * cfg.pre_norm, *attn, *behind * cfg.post_norm, "hook_attn_out"]
+        inside += ["hook_resid_mid"] * (not cfg.parallel)
+        inside += ["ln2.hook_scale", "ln2.hook_normalized"] * cfg.has_ln2
+        inside += ["mlp.hook_pre"] + ["mlp.hook_pre_linear"] * cfg.gated + ["mlp.hook_post"]
+        inside += ["ln2_post.hook_scale", "ln2_post.hook_normalized"] * cfg.post_norm + ["hook_mlp_out"]
         names += [f"blocks.{layer}.{name}" for name in (*inside, "hook_resid_post")]
     return [*names, "ln_final.hook_scale", "ln_final.hook_normalized", "hook_final"]
 
@@ -51,7 +55,10 @@ def passing(
 ) -> Iterator[None]:
     """Within this context ``see(name, activation)`` is called for every wanted activation of ``model``.
 
-    Besides ``hook_names``, ``blocks.{l}.attn_in`` and ``mlp_in`` (what the norms give) and ``logits`` may be wanted.
+    Besides ``hook_names``, ``blocks.{l}.attn_in`` and ``mlp_in`` (what the norms give), ``blocks.{l}.mlp_stream`` (what
+    the MLP's own norm is given where it stands beside attention), ``blocks.{l}.attn.q_normed`` and ``k_normed`` (what
+    the norms of queries and keys give, heads split), ``blocks.{l}.attn_out`` and ``mlp_out`` (what attention and MLP
+    give to the norm behind them) and ``logits``, before any soft-capping, may be wanted.
     The model goes on with what ``see`` returns; returning the same tensor changes nothing. ``hook_scale`` and
     ``hook_normalized`` (the stream divided by its scale, before the norm's own weights) are computed beside the norm
     and replace its output only if another tensor is returned.
@@ -76,7 +83,8 @@ class _Passage:
         self.model: Any = model
         self.cfg = cfg
         self.modules = family.modules
-        self.see, self.wanted = see, wanted
+        self.see, self.wanted = see if not family.modules.flat_mlp else self.unflattened(see), wanted
+        self.shape: tuple[int, ...] = ()  # [batch, pos] of the pass, where a block's second half does not have it
         self.handles: list[Any] = []
         self.cores: dict[int, Core] = {}
         self.methods: list[Any] = []
@@ -88,11 +96,29 @@ class _Passage:
         except AttributeError as error:
             raise DtLensError(f"The model has no module {path!r}, which {a_type(self.model)} should have.") from error
 
+    def unflattened(self, see: See) -> See:
+        """``see`` for activations some of which have one axis in place of the texts and their tokens."""
+
+        def seen(name: str, x: Tensor) -> Tensor:
+            if x.ndim > 2:
+                return see(name, x)
+            whole = x.reshape(*self.shape, *x.shape[1:])
+            given = see(name, whole)
+            return x if given is whole else given.flatten(0, 1)
+
+        return seen
+
+    def note_shape(self, x: Tensor) -> Tensor:
+        self.shape = tuple(x.shape[:2])
+        return x
+
     def open(self) -> None:
         cfg, at = self.cfg, self.modules
         self.output(at.embed, "hook_embed")
         if at.pos_embed is not None:
             self.output(at.pos_embed, "hook_pos_embed")
+        if at.embed_ln is not None and cfg.embed_ln:
+            self.norm(at.embed_ln, "embed_ln", "embed_ln_out")
         for layer in range(cfg.n_layers):
             self.block(layer, at.block.replace("{l}", str(layer)))
         self.norm(at.ln_final, "ln_final", "hook_final")
@@ -100,46 +126,65 @@ class _Passage:
 
     def block(self, layer: int, path: str) -> None:
         b, at = f"blocks.{layer}", self.modules
-        if at.ln2 is None and not self.cfg.parallel:
+        if at.ln2 is None and self.cfg.has_ln2:
             raise DtLensError(
                 f"The family of {a_type(self.model)} has no norm before its MLP, and its configuration does "
                 "not say that attention and MLP read the stream side by side; one of the two is declared wrongly."
             )
+        if at.flat_mlp:
+            self.before(path, self.note_shape)
+        if at.core_kind == "dropout":
+            self.masked(path)
         self.entry(path, f"{b}.hook_resid_pre")
-        self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
+        if at.ln1 is not None:
+            self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
         self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])
+        if at.qk_norm is not None and self.cfg.normed_qk:
+            counts = (self.cfg.n_heads, self.cfg.n_kv_heads)
+            for norm, letter, heads in zip(at.qk_norm, "qk", counts, strict=True):
+                self.output(f"{path}.{norm}", f"{b}.attn.{letter}_normed", heads, at.qk_normed)
         self.core(f"{b}.attn", f"{path}.{at.core}")
         self.entry(f"{path}.{at.out}", f"{b}.attn.hook_z", self.cfg.n_heads)
-        self.output(f"{path}.{at.attn}", f"{b}.hook_attn_out")
-        if at.ln2 is not None and not self.cfg.parallel:
-            self.middle(layer, f"{path}.{at.ln2}")
+        self.written(f"{path}.{at.attn}", "attn", f"{b}.ln1_post", path, at.ln1_post)
+        if at.ln2 is None and not self.cfg.pre_norm:
+            self.middle(layer, f"{path}.{at.mlp}")
+        if at.ln2 is not None and self.cfg.has_ln2:
+            if self.cfg.parallel:
+                self.entry(f"{path}.{at.ln2}", f"{b}.mlp_stream")
+            else:
+                self.middle(layer, f"{path}.{at.ln2}")
             self.norm(f"{path}.{at.ln2}", f"{b}.ln2", f"{b}.mlp_in")
         gate = at.mlp_gate if self.cfg.gated else None
-        if gate is not None:
-            self.output(f"{path}.{gate}", f"{b}.mlp.hook_pre")
-        self.output(f"{path}.{at.mlp_in}", f"{b}.mlp.{'hook_pre' if gate is None else 'hook_pre_linear'}")
+        if gate == at.mlp_in:
+            self.parts(
+                f"{path}.{gate}", [f"{b}.mlp.hook_pre", f"{b}.mlp.hook_pre_linear"], "n t (part m) -> part n t m"
+            )
+        else:
+            if gate is not None:
+                self.output(f"{path}.{gate}", f"{b}.mlp.hook_pre")
+            self.output(f"{path}.{at.mlp_in}", f"{b}.mlp.{'hook_pre' if gate is None else 'hook_pre_linear'}")
         self.entry(f"{path}.{at.mlp_out}", f"{b}.mlp.hook_post")
-        self.output(f"{path}.{at.mlp}", f"{b}.hook_mlp_out")
-        if at.ln2 is not None and not self.cfg.parallel and self.wanted(f"{b}.hook_resid_mid"):
-            self.rejoin(layer, f"{path}.{at.mlp}")
+        self.written(f"{path}.{at.mlp}", "mlp", f"{b}.ln2_post", path, at.ln2_post)
+        if not self.cfg.parallel and self.wanted(f"{b}.hook_resid_mid"):
+            self.rejoin(layer, f"{path}.{at.mlp if at.ln2_post is None else at.ln2_post}")
         self.output(path, f"{b}.hook_resid_post")
 
-    def seen(self, name: str, x: Tensor, heads: int | None) -> Tensor:
-        """``x`` itself unless ``see`` returns another tensor."""
+    def seen(self, name: str, x: Tensor, heads: int | None, held: str = "n t (h e)") -> Tensor:
+        """``x`` itself unless ``see``, which gets it with heads split, returns another tensor."""
         if heads is None:
             return self.see(name, x)
-        split = rearrange(x, "n t (h e) -> n t h e", h=heads)
+        split = rearrange(x, f"{held} -> n t h e", h=heads)
         given = self.see(name, split)
-        return x if given is split else rearrange(given, "n t h e -> n t (h e)")
+        return x if given is split else rearrange(given, f"n t h e -> {held}")
 
-    def output(self, path: str, name: str, heads: int | None = None) -> None:
+    def output(self, path: str, name: str, heads: int | None = None, held: str = "n t (h e)") -> None:
         """See a module's output, or the first of several."""
         if not self.wanted(name):
             return
 
         def hook(_module: nn.Module, _inputs: Any, out: Any) -> Any:
             x = out[0] if isinstance(out, tuple) else out
-            given = self.seen(name, x, heads)
+            given = self.seen(name, x, heads, held)
             if given is x:
                 return None
             return (given, *out[1:]) if isinstance(out, tuple) else given
@@ -160,6 +205,23 @@ class _Passage:
             return ((given, *inputs[1:]), named) if inputs else (inputs, {**named, "hidden_states": given})
 
         self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
+
+    def masked(self, path: str) -> None:
+        """Give a block a mask that single precision holds: see ``_held``."""
+
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            return inputs, {**named, "attention_mask": _held(named.get("attention_mask"))}
+
+        self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
+
+    def written(self, path: str, which: str, norm: str, block: str, behind: str | None) -> None:
+        """See what attention or MLP adds to the stream: its output, or what the norm behind it makes of that."""
+        b = norm.rpartition(".")[0]
+        if behind is None:
+            self.output(path, f"{b}.hook_{which}_out")
+        else:
+            self.output(path, f"{b}.{which}_out")
+            self.norm(f"{block}.{behind}", norm, f"{b}.hook_{which}_out")
 
     def middle(self, layer: int, path: str) -> None:
         """See the stream between attention and MLP; a change to it must also go around the MLP: see ``rejoin``."""
@@ -203,7 +265,8 @@ class _Passage:
                 new = self.see(bare_name, bare) if self.wanted(bare_name) else bare
                 if new is not bare or new_scale is not scale:
                     bias = getattr(module, "bias", None)
-                    given = new * module.weight if bias is None else new * module.weight + bias
+                    weight = 1 + module.weight if self.cfg.unit_offset else module.weight
+                    given = new * weight if bias is None else new * weight + bias
             if self.wanted(after):
                 given = self.see(after, given)
             return None if given is out else given
@@ -216,6 +279,9 @@ class _Passage:
         if len(paths) == len(names):
             for path, name, heads in zip(paths, names, counts, strict=True):
                 self.output(path, name, heads)
+            return
+        if self.modules.by_head:
+            self.parts(paths[0], names, "n t (h part e) -> part n t h e", h=self.cfg.n_heads)
             return
         if not any(self.wanted(name) for name in names):
             return
@@ -231,10 +297,29 @@ class _Passage:
 
         self.handles.append(self.module(paths[0]).register_forward_hook(hook))
 
+    def parts(self, path: str, names: list[str], pattern: str, **sizes: int) -> None:
+        """See the equal parts of a module's output, which ``pattern`` takes apart, under a name each."""
+        if not any(self.wanted(name) for name in names):
+            return
+        whole, apart = pattern.split(" -> ")
+
+        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> Any:
+            held = rearrange(out, pattern, part=len(names), **sizes).unbind(0)
+            given = [
+                self.see(name, part) if self.wanted(name) else part for name, part in zip(names, held, strict=True)
+            ]
+            unchanged = all(new is old for new, old in zip(given, held, strict=True))
+            return None if unchanged else rearrange(torch.stack(given), f"{apart} -> {whole}")
+
+        self.handles.append(self.module(path).register_forward_hook(hook))
+
     def core(self, attn: str, path: str) -> None:
         """See rotated queries and keys ``[n, head, t, e]``, and the pattern computed from them."""
         q_name, k_name, pattern_name = (f"{attn}.hook_{name}" for name in ("rot_q", "rot_k", "pattern"))
         if not any(self.wanted(name) for name in (q_name, k_name, pattern_name)):
+            return
+        if self.modules.core_kind == "dropout":
+            self.output(path, pattern_name)
             return
         module = self.module(path)
         by_method = self.modules.core_kind == "method"
@@ -297,14 +382,18 @@ def _register() -> None:
 
 
 def _mask(*args: Any, **named: Any) -> Tensor | None:
-    """Hugging Face's own mask of eager attention, in numbers that single precision holds.
-
-    Its softmax is in single precision whatever the model's, where float64's smallest number is -inf; a padded query,
-    which sees nothing but padding, would be NaN, and from the next block on everything.
-    """
+    """Hugging Face's own mask of eager attention, in numbers that single precision holds."""
     from transformers import AttentionMaskInterface
 
-    mask: Tensor | None = AttentionMaskInterface._global_mapping["eager"](*args, **named)
+    return _held(AttentionMaskInterface._global_mapping["eager"](*args, **named))
+
+
+def _held(mask: Tensor | None) -> Tensor | None:
+    """A mask in numbers that single precision holds.
+
+    The softmax of eager attention is in single precision whatever the model's, where float64's smallest number is -inf;
+    a padded query, which sees nothing but padding, would be NaN, and from the next block on everything.
+    """
     return mask.clamp_min(torch.finfo(torch.float32).min) if mask is not None and mask.dtype == torch.float64 else mask
 
 

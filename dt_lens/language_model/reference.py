@@ -55,8 +55,32 @@ class LanguageModelReference:
                 f"certify: the original's forward pass does not reach {silent[0]}; check the options of its structure."
             )
         for layer in range(self.cfg.n_layers):
+            self._require_sum(f"blocks.{layer}", seen)
             self._require_activation(f"blocks.{layer}", seen)
         return {name: tensor.detach() for name, tensor in seen.items()}
+
+    def _require_sum(self, block: str, seen: Mapping[str, Tensor]) -> None:
+        """Raise unless the MLP reads the stream where the configuration says: before what attention adds, or after."""
+        before, attn = seen[f"{block}.hook_resid_pre"], seen[f"{block}.hook_attn_out"]
+        read = seen.get(f"{block}.mlp_stream" if self.cfg.parallel else f"{block}.hook_resid_mid")
+        if read is None:  # one norm serves both
+            return
+        expected = before if self.cfg.parallel else before + attn
+        size = torch.maximum(before.abs(), attn.abs()).max()
+        if bool((read - expected).abs().max() > 4 * torch.finfo(read.dtype).eps * size):
+            said = "beside" if self.cfg.parallel else "after"
+            raise DtLensError(
+                f"certify: the MLP of {block} does not read the stream {said} its attention; the adapter declares "
+                "parallel wrongly."
+            )
+
+        if self.cfg.post_norm and not self.cfg.parallel:
+            after, size = read + seen[f"{block}.hook_mlp_out"], torch.maximum(size, read.abs().max())
+            if bool((seen[f"{block}.hook_resid_post"] - after).abs().max() > 4 * torch.finfo(read.dtype).eps * size):
+                raise DtLensError(
+                    f"certify: {block} does not add to the stream what the norm behind its MLP gives; the adapter "
+                    "declares that norm wrongly."
+                )
 
     def _require_activation(self, block: str, seen: Mapping[str, Tensor]) -> None:
         """Raise unless the neurons are the activation of ``hook_pre``, times ``hook_pre_linear`` if gated."""
@@ -70,7 +94,12 @@ class LanguageModelReference:
         made = ACT2FN[self.cfg.act_fn](pre)
         if self.cfg.gated:
             made = made * seen[f"{block}.mlp.hook_pre_linear"]
-        if not torch.allclose(made, post, rtol=8 * torch.finfo(post.dtype).eps, atol=torch.finfo(post.dtype).eps):
+        # A constant of the function may have the digits of single precision only.
+        single = self.family.single_inside and post.dtype == torch.float64
+        eps = torch.finfo(torch.float32 if single else post.dtype).eps
+        # Two forms of one function agree to the rounding of their terms, some of which are as large as the input.
+        terms = torch.maximum(post.abs(), pre.abs() if not self.cfg.gated else post.abs())
+        if not bool(((made - post).abs() <= 8 * eps * terms + eps).all()):
             raise DtLensError(
                 f"certify: the neurons of {block} are not {self.cfg.act_fn} of its MLP's input; the adapter maps the "
                 "MLP wrongly."

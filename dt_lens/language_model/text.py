@@ -85,6 +85,14 @@ class TextMethods:
         """The text of one token."""
         return self._strings([whole_number(token, "token", 0, self.cfg.d_vocab - 1)])[0]
 
+    def output_ids(self, tokens: Any) -> Any:
+        """The number of a token given as text, or of several."""
+        if isinstance(tokens, str):
+            return self.to_single_token(tokens)
+        if isinstance(tokens, Sequence):
+            return torch.tensor([self.to_single_token(one) if isinstance(one, str) else one for one in tokens])
+        return tokens
+
     @torch.no_grad()
     def generate(
         self,

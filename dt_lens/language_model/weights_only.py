@@ -72,7 +72,7 @@ class WeightsOnly:
         if self._embeddings is None:
             labels = token_labels(self.tokenizer, self.cfg.d_vocab) if self.tokenizer is not None else ()
             self._embeddings = language_model_embeddings(
-                self._weights, self.cfg.d_model, self.identity, labels, rms=self.cfg.norm == "rmsnorm"
+                self._weights, self.cfg.d_model, self.identity, labels, self.structure
             )
         return self._embeddings
 

@@ -1,3 +1,4 @@
+from .activation_cache import ActivationCache as ActivationCache
 from .activations import Activations as Activations
 from .adapters import Adapter as Adapter
 from .adapters import adapter_names as adapter_names

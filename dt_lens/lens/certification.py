@@ -10,8 +10,7 @@ activation and must give the original's next one. So no error hides another, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError, because
-from dt_lens.lens.assumed import assumed_text
+from dt_lens.lens.certificate import Certificate
 from dt_lens.lens.diagnosis import Check, explain
 from dt_lens.lens.forward_mode import evaluating
-from dt_lens.lens.matrices import Snapshot, catalogue
+from dt_lens.lens.matrices import catalogue
+from dt_lens.lens.norm_proofs import NormProofs, some_columns, through
 from dt_lens.lens.protocol import require_running
-from dt_lens.lens.table_rows import counted, hooks_of_tables, unproven_rows
-from dt_lens.lens.weights import CHUNK, all_finite
+from dt_lens.lens.table_rows import hooks_of_tables, unproven_rows
+from dt_lens.lens.weights import all_finite
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -57,33 +57,6 @@ READ_OFF = {
     "return_preds": "predict.return_to_go.W",
     "logits": "the unembedding",
 }
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """The result of ``certify``: the largest relative error of each part, and whose activations it was compared with.
-
-    ``errors`` is keyed by the names of matrices, raw and with the LayerNorm folded, and of the parts between them.
-    ``unproven`` lists, for each table of positions, timesteps or tokens, the rows that change no output of the batch.
-    ``assumed`` are options that nobody said: the pass that a file is compared with assumes them too.
-    """
-
-    errors: Mapping[str, float]
-    against: str  # "the original model" or "the lens's own forward pass"
-    unproven: Mapping[str, tuple[range, ...]] = field(default_factory=dict)
-    assumed: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def worst(self) -> float:
-        """The largest relative error of all."""
-        return max(self.errors.values(), default=0.0)
-
-    def __str__(self) -> str:
-        rows = counted(self.unproven)
-        rest = f" (not proven: {rows}, which change no output of this batch)" if rows else ""
-        proven = f"{len(self.errors)} matrices and parts reproduce their activations{rest} in {self.against}"
-        open_ = f"; not proven, because assumed: {assumed_text(self.assumed)}" if self.assumed else ""
-        return f"{proven}; largest relative error {self.worst:.1e}{open_}"
 
 
 def certify(model: Lens, seed: int = 0) -> Certificate:
@@ -185,7 +158,7 @@ def _activations(model: Lens, batch: Mapping[str, Any], truth: Mapping[str, Tens
     return {name: tensor.detach() for name, tensor in {**cache, **outputs}.items()} | made
 
 
-class _Walk:
+class _Walk(NormProofs):
     """All checks that one batch's activations allow, in the order of the forward pass, in float64."""
 
     def __init__(
@@ -196,9 +169,8 @@ class _Walk:
         batch: Mapping[str, Any],
         dtype: torch.dtype,
     ) -> None:
-        self.norm_eps = float(getattr(model.cfg, "eps", 0.0))
-        self.model = Snapshot.of(model)
-        self.weights, self.structure = self.model
+        super().__init__(model)
+        self.table_scale: Tensor | float = getattr(model, "table_scale", 1.0)
         self.found = catalogue(model)
         self.truth = truth
         self.own = own
@@ -256,7 +228,11 @@ class _Walk:
                 expected = self.truth[hook].double()
                 rows = self.tokens if name == "embed.W_E" else torch.arange(expected.shape[-2])
                 made = self.weights[name][rows.to(self.weights[name].device)].double().expand_as(expected)
+                made = made * self.table_scale if name == "embed.W_E" else made
                 yield self.check(name, made, expected)
+        if "embed_ln.w" in self.weights and self.tokens is not None:
+            stream = self.truth["blocks.0.hook_resid_pre"]
+            yield self.check("embed_ln", self.kept(self.normalized("embed_ln")), self.kept(stream))
 
     def unembedding(self) -> Iterator[Check]:
         """A language model's logits from what its last norm leaves."""
@@ -266,7 +242,7 @@ class _Walk:
         if "ln_final.w" in self.weights:
             yield self.check("ln_final", self.kept(self.normalized("ln_final")), self.kept(x))
         W_U, b_U, logits = self.weights["unembed.W_U"], self.weights.get("unembed.b_U"), self.truth["logits"]
-        for chosen in _some_columns(W_U):  # logits too are many
+        for chosen in some_columns(W_U):  # logits too are many
             b = 0.0 if b_U is None else b_U[chosen].double()
             part = W_U[:, chosen]
             yield self.product("unembed.W_U", self.kept(x), part, part.double, logits[..., chosen], b)
@@ -279,24 +255,30 @@ class _Walk:
         for kind, hook in (("W_Q", "hook_q"), ("W_K", "hook_k"), ("W_V", "hook_v")):
             yield from self.linear(f"{attn}.{kind}", x, norm, self.truth[f"{attn}.{hook}"].flatten(-2))
             yield from self.same(f"{attn}.{kind}", f"{attn}.{hook}")
+        yield from self.qk_norms(layer)
         # Rounded scores: an error of a score is one of the pattern's logarithm.
-        q, k, v = (self.by_query(layer, name) for name in "qkv")
+        q, k, v = (self.by_query(layer, name) for name in (*self.scored, "v"))
         scores = 2 * self.eps * einsum(q.norm(dim=-1), k.norm(dim=-1), "n q h, n k h -> n h q k")
         pattern = self.truth[f"{attn}.hook_pattern"].double()
         rounded = 2 * abs(self.structure.attn_scale[layer]) * scores.amax(-1, keepdim=True) * pattern
         yield from self.circuits(layer, x.double(), norm, scores, rounded)
         slack = self.kept(einsum(rounded, v.abs(), "n h q k, n k h e -> n q h e"))
         yield from self.same(f"the attention mask of block {layer}", f"{attn}.hook_z", slack)
-        z, out = self.truth[f"{attn}.hook_z"].flatten(-2), self.truth[f"{block}.hook_attn_out"]
-        yield from self.linear(f"{attn}.W_O", z, None, out)
+        z = self.truth[f"{attn}.hook_z"].flatten(-2)
+        behind = self.structure.attn_post_norm[layer] if self.structure.attn_post_norm else None
+        yield from self.linear(
+            f"{attn}.W_O", z, None, self.truth[f"{block}.{'hook_' if behind is None else ''}attn_out"]
+        )
+        yield from self.written(f"{attn}.W_O", z, behind, "attn")
 
     def mlp(self, layer: int) -> Iterator[Check]:
         block, mlp = f"blocks.{layer}", f"blocks.{layer}.mlp"
-        norm, parallel = self.structure.mlp_norm[layer], self.structure.parallel
-        entry = f"{block}.attn_in" if parallel else f"{block}.mlp_in"
-        if not parallel:
+        norm, stream = self.structure.mlp_norm[layer], "pre" if self.structure.parallel else "mid"
+        shared = self.structure.parallel and norm == self.structure.attn_norm[layer]
+        entry = f"{block}.attn_in" if shared else f"{block}.mlp_in"
+        if not shared:
             yield from self.layernorm(entry, norm)
-        x = self.entry(entry, norm, f"{block}.hook_resid_{'pre' if parallel else 'mid'}")
+        x = self.entry(entry, norm, f"{block}.hook_resid_{stream}")
         gated = f"{mlp}.W_gate" in self.weights
         # Where the gate has a bias both biases are added before the product; elsewhere the one bias comes after it.
         with_bias = not gated or f"{mlp}.b_gate" in self.weights
@@ -304,42 +286,11 @@ class _Walk:
             yield from self.linear(f"{mlp}.{kind}", x, norm, self.truth[f"{mlp}.{hook}"], with_bias=with_bias)
             yield from self.same(f"{mlp}.{kind}", f"{mlp}.{hook}")
         yield from self.same(f"the activation function of block {layer}", f"{mlp}.hook_post")
-        yield from self.linear(
-            f"{mlp}.W_out", self.truth[f"{mlp}.hook_post"], None, self.truth[f"{block}.hook_mlp_out"]
-        )
-
-    def layernorm(self, entry: str, norm: str | None) -> Iterator[Check]:
-        if norm is not None and entry in self.truth:
-            yield self.check(norm, self.kept(self.normalized(norm)), self.kept(self.truth[entry]))
-
-    def bare(self, norm: str) -> Tensor:
-        """The stream centred and divided by its scale: a folded LayerNorm does nothing else."""
-        if f"{norm}.hook_normalized" in self.own:
-            return self.own[f"{norm}.hook_normalized"].double()
-        block, _, which = norm.rpartition(".")
-        last = f"blocks.{self.structure.n_layers - 1}.hook_resid_post"
-        names = {"ln1": f"{block}.hook_resid_pre", "ln2": f"{block}.hook_resid_mid", "ln_final": last}
-        x = self.truth[names[which]].double()
-        if not self.structure.rms:
-            x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + self.norm_eps).sqrt()
-
-    def normalized(self, norm: str) -> Tensor:
-        """A norm's output: scaled and, unless it is an RMSNorm, shifted."""
-        return self.bare(norm) * self.weights[f"{norm}.w"].double() + self.shift(norm)
-
-    def shift(self, norm: str) -> Tensor:
-        """The bias of a norm; an RMSNorm has none."""
-        bias = self.weights.get(f"{norm}.b")
-        return torch.zeros_like(self.weights[f"{norm}.w"], dtype=torch.float64) if bias is None else bias.double()
-
-    def entry(self, entry: str, norm: str | None, stream: str) -> Tensor:
-        """What a sublayer's matrices are applied to: the stream, or the output of its LayerNorm."""
-        if norm is None:
-            return self.truth[stream]
-        if entry in self.truth:
-            return self.truth[entry]
-        return self.normalized(norm)
+        post = self.truth[f"{mlp}.hook_post"]
+        behind = self.structure.mlp_post_norm[layer] if self.structure.mlp_post_norm else None
+        out = self.truth[f"{block}.{'hook_' if behind is None else ''}mlp_out"]
+        yield from self.linear(f"{mlp}.W_out", post, None, out)
+        yield from self.written(f"{mlp}.W_out", post, behind, "mlp")
 
     def linear(self, name: str, x: Tensor, norm: str | None, output: Tensor, with_bias: bool = True) -> Iterator[Check]:
         """A matrix with all its heads side by side, raw and with its LayerNorm folded."""
@@ -358,7 +309,7 @@ class _Walk:
         if norm is not None:
             bare, shift = self.kept(self.bare(norm)), self.shift(norm)
             folded = torch.empty_like(raw.computed)
-            for chosen in _some_columns(W):
+            for chosen in some_columns(W):
                 M = W[:, chosen].double()
                 folded[..., chosen] = bare @ matrix.fold_change(self.model, M)[0] + shift @ M
             yield Check(f"{name} with its LayerNorm folded", folded + b, raw.expected, raw.slack)
@@ -369,7 +320,7 @@ class _Walk:
         """A weight and its bias, applied to ``x`` a few columns at a time."""
         # Into one tensor each: separate results would lie between the chunks and keep their memory from being reused.
         made, terms = (x.new_empty((*x.shape[:-1], W.shape[1])) for _ in range(2))
-        for chosen in _some_columns(W):
+        for chosen in some_columns(W):
             M = W[:, chosen].double()
             made[..., chosen] = x @ M
             terms[..., chosen] = x.abs() @ M.abs()
@@ -377,6 +328,11 @@ class _Walk:
         # Algorithms", section 3.1); products of half-precision numbers are summed in float32.
         slack = 4 * min(self.eps, torch.finfo(torch.float32).eps) * terms
         return self.check(part, made + b, self.kept(output), slack, whole, x)
+
+    @property
+    def scored(self) -> tuple[str, str]:
+        """The queries and keys whose products are the scores."""
+        return ("rot_q", "rot_k") if self.structure.rotary else ("q", "k")
 
     def by_query(self, layer: int, which: str) -> Tensor:
         """``q``, ``k``, ``v`` or ``z`` in float64 with a head for every query head."""
@@ -391,57 +347,47 @@ class _Walk:
         attn, scale = f"blocks.{layer}.attn", self.structure.attn_scale[layer]
         pattern = self.truth[f"{attn}.hook_pattern"].double()
         q, k, z = (self.by_query(layer, name) for name in "qkz")
-        scored = [self.by_query(layer, f"rot_{name}") for name in "qk"] if self.structure.rotary else [q, k]
+        scored = [self.by_query(layer, name) for name in self.scored]
         for head in range(self.structure.n_heads):
             shared = head // self.structure.queries_per_key
             W_Q, W_O = (self.weights[f"{attn}.W_{letter}"][head].double() for letter in "QO")
             W_K, W_V = (self.weights[f"{attn}.W_{letter}"][shared].double() for letter in "KV")
             b_Q = self.head_bias(f"{attn}.b_Q", head, W_Q)
             b_K, b_V = (self.head_bias(f"{attn}.b_{letter}", shared, W_K) for letter in "KV")
-            QK, OV = self.found[f"{attn}.QK.{head}"], self.found[f"{attn}.OV.{head}"]
-            expected = einsum(q[:, :, head], k[:, :, head], "n q e, n k e -> n q k")
-            scores = einsum(_through(x, QK.raw(self.model)), x, "n q d, n k d -> n q k") + (x @ W_Q @ b_K)[:, :, None]
-            scores = scores + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
+            QK, OV = self.found.get(f"{attn}.QK.{head}"), self.found[f"{attn}.OV.{head}"]
             seen = pattern[:, head] > 0
-            yield self.check(
-                QK.name,
-                self.kept(scores.where(seen, 0)),
-                self.kept(expected.where(seen, 0)),
-                self.kept(score_slack[:, head]),
-            )
+            if QK is not None:
+                expected = einsum(q[:, :, head], k[:, :, head], "n q e, n k e -> n q k")
+                scores = einsum(through(x, QK.raw(self.model)), x, "n q d, n k d -> n q k")
+                scores = scores + (x @ W_Q @ b_K)[:, :, None] + (x @ W_K @ b_Q)[:, None] + b_Q @ b_K
+                scores, expected = scores.where(seen, 0), expected.where(seen, 0)
+                yield self.check(QK.name, self.kept(scores), self.kept(expected), self.kept(score_slack[:, head]))
             turned = einsum(scored[0][:, :, head], scored[1][:, :, head], "n q e, n k e -> n q k")
-            attended = torch.softmax((turned * scale).masked_fill(~seen, float("-inf")), -1)
-            slack = self.kept(pattern_slack[:, head])
+            cap = self.structure.attn_softcap
+            turned = turned * scale if cap is None else cap * torch.tanh(turned * scale / cap)
             part = f"the attention scale of block {layer}"
+            if self.structure.alibi:
+                turned = turned + self.structure.alibi[head] * torch.arange(turned.shape[-1]).to(turned)
+                part = f"{part} or the slope of ALiBi of its head {head}"
+            attended = torch.softmax(turned.masked_fill(~seen, float("-inf")), -1)
+            slack = self.kept(pattern_slack[:, head])
             yield self.check(part, self.kept(attended), self.kept(pattern[:, head]), slack)
-            moved = einsum(pattern[:, head], _through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
+            moved = einsum(pattern[:, head], through(x, OV.raw(self.model)), "n q k, n k d -> n q d")
             yield self.check(OV.name, self.kept(moved + b_V @ W_O), self.kept(z[:, :, head] @ W_O))
-            if norm is not None:
+            if OV.foldable:
                 # Folding is exact for any activations, so the matrices just proven give what the folded ones must.
-                bare = self.bare(norm)
+                bare = x if norm is None else self.bare(norm)
                 bare = bare if self.structure.rms else bare - bare.mean(-1, keepdim=True)
-                plain = bare * self.weights[f"{norm}.w"].double()
-                expected = einsum(plain @ W_Q, plain @ W_K, "n q e, n k e -> n q k")
-                folded = einsum(_through(bare, QK.folded(self.model)), bare, "n q d, n k d -> n q k")
-                yield self.check(f"{QK.name} with its LayerNorm folded", self.kept(folded), self.kept(expected))
-                folded = _through(bare, OV.folded(self.model))
+                plain = bare if norm is None else bare * self.scale(norm)
+                behind = 1.0 if OV.right_norm is None else self.scale(OV.right_norm)
+                if QK is not None:
+                    expected = einsum(plain @ W_Q, plain @ W_K, "n q e, n k e -> n q k")
+                    folded = einsum(through(bare, QK.folded(self.model)), bare, "n q d, n k d -> n q k")
+                    yield self.check(f"{QK.name} with its LayerNorm folded", self.kept(folded), self.kept(expected))
+                folded = through(bare, OV.folded(self.model))
                 yield self.check(
-                    f"{OV.name} with its LayerNorm folded", self.kept(folded), self.kept(plain @ W_V @ W_O)
+                    f"{OV.name} with its LayerNorm folded", self.kept(folded), self.kept(plain @ W_V @ W_O * behind)
                 )
 
     def head_bias(self, name: str, head: int, W: Tensor) -> Tensor:
         return self.weights[name][head].double() if name in self.weights else W.new_zeros(W.shape[1])
-
-
-def _through(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """``x`` times a circuit, factor by factor."""
-    for factor in factors:
-        x = x @ factor
-    return x
-
-
-def _some_columns(W: Tensor) -> Iterator[slice]:
-    """The columns of a weight, a few at a time."""
-    step = max(1, CHUNK // len(W))
-    for start in range(0, W.shape[1], step):
-        yield slice(start, min(start + step, W.shape[1]))

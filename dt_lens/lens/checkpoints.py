@@ -42,6 +42,24 @@ ARRAYS: list[Any] = [
 ]
 
 
+class _Settings:
+    """What a pickle says of the fields of an object of settings; the object's own class is never imported."""
+
+    fields: Mapping[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict) or not all(type(value) in PLAIN for value in state.values()):
+            raise DtLensError(
+                "An object of settings in the checkpoint holds something else than numbers and strings; save its "
+                "fields as a plain dict."
+            )
+        self.fields = {str(name): value for name, value in state.items()}
+
+
+PLAIN = (int, float, bool, str, type(None))
+# Classes whose objects code bases save beside the weights (build-nanogpt), under the names that a pickle may have.
+SETTINGS: list[Any] = [(_Settings, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2", "model")]
+
 # What an adapter finds in a pickled dict of plain values, read from that file: the bytes of a file that torch.save
 # wrote, and a configuration; None where the dict is not of its code base's form.
 Unpack = Callable[[Mapping[str, Any], Path], tuple[bytes, Mapping[str, Any]] | None]
@@ -261,7 +279,7 @@ def _read_pickle(file: Path, unpack: Unpack | None) -> Checkpoint:
     for name in NESTED:
         inner = loaded.get(name)
         if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
-            tensors, extra = inner, {str(k): v for k, v in loaded.items() if k != name}
+            tensors, extra = inner, {str(k): _fields(v) for k, v in loaded.items() if k != name}
             break
     bad = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
     if bad is not None:
@@ -271,8 +289,12 @@ def _read_pickle(file: Path, unpack: Unpack | None) -> Checkpoint:
     return Checkpoint(file, {str(k): v for k, v in tensors.items()}, config, extra, file.parent)
 
 
+def _fields(value: Any) -> Any:
+    return value.fields if isinstance(value, _Settings) else value
+
+
 def _unpickled(file: Path | IO[bytes]) -> Any:
-    with warnings.catch_warnings(), torch.serialization.safe_globals(ARRAYS):
+    with warnings.catch_warnings(), torch.serialization.safe_globals(ARRAYS + SETTINGS):
         warnings.simplefilter("ignore")
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     _require_checksums(file)

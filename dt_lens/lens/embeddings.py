@@ -34,6 +34,7 @@ class Embedding:
         trained: whether the weights had a loss; an untrained head is a built-in null.
         layernorm: the scale ``[d_model]`` of the LayerNorm between these directions and the stream, if any.
         rms: that norm does not centre (RMSNorm).
+        unit_offset: that norm multiplies by 1 + ``layernorm``.
         owner: the identity of the model they belong to; ``None`` for the user's own until they are registered.
 
     Raises:
@@ -51,6 +52,7 @@ class Embedding:
     trained: bool = True
     layernorm: Tensor | None = None  # [d_model]
     rms: bool = False
+    unit_offset: bool = False
     owner: str | None = None
     name: str = ""
 
@@ -82,6 +84,13 @@ class Embedding:
         return len(self.directions)
 
     @property
+    def scale(self) -> Float[Tensor, " d_model"] | None:
+        """What the norm between these directions and the stream multiplies by, ``[d_model]``; ``None`` without one."""
+        if self.layernorm is None or not self.unit_offset:
+            return self.layernorm
+        return self.layernorm.double() + 1
+
+    @property
     def effective(self) -> Float[Tensor, "n d_model"]:
         """The directions ``[n, d_model]`` as they act on the stream, up to length: through the LayerNorm in between.
 
@@ -89,9 +98,9 @@ class Embedding:
         centring; a head ``e`` behind one reads the stream along ``C diag(w) e``. The LayerNorm's division, and the part
         of its derivative along the token itself, depend on the token and are left out, as in every folding.
         """
-        if self.layernorm is None:
+        if self.scale is None:
             return self.directions
-        e, w = self.directions.double(), self.layernorm.double()
+        e, w = self.directions.double(), self.scale.double()
         if self.rms:
             return w * e
         if self.side == "in":

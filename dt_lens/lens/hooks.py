@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dt_lens.arguments import truth_value, whole_number
 from dt_lens.errors import DtLensError, a_type, nearest
+from dt_lens.lens.activation_cache import ActivationCache, Attribution, broadcast, position_axis
 from dt_lens.lens.forward_mode import uncompiled
 from dt_lens.lens.stacked_weights import StackedWeights
 
@@ -48,7 +50,7 @@ Names = str | Sequence[str] | Callable[[str], bool]
 Hooks = Iterable[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
-class HookedModule(StackedWeights, HookedRootModule):
+class HookedModule(StackedWeights, Attribution, HookedRootModule):
     """TransformerLens's ``HookedRootModule``, with which every hook runs, or is an error.
 
     A hook that does not run makes an ablation read "no effect". So a name that the model does not have is refused, a
@@ -95,6 +97,84 @@ class HookedModule(StackedWeights, HookedRootModule):
                 f"The hooks at {_listed(silent)} did not run: this forward pass does not reach them "
                 "(or another thread hooked the model meanwhile; hook one model from one thread at a time)."
             )
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether ``run_with_cache`` without ``names_filter`` caches ``hook_result``, what each head adds.
+
+        It is as large as the stream times the number of heads, so by default it does not. A hook at it, or its name in
+        ``names_filter``, works either way.
+        """
+        self._attn_result = truth_value(use_attn_result, "use_attn_result")
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: Names | None = None,
+        stop_at_layer: int | None = None,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        pos_slice: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """One pass: what it gives, and its activations; TransformerLens's ``run_with_cache``.
+
+        Args:
+            args: as for a call of the model; ``kwargs`` too.
+            names_filter: a name, several, or a function of a name; all but ``hook_result`` by default (see
+                ``set_use_attn_result``).
+            stop_at_layer: end before this block, and give the stream ``[batch, pos, d_model]`` that enters it. A
+                negative number counts from the last; the number of blocks ends after the last one.
+            return_cache_object: an ``ActivationCache``; otherwise a ``dict``.
+            remove_batch_dim: of a batch of one.
+            pos_slice: which positions to keep: a number, a tuple ``(start, end)`` or a list.
+            kwargs: also TransformerLens's ``device``, ``incl_bwd``, ``reset_hooks_end``, ``clear_contexts``.
+
+        Raises:
+            DtLensError: for a name that the model, or a pass that stops early, does not have; from a batch of several
+                whose dimension is to be removed.
+        """
+        stop = self._block(stop_at_layer)
+        if stop is not None:
+            kwargs["stop_at_layer"] = stop
+        names = self._reached(names_filter, stop)
+        out, found = super().run_with_cache(*args, names_filter=set(names).__contains__ if names else [], **kwargs)
+        broadcast(found)
+        cache = ActivationCache(found, self)
+        if remove_batch_dim:
+            cache.remove_batch_dim()
+        if pos_slice is not None:
+            from transformer_lens.utilities import Slice
+
+            kept = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+            for name, x in found.items():
+                found[name] = kept.apply(x, dim=position_axis(name))
+        return out, cache if return_cache_object else found
+
+    def _block(self, stop_at_layer: Any) -> int | None:
+        """The number of blocks that ``stop_at_layer`` leaves; ``None`` where it is."""
+        if stop_at_layer is None:
+            return None
+        n = int(self.structure.n_layers)
+        stop = whole_number(stop_at_layer, "stop_at_layer", -n, n)
+        return stop + n if stop < 0 else stop
+
+    def _reached(self, names_filter: Names | None, stop: int | None) -> list[str]:
+        """The names to cache in a pass that stops before a block, if it does."""
+        chosen = self._filter(names_filter)
+        if isinstance(chosen, str):
+            chosen = [chosen]
+        named = None if callable(chosen) else chosen
+        names = [name for name in self.hook_dict if chosen(name)] if named is None else named
+        if stop is None:
+            return list(names)
+        kept = [name for name in names if _precedes(name, stop)]
+        missed = [name for name in names if name not in kept]
+        if missed and (named is not None or not kept):
+            raise DtLensError(
+                f"A pass with stop_at_layer={stop} does not reach {_listed(missed)}; stop later, or leave "
+                f"{'it' if len(missed) == 1 else 'them'} out."
+            )
+        return kept
 
     def run_with_hooks(
         self,
@@ -156,9 +236,11 @@ class HookedModule(StackedWeights, HookedRootModule):
         return super().add_caching_hooks(self._filter(names_filter), *args, **kwargs)
 
     def _filter(self, names: Names | None) -> Any:
-        if names is None or isinstance(names, str) or callable(names):
-            if names is not None:
-                self._names(names)
+        if names is None:
+            heads = getattr(self, "_attn_result", False)
+            return lambda name: heads or not name.endswith(".hook_result")
+        if isinstance(names, str) or callable(names):
+            self._names(names)
             return names
         try:
             several = list(names)
@@ -197,6 +279,14 @@ def _noting(hook: Callable[..., Any], idle: dict[Any, str], key: Any) -> Callabl
         return hook(*args, **kwargs)
 
     return noted
+
+
+def _precedes(name: str, stop: int) -> bool:
+    """Whether an activation is computed before this block."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        return int(parts[1]) < stop
+    return name.startswith(("hook_embed", "hook_pos_embed", "embed"))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -5,7 +5,8 @@ A matrix ``M [d_left, d_right]`` acts as ``y = x @ M``. Some are weights; ``OV.h
 Transformer Circuits", 2021).
 
 Folding: a matrix that reads the stream sees ``(x - mean) / std * w + b``, so up to the scale it acts on the stream as
-``(I - 11^T/d) diag(w) W``. The folded matrix is that product.
+``(I - 11^T/d) diag(w) W``. The folded matrix is that product. Where what a matrix gives passes an RMSNorm before it
+joins the stream, it writes ``y / rms * w``, so up to the scale the folded matrix is ``W diag(w)``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "catalogue",
     "find_matrix",
     "fold",
+    "norm_scale",
     "select_matrices",
     "unfold",
 ]
@@ -57,6 +59,14 @@ class Structure(NamedTuple):
         parallel: attention and MLP read the same stream, and both are added to it at once (GPT-J).
         rotary: queries and keys are rotated by their position before the score; QK is then the circuit of two tokens at
             the same position.
+        qk_norm: queries and keys each pass a norm before the score. It stands between the factors of QK, so that the
+            score is no bilinear form of the stream, and the catalogue has no QK circuits.
+        alibi: what each head's scores gain for every position that a key is further on (ALiBi); empty without.
+        attn_post_norm: the RMSNorm that what layer ``l``'s attention gives passes before it joins the stream; empty
+            where there is none.
+        mlp_post_norm: the same of the MLP.
+        unit_offset: the norms multiply by 1 + their weight.
+        attn_softcap: a score ``s`` enters the softmax as ``cap * tanh(s / cap)``.
     """
 
     n_layers: int
@@ -69,6 +79,12 @@ class Structure(NamedTuple):
     rms: bool = False
     parallel: bool = False
     rotary: bool = False
+    qk_norm: bool = False
+    alibi: tuple[float, ...] = ()
+    attn_post_norm: tuple[str, ...] = ()
+    mlp_post_norm: tuple[str, ...] = ()
+    unit_offset: bool = False
+    attn_softcap: float | None = None
 
     @property
     def queries_per_key(self) -> int:
@@ -131,7 +147,11 @@ def _inverse(pattern: str) -> str:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One catalogued matrix: its name, its place in the model, its sides, and how to compute it."""
+    """One catalogued matrix: its name, its place in the model, its sides, and how to compute it.
+
+    ``left_norm`` and ``right_norm`` are the norms between its sides and the stream: before a side that reads, behind
+    one that writes.
+    """
 
     name: str
     kind: str  # W_in, W_out, W_Q, W_K, W_V, W_O, OV, QK
@@ -151,7 +171,7 @@ class Matrix:
 
     @property
     def foldable(self) -> bool:
-        """Whether a LayerNorm stands before this matrix."""
+        """Whether a norm stands between this matrix and the stream."""
         return self.left_norm is not None or self.right_norm is not None
 
     def side(self, side: str | None) -> Literal["left", "right"]:
@@ -171,7 +191,7 @@ class Matrix:
         raise DtLensError(f"{self.name} has no side {str(side)!r:.60}; it has {self.left!r} and {self.right!r}.")
 
     def norm(self, side: Literal["left", "right"]) -> str | None:
-        """The prefix of the LayerNorm (``"blocks.0.ln1"``) that a side reads through, or ``None``."""
+        """The prefix of the norm (``"blocks.0.ln1"``) that a side reads or writes through, or ``None``."""
         return self.left_norm if side == "left" else self.right_norm
 
     def centred(self, side: Literal["left", "right"]) -> bool:
@@ -191,9 +211,9 @@ class Matrix:
         """The factors of a raw matrix of this name, with its norms folded into the first and the last."""
         lens, found = Snapshot.of(lens), list(factors)
         if self.left_norm is not None:
-            found[0] = fold(found[0], lens.weights[f"{self.left_norm}.w"], not self.rms)
+            found[0] = fold(found[0], norm_scale(lens, self.left_norm), not self.rms)
         if self.right_norm is not None:
-            found[-1] = fold(found[-1].T, lens.weights[f"{self.right_norm}.w"], not self.rms).T
+            found[-1] = fold(found[-1].T, norm_scale(lens, self.right_norm), not self.rms).T
         return tuple(found)
 
     def dense(self, lens: Weighted, fold_layernorm: bool = True) -> Float[Tensor, "left right"]:
@@ -211,7 +231,7 @@ class MatrixFactors:
     Attributes:
         lens: the model's weights and structure.
         matrix: which matrix.
-        folded: whether ``effective`` factors are the folded ones; always ``False`` if no LayerNorm stands before it.
+        folded: whether ``effective`` factors are the folded ones; always ``False`` if no norm stands at either side.
     """
 
     lens: Snapshot
@@ -237,7 +257,13 @@ class MatrixFactors:
     def scale(self, side: Literal["left", "right"]) -> Float[Tensor, " d_model"] | None:
         """The scale of the LayerNorm that is folded in on a side, or ``None``."""
         norm = self.matrix.norm(side) if self.folded else None
-        return None if norm is None else self.lens.weights[f"{norm}.w"]
+        return None if norm is None else norm_scale(self.lens, norm)
+
+
+def norm_scale(lens: Weighted, norm: str) -> Tensor:
+    """What the norm of this prefix multiplies by: its weight, or 1 more than that, which is float64."""
+    w = lens.weights[f"{norm}.w"]
+    return w.double() + 1 if lens.structure.unit_offset else w
 
 
 def fold(
@@ -300,25 +326,29 @@ def _catalogue(structure: Structure, weights: frozenset[str], per_head: bool) ->
     for layer in range(structure.n_layers):
         attn, mlp = f"blocks.{layer}.attn", f"blocks.{layer}.mlp"
         norm = structure.attn_norm[layer]
+        behind = structure.attn_post_norm[layer] if structure.attn_post_norm else None
         for kind, (left, right, merged) in ATTENTION.items():
-            before = norm if left == "read" else None
-            add(Matrix(f"{attn}.{kind}", kind, layer, None, left, right, (Factor(f"{attn}.{kind}", merged),), before))
+            norms = (norm, None) if left == "read" else (None, behind)
+            add(Matrix(f"{attn}.{kind}", kind, layer, None, left, right, (Factor(f"{attn}.{kind}", merged),), *norms))
             heads = structure.n_heads // (structure.queries_per_key if kind in ("W_K", "W_V") else 1)
             for head in range(heads) if per_head else ():
                 factor = Factor(f"{attn}.{kind}", "a b -> a b", head)
-                add(Matrix(f"{attn}.{kind}.{head}", kind, layer, head, left, right, (factor,), before))
+                add(Matrix(f"{attn}.{kind}.{head}", kind, layer, head, left, right, (factor,), *norms))
         for head in range(structure.n_heads):
             shared = head // structure.queries_per_key
             q, o = (Factor(f"{attn}.W_{letter}", "a b -> a b", head) for letter in "QO")
             k, v = (Factor(f"{attn}.W_{letter}", "a b -> a b", shared) for letter in "KV")
             k = k._replace(pattern="d e -> e d")
-            add(Matrix(f"{attn}.OV.{head}", "OV", layer, head, "read", "write", (v, o), norm))
-            add(Matrix(f"{attn}.QK.{head}", "QK", layer, head, "query", "key", (q, k), norm, norm))
+            add(Matrix(f"{attn}.OV.{head}", "OV", layer, head, "read", "write", (v, o), norm, behind))
+            if not structure.qk_norm:
+                add(Matrix(f"{attn}.QK.{head}", "QK", layer, head, "query", "key", (q, k), norm, norm))
         norm = structure.mlp_norm[layer]
         for kind in ("W_in", "W_gate"):
             whole = (Factor(f"{mlp}.{kind}", "a b -> a b"),)
             add(Matrix(f"{mlp}.{kind}", kind, layer, None, "read", "neuron", whole, norm))
-        add(Matrix(f"{mlp}.W_out", "W_out", layer, None, "neuron", "write", (Factor(f"{mlp}.W_out", "a b -> a b"),)))
+        behind = structure.mlp_post_norm[layer] if structure.mlp_post_norm else None
+        whole = (Factor(f"{mlp}.W_out", "a b -> a b"),)
+        add(Matrix(f"{mlp}.W_out", "W_out", layer, None, "neuron", "write", whole, None, behind))
     return found
 
 
@@ -340,10 +370,20 @@ def find_matrix(lens: Weighted, name: str, head: int | None = None) -> Matrix:
         if f"{name}.0" not in known:
             raise DtLensError(f"{name} has no heads; leave head out.")
         raise DtLensError(f"{name} has no head {head}; the model's heads are 0 to {lens.structure.n_heads - 1}.")
+    _require_circuit(lens.structure, wanted)
     raise DtLensError(
         f"The model has no matrix {wanted!r}."
         + (nearest(wanted, known) or f" It has {', '.join(list(known)[:3])}, ...")
     )
+
+
+def _require_circuit(structure: Structure, name: str) -> None:
+    """Raise for the name or pattern of a QK circuit of a model that has none."""
+    if structure.qk_norm and "QK" in name.split("."):
+        raise DtLensError(
+            f"The model has no circuit {name!r}: its queries and keys pass a norm of their own before the score, so "
+            "that W_Q W_K^T does not give it; use W_Q and W_K."
+        )
 
 
 def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None) -> list[Matrix]:
@@ -364,6 +404,7 @@ def select_matrices(lens: Weighted, patterns: Sequence[str] | str | None = None)
         matched = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
         matched = matched or [name for name in everything if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
+            _require_circuit(lens.structure, pattern)
             near = nearest(pattern, everything)
             kinds = ", ".join(dict.fromkeys(f"'*.{m.kind}{'' if m.head is None else '.*'}'" for m in listed.values()))
             known = f"; give names, such as {next(iter(listed), 'none')}, or patterns, such as {kinds}."

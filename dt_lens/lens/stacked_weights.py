@@ -22,7 +22,7 @@ class StackedWeights:
     """Gives a wrapped model ``W_in``, ``W_Q``, ``W_E``, ... as attributes; those that it lacks it does not have.
 
     Those of blocks are stacked, ``[layer, ...]``, which copies them: writing into one edits nothing. Those outside of
-    blocks are the live weights.
+    blocks are the live weights; ``b_U`` is zero where a model with an unembedding has none, as in TransformerLens.
     """
 
     if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class StackedWeights:
                 found = weights.get(f"{ALONE[name]}.{name}")
                 if found is not None:
                     return found
+                if name == "b_U" and "unembed.W_U" in weights:
+                    return torch.zeros_like(weights["unembed.W_U"][0])
             else:
                 end = f".{IN_BLOCKS[name]}.{name}"
                 rows = [weight for key, weight in weights.items() if key.startswith("blocks.") and key.endswith(end)]

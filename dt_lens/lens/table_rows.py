@@ -44,7 +44,8 @@ def unproven_rows(model: Lens, batch: Mapping[str, Any], own: Mapping[str, Tenso
         table = model.weights[name]
         index = index.to(table.device)
         looked_up = own.get(hook)
-        if looked_up is None or not torch.equal(table[index].expand_as(looked_up), looked_up.to(table)):
+        rows = table[index] * getattr(model, "table_scale", 1.0) if name == "embed.W_E" else table[index]
+        if looked_up is None or not torch.equal(rows.expand_as(looked_up), looked_up.to(table)):
             raise DtLensError(
                 f"certify: {hook} does not hold the rows of {name} that this batch names; the model looks them up "
                 "wrongly."

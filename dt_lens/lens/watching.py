@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Moments
-from dt_lens.lens.matrices import Matrix, Snapshot, catalogue, select_matrices
+from dt_lens.lens.matrices import Matrix, Snapshot, catalogue, norm_scale, select_matrices
 from dt_lens.lens.weights import fingerprint
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Watch:
                 bare = bare - bare.mean(-1, keepdim=True)
             bare = bare / (bare.square().mean(-1, keepdim=True) + self._eps).sqrt()
         shift = weights[f"{norm}.b"].double() if f"{norm}.b" in weights else 0.0
-        return bare * weights[f"{norm}.w"].double() + shift
+        return bare * norm_scale(self._lens, norm).double() + shift
 
     @property
     def tokens(self) -> int:

@@ -268,8 +268,10 @@ def _unknown(factors: MatrixFactors, rank: int | None) -> float:
     scale = factors.scale("left")
     if scale is not None:
         rows = rows * scale.to(rows).square()
+    behind = factors.scale("right")
+    share = 1.0 if behind is None else float(behind.double().square().mean().sqrt())
     m, n = weight.shape
-    return float(rows.mean().sqrt()) * (math.sqrt(m) + math.sqrt(n))
+    return share * float(rows.mean().sqrt()) * (math.sqrt(m) + math.sqrt(n))
 
 
 def rounding_noise(

@@ -71,13 +71,14 @@ class _Redrawn(Mapping[str, Tensor]):
     def __init__(self, model: Any, make: Callable[[str, Tensor], Tensor], ones: bool = False) -> None:
         self._weights: Mapping[str, Tensor] = model.weights
         self._make, self._ones = make, ones
+        self._scale = 0.0 if model.structure.unit_offset else 1.0  # the weight of a norm that multiplies by one
         self._matrices = {factor.weight for matrix in catalogue(model).values() for factor in matrix.factors}
         self._made: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._matrices:
             weight = self._weights[name]
-            return torch.ones_like(weight) if self._ones and name.endswith(".w") else weight
+            return torch.full_like(weight, self._scale) if self._ones and name.endswith(".w") else weight
         if name not in self._made:
             while len(self._made) >= 6:
                 del self._made[next(iter(self._made))]

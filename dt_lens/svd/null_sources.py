@@ -182,7 +182,8 @@ def side_covariance(factors: MatrixFactors, side: SideName, activations: Any) ->
     else:
         moments = activations.of(matrix, lens)
     S = moments.covariance.double().cpu().numpy()
-    scale = factors.scale(matrix.side(side))
+    # What a side reads comes out of its norm; what one writes has passed the norm behind it.
+    scale = None if side == "write" else factors.scale(matrix.side(side))
     if scale is not None:
         w = scale.detach().double().cpu().numpy()
         back = np.divide(1.0, w, out=np.zeros_like(w), where=w != 0)

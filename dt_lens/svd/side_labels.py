@@ -92,8 +92,8 @@ class SideLabels:
             return hashlib.blake2b(self._rows.tobytes(), digest_size=16).digest()
         digest = hashlib.blake2b(f"{self.folded} {self.centred} {self.embedding.rms}".encode(), digest_size=16)
         digest.update(hash_of(self.embedding.directions))
-        if self.embedding.layernorm is not None:
-            digest.update(hash_of(self.embedding.layernorm))
+        if self.embedding.scale is not None:
+            digest.update(hash_of(self.embedding.scale))
         return digest.digest()
 
     def _blocks(self, width: int) -> Iterator[tuple[int, NDArray[np.float32] | Array]]:
@@ -224,10 +224,10 @@ def _on_stream(E: Tensor, embedding: Embedding, folded: bool, centred: bool) -> 
         E.sub_(E.mean(-1, keepdim=True))
         left.mul_(torch.where(before > 0, E.norm(dim=1, keepdim=True) / before, 0.0))
 
-    if folded and embedding.layernorm is not None:
+    if folded and embedding.scale is not None:
         if embedding.side == "in" and not embedding.rms:
             centre()
-        E.mul_(embedding.layernorm.detach().to(E))
+        E.mul_(embedding.scale.detach().to(E))
         if embedding.side == "out" and not embedding.rms:
             centre()
     if centred:

@@ -59,7 +59,8 @@ def decompose_weighted(factors: MatrixFactors, activations: Activations, rank: i
     raw = factors.raw()
     seen = factors.effective() if factors.folded else raw
     # The covariance is of the raw matrix's inputs; a norm on the other side is part of the output.
-    first = raw[0]
+    behind = factors.scale("right") if len(raw) == 1 else None
+    first = raw[0] if behind is None else raw[0] * behind.to(raw[0])
     spread, axes = torch.linalg.eigh(moments.covariance.to(first))
     # A variance below the rounding of second moments minus squared means counts as zero.
     exact = len(spread) * EPS * float(moments.second.diagonal().sum())

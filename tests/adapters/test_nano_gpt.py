@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,34 @@ def test_characters_that_are_not_in_the_vocabulary() -> None:
     assert tokenizer.decode(tokenizer.encode("abba")) == "abba"
     with pytest.raises(DtLensError, match="'c' is not in this model's vocabulary of 2"):
         tokenizer.encode("abc")
+
+
+def saved_by_build_nanogpt(file: Path, model: Any, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """A file as its train_gpt2.py writes it: the settings are an object of a class in the script itself."""
+    config = type("GPTConfig", (), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", config, raising=False)
+    settings = config()
+    vars(settings).update({"block_size": 12, "vocab_size": 29, "n_layer": 2, "n_head": 4, "n_embd": 16, **fields})
+    beside = {"config": settings, "step": 19072, "val_loss": 3.07}
+    torch.save({"model": as_nano(model, "transformer"), **beside}, file)
+    monkeypatch.undo()  # whoever reads it has no such class
+
+
+def test_a_file_of_build_nanogpt(make_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_lm("gpt2", activation_function="gelu_new", size=0.6)
+    saved_by_build_nanogpt(tmp_path / "model_19072.pt", model, monkeypatch)
+    tokenizer = CharacterTokenizer([chr(97 + i) for i in range(25)])
+    lens = dt_lens.load(tmp_path / "model_19072.pt", tokenizer=tokenizer)
+    assert lens.cfg.n_heads == 4 and lens.assumed == {"act_fn": "gelu_new"}
+    torch.testing.assert_close(lens(TOKENS), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    other = dt_lens.load(tmp_path / "model_19072.pt", act_fn="gelu")
+    assert (other(TOKENS) - model(TOKENS).logits).abs().max() > 1e-4
+    assert lens.labels[24:26] == ["y", "unused 25"]  # its vocabulary is padded to a round size
+
+
+def test_settings_that_are_no_settings_are_refused(
+    make_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_by_build_nanogpt(tmp_path / "model.pt", make_lm("gpt2"), monkeypatch, n_head=[4])
+    with pytest.raises(DtLensError, match="An object of settings in the checkpoint holds something else"):
+        dt_lens.load(tmp_path / "model.pt")

@@ -50,6 +50,7 @@ def test_every_hook_point_is_alive(make: Make, run: Run, make_batch: Any, name: 
     model = make(name)
     batch = make_batch(model.cfg, padding="left")
     plain = run(model, batch)
+    model.set_use_attn_result(True)
     with torch.no_grad():
         _, cache = model.run_with_cache(**batch)
     # The names are TransformerLens's; a hook with a wrong name would be missing from the cache.
@@ -76,6 +77,7 @@ def test_every_hook_point_is_alive(make: Make, run: Run, make_batch: Any, name: 
 def test_what_the_hooks_hold(make: Make, make_batch: Any) -> None:
     model = make()
     batch = make_batch(model.cfg, padding="left")
+    model.set_use_attn_result(True)
     with torch.no_grad():
         _, cache = model.run_with_cache(**batch)
     W = model.weights

@@ -61,7 +61,7 @@ def test_queries_are_a_heads_own_and_keys_are_shared(side: Any, shared: bool, ma
     assert ("Heads 2 to 3 share W_K" in edit.note) == shared
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gptj", "gpt_neo", "llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "qwen2", "qwen3", "gemma2", "olmo2"])
 @pytest.mark.parametrize("matrix", ["mlp.W_in", "mlp.W_gate", "mlp.W_out", "attn.W_Q", "attn.W_O"])
 def test_an_edit_and_its_control_on_every_family(kind: str, matrix: str, make_lm: Any) -> None:
     lens = dt_lens.wrap(make_lm(kind), check=False)

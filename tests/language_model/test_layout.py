@@ -10,10 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dt_lens import DtLensError
-from dt_lens.language_model.layout import At, Layout, Part, Stored
+from dt_lens.language_model.layout import At, Interleaved, Layout, Part, Stored
 
-SIZES = {"d": 6, "head": 2, "e": 3, "mlp": 8, "vocab": 11}
+SIZES = {"d": 6, "head": 2, "kv": 1, "e": 3, "mlp": 8, "vocab": 11}
 FUSED = At("h.{l}.qkv.weight", "d (head e) -> head d e", Part(1, 1, 3))
+BY_HEAD = At("h.{l}.all.weight", "(head part e) d -> part head d e", Interleaved(2, 3))
+UNEQUAL = At("h.{l}.some.weight", "(kv e) d -> kv d e", Part(0, 1, ("head e", "kv e", "2")))
 LINEAR = At("h.{l}.o.weight", "d (head e) -> head e d")
 
 
@@ -32,7 +34,18 @@ def test_a_part_is_a_view_with_its_heads_in_order() -> None:
     assert tensor[2, 9] == -1
 
 
-@pytest.mark.parametrize("rule", [FUSED, LINEAR])
+def test_parts_that_alternate_by_head_and_parts_of_unequal_size() -> None:
+    tensor = torch.arange(18 * 6.0).reshape(18, 6)
+    view = Stored.of(BY_HEAD, SIZES, 0).view(tensor)
+    assert torch.equal(view[0], tensor[6:9].T)  # the third part of the first head
+    assert torch.equal(view[1], tensor[15:18].T)
+    view[1, 2, 0] = -1
+    assert tensor[15, 2] == -1
+    assert Stored.of(UNEQUAL, SIZES, 0).shape == (6 + 3 + 2, 6)
+    assert torch.equal(Stored.of(UNEQUAL, SIZES, 0).view(tensor[:11])[0], tensor[6:9].T)
+
+
+@pytest.mark.parametrize("rule", [FUSED, LINEAR, BY_HEAD, UNEQUAL])
 def test_a_file_gives_what_the_tensor_gives(rule: At, tmp_path: Path) -> None:
     stored = Stored.of(rule, SIZES, 0)
     tensor = torch.randn(stored.shape)

@@ -13,7 +13,7 @@ import dt_lens
 from dt_lens import DtLensError, SingularEdit
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
-KINDS = ("gpt2", "gptj", "gpt_neo", "llama")
+KINDS = ("bloom", "gpt2", "gptj", "gpt_neo", "llama", "opt", "gemma3", "olmo2")
 
 
 @pytest.fixture(params=KINDS)
@@ -38,6 +38,8 @@ def test_hooks_that_return_what_they_got_change_nothing(lens: Any) -> None:
 
 def test_every_hook_reaches_the_logits(lens: Any) -> None:
     def tilted(x: Tensor, hook: Any) -> Tensor:
+        if hook.name.endswith("hook_scale"):
+            return x * torch.linspace(0.5, 1.5, x.shape[1])[:, None]
         return x * torch.linspace(0.5, 1.5, x.shape[-1])  # not by one number, which a norm would take back
 
     with torch.no_grad():
@@ -73,7 +75,10 @@ def test_head_outputs_are_split_as_the_weights_are(lens: Any) -> None:
     _, cache = cached(lens)
     weights = lens.weights
     for letter in "qkv":
-        x = cache["blocks.1.ln1.hook_normalized"] * weights["blocks.1.ln1.w"] + weights.get("blocks.1.ln1.b", 0)
+        x = cache["blocks.1.hook_resid_pre"]
+        if lens.cfg.pre_norm:
+            w, b = weights["blocks.1.ln1.w"] + lens.cfg.unit_offset, weights.get("blocks.1.ln1.b", 0)
+            x = cache["blocks.1.ln1.hook_normalized"] * w + b
         W, b = weights[f"blocks.1.attn.W_{letter.upper()}"], weights.get(f"blocks.1.attn.b_{letter.upper()}", 0)
         torch.testing.assert_close(
             cache[f"blocks.1.attn.hook_{letter}"], torch.einsum("ntd,hde->nthe", x, W) + b, rtol=1e-4, atol=1e-4

@@ -17,7 +17,7 @@ MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]
 IDS = torch.tensor([[0, 0, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3, 0]])
 
 
-@pytest.fixture(params=["gpt2", "gpt_neo", "gptj", "llama"])
+@pytest.fixture(params=["gpt2", "gpt_neo", "gptj", "llama", "opt"])
 def lens(request: pytest.FixtureRequest, make_lm: Any) -> Any:
     return dt_lens.wrap(make_lm(request.param), check=False)
 

@@ -32,7 +32,22 @@ def make_model(kind: str, make_dt: Make, make_lm: Make) -> Any:
     return dt_lens.wrap(make_lm(kind).double(), check=False)
 
 
-MODELS = ["pre", "post", "bare", "gated", "gpt2", "gptj", "gpt_neo", "llama", "qwen2"]
+MODELS = [
+    "pre",
+    "post",
+    "bare",
+    "gated",
+    "bloom",
+    "gpt2",
+    "gptj",
+    "gpt_neo",
+    "gpt_neox",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "olmo2",
+]
 
 
 def batches_of(model: Any) -> list[dict[str, Any]]:
@@ -79,6 +94,9 @@ def output_of(model: Any, cache: Any, name: str) -> Tensor:
         out = out - bias
     if leaf in ("W_Q", "W_K", "W_V"):
         return out.flatten(2) if matrix.head is None else out[:, :, matrix.head]
+    if matrix.right_norm is not None:  # the cache holds what the norm behind it gives
+        x = cache[f"{block}.mlp.hook_post"] if leaf == "W_out" else cache[f"{attn}.hook_z"].flatten(2)
+        out = x @ weights[f"{sublayer}.{leaf}"].flatten(0, -2)
     if leaf == "W_O" and matrix.head is not None:
         return cache[f"{attn}.hook_z"][:, :, matrix.head] @ weights[f"{attn}.W_O"][matrix.head]
     return out
