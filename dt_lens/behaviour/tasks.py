@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.identity import base_and_model_id
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.terms import Terms
+from dt_lens.decision_transformer.facts import from_file
 from dt_lens.edits.edit import suspended
 from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.protocol import require_running
 
-__all__ = ["base_identity", "evaluation_class", "identity_of", "task_of", "terms_in"]
+__all__ = ["COUNTS", "KNOWN", "base_identity", "evaluation_class", "identity_of", "task_of", "terms_in"]
 
 OF_AGENTS = ("environment_kwargs", "target_return", "max_steps", "failure", "lanes", "video")
 OF_TEXTS = ("texts", "context")
 COUNTS = {"episodes": "agents", "windows": "language models"}  # names for the number of units
+KNOWN = (*OF_AGENTS, *OF_TEXTS, *COUNTS, "environment")
 
 
 def task_of(
@@ -49,10 +52,9 @@ def task_of(
     """
     require_running(model, caller)
     given = {name: value for name, value in options.items() if value is not None}
-    known = (*OF_AGENTS, *OF_TEXTS, *COUNTS, "environment")
     for name in given:
-        if name not in known:
-            raise DtLensError(f"{caller} has no option {name!r}." + nearest(name, known))
+        if name not in KNOWN:
+            raise DtLensError(f"{caller} has no option {name!r}." + nearest(name, KNOWN))
     counted = [name for name in COUNTS if name in given]
     if task is not None and not isinstance(task, Task):
         raise DtLensError(f"task is {a_type(task)}; it must be a Task, as dt_lens.behaviour.task defines it.")
@@ -160,11 +162,12 @@ def terms_in(options: Mapping[str, Any]) -> Terms:
         DtLensError: for options that hold none.
     """
     if "task" in options:
-        return Terms.from_dict(options["task"])
+        terms = Terms.from_dict(options["task"])
+        return replace(terms, setting=from_file(terms.setting))
     from dt_lens.behaviour.agents.evaluation import terms_of_episodes
 
     names = ("environment", "target_return", "time_limit", "environment_kwargs")
-    environment, target_return, limit, kwargs = (options[name] for name in names)
+    environment, target_return, limit, kwargs = (from_file(options)[name] for name in names)
     return terms_of_episodes(environment, target_return, limit, kwargs, options.get("failure"))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["evaluating", "one_thread", "uncompiled"]
+__all__ = ["evaluating", "one_thread", "uncompiled", "usable_cores"]
 
 _COUNTING = threading.Lock()
 _eager: list[Any] = []  # the compiler's stance, once for every pass that runs uncompiled now
@@ -62,3 +62,10 @@ def uncompiled() -> Iterator[None]:
             _eager.remove(None if None in _eager else stance)
             if not _eager and stance is not None:
                 stance.__exit__(None, None, None)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use, container limits included."""
+    from loky import cpu_count
+
+    return int(cpu_count())

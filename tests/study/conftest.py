@@ -1,4 +1,4 @@
-"""A small agent, and engines for its sweeps: one with scripted outcomes, one that runs units in this process."""
+"""A small agent, and engines for its sweeps: one with scripted outcomes, one that runs blocks in this process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 import dt_lens
-from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.behaviour.sweep.blocks import Work, run_work
 from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.sweep.sweep import Sweep
-from dt_lens.behaviour.sweep.units import Unit, run_unit
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
@@ -67,22 +65,19 @@ class ScriptedEngine:
     def start(self, job: Any) -> None:
         pass
 
-    def submit(self, unit: Unit) -> None:
+    def submit(self, work: Work) -> None:
         with closing(sqlite3.connect(self.sweep.file)) as db:
             names = ("matrix", "sv", "directions", "control", "match")
-            query = f"SELECT arm, kind, {', '.join(names)} FROM units JOIN arms USING (arm) WHERE unit = ?"
-            number, kind, *rest = db.execute(query, (unit.number,)).fetchone()
+            query = f"SELECT arm, kind, {', '.join(names)} FROM blocks JOIN arms USING (arm) WHERE block = ?"
+            number, kind, *rest = db.execute(query, (work.number,)).fetchone()
         arm = Arm(number, kind, **dict(zip(names, rest, strict=True)))
-        rng = np.random.default_rng(unit.number)
-        outcomes = [
-            Outcome(seed, self.unedited - self.lost(arm) + rng.normal(), 30, False, True)
-            for seed in range(unit.seed, unit.seed + unit.episodes)
-        ]
-        self.events.append(Event("done", unit.number, "nobody", outcomes))
+        rng = np.random.default_rng(work.number)
+        rows = [(seed, self.unedited - self.lost(arm) + rng.normal(), 30, False, True) for seed in work.units]
+        self.events.append(Event("done", work.number, "nobody", rows))
 
     def wait(self, seconds: float) -> list[Event]:
         events, self.events = self.events, []
-        if self.stops is not None and events and events[0].unit >= self.stops:
+        if self.stops is not None and events and events[0].block >= self.stops:
             raise KeyboardInterrupt  # as Ctrl-C does
         return events
 
@@ -97,7 +92,7 @@ def scripted() -> type[ScriptedEngine]:
 
 
 class InProcessEngine:
-    """An engine that runs units in this process, one at a time: starting worker processes takes longer than they do."""
+    """An engine that runs blocks in this process, one at a time: starting worker processes takes longer than they do."""
 
     def __init__(self, workers: int) -> None:
         self.events = list[Event]()
@@ -107,10 +102,10 @@ class InProcessEngine:
         return 1 - len(self.events)
 
     def start(self, job: Any) -> None:
-        self.job, self.base = job, safetensors.torch.load(job.weights)
+        self.job = job
 
-    def submit(self, unit: Unit) -> None:
-        self.events.append(Event("done", unit.number, "here", run_unit(self.job, self.base, unit)))
+    def submit(self, work: Work) -> None:
+        self.events.append(Event("done", work.number, "here", run_work(self.job, work)))
 
     def wait(self, seconds: float) -> list[Event]:
         events, self.events = self.events, []

@@ -29,7 +29,7 @@ from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import import_module_of
-from dt_lens.lens.forward_mode import evaluating, one_thread
+from dt_lens.lens.forward_mode import evaluating, one_thread, usable_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,6 @@ __all__ = [
     "run_job",
     "seeds_of",
     "setting_of",
-    "usable_cores",
 ]
 
 Watch = Callable[[Policy], Policy]  # wraps a policy, to see what it is given; it must answer as the policy does
@@ -257,10 +256,3 @@ def _acts_without_hooks(model: HookedDecisionTransformer) -> bool:
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     slides = model.cfg.position != "step" and model.cfg.timestep_of == "step"
     return not hooked and slides and type(model.embed["state"]) is Linear
-
-
-def usable_cores() -> int:
-    """Processor cores that this process may use, container limits included."""
-    from loky import cpu_count
-
-    return int(cpu_count())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dt_lens.behaviour.collect_activations import collect_activations
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import KEPT
+from dt_lens.behaviour.task import Task
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import find_matrix
@@ -16,27 +15,32 @@ from dt_lens.progress import ProgressCallback, silent
 
 __all__ = ["ActivationSource"]
 
-EPISODES = 10
-
 
 class ActivationSource:
     """Where a sweep's activations come from.
 
     The ones that are given; else those that its file was made with, loaded from the file next to it or, if that is
-    missing, collected again; else, if they are needed, collected from the agent's own first episodes.
+    missing, collected again; else, if they are needed, collected from the task's first units.
 
     Args:
-        model: the agent.
+        model: the model.
+        task: what it does.
         file: the sweep's file, which may not exist yet.
         given: activations, or a file of them.
         needed: whether the sweep needs activations.
-        setting: the arguments of ``collect_activations``, except the number of episodes.
+        seed: of the first unit, where units have seeds.
     """
 
     def __init__(
-        self, model: Any, file: Path, given: Activations | str | Path | None, needed: bool, setting: Mapping[str, Any]
+        self,
+        model: Any,
+        task: Task,
+        file: Path,
+        given: Activations | str | Path | None,
+        needed: bool,
+        seed: int,
     ) -> None:
-        self._model, self._file, self._setting = model, file, dict(setting)
+        self._model, self._task, self._file, self._seed = model, task, file, seed
         self._needed = needed
         self._found = Activations.load(given) if isinstance(given, str | Path) else given
         self._resolved = self._found is not None
@@ -59,12 +63,12 @@ class ActivationSource:
     def _load_or_collect(self, tell: ProgressCallback) -> Activations | None:
         recorded = self._recorded()
         if recorded is None:
-            return self._collect(EPISODES, tell) if self._needed else None
+            return self._collect(None, tell) if self._needed else None
         if self.kept.is_file():
             found = Activations.load(self.kept)
             wrong = "holds others than the sweep was made with"
         else:
-            found = self._collect(int(recorded.get("episodes", EPISODES)), tell)
+            found = self._collect(recorded.get(self._task.terms.units), tell)
             wrong = "is missing, and they come out with other bits here"
         if found.digest != recorded["digest"]:
             raise DtLensError(
@@ -81,8 +85,8 @@ class ActivationSource:
             return None
         return found
 
-    def _collect(self, episodes: int, tell: ProgressCallback) -> Activations:
-        return collect_activations(self._model, episodes=episodes, **self._setting, progress=tell)
+    def _collect(self, count: int | None, tell: ProgressCallback) -> Activations:
+        return self._task.activations(self._model, count=count, seed=self._seed, tell=tell)
 
     def check(self, matrices: list[str]) -> None:
         """Raise ``DtLensError`` if the given activations are another model's, or lack one of ``matrices``."""

@@ -1,4 +1,4 @@
-"""One run of a sweep: sends units to an engine and writes their outcomes to the store."""
+"""One run of a sweep: sends blocks to an engine and writes their outcomes to the store."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 
-from dt_lens.behaviour.agents.running import Job
+from dt_lens.behaviour.sweep.blocks import Work
 from dt_lens.behaviour.sweep.engines.engine import Engine, Event
 from dt_lens.behaviour.sweep.packing import Packer
 from dt_lens.behaviour.sweep.plan import Block
 from dt_lens.behaviour.sweep.store import Store
-from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.behaviour.task import Job
 from dt_lens.errors import DtLensError
 from dt_lens.progress import ProgressCallback
 
 __all__ = ["Driver"]
 
-TRIES = 3  # a unit whose worker has died so many times is given up in this run
+TRIES = 3  # a block whose worker has died so many times is given up in this run
 WAIT_SECONDS = 0.5
 REPORT_SECONDS = 1.0
 
 
 class Driver:
-    """Runs the units of a store until none is left that can be run.
+    """Runs the blocks of a store until none is left that can be run.
 
     Args:
         store: an open store.
         packer: makes the arms' edits.
-        todo: the units to run, from ``store.advance()``.
-        units: how many units the plan has so far, finished ones included.
+        todo: the blocks to run, from ``store.advance()``.
+        blocks: how many the plan has so far, finished ones included.
         tell: receives the progress.
     """
 
-    def __init__(self, store: Store, packer: Packer, todo: Sequence[Block], units: int, tell: ProgressCallback) -> None:
+    def __init__(
+        self, store: Store, packer: Packer, todo: Sequence[Block], blocks: int, tell: ProgressCallback
+    ) -> None:
         self.store, self.packer, self.tell = store, packer, tell
-        self.todo, self.units = deque(todo), units
-        self.running: dict[int, tuple[Block, int]] = {}  # by unit: its block, and the number of its run
+        self.todo, self.blocks = deque(todo), blocks
+        self.running: dict[int, tuple[Block, int]] = {}  # by number: the block, and the number of its run
         self.tries: Counter[int] = Counter()
-        self.episodes = 0  # finished in this run
+        self.units = 0  # of the task, finished in this run
         self.began = self.reported = time.monotonic()
 
     def run(self, engine: Engine, job: Job) -> None:
@@ -50,8 +52,8 @@ class Driver:
             engine.start(job)
             while self.todo:
                 while self.todo or self.running:
-                    for unit in self._begin(engine.free):
-                        engine.submit(unit)
+                    for work in self._begin(engine.free):
+                        engine.submit(work)
                     self._pack_next()
                     self._report()
                     events = engine.wait(WAIT_SECONDS)
@@ -59,47 +61,47 @@ class Driver:
                         with self.store.writing():
                             for event in events:
                                 self._record(event)
-                blocks, self.units = self.store.advance()  # the next rung
+                blocks, self.blocks = self.store.advance()  # the next rung
                 self.todo.extend(blocks)
         except KeyboardInterrupt:
             left = len(self.todo) + len(self.running)
             raise KeyboardInterrupt(
-                f"Stopped with {self.units - left} of {self.units} units done; the same command resumes from there."
+                f"Stopped with {self.blocks - left} of {self.blocks} blocks done; the same command resumes from there."
             ) from None
         finally:
             engine.stop()
         self._report(force=True)
 
-    def _begin(self, free: int) -> list[Unit]:
-        """The next units, at most ``free``; they are logged as begun."""
-        began: list[Unit] = []
+    def _begin(self, free: int) -> list[Work]:
+        """The next blocks, at most ``free``; they are logged as begun."""
+        began: list[Work] = []
         if free and self.todo:
             with self.store.writing():
                 while self.todo and len(began) < free:
                     block = self.todo.popleft()
-                    unit = self._packed(block)
-                    if unit is not None:
+                    work = self._packed(block)
+                    if work is not None:
                         self.running[block.number] = (block, self.store.begin(block.number))
-                        began.append(unit)
+                        began.append(work)
         return began
 
     def _record(self, event: Event) -> None:
-        block, run = self.running.pop(event.unit)
+        block, run = self.running.pop(event.block)
         if event.kind == "done":
             self.store.finish(run, event)
-            self.episodes += block.episodes
+            self.units += block.size
             return
         self.store.end(run, event)
-        self.tries[event.unit] += 1
+        self.tries[event.block] += 1
         if event.kind == "refused":
-            self.store.fail(event.unit, event.message)
-        elif self.tries[event.unit] < TRIES:
+            self.store.fail(event.block, event.message)
+        elif self.tries[event.block] < TRIES:
             self.todo.appendleft(block)
         else:
-            self.store.fail(event.unit, f"The workers that ran it died {TRIES} times, last by {event.message}.")
+            self.store.fail(event.block, f"The workers that ran it died {TRIES} times, last by {event.message}.")
 
-    def _packed(self, block: Block) -> Unit | None:
-        """The unit with its weights; ``None`` if the arm's edit cannot be put in force, which is written down."""
+    def _packed(self, block: Block) -> Work | None:
+        """The block with its weights; ``None`` if the arm's edit cannot be put in force, which is written down."""
         try:
             packed = self.packer.pack(self.store.arms[block.arm])
         except DtLensError as error:
@@ -114,7 +116,7 @@ class Driver:
                 f"Arm {block.arm} of the sweep comes out with other bits here than where it was begun; "
                 "resume it on that machine, or start again in another folder."
             )
-        return Unit(block.number, packed.change, block.seed, block.episodes)
+        return Work(block.number, packed.change, block.first, block.size)
 
     def _pack_next(self) -> None:
         """Make the next edit while the workers are busy, so that none has to wait for it."""
@@ -128,18 +130,18 @@ class Driver:
             return
         self.reported = now
         blocks = [*self.todo, *(block for block, _ in self.running.values())]
-        left, later = sum(block.episodes for block in blocks), self.store.episodes_ahead()
-        done = self.units - len(blocks)
+        left, later = sum(block.size for block in blocks), self.store.units_ahead()
+        done = self.blocks - len(blocks)
         rungs = len(self.store.rungs)
         text = f"rung {self.store.halving_state().rung + 1} of {rungs}: " if rungs > 1 else ""
-        text += f"{done} of {self.units} units"
+        text += f"{done} of {self.blocks} blocks of {self.store.terms.units}"
         elapsed = now - self.began
-        if self.episodes and elapsed > 0:
-            rate = self.episodes / elapsed
-            text += f"  {rate:.2g} episodes/s, {duration((left + later) / rate)} left"
-        per_unit = left / len(blocks) if blocks else 1.0
-        ahead = later / per_unit  # units of later rungs
-        self.tell(text, done / (self.units + ahead))
+        if self.units and elapsed > 0:
+            rate = self.units / elapsed
+            text += f"  {rate:.2g} {self.store.terms.units}/s, {duration((left + later) / rate)} left"
+        per_block = left / len(blocks) if blocks else 1.0
+        ahead = later / per_block  # blocks of later rungs
+        self.tell(text, done / (self.blocks + ahead))
 
 
 def duration(seconds: float) -> str:

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import save
 
-from dt_lens.behaviour.agents.identity import model_id
-from dt_lens.behaviour.agents.running import acting_weights
 from dt_lens.behaviour.sweep.plan import Arm
-from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.behaviour.task import Task
 from dt_lens.edits.edit import Edit
 from dt_lens.edits.singular import load_edit
 from dt_lens.errors import DtLensError
@@ -21,7 +19,7 @@ from dt_lens.lens.weights import hash_of
 
 __all__ = ["Packed", "Packer"]
 
-KEPT = 2  # packed arms: the one whose units are being begun, and the next
+KEPT = 2  # packed arms: the one whose blocks are being begun, and the next
 
 
 class Packed(NamedTuple):
@@ -41,9 +39,9 @@ class Packer:
     get other bits.
     """
 
-    def __init__(self, model: HookedDecisionTransformer, activations: Activations | None = None) -> None:
-        self._model, self._activations = model, activations
-        self._base = {name: hash_of(weight) for name, weight in acting_weights(model).items()}
+    def __init__(self, model: Any, task: Task, activations: Activations | None = None) -> None:
+        self._model, self._task, self._activations = model, task, activations
+        self._base = {name: hash_of(weight) for name, weight in task.weights(model).items()}
         self._kept: dict[int, Packed] = {}
 
     def pack(self, arm: Arm) -> Packed:
@@ -63,9 +61,9 @@ class Packer:
     def _pack(self, arm: Arm) -> Packed:
         edit = None if arm.record is None else self._edit(arm.record)
         with edit or nullcontext():
-            weights = acting_weights(self._model)
+            weights = self._task.weights(self._model)
             changed = {n: w.detach().contiguous() for n, w in weights.items() if hash_of(w) != self._base[n]}
-            change, identity = save(changed) if changed else b"", model_id(self._model)
+            change, identity = save(changed) if changed else b"", self._task.identity(self._model)[1]
         if edit is None:
             return Packed(change, 0.0, None, identity, "")
         return Packed(change, edit.energy, self._output_energy(edit), identity, edit.note)

@@ -1,4 +1,4 @@
-"""What a sweep will do, decided before anything runs: its arms, its episodes, and the options that identify it."""
+"""What a sweep will do, decided before anything runs: its arms, its blocks, and the options that identify it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dt_lens.behaviour.agents.lanes import MOST_LANES
+__all__ = [
+    "FORMAT",
+    "FORMATS",
+    "Arm",
+    "Block",
+    "Plan",
+    "block_size_of",
+    "identity_of",
+    "merge_arms",
+    "split_units",
+    "summarise",
+]
 
-__all__ = ["SOFTWARE", "Arm", "Block", "Plan", "block_size_of", "identity_of", "merge_arms", "split_seeds", "summarise"]
-
-FORMAT = 2
-SOFTWARE = ("torch", "gymnasium", "mujoco", "numpy")  # another version of one of these may give other bits
+FORMAT = 3
+FORMATS = (2, 3)  # those that can be read; 2 had no tasks, and agents only
+LARGEST = 16  # units of a block: as many episodes as an agent runs side by side
 SIDES = ("query", "key", "read", "neuron", "head", "write")  # left of a matrix before right, for any matrix
 
-# What all arms of a file share: a file can take more arms and more episodes, but none that differ in one of these.
-IDENTITY = (
-    "model",
-    "environment",
-    "environment_kwargs",
-    "target_return",
-    "time_limit",
-    "seed",
-    "fold_layernorm",
-    "halving",
-    *(f"version of {name}" for name in SOFTWARE),
-    "registration",
-)
+# What all arms of a file share, besides the task and its provenance: a file can take more arms and more units, but none
+# that differ in one of these.
+IDENTITY = ("seed", "fold_layernorm", "halving")
 UNKNOWN_IN_OLD_FILES = ("registration",)  # accepted where a file lacks it, and then written
 
 
@@ -51,12 +51,17 @@ class Arm(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One arm with one block of seeds: a unit of work without its weights."""
+    """One arm with a block of the task's units: what is run, written and resumed whole."""
 
     number: int
     arm: int
-    seed: int
-    episodes: int
+    first: int  # number of the first unit
+    size: int
+
+    @property
+    def units(self) -> range:
+        """The numbers of the units."""
+        return range(self.first, self.first + self.size)
 
 
 @dataclass(frozen=True)
@@ -65,34 +70,47 @@ class Plan:
 
     options: Mapping[str, Any]  # plain JSON values
     arms: Sequence[Arm]
+    provenance: Sequence[str] = ()  # the options on which the bits of an outcome depend, besides model and setting
     catalogue: Sequence[str] = ()  # names of all matrices, in the order of a table
     block_size: int | None = None  # None for the default
 
     def difference(self, other: Mapping[str, Any]) -> str | None:
         """Why a file with the options ``other`` cannot hold this plan, in words; ``None`` if it can."""
         mine = json.loads(json.dumps(self.options))
-        if other["format"] != FORMAT:
-            return f"its format is {_short(other['format'])} and this version of dt-lens writes {FORMAT}"
-        for name in IDENTITY:
-            there, here = _differing(other.get(name), mine.get(name))
-            if there != here and not (name in UNKNOWN_IN_OLD_FILES and there is None):
-                return f"its {name} is {_short(there)} and this one's {_short(here)}"
+        if other["format"] not in FORMATS:
+            return f"its format is {short(other['format'])} and this version of dt-lens writes {FORMAT}"
+        here, there = self._identity(mine), self._identity(other)
+        for name in {**here, **there}:
+            one, two = differing(there.get(name), here.get(name))
+            if one != two and not (name in UNKNOWN_IN_OLD_FILES and one is None):
+                return f"its {name} is {short(one)} and this one's {short(two)}"
         here, there = mine.get("activations") or {}, other.get("activations") or {}
         if here and there and here["digest"] != there["digest"]:
             return f"its activations are {there['digest']} and this one's {here['digest']}"
         return None
 
-    def repeats_first_steps(self, other: Mapping[str, Any]) -> bool:
-        """Whether the agent's first steps come to the same bits here as for the file with the options ``other``.
+    def _identity(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What is shared by all arms of a file with these options, by name."""
+        task = options["task"]
+        own = {name: task[name] for name in ("outcome", "better", "measures")}
+        return {
+            "task": task["task"],
+            "model": options["model"],
+            **own,
+            **task["setting"],
+            **{name: options.get(name) for name in (*IDENTITY, *self.provenance)},
+        }
 
-        True as well where this cannot be known: in old files, which do not hold them, and for an agent whose first
-        steps never repeat.
+    def repeats_sample(self, other: Mapping[str, Any]) -> bool:
+        """Whether a little of what the unedited model does comes to the same bits here as for the options ``other``.
+
+        True as well where this cannot be known: in old files, which do not hold it, and for a model that never repeats.
         """
-        here, there = self.options.get("steps"), other.get("steps")
+        here, there = self.options.get("sample"), other.get("sample")
         return here is None or there is None or here == there
 
 
-def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+def differing(one: Any, other: Any) -> tuple[Any, Any]:
     """The entries in which two mappings differ; anything else unchanged."""
     if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
         return one, other
@@ -100,27 +118,27 @@ def _differing(one: Any, other: Any) -> tuple[Any, Any]:
     return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def block_size_of(episodes: int, wanted: int | None) -> int:
-    """Episodes per unit: about ``MOST_LANES``, in units of nearly equal size, so that none leaves lanes empty.
+def block_size_of(units: int, wanted: int | None) -> int:
+    """Units in a block: about ``LARGEST``, in blocks of nearly equal size.
 
     >>> [block_size_of(n, None) for n in (12, 16, 20, 100)]
     [12, 16, 10, 15]
     """
-    return min(episodes, wanted) if wanted else math.ceil(episodes / math.ceil(episodes / MOST_LANES))
+    return min(units, wanted) if wanted else math.ceil(units / math.ceil(units / LARGEST))
 
 
-def split_seeds(seeds: Iterable[int], wanted: int | None) -> Iterator[tuple[int, int]]:
-    """Split ``seeds`` into units: the first seed and the number of episodes of each; no unit spans a gap.
+def split_units(units: Iterable[int], wanted: int | None) -> Iterator[tuple[int, int]]:
+    """Split ``units`` into blocks: the first unit of each and how many it has; no block spans a gap.
 
-    >>> list(split_seeds([0, 1, 2, 3, 4, 9], 3)), list(split_seeds(range(20), None))
+    >>> list(split_units([0, 1, 2, 3, 4, 9], 3)), list(split_units(range(20), None))
     ([(0, 3), (3, 2), (9, 1)], [(0, 10), (10, 10)])
     """
-    ordered, first = sorted(seeds), 0
+    ordered, first = sorted(units), 0
     for end in range(1, len(ordered) + 1):
         if end < len(ordered) and ordered[end] == ordered[end - 1] + 1:
             continue

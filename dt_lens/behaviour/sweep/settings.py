@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dt_lens.arguments import LAST_SEED, whole_number
-from dt_lens.behaviour.agents.episodes import check_rule
 from dt_lens.behaviour.sweep.halving import parse_halving
 from dt_lens.edits.written import SV, split_values
 from dt_lens.errors import DtLensError, nearest
@@ -22,7 +21,8 @@ DIRECTIONS = ("plain", "activation")
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """What a sweep edits, what it compares each edit with, and over which episodes. ``Sweep`` takes the same keywords.
+    """What a sweep edits, what it compares each edit with, and over how many units. ``Sweep`` takes the same
+    keywords, and those that say what is run, which ``evaluate`` takes too.
 
     Args:
         matrices: names or shell patterns, such as ``"*.W_in"``; all matrices by default.
@@ -35,21 +35,19 @@ class SweepSettings:
             ``"towards:action_out:thigh_joint torque:30"``.
         controls: random edits of the same size per edit: ``edit.control(seed)``, ``edit.control(seed + 1)``, ...
         control_match: what a control has in common with its edit: ``"frobenius"``, the norm of the change, or
-            ``"output"``, that and the output energy on the agent's own inputs.
+            ``"output"``, that and the output energy on the model's own inputs.
         directions: ``"plain"``, or ``"activation"`` for those of ``SingularEdit(activations=...)``.
         activations: ``Activations`` or a file of them; by default they are collected if they are needed, before
-            anything else, from the agent's first ten episodes. They are kept next to the sweep's file, and every run
-            that resumes it uses them.
-        episodes: number of episodes of every arm.
-        seed: of the first episode, of the controls, and of ``"random"`` edits.
-        environment, environment_kwargs, target_return, max_steps: as for ``evaluate``.
-        block_size: episodes per unit of work; about 16 by default. Changes no result.
-        halving: successive halving: the episodes of each rung before the last, such as ``[4, 8]``. Every edit runs 4
-            episodes, the half with the larger differences 8 more, and half of those, with their controls, all
-            ``episodes`` on fresh seeds. See ``SweepResults.table`` for what the numbers mean then.
-        failure: what counts as failing: ``"terminated"``, ``"truncated"`` or a return to fall below, kept in the file;
-            that of the model's facts by default, else a guess. Changes no episode.
-        baseline: run the unedited agent too; differences need it.
+            anything else, from the first units of the task, such as an agent's first ten episodes. They are kept next
+            to the sweep's file, and every run that resumes it uses them.
+        units: number of units of every arm; the task's own by default: 20 episodes of an agent, 32 windows of text.
+            ``Sweep`` also takes it as ``episodes`` or ``windows``.
+        seed: of the first unit, where units have seeds, of the controls, and of ``"random"`` edits.
+        block_size: units that are run, written and resumed together; about 16 by default. Changes no result.
+        halving: successive halving: the units of each rung before the last, such as ``[4, 8]``. Every edit runs 4
+            units, the half with the larger differences 8 more, and half of those, with their controls, all ``units``,
+            fresh ones. See ``SweepResults.table`` for what the numbers mean then.
+        baseline: run the unedited model too; differences need it.
         fold_layernorm: as for ``SingularEdit``.
 
     Raises:
@@ -64,34 +62,25 @@ class SweepSettings:
     control_match: str = "frobenius"
     directions: str = "plain"
     activations: Activations | str | Path | None = None
-    episodes: int = 20
+    units: int | None = None
     seed: int = 0
-    environment: str | None = None
-    environment_kwargs: Mapping[str, Any] | None = None
-    target_return: float | None = None
-    max_steps: int | None = None
     block_size: int | None = None
     halving: str | int | Sequence[int] | None = None
-    failure: str | float | None = None
     baseline: bool = True
     fold_layernorm: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("controls", 0), ("episodes", 1), ("seed", 0)):
-            self._keep(name, whole_number(getattr(self, name), name, least))
-        for name in ("max_steps", "block_size"):
+        for name in ("controls", "seed"):
+            self._keep(name, whole_number(getattr(self, name), name, 0))
+        for name in ("units", "block_size"):
             if getattr(self, name) is not None:
                 self._keep(name, whole_number(getattr(self, name), name, 1))
-        if self.failure is not None:
-            if callable(self.failure):
-                raise DtLensError("A sweep's file keeps failure as a word or a number; give a function to table().")
-            self._keep("failure", check_rule(self.failure))  # type: ignore[arg-type]
         rungs = parse_halving(self.halving)
         self._keep("halving", rungs)
         if rungs is not None and not self.baseline:
-            raise DtLensError("halving selects by the difference from the unedited agent; it needs the baseline.")
-        if self.seed + max(sum(rungs or ()) + self.episodes - 1, self.controls) > LAST_SEED:
-            raise DtLensError(f"seed is {self.seed}; the last episode's must be below 2**63, so give a smaller one.")
+            raise DtLensError("halving selects by the difference from the unedited model; it needs the baseline.")
+        if self.seed + self.controls > LAST_SEED:
+            raise DtLensError(f"seed is {self.seed}; the last control's must be below 2**63, so give a smaller one.")
         for name, words in (("control_match", MATCHES), ("directions", DIRECTIONS)):
             word = getattr(self, name)
             if word not in words:
@@ -110,6 +99,11 @@ class SweepSettings:
 
     def _keep(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def selection(self) -> int:
+        """How many units the rungs before the last take."""
+        return sum(parse_halving(self.halving) or ())
 
     @property
     def needs_activations(self) -> bool:

@@ -1,15 +1,18 @@
-"""Check that the units and episodes in a sweep's file fit together, and that no bit of the outcomes has changed.
+"""Check that the blocks and outcomes in a sweep's file fit together, and that no bit of the outcomes has changed.
 
-SQLite's own check finds pages that are damaged, not numbers. So every finished unit has a checksum, of its outcomes and
-of the edit that they belong to. Units that older versions of dt-lens wrote have none.
+SQLite's own check finds pages that are damaged, not numbers. So every finished block has a checksum, of its outcomes
+and of the edit that they belong to. Blocks that older versions of dt-lens wrote have none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from dt_lens.behaviour.sweep.schema import quoted
+from dt_lens.behaviour.terms import Measure, Terms
 
 __all__ = ["add_checksum", "make_checksums", "require_sound"]
 
@@ -24,74 +27,94 @@ FAULTS = {
         OR typeof(sv) NOT IN ('integer', 'null') OR typeof(control) NOT IN ('integer', 'null')
         OR typeof(energy) NOT IN ('real', 'null') OR typeof(output_energy) NOT IN ('real', 'null')
     """,
-    "unit {0} has no arm, or a seed or a number of episodes that cannot be": """
-        SELECT unit FROM units WHERE typeof(seed) <> 'integer' OR typeof(episodes) <> 'integer' OR seed < 0
-        OR episodes < 1 OR arm NOT IN (SELECT arm FROM arms) OR status NOT IN ('todo', 'done', 'failed', 'void')
+    "block {0} has no arm, or a first {unit} or a number of {units} that cannot be": """
+        SELECT block FROM blocks WHERE typeof(first) <> 'integer' OR typeof(count) <> 'integer' OR first < 0
+        OR count < 1 OR arm NOT IN (SELECT arm FROM arms) OR status NOT IN ('todo', 'done', 'failed', 'void')
     """,
-    "units {0} and {1} hold the same seed of one arm": """
-        SELECT before, unit FROM (
-            SELECT unit, seed, lag(unit) OVER run AS before, lag(seed + episodes) OVER run AS stop
-            FROM units WINDOW run AS (PARTITION BY arm ORDER BY seed, unit)
-        ) WHERE seed < stop
+    "blocks {0} and {1} hold the same {unit} of one arm": """
+        SELECT before, block FROM (
+            SELECT block, first, lag(block) OVER run AS before, lag(first + count) OVER run AS stop
+            FROM blocks WINDOW run AS (PARTITION BY arm ORDER BY first, block)
+        ) WHERE first < stop
     """,
-    "the episode with seed {1} of unit {0} has a length, a return or an ending that cannot be": """
-        SELECT unit, seed FROM episodes WHERE typeof(seed) <> 'integer' OR typeof(return) NOT IN ('real', 'null')
-        OR typeof(length) <> 'integer' OR length < 1 OR terminated NOT IN (0, 1) OR truncated NOT IN (0, 1)
+    "the {unit} with {index} {1} of block {0} has no number": """
+        SELECT block, unit FROM outcomes WHERE typeof(unit) <> 'integer'
     """,
-    "there are episodes of unit {0}, which does not exist": """
-        SELECT unit FROM episodes WHERE unit NOT IN (SELECT unit FROM units)
+    "there are {units} of block {0}, which does not exist": """
+        SELECT block FROM outcomes WHERE block NOT IN (SELECT block FROM blocks)
     """,
-    "unit {0} is {1} and holds {3} of its {2} episodes": """
-        SELECT units.unit, status, units.episodes, count(run.seed) AS found
-        FROM units LEFT JOIN episodes AS run ON run.unit = units.unit
-            AND run.seed >= units.seed AND run.seed < units.seed + units.episodes
-        GROUP BY units.unit HAVING found <> CASE status WHEN 'done' THEN units.episodes ELSE 0 END
+    "block {0} is {1} and holds {3} of its {2} {units}": """
+        SELECT blocks.block, status, blocks.count, count(run.unit) AS found
+        FROM blocks LEFT JOIN outcomes AS run ON run.block = blocks.block
+            AND run.unit >= blocks.first AND run.unit < blocks.first + blocks.count
+        GROUP BY blocks.block HAVING found <> CASE status WHEN 'done' THEN blocks.count ELSE 0 END
     """,
-    "unit {0} holds an episode of another seed": """
-        SELECT run.unit FROM episodes AS run JOIN units USING (unit)
-        WHERE run.seed < units.seed OR run.seed >= units.seed + units.episodes
+    "block {0} holds {units} of another {index}": """
+        SELECT run.block FROM outcomes AS run JOIN blocks USING (block)
+        WHERE run.unit < blocks.first OR run.unit >= blocks.first + blocks.count
     """,
+}
+CANNOT_BE: dict[Measure, str] = {  # values of a measure
+    "real": "typeof({0}) NOT IN ('real', 'null')",
+    "integer": "typeof({0}) <> 'integer'",
+    "boolean": "{0} NOT IN (0, 1)",
 }
 
 
-def require_sound(db: sqlite3.Connection) -> None:
-    """Check everything in an open file.
+def _faults(terms: Terms) -> Iterator[tuple[str, str]]:
+    """Words and query for everything that must not be in a file."""
+    yield from FAULTS.items()
+    for name, kind in terms.measures.items():
+        column = quoted(name)
+        wrong = CANNOT_BE[kind].format(column)
+        if terms.lasts is not None and name == terms.lasts[0]:
+            wrong += f" OR {column} < 1"
+        words = f"the {{unit}} with {{index}} {{1}} of block {{0}} has a value of {name} that cannot be"
+        yield words, f"SELECT block, unit FROM outcomes WHERE {wrong}"
+
+
+def require_sound(db: sqlite3.Connection, terms: Terms) -> None:
+    """Check everything in an open file, whose outcomes have the measures of ``terms``.
 
     Raises:
         sqlite3.DatabaseError: for the first thing that cannot be, in words.
     """
-    for words, query in FAULTS.items():
+    names = {"unit": terms.unit, "units": terms.units, "index": terms.index}
+    for words, query in _faults(terms):
         found = db.execute(query).fetchone()
         if found is not None:
-            raise sqlite3.DatabaseError(words.format(*found))
+            raise sqlite3.DatabaseError(words.format(*found, **names))
     if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'checksums'").fetchone() is None:
         return
-    said = dict(db.execute("SELECT unit, checksum FROM checksums"))
-    for unit, record, rows in _done(db):
-        if unit in said and said[unit] != _checksum(record, rows):
-            raise sqlite3.DatabaseError(f"the outcomes of unit {unit} have changed since they were written")
+    said = dict(db.execute("SELECT block, checksum FROM checksums"))
+    for block, record, rows in _done(db, terms):
+        if block in said and said[block] != _checksum(record, rows):
+            raise sqlite3.DatabaseError(f"the outcomes of block {block} have changed since they were written")
 
 
 def make_checksums(db: sqlite3.Connection) -> None:
     """Make the table of checksums, empty, in a file that has none."""
-    db.execute("CREATE TABLE IF NOT EXISTS checksums (unit INTEGER PRIMARY KEY REFERENCES units, checksum TEXT)")
+    db.execute("CREATE TABLE IF NOT EXISTS checksums (block INTEGER PRIMARY KEY REFERENCES blocks, checksum TEXT)")
 
 
-def add_checksum(db: sqlite3.Connection, unit: int) -> None:
-    """Write the checksum of a unit whose outcomes have just been written."""
-    for _, record, rows in _done(db, unit):
-        db.execute("INSERT OR REPLACE INTO checksums VALUES (?, ?)", (unit, _checksum(record, rows)))
+def add_checksum(db: sqlite3.Connection, terms: Terms, block: int) -> None:
+    """Write the checksum of a block whose outcomes have just been written."""
+    for _, record, rows in _done(db, terms, block):
+        db.execute("INSERT OR REPLACE INTO checksums VALUES (?, ?)", (block, _checksum(record, rows)))
 
 
-def _done(db: sqlite3.Connection, unit: int | None = None) -> Iterable[tuple[int, str | None, list[Any]]]:
-    """Finished units, or one of them: its number, its arm's record, and its outcomes by seed."""
-    where = "" if unit is None else "WHERE episodes.unit = ?"
+def _done(
+    db: sqlite3.Connection, terms: Terms, block: int | None = None
+) -> Iterable[tuple[int, str | None, list[Any]]]:
+    """Finished blocks, or one of them: its number, its arm's record, and its outcomes by unit."""
+    where = "" if block is None else "WHERE outcomes.block = ?"
+    measures = ", ".join(f"outcomes.{quoted(name)}" for name in terms.measures)
     query = f"""
-        SELECT episodes.unit, record, episodes.seed, return, length, terminated, truncated
-        FROM episodes JOIN units USING (unit) JOIN arms USING (arm) {where} ORDER BY episodes.unit, episodes.seed
+        SELECT outcomes.block, record, outcomes.unit, {measures}
+        FROM outcomes JOIN blocks USING (block) JOIN arms USING (arm) {where} ORDER BY outcomes.block, outcomes.unit
     """
     number, record, rows = -1, None, list[Any]()
-    for found, of, *row in db.execute(query, () if unit is None else (unit,)):
+    for found, of, *row in db.execute(query, () if block is None else (block,)):
         if found != number:
             if rows:
                 yield number, record, rows

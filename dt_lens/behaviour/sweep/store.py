@@ -20,17 +20,21 @@ from filelock import FileLock, Timeout
 from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.halving import HalvingState, read_halving_state, rungs_of
 from dt_lens.behaviour.sweep.packing import Packed
-from dt_lens.behaviour.sweep.plan import Block, Plan, identity_of, merge_arms, split_seeds, summarise
+from dt_lens.behaviour.sweep.plan import Block, Plan, identity_of, merge_arms, split_units, summarise
 from dt_lens.behaviour.sweep.schema import (
     APPLICATION,
     add_arms,
     create,
     decoding,
+    named_anew,
+    quoted,
     read_arms,
     read_options,
     renumber,
+    upgrade,
 )
 from dt_lens.behaviour.sweep.soundness import add_checksum, make_checksums, require_sound
+from dt_lens.behaviour.tasks import terms_in
 from dt_lens.errors import DtLensError, because, unwritable
 
 __all__ = ["FILE", "KEPT", "Store", "explain_errors"]
@@ -103,7 +107,7 @@ class Store:
     """
 
     def __init__(self, file: Path, plan: Plan) -> None:
-        self.file, self.plan = file, plan
+        self.file, self.plan, self.terms = file, plan, terms_in(plan.options)
         with explain_errors(file):
             self._db = sqlite3.connect(file, isolation_level=None, timeout=10)
             self._inode: int | None = None
@@ -143,7 +147,8 @@ class Store:
             raise sqlite3.DatabaseError(found)
         kept = self._options_in_file() if tables else None
         if tables:
-            require_sound(db)
+            with named_anew(db):
+                require_sound(db, self.terms)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         with self.writing():
@@ -153,15 +158,16 @@ class Store:
         """The options in the file, whose outcomes and the plan's must be fit to stand in one table."""
         options = read_options(self._db)
         with decoding():
-            difference, repeats = self.plan.difference(options), self.plan.repeats_first_steps(options)
+            difference, repeats = self.plan.difference(options), self.plan.repeats_sample(options)
         if difference is not None:
             raise DtLensError(
                 f"{self.file} holds another sweep: {difference}; give the same options to resume it, or another folder."
             )
         if not repeats:
             raise DtLensError(
-                f"The agent's first steps come to other bits here than where {self.file} was begun (another processor, "
-                "build of a library, or state of the environment's code); resume it there, or give another folder."
+                f"The unedited {self.terms.actor}'s first {self.terms.units} come to other bits here than where "
+                f"{self.file} was begun (another processor, build of a library, or state of other code that runs); "
+                "resume it there, or give another folder."
             )
         return options
 
@@ -169,13 +175,15 @@ class Store:
         """Add the plan's arms and options to the file, as if everything in it had been planned at once."""
         db, options = self._db, dict(self.plan.options)
         if kept is None:
-            create(db)
+            create(db, self.terms)
+        else:
+            upgrade(db)
         make_checksums(db)
         before = read_arms(db)
         with decoding():  # merging the plan's own arms does not raise
             self.arms = merge_arms(self.plan.arms, before, self.plan.catalogue)
         if kept is not None:
-            options["episodes"] = max(options["episodes"], kept["episodes"])
+            options["units"] = max(options["units"], kept["units"])
             options["activations"] = options.get("activations") or kept.get("activations")
         self.options = {**options, **summarise(self.arms)}
         if self.options != kept:
@@ -186,8 +194,8 @@ class Store:
             known = {arm.number: by_identity.pop(identity_of(arm.record)) for arm in before}
             renumber(db, known)
             add_arms(db, list(by_identity.values()))
-        if db.execute("SELECT 1 FROM units WHERE status = 'failed' LIMIT 1").fetchone():
-            db.execute("UPDATE units SET status = 'todo' WHERE status = 'failed'")  # tried again
+        if db.execute("SELECT 1 FROM blocks WHERE status = 'failed' LIMIT 1").fetchone():
+            db.execute("UPDATE blocks SET status = 'todo' WHERE status = 'failed'")  # tried again
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -227,59 +235,59 @@ class Store:
 
     @property
     def rungs(self) -> list[range]:
-        """The seeds of each rung; the last one has the plan's number of episodes."""
-        return rungs_of(self.options, self.plan.options["episodes"])
+        """The units of each rung; the last one has the plan's number of units."""
+        return rungs_of(self.options, self.plan.options["units"])
 
     def halving_state(self) -> HalvingState:
         """How far the sweep has come."""
         with explain_errors(self.file):
-            return read_halving_state(self._db, self.rungs)
+            return read_halving_state(self._db, self.rungs, self.terms.outcome)
 
     def advance(self) -> tuple[list[Block], int]:
-        """The units that can be run now, and how many units the plan has so far, finished ones included.
+        """The blocks that can be run now, and how many blocks the plan has so far, finished ones included.
 
         Arms of the file that are not in the plan are not run, except under halving, which selects among all.
         """
-        wanted = self._wanted_seeds()
+        wanted = self._wanted_units()
         with explain_errors(self.file):
-            rows = self._db.execute("SELECT unit, arm, seed, episodes, status FROM units").fetchall()
-        uncovered = {arm: set(seeds) for arm, seeds in wanted.items()}
-        for _, arm, seed, episodes, _ in rows:
+            rows = self._db.execute("SELECT block, arm, first, count, status FROM blocks").fetchall()
+        uncovered = {arm: set(units) for arm, units in wanted.items()}
+        for _, arm, first, count, _ in rows:
             if arm in uncovered:
-                uncovered[arm].difference_update(range(seed, seed + episodes))
+                uncovered[arm].difference_update(range(first, first + count))
         number = 1 + max((row[0] for row in rows), default=-1)
-        new = [(arm, *unit) for arm, seeds in uncovered.items() for unit in split_seeds(seeds, self.plan.block_size)]
-        added = [(number + i, *unit) for i, unit in enumerate(new)]
+        new = [(arm, *block) for arm, units in uncovered.items() for block in split_units(units, self.plan.block_size)]
+        added = [(number + i, *block) for i, block in enumerate(new)]
         if added:
             with self.writing():
-                self._db.executemany("INSERT INTO units (unit, arm, seed, episodes) VALUES (?,?,?,?)", added)
+                self._db.executemany("INSERT INTO blocks (block, arm, first, count) VALUES (?,?,?,?)", added)
         found = [(Block(*row), status) for *row, status in rows] + [(Block(*row), "todo") for row in added]
         mine = [
             (block, status)
             for block, status in found
             if block.arm in wanted
-            and block.seed < wanted[block.arm].stop
-            and block.seed + block.episodes > wanted[block.arm].start
+            and block.units.start < wanted[block.arm].stop
+            and block.units.stop > wanted[block.arm].start
         ]
         todo = [block for block, status in mine if status == "todo"]
-        return sorted(todo, key=lambda block: (block.arm, block.seed)), len(mine)
+        return sorted(todo, key=lambda block: (block.arm, block.first)), len(mine)
 
-    def episodes_ahead(self) -> int:
-        """How many episodes the rungs after the current one will have."""
+    def units_ahead(self) -> int:
+        """How many units the rungs after the current one will have."""
         rungs = self.rungs
         if len(rungs) == 1:
             return 0
         state, edits = self.halving_state(), sum(arm.kind == "edit" for arm in self.arms)
         controls = sum(arm.kind == "control" for arm in self.arms) / max(edits, 1)
         competing = len(state.reached) - len(state.stopped)
-        episodes = 0.0
+        units = 0.0
         for rung in range(state.rung + 1, len(rungs)):
             competing = -(-competing // 2)
-            episodes += competing * len(rungs[rung]) * (1 + controls * (rung == len(rungs) - 1))
-        return round(episodes)
+            units += competing * len(rungs[rung]) * (1 + controls * (rung == len(rungs) - 1))
+        return round(units)
 
-    def _wanted_seeds(self) -> dict[int, range]:
-        """The seeds that each arm should have run by the end of the current rung."""
+    def _wanted_units(self) -> dict[int, range]:
+        """The units that each arm should have run by the end of the current rung."""
         rungs = self.rungs
         every = range(rungs[0].start, rungs[-1].stop)
         if len(rungs) == 1:
@@ -296,7 +304,7 @@ class Store:
         return wanted
 
     def model_id_of(self, arm: int) -> str | None:
-        """The ``model_id`` of an arm's edited model, kept with its first unit; ``None`` if no unit was begun."""
+        """The ``model_id`` of an arm's edited model, kept with its first block; ``None`` if no block was begun."""
         with explain_errors(self.file):
             found: str | None = self._db.execute("SELECT model_id FROM arms WHERE arm = ?", (arm,)).fetchone()[0]
             return found
@@ -321,32 +329,35 @@ class Store:
         self._db.execute("UPDATE arms SET output_energy = ? WHERE arm = ?", (energy, arm))
 
     def void(self, arm: int, error: str) -> None:
-        """Write that an arm's edit cannot be put in force, and why; its units will not be run."""
+        """Write that an arm's edit cannot be put in force, and why; its blocks will not be run."""
         self._db.execute("UPDATE arms SET error = ? WHERE arm = ?", (error, arm))
-        self._db.execute("UPDATE units SET status = 'void' WHERE arm = ? AND status <> 'done'", (arm,))
+        self._db.execute("UPDATE blocks SET status = 'void' WHERE arm = ? AND status <> 'done'", (arm,))
 
-    def begin(self, unit: int) -> int:
-        """Log that a unit is begun; returns the number of the run."""
+    def begin(self, block: int) -> int:
+        """Log that a block is begun; returns the number of the run."""
         cursor = self._db.execute(
-            "INSERT INTO runs (unit, driver, began) VALUES (?, ?, ?)", (unit, os.getpid(), _now())
+            "INSERT INTO runs (block, driver, began) VALUES (?, ?, ?)", (block, os.getpid(), _now())
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
     def finish(self, run: int, event: Event) -> None:
-        """Write the outcomes of a unit, and log that its run is done."""
-        rows: list[tuple[Any, ...]] = [
-            (event.unit, o.seed, float(o.total), int(o.length), int(o.terminated), int(o.truncated))
-            for o in event.outcomes
+        """Write the outcomes of a block, and log that its run is done."""
+        kinds = [float if kind == "real" else int for kind in self.terms.measures.values()]
+        rows = [
+            (event.block, int(unit), *(kind(value) for kind, value in zip(kinds, values, strict=True)))
+            for unit, *values in event.rows
         ]
-        self._db.executemany("INSERT INTO episodes VALUES (?,?,?,?,?,?)", rows)
-        self._db.execute("UPDATE units SET status = 'done', error = NULL WHERE unit = ?", (event.unit,))
-        add_checksum(self._db, event.unit)
+        names = ", ".join(map(quoted, self.terms.measures))
+        marks = ", ".join("?" * (2 + len(kinds)))
+        self._db.executemany(f"INSERT INTO outcomes (block, unit, {names}) VALUES ({marks})", rows)
+        self._db.execute("UPDATE blocks SET status = 'done', error = NULL WHERE block = ?", (event.block,))
+        add_checksum(self._db, self.terms, event.block)
         self.end(run, event)
 
-    def fail(self, unit: int, error: str) -> None:
-        """Write that a unit could not be run, and why; the next driver tries it again."""
-        self._db.execute("UPDATE units SET status = 'failed', error = ? WHERE unit = ?", (error, unit))
+    def fail(self, block: int, error: str) -> None:
+        """Write that a block could not be run, and why; the next driver tries it again."""
+        self._db.execute("UPDATE blocks SET status = 'failed', error = ? WHERE block = ?", (error, block))
 
     def end(self, run: int, event: Event) -> None:
         """Log how a run ended."""

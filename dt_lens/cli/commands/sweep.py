@@ -13,19 +13,21 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
-    Agent,
+    Context,
     Environment,
     Failure,
     Given,
     Matrices,
     MaxSteps,
+    Model,
     Raw,
     Seed,
     Target,
+    Text,
     Workers,
-    failure_rule,
     load_model,
     split,
+    task_options,
 )
 from dt_lens.cli.output import print_table, progress, write_csv
 from dt_lens.errors import DtLensError
@@ -51,7 +53,7 @@ LINE_SECONDS = 10.0  # between lines of a log
 
 
 def sweep(
-    model: Agent,
+    model: Model,
     matrices: Matrices = None,
     sv: Annotated[
         str,
@@ -72,13 +74,13 @@ def sweep(
         str,
         typer.Option(
             help="What a control has in common with its edit: frobenius (the norm of the change), or output (also the "
-            "output energy on the agent's own inputs)."
+            "output energy on the model's own inputs)."
         ),
     ] = "frobenius",
     directions: Annotated[
         str,
         typer.Option(
-            help="plain, or activation: weighted by the agent's own inputs, so that sigma is the spread of the output."
+            help="plain, or activation: weighted by the model's own inputs, so that sigma is the spread of the output."
         ),
     ] = "plain",
     activations: Annotated[
@@ -90,12 +92,20 @@ def sweep(
             help="Comma-separated sides to edit, such as read,write; all sides on the residual stream by default."
         ),
     ] = None,
-    episodes: Annotated[int, typer.Option(min=1, help="Episodes of each arm; all arms use the same seeds.")] = 20,
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help="Episodes of each arm, all over the same seeds; 20 by default.")
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="For a language model: windows of text, the same for each arm; 32 by default."),
+    ] = None,
+    text: Text = None,
+    context: Context = None,
     halving: Annotated[
         str | None,
         typer.Option(
-            help="Successive halving: comma-separated episodes of each rung before the last, such as 4,8; each rung "
-            "keeps the stronger half of the edits, and the last runs --episodes on fresh seeds."
+            help="Successive halving: comma-separated episodes or windows of each rung before the last, such as 4,8; "
+            "each rung keeps the stronger half of the edits, and the last runs --episodes or --windows fresh ones."
         ),
     ] = None,
     seed: Seed = 0,
@@ -104,7 +114,7 @@ def sweep(
     max_steps: MaxSteps = None,
     failure: Failure = None,
     baseline: Annotated[
-        bool, typer.Option(help="Run the unedited agent too; differences are computed from it.")
+        bool, typer.Option(help="Run the unedited model too; differences are computed from it.")
     ] = True,
     raw: Raw = False,
     out: Annotated[Path | None, typer.Option(help="Folder for sweep.sqlite; dt-lens-sweep/MODEL by default.")] = None,
@@ -112,19 +122,19 @@ def sweep(
         Path | None, typer.Option(help="Also write the table, a row for each edit, to this .csv file.")
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="Episodes in a unit of work; about 16 by default.")
+        int | None, typer.Option(min=1, help="Episodes or windows that run together; about 16 by default.")
     ] = None,
     workers: Workers = None,
-    engine: Annotated[str, typer.Option(help="What runs the episodes: local, or ray for several machines.")] = "local",
+    engine: Annotated[str, typer.Option(help="What runs the sweep: local, or ray for several machines.")] = "local",
     address: Annotated[
         str | None, typer.Option(help="Address of the Ray cluster, such as 10.0.0.5:6379; this machine's by default.")
     ] = None,
     given: Given = None,
 ) -> None:
-    """Edit many directions, each with its controls, on the same seeds, and store everything in one SQLite file.
+    """Edit many directions, each with its controls, over the same units, and store everything in one SQLite file.
 
     A run that was stopped in any way resumes when started again with the same options. With more matrices, directions,
-    edits, controls or episodes, it runs only the new ones.
+    edits, controls, episodes or windows, it runs only the new ones.
     """
     if engine not in ("local", "ray"):
         raise DtLensError(f"--engine is {engine!r}; it must be local or ray.")
@@ -147,18 +157,24 @@ def sweep(
             control_match=control_match,
             directions=directions,
             activations=activations,
-            episodes=episodes,
             halving=halving,
             seed=seed,
-            environment=environment,
-            target_return=target_return,
-            max_steps=max_steps,
-            failure=failure_rule(failure),
             block_size=block_size,
             baseline=baseline,
             fold_layernorm=not raw,
         )
-        planned = Sweep(loaded, folder, settings, workers=workers)
+        of_task = task_options(
+            loaded,
+            episodes=episodes,
+            windows=windows,
+            text=text,
+            context=context,
+            environment=environment,
+            target_return=target_return,
+            max_steps=max_steps,
+            failure=failure,
+        )
+        planned = Sweep(loaded, folder, settings, workers=workers, **of_task)
         planned.run(tell, _engine(engine, address, workers))
     found = planned.table()
     unedited = planned.results.baseline()
@@ -177,13 +193,13 @@ def sweep(
         print(f"Intervals of {arms} of {len(found)} arms: {note}.")
     status, failures = planned.results.status(), planned.results.failures()
     if status["void"]:
-        print(f"{status['void']} units belong to edits that cannot be applied; the table's notes say why.")
+        print(f"{status['void']} blocks belong to edits that cannot be applied; the table's notes say why.")
     if table:
         write_csv(found, table, index=True)
     print(f"\nThe results: {planned.file}")
     if failures:
         raise DtLensError(
-            f"{status['failed']} units could not be run ({failures[0].rstrip('.')}); "
+            f"{status['failed']} blocks could not be run ({failures[0].rstrip('.')}); "
             "run the same command again to retry them."
         )
 

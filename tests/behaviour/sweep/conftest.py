@@ -1,4 +1,4 @@
-"""Engines that run units in this process, and a small agent whose every edit shows in its returns."""
+"""Engines that run blocks in this process, and a small agent whose every edit shows in its returns."""
 
 from __future__ import annotations
 
@@ -9,38 +9,37 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from safetensors.torch import load
 
-from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.behaviour.sweep.blocks import Work, run_work
 from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.sweep import Sweep
-from dt_lens.behaviour.sweep.units import Unit, run_unit
+from dt_lens.behaviour.task import Row
 
 
 class Inline:
-    """Runs units in this process; ``width`` are taken at a time and come back in an order that the seed decides."""
+    """Runs blocks in this process; ``width`` are taken at a time and come back in an order that the seed decides."""
 
     def __init__(self, width: int = 1, seed: int = 0) -> None:
-        self.width, self.random, self.pending = width, random.Random(seed), list[Unit]()
+        self.width, self.random, self.pending = width, random.Random(seed), list[Work]()
 
     def start(self, job: Any) -> None:
-        self.job, self.base = job, load(job.weights)
+        self.job = job
 
     @property
     def free(self) -> int:
         return self.width - len(self.pending)
 
-    def submit(self, unit: Unit) -> None:
-        self.pending.append(unit)
+    def submit(self, work: Work) -> None:
+        self.pending.append(work)
 
     def wait(self, seconds: float) -> list[Event]:
         self.random.shuffle(self.pending)
         count = self.random.randint(1, max(1, len(self.pending)))
         taken, self.pending = self.pending[:count], self.pending[count:]
-        return [Event("done", unit.number, "here", self.outcomes(unit)) for unit in taken]
+        return [Event("done", work.number, "here", self.rows(work)) for work in taken]
 
-    def outcomes(self, unit: Unit) -> list[Outcome]:
-        return run_unit(self.job, self.base, unit)
+    def rows(self, work: Work) -> list[Row]:
+        return run_work(self.job, work)
 
     def stop(self) -> None:
         self.pending.clear()
@@ -48,6 +47,7 @@ class Inline:
 
 def key_of(job: Any) -> tuple[Any, ...]:
     """What an outcome depends on besides the edit and the seed."""
+    job = job.job
     task, settings = job.made, (repr(job.cfg), job.context, job.padding, repr(job.conditions))
     return (job.weights, repr(task.spec), repr(task.kwargs), task.time_limit, *settings)
 
@@ -58,12 +58,12 @@ class Remembering(Inline):
     An outcome depends only on job, edit and seed; that this is so is checked with engines that remember nothing.
     """
 
-    known: ClassVar[dict[tuple[Any, ...], Outcome]] = {}
+    known: ClassVar[dict[tuple[Any, ...], Row]] = {}
 
-    def outcomes(self, unit: Unit) -> list[Outcome]:
-        keys = [(*key_of(self.job), unit.change, unit.seed + i) for i in range(unit.episodes)]
+    def rows(self, work: Work) -> list[Row]:
+        keys = [(*key_of(self.job), work.change, seed) for seed in work.units]
         if any(key not in self.known for key in keys):
-            self.known.update(zip(keys, super().outcomes(unit), strict=True))
+            self.known.update(zip(keys, super().rows(work), strict=True))
         return [self.known[key] for key in keys]
 
 
@@ -108,7 +108,7 @@ def known_steps() -> dict[tuple[Any, ...], str | None]:
 
 @pytest.fixture
 def make_sweep(agent: Any, tmp_path: Path, known_steps: dict[tuple[Any, ...], str | None]) -> Callable[..., Sweep]:
-    """A sweep of seven arms and 14 units by default."""
+    """A sweep of seven arms and 14 blocks by default."""
 
     def make(out: Path | None = None, model: Any = None, **options: Any) -> Sweep:
         chosen: dict[str, Any] = {"matrices": ["*.W_in", "*.0.mlp.W_out"], "sv": 0, "controls": 1, "episodes": 6}
@@ -117,8 +117,8 @@ def make_sweep(agent: Any, tmp_path: Path, known_steps: dict[tuple[Any, ...], st
         if "environment" not in options:  # an agent's first steps are run once in a session
             key = key_of(sweep._job())
             if key not in known_steps:
-                known_steps[key] = sweep._steps
-            sweep._steps = known_steps[key]
+                known_steps[key] = sweep._sample
+            sweep._sample = known_steps[key]
         return sweep
 
     return make

@@ -55,7 +55,7 @@ def test_it_leaves_one_file_and_refuses_another_plan(
     assert "Unedited: Pendulum-v1, target return 200: 6 episodes, seeds 3 to 8" in done.stdout
     assert "Edits and controls" in done.stdout
     assert done.stdout.strip().splitlines()[-1] == f"The results: {tmp_path / 'out' / FILE}"
-    assert "[100%] 13 of 13 units" in done.stderr
+    assert "[100%] 13 of 13 blocks of episodes" in done.stderr
     results = SweepResults(tmp_path / "out")
     written, table = pd.read_csv(tmp_path / "table.csv"), results.table()
     assert len(written) == len(table) == 12

@@ -15,7 +15,8 @@ import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.envs.registration import EnvSpec
 
-from dt_lens.behaviour.sweep.fingerprint import fingerprint, first_steps, registration
+from dt_lens.behaviour.agents.fingerprint import registration
+from dt_lens.behaviour.sweep.fingerprint import fingerprint
 from dt_lens.errors import DtLensError
 
 Make = Callable[..., Any]
@@ -93,15 +94,15 @@ def test_other_steps_under_the_same_registration(
 
     monkeypatch.setattr(Heavier, "__init__", changed)
     sweep = make_sweep(environment=NAME, episodes=7)
-    with pytest.raises(DtLensError, match=r"first steps come to other bits here than where .* was begun .*; resume"):
+    with pytest.raises(DtLensError, match=r"first episodes come to other bits here than where .* was begun .*; resume"):
         sweep.run(engine=inline())
-    assert sweep.results.options["episodes"] == 6  # nothing was written
+    assert sweep.results.options["units"] == 6  # nothing was written
 
 
 def test_options_that_a_file_lacks_are_added(make_sweep: Make, finished: Make, remembering: Make) -> None:
     whole = finished()
     table, options = whole.table(), whole.results.options
-    forget(whole.file, "registration", "steps")
+    forget(whole.file, "registration", "sample")
     again = make_sweep().run(engine=remembering())
     pd.testing.assert_frame_equal(again.table(), table, check_exact=True)
     assert again.results.options == options
@@ -109,13 +110,13 @@ def test_options_that_a_file_lacks_are_added(make_sweep: Make, finished: Make, r
 
 def test_an_agent_whose_steps_never_repeat_can_resume(make_sweep: Make, inline: Make, register: Make) -> None:
     sweep = make_sweep(environment=register(Drifting)).run(engine=inline())
-    assert sweep.results.options["steps"] is None
+    assert sweep.results.options["sample"] is None
     make_sweep(environment=NAME, controls=2).run(engine=inline())
 
 
 def test_an_environment_that_raises_has_a_fingerprint(make_sweep: Make, register: Make) -> None:
     job = make_sweep(environment=register(Broken))._job()
-    assert first_steps(job) == first_steps(job) != first_steps(make_sweep()._job())
+    assert job.sample() == job.sample() != make_sweep()._job().sample()
     assert fingerprint(job) == fingerprint(job)
 
 

@@ -26,21 +26,21 @@ def identical(one: Any, other: Any) -> None:
 
 
 def done(file: Path) -> dict[tuple[str, int], list[tuple[Any, ...]]]:
-    """The episodes of each finished unit, by its arm's identity and its first seed."""
+    """The outcomes of each finished block, by its arm's identity and its first seed."""
     with closing(sqlite3.connect(file)) as db:
         identities = {arm.number: identity_of(arm.record) for arm in read_arms(db)}
-        units = db.execute("SELECT unit, arm, seed FROM units WHERE status = 'done'").fetchall()
+        blocks = db.execute("SELECT block, arm, first FROM blocks WHERE status = 'done'").fetchall()
         return {
-            (identities[arm], seed): db.execute("SELECT * FROM episodes WHERE unit = ?", (unit,)).fetchall()
-            for unit, arm, seed in units
+            (identities[arm], first): db.execute("SELECT * FROM outcomes WHERE block = ?", (block,)).fetchall()
+            for block, arm, first in blocks
         }
 
 
-def runs_per_unit(file: Path) -> set[int]:
-    """How often units were finished; none was begun again afterwards."""
+def runs_per_block(file: Path) -> set[int]:
+    """How often blocks were finished; none was begun again afterwards."""
     with closing(sqlite3.connect(file)) as db:
-        assert set(dict(db.execute("SELECT unit, result FROM runs ORDER BY run")).values()) == {"done"}
-        return {count for (count,) in db.execute("SELECT count(*) FROM runs WHERE result = 'done' GROUP BY unit")}
+        assert set(dict(db.execute("SELECT block, result FROM runs ORDER BY run")).values()) == {"done"}
+        return {count for (count,) in db.execute("SELECT count(*) FROM runs WHERE result = 'done' GROUP BY block")}
 
 
 SMALL = {"matrices": ["*.0.mlp.W_in"], "sv": 1, "edits": "zero", "controls": 0, "episodes": 4}
@@ -62,7 +62,7 @@ def test_a_grown_sweep_is_the_larger_one(
     grown = make_sweep(**larger).run(engine=remembering(3, seed=1))
     identical(grown, whole)
     assert before.items() <= done(grown.file).items()
-    assert runs_per_unit(grown.file) == {1}
+    assert runs_per_block(grown.file) == {1}
     assert [file.name for file in tmp_path.glob("*.sqlite*")] == [FILE]
     of = grown.table().query("kind == 'control'")
     assert (of["of"] == of.index - 1 - (of["control"] - 3)).all()  # each edit is followed by its controls
@@ -73,13 +73,13 @@ def test_it_grows_in_the_middle_of_its_work(
 ) -> None:
     larger = {"sv": "0,1", "controls": 2, "episodes": 8, "block_size": 3}
     whole = make_sweep(tmp_path / "whole", **larger).run(engine=remembering(2))
-    with pytest.raises(KeyboardInterrupt, match="Stopped with 3 of 14 units"):
+    with pytest.raises(KeyboardInterrupt, match="Stopped with 3 of 14 blocks"):
         make_sweep().run(engine=interrupted(4))
-    with pytest.raises(KeyboardInterrupt, match="Stopped with 6 of 57 units"):
+    with pytest.raises(KeyboardInterrupt, match="Stopped with 6 of 57 blocks"):
         make_sweep(**larger).run(engine=interrupted(4))
     grown = make_sweep(**larger).run(engine=remembering(2))
     identical(grown, whole)
-    assert runs_per_unit(grown.file) == {1}
+    assert runs_per_block(grown.file) == {1}
 
 
 def test_arms_that_are_no_longer_named_stay(make_sweep: Make, remembering: Make, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_which_edits_are_promoted() -> None:
 
 @pytest.mark.parametrize("halving", ["", "4,", "a", [0], [1.5], "-1", [None], {}])
 def test_a_halving_that_is_not_valid(halving: Any, make_sweep: Make) -> None:
-    with pytest.raises(DtLensError, match="it must be the episodes of each rung before the last, such as 4,8"):
+    with pytest.raises(DtLensError, match="it must be the number of units of each rung before the last, such as 4,8"):
         parse_halving(halving)
     with pytest.raises(DtLensError, match="needs the baseline"):
         make_sweep(halving=2, baseline=False)

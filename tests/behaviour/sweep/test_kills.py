@@ -59,30 +59,30 @@ def query(file: Path, *sql: str) -> list[list[tuple[Any, ...]]]:
         db.close()
 
 
-def units_done(file: Path) -> dict[int, list[tuple[Any, ...]]]:
-    """The episodes of finished units, by unit."""
+def blocks_done(file: Path) -> dict[int, list[tuple[Any, ...]]]:
+    """The outcomes of finished blocks, by block."""
     if not file.exists():
         return {}
-    units, episodes = query(
-        file, "SELECT unit FROM units WHERE status = 'done'", "SELECT * FROM episodes ORDER BY unit, seed"
+    blocks, outcomes = query(
+        file, "SELECT block FROM blocks WHERE status = 'done'", "SELECT * FROM outcomes ORDER BY block, unit"
     )
-    done: dict[int, list[tuple[Any, ...]]] = {unit: [] for (unit,) in units}
-    for row in episodes:
-        done[row[0]].append(row)  # a KeyError for an episode of a unit that is not finished
+    done: dict[int, list[tuple[Any, ...]]] = {block: [] for (block,) in blocks}
+    for row in outcomes:
+        done[row[0]].append(row)  # a KeyError for an outcome of a block that is not finished
     return done
 
 
-def check_log(file: Path, units: int | None = None) -> None:
-    """Every unit was finished once, and not begun again afterwards."""
+def check_log(file: Path, blocks: int | None = None) -> None:
+    """Every block was finished once, and not begun again afterwards."""
     log, statuses, ((count,),) = query(
         file,
-        "SELECT unit, result FROM runs ORDER BY run",
-        "SELECT DISTINCT status FROM units",
-        "SELECT count(*) FROM units",
+        "SELECT block, result FROM runs ORDER BY run",
+        "SELECT DISTINCT status FROM blocks",
+        "SELECT count(*) FROM blocks",
     )
     assert statuses == [("done",)]
-    units = count if units is None else units
-    assert sorted(unit for unit, result in log if result == "done") == list(range(units))
+    blocks = count if blocks is None else blocks
+    assert sorted(block for block, result in log if result == "done") == list(range(blocks))
     last = dict(log)
     assert all(result == "done" for result in last.values())
 
@@ -145,7 +145,7 @@ def test_killed_at_any_statement(
         if first is not None:
             finished(tmp_path / f"killed {number}", **first)
         sweep = make_sweep(tmp_path / f"killed {number}", **options)
-        before = units_done(sweep.file)
+        before = blocks_done(sweep.file)
         for attempt in range(60):
             # More statements each time: no unit is finished before the first few dozen.
             def run(sweep: Any = sweep, moment: int = moment + 2 * attempt) -> None:
@@ -154,7 +154,7 @@ def test_killed_at_any_statement(
                 sweep.run(engine=remembering(2))
 
             status = ended(forked(run))
-            after = units_done(sweep.file)
+            after = blocks_done(sweep.file)
             assert before.items() <= after.items()
             before = after
             if status == 0:
@@ -214,13 +214,13 @@ def _kill_at_random(
     victims = ["driver", "worker"] * (kills // 2) + ["worker"] * (kills % 2)
     draw.shuffle(victims)
     left = [(victim, draw.randint(0, 4), draw.uniform(0, 0.05)) for victim in victims]
-    before, status = units_done(sweep.file), -signal.SIGKILL
+    before, status = blocks_done(sweep.file), -signal.SIGKILL
     while status != 0:
         ends = next((number for number, (victim, *_) in enumerate(left) if victim == "driver"), len(left))
         now, left = left[: ends + 1], left[ends + 1 :]
         status = ended(forked(lambda now=now: sweep.run(engine=Killing(2, list(now), log))))
         assert status == (-signal.SIGKILL if now and now[-1][0] == "driver" else 0)
-        after = units_done(sweep.file)
+        after = blocks_done(sweep.file)
         assert before.items() <= after.items()
         before = after
     check_log(sweep.file, whole.results.status()["done"] if first is None else None)
@@ -265,18 +265,18 @@ def test_a_stopped_command_resumes(commanded: tuple[list[str], Path], tmp_path: 
     command, whole = commanded
     driver = subprocess.Popen([*command, str(tmp_path / "stopped")], stderr=subprocess.PIPE, text=True)
     file, end = tmp_path / "stopped" / FILE, time.monotonic() + 120
-    while time.monotonic() < end and not (file.exists() and len(units_done(file)) >= 5):
+    while time.monotonic() < end and not (file.exists() and len(blocks_done(file)) >= 5):
         time.sleep(0.02)
     driver.send_signal(how)
     said = driver.communicate(timeout=60)[1]
-    half = units_done(file)
+    half = blocks_done(file)
     if how == signal.SIGINT:
         assert driver.returncode == 130
-        assert "units done; the same command resumes from there." in said.splitlines()[-1]
+        assert "blocks done; the same command resumes from there." in said.splitlines()[-1]
         assert [f.name for f in file.parent.iterdir()] == [FILE]
     assert 5 <= len(half) < 3 * 25
     done = subprocess.run([*command, str(tmp_path / "stopped")], timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert half.items() <= units_done(file).items()
+    assert half.items() <= blocks_done(file).items()
     check_log(file, 3 * 25)
     same(SweepResults(file), SweepResults(whole))

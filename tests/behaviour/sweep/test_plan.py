@@ -1,4 +1,4 @@
-"""What a sweep will do: directions, values, arms and units."""
+"""What a sweep will do: directions, values, arms and blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dt_lens.behaviour.sweep.arms import parse_value, resolve_sv
-from dt_lens.behaviour.sweep.plan import block_size_of, merge_arms, split_seeds
+from dt_lens.behaviour.sweep.plan import block_size_of, merge_arms, split_units
 from dt_lens.behaviour.sweep.settings import SweepSettings
 from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.edits.singular import load_edit
@@ -20,11 +20,13 @@ from dt_lens.errors import DtLensError
 Make = Callable[..., Any]
 
 
-def test_a_threshold_may_be_numpys() -> None:
+def test_a_threshold_may_be_numpys(make_sweep: Make) -> None:
     """JSON, in which the file keeps it, has no number of NumPy's."""
-    assert json.dumps(SweepSettings(failure=np.float32(5)).failure) == "5.0"
+    assert json.dumps(make_sweep(failure=np.float32(5)).plan.options["task"]["failure"]) == "5.0"
     with pytest.raises(DtLensError, match="failure is nan"):
-        SweepSettings(failure=float("nan"))
+        make_sweep(failure=float("nan"))
+    with pytest.raises(DtLensError, match="keeps failure as a word or a number; give a function to table"):
+        make_sweep(failure=lambda frame: frame["return"] < 5)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +70,13 @@ def test_values_that_are_not_valid(value: Any) -> None:
 
 
 @pytest.mark.parametrize("episodes", [1, 7, 12, 16, 17, 33, 100, 1000])
-def test_units_have_nearly_equal_size(episodes: int) -> None:
+def test_blocks_have_nearly_equal_size(episodes: int) -> None:
     size = block_size_of(episodes, None)
     assert 1 <= size <= 16
     assert size * -(-episodes // size) - episodes < -(-episodes // size) * 2 or episodes < 16
 
 
-def test_arms_and_units(make_sweep: Make, agent: Any) -> None:
+def test_arms_and_blocks(make_sweep: Make, agent: Any) -> None:
     plan = make_sweep(matrices=["*.0.attn.OV.1", "*.1.mlp.W_out"], sv="0,-1", edits="constant,random", controls=2).plan
     assert [arm.number for arm in plan.arms] == list(range(len(plan.arms)))
     kinds = [arm.kind for arm in plan.arms]
@@ -87,7 +89,7 @@ def test_arms_and_units(make_sweep: Make, agent: Any) -> None:
         assert edit.to_dict() == arm.record
         assert edit.matrix.name == arm.matrix
     assert merge_arms(plan.arms, (), plan.catalogue) == list(plan.arms)
-    assert list(split_seeds(range(3, 10), 3)) == [(3, 3), (6, 3), (9, 1)]
+    assert list(split_units(range(3, 10), 3)) == [(3, 3), (6, 3), (9, 1)]
 
 
 def test_an_edit_that_only_scales_sigma_is_measured_on_one_side(make_sweep: Make) -> None:
@@ -154,13 +156,13 @@ def test_numpys_numbers_are_numbers(make_sweep: Make, given: dict[str, Any], pla
 
 
 def test_settings_and_keywords_are_one_thing(agent: Any, tmp_path: Any) -> None:
-    settings = SweepSettings(matrices="*.W_in", sv="0,1", edits="zero,flip", controls=2, episodes=4, max_steps=9)
+    settings = SweepSettings(matrices="*.W_in", sv="0,1", edits="zero,flip", controls=2, units=4)
     by_keyword = Sweep(
         agent, tmp_path, matrices="*.W_in", sv="0,1", edits="zero,flip", controls=2, episodes=4, max_steps=9
     )
-    assert Sweep(agent, tmp_path, settings).plan == by_keyword.plan
+    assert Sweep(agent, tmp_path, settings, max_steps=9).plan == by_keyword.plan
     changed = Sweep(agent, tmp_path, settings, sv=1, episodes=5)
-    assert changed.plan == Sweep(agent, tmp_path, SweepSettings(**{**vars(settings), "sv": 1, "episodes": 5})).plan
+    assert changed.plan == Sweep(agent, tmp_path, SweepSettings(**{**vars(settings), "sv": 1, "units": 5})).plan
     assert settings.sv == "0,1" and changed.settings.controls == 2
     with pytest.raises(FrozenInstanceError):
         settings.sv = 3  # type: ignore[misc]

@@ -19,30 +19,33 @@ Make = Callable[..., Any]
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("DELETE FROM episodes WHERE unit = 3 AND seed = 8", "unit 3 is done and holds 2 of its 3 episodes"),
-        ("UPDATE units SET status = 'todo' WHERE unit = 3", "unit 3 is todo and holds 3 of its 3 episodes"),
-        ("UPDATE units SET seed = 3 WHERE unit = 1", "units 0 and 1 hold the same seed of one arm"),
-        ("UPDATE units SET episodes = 'three' WHERE unit = 1", "unit 1 has no arm, or a seed or a number"),
-        ("UPDATE units SET seed = -4 WHERE unit = 1", "unit 1 has no arm, or a seed or a number"),
-        ("UPDATE units SET arm = 70 WHERE unit = 1", "unit 1 has no arm"),
+        ("DELETE FROM outcomes WHERE block = 3 AND unit = 8", "block 3 is done and holds 2 of its 3 episodes"),
+        ("UPDATE blocks SET status = 'todo' WHERE block = 3", "block 3 is todo and holds 3 of its 3 episodes"),
+        ("UPDATE blocks SET first = 3 WHERE block = 1", "blocks 0 and 1 hold the same episode of one arm"),
+        ("UPDATE blocks SET count = 'three' WHERE block = 1", "block 1 has no arm, or a first episode or a number"),
+        ("UPDATE blocks SET first = -4 WHERE block = 1", "block 1 has no arm, or a first episode or a number"),
+        ("UPDATE blocks SET arm = 70 WHERE block = 1", "block 1 has no arm"),
         (
-            "UPDATE episodes SET length = -1 WHERE unit = 2 AND seed = 4",
-            "seed 4 of unit 2 has a length",
+            "UPDATE outcomes SET length = -1 WHERE block = 2 AND unit = 4",
+            "seed 4 of block 2 has a value of length that cannot be",
         ),
-        ("UPDATE episodes SET return = 'much' WHERE unit = 2 AND seed = 4", "the episode with seed 4 of unit 2"),
-        ("UPDATE episodes SET terminated = 7 WHERE unit = 2 AND seed = 4", "the episode with seed 4 of unit 2"),
-        ("UPDATE episodes SET seed = 99 WHERE unit = 2 AND seed = 4", "unit 2 is done and holds 2 of its 3"),
-        ("INSERT INTO episodes SELECT 77, seed, return, length, 0, 1 FROM episodes WHERE unit = 2", "unit 77, which"),
+        (
+            "UPDATE outcomes SET return = 'much' WHERE block = 2 AND unit = 4",
+            "the episode with seed 4 of block 2 .* return",
+        ),
+        ("UPDATE outcomes SET terminated = 7 WHERE block = 2 AND unit = 4", "the episode with seed 4 of block 2"),
+        ("UPDATE outcomes SET unit = 99 WHERE block = 2 AND unit = 4", "block 2 is done and holds 2 of its 3"),
+        ("INSERT INTO outcomes SELECT 77, unit, return, length, 0, 1 FROM outcomes WHERE block = 2", "block 77, which"),
         ("UPDATE arms SET energy = 'big' WHERE arm = 1", "arm 1 is neither"),
         ("UPDATE arms SET kind = 'edid' WHERE arm = 1", "arm 1 is neither"),
         ("UPDATE arms SET of = 0 WHERE kind = 'control'", "arm 2 is neither"),
         (
-            "UPDATE episodes SET return = return + 1e-9 WHERE unit = 2 AND seed = 4",
-            "outcomes of unit 2 have changed",
+            "UPDATE outcomes SET return = return + 1e-9 WHERE block = 2 AND unit = 4",
+            "outcomes of block 2 have changed",
         ),
-        ("UPDATE units SET arm = 7 - arm WHERE arm IN (3, 4)", "the outcomes of unit 6 have changed"),
-        ("UPDATE plan SET options = json_set(options, '$.episodes', 'six')", "its plan or its arms cannot be read"),
-        ("UPDATE plan SET options = json_set(options, '$.time_limit', -9)", "its plan or its arms cannot be read"),
+        ("UPDATE blocks SET arm = 7 - arm WHERE arm IN (3, 4)", "the outcomes of block 6 have changed"),
+        ("UPDATE plan SET options = json_set(options, '$.units', 'six')", "its plan or its arms cannot be read"),
+        ("UPDATE plan SET options = json_set(options, '$.task.measures', -9)", "its plan or its arms cannot be read"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_one_sentence(
@@ -57,7 +60,7 @@ def test_a_file_that_makes_no_sense_is_one_sentence(
     for read in (results.table, results.episodes, results.baseline, results.status, lambda: SweepResults(sweep.file)):
         with pytest.raises(DtLensError, match=f"damaged, or not a sweep's file .*{said}.*; move it away"):
             read()
-    if "time_limit" not in damage and "$.episodes" not in damage:
+    if "measures" not in damage and "$.units" not in damage:
         with pytest.raises(DtLensError, match=f"damaged, or not a sweep's file .*{said}.*; move it away"):
             make_sweep(sv="0,1").run(engine=remembering())
 
@@ -68,13 +71,13 @@ def test_one_flipped_bit_of_a_return_is_noticed(finished: Make, make_sweep: Make
     whole = bytearray(sweep.file.read_bytes())
     whole[whole.index(struct.pack(">d", value)) + 1] ^= 0x10
     sweep.file.write_bytes(whole)
-    with pytest.raises(DtLensError, match="the outcomes of unit 1 have changed since they were written"):
+    with pytest.raises(DtLensError, match="the outcomes of block 1 have changed since they were written"):
         SweepResults(sweep.file)
-    with pytest.raises(DtLensError, match="the outcomes of unit 1 have changed since they were written"):
+    with pytest.raises(DtLensError, match="the outcomes of block 1 have changed since they were written"):
         make_sweep(sv="0,1").run(engine=remembering())
 
 
-def test_a_unit_of_an_older_version_has_no_checksum(finished: Make, make_sweep: Make, remembering: Make) -> None:
+def test_a_block_of_an_older_version_has_no_checksum(finished: Make, make_sweep: Make, remembering: Make) -> None:
     sweep = finished()
     before = sweep.table()
     with sqlite3.connect(sweep.file) as db:

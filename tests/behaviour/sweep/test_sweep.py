@@ -17,10 +17,10 @@ import torch
 from filelock import FileLock
 
 from dt_lens.behaviour.evaluate import evaluate
+from dt_lens.behaviour.sweep.blocks import Work
 from dt_lens.behaviour.sweep.engines.local import LocalEngine
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE, Store
-from dt_lens.behaviour.sweep.units import Unit
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 
@@ -35,7 +35,7 @@ def identical(one: Any, other: Any) -> None:
 
 def runs(sweep: Any) -> list[tuple[int, str | None]]:
     with sqlite3.connect(sweep.file) as db:
-        return db.execute("SELECT unit, result FROM runs ORDER BY run").fetchall()
+        return db.execute("SELECT block, result FROM runs ORDER BY run").fetchall()
 
 
 def test_the_table_is_what_evaluate_and_compare_say(make_sweep: Make, inline: Make, agent: Any) -> None:
@@ -86,7 +86,9 @@ def test_a_return_that_is_not_finite_in_an_old_file_is_no_discovery(finished: Ma
     sweep = finished()
     with closing(sqlite3.connect(sweep.file)) as db, db:
         db.execute("DROP TABLE checksums")  # which files of version 0.2 lack
-        db.execute("UPDATE episodes SET return = NULL WHERE unit = (SELECT unit FROM units WHERE arm = 1) AND seed = 3")
+        db.execute(
+            "UPDATE outcomes SET return = NULL WHERE block = (SELECT block FROM blocks WHERE arm = 1) AND unit = 3"
+        )
     table = SweepResults(sweep.file).table()
     row = table.loc[1]
     assert np.isnan(row[["difference", "p_value", "q_value", "difference_low"]].astype(float)).all()
@@ -115,8 +117,8 @@ def test_one_file_is_left_and_the_model_as_it_was(
     sweep.run(lambda what, share: shares.append((what, share)), remembering())
     assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
     assert all(torch.equal(weight, before[name]) for name, weight in agent.weights.items())
-    assert shares[0] == ("0 of 14 units", 0.0)
-    assert shares[-1][0].startswith("14 of 14 units  ") and shares[-1][1] == 1.0
+    assert shares[0] == ("0 of 14 blocks of episodes", 0.0)
+    assert shares[-1][0].startswith("14 of 14 blocks of episodes  ") and shares[-1][1] == 1.0
     assert sweep.results.status() == {"todo": 0, "done": 14, "failed": 0, "void": 0}
     log, bytes_ = runs(sweep), sweep.file.read_bytes()
     assert sorted(log) == [(unit, "done") for unit in range(14)]
@@ -153,12 +155,14 @@ def test_another_plan_is_refused(
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("UPDATE plan SET options = json_set(options, '$.format', 99)")
     db.close()
-    with pytest.raises(DtLensError, match="its format is 99 and this version of dt-lens writes 2"):
+    with pytest.raises(DtLensError, match="its format is 99 and this version of dt-lens writes 3"):
         make_sweep().run(engine=remembering())
-    with pytest.raises(DtLensError, match="is 99 and this version of dt-lens reads 2; read it with the version that"):
+    with pytest.raises(
+        DtLensError, match="is 99 and this version of dt-lens reads 2 and 3; read it with the version that"
+    ):
         SweepResults(tmp_path)
     with sqlite3.connect(tmp_path / FILE) as db:
-        db.execute("UPDATE plan SET options = json_set(options, '$.format', 2)")
+        db.execute("UPDATE plan SET options = json_set(options, '$.format', 3)")
     db.close()
     make_sweep(sv="0-0", matrices=["blocks.?.mlp.W_in", "blocks.0.mlp.W_out"]).run()  # the same arms in other words
 
@@ -224,7 +228,7 @@ def test_a_damaged_file_is_refused(make_sweep: Make, remembering: Make, tmp_path
         """UPDATE arms SET record = replace(record, '"of"', '"if"')""",
         "UPDATE arms SET matrix = 'blocks.0.mlp.W_im' WHERE arm = 1",
         "UPDATE arms SET side = 'reed' WHERE arm = 1",
-        "UPDATE plan SET options = replace(options, 'environment', 'environmint')",
+        "UPDATE plan SET options = replace(options, 'measures', 'measurez')",
         "UPDATE plan SET options = substr(options, 9)",
         "UPDATE arms SET value = CAST(x'ff' AS TEXT) WHERE arm = 1",
         "DELETE FROM plan",
@@ -365,24 +369,24 @@ def test_ctrl_c_says_how_to_resume(
 ) -> None:
     whole = finished(tmp_path / "whole")
     sweep = make_sweep(tmp_path / "stopped")
-    with pytest.raises(KeyboardInterrupt, match=r"Stopped with 4 of 14 units done; the same command resumes"):
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped with 4 of 14 blocks done; the same command resumes"):
         sweep.run(engine=interrupted(5))
     assert [file.name for file in sweep.file.parent.iterdir()] == [FILE]
     identical(sweep.run(engine=remembering()), whole)
 
 
 class Deadly(LocalEngine):
-    """Kills the worker of some units as soon as they have been sent."""
+    """Kills the worker of some blocks as soon as they have been sent."""
 
     def __init__(self, workers: int, deaths: dict[int, int]) -> None:
         super().__init__(workers)
         self.deaths = deaths
 
-    def submit(self, unit: Unit) -> None:
-        super().submit(unit)
-        if self.deaths.get(unit.number, 0):
-            self.deaths[unit.number] -= 1
-            next(w for w in self._workers if w.unit == unit.number).process.kill()
+    def submit(self, work: Work) -> None:
+        super().submit(work)
+        if self.deaths.get(work.number, 0):
+            self.deaths[work.number] -= 1
+            next(w for w in self._workers if w.block == work.number).process.kill()
 
 
 def test_dead_workers_are_replaced_and_a_deadly_unit_given_up(
@@ -417,7 +421,7 @@ def test_a_unit_that_raises_is_kept_as_failed(make_sweep: Make, make_model: Make
     ("body", "sentence"),
     [
         ("import os; os._exit(7)", r"end before they are ready \(exit status 7\)"),
-        ("import sys; sys.modules['gymnasium'] = None", r"A worker process cannot run this agent: \w+: .*gymnasium"),
+        ("import sys; sys.modules['gymnasium'] = None", r"A worker process cannot run this model: \w+: .*gymnasium"),
     ],
 )
 def test_workers_that_cannot_start(

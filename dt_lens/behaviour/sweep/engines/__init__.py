@@ -1,4 +1,4 @@
-"""Where the units of a sweep run: worker processes of this machine, or a Ray cluster."""
+"""Where the blocks of a sweep run: worker processes of this machine, or a Ray cluster."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Runs units on the nodes of a Ray cluster, each on one core. Ray is imported only when an engine starts."""
+"""Runs blocks on the nodes of a Ray cluster, each on one core. Ray is imported only when an engine starts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import cloudpickle
 
-from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.agents.running import Job
+from dt_lens.behaviour.sweep.blocks import Work
 from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.behaviour.sweep.engines.node import run_on_node
-from dt_lens.behaviour.sweep.fingerprint import fingerprint
-from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.behaviour.sweep.fingerprint import SAMPLE, fingerprint
+from dt_lens.behaviour.sweep.plan import differing, short
+from dt_lens.behaviour.task import Job
 from dt_lens.errors import DtLensError, because
 
 __all__ = ["RayEngine"]
@@ -26,28 +26,29 @@ CONNECT_SECONDS = 10.0
 
 
 class RayEngine:
-    """Runs units as tasks of a Ray cluster; nodes may join and leave meanwhile.
+    """Runs blocks as tasks of a Ray cluster; nodes may join and leave meanwhile.
 
-    A unit whose node or process is lost is reported dead, and the driver submits it again. Every node first runs a few
-    steps of the unedited agent, which must come to the driver's bits. If they do not, because of another processor or
-    other libraries, nothing of that node is kept, since its outcomes would not repeat here, and the sweep ends with a
-    sentence that names it. Without that node the same command resumes.
+    A block whose node or process is lost is reported dead, and the driver submits it again. Every node first runs a
+    little of what the unedited model does, which must come to the driver's bits. If it does not, because of another
+    processor or other libraries, nothing of that node is kept, since its outcomes would not repeat here, and the sweep
+    ends with a sentence that names it. Without that node the same command resumes.
 
-    Every node needs dt-lens in the driver's version, and the package that registers the environment.
+    Every node needs dt-lens in the driver's version, and the packages that the task needs, such as the one that
+    registers an environment.
 
     Args:
         address: of the cluster, ``"10.0.0.5:6379"``, as ``ray start --head`` prints it; ``"auto"`` for the one that
             runs on this machine; ``None`` for that one or, if none runs, a new one of this machine alone.
-        workers: units at a time; as many as the cluster has cores by default.
+        workers: blocks at a time; as many as the cluster has cores by default.
 
     Raises:
         DtLensError: from ``start`` and ``wait``, if Ray is not installed, there is no cluster, or nodes cannot run the
-            units.
+            blocks.
     """
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
         self.address, self.count = address, workers
-        self._running: dict[Any, int] = {}  # unit, by the reference to its answer
+        self._running: dict[Any, int] = {}  # block, by the reference to its answer
         self._cores = 0
         self._resized = float("-inf")
         self._own = False
@@ -70,7 +71,7 @@ class RayEngine:
         packed = cloudpickle.dumps(job)
         self._token = hashlib.sha256(packed).hexdigest()
         self._job = ray.put(packed)
-        # The driver counts deaths and submits a unit again; Ray must not do so unseen.
+        # The driver counts deaths and submits a block again; Ray must not do so unseen.
         self._task = ray.remote(num_cpus=1, max_retries=0)(run_on_node)
 
     @property
@@ -79,9 +80,9 @@ class RayEngine:
             self._cores, self._resized = int(self._ray.cluster_resources().get("CPU", 0)), now
         return max(0, min(self._cores, self.count or self._cores) - len(self._running))
 
-    def submit(self, unit: Unit) -> None:
-        # In a list, so that a process fetches the job once and not with every unit.
-        self._running[self._task.remote([self._job], self._token, tuple(unit))] = unit.number
+    def submit(self, work: Work) -> None:
+        # In a list, so that a process fetches the job once and not with every block.
+        self._running[self._task.remote([self._job], self._token, tuple(work))] = work.number
 
     def wait(self, seconds: float) -> list[Event]:
         if not self._running:
@@ -93,18 +94,18 @@ class RayEngine:
         return self._buffer.collect(map(self._event_of, ready))
 
     def _event_of(self, reference: Any) -> Event:
-        unit, lost = self._running.pop(reference), self._ray.exceptions
+        block, lost = self._running.pop(reference), self._ray.exceptions
         try:
             kind, node, found, answer = self._ray.get(reference)
-        except lost.RayTaskError as error:  # an error of the agent comes back as an answer
+        except lost.RayTaskError as error:  # an error of the task comes back as an answer
             raise DtLensError(
-                f"A node of the Ray cluster cannot run this agent ({because(error.cause or error)}); install dt-lens "
-                f"there, in this version, and what the environment needs."
+                f"A node of the Ray cluster cannot run this model ({because(error.cause or error)}); install dt-lens "
+                f"there, in this version, and what its task needs."
             ) from error
         except lost.LocalRayletDiedError as error:
             raise DtLensError("Ray has ended on this machine; start it, and the same command resumes.") from error
         except lost.RayError as error:
-            return Event("died", unit, "a node", message=type(error).__name__)
+            return Event("died", block, "a node", message=type(error).__name__)
         if found != self._fingerprint:
             why = _first_difference(found, self._fingerprint)
             raise DtLensError(
@@ -112,8 +113,8 @@ class RayEngine:
                 "the cluster, and the same command resumes."
             )
         if kind == "done":
-            return Event("done", unit, node, [Outcome(*row) for row in answer])
-        return Event("refused", unit, node, message=answer)
+            return Event("done", block, node, answer)
+        return Event("refused", block, node, message=answer)
 
     def stop(self) -> None:
         for reference in self._running:
@@ -140,11 +141,12 @@ def _import_ray() -> Any:
     return ray
 
 
-def _first_difference(theirs: Mapping[str, str | None], mine: Mapping[str, str | None]) -> str:
+def _first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     """The first entry in which two fingerprints differ, in words.
 
-    >>> _first_difference({"version of torch": "2", "steps": "a"}, {"version of torch": "3", "steps": "b"})
+    >>> _first_difference({"version of torch": "2", "sample": "a"}, {"version of torch": "3", "sample": "b"})
     'version of torch 2, here 3'
     """
     name = next(name for name in mine if mine[name] != theirs.get(name))
-    return "another processor or library" if name == "steps" else f"{name} {theirs.get(name)}, here {mine[name]}"
+    there, here = differing(theirs.get(name), mine[name])
+    return "another processor or library" if name == SAMPLE else f"{name} {short(there)}, here {short(here)}"

@@ -1,53 +1,52 @@
-"""The protocol between a sweep's driver and whatever runs its units: local processes, or a cluster."""
+"""The protocol between a sweep's driver and whatever runs its blocks: local processes, or a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.agents.running import Job
-from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.behaviour.sweep.blocks import Work
+from dt_lens.behaviour.task import Job, Row
 from dt_lens.errors import DtLensError
 
 __all__ = ["EventBuffer", "Engine", "Event"]
 
 
 class Event(NamedTuple):
-    """What happened to a unit.
+    """What happened to a block.
 
     ``"done"``: it ran. ``"refused"``: it raised an error, and would again. ``"died"``: the process that ran it is gone;
     it can be submitted again.
     """
 
     kind: Literal["done", "refused", "died"]
-    unit: int
+    block: int
     worker: str  # which process ran it, for the log
-    outcomes: Sequence[Outcome] = ()
+    rows: Sequence[Row] = ()  # by unit: its number, then its measures
     message: str = ""  # the error's sentence, or how the process died
 
 
 class Engine(Protocol):
-    """Runs units; knows nothing of the store. Every submitted unit comes back as exactly one event."""
+    """Runs blocks; knows nothing of the store. Every submitted block comes back as exactly one event."""
 
     def start(self, job: Job) -> None:
-        """Prepare to run units of ``job``."""
+        """Prepare to run blocks of ``job``."""
         ...
 
     @property
     def free(self) -> int:
-        """How many more units can be submitted now."""
+        """How many more blocks can be submitted now."""
         ...
 
-    def submit(self, unit: Unit) -> None:
-        """Start a unit. Not to be called when ``free`` is 0."""
+    def submit(self, work: Work) -> None:
+        """Start a block. Not to be called when ``free`` is 0."""
         ...
 
     def wait(self, seconds: float) -> list[Event]:
         """The events since the last call; waits for the first one, but no longer than ``seconds``.
 
         Raises:
-            DtLensError: if no unit can be run at all.
+            DtLensError: if no block can be run at all.
         """
         ...
 

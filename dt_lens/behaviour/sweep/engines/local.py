@@ -1,10 +1,10 @@
-"""Worker processes on this machine, each on one core. One that dies is replaced, and only its own unit runs again.
+"""Worker processes on this machine, each on one core. One that dies is replaced, and only its own block runs again.
 
 ``evaluate`` has another pool, loky's (``dt_lens.behaviour.agents.workers``), because the two need opposite things. When
 one of loky's workers is killed its pool breaks, and what the other workers run is lost. A sweep runs for days and must
 survive that, so this engine owns its processes and replaces them one by one. ``evaluate`` runs for seconds: its workers
 stay warm between calls, and take seeds one at a time while they run, so that no lane idles at the end. The workers of a
-sweep live as long as one run and take whole units, because a unit is what is written, or run again.
+sweep live as long as one run and take whole blocks, because a block is what is written, or run again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 
 import cloudpickle
 
-from dt_lens.behaviour.agents.rollouts import Outcome
-from dt_lens.behaviour.agents.running import Job
+from dt_lens.behaviour.sweep.blocks import Work
 from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.behaviour.sweep.engines.worker import read_frame, write_frame
-from dt_lens.behaviour.sweep.units import Unit
+from dt_lens.behaviour.task import Job
 from dt_lens.errors import DtLensError
 
 __all__ = ["LocalEngine"]
@@ -39,7 +38,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     reader: threading.Thread = field(init=False)  # reads its messages until its pipe ends
     ready: bool = False
-    unit: int | None = None
+    block: int | None = None
 
     @property
     def name(self) -> str:
@@ -47,10 +46,10 @@ class _Worker:
 
 
 class LocalEngine:
-    """Runs units in ``workers`` processes of this Python.
+    """Runs blocks in ``workers`` processes of this Python.
 
     The processes are started anew, not forked, and do not import the calling script: it needs no ``if __name__ ==
-    "__main__"``, and neither torch's threads nor an environment's state is inherited.
+    "__main__"``, and neither torch's threads nor the state of other code is inherited.
     """
 
     def __init__(self, workers: int) -> None:
@@ -61,7 +60,7 @@ class LocalEngine:
         self._buffer = EventBuffer()
 
     def start(self, job: Job) -> None:
-        # Environments that the user's script registers are classes that a worker cannot import.
+        # Environments and tasks of the user's script are classes that a worker cannot import.
         self._job = cloudpickle.dumps(job)
         for _ in range(self.count):
             self._spawn()
@@ -95,12 +94,12 @@ class LocalEngine:
 
     @property
     def free(self) -> int:
-        return sum(worker.ready and worker.unit is None for worker in self._workers)
+        return sum(worker.ready and worker.block is None for worker in self._workers)
 
-    def submit(self, unit: Unit) -> None:
-        worker = next(w for w in self._workers if w.ready and w.unit is None)
-        worker.unit = unit.number
-        self._send(worker, pickle.dumps(tuple(unit)))
+    def submit(self, work: Work) -> None:
+        worker = next(w for w in self._workers if w.ready and w.block is None)
+        worker.block = work.number
+        self._send(worker, pickle.dumps(tuple(work)))
 
     def wait(self, seconds: float) -> list[Event]:
         self._find_ended()
@@ -128,15 +127,15 @@ class LocalEngine:
             return self._replace(worker)
         kind, *rest = pickle.loads(frame)
         if kind == "broken":
-            raise DtLensError(f"A worker process cannot run this agent: {rest[0].rstrip('.')}.")
+            raise DtLensError(f"A worker process cannot run this model: {rest[0].rstrip('.')}.")
         if kind == "ready":
             worker.ready, self._failed_starts = True, 0
             return []
-        unit, worker.unit = worker.unit, None
-        assert unit is not None and unit == rest[0]
+        block, worker.block = worker.block, None
+        assert block is not None and block == rest[0]
         if kind == "done":
-            return [Event("done", unit, worker.name, [Outcome(*row) for row in rest[1]])]
-        return [Event("refused", unit, worker.name, message=rest[1])]
+            return [Event("done", block, worker.name, rest[1])]
+        return [Event("refused", block, worker.name, message=rest[1])]
 
     def _replace(self, worker: _Worker) -> list[Event]:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -151,7 +150,7 @@ class LocalEngine:
                     "there is enough memory for so many workers."
                 )
         self._spawn()
-        return [] if worker.unit is None else [Event("died", worker.unit, worker.name, message=status)]
+        return [] if worker.block is None else [Event("died", worker.block, worker.name, message=status)]
 
     def stop(self) -> None:
         for worker in self._workers:

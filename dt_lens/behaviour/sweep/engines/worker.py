@@ -1,7 +1,7 @@
-"""A worker process, ``python -m dt_lens.behaviour.sweep.engines.worker``: reads units from one pipe, writes outcomes to
-another.
+"""A worker process, ``python -m dt_lens.behaviour.sweep.engines.worker``: reads blocks from one pipe, writes outcomes
+to another.
 
-It reads in a thread of its own, so that it notices in the middle of a unit that the driver has ended, and exits at
+It reads in a thread of its own, so that it notices in the middle of a block that the driver has ended, and exits at
 once. It writes to nothing but its pipe.
 """
 
@@ -40,12 +40,12 @@ def read_frame(pipe: IO[bytes]) -> bytes | None:
 
 
 def main() -> None:
-    """Run units until the driver closes its end of the pipe."""
+    """Run blocks until the driver closes its end of the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the driver, which ends the workers
-    # What an environment prints must not be mixed with the outcomes.
+    # What a task prints must not be mixed with the outcomes.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    # A process that the environment forks closes its sys.stdin, which must not be the pipe on which the thread waits:
+    # A process that an environment forks closes its sys.stdin, which must not be the pipe on which the thread waits:
     # the fork would wait for ever for the thread's lock.
     orders = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -63,29 +63,27 @@ def main() -> None:
             os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
-    job = base = None
+    job = None
     try:
         import torch
-        from safetensors.torch import load
 
-        from dt_lens.behaviour.sweep.units import Unit, run_unit
+        from dt_lens.behaviour.sweep.blocks import Work, run_work
         from dt_lens.errors import DtLensError, because
 
         torch.set_num_threads(1)
         job = pickle.loads(inbox.get())
-        base = load(job.weights)
     except BaseException as error:
         answer("broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return
     answer("ready")
     while True:
-        unit = Unit(*pickle.loads(inbox.get()))
+        work = Work(*pickle.loads(inbox.get()))
         try:
-            answer("done", unit.number, [tuple(outcome) for outcome in run_unit(job, base, unit)])
+            answer("done", work.number, [tuple(row) for row in run_work(job, work)])
         except DtLensError as error:
-            answer("refused", unit.number, str(error))
-        except Exception as error:  # an environment may raise anything
-            answer("refused", unit.number, f"The rollout raised {type(error).__name__}: {because(error)}.")
+            answer("refused", work.number, str(error))
+        except Exception as error:  # a task, and the environment of one, may raise anything
+            answer("refused", work.number, f"The task raised {type(error).__name__}: {because(error)}.")
 
 
 if __name__ == "__main__":

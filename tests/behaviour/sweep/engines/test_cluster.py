@@ -1,4 +1,4 @@
-"""Units on a real Ray cluster of two nodes, one of which is killed in the middle of the sweep."""
+"""Blocks on a real Ray cluster of two nodes, one of which is killed in the middle of the sweep."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONG = 300  # seconds; no unit waits longer, whatever goes wrong
 
 def log_of(file: Path) -> list[tuple[int, str, str]]:
     with closing(sqlite3.connect(file)) as db:
-        return db.execute("SELECT unit, worker, result FROM runs ORDER BY run").fetchall()
+        return db.execute("SELECT block, worker, result FROM runs ORDER BY run").fetchall()
 
 
 def test_without_ray_there_is_one_sentence(make_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_a_node_is_killed_in_the_middle(
             return events
 
     sweep = make_sweep(tmp_path / "ray", **OPTIONS)
-    with pytest.raises(KeyboardInterrupt, match=r"Stopped with \d of 52 units done; the same command resumes"):
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped with \d of 52 blocks done; the same command resumes"):
         sweep.run(engine=Interrupted(two_nodes.address))
     first = [run for run in log_of(sweep.file) if run[2] == "done"]
     assert len(first) < 12
@@ -146,6 +146,6 @@ def test_a_node_is_killed_in_the_middle(
 
     monkeypatch.setattr(clusters, "run_on_node", nothing)
     with pytest.raises(
-        DtLensError, match=r"cannot run this agent \(No module named 'dt_lens'\); install dt-lens there"
+        DtLensError, match=r"cannot run this model \(No module named 'dt_lens'\); install dt-lens there"
     ):
         make_sweep(tmp_path / "bare").run(engine=RayEngine(two_nodes.address))

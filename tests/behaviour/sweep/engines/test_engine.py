@@ -18,7 +18,7 @@ def test_events_before_an_error_are_returned_first() -> None:
 
     buffer = EventBuffer()
     assert buffer.collect([]) == []
-    assert [event.unit for event in buffer.collect(events(2))] == [0, 1]
+    assert [event.block for event in buffer.collect(events(2))] == [0, 1]
     for _ in range(2):
         with pytest.raises(DtLensError, match="the end"):
             buffer.collect([Event("done", 5, "here")])
