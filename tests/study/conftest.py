@@ -92,7 +92,7 @@ def scripted() -> type[ScriptedEngine]:
 
 
 class InProcessEngine:
-    """An engine that runs blocks in this process, one at a time: starting worker processes takes longer than they do."""
+    """An engine that runs blocks in this process, one at a time: starting worker processes would take longer."""
 
     def __init__(self, workers: int) -> None:
         self.events = list[Event]()

@@ -101,7 +101,7 @@ class Sweep:
         if options.get("units") is None and any(of_task.get(name) is not None for name in COUNTS):
             asked = replace(asked, units=None)  # another name for it replaces that of the settings
         self.task, units = task_of(
-            model, what, task=task, units=asked.units, seed=asked.seed, caller="the sweep", use="sweep", **of_task
+            model, what, task=task, units=asked.units, seed=asked.seed, caller="Sweep", use="sweep", **of_task
         )
         if getattr(model, "active_edits", ()):
             raise DtLensError("The model has an edit in force; end it first: a sweep makes its own.")
