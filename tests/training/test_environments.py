@@ -118,11 +118,14 @@ def test_a_sweeps_file_names_the_wrappers(agent: Any, tmp_path: Path) -> None:
         Sweep(agent, tmp_path, matrices="blocks.0.mlp.W_in", sv="0", episodes=2, environment_kwargs=kwargs).plan
         for kwargs in (None, TRAINING, {**EVALUATION, "wrappers": HALF})
     ]
-    assert plans[0].options["environment_kwargs"] == EVALUATION and plans[0].options["time_limit"] == 15
+    assert (
+        plans[0].options["task"]["setting"]["environment_kwargs"] == EVALUATION
+        and plans[0].options["task"]["limit"] == 15
+    )
     assert plans[0].difference(json.loads(json.dumps(plans[0].options))) is None
     for other in plans[1:]:
         assert "environment_kwargs" in str(plans[0].difference(json.loads(json.dumps(other.options))))
-    assert plans[0].options["steps"] != plans[2].options["steps"]
+    assert plans[0].options["sample"] != plans[2].options["sample"]
 
 
 def test_a_video_is_of_the_wrapped_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

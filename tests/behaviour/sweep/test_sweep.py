@@ -157,9 +157,7 @@ def test_another_plan_is_refused(
     db.close()
     with pytest.raises(DtLensError, match="its format is 99 and this version of dt-lens writes 3"):
         make_sweep().run(engine=remembering())
-    with pytest.raises(
-        DtLensError, match="is 99 and this version of dt-lens reads 2 and 3; read it with the version"
-    ):
+    with pytest.raises(DtLensError, match="is 99 and this version of dt-lens reads 2 and 3; read it with the version"):
         SweepResults(tmp_path)
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("UPDATE plan SET options = json_set(options, '$.format', 3)")
