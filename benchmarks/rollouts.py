@@ -104,7 +104,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         dt_lens.save_pretrained(model, Path(folder))
         peer = DecisionTransformerModel.from_pretrained(folder).eval()
-    assert make_environment(ENVIRONMENT, KWARGS, model.cfg).time_limit >= given.steps, "the environment cuts episodes earlier"
+    assert make_environment(ENVIRONMENT, KWARGS, model.cfg).time_limit >= given.steps, (
+        "the environment cuts episodes earlier"
+    )
     threads = torch.get_num_threads()
 
     def usual(n: int, steps: int) -> float:

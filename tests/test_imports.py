@@ -16,7 +16,7 @@ PACKAGES = {"dt_lens": ROOT / "dt_lens", "dt_lens_adapters": ROOT / "adapters" /
 
 # What each room may import, besides itself and the files at the root.
 BASE = {"lens", "statistics", "report"}
-BEHAVIOUR = {*BASE, "svd", "edits", "decision_transformer"}
+BEHAVIOUR = {*BASE, "svd", "edits", "decision_transformer", "language_model"}
 ROOMS: dict[str, set[str]] = {
     "zoo": set(),
     "statistics": set(),
