@@ -106,7 +106,7 @@ def damage_against(
     # The legend shows one marker for filled and open points; the subtitle says what they mean.
     about = f"one point per removed direction · filled: the {terms.outcome} changes at q < 0.05"
     about += f" · logarithmic beyond ±{scale:g}"
-    finished = finish(figure, title, about, height=520, wide=260 * len(shown))
+    finished = finish(figure, title, about, height=520, wide=(260 if len(shown) < 4 else 320) * len(shown))
     finished.update_layout(margin_t=130)
     return finished
 
