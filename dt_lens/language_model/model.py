@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +88,9 @@ class HookedLanguageModel(TextMethods, HookedModule):
         self._standard: dict[str, Tensor] = {}
         self._tables: tuple[Any, ...] = ()
         self._labels: list[str] | None = None
+        # The hooks of each ``with lens.hooks(...)`` that is open, and what has put those of the last one in place.
+        self._open: list[frozenset[str]] = []
+        self._standing: ExitStack | None = None
         self.tokenizer = tokenizer
         self.reference = LanguageModelReference(model, family, cfg)
         require_computable(self.weights)
@@ -127,6 +130,11 @@ class HookedLanguageModel(TextMethods, HookedModule):
     def weights(self) -> Mapping[str, Tensor]:
         """Every weight by its canonical name, a view of the wrapped model's own: writing into one edits that."""
         return {name: view.detach() for name, view in self._layout.views(self.model.state_dict()).items()}
+
+    @property
+    def embeds_plainly(self) -> bool:
+        """Whether what enters the first block is ``hook_embed``, plus ``hook_pos_embed``."""
+        return not self.cfg.embed_ln and self.cfg.embed_scale == 1
 
     @property
     def blocks(self) -> Blocks:
@@ -303,14 +311,57 @@ class HookedLanguageModel(TextMethods, HookedModule):
     @contextmanager
     def _hooked(self) -> Iterator[bool]:
         """The wrapped model's own passes with the hooks that there are; whether there are any."""
-        hooked = {name for name, point in self.hook_dict.items() if point.has_hooks()}
+        hooked = self._names_hooked()
+        if self._open and self._open[-1] == hooked:  # inside ``with lens.hooks(...)`` they are in place already
+            yield bool(hooked)
+            return
         # Attention that is always eager needs a mask that its arithmetic holds, hooks or not.
         remasked = self.family.modules.core_kind == "dropout" and self.arithmetic is not None
-        if not hooked and not remasked:
-            yield False
+        self._close()
+        try:
+            if hooked or remasked:
+                with self._passing(hooked):
+                    yield bool(hooked)
+            else:
+                yield False
+        finally:
+            self._reopen()
+
+    def _names_hooked(self) -> frozenset[str]:
+        return frozenset(name for name, point in self.hook_dict.items() if point.has_hooks())
+
+    def _passing(self, hooked: frozenset[str]) -> Any:
+        return passing(self.model, self.family, self.cfg, lambda name, x: self.hook_dict[name](x), hooked.__contains__)
+
+    def _close(self) -> None:
+        """Take the hooks off the wrapped model, if ``_reopen`` put them there."""
+        standing, self._standing = self._standing, None
+        if standing is not None:
+            standing.close()
+
+    def _reopen(self) -> None:
+        """Put the hooks of the innermost ``with lens.hooks(...)`` on the wrapped model, for calls of its own."""
+        self._close()
+        if self._open:
+            standing = ExitStack()
+            standing.enter_context(self._passing(self._open[-1]))
+            self._standing = standing
+
+    @contextmanager
+    def _throughout(self) -> Iterator[None]:
+        """Hooks also act when the user calls the wrapped model itself."""
+        mine = self._names_hooked()
+        if not mine:
+            yield
             return
-        with passing(self.model, self.family, self.cfg, lambda name, x: self.hook_dict[name](x), hooked.__contains__):
-            yield bool(hooked)
+        self._open.append(mine)
+        try:
+            with super()._throughout():
+                self._reopen()
+                yield
+        finally:
+            self._open.remove(mine)
+            self._reopen()
 
     def require_shared(self, names: Sequence[str]) -> None:
         """Check that the user's own model still shares these weights' memory.

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.family import Family
+from dt_lens.language_model.layout import Stored
+from dt_lens.language_model.scores import scoring, seeing_scores
 from dt_lens.lens.forward_mode import uncompiled
 
 __all__ = ["hook_names", "passing"]
@@ -38,7 +40,7 @@ def hook_names(cfg: LanguageModelConfig) -> list[str]:
     names += ["embed_ln.hook_scale", "embed_ln.hook_normalized"] * cfg.embed_ln
     for layer in range(cfg.n_layers):
         attn = ["hook_q", "hook_k", "hook_v"] + ["hook_rot_q", "hook_rot_k"] * (cfg.position == "rotary")
-        attn = [f"attn.{name}" for name in (*attn, "hook_pattern", "hook_z")]
+        attn = [f"attn.{name}" for name in (*attn, "hook_attn_scores", "hook_pattern", "hook_z", "hook_result")]
         before, behind = ([f"{norm}.hook_scale", f"{norm}.hook_normalized"] for norm in ("ln1", "ln1_post"))
         inside = ["hook_resid_pre", *before * cfg.pre_norm, *attn, *behind * cfg.post_norm, "hook_attn_out"]
         inside += ["hook_resid_mid"] * (not cfg.parallel)
@@ -81,7 +83,7 @@ class _Passage:
         self, model: nn.Module, family: Family, cfg: LanguageModelConfig, see: See, wanted: Callable[[str], bool]
     ) -> None:
         self.model: Any = model
-        self.cfg = cfg
+        self.cfg, self.family = cfg, family
         self.modules = family.modules
         self.see, self.wanted = see if not family.modules.flat_mlp else self.unflattened(see), wanted
         self.shape: tuple[int, ...] = ()  # [batch, pos] of the pass, where a block's second half does not have it
@@ -145,6 +147,7 @@ class _Passage:
                 self.output(f"{path}.{norm}", f"{b}.attn.{letter}_normed", heads, at.qk_normed)
         self.core(f"{b}.attn", f"{path}.{at.core}")
         self.entry(f"{path}.{at.out}", f"{b}.attn.hook_z", self.cfg.n_heads)
+        self.results(layer, f"{path}.{at.out}")
         self.written(f"{path}.{at.attn}", "attn", f"{b}.ln1_post", path, at.ln1_post)
         if at.ln2 is None and not self.cfg.pre_norm:
             self.middle(layer, f"{path}.{at.mlp}")
@@ -315,10 +318,13 @@ class _Passage:
 
     def core(self, attn: str, path: str) -> None:
         """See rotated queries and keys ``[n, head, t, e]``, and the pattern computed from them."""
-        q_name, k_name, pattern_name = (f"{attn}.hook_{name}" for name in ("rot_q", "rot_k", "pattern"))
-        if not any(self.wanted(name) for name in (q_name, k_name, pattern_name)):
+        names = [f"{attn}.hook_{name}" for name in ("rot_q", "rot_k", "attn_scores", "pattern")]
+        q_name, k_name, scores_name, pattern_name = names
+        if not any(self.wanted(name) for name in names):
             return
         if self.modules.core_kind == "dropout":
+            if self.wanted(scores_name):
+                self.handles += scoring(self.module(path.rpartition(".")[0]), self.see, scores_name)
             self.output(path, pattern_name)
             return
         module = self.module(path)
@@ -332,7 +338,9 @@ class _Passage:
             return x if given is split else rearrange(given, "n t h e -> n h t e")
 
         def run(inner: Core, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Any:
-            out, pattern = inner(turned(q_name, q), turned(k_name, k), v, *rest, **named)
+            scored = seeing_scores(self.see, scores_name) if self.wanted(scores_name) else nullcontext()
+            with scored:
+                out, pattern = inner(turned(q_name, q), turned(k_name, k), v, *rest, **named)
             given = self.see(pattern_name, pattern) if self.wanted(pattern_name) else pattern
             if given is not pattern:
                 gathered = given @ v.repeat_interleave(self.cfg.n_heads // v.shape[1], 1)
@@ -342,6 +350,26 @@ class _Passage:
         self.cores[id(module)] = run
         if by_method:
             self.methods.append(module)
+
+    def results(self, layer: int, path: str) -> None:
+        """See what each head adds to the stream, ``[n, t, head, d_model]``; the output is their sum, and the bias."""
+        name = f"blocks.{layer}.attn.hook_result"
+        if not self.wanted(name):
+            return
+        rule = self.family.block["attn.W_O"]
+        entry = Stored.of(rule._replace(key=self.family.block_key + rule.key), self.cfg.sizes, layer)
+        W_O = entry.view(self.model.get_parameter(entry.key))
+
+        def hook(module: Any, inputs: tuple[Any, ...], _out: Tensor) -> Any:
+            z = rearrange(inputs[0], "... (h e) -> ... h e", h=self.cfg.n_heads)
+            result = einsum(z, W_O, "... h e, h e d -> ... h d")
+            given = self.see(name, result)
+            if given is result:
+                return None
+            bias = getattr(module, "bias", None)
+            return given.sum(-2) if bias is None else given.sum(-2) + bias
+
+        self.handles.append(self.module(path).register_forward_hook(hook))
 
     @contextmanager
     def attention(self) -> Iterator[None]:

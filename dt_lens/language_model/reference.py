@@ -37,9 +37,9 @@ class LanguageModelReference:
             seen[name] = x
             return x
 
-        # Inside a norm it is the lens that computes; only the norm's output is the original's.
+        # Inside a norm, and head by head, it is the lens that computes; only the norm's output is the original's.
         def wanted(name: str) -> bool:
-            return not name.endswith((".hook_scale", ".hook_normalized"))
+            return not name.endswith((".hook_scale", ".hook_normalized", ".hook_attn_scores", ".hook_result"))
 
         modes = [(module, module.training) for module in model.modules()]
         try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dt_lens.errors import DtLensError, nearest
+from dt_lens.lens.matrices import norm_scale
 
 __all__ = ["ActivationCache", "broadcast", "position_axis"]
 
@@ -114,6 +115,11 @@ class ActivationCache(_Theirs):
                 f"logit_lens reads a vocabulary, which a {self.model.kind} does not have; multiply "
                 "cache.accumulated_resid(apply_ln=True) by a head's weights, such as "
                 "model.weights['predict.action.W']."
+            )
+        if getattr(self.model.cfg, "logit_softcap", None) is not None:
+            raise DtLensError(
+                "logit_lens would leave out this model's soft cap of the logits; apply model.ln_final and "
+                "model.unembed to cache.accumulated_resid(), and the cap (cfg.logit_softcap)."
             )
         return super().logit_lens(**kwargs)
 
@@ -226,6 +232,11 @@ class Attribution:
 
     def not_a_sum(self, heads: bool) -> str | None:
         """Why the stream is not the sum of what sublayers (``heads``: heads and neurons) give, if it is not."""
+        if heads and self.structure.attn_post_norm:
+            return (
+                "What heads and neurons give passes a norm of their sum before it joins the stream, so the stream is "
+                "not the sum of what each gives"
+            )
         return None
 
     def output_ids(self, tokens: Any) -> Any:
@@ -253,8 +264,7 @@ class Attribution:
             )
         # As TransformerLens does: one token has no axis of its own.
         found = head.T[ids.reshape(()) if ids.numel() == 1 else ids]
-        scale = weights.get("ln_final.w")
-        return found if scale is None else found * scale
+        return found * norm_scale(self, "ln_final").to(found) if "ln_final.w" in weights else found
 
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
         """The sum ``[d_model]`` of the biases that blocks before ``layer`` add to the stream.
@@ -263,6 +273,9 @@ class Attribution:
             layer: 0 to the number of blocks.
             mlp_input: with the attention's of ``layer`` itself.
             include_mlp_biases: with the MLPs'.
+
+        Raises:
+            DtLensError: where biases pass a norm before they join the stream.
         """
         weights, structure = self.weights, self.structure
         layers = range(layer + mlp_input)
@@ -270,4 +283,9 @@ class Attribution:
         names += [f"blocks.{i}.mlp.b_out" for i in range(layer)] if include_mlp_biases else []
         like = weights["blocks.0.attn.W_O"]
         found = [weights[name] for name in names if name in weights]
+        if found and structure.attn_post_norm:
+            raise DtLensError(
+                "The biases of this model's blocks pass a norm before they join the stream, so what they add depends "
+                "on the token; accumulated_bias has no value."
+            )
         return sum(found, torch.zeros(structure.d_model, dtype=like.dtype, device=like.device))

@@ -209,7 +209,7 @@ class HookedModule(StackedWeights, Attribution, HookedRootModule):
             return found
 
         forward, backward = counted(fwd_hooks, "forward "), counted(bwd_hooks, "backward ")
-        with super().hooks(forward, backward, reset_hooks_end, clear_contexts) as model:
+        with super().hooks(forward, backward, reset_hooks_end, clear_contexts) as model, self._throughout():
             yield model
         if idle and reset_hooks_end:
             where = _listed(list(dict.fromkeys(idle.values())))
@@ -221,6 +221,30 @@ class HookedModule(StackedWeights, Attribution, HookedRootModule):
                 f"The hooks at {where} never ran: inside 'with model.hooks(...)' call this model itself, not the model "
                 "that it wraps nor a compiled one, and from one thread at a time (another's hooks end with these)."
             )
+
+    @contextmanager
+    def _throughout(self) -> Iterator[None]:
+        """Refuse passes of the user's own model while there are hooks: it shares the weights, not the hooks.
+
+        Raises:
+            DtLensError: from such a pass.
+        """
+        original = getattr(self, "original", None)
+        if not isinstance(original, nn.Module) or original is getattr(self, "model", None):
+            yield
+            return
+
+        def refuse(module: nn.Module, _inputs: Any) -> None:
+            raise DtLensError(
+                f"Hooks act on the model that dt_lens.wrap or load gave, not on {a_type(module)} that it was made of; "
+                "inside 'with model.hooks(...)' call that one."
+            )
+
+        handle = original.register_forward_pre_hook(refuse)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
         """TransformerLens's ``add_hook``."""

@@ -38,7 +38,8 @@ SHARING = ("llama", "mistral", "phi3", "qwen2", *(family.name for family in NORM
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
 
-@pytest.fixture(params=FAMILIES)
+# test_normed_decoders.py tries the other two, whose parts Gemma 2 and OLMo 2 have here.
+@pytest.fixture(params=[name for name in FAMILIES if name not in ("gemma3", "qwen3")])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -227,3 +227,22 @@ def test_options_that_have_no_place_are_refused_by_name(
         with pytest.raises(DtLensError, match=said) as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", POST)
+def test_the_caches_sums_and_directions_know_the_norms(kind: str, make_lm: Any) -> None:
+    lens = dt_lens.wrap(make_lm(kind, attention_bias=True), check=False)
+    with torch.no_grad():
+        _, cache = lens.run_with_cache(TOKENS)
+        close(cache.decompose_resid().sum(0), cache["resid_post", -1])
+        # The logit before any soft-capping, read off the stream over its size.
+        along = cache["resid_post", -1] / cache["ln_final.hook_scale"] @ lens.tokens_to_residual_directions(7)
+        close(along, lens.unembed(cache["hook_final"])[..., 7])
+    for method in (cache.stack_head_results, cache.get_full_resid_decomposition, lambda: cache.stack_neuron_results(1)):
+        with pytest.raises(DtLensError, match="passes a norm of their sum before it joins the stream"):
+            method()
+    with pytest.raises(DtLensError, match="accumulated_bias has no value"):
+        lens.accumulated_bias(1)
+    if lens.cfg.logit_softcap is not None:
+        with pytest.raises(DtLensError, match="would leave out this model's soft cap"):
+            cache.logit_lens()

@@ -17,7 +17,7 @@ MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]
 IDS = torch.tensor([[0, 0, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3, 0]])
 
 
-@pytest.fixture(params=["gpt2", "gpt_neo", "gptj", "llama", "opt"])
+@pytest.fixture(params=["gpt2", "gpt_neo", "gptj", "llama", "opt", "gemma3", "olmo2"])
 def lens(request: pytest.FixtureRequest, make_lm: Any) -> Any:
     return dt_lens.wrap(make_lm(request.param), check=False)
 
@@ -49,7 +49,7 @@ def test_positions_may_be_given(lens: Any) -> None:
             )
             assert (out - lens(TOKENS)).abs().max() > 1e-3
             _, cache = lens.run_with_cache(TOKENS, position_ids=given)
-            close(cache["hook_embed"], lens.weights["embed.W_E"][TOKENS])
+            close(cache["hook_embed"], lens.weights["embed.W_E"][TOKENS] * lens.table_scale)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])

@@ -12,7 +12,18 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+)
 
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
@@ -21,21 +32,15 @@ from dt_lens.svd import decompositions as svd
 from dt_lens.svd import side_labels as matching
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 70}
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA |= {"intermediate_size": 48, "vocab_size": 70, "max_position_embeddings": 16}
 GPT |= {"bos_token_id": 0, "eos_token_id": 0}
 MODELS: dict[str, Any] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT)),
     "gptj": lambda: GPTJForCausalLM(GPTJConfig(**GPT, rotary_dim=4)),
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            vocab_size=70,
-            max_position_embeddings=16,
-        )
-    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**LLAMA, head_dim=6)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**LLAMA, pad_token_id=0)),
 }
 
 

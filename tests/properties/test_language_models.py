@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 import dt_lens
 from dt_lens import SingularEdit
 
+KINDS = ("bloom", "gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "opt", "phi3", "qwen2")
+NORMED = ("gemma2", "gemma3", "olmo2", "qwen3")
+
 
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    kind = draw(
-        st.sampled_from(["bloom", "gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "opt", "phi3", "qwen2", "qwen3"])
-    )
+    kind = draw(st.sampled_from([*KINDS, *NORMED]))
     heads, d_head = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 4))
     d, layers, vocabulary = heads * d_head, draw(st.integers(1, 3)), draw(st.integers(2, 40))
     mlp = draw(st.sampled_from([d, draw(st.integers(1, 40))]))
@@ -39,7 +40,7 @@ def shapes(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         }
         return kind, {**sizes, "use_parallel_residual": draw(st.booleans()), "attention_bias": draw(st.booleans())}
     shared = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
-    if kind == "qwen3":
+    if kind in ("gemma2", "gemma3", "qwen3"):
         sizes["head_dim"] = draw(st.sampled_from([2, 6]))
     return kind, {
         **sizes,
