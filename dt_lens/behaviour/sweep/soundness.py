@@ -108,7 +108,9 @@ def _done(
 ) -> Iterable[tuple[int, str | None, list[Any]]]:
     """Finished blocks, or one of them: its number, its arm's record, and its outcomes by unit."""
     where = "" if block is None else "WHERE outcomes.block = ?"
-    measures = ", ".join(f"outcomes.{quoted(name)}" for name in terms.measures)
+    # In the order of the file's own columns, so that another order of the terms does not change a checksum.
+    there = [name for _, name, *_ in db.execute("PRAGMA table_info(outcomes)")]
+    measures = ", ".join(f"outcomes.{quoted(name)}" for name in there if name in terms.measures)
     query = f"""
         SELECT outcomes.block, record, outcomes.unit, {measures}
         FROM outcomes JOIN blocks USING (block) JOIN arms USING (arm) {where} ORDER BY outcomes.block, outcomes.unit

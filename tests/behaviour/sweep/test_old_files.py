@@ -110,6 +110,18 @@ def test_it_grows(
     assert len(runs) == len(set(runs))  # nothing that was finished ran again
 
 
+def test_another_order_of_the_measures_changes_nothing(finished: Make, remembering: Make, tmp_path: Path) -> None:
+    """Terms are by name: another version may list the measures in another order."""
+    sweep = finished(tmp_path)
+    before = sweep.table()
+    with closing(sqlite3.connect(sweep.file)) as db, db:
+        options = json.loads(db.execute("SELECT options FROM plan").fetchone()[0])
+        options["task"]["measures"] = dict(reversed(options["task"]["measures"].items()))
+        db.execute("UPDATE plan SET options = ?", (json.dumps(options),))
+    same(SweepResults(sweep.file).table(), before, check_exact=True)
+    same(sweep.run(engine=remembering()).table(), before, check_exact=True)
+
+
 def test_what_is_damaged_in_it_is_one_sentence(finished: Make, tmp_path: Path) -> None:
     file = aged(finished(tmp_path / "new").file, tmp_path / "old")
     with closing(sqlite3.connect(file)) as db, db:
