@@ -164,7 +164,13 @@ class Task(ABC):
         """What a result says of the model: its identity, edits in force, and notes."""
         base_id, model_id = self.identity(model)
         edits = tuple(edit.to_dict() for edit in getattr(model, "active_edits", ()))
-        return {"base_id": base_id, "model_id": model_id, "edits": edits, "notes": notes(model)}
+        about = {"base_id": base_id, "model_id": model_id, "edits": edits, "notes": notes(model)}
+        return {**about, "details": dict(self.details)}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What results say of the task beyond its terms, as JSON values."""
+        return {}
 
     def result(self, units: Sequence[int], columns: Columns, **about: Any) -> Evaluation:
         """An evaluation of units that ran; ``about`` is what ``about`` gives."""
@@ -230,7 +236,9 @@ class Task(ABC):
         """The moments of what the model's matrices read in ``count`` of its units, without its edits."""
         units = self.units(self.counts["activations"] if count is None else count, seed)
         record = {
+            **{name: value for name, value in self.details.items() if isinstance(value, str)},
             **as_json(dict(self.terms.setting)),
+            "seed": seed,
             "model_id": self.identity(model)[0],
             self.terms.units: len(units),
         }

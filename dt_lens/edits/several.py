@@ -9,7 +9,7 @@ from typing import Any
 from dt_lens.edits.edit import Edit
 from dt_lens.edits.files import read_records, save_records
 from dt_lens.edits.singular import SingularEdit, load_edit
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.protocol import Lens
 
@@ -20,8 +20,10 @@ def save_edits(edits: Sequence[Edit], file: str | Path) -> Path:
     """Write edits to a JSON file; see ``load_edits``.
 
     Raises:
-        DtLensError: if the file cannot be written.
+        DtLensError: for what are no edits, or a file that cannot be written.
     """
+    if not isinstance(edits, Sequence) or not edits or not all(isinstance(edit, Edit) for edit in edits):
+        raise DtLensError(f"edits is {a_type(edits)}; it must be a list of edits, such as SingularEdit makes.")
     return save_records(file, [edit.to_dict() for edit in edits])
 
 

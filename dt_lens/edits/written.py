@@ -118,7 +118,10 @@ def highest_sv(sv: str) -> int:
 
 
 def _listed(sv: SV) -> list[Any]:
-    return [sv] if isinstance(sv, str | int) else list(sv)
+    try:
+        return [sv] if isinstance(sv, str) else list(sv)  # type: ignore[arg-type]
+    except TypeError:  # a single index, or what is none
+        return [sv]
 
 
 def resolve_sv(sv: SV, k: int, name: str) -> list[int]:

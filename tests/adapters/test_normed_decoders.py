@@ -56,7 +56,8 @@ def test_odd_configurations_live_from_a_file_and_in_place(
     lens = dt_lens.wrap(model)
     out, cache = lens.run_with_cache(TOKENS)
     close(out, wanted)
-    assert set(cache) == set(lens.hook_dict)
+    # What each head writes is cached when it is asked for.
+    assert set(cache) == {name for name in lens.hook_dict if not name.endswith("hook_result")}
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     loaded, opened = dt_lens.load(tmp_path), dt_lens.open_checkpoint(tmp_path)
     close(loaded(TOKENS), wanted)

@@ -115,7 +115,7 @@ def test_a_study_leaves_a_report_and_goes_on_where_it_was(dt_lens: Run, cartpole
     assert "no edit and no control changed the return of any episode" in page  # an agent that was never trained
     assert "https://" not in page.split("<script>")[0]
     trials = sorted((tmp_path / "trials").glob("*.json"))
-    assert len(trials) == 5  # unedited, a strong and a weak edit, their controls
+    assert len(trials) == 11  # unedited; a strong and a weak edit, the first of W_in, W_out and OV; their controls
     first = (tmp_path / "verdicts.csv").read_bytes()
     kept = {file: file.stat().st_mtime_ns for file in trials[1:]}
     trials[0].unlink()

@@ -36,15 +36,17 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 # Classes and protocols that users receive or write and do not call, constants, and rooms.
 NOT_CALLED = {
-    "Adapter", "Atlas", "BandMaximum", "CLAIMS", "SpectrumMaximum", "Certificate", "Checkpoint",
+    "ActivationCache", "Adapter", "AgentEvaluation", "AgentTask", "Atlas",
+    "BandMaximum", "CLAIMS", "SpectrumMaximum", "Certificate", "Checkpoint",
     "Claim", "Comparison", "Control", "CourtResult",
     "CovarianceMaximum", "Decomposition", "DecisionTransformerOutput", "DtLensError", "Edit", "Engine", "Evaluation",
     "Event", "Family", "Finding", "HaarMaximum", "HookedLanguageModel", "Interval", "LabelBlocks",
     "LanguageModelAdapter", "LanguageModelConfig", "Lens", "LocalEngine", "Matrix", "ModelChanges", "Modules", "NULLS",
     "Null", "Options", "Outcome",
     "PooledMaximum", "RayEngine", "Reference", "Ruling", "ScoreReference", "ShuffledMaximum",
-    "SteeringResult", "Structure", "StudyResult", "SubspaceOverlap", "SurvivalCurve", "TextComparison",
-    "TextEvaluation", "TokenTable", "UntrainedMaximum", "Value", "WeightsOnly", "__version__", "ascii_only", "main",
+    "SteeringResult", "Structure", "StudyResult", "SubspaceOverlap", "SurvivalCurve", "Task", "Terms", "TextComparison",
+    "TextEvaluation", "TextTask",
+    "TokenTable", "UntrainedMaximum", "Value", "WeightsOnly", "__version__", "ascii_only", "main",
     "whole_words",
 }  # fmt: skip
 
@@ -142,9 +144,11 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
                                                 "file": folder / "x.mp4"}),
         "Sweep": (rows["Sweep"], {"model": agent, "out": folder / "sweep", "settings": None, "workers": 1}),
         "SweepSettings": (rows["SweepSettings"], {name: None for name in rows["SweepSettings"].__dataclass_fields__
-                                                  if name in ("matrices", "sides", "halving", "max_steps")}
-                          | {"sv": 0, "edits": "zero", "controls": 1, "episodes": 2, "seed": 0,
+                                                  if name in ("matrices", "sides", "halving", "units")}
+                          | {"sv": 0, "edits": "zero", "controls": 1, "seed": 0,
                              "control_match": "frobenius", "directions": "plain"}),
+        "save_edits": (rows["save_edits"], {"edits": [], "file": folder / "edits.json"}),
+        "load_edits": (rows["load_edits"], {"model": agent, "file": folder / "edits.json", "activations": None}),
         "SweepResults": (rows["SweepResults"], {"source": folder}),
         "holm": (rows["holm"], {"p_values": [0.1, 0.2]}),
         "q_values": (rows["q_values"], {"p_values": [0.1, 0.2]}),

@@ -143,8 +143,9 @@ class AgentTask(Task):
         columns = zip(*(by_seed[seed] for seed in units), strict=True)
         return dict(zip(self.terms.measures, map(list, columns), strict=True))
 
-    def about(self, model: Any) -> dict[str, Any]:
-        return {**super().about(model), "details": {"environment_role": self.setting.role}}
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"environment_role": self.setting.role}
 
     def common_outputs(self, model: Any, tell: ProgressCallback = silent) -> NDArray[np.float64]:
         """Discrete actions: how often each was taken in ten episodes. Continuous: the sum of each coordinate's size."""

@@ -108,9 +108,9 @@ class TextTask(Task):
         about["details"] = about["details"] | {"moved": [list(row) for row in moved]}
         return self.result(units, _columns(rows), **about)
 
-    def about(self, model: Any) -> dict[str, Any]:
-        details = {"text": self.text, "bytes_per_token": self.windows.bytes_per_token}
-        return {**super().about(model), "details": details}
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"text": self.text, "bytes_per_token": self.windows.bytes_per_token}
 
     def pack(self, model: Any) -> Job:
         require_portable(model)

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Environment, Given, Matrices, MaxSteps, Model, Seed, Target, load_model, split
+from dt_lens.cli.options import (
+    Context,
+    Environment,
+    Given,
+    Matrices,
+    MaxSteps,
+    Model,
+    Seed,
+    Target,
+    Text,
+    Windows,
+    load_model,
+    split,
+    task_options,
+)
 from dt_lens.cli.output import print_table, print_written, progress
 
 if TYPE_CHECKING:
@@ -20,11 +34,16 @@ if TYPE_CHECKING:
 def activations(
     model: Model,
     out: Annotated[Path, typer.Option(help="The file to write, such as hopper.safetensors.")],
-    episodes: Annotated[int, typer.Option(min=1, help="Number of episodes; episode i uses seed + i.")] = 10,
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help="Number of episodes, 10 by default; episode i uses seed + i.")
+    ] = None,
     seed: Seed = 0,
     environment: Environment = None,
     target_return: Target = None,
     max_steps: MaxSteps = None,
+    text: Text = None,
+    context: Context = None,
+    windows: Windows = None,
     matrices: Matrices = None,
     given: Given = None,
 ) -> None:
@@ -37,11 +56,17 @@ def activations(
 
         found = collect_activations(
             loaded,
-            episodes=episodes,
             seed=seed,
-            environment=environment,
-            target_return=target_return,
-            max_steps=max_steps,
+            **task_options(
+                loaded,
+                environment=environment,
+                episodes=episodes,
+                target_return=target_return,
+                max_steps=max_steps,
+                text=text,
+                context=context,
+                windows=windows,
+            ),
             matrices=split(matrices, "matrices"),
             progress=tell,
         )

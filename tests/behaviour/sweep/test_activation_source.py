@@ -123,7 +123,7 @@ def test_directions_by_their_output_and_towards_labels(make_sweep: Make, remembe
         ("replace:nothing:0", "nothing"),
         ("replace:action_out:nobody", "nobody"),
         ("replace:action_out:7", "has 1 directions"),
-        ("towards:action_out:0:far", "edits holds 'towards:action_out:0:far'"),
+        ("towards:action_out:0:far", "value is 'towards:action_out:0:far'"),
         ({"replace": ["action_out"]}, "with an embedding it must be"),
         ({"replace": ["action_out", 0], "angle": 30}, "with an embedding it must be"),
         ({"towards": ["action_out", 0]}, "with an embedding it must be"),
@@ -134,7 +134,7 @@ def test_directions_by_their_output_and_towards_labels(make_sweep: Make, remembe
         (["action_out", 0, True], "a number of degrees"),
         ([0.1, 0.2, 0.3], "must be .name, label"),
         ("replace:action_out:²", "no label '²'"),
-        (True, "edits holds True"),
+        (True, "value is True"),
     ],
 )
 def test_labels_that_do_not_exist(agent: Any, value: Any, sentence: str) -> None:

@@ -65,7 +65,7 @@ def test_directions_that_do_not_exist(sv: Any, sentence: str) -> None:
 
 @pytest.mark.parametrize("value", ["nothing", "scale:", "scale:inf", None, float("nan")])
 def test_values_that_are_not_valid(value: Any) -> None:
-    with pytest.raises(DtLensError, match="edits holds"):
+    with pytest.raises(DtLensError, match="value is"):
         parse_value(value)
 
 
@@ -124,7 +124,7 @@ def test_an_edit_that_only_scales_sigma_is_measured_on_one_side(make_sweep: Make
         ({"seed": 2**63 - 7, "controls": 9}, "below 2..63"),
         ({"sv": 1.5}, "sv holds '1.5'"),
         ({"sv": None}, "sv holds 'None'"),
-        ({"edits": None}, "edits holds None"),
+        ({"edits": None}, "value is None"),
         ({"sides": 5}, "has no side 5"),
         ({"matrices": 3}, r"matrices is \[3\]; it must be names"),
         ({"matrices": []}, r"matrices is \[\]; it must be names"),

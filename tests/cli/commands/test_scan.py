@@ -53,9 +53,9 @@ def test_covariance_takes_a_file_of_activations(saved: Path, tmp_path: Path) -> 
 
 
 def test_covariance_of_a_language_model_takes_any_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dt_lens.behaviour import collect_activations as activations
+    from dt_lens.behaviour.texts.task import TextTask
 
-    monkeypatch.setattr(activations, "TEXT_WINDOWS", 2)
+    monkeypatch.setattr(TextTask, "counts", {**TextTask.counts, "activations": 2})
     few = ("--matrices", "blocks.0.mlp.W_out", "--embeddings", "position_in", "--rank", 2, "--draws", 20)
     assert "Null: covariance." in scan("tiny-gpt2", "--null", "covariance", "--seed", 1, *few)
 

@@ -162,7 +162,7 @@ def test_claim_6(plain: Any, plant: Any) -> None:
     plant(model, "blocks.0.mlp.W_out", np.empty((0, 64)), seed=8)
     smooth = follows_time(Case(model, 0, DRAWS), "proper")
     assert smooth.statistic > 0.9 and ruled(smooth) == "not supported"
-    with pytest.raises(NotApplicable, match="reach 5 rows"):
+    with pytest.raises(NotApplicable, match="reaches 5 rows"):
         follows_time(case, "proper", 5)
 
 
