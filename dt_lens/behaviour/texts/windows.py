@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dt_lens.errors import DtLensError, a_type, because
 
-__all__ = ["Windows", "cut", "read_texts"]
+__all__ = ["Windows", "cut", "read_lines", "read_texts", "token_ids"]
 
 Ids = NDArray[np.int64]
 Texts = str | Path | Sequence[str | Path]
@@ -65,6 +65,30 @@ def read_texts(texts: Texts) -> list[str]:
     if not texts:
         raise DtLensError("texts is empty; give evaluate at least one text.")
     return [_read(text) if isinstance(text, Path) else text for text in texts]
+
+
+def read_lines(texts: str | Path | Sequence[str]) -> list[str]:
+    """Short texts: a list of them, or a text or a file with one a line; empty lines are left out.
+
+    Raises:
+        DtLensError: for what ``read_texts`` refuses, or no text at all.
+    """
+    if isinstance(texts, str | Path):
+        (whole,) = read_texts(texts)
+        found = whole.splitlines()
+    else:
+        found = read_texts(texts)
+    found = [line for line in found if line.strip()]
+    if not found:
+        raise DtLensError("There is no text; give at least one line that is not empty.")
+    return found
+
+
+def token_ids(tokenizer: Any, text: str, start: bool = True) -> Ids:
+    """The tokens of a text, by default after what the tokenizer puts before every text."""
+    prefix = _prefix(tokenizer)
+    ids = np.asarray(_encode(tokenizer, text, len(prefix)), dtype=np.int64)
+    return np.concatenate([prefix, ids]) if start else ids
 
 
 def _names_a_file(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt_lens.behaviour.agents.evaluation import AgentEvaluation
+from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.readout import Matching
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
@@ -23,6 +24,7 @@ __all__ = [
     "Candidate",
     "candidates_of",
     "dosed",
+    "first_side",
     "downstream_gain",
     "gain_scale",
     "output_energy_scale",
@@ -32,9 +34,9 @@ __all__ = [
 
 Array = NDArray[np.float64]
 # What a direction does on each side.
-DOES = {"read": "reads", "write": "writes", "neuron": "gives to the neurons"}
+DOES = {"read": "reads", "write": "writes", "neuron": "has at the neurons"}
 READERS = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
-FIRST = 40  # directions of a matrix that are compared with the return-to-go input
+FIRST = 40  # directions of a matrix that are compared with the embedding
 
 
 class Candidate(NamedTuple):
@@ -43,7 +45,7 @@ class Candidate(NamedTuple):
     matrix: str
     sv: int
     sigma: float
-    cosine: float  # with the return-to-go input; nan if the model has none
+    cosine: float  # with the embedding that it was matched with; nan if there was none
     why: str
 
     @property
@@ -52,31 +54,34 @@ class Candidate(NamedTuple):
         return f"{self.matrix} sv={self.sv}"
 
 
-def candidates_of(model: Any, count: int) -> list[Candidate]:
-    """Choose directions that may steer: half by their match with the return-to-go input, half by sigma.
+def candidates_of(
+    model: Any, count: int, matching: Matching | None = None, kinds: Sequence[str] = ("W_in", "OV")
+) -> list[Candidate]:
+    """Choose directions that may steer: half by their match with an embedding, half by sigma; all by sigma without one.
 
     Raises:
-        DtLensError: if no matrix that reads the stream has a direction.
+        DtLensError: if no matrix of these kinds has a direction.
     """
-    svd, places = WeightSVD(model), [m for m in select_matrices(model) if m.kind in ("W_in", "OV")]
-    wanted = "reward_in" in model.embeddings
-    cosine = {
-        m.name: svd.cosines(m.name, "reward_in", "read").abs().max(axis=1).to_numpy()
-        if wanted
-        else np.full(len(svd[m.name].sigma), np.nan)
-        for m in places
-    }
+    svd, places = WeightSVD(model), [m for m in select_matrices(model) if m.kind in kinds]
+    if matching is not None and matching.embedding not in model.embeddings:
+        matching = None
+    cosine = {m.name: np.full(len(svd[m.name].sigma), np.nan) for m in places}
+    if matching is not None:
+        for m in places:
+            found = svd.cosines(m.name, matching.embedding, matching.side).abs()
+            rows = found if matching.rows is None else found.iloc[:, list(matching.rows)]
+            cosine[m.name] = rows.max(axis=1).to_numpy()
     matched = sorted(
-        ((m.name, sv) for m in places for sv in range(min(FIRST, len(svd[m.name].sigma))) if wanted),
+        ((m.name, sv) for m in places for sv in range(min(FIRST, len(svd[m.name].sigma))) if matching is not None),
         key=lambda place: -float(cosine[place[0]][place[1]]),
     )[: (count + 1) // 2]
     largest = [(m.name, sv) for sv in range(FIRST) for m in places if sv < len(svd[m.name].sigma)]
-    chosen = dict.fromkeys(matched, "matches the return-to-go input")
+    chosen = dict.fromkeys(matched, "" if matching is None else matching.why)
     for place in largest:
         if len(chosen) < count:
             chosen.setdefault(place, "large sigma")
     if not chosen:
-        raise DtLensError("The model has no W_in and no OV with a direction to steer by.")
+        raise DtLensError(f"The model has no {' and no '.join(kinds)} with a direction to steer by.")
     return [
         Candidate(name, sv, float(svd[name].sigma[sv]), float(cosine[name][sv]), why)
         for (name, sv), why in chosen.items()
@@ -89,14 +94,16 @@ def dosed(
     dose: float,
     random: int | None = None,
     scale: float = 1.0,
-    side: SideName = "read",
+    side: SideName | None = None,
     svd: WeightSVD | None = None,
 ) -> SingularEdit:
     """The edit that adds ``(dose - 1) sigma v u^T``, made on one side: sigma times ``dose``.
 
     With a seed ``random``, ``scale`` times that change with a random unit vector in place of the side's own: what is
-    read, or where it is written, is random, and the rest stays. ``svd`` saves decomposing the matrix again.
+    read, or where it is written, is random, and the rest stays. ``side`` is the one that faces what the matrix reads by
+    default; ``svd`` saves decomposing the matrix again.
     """
+    side = first_side(model, direction) if side is None else side
     if random is None:
         return SingularEdit(model, direction.matrix, direction.sv, side=side, value=dose)
     found = (svd or WeightSVD(model))[direction.matrix]
@@ -112,6 +119,11 @@ def _drawn(found: Decomposition, random: int, side: SideName) -> Tensor:
     if found.folded and found.matrix.centred(found.matrix.side(side)):
         drawn = drawn - drawn.mean()
     return torch.nn.functional.normalize(drawn, dim=0)
+
+
+def first_side(model: Any, direction: Candidate) -> SideName:
+    """The side that faces what the matrix reads: ``"read"``, or ``"neuron"`` for ``W_out``."""
+    return find_matrix(model, direction.matrix).left
 
 
 def put_side(model: Any, direction: Candidate) -> SideName:
@@ -165,9 +177,9 @@ def gain_scale(model: Any, direction: Candidate, random: int, svd: WeightSVD | N
     return own / other if other > 0 else 1.0
 
 
-def slopes(arms: Mapping[float, AgentEvaluation]) -> Array:
-    """The least-squares slope of the return per unit of dose for each seed, ``[episode]``."""
+def slopes(arms: Mapping[float, Evaluation]) -> Array:
+    """The least-squares slope of the outcome per unit of dose for each unit, ``[n]``."""
     x = np.array(sorted(arms))
-    y = np.array([arms[dose].returns for dose in x])
+    y = np.array([arms[dose].outcomes for dose in x])
     centred = x - x.mean()
     return np.asarray(centred @ y / (centred @ centred))

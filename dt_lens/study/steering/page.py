@@ -33,20 +33,22 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
     require_offers(result, "result", "a SteeringResult", "table", "curve", "numbers")
     folder = local_path(folder, "folder")
     write_csv_and_json(folder, "steering", result.table, result.to_dict())
-    shown = ("model", "environment", "operating_target", "episodes", "choosing_episodes", "seed")
-    sections = [Section("What target and dose do", [Plot(steering_figure(result)), Table(result.curve)])]
+    n = result.numbers
+    words = {"outcome": str(n.get("outcome", "outcome")), "harm": str(n.get("harm", "failures"))}
+    of_curve = "The unedited model at each point of the curve." if "range" in n else "The unedited model."
+    sections = [Section("What a dose does", [Plot(steering_figure(result)), Table(result.curve, of_curve)])]
     if len(result.table):
         sections[0] = Section(
-            "What target and dose do",
+            "What a dose does",
             [
                 Plot(steering_figure(result)),
-                Table(result.table, "Doses of the chosen direction on fresh seeds."),
+                Table(result.table, f"Doses of the chosen direction on fresh {n.get('lasting_unit', 'units')}."),
                 *(
-                    Note(about_interval(f"The interval of {what}", result.numbers[name]))
-                    for name, what in (("reach_note", "the reach"), ("rise_note", "the rise in failures"))
-                    if result.numbers.get(name)
+                    Note(about_interval(f"The interval of {what}", n[name]))
+                    for name, what in (("reach_note", "the reach"), ("rise_note", f"the rise of {words['harm']}"))
+                    if n.get(name)
                 ),
-                Table(result.curve, "The unedited agent at each target."),
+                Table(result.curve, of_curve),
             ],
         )
         sections.append(
@@ -54,11 +56,11 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                 "Is it more than a random direction?",
                 [
                     (
-                        f"{result.numbers['random_directions']} random directions take the place of what the chosen "
-                        "one reads, each scaled to the same output energy on the agent's own inputs; as many take the "
-                        "place of where it puts that, with the same length or, where it writes to the stream, the same "
-                        "gain into what reads it later. p = 0.05 needs that none of them reaches as far without "
-                        "failing."
+                        f"{n['random_directions']} random directions take the place of what the chosen one "
+                        f"{DOES[n['first_side']]}, each scaled to the same output energy on the model's own inputs; as "
+                        "many take the place of where it puts that, with the same length or, where it writes to the "
+                        "stream, the same gain into what reads it later. p = 0.05 needs that none of them reaches as "
+                        f"far without a rise of {words['harm']}."
                     ),
                     Plot(randoms_figure(result)),
                     Folded("The numbers", [Table(result.randoms)]),
@@ -69,13 +71,14 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                 ],
             )
         )
+        within = " and whose outcomes stay within the curve's range" if "range" in n else ""
         sections.append(
             Section(
                 "How the direction was chosen",
                 [
                     (
-                        "On separate seeds: the steepest slope of the return per dose among candidates whose failures "
-                        "hardly rise and whose returns stay within the curve's range."
+                        f"On other {n.get('lasting_unit', 'units')}: the steepest slope of the {words['outcome']} per "
+                        f"dose among candidates under which {words['harm']} hardly rise{within}."
                     ),
                     Table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]]),
                 ],
@@ -87,46 +90,58 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
             [
                 "The rules were written down before anything was run (docs/steering.md).",
                 Note(
-                    "This is one checkpoint at one operating target. “None found” is about the directions and doses "
-                    "that were tried.",
+                    "This is one checkpoint in one setting. “None found” is about the directions and doses that were "
+                    "tried.",
                     "warning",
                 ),
             ],
         )
     )
-    facts = {name.replace("_", " "): result.numbers[name] for name in shown if result.numbers.get(name) is not None}
-    title = f"Can one direction steer {result.numbers.get('model', 'the model')}?"
+    plain = ("model", "model_id", "units", "choosing_units", "seed")
+    shown = [name for name in n if name in plain or name.startswith("operating_") or name == "environment"]
+    facts = {name.replace("_", " "): n[name] for name in shown if n.get(name) is not None}
+    title = f"Can one direction steer {n.get('model', 'the model')}?"
     verdict = [f"**{result.verdict.capitalize()}.** {result.sentence}"]
     page = folder / "steering.html"
-    return write_report(page, title, sections, verdict=verdict, facts=facts, command=result.numbers.get("command", ""))
+    return write_report(page, title, sections, verdict=verdict, facts=facts, command=n.get("command", ""))
 
 
 def steering_figure(result: SteeringResult) -> go.Figure:
-    """Draw the mean return by target and by dose, and the failure rate by dose, with 95 % intervals."""
-    titles = ("by target", "by dose", "failures by dose")
-    figure = make_subplots(1, 3, horizontal_spacing=0.09, subplot_titles=titles)
-    _line(figure, result.curve, "target", "mean", "targets", 1)
-    if len(result.table):
-        _line(figure, result.table, "dose", "mean", "chosen", 2)
-        _line(figure, result.table, "dose", "failure_rate", "chosen", 3, legend=False)
-    low, high = result.curve["mean"].min(), result.curve["mean"].max()
-    figure.add_hrect(low, high, row=1, col=2, fillcolor=COLOURS["targets"], opacity=0.1, line_width=0)
+    """Draw the mean outcome by point of the curve, if there is one, and by dose, and what must not rise by dose."""
+    n = result.numbers
+    point = next((str(name) for name in ("target", "point") if name in result.curve), None)
+    by_dose = len(result.table) > 0
+    harm = "failure_rate" if "failure_rate" in result.curve else "guard"
+    titles = [*([f"by {point}"] if point else []), "by dose", f"{n.get('harm', 'failures')} by dose"]
+    figure = make_subplots(1, len(titles), horizontal_spacing=0.11, subplot_titles=titles)
+    first = 2 if point else 1
+    if point:
+        _line(figure, result.curve, point, "mean", f"{point}s", 1)
+        low, high = result.curve["mean"].min(), result.curve["mean"].max()
+        figure.add_hrect(low, high, row=1, col=2, fillcolor=COLOURS["targets"], opacity=0.1, line_width=0)
+        figure.update_xaxes(title_text=point, row=1, col=1)
+    if by_dose:
+        _line(figure, result.table, "dose", "mean", "chosen", first)
+        if harm in result.table:
+            _line(figure, result.table, "dose", harm, "chosen", first + 1, legend=False)
     ends, room = _range(result.curve, result.table)
-    for column in (1, 2):
+    for column in range(1, first + 1):
         figure.update_yaxes(range=[ends[0] - room, ends[1] + room], row=1, col=column)
-    figure.update_yaxes(title_text="mean return", row=1, col=1)
-    figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], row=1, col=3)
-    figure.update_xaxes(title_text="target return", row=1, col=1)
-    for column in (2, 3):
+    figure.update_yaxes(title_text=f"mean {n.get('outcome', 'outcome')}", row=1, col=1)
+    if harm == "failure_rate":
+        figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], row=1, col=first + 1)
+    for column in (first, first + 1):
         figure.update_xaxes(title_text="dose (sigma times)", row=1, col=column)
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     chosen = "no direction was chosen" if result.best is None else result.best.name
-    return finish(figure, "Target and dose", f"{chosen}; the band is the curve's range", height=420, wide=760)
+    band = "; the band is the curve's range" if point else ""
+    return finish(figure, "What a dose does", f"{chosen}{band}", height=420, wide=680)
 
 
 def randoms_figure(result: SteeringResult) -> go.Figure:
-    """Draw the mean returns at the largest dose against those at the least; on the diagonal the reach is 0."""
-    table = result.randoms
+    """Draw the mean outcomes at the largest dose against those at the least; on the diagonal the reach is 0."""
+    table, outcome = result.randoms, result.numbers.get("outcome", "outcome")
+    rise, limit = ("failure_rise", 0.0) if "failure_rise" in table else ("guard_rise", result.numbers["rise_limit"])
     sides = list(dict.fromkeys(table["side"]))
     titles = [f"random in place of what it {DOES[side]}" for side in sides]
     figure = make_subplots(1, len(sides), horizontal_spacing=0.09, shared_yaxes=True, subplot_titles=titles)
@@ -140,24 +155,25 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
             marker = {
                 "color": COLOURS[name],
                 "size": 12 if name == "chosen" else 8,
-                "symbol": ["x" if rise > 0 else "circle" for rise in rows["failure_rise"]],
+                "symbol": ["x" if risen > limit else "circle" for risen in rows[rise]],
             }
             points = go.Scatter(
                 x=rows["lowest"], y=rows["highest"], mode="markers", name=name, marker=marker, hoverinfo="x+y",
                 legendgroup=name, showlegend=column == 1,
             )  # fmt: skip
             figure.add_trace(points, row=1, col=column)
-        figure.update_xaxes(title_text="mean return at the least dose", row=1, col=column)
+        figure.update_xaxes(title_text=f"mean {outcome} at the least dose", row=1, col=column)
     figure.update_xaxes(range=[span[0] - room, span[1] + room])
     figure.update_yaxes(range=[span[0] - room, span[1] + room])
-    figure.update_yaxes(title_text="mean return at the largest dose", row=1, col=1)
+    figure.update_yaxes(title_text=f"mean {outcome} at the largest dose", row=1, col=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     matched = "the same output energy" + (", or gain where they write" if "write" in sides else "")
-    return finish(figure, "Random directions in its place", f"{matched}; a cross: failures rise", height=440, wide=760)
+    about = f"{matched}; a cross: {result.numbers.get('harm', 'failures')} rise"
+    return finish(figure, "Random directions in its place", about, height=440, wide=680)
 
 
 def _range(*tables: pd.DataFrame) -> tuple[list[float], float]:
-    """The least and the largest return of tables, ends of intervals included, and some room beyond them."""
+    """The least and the largest outcome of tables, ends of intervals included, and some room beyond them."""
     names = ("mean", "mean_low", "mean_high", "lowest", "highest")
     ends = np.concatenate([table[name] for table in tables for name in names if name in table])
     low, high = float(np.nanmin(ends)), float(np.nanmax(ends))  # equal returns have no interval

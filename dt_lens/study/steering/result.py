@@ -14,7 +14,13 @@ from dt_lens.study.steering.doses import Candidate
 __all__ = ["SteeringResult", "Verdict"]
 
 Verdict = Literal[
-    "found", "moves the return by failing", "no more than random", "none found", "undecided", "not applicable"
+    "found",
+    "moves the return by failing",
+    "moves it at the cost of the guard",
+    "no more than random",
+    "none found",
+    "undecided",
+    "not applicable",
 ]
 
 
@@ -26,16 +32,15 @@ class SteeringResult:
         verdict: see ``docs/steering.md``.
         sentence: the verdict with its numbers.
         best: the chosen direction; ``None`` if steering is not applicable.
-        curve: a row per target: ``target mean mean_low mean_high failure_rate failure_rate_low failure_rate_high
-            episodes``.
-        choosing: a row per candidate: why it was tried, its slope, its rise in failures, and whether it was set aside.
-        table: a row per dose of the chosen direction on the fresh seeds: mean return with its interval, failure rate
-            with its interval.
-        randoms: a row per random direction that took the chosen one's place on one ``side`` (``"read"``, or the side it
-            puts out on), with the same output energy, or where it writes with the same downstream gain: its ``seed``,
-            its ``scale`` (how much larger the norm of its change is), the mean returns at the least and the largest
-            dose (``lowest`` and ``highest``), its ``reach``, and its ``failure_rise``. The first row of a side, without
-            a seed, is the chosen direction's, dosed on that side, over the same doses and episodes.
+        curve: a row per point of the curve (an agent's ``target``), or one row where there is none: ``mean mean_low
+            mean_high``, ``failure_rate`` (or ``guard``, what must not rise) with its interval, and the number of units.
+        choosing: a row per candidate: why it was tried, its slope, its ``failure_rise`` (or ``guard_rise``), and whether it was set aside.
+        table: a row per dose of the chosen direction on fresh units, with the columns of ``curve``.
+        randoms: a row per random direction that took the chosen one's place on one ``side`` (the one that faces what it reads, or the one
+            that it puts out on), with the same output energy, or where it writes with the same downstream gain: its ``seed``,
+            its ``scale`` (how much larger the norm of its change is), the mean outcomes at the least and the largest
+            dose (``lowest`` and ``highest``), its ``reach``, and its rise of what must not rise. The first row of a side, without
+            a seed, is the chosen direction's, dosed on that side, over the same doses and units.
         numbers: reach and rise in failures with their intervals, p, and what was run; how many random directions reach
             as far (``read_as_far``, ``put_as_far``), with p and the median of their reach.
     """

@@ -18,6 +18,9 @@ import dt_lens
 from dt_lens.behaviour.agents.evaluation import AgentEvaluation
 from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.behaviour.agents.task import AgentTask
+from dt_lens.behaviour.readout import of_task
+from dt_lens.behaviour.readouts import RETURN_TO_GO
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
@@ -53,7 +56,7 @@ def answering(agent: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, 
     monkeypatch.setattr(steering._Search, "_inputs", lambda *_: inputs)
 
     def put(answer: Answer, obeys: float = 1.0, random: Callable[[Edit], tuple[float, float]] | None = None) -> None:
-        def evaluate(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> AgentEvaluation:
+        def evaluate(self: Any, edit: Edit | None, target: float, units: range) -> AgentEvaluation:
             change, fails, key = 0.0, 0.0, 0
             if edit is not None:
                 record = edit.to_dict()
@@ -64,7 +67,7 @@ def answering(agent: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, 
                 elif random is not None:
                     change, fails = random(edit)
             outcomes = []
-            for i in range(seed, seed + episodes):
+            for i in units:
                 own = np.random.default_rng([i, 1]).standard_normal()  # what the pair shares
                 noise, coin = (
                     np.random.default_rng([i, key]).standard_normal(),
@@ -93,7 +96,7 @@ def few_random(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def planted(agent: Any) -> Candidate:
-    return candidates_of(agent, 6)[4]
+    return candidates_of(agent, 6, RETURN_TO_GO)[4]
 
 
 def test_a_planted_direction_is_found(agent: Any, planted: Candidate, answering: Any, tmp_path: Path) -> None:
@@ -125,10 +128,10 @@ def test_the_report_is_of_other_seeds_than_the_choice(
     answering(lambda *_: (0.0, 0.0))
     answer, seen = steering._Search._evaluate, list[tuple[bool, int, int]]()
 
-    def watched(self: Any, edit: Edit | None, target: float, episodes: int, seed: int) -> AgentEvaluation:
+    def watched(self: Any, edit: Edit | None, target: float, units: range) -> AgentEvaluation:
         scaling = edit is not None and isinstance(edit.to_dict()["value"], float)
-        seen.append((scaling, seed, seed + episodes))
-        return answer(self, edit, target, episodes, seed)
+        seen.append((scaling, units.start, units.stop))
+        return answer(self, edit, target, units)
 
     monkeypatch.setattr(steering._Search, "_evaluate", watched)
     tried(agent, tmp_path)
@@ -169,7 +172,7 @@ def test_a_direction_that_moves_the_return_by_failing_is_reported_so(
     agent: Any, planted: Candidate, answering: Any, few_random: None, tmp_path: Path
 ) -> None:
     answering(lambda *_: (0.0, 0.0))
-    below = next(c for c in candidates_of(agent, 6) if c != planted)
+    below = next(c for c in candidates_of(agent, 6, RETURN_TO_GO) if c != planted)
 
     def answer(name: str, sv: int, dose: float) -> tuple[float, float]:
         mine, other = (name, sv) == (planted.matrix, planted.sv), (name, sv) == (below.matrix, below.sv)
@@ -237,14 +240,15 @@ def test_an_agent_that_ignores_its_target_has_no_curve(agent: Any, answering: An
     [(0.0, (np.nan, np.nan), "none found"), (0.5, (np.nan, np.nan), "undecided"), (0.5, (0.3, 0.6), "found")],
 )
 def test_what_is_the_same_in_every_episode_has_no_interval(
-    planted: Candidate, reach: float, interval: tuple[float, float], wanted: str
+    agent: Any, planted: Candidate, reach: float, interval: tuple[float, float], wanted: str
 ) -> None:
     found = {
         "reach": reach, "reach_interval": interval, "rise": 0.0, "rise_interval": (np.nan, np.nan),
         "read_p_value": 0.05, "put_p_value": 0.05, "random_directions": 19, "read_as_far": 0, "put_as_far": 0,
-        "put_side": "write",
+        "put_side": "write", "first_side": "read",
     }  # fmt: skip
-    verdict, sentence = steering._verdict(planted, found, 0.41)
+    readout = of_task(AgentTask.of(agent), 4, 4, 0, points={1.0: AgentTask.of(agent)})
+    verdict, sentence = steering._verdict(planted, found, 0.41, readout)
     assert verdict == wanted and "nan" not in sentence and "curve's range of 0.410," in sentence
 
 
@@ -335,7 +339,7 @@ def test_a_random_write_direction_is_read_as_strongly(agent: Any) -> None:
 
 
 def test_candidates(agent: Any) -> None:
-    found = candidates_of(agent, 6)
+    found = candidates_of(agent, 6, RETURN_TO_GO)
     assert len({(c.matrix, c.sv) for c in found}) == 6
     assert [c.why for c in found] == ["matches the return-to-go input"] * 3 + ["large sigma"] * 3
     cosines = WeightSVD(agent).cosines(found[0].matrix, "reward_in", "read").abs()
