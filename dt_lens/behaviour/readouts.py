@@ -9,6 +9,7 @@ from dt_lens.behaviour.readout import FRESH, Matching, Readout, of_task
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import task_of
 from dt_lens.errors import DtLensError
+from dt_lens.lens.protocol import require_running
 
 __all__ = ["RETURN_TO_GO", "readout_of"]
 
@@ -47,6 +48,7 @@ def readout_of(
     Raises:
         DtLensError: for arguments that do not fit the model, or one another.
     """
+    require_running(model, "steer")
     given = {name: value for name, value in options.items() if value is not None}
     if task is None and not model.can_act and (prompts is not None or answers is not None):
         return _answers(model, what, given, prompts, answers, units, choosing, seed, targets)

@@ -34,13 +34,15 @@ class SteeringResult:
         best: the chosen direction; ``None`` if steering is not applicable.
         curve: a row per point of the curve (an agent's ``target``), or one row where there is none: ``mean mean_low
             mean_high``, ``failure_rate`` (or ``guard``, what must not rise) with its interval, and the number of units.
-        choosing: a row per candidate: why it was tried, its slope, its ``failure_rise`` (or ``guard_rise``), and whether it was set aside.
+        choosing: a row per candidate: why it was tried, its slope, its ``failure_rise`` (or ``guard_rise``), and
+            whether it was set aside.
         table: a row per dose of the chosen direction on fresh units, with the columns of ``curve``.
-        randoms: a row per random direction that took the chosen one's place on one ``side`` (the one that faces what it reads, or the one
-            that it puts out on), with the same output energy, or where it writes with the same downstream gain: its ``seed``,
-            its ``scale`` (how much larger the norm of its change is), the mean outcomes at the least and the largest
-            dose (``lowest`` and ``highest``), its ``reach``, and its rise of what must not rise. The first row of a side, without
-            a seed, is the chosen direction's, dosed on that side, over the same doses and units.
+        randoms: a row per random direction that took the chosen one's place on one ``side`` (the one that faces what it
+            reads, or the one that it puts out on), with the same output energy, or where it writes with the same
+            downstream gain: its ``seed``, its ``scale`` (how much larger the norm of its change is), the mean outcomes
+            at the least and the largest dose (``lowest`` and ``highest``), its ``reach``, and its rise of what must not
+            rise. The first row of a side, without a seed, is the chosen direction's, dosed on that side, over the same
+            doses and units.
         numbers: reach and rise in failures with their intervals, p, and what was run; how many random directions reach
             as far (``read_as_far``, ``put_as_far``), with p and the median of their reach.
     """

@@ -384,5 +384,5 @@ def test_bad_input_is_one_sentence(agent: Any, tmp_path: Path, options: dict[str
     with pytest.raises(DtLensError, match=said) as error:
         steer(agent, **{"out": tmp_path, "candidates": 6, **options})
     assert "\n" not in str(error.value)
-    with pytest.raises(DtLensError, match="takes a decision transformer"):
+    with pytest.raises(DtLensError, match="steer takes a wrapped model"):
         steer("hopper", tmp_path)
