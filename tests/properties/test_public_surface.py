@@ -43,7 +43,7 @@ NOT_CALLED = {
     "Event", "Family", "Finding", "HaarMaximum", "HookedLanguageModel", "Interval", "LabelBlocks",
     "LanguageModelAdapter", "LanguageModelConfig", "Lens", "LocalEngine", "Matrix", "ModelChanges", "Modules", "NULLS",
     "Null", "Options", "Outcome",
-    "PooledMaximum", "RayEngine", "Reference", "Ruling", "ScoreReference", "ShuffledMaximum",
+    "PooledMaximum", "PromptTask", "RayEngine", "Reference", "Ruling", "ScoreReference", "ShuffledMaximum",
     "SteeringResult", "Structure", "StudyResult", "SubspaceOverlap", "SurvivalCurve", "Task", "Terms", "TextComparison",
     "TextEvaluation", "TextTask",
     "TokenTable", "UntrainedMaximum", "Value", "WeightsOnly", "__version__", "ascii_only", "main",

@@ -35,20 +35,23 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
     write_csv_and_json(folder, "steering", result.table, result.to_dict())
     n = result.numbers
     words = {"outcome": str(n.get("outcome", "outcome")), "harm": str(n.get("harm", "failures"))}
+    headings = {"guard": words["harm"], "guard_rise": f"rise of {words['harm']}"}
     of_curve = "The unedited model at each point of the curve." if "range" in n else "The unedited model."
-    sections = [Section("What a dose does", [Plot(steering_figure(result)), Table(result.curve, of_curve)])]
+    sections = [Section("What a dose does", [Plot(steering_figure(result)), Table(result.curve, of_curve, headings)])]
     if len(result.table):
         sections[0] = Section(
             "What a dose does",
             [
                 Plot(steering_figure(result)),
-                Table(result.table, f"Doses of the chosen direction on fresh {n.get('lasting_unit', 'units')}."),
+                Table(
+                    result.table, f"Doses of the chosen direction on fresh {n.get('lasting_unit', 'units')}.", headings
+                ),
                 *(
                     Note(about_interval(f"The interval of {what}", n[name]))
                     for name, what in (("reach_note", "the reach"), ("rise_note", f"the rise of {words['harm']}"))
                     if n.get(name)
                 ),
-                Table(result.curve, of_curve),
+                Table(result.curve, of_curve, headings),
             ],
         )
         sections.append(
@@ -63,7 +66,7 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                         f"far without a rise of {words['harm']}."
                     ),
                     Plot(randoms_figure(result)),
-                    Folded("The numbers", [Table(result.randoms)]),
+                    Folded("The numbers", [Table(result.randoms, headings=headings)]),
                     Note(
                         "The chosen direction was the best of those that were tried, and p does not account for that: "
                         "it is the p of a direction named beforehand."
@@ -80,7 +83,7 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                         f"On other {n.get('lasting_unit', 'units')}: the steepest slope of the {words['outcome']} per "
                         f"dose among candidates under which {words['harm']} hardly rise{within}."
                     ),
-                    Table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]]),
+                    Table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]], headings=headings),
                 ],
             )
         )
@@ -168,7 +171,7 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
     figure.update_yaxes(title_text=f"mean {outcome} at the largest dose", row=1, col=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     matched = "the same output energy" + (", or gain where they write" if "write" in sides else "")
-    about = f"{matched}; a cross: {result.numbers.get('harm', 'failures')} rise"
+    about = f"{matched}; a cross: more {result.numbers.get('harm', 'failures')}"
     return finish(figure, "Random directions in its place", about, height=440, wide=680)
 
 
