@@ -35,23 +35,26 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
     write_csv_and_json(folder, "steering", result.table, result.to_dict())
     n = result.numbers
     words = {"outcome": str(n.get("outcome", "outcome")), "harm": str(n.get("harm", "failures"))}
-    headings = {"guard": words["harm"], "guard_rise": f"rise of {words['harm']}"}
+    fresh = f"fresh {n.get('lasting_unit', 'units')}"
+
+    def shown_table(frame: pd.DataFrame, caption: str = "") -> Table:
+        named = {"guard": words["harm"], "guard_rise": f"rise of {words['harm']}"}
+        return Table(frame, caption, {name: said for name, said in named.items() if name in frame})
+
     of_curve = "The unedited model at each point of the curve." if "range" in n else "The unedited model."
-    sections = [Section("What a dose does", [Plot(steering_figure(result)), Table(result.curve, of_curve, headings)])]
+    sections = [Section("What a dose does", [Plot(steering_figure(result)), shown_table(result.curve, of_curve)])]
     if len(result.table):
         sections[0] = Section(
             "What a dose does",
             [
                 Plot(steering_figure(result)),
-                Table(
-                    result.table, f"Doses of the chosen direction on fresh {n.get('lasting_unit', 'units')}.", headings
-                ),
+                shown_table(result.table, f"Doses of the chosen direction on {fresh}."),
                 *(
                     Note(about_interval(f"The interval of {what}", n[name]))
                     for name, what in (("reach_note", "the reach"), ("rise_note", f"the rise of {words['harm']}"))
                     if n.get(name)
                 ),
-                Table(result.curve, of_curve, headings),
+                shown_table(result.curve, of_curve),
             ],
         )
         sections.append(
@@ -66,7 +69,7 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                         f"far without a rise of {words['harm']}."
                     ),
                     Plot(randoms_figure(result)),
-                    Folded("The numbers", [Table(result.randoms, headings=headings)]),
+                    Folded("The numbers", [shown_table(result.randoms)]),
                     Note(
                         "The chosen direction was the best of those that were tried, and p does not account for that: "
                         "it is the p of a direction named beforehand."
@@ -83,7 +86,7 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                         f"On other {n.get('lasting_unit', 'units')}: the steepest slope of the {words['outcome']} per "
                         f"dose among candidates under which {words['harm']} hardly rise{within}."
                     ),
-                    Table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]], headings=headings),
+                    shown_table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]]),
                 ],
             )
         )
