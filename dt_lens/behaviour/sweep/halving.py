@@ -53,7 +53,7 @@ def parse_halving(halving: Any) -> list[int] | None:
         found = [int(part) for part in parts]
         if not found or any(n < 1 or (not isinstance(p, str) and n != p) for n, p in zip(found, parts, strict=True)):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DtLensError(
             f"halving is {halving!r}; it must be the number of units of each rung before the last, such as 4,8."
         ) from None

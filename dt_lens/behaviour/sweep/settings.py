@@ -10,7 +10,7 @@ from typing import Any
 from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.behaviour.sweep.halving import parse_halving
 from dt_lens.edits.written import SV, split_values
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.activations import Activations
 
 __all__ = ["SV", "SweepSettings", "as_list"]
@@ -83,9 +83,11 @@ class SweepSettings:
             raise DtLensError(f"seed is {self.seed}; the last control's must be below 2**63, so give a smaller one.")
         for name, words in (("control_match", MATCHES), ("directions", DIRECTIONS)):
             word = getattr(self, name)
-            if word not in words:
+            if not isinstance(word, str) or word not in words:
                 raise DtLensError(
-                    f"{name} is {word!r}; it must be one of {', '.join(words)}." + nearest(str(word), words)
+                    f"{name} is {word!r:.40}; it must be one of {', '.join(words)}." + nearest(str(word), words)
+                    if isinstance(word, str)
+                    else f"{name} is {a_type(word)}; it must be one of {', '.join(words)}."
                 )
         self._keep("edits", split_values(self.edits) if isinstance(self.edits, str) else as_list(self.edits))
         if not self.edits:
