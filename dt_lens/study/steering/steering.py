@@ -232,7 +232,7 @@ class _Search:
         readout, rows = self.readout, []
         found = candidates_of(self.model, count, readout.matching, readout.kinds)
         floor, ceiling = bounds
-        slack = readout.least * (ceiling - floor)
+        slack = readout.least * (ceiling - floor) if readout.points else 0.0
         for number, candidate in enumerate(found):
             arms = {1.0: plain}
             for place, dose in enumerate(self.doses):
@@ -242,7 +242,9 @@ class _Search:
                 )
                 arms[dose] = self._arm(dosed(self.model, candidate, dose), point, readout.choose)
             rise = max(float(arms[dose].harm.mean() - plain.harm.mean()) for dose in self.doses)
-            off = any(not floor - slack <= arm.found.mean <= ceiling + slack for arm in arms.values())
+            off = bool(readout.points) and any(
+                not floor - slack <= arm.found.mean <= ceiling + slack for arm in arms.values()
+            )
             rows.append(
                 {
                     **candidate._asdict(),
@@ -268,7 +270,10 @@ class _Search:
         table = pd.DataFrame([{"dose": dose, **_row(arms[dose], readout)} for dose in sorted(arms)])
         slope = slopes({dose: arm.found for dose, arm in arms.items()})
         reach = slope * (max(arms) - min(arms)) / extent * sign
-        rise = np.mean([arms[dose].harm for dose in self.doses], axis=0) - plain.harm
+        if readout.guard is None:
+            rise = np.mean([arms[dose].harm for dose in self.doses], axis=0) - plain.harm
+        else:  # at the worst dose: what rises at one end and falls at the other would cancel
+            rise = max((arms[dose].harm for dose in self.doses), key=np.mean) - plain.harm
         found: dict[str, Any] = {"p_value": sign_flip(reach)}
         for name, values in (("reach", reach), ("rise", rise)):
             found[name] = float(values.mean())
@@ -383,6 +388,8 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float, read
     share, harmless = bool(readout.points), "without failing" if readout.guard is None else "without that cost"
     moved = _said(found["reach"], reach, share, f" {terms.scale}" if terms.scale else "")
     risen = _said(found["rise"], rise, readout.guard is None, "" if readout.guard is None else _scale(readout))
+    if found["reach"] < 0:
+        moved += " (against the sign that it had when it was chosen)"
     of_range = f" of the curve's range of {extent:,.{places(extent)}f}" if share else ""
     rises = "failures rise" if readout.guard is None else f"the {readout.harm} rises"
     sentence = (

@@ -91,13 +91,15 @@ def test_other_text_must_not_get_worse(model: Any, few_random: None, tmp_path: P
     harm = steering._Search._harm
 
     def costly(self: Any, edit: Any, arm: Any) -> Any:
-        return harm(self, edit, arm) + 0.2 * (edit is not None)
+        # A rise at one end of the doses and a fall at the other: their average is 0.
+        value = 1.0 if edit is None else edit.to_dict()["value"]
+        return harm(self, edit, arm) + 0.5 * ((value if isinstance(value, float) else 1.0) - 1)
 
     monkeypatch.setattr(steering._Search, "_harm", costly)
     result = steer(model, tmp_path, [OTHER], prompts=PROMPTS, answers="x", context=16, candidates=2)
     assert result.choosing["set_aside"].all()
     assert result.verdict in ("moves it at the cost of the guard", "undecided", "none found")
-    assert result.numbers["rise"] > 0.15
+    assert result.numbers["rise"] > 0.45
 
 
 def test_a_third_partys_task(few_random: None, tmp_path: Path) -> None:
