@@ -305,7 +305,12 @@ def _heatmaps(result: StudyResult) -> dict[str, Any]:
 
 def _labels(result: StudyResult) -> list[Section]:
     """The labels at both ends of every edited direction, where an embedding has too many for a heatmap."""
-    many = [name for name, found in result.svd.model.embeddings.items() if found.trained and len(found) > MANY]
+    # Rows that say where a token stands are numbers, which say nothing in words.
+    many = [
+        name
+        for name, found in result.svd.model.embeddings.items()
+        if found.trained and len(found) > MANY and found.kind not in ("timestep", "position")
+    ]
     if not many:
         return []
     edited = result.verdicts[["matrix", "side", "sv"]].drop_duplicates()
