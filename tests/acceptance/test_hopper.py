@@ -26,7 +26,7 @@ def test_the_edit_of_the_readme_hurts_and_goes_away() -> None:
 
 
 def check_report(folder: Path) -> None:
-    """The report has every section, figure and edit of a study with a strong, a weak and the first edits, and plotly.js."""
+    """The report has every section, figure and edit of a study with a strong and a weak edit, and plotly.js."""
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'<section id="([^"]+)">', page) == [f"section-{n}" for n in range(1, 7)]
     assert page.count('data-figure="') == 7
