@@ -21,6 +21,7 @@ from dt_lens.errors import DtLensError, a_type, nearest, unwritable
 __all__ = [
     "LAST_SEED",
     "as_json",
+    "as_list",
     "atomic_write",
     "finite_numbers",
     "is_finite_number",
@@ -316,3 +317,15 @@ def as_json(value: Any) -> Any:
         return other.tolist() if hasattr(other, "tolist") and not isinstance(other, type) else repr(other)
 
     return json.loads(json.dumps(value, default=listed))
+
+
+def as_list(given: Any) -> list[Any]:
+    """``given`` as a list; text, a mapping or a single value becomes a list of one.
+
+    >>> as_list("zero"), as_list(("zero", 2)), as_list(None)
+    (['zero'], ['zero', 2], [None])
+    """
+    try:
+        return [given] if isinstance(given, str | Mapping) else list(given)
+    except TypeError:  # not iterable
+        return [given]

@@ -162,9 +162,9 @@ class Comparison:
 
     def _rows(self) -> list[tuple[str, str]]:
         a, b, terms, k = self.edited, self.baseline, self.edited.terms, self._decimals()
-        level, scale = f"{100 * self.confidence:g} %", f" {terms.scale}" if terms.scale else ""
+        level = f"{100 * self.confidence:g} %"
         rows = [
-            (f"mean {terms.outcome_name}", f"{a.mean:.{k}f} against {b.mean:.{k}f}{scale}"),
+            (f"mean {terms.outcome_name}", f"{a.mean:.{k}f} against {b.mean:.{k}f}{terms.in_scale}"),
             ("paired difference", f"{self.difference:+.{k}f}  {level} {span(self.difference_interval, digits=k)}"),
             *difference_tests(self.p_value, self.mean_p_value, bool(np.any(a.outcomes != b.outcomes)), terms.outcome),
             ("interquartile mean", f"{self.iqm_edited:.{k}f} against {self.iqm_baseline:.{k}f}"),
@@ -196,8 +196,7 @@ class Comparison:
 
     def _title(self) -> str:
         a = self.edited
-        size = f" {a.terms.size}" if a.terms.size else ""
-        return f"{a.terms.place}: {len(a)} paired {a.terms.units}{size}{numbered(a)}"
+        return f"{a.terms.place}: {len(a)} paired {a.terms.units}{a.terms.of_size}{numbered(a)}"
 
     def __str__(self) -> str:
         return text_table(self._title(), self._rows())

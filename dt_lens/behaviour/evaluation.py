@@ -133,9 +133,8 @@ class Evaluation(Measured):
 
     def _rows(self) -> list[tuple[str, str]]:
         s, terms, k = self.summary(), self.terms, self._decimals()
-        scale = f" {terms.scale}" if terms.scale else ""
         rows = [
-            (f"mean {terms.outcome_name}", f"{s['mean']:.{k}f}{scale}  {span(s['mean_interval'], digits=k)}"),
+            (f"mean {terms.outcome_name}", f"{s['mean']:.{k}f}{terms.in_scale}  {span(s['mean_interval'], digits=k)}"),
             ("interquartile mean", f"{s['iqm']:.{k}f}  {span(s['iqm_interval'], digits=k)}"),
             ("standard deviation", f"{s['std']:.{k}f}"),
             ("range", f"{s['min']:.{k}f} to {s['max']:.{k}f}"),
@@ -159,8 +158,7 @@ class Evaluation(Measured):
     def _title(self) -> str:
         edits = f", {len(self.edits)} edit{'s' * (len(self.edits) != 1)}" if self.edits else ""
         count = f"{len(self)} {self.terms.unit}{'s' * (len(self) != 1)}"
-        size = f" {self.terms.size}" if self.terms.size else ""
-        return f"{self.terms.place}: {count}{size}{numbered(self)}{edits}"
+        return f"{self.terms.place}: {count}{self.terms.of_size}{numbered(self)}{edits}"
 
     def __str__(self) -> str:
         return "\n".join((text_table(self._title(), self._rows()), *self.notes))

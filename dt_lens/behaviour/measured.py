@@ -51,17 +51,7 @@ class Measured:
         order = np.argsort(units, kind="stable")
         if units.ndim != 1 or not n or (np.diff(units[order]) == 0).any():
             raise DtLensError(f"The task {terms.task!r} gave no {terms.units}, or one of them twice.")
-        found: dict[str, NDArray[Any]] = {}
-        for name in terms.measures:
-            if name not in self.columns:
-                raise DtLensError(f"The task {terms.task!r} did not measure {name!r}, which its terms name.")
-            column = np.asarray(self.columns[name])
-            if column.shape != (n,):
-                raise DtLensError(
-                    f"The task {terms.task!r} gave {list(column.shape)} values of {name!r}; it must give one for each "
-                    f"of the {n} {terms.units}."
-                )
-            found[name] = column.astype(terms.dtype(name))[order]
+        found = {name: column[order] for name, column in terms.arrays(self.columns, n).items()}
         object.__setattr__(self, "units", units[order])
         object.__setattr__(self, "columns", found)
 

@@ -7,66 +7,36 @@ texts`` that of language models (a window of text). For another, subclass ``Task
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from dt_lens.arguments import LAST_SEED, as_json, whole_number
 from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.identity import base_and_model_id
+from dt_lens.behaviour.job import Job, Row, repeated, versions_of
 from dt_lens.behaviour.terms import FailureRule, Terms
 from dt_lens.behaviour.watched import activations_of_batches
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.assumed import notes
-from dt_lens.lens.forward_mode import evaluating, one_thread
+from dt_lens.lens.forward_mode import measuring
+from dt_lens.lens.weights import replaced
 from dt_lens.progress import Count, ProgressCallback, silent
-from dt_lens.report.page import Section
 
-__all__ = ["Columns", "Job", "ModelJob", "Row", "Task", "hash_of", "require_portable", "rows_of", "versions_of"]
+if TYPE_CHECKING:  # plotly takes a second, and workers draw nothing
+    from dt_lens.report.page import Section
+
+__all__ = ["Columns", "ModelJob", "Task", "require_portable"]
 
 Columns = Mapping[str, Any] | pd.DataFrame  # a value per unit under the name of each measure
-Row = tuple[Any, ...]  # a unit's number, then its measures in the order of the terms
-
-
-class Job(Protocol):
-    """A model in its task, packed for any process: it can be pickled."""
-
-    def provenance(self) -> dict[str, Any]:
-        """What the bits of an outcome depend on besides model and setting, as JSON values: versions of packages."""
-        ...
-
-    def sample(self) -> str | None:
-        """A hash of a little of what the unedited model does; ``None`` if that does not repeat even here.
-
-        Sweeps compare it between machines.
-        """
-        ...
-
-    def run(self, change: Mapping[str, Tensor], units: Sequence[int]) -> list[Row]:
-        """Run ``units`` of the model with some of its weights changed; a row per unit, ascending.
-
-        A unit's row is the same bits in every process, whatever ran before it.
-
-        Args:
-            change: the weights that differ from the packed model's, by canonical name.
-            units: the numbers of the units.
-
-        Raises:
-            DtLensError: if a unit has no outcome.
-        """
-        ...
 
 
 class Task(ABC):
@@ -151,14 +121,9 @@ class Task(ABC):
         Raises:
             DtLensError: for a column that is missing, of another length, or an outcome that is not finite.
         """
-        with self._running(model):
+        with measuring(model):
             columns = self.run(model, units, workers=workers, progress=progress)
         return self.result(units, columns, **self.about(model))
-
-    @contextmanager
-    def _running(self, model: Any) -> Iterator[None]:
-        with one_thread(), evaluating(model), torch.no_grad():
-            yield
 
     def about(self, model: Any) -> dict[str, Any]:
         """What a result says of the model: its identity, edits in force, and notes."""
@@ -174,8 +139,12 @@ class Task(ABC):
 
     def result(self, units: Sequence[int], columns: Columns, **about: Any) -> Evaluation:
         """An evaluation of units that ran; ``about`` is what ``about`` gives."""
-        checked = _checked(self.terms, units, columns)
-        return self.evaluation(self.terms, np.asarray(units, dtype=np.int64), checked, **about)
+        terms = self.terms
+        _require_columns(terms, columns)
+        known = {name: np.asarray(columns[name]) for name in terms.measures if name in columns}
+        found = self.evaluation(terms, np.asarray(units, dtype=np.int64), known, **about)
+        _require_finite(terms, found.units.tolist(), found.outcomes)
+        return found
 
     def pack(self, model: Any) -> Job:
         """Pack ``model`` as it is now for other processes.
@@ -268,70 +237,37 @@ class ModelJob:
         return versions_of(self.task.software)
 
     def sample(self) -> str | None:
-        one, other = (hash_of(lambda: self.run({}, self.task.units(2))) for _ in range(2))
-        return one if one == other else None
+        return repeated(lambda: self.run({}, self.task.units(2)))
 
     def run(self, change: Mapping[str, Tensor], units: Sequence[int]) -> list[Row]:
-        weights = self.model.weights
-        before = {name: weights[name].clone() for name in change}
-        with self.task._running(self.model):
-            try:
-                for name, value in change.items():
-                    weights[name].copy_(value)
-                return rows_of(self.task.terms, units, self.task.run(self.model, units))
-            finally:
-                for name, value in before.items():
-                    weights[name].copy_(value)
+        with measuring(self.model), replaced(self.model.weights, change):
+            return rows_of(self.task.terms, units, self.task.run(self.model, units))
 
 
 def rows_of(terms: Terms, units: Sequence[int], columns: Columns) -> list[Row]:
     """A row per unit, ascending, of Python's own values."""
-    checked = _checked(terms, units, columns)
-    return sorted(zip(list(units), *(checked[name].tolist() for name in terms.measures), strict=True))
+    _require_columns(terms, columns)
+    found = terms.arrays(columns, len(units))
+    _require_finite(terms, units, found[terms.outcome])
+    return sorted(zip(list(units), *(column.tolist() for column in found.values()), strict=True))
 
 
-def _checked(terms: Terms, units: Sequence[int], columns: Columns) -> dict[str, np.ndarray[Any, Any]]:
-    """The columns as arrays of one length, with outcomes that are finite."""
+def _require_columns(terms: Terms, columns: Any) -> None:
     if not isinstance(columns, Mapping | pd.DataFrame):
         raise DtLensError(
             f"The task {terms.task!r} gave {a_type(columns)}; its run must give columns by name: a dictionary or a "
             "DataFrame."
         )
-    found: dict[str, np.ndarray[Any, Any]] = {}
-    for name in terms.measures:
-        if name not in columns:
-            raise DtLensError(f"The task {terms.task!r} did not measure {name!r}, which its terms name.")
-        column = np.asarray(columns[name])
-        if column.shape != (len(units),):
-            raise DtLensError(
-                f"The task {terms.task!r} gave {list(column.shape)} values of {name!r}; it must give one for each of "
-                f"the {len(units)} {terms.units}."
-            )
-        found[name] = column.astype(terms.dtype(name))
-    bad = ~np.isfinite(found[terms.outcome])
+
+
+def _require_finite(terms: Terms, units: Sequence[int], outcomes: np.ndarray[Any, Any]) -> None:
+    bad = ~np.isfinite(outcomes)
     if bad.any():
         first = int(bad.argmax())
         raise DtLensError(
-            f"The {terms.outcome} of {terms.unit} {units[first]} is {found[terms.outcome][first]}; the task "
-            f"{terms.task!r} must give a finite number."
+            f"The {terms.outcome} of {terms.unit} {units[first]} is {outcomes[first]}; the task {terms.task!r} must "
+            "give a finite number."
         )
-    return found
-
-
-def hash_of(run: Callable[[], Any]) -> str:
-    """A hash of every bit of what ``run`` gives, or of the error that it raises."""
-    try:
-        found = repr([tuple(value.hex() if isinstance(value, float) else value for value in row) for row in run()])
-    except DtLensError as error:
-        found = str(error)
-    except Exception as error:  # a task may raise anything, with another message each time
-        found = type(error).__name__
-    return hashlib.sha256(found.encode()).hexdigest()
-
-
-def versions_of(software: Iterable[str]) -> dict[str, str]:
-    """The versions of packages, as a sweep's file keeps them."""
-    return {f"version of {name}": version(name) for name in software}
 
 
 def _modules(model: Any) -> Iterable[Any]:

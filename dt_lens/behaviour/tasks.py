@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ __all__ = ["COUNTS", "KNOWN", "base_identity", "evaluation_class", "identity_of"
 
 OF_AGENTS = ("environment_kwargs", "target_return", "max_steps", "failure", "lanes", "video")
 OF_TEXTS = ("texts", "context")
-COUNTS = {"episodes": "agents", "windows": "language models"}  # names for the number of units
+COUNTS = ("episodes", "windows")  # other names for the number of units
 KNOWN = (*OF_AGENTS, *OF_TEXTS, *COUNTS, "environment")
 
 
@@ -70,9 +70,11 @@ def task_of(
             raise DtLensError(f"The task says what is run; leave out {wrong}, or give {caller} no task.")
         task = task.with_failure(failure)
         return task, task.units(count, seed, use)
-    if model.can_act:
-        return _agents(model, what, given, units, counted, seed, caller, use)
-    return _texts(model, what, given, units, counted, seed, caller, use)
+    kind = _of_agent if model.can_act else _of_reader
+    make, what = kind(what, given, caller)
+    count = _count(units, given, counted)
+    found = make(model, what, **given, caller=caller)
+    return found, found.units(count, seed, use)
 
 
 def _count(units: int | None, given: dict[str, Any], counted: list[str]) -> int | None:
@@ -83,41 +85,21 @@ def _count(units: int | None, given: dict[str, Any], counted: list[str]) -> int 
     return found[0] if found else None
 
 
-def _agents(
-    model: Any,
-    what: Any,
-    given: dict[str, Any],
-    units: int | None,
-    counted: list[str],
-    seed: int,
-    caller: str,
-    use: str,
-) -> tuple[Task, range]:
+def _of_agent(what: Any, given: dict[str, Any], caller: str) -> tuple[Callable[..., Task], Any]:
+    """What makes an agent's task, and its environment, taken from either of its names."""
     from dt_lens.behaviour.agents.task import AgentTask
 
-    wrong = [name for name in (*OF_TEXTS, "windows") if name in given]
-    if wrong:
+    if any(name in given for name in (*OF_TEXTS, "windows")):
         raise DtLensError(
             f"This is an agent, and {caller} runs it in an environment; leave out texts, context and windows."
         )
     if "environment" in given and what is not None:
         raise DtLensError(f"{caller} was given an environment twice; give it once.")
-    what = given.pop("environment", what)
-    count = _count(units, given, counted)
-    task = AgentTask.of(model, what, **given, caller=caller)
-    return task, task.units(count, seed, use)
+    return AgentTask.of, given.pop("environment", what)
 
 
-def _texts(
-    model: Any,
-    what: Any,
-    given: dict[str, Any],
-    units: int | None,
-    counted: list[str],
-    seed: int,
-    caller: str,
-    use: str,
-) -> tuple[Task, range]:
+def _of_reader(what: Any, given: dict[str, Any], caller: str) -> tuple[Callable[..., Task], Any]:
+    """What makes a language model's task, and its texts, taken from either of their names."""
     from dt_lens.behaviour.texts.task import TextTask
 
     wrong = [name for name in (*OF_AGENTS, "episodes", "environment") if name in given]
@@ -128,10 +110,7 @@ def _texts(
         )
     if "texts" in given and what is not None:
         raise DtLensError(f"{caller} was given texts twice; give them once.")
-    what = given.pop("texts", what)
-    count = _count(units, given, counted)
-    task = TextTask.of(model, what, **given, caller=caller)
-    return task, task.units(count, seed, use)
+    return TextTask.of, given.pop("texts", what)
 
 
 def base_identity(model: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from dt_lens.arguments import is_finite_number
 from dt_lens.errors import DtLensError
@@ -143,6 +143,35 @@ class Terms:
     def sign(self) -> int:
         """1 where more of the outcome is better, -1 where less is: damage is ``sign`` times what was lost."""
         return 1 if self.better == "more" else -1
+
+    @property
+    def in_scale(self) -> str:
+        """``scale`` as it follows a number, with a space before it; empty where it has no name."""
+        return f" {self.scale}" if self.scale else ""
+
+    @property
+    def of_size(self) -> str:
+        """``size`` as it follows the units, with a space before it; empty if there is none."""
+        return f" {self.size}" if self.size else ""
+
+    def arrays(self, columns: Mapping[str, Any] | pd.DataFrame, count: int) -> dict[str, NDArray[Any]]:
+        """The measures in their order and types, ``[count]`` each.
+
+        Raises:
+            DtLensError: for a measure that is missing, or of another length.
+        """
+        found: dict[str, NDArray[Any]] = {}
+        for name in self.measures:
+            if name not in columns:
+                raise DtLensError(f"The task {self.task!r} did not measure {name!r}, which its terms name.")
+            column = np.asarray(columns[name])
+            if column.shape != (count,):
+                raise DtLensError(
+                    f"The task {self.task!r} gave {list(column.shape)} values of {name!r}; it must give one for each "
+                    f"of the {count} {self.units}."
+                )
+            found[name] = column.astype(self.dtype(name))
+        return found
 
     def dtype(self, measure: str) -> DTypeLike:
         """The type of a measure's column."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from dt_lens.edits.edit import suspended
 from dt_lens.errors import DtLensError, because
 from dt_lens.lens.activations import Activations
-from dt_lens.lens.forward_mode import evaluating, one_thread
+from dt_lens.lens.forward_mode import measuring
 from dt_lens.lens.watching import Watch
 from dt_lens.progress import ProgressCallback, silent
 
@@ -24,7 +24,7 @@ Batches = Iterable[Tensor | Mapping[str, Any]]
 @contextmanager
 def watching(model: Any) -> Iterator[None]:
     """Without the model's edits, dropout and gradients, and on one thread, so that the numbers repeat exactly."""
-    with one_thread(), suspended(model), evaluating(model), torch.no_grad():
+    with suspended(model), measuring(model):
         yield
 
 

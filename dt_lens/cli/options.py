@@ -12,7 +12,6 @@ import typer
 from dt_lens.errors import DtLensError
 
 __all__ = [
-    "Agent",
     "Context",
     "Device",
     "EditMatrices",
@@ -47,7 +46,6 @@ __all__ = [
 Model = Annotated[
     str, typer.Argument(help="A bundled model (hopper, tiny-gpt2), a file or folder, or a Hugging Face hub id.")
 ]
-Agent = Annotated[str, typer.Argument(help="A bundled agent (hopper), a file or folder, or a Hugging Face hub id.")]
 Given = Annotated[
     list[str] | None,
     typer.Option(

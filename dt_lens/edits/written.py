@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dt_lens.arguments import as_list
 from dt_lens.edits.replacements import VALUES, embedded_direction, find_direction
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.embeddings import EmbeddingRegistry
@@ -117,13 +118,6 @@ def highest_sv(sv: str) -> int:
     return max(int(number) for number in re.findall(r"\d+", sv))
 
 
-def _listed(sv: SV) -> list[Any]:
-    try:
-        return [sv] if isinstance(sv, str) else list(sv)  # type: ignore[arg-type]
-    except TypeError:  # a single index, or what is none
-        return [sv]
-
-
 def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
     """The indices that ``sv`` selects among the ``k`` directions of matrix ``name``, ascending.
 
@@ -136,7 +130,7 @@ def resolve_sv(sv: SV, k: int, name: str) -> list[int]:
     Raises:
         DtLensError: if the text is malformed, or the index is out of the matrix's range.
     """
-    parts = [p.strip() for part in _listed(sv) for p in (part.split(",") if isinstance(part, str) else [str(part)])]
+    parts = [p.strip() for part in as_list(sv) for p in (part.split(",") if isinstance(part, str) else [str(part)])]
     chosen: set[int] = set()
     for part in parts:
         match = RANGE.fullmatch(part)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["evaluating", "one_thread", "uncompiled", "usable_cores"]
+__all__ = ["evaluating", "measuring", "one_thread", "uncompiled", "usable_cores"]
 
 _COUNTING = threading.Lock()
 _eager: list[Any] = []  # the compiler's stance, once for every pass that runs uncompiled now
@@ -40,6 +40,13 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """Run a model as everything that is measured runs: in eval mode, without gradients, on one thread."""
+    with one_thread(), evaluating(model), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "fingerprint",
     "hash_of",
     "memory_of",
+    "replaced",
     "weight_bytes",
 ]
 
@@ -48,6 +50,19 @@ def hash_of(tensor: Tensor) -> bytes:
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {order}".encode(), digest_size=16)
     digest.update(tensor.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+@contextmanager
+def replaced(weights: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> Iterator[None]:
+    """Write other values into live weights, and put their own back, bit for bit. Called without gradients."""
+    before = {name: weights[name].clone() for name in change}
+    try:
+        for name, value in change.items():
+            weights[name].copy_(value)
+        yield
+    finally:
+        for name, value in before.items():
+            weights[name].copy_(value)
 
 
 def memory_of(weight: Tensor) -> tuple[Any, ...]:

@@ -96,12 +96,11 @@ def sentences(result: StudyResult) -> list[str]:
     base, table, terms = result.baseline, result.verdicts, result.baseline.terms
     mean = f"{base.mean:,.{_places(result)}f}"
     hurts = table["verdict"] == "hurts more than its control"
-    scale = f" {terms.scale}" if terms.scale else ""
     lasts = ""
     if terms.lasts is not None:
         lasts = f", and {1 - float(base.ended.mean()):.0%} of them last to the limit"
     over = f"over {len(base)} {terms.units}{lasts}"
-    lines = [f"Unedited, the {terms.actor}'s mean {terms.outcome_name} is **{mean}**{scale} {over}."]
+    lines = [f"Unedited, the {terms.actor}'s mean {terms.outcome_name} is **{mean}**{terms.in_scale} {over}."]
     if unchanged := _unchanged(result):
         return [*lines, *unchanged]
     for role, what in ROLES.items():
@@ -218,11 +217,10 @@ def _unedited(result: StudyResult) -> Section:
         rows.append((name, value, interval.strip("[]").replace(", ", " to ")))
     frame = pd.DataFrame(rows, columns=[f"unedited {terms.actor}", "value", "95 % interval"])
     first, last = base.units[0], base.units[-1]
-    size = f" {terms.size}" if terms.size else ""
     return Section(
         f"The unedited {terms.actor}",
         [
-            Table(frame, f"{terms.place}: {len(base)} {terms.units}{size}, {terms.index} {first} to {last}."),
+            Table(frame, f"{terms.place}: {len(base)} {terms.units}{terms.of_size}, {terms.index} {first} to {last}."),
             *(Note(f"Failures: {note}.", "warning") for note in [terms.failure_note] if note),
             *(Note(said) for said in [about_interval("The mean's interval", summary["interval_note"])] if said),
         ],

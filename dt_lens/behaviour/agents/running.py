@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from safetensors.torch import load, save
 
-from dt_lens.arguments import LAST_SEED, is_finite_number, whole_number
+from dt_lens.arguments import is_finite_number
 from dt_lens.behaviour.agents.environment import Environment, Named, make_environment, specification_of
 from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
 from dt_lens.behaviour.agents.rollouts import Conditions, EpisodeCount, Outcome, Policy, run_episodes
@@ -44,7 +44,6 @@ __all__ = [
     "portable_job",
     "run",
     "run_job",
-    "seeds_of",
     "setting_of",
 ]
 
@@ -60,18 +59,6 @@ class Setting(NamedTuple):
     made: Environment
     conditions: Conditions
     role: str = ""  # "training" or "evaluation", where the model's facts know both
-
-
-def seeds_of(seed: int, episodes: int) -> range:
-    """The seeds of ``episodes`` episodes from ``seed`` on.
-
-    Raises:
-        DtLensError: for what are no such numbers, or a last seed that has more than 64 bits.
-    """
-    seed, episodes = whole_number(seed, "seed", 0, LAST_SEED), whole_number(episodes, "episodes", 1)
-    if seed + episodes - 1 > LAST_SEED:
-        raise DtLensError(f"seed is {seed}; the last episode's must be below 2**63, so give a smaller one.")
-    return range(seed, seed + episodes)
 
 
 def setting_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +19,20 @@ from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.job import SOFTWARE, AgentJob
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
 from dt_lens.behaviour.agents.recording import actions_of_episode
-from dt_lens.behaviour.agents.report import video_section
 from dt_lens.behaviour.agents.running import Setting, acting_weights, portable_job, run, setting_of
 from dt_lens.behaviour.agents.watched import activations_of_episodes
 from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
-from dt_lens.behaviour.task import Columns, Job, Task
+from dt_lens.behaviour.job import Job
+from dt_lens.behaviour.task import Columns, Task
 from dt_lens.behaviour.terms import FailureRule, Measure, Terms
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import Count, ProgressCallback, silent
-from dt_lens.report.page import Section
+
+if TYPE_CHECKING:
+    from dt_lens.report.page import Section
 
 __all__ = ["AgentTask"]
 
@@ -161,6 +163,8 @@ class AgentTask(Task):
         return sizes
 
     def sections(self, arms: Arms, folder: Path) -> list[Section]:
+        from dt_lens.behaviour.agents.report import video_section
+
         return [video_section(arms, self.setting, folder, self.video)]
 
     def pack(self, model: Any) -> Job:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dt_lens.arguments import as_list
 from dt_lens.behaviour.sweep.plan import Arm
-from dt_lens.behaviour.sweep.settings import SweepSettings, as_list
+from dt_lens.behaviour.sweep.settings import SweepSettings
 from dt_lens.edits.written import parse_value, resolve_sv
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations

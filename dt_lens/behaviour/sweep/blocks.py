@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from safetensors.torch import load
 
-from dt_lens.behaviour.task import Job, Row
+from dt_lens.behaviour.job import Job, Row
 
 __all__ = ["Work", "run_work"]
 

@@ -8,12 +8,12 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 
+from dt_lens.behaviour.job import Job
 from dt_lens.behaviour.sweep.blocks import Work
 from dt_lens.behaviour.sweep.engines.engine import Engine, Event
 from dt_lens.behaviour.sweep.packing import Packer
 from dt_lens.behaviour.sweep.plan import Block
 from dt_lens.behaviour.sweep.store import Store
-from dt_lens.behaviour.task import Job
 from dt_lens.errors import DtLensError
 from dt_lens.progress import ProgressCallback
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dt_lens.behaviour.task import Job
+from dt_lens.behaviour.job import Job
 from dt_lens.version import __version__
 
 __all__ = ["SAMPLE", "fingerprint"]

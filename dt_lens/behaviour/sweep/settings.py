@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dt_lens.arguments import LAST_SEED, whole_number
+from dt_lens.arguments import LAST_SEED, as_list, whole_number
 from dt_lens.behaviour.sweep.halving import parse_halving
 from dt_lens.edits.written import SV, split_values
 from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.activations import Activations
 
-__all__ = ["SV", "SweepSettings", "as_list"]
+__all__ = ["SV", "SweepSettings"]
 
 MATCHES = ("frobenius", "output")
 DIRECTIONS = ("plain", "activation")
@@ -111,15 +111,3 @@ class SweepSettings:
     def needs_activations(self) -> bool:
         """Whether the arms cannot be made without activations."""
         return self.directions == "activation" or (self.control_match == "output" and self.controls > 0)
-
-
-def as_list(given: Any) -> list[Any]:
-    """``given`` as a list; text, a mapping or a single value becomes a list of one.
-
-    >>> as_list("zero"), as_list(("zero", 2)), as_list(None)
-    (['zero'], ['zero', 2], [None])
-    """
-    try:
-        return [given] if isinstance(given, str | Mapping) else list(given)
-    except TypeError:  # not iterable
-        return [given]

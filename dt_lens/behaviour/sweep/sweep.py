@@ -13,6 +13,7 @@ import pandas as pd
 
 from dt_lens.arguments import as_json, local_path, require_writable, whole_number
 from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.job import Job
 from dt_lens.behaviour.sweep.activation_source import ActivationSource
 from dt_lens.behaviour.sweep.arms import make_arms
 from dt_lens.behaviour.sweep.driver import Driver
@@ -24,7 +25,7 @@ from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.schema import require_names
 from dt_lens.behaviour.sweep.settings import SweepSettings
 from dt_lens.behaviour.sweep.store import FILE, Store
-from dt_lens.behaviour.task import Job, Task
+from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import COUNTS, KNOWN, task_of
 from dt_lens.behaviour.terms import FailureRule, Terms
 from dt_lens.errors import DtLensError, a_type, nearest

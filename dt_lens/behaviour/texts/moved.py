@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 from torch import Tensor
 
 from dt_lens.lens.token_text import spelled
+
+if TYPE_CHECKING:  # workers make no tables
+    import pandas as pd
 
 __all__ = ["Moved", "most_moved", "moved_frame", "moved_html", "moved_rows", "small_span"]
 
@@ -55,6 +57,8 @@ def small_span(interval: tuple[float, float]) -> str:
 
 def moved_frame(moved: Sequence[Moved], k: int | None = None) -> pd.DataFrame:
     """A frame of the tokens that gained, most first, then those that lost, most first, ``k`` of each."""
+    import pandas as pd
+
     gained = [row for row in moved if row.change > 0][:k]
     lost = [row for row in moved if row.change < 0][:k]
     columns = ["token", "text", "before", "after", "change"]

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt_lens.behaviour.task import Row, hash_of, versions_of
+from dt_lens.behaviour.job import Row, repeated, versions_of
 from dt_lens.behaviour.texts.moved import Moved, most_moved
 from dt_lens.behaviour.texts.windows import Windows
 from dt_lens.edits.edit import suspended
 from dt_lens.edits.state import state_of
 from dt_lens.errors import DtLensError
-from dt_lens.lens.forward_mode import evaluating, one_thread
+from dt_lens.lens.forward_mode import measuring
+from dt_lens.lens.weights import replaced
 from dt_lens.progress import Count
 
 __all__ = ["SOFTWARE", "TextJob", "predictions", "read_windows", "token_losses"]
@@ -60,7 +61,7 @@ def _against(
 ) -> tuple[float, float, Tensor, Tensor | None]:
     """Loss and KL of a window, and the probabilities ``[predicted, d_vocab]`` with the edits and without."""
     log_p = logits.double().log_softmax(-1)
-    loss = float(-log_p.gather(-1, torch.from_numpy(target).to(log_p.device)[:, None]).mean())
+    loss = float(_losses(log_p, target).mean())
     p = log_p.exp()
     if bare is None:
         return loss, 0.0, p, None
@@ -74,8 +75,12 @@ def token_losses(model: Any, windows: Windows, unit: int) -> NDArray[np.float64]
     """The loss of each predicted token of a window, ``[predicted]``, in nats. Called without gradients."""
     window = windows.tokens[unit]
     log_p = _logits(model, window, windows.unpredicted).double().log_softmax(-1)
-    target = torch.from_numpy(window[windows.unpredicted :]).to(log_p.device)
-    return np.asarray(-log_p.gather(-1, target[:, None])[:, 0].cpu())
+    return np.asarray(_losses(log_p, window[windows.unpredicted :]).cpu())
+
+
+def _losses(log_p: Tensor, target: np.ndarray[Any, Any]) -> Tensor:
+    """The loss of each token of ``target``, ``[predicted]``, under log probabilities ``[predicted, d_vocab]``."""
+    return -log_p.gather(-1, torch.from_numpy(target).to(log_p.device)[:, None])[:, 0]
 
 
 def predictions(model: Any, windows: Windows, units: Sequence[int]) -> NDArray[np.int64]:
@@ -121,28 +126,20 @@ class TextJob:
         return versions_of(SOFTWARE)
 
     def sample(self) -> str | None:
-        one, other = (hash_of(lambda: self.run({}, range(min(2, len(self.windows))))) for _ in range(2))
-        return one if one == other else None
+        return repeated(lambda: self.run({}, range(min(2, len(self.windows)))))
 
     def run(self, change: Mapping[str, Tensor], units: Sequence[int]) -> list[Row]:
         w = self.windows
-        with one_thread(), evaluating(self.model), torch.no_grad():
+        with measuring(self.model):
             bare = {unit: self._unedited(unit) for unit in units} if change else {}
-            weights = self.model.weights
-            before = {name: weights[name].clone() for name in change}
-            try:
-                for name, value in change.items():
-                    weights[name].copy_(value)
-                rows: list[Row] = []
+            rows: list[Row] = []
+            with replaced(self.model.weights, change):
                 for unit in sorted(units):
                     target = w.tokens[unit][w.unpredicted :]
                     logits = _logits(self.model, w.tokens[unit], w.unpredicted)
                     loss, kl, _, _ = _against(logits, bare.get(unit), target)
                     rows.append((unit, len(target), loss, kl))
-                return rows
-            finally:
-                for name, value in before.items():
-                    weights[name].copy_(value)
+            return rows
 
     def _unedited(self, unit: int) -> Tensor:
         """The unedited model's logits of a window; kept as far as memory allows."""

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from numpy.typing import NDArray
 
 from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.texts.moved import Moved, moved_frame
 from dt_lens.behaviour.texts.reading import token_losses
 from dt_lens.behaviour.texts.windows import Windows
-from dt_lens.lens.forward_mode import evaluating, one_thread
+from dt_lens.lens.forward_mode import measuring
 from dt_lens.lens.token_text import spelled
 from dt_lens.report.page import Folded, Markup, Note, Plot, Section, Table
 from dt_lens.report.style import BASELINE, CONTROL, EDIT, finish, plain
@@ -134,7 +133,7 @@ def _example(arms: Arms, windows: Windows) -> list[Section]:
     if worst is None:
         return []
     unit = int(arms.baseline.units[arms.typical(worst)])
-    with one_thread(), evaluating(arms.model), torch.no_grad():
+    with measuring(arms.model):
         before = token_losses(arms.model, windows, unit)
         with arms.edits[worst]:
             after = token_losses(arms.model, windows, unit)

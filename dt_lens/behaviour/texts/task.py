@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -13,15 +13,18 @@ import torch
 from dt_lens.arguments import whole_number
 from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
-from dt_lens.behaviour.task import Columns, Job, Task, require_portable
+from dt_lens.behaviour.job import Job
+from dt_lens.behaviour.task import Columns, Task, require_portable
 from dt_lens.behaviour.terms import Terms
 from dt_lens.behaviour.texts.evaluation import TextEvaluation, terms_of_windows
 from dt_lens.behaviour.texts.reading import SOFTWARE, TextJob, predictions, read_windows
-from dt_lens.behaviour.texts.report import text_sections
 from dt_lens.behaviour.texts.windows import Texts, Windows, cut, read_texts
 from dt_lens.errors import DtLensError
+from dt_lens.lens.forward_mode import measuring
 from dt_lens.progress import Count, ProgressCallback, silent
-from dt_lens.report.page import Section
+
+if TYPE_CHECKING:
+    from dt_lens.report.page import Section
 
 __all__ = ["CONTEXT", "HELD_OUT", "TextTask"]
 
@@ -102,7 +105,7 @@ class TextTask(Task):
     def evaluate(
         self, model: Any, units: Sequence[int], *, workers: int | None = None, progress: Count | None = None
     ) -> Evaluation:
-        with self._running(model):
+        with measuring(model):
             rows, moved = read_windows(model, self.windows, units, progress)
         about = self.about(model)
         about["details"] = about["details"] | {"moved": [list(row) for row in moved]}
@@ -119,10 +122,12 @@ class TextTask(Task):
     def common_outputs(self, model: Any, tell: ProgressCallback = silent) -> np.ndarray[Any, Any]:
         """How often the model predicts each token, greedily, in the first 64 windows."""
         tell("counting predictions", 0.1)
-        with self._running(model):
+        with measuring(model):
             return predictions(model, self.windows, self.units(COUNTED))
 
     def sections(self, arms: Arms, folder: Path) -> list[Section]:
+        from dt_lens.behaviour.texts.report import text_sections
+
         return text_sections(arms, self.windows)
 
     def batches(self, model: Any, units: Sequence[int]) -> Iterable[Any]:

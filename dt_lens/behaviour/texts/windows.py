@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def text_id(self) -> str:
         """Sixteen hexadecimal digits that change with any token of any window: the first 64 bits of a SHA-256."""
         digest = hashlib.sha256(str(self.unpredicted).encode())

@@ -54,7 +54,6 @@ def write_atlas(atlas: Atlas, folder: str | Path, name: str = "the model", comma
         with atomic_write(folder / f"{what}.csv") as part:
             getattr(atlas, what).to_csv(part, index=False, float_format="%.6g")
     base = atlas.baseline
-    scale = f" {base.terms.scale}" if base.terms.scale else ""
     return write_report(
         folder / "atlas.html",
         f"An atlas of {name}: what each direction does",
@@ -63,7 +62,7 @@ def write_atlas(atlas: Atlas, folder: str | Path, name: str = "the model", comma
         facts={
             "model": name,
             **_setting(base.terms),
-            "unedited": f"{number_format(base.terms, base.mean).format(base.mean)}{scale} on average",
+            "unedited": f"{number_format(base.terms, base.mean).format(base.mean)}{base.terms.in_scale} on average",
             "directions": f"{len(atlas.directions):,} of {atlas.planned:,}",
             f"{base.terms.units} per direction": _units(atlas),
             "random changes": _controls(atlas),

@@ -146,7 +146,7 @@ def _sizes(atlas: Atlas) -> list[tuple[float, str]]:
 
 def _scale(atlas: Atlas) -> str:
     """What the outcome is measured in, after a number; empty where that has no name."""
-    return f" {atlas.terms.scale}" if atlas.terms.scale else ""
+    return atlas.terms.in_scale
 
 
 def covered(atlas: Atlas) -> str:

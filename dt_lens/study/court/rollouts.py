@@ -107,7 +107,7 @@ class MeasuredEdits:
         terms = self.baseline.terms
         if terms.large is None:
             return f" of the {terms.outcome}"
-        return f" {terms.scale}" if terms.scale else ""
+        return terms.in_scale
 
     @property
     def digits(self) -> int:

@@ -386,7 +386,7 @@ def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float, read
         verdict = "found" if all(own_p) else "no more than random"
         which = EXCHANGED.get(own_p, "").format(first=first)
     share, harmless = bool(readout.points), "without failing" if readout.guard is None else "without that cost"
-    moved = _said(found["reach"], reach, share, f" {terms.scale}" if terms.scale else "")
+    moved = _said(found["reach"], reach, share, terms.in_scale)
     risen = _said(found["rise"], rise, readout.guard is None, "" if readout.guard is None else _scale(readout))
     if found["reach"] < 0:
         moved += " (against the sign that it had when it was chosen)"
@@ -409,7 +409,7 @@ def _fresh(readout: Readout) -> str:
 
 def _scale(readout: Readout) -> str:
     assert readout.guard is not None
-    return f" {readout.guard.terms.scale}" if readout.guard.terms.scale else ""
+    return readout.guard.terms.in_scale
 
 
 def _said(value: float, interval: Interval, share: bool, scale: str) -> str:

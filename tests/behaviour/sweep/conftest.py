@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from dt_lens.behaviour.job import Row
 from dt_lens.behaviour.sweep.blocks import Work, run_work
 from dt_lens.behaviour.sweep.engines.engine import Event
 from dt_lens.behaviour.sweep.sweep import Sweep
-from dt_lens.behaviour.task import Row
 
 
 class Inline:

@@ -11,12 +11,12 @@ from typing import Any
 
 import cloudpickle
 
+from dt_lens.behaviour.job import Job
 from dt_lens.behaviour.sweep.blocks import Work
 from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.behaviour.sweep.engines.node import run_on_node
 from dt_lens.behaviour.sweep.fingerprint import SAMPLE, fingerprint
 from dt_lens.behaviour.sweep.plan import differing, short
-from dt_lens.behaviour.task import Job
 from dt_lens.errors import DtLensError, because
 
 __all__ = ["RayEngine"]

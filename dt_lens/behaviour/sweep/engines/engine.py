@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
+from dt_lens.behaviour.job import Job, Row
 from dt_lens.behaviour.sweep.blocks import Work
-from dt_lens.behaviour.task import Job, Row
 from dt_lens.errors import DtLensError
 
 __all__ = ["EventBuffer", "Engine", "Event"]

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 
 import cloudpickle
 
+from dt_lens.behaviour.job import Job
 from dt_lens.behaviour.sweep.blocks import Work
 from dt_lens.behaviour.sweep.engines.engine import Event, EventBuffer
 from dt_lens.behaviour.sweep.engines.worker import read_frame, write_frame
-from dt_lens.behaviour.task import Job
 from dt_lens.errors import DtLensError
 
 __all__ = ["LocalEngine"]

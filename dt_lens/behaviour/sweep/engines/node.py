@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dt_lens.behaviour.task import Job
+    from dt_lens.behaviour.job import Job
 
 __all__ = ["run_on_node"]
 
