@@ -170,6 +170,8 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
         "at_least": (rows["at_least"], {"counts": {"a": 1}, "minimum": 1}),
         "write_report": (rows["write_report"], {"path": folder / "r.html", "title": "t", "sections": []}),
         "table_html": (rows["table_html"], {"frame": table}),
+        "save_figure": (rows["save_figure"], {"figure": dt_lens.plot_overview(table), "file": folder / "figure.json",
+                                              "width": None, "height": None, "scale": None}),
         "Study": (lambda **given: rows["Study"](**given).run(),
                   {"model": make_lm("gpt2"), "out": folder / "study", "episodes": 2, "edits": 1, "seed": 0}),
         "steer": (rows["steer"], {"model": agent, "out": Path("/dev/null/steer"), "episodes": 2, "choosing": 2,
