@@ -1,6 +1,6 @@
 """Claim 3 of the court with directions as units, from a sweep of its twelve edits: part E of "What is computed again".
 
-    dt-lens sweep hopper --matrices '*.W_in,*.W_out' --sv 0,2 --edits constant --episodes 20 --out runs/claim3
+    dt-lens sweep hopper --matrices '*.W_in,*.W_out' --sv 0,2 --value constant --episodes 20 --out runs/claim3
     python benchmarks/claim3.py hopper runs/claim3
 
 Episodes that every arm has finished are used.

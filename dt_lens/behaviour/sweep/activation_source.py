@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,15 @@ class ActivationSource:
         if self._found is not None:
             for name in matrices:
                 self._found.of(find_matrix(self._model, name), self._model)
+
+    def check_edit(self, record: Mapping[str, Any]) -> None:
+        """Raise ``DtLensError`` if an edit was made with activations other than those that are given."""
+        wanted = record.get("activations")
+        if wanted and (self._found is None or self._found.digest != wanted):
+            raise DtLensError(
+                f"A given edit of {record['matrix']} was made with the activations {wanted}; give the sweep those: "
+                "activations=."
+            )
 
     def keep(self) -> None:
         """Write the activations next to the sweep's file, if they are not there yet."""

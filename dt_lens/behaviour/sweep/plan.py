@@ -15,10 +15,12 @@ __all__ = [
     "Block",
     "Plan",
     "block_size_of",
+    "edit_of",
     "identity_of",
     "merge_arms",
     "split_units",
     "summarise",
+    "sv_of",
 ]
 
 FORMAT = 3
@@ -42,7 +44,7 @@ class Arm(NamedTuple):
     layer: int | None = None
     head: int | None = None
     side: str | None = None
-    sv: int | None = None
+    sv: int | None = None  # None also for an edit of several directions
     value: str | None = None
     control: int | None = None  # the control's seed
     match: str | None = None  # what a control shares with its edit: frobenius, output
@@ -153,6 +155,18 @@ def identity_of(record: Mapping[str, Any] | None) -> str:
     return json.dumps(record, sort_keys=True)
 
 
+def edit_of(record: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The record of an edit, also from that of its control; empty for the baseline."""
+    found = record or {}
+    return found["of"] if found.get("kind") == "control" else found
+
+
+def sv_of(record: Mapping[str, Any]) -> tuple[int, ...]:
+    """The directions of an edit's record."""
+    sv = record.get("sv", ())
+    return tuple(sv) if isinstance(sv, Sequence) else (sv,)
+
+
 def merge_arms(arms: Iterable[Arm], kept: Iterable[Arm], catalogue: Sequence[str]) -> list[Arm]:
     """The arms of both, each once, ordered and numbered as in one plan of them all.
 
@@ -167,8 +181,10 @@ def merge_arms(arms: Iterable[Arm], kept: Iterable[Arm], catalogue: Sequence[str
         if arm.matrix is None or arm.side is None:
             return (-1,)
         control = arm.kind == "control", arm.match or "", arm.control or 0
-        where = named[arm.matrix], arm.directions != "plain", arm.sv, SIDES.index(arm.side), values[arm.value]
-        return (*where, *control)
+        edit = edit_of(arm.record)
+        where = named[arm.matrix], arm.directions != "plain", sv_of(edit), SIDES.index(arm.side), values[arm.value]
+        # Given edits may differ in nothing but their seed or their folding.
+        return (*where, identity_of(edit), *control)
 
     every = {identity_of(arm.record): arm for arm in (*kept, *arms)}
     ordered = sorted(every.items(), key=lambda item: place(item[1]))
@@ -187,8 +203,8 @@ def summarise(arms: Sequence[Arm]) -> dict[str, Any]:
     directions: dict[str, dict[int, None]] = {}
     controls: dict[int, int] = {}
     for arm in arms:
-        if arm.kind == "edit" and arm.matrix is not None and arm.sv is not None:
-            directions.setdefault(arm.matrix, {})[arm.sv] = None
+        if arm.kind == "edit" and arm.matrix is not None:
+            directions.setdefault(arm.matrix, {}).update(dict.fromkeys(sv_of(edit_of(arm.record))))
         elif arm.of is not None:
             controls[arm.of] = controls.get(arm.of, 0) + 1
     return {

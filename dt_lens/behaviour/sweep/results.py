@@ -16,12 +16,13 @@ import pandas as pd
 from dt_lens.arguments import local_path
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.sweep.halving import read_halving_state, rungs_of
-from dt_lens.behaviour.sweep.plan import FORMATS
+from dt_lens.behaviour.sweep.plan import FORMATS, edit_of, sv_of
 from dt_lens.behaviour.sweep.schema import decoding, named_anew, quoted, read_options
 from dt_lens.behaviour.sweep.soundness import require_sound
 from dt_lens.behaviour.sweep.store import FILE, KEPT, explain_errors
 from dt_lens.behaviour.tasks import evaluation_class, terms_in
 from dt_lens.behaviour.terms import FailureRule, Terms
+from dt_lens.edits.written import today, written_sv
 from dt_lens.errors import DtLensError, because
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, logrank, sign_flip, wilson
@@ -177,7 +178,8 @@ class SweepResults:
 
         ``kind`` (edit or control), ``of`` (a control's edit), ``matrix``, ``layer``, ``head``, ``side``, ``sv``,
         ``value``, ``directions``, ``control`` (a control's seed), ``match`` (what it shares with its edit), ``energy``
-        and ``output_energy`` (if activations are known) describe the arm. Then the number of units
+        and ``output_energy`` (if activations are known) describe the arm. An edit of several directions has no ``sv``;
+        where there is one, a column ``svs`` names them, as text: ``"0-3"``. Then the number of units
         and the mean outcome, under the task's names: ``episodes`` and ``mean_return`` of an agent, ``windows`` and
         ``mean_loss`` of a language model; ``difference`` (mean paired difference of the outcome from the unedited
         model), its interval (studentised bootstrap), ``difference_note`` (where that covers less than it says, or why
@@ -207,8 +209,9 @@ class SweepResults:
             raise DtLensError(f"confidence is {confidence!r}; it must be a number between 0 and 1, such as 0.95.")
         with self._reading() as (db, options):
             note = "trim(coalesce(note, '') || ' ' || coalesce(error, '')) AS note"
-            query = f"SELECT arm, {_columns(*PLACE, *ENERGIES)}, {note} FROM arms WHERE kind <> 'baseline' ORDER BY arm"
-            arms = pd.read_sql_query(query, db)
+            names = _columns(*PLACE, *ENERGIES, "record")
+            query = f"SELECT arm, {names}, {note} FROM arms WHERE kind <> 'baseline' ORDER BY arm"
+            arms = _with_directions(pd.read_sql_query(query, db))
             terms = terms_in(options)
             measured = _measured(db, options, terms)
             rungs = rungs_of(options)
@@ -308,7 +311,17 @@ def _counted(evaluation: Evaluation, rungs: Sequence[range], rung: int, control:
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.astype(dict.fromkeys(NUMBERS, "Int64"))
+    values = frame["value"].map(today)  # files of older versions write a number otherwise
+    return frame.assign(value=values).astype(dict.fromkeys(NUMBERS, "Int64"))
+
+
+def _with_directions(arms: pd.DataFrame) -> pd.DataFrame:
+    """The arms without their records; with a column ``svs`` if one is of several directions."""
+    with decoding():
+        found = [sv_of(edit_of(json.loads(record))) for record in arms.pop("record")]
+    if any(len(sv) > 1 for sv in found):
+        arms.insert(list(arms).index("sv") + 1, "svs", [written_sv(sv) for sv in found])
+    return arms
 
 
 def _numbers(

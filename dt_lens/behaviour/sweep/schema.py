@@ -17,6 +17,7 @@ from dt_lens.arguments import as_json
 from dt_lens.behaviour.sweep.plan import Arm
 from dt_lens.behaviour.tasks import terms_in
 from dt_lens.behaviour.terms import Measure, Terms
+from dt_lens.edits.written import today
 from dt_lens.errors import DtLensError
 
 __all__ = [
@@ -195,6 +196,8 @@ def read_options(db: sqlite3.Connection) -> dict[str, Any]:
             anew["task"] = as_json(_terms(options).to_dict())
             options = {name: value for name, value in options.items() if name not in GONE} | anew
         _require(options, NEEDED)
+        if "edits" in options:
+            options["edits"] = [today(value) for value in options["edits"]]
         _terms(options)
         if not all(map(_counts, options.get("halving") or ())):
             raise ValueError("halving")
@@ -222,7 +225,8 @@ def read_arms(db: sqlite3.Connection) -> list[Arm]:
     """
     rows = db.execute(f"SELECT arm, {', '.join(COLUMNS)} FROM arms ORDER BY arm")
     with decoding():
-        return [Arm._make((*row[:-1], None if row[-1] is None else json.loads(row[-1]))) for row in rows]
+        arms = [Arm._make((*row[:-1], None if row[-1] is None else json.loads(row[-1]))) for row in rows]
+    return [arm._replace(value=today(arm.value)) for arm in arms]
 
 
 def add_arms(db: sqlite3.Connection, arms: Sequence[Arm]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
 from dt_lens.arguments import LAST_SEED, as_list, whole_number
 from dt_lens.behaviour.sweep.halving import parse_halving
-from dt_lens.edits.written import SV, split_values
+from dt_lens.edits.control import Control
+from dt_lens.edits.edit import Edit
+from dt_lens.edits.written import SV
 from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.activations import Activations
 
@@ -25,14 +27,17 @@ class SweepSettings:
     keywords, and those that say what is run, which ``evaluate`` takes too.
 
     Args:
-        matrices: names or shell patterns, such as ``"*.W_in"``; all matrices by default.
+        matrices: names or shell patterns, such as ``"*.W_in"``; all matrices by default, or none beside given
+            ``edits``.
         sv: which singular directions of each matrix, one edit per direction: an index, ``"0-9"``, ``"all"``, or a
             sequence of these; negative ones count from the smallest sigma.
-        sides: which sides are edited, such as ``["write"]``; by default every side on the residual stream, and only one
-            of them if the edit scales sigma, which is the same edit on each.
-        edits: what the singular vector becomes: values of ``SingularEdit``, numbers or ``"scale:0.5"``, and directions
-            of embeddings, by a label or the number of its row: ``"replace:action_out:thigh_joint torque"`` and
-            ``"towards:action_out:thigh_joint torque:30"``.
+        side: which sides are edited, such as ``"write"``, or several; by default every side on the residual stream, and
+            only one of them if the edit scales sigma, which is the same edit on each. ``sides`` is another name for it.
+        value: what the singular vector becomes, ``"constant"`` by default: a value of ``SingularEdit`` or several, as
+            objects or as text, ``[0.5, "replace:action_out:thigh_joint torque"]`` or ``"zero,flip"``. A tuple
+            ``("action_out", "thigh_joint torque")`` is one value.
+        edits: edits of your own, not in force, each an arm with controls: ``[SingularEdit(...)]``, or what
+            ``load_edits`` gives. Values are taken here too, as before ``value`` was there.
         controls: random edits of the same size per edit: ``edit.control(seed)``, ``edit.control(seed + 1)``, ...
         control_match: what a control has in common with its edit: ``"frobenius"``, the norm of the change, or
             ``"output"``, that and the output energy on the model's own inputs.
@@ -56,8 +61,9 @@ class SweepSettings:
 
     matrices: Sequence[str] | str | None = None
     sv: SV = 0
-    sides: Sequence[str] | str | None = None
-    edits: Sequence[Any] | str | float = ("constant",)
+    side: Sequence[str] | str | None = None
+    value: Any = None
+    edits: Any = None
     controls: int = 0
     control_match: str = "frobenius"
     directions: str = "plain"
@@ -68,8 +74,9 @@ class SweepSettings:
     halving: str | int | Sequence[int] | None = None
     baseline: bool = True
     fold_layernorm: bool = True
+    sides: InitVar[Sequence[str] | str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, sides: Sequence[str] | str | None) -> None:
         for name in ("controls", "seed"):
             self._keep(name, whole_number(getattr(self, name), name, 0))
         for name in ("units", "block_size"):
@@ -89,15 +96,39 @@ class SweepSettings:
                     if isinstance(word, str)
                     else f"{name} is {a_type(word)}; it must be one of {', '.join(words)}."
                 )
-        self._keep("edits", split_values(self.edits) if isinstance(self.edits, str) else as_list(self.edits))
-        if not self.edits:
-            raise DtLensError("edits is empty; give at least one value, such as constant.")
-        for name in ("matrices", "sides"):
+        if sides is not None:
+            if self.side is not None:
+                raise DtLensError("side was given twice, once as sides; give it once.")
+            self._keep("side", sides)
+        self._sort_edits()
+        for name in ("matrices", "side"):
             if getattr(self, name) is not None:
                 self._keep(name, as_list(getattr(self, name)))
         patterns = self.matrices
         if patterns is not None and not (patterns and all(isinstance(pattern, str) for pattern in patterns)):
             raise DtLensError(f"matrices is {patterns!r}; it must be names or patterns, such as '*.W_in'; None is all.")
+
+    def _sort_edits(self) -> None:
+        """Keep edits as a list, and values, which ``edits`` may be too, as ``value``."""
+        if self.edits is None:
+            return
+        given = as_list(self.edits)
+        edits = [edit for edit in given if isinstance(edit, Edit)]
+        if not edits:
+            if not given:
+                raise DtLensError("edits is empty; give at least one edit, or leave it out.")
+            if self.value is not None:
+                raise DtLensError("edits holds values, and value was given too; give the values once, as value.")
+            self._keep("value", self.edits if isinstance(self.edits, str) else given)
+            self._keep("edits", None)
+            return
+        for edit in given:
+            if not isinstance(edit, Edit) or isinstance(edit, Control):
+                raise DtLensError(
+                    f"edits holds {a_type(edit)}; it must be a list of edits, such as SingularEdit makes, and a sweep "
+                    "makes their controls itself."
+                )
+        self._keep("edits", edits)
 
     def _keep(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

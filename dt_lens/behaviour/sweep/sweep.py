@@ -89,12 +89,12 @@ class Sweep:
     ) -> None:
         if settings is not None and not isinstance(settings, SweepSettings):
             raise DtLensError(f"settings is {a_type(settings)}; it must be a SweepSettings.")
-        own = [field.name for field in fields(SweepSettings)]
+        own = [*(field.name for field in fields(SweepSettings)), "sides"]
         for name in options:
             if name not in own and name not in KNOWN:
                 raise TypeError(f"Sweep() has no option {name!r}." + nearest(name, (*own, *KNOWN)))
-        self.settings = asked = replace(
-            settings or SweepSettings(), **{name: value for name, value in options.items() if name in own}
+        self.settings = asked = _changed(
+            settings or SweepSettings(), {name: value for name, value in options.items() if name in own}
         )
         if workers is not None:
             whole_number(workers, "workers", 1)
@@ -136,6 +136,8 @@ class Sweep:
             model, self.task, self.file, asked.activations, needed=asked.needs_activations, seed=asked.seed
         )
         self._source.check(list(dict.fromkeys(arm.matrix for arm in self._arms if arm.matrix is not None)))
+        for edit in asked.edits or ():
+            self._source.check_edit(edit.to_dict())
 
     @property
     def plan(self) -> Plan:
@@ -219,6 +221,17 @@ class Sweep:
     def evaluations(self) -> dict[int, Evaluation]:
         """An ``Evaluation`` for every arm that has outcomes, by its number in the table."""
         return self.results.evaluations()
+
+
+def _changed(settings: SweepSettings, options: dict[str, Any]) -> SweepSettings:
+    """The settings with some replaced; ``sides`` and values given as ``edits`` are other names."""
+    if options.get("sides") is not None and options.get("side") is None:
+        settings = replace(settings, side=None)
+    if options.get("edits") is not None and options.get("value") is None:
+        given = SweepSettings(edits=options["edits"])
+        if given.edits is None:
+            settings = replace(settings, value=None)
+    return replace(settings, **options)
 
 
 def _with_rungs(task: Task, units: range, settings: SweepSettings) -> range:

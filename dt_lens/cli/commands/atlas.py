@@ -16,7 +16,7 @@ from dt_lens.cli.output import print_table, progress
 
 def atlas(
     model: Model,
-    sweep: Annotated[Path, typer.Option(help="Folder of a sweep that removed directions (--edits zero).")],
+    sweep: Annotated[Path, typer.Option(help="Folder of a sweep that removed directions (--value zero).")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for atlas.html and its tables; the sweep's by default.")
     ] = None,

@@ -14,10 +14,11 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    EditMatrices,
+    EditsFrom,
     Environment,
     Failure,
     Given,
-    Matrices,
     MaxSteps,
     Model,
     Raw,
@@ -25,6 +26,7 @@ from dt_lens.cli.options import (
     Target,
     Text,
     Workers,
+    edits_of,
     load_model,
     split,
     task_options,
@@ -54,21 +56,40 @@ LINE_SECONDS = 10.0  # between lines of a log
 
 def sweep(
     model: Model,
-    matrices: Matrices = None,
+    matrices: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated names or patterns, such as '*.W_in,*.OV.*'; all matrices by default, or none beside "
+            "--edit or --edits-from."
+        ),
+    ] = None,
     sv: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            help="Singular directions, one edit each: comma-separated indices and ranges, such as 0,1 or 0-9, or all; "
-            "negative indices count from the smallest sigma."
+            help="Singular directions of --matrices, one edit each: comma-separated indices and ranges, such as 0,1 or "
+            "0-9 (both ends included), or all; --sv=-1 is the last. 0 by default. The directions of --edit are edited "
+            "together."
         ),
-    ] = "0",
-    edits: Annotated[
-        str,
+    ] = None,
+    value: Annotated[
+        list[str] | None,
         typer.Option(
-            help="What the singular vector becomes, comma-separated: constant, zero, flip, random, scale:0.5, "
-            "replace:EMBEDDING:LABEL, towards:EMBEDDING:LABEL:DEGREES."
+            help="What the singular vector becomes: constant (the default), zero, flip, random, a number that "
+            "multiplies sigma, replace:EMBEDDING:LABEL, towards:EMBEDDING:LABEL:DEGREES, or the JSON of a record's "
+            "value; several with commas, or repeated."
         ),
-    ] = "constant",
+    ] = None,
+    side: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The sides to edit, such as read,write; all sides on the residual stream by default. Of --edit as for "
+            "evaluate."
+        ),
+    ] = None,
+    edit: EditMatrices = None,
+    edits_from: EditsFrom = None,
+    edits: Annotated[str | None, typer.Option(hidden=True, help="Another name for --value.")] = None,
+    sides: Annotated[str | None, typer.Option(hidden=True, help="Another name for --side.")] = None,
     controls: Annotated[int, typer.Option(min=0, help="Number of random edits of the same size for each edit.")] = 0,
     control_match: Annotated[
         str,
@@ -85,12 +106,6 @@ def sweep(
     ] = "plain",
     activations: Annotated[
         Path | None, typer.Option(help="A file of dt-lens activations; collected when needed by default.")
-    ] = None,
-    sides: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated sides to edit, such as read,write; all sides on the residual stream by default."
-        ),
     ] = None,
     episodes: Annotated[
         int | None, typer.Option(min=1, help="Episodes of each arm, all over the same seeds; 20 by default.")
@@ -133,13 +148,21 @@ def sweep(
 ) -> None:
     """Edit many directions, each with its controls, over the same units, and store everything in one SQLite file.
 
-    A run that was stopped in any way resumes when started again with the same options. With more matrices, directions,
-    edits, controls, episodes or windows, it runs only the new ones.
+    The edits are every direction of --matrices with every --value, and those of --edit or --edits-from. A run that was
+    stopped in any way resumes when started again with the same options. With more matrices, directions, values, edits,
+    controls, episodes or windows, it runs only the new ones.
     """
     if engine not in ("local", "ray"):
         raise DtLensError(f"--engine is {engine!r}; it must be local or ray.")
     if address is not None and engine != "ray":
         raise DtLensError("--address is the address of a Ray cluster; give --engine ray with it.")
+    value = _one_name("value", value, "edits", edits)
+    side = _one_name("side", side, "sides", sides)
+    if edit and matrices and any(given is not None and len(given) > 1 for given in (sv, value, side)):
+        raise DtLensError(
+            "With --edit and --matrices together, several --sv, --value or --side may belong to either; give one of "
+            "each for both, or the edits in a file with --edits-from."
+        )
     folder = out or Path("dt-lens-sweep") / Path(model).name
     require_writable(folder / "sweep.sqlite", table)
     with _long_progress() as tell:
@@ -148,11 +171,17 @@ def sweep(
         from dt_lens.behaviour.sweep.settings import SweepSettings
         from dt_lens.behaviour.sweep.sweep import Sweep
 
+        if edits_from and matrices:  # then these are of the matrices
+            given_edits = edits_of(loaded, None, None, None, None, edits_from, raw=False, seed=seed)
+        else:
+            own = (sv, side, value) if edit or edits_from else (None, None, None)
+            given_edits = edits_of(loaded, edit, *own, edits_from, raw=raw and bool(edit or edits_from), seed=seed)
         settings = SweepSettings(
             matrices=split(matrices, "matrices"),
-            sv=sv,
-            sides=split(sides, "sides"),
-            edits=split(edits, "edits") or [],
+            sv=sv or 0,
+            side=[part for text in side for part in split(text, "side") or ()] if side else None,
+            value=value,
+            edits=given_edits or None,
             controls=controls,
             control_match=control_match,
             directions=directions,
@@ -202,6 +231,13 @@ def sweep(
             f"{status['failed']} blocks could not be run ({failures[0].rstrip('.')}); "
             "run the same command again to retry them."
         )
+
+
+def _one_name(name: str, given: list[str] | None, old: str, text: str | None) -> list[str] | None:
+    """An option that also has an old name."""
+    if given and text is not None:
+        raise DtLensError(f"--{old} is another name for --{name}; give one of them.")
+    return [text] if text is not None else given
 
 
 def _engine(name: str, address: str | None, workers: int | None) -> Engine | None:

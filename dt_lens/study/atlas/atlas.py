@@ -10,10 +10,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.behaviour.evaluation import Evaluation
+from dt_lens.behaviour.sweep.arms import is_of_sweep
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import identity_of, terms_in
 from dt_lens.behaviour.terms import FailureRule
 from dt_lens.edits.singular import SingularEdit
+from dt_lens.edits.written import today
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.matrices import Snapshot, find_matrix
 from dt_lens.statistics.outcomes import bootstrap_interval, sign_flip
@@ -78,7 +80,10 @@ def make_atlas(
         raise DtLensError(f"The sweep has no {terms.units} of the unedited {terms.actor}; run it with a baseline.")
     terms = baseline.terms
     table = results.table(failure=failure)
-    edits = table[(table["kind"] == "edit") & (table["value"] == value)].drop_duplicates(["matrix", "sv", "directions"])
+    folded = bool(results.options["fold_layernorm"])
+    edits = table[(table["kind"] == "edit") & (table["value"] == today(value)) & table["sv"].notna()]
+    edits = edits.drop(_other_folding(edits.index, evaluations, model, folded))
+    edits = edits.drop_duplicates(["matrix", "sv", "directions"])
     plain, weighted = (edits[edits["directions"] == which] for which in ("plain", "activation"))
     if plain.empty:
         known = ", ".join(dict.fromkeys(table["value"] if edits.empty else edits["directions"] + " directions"))
@@ -93,7 +98,6 @@ def make_atlas(
     if halving:  # it selects by damage, and runs no controls for what it stops
         directions[["damage_odd", "damage_even", "beyond_odd", "beyond_even"]] = np.nan
         awaited = plain[(plain["rung"] == len(halving)) | plain["p_value"].isna()]
-    folded = bool(results.options["fold_layernorm"])
     svd = WeightSVD(model, fold_layernorm=folded)
     directions = _described(directions, svd, activations)
     directions, columns, untrained = _matched(directions, svd, seed)
@@ -116,6 +120,16 @@ def make_atlas(
         large,
         _tried(model, directions, columns),
     )
+
+
+def _other_folding(arms: pd.Index, evaluations: dict[int, Evaluation], model: Any, folded: bool) -> list[int]:
+    """The arms whose directions are counted otherwise than the sweep's: edits that were given to it."""
+    bare, found = Snapshot.of(model), []
+    for arm in arms:
+        record = evaluations[arm].edits[0] if arm in evaluations else None
+        if record is not None and not is_of_sweep(record, find_matrix(bare, record["matrix"]), folded):
+            found.append(arm)
+    return found
 
 
 def _swept_with(results: SweepResults, given: Any) -> Any:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from dt_lens.arguments import as_json, read_checked_json, write_checked_json
 from dt_lens.behaviour.evaluation import Evaluation
-from dt_lens.behaviour.sweep.arms import scales_sigma
+from dt_lens.behaviour.sweep.arms import is_of_sweep, scales_sigma
+from dt_lens.behaviour.sweep.plan import sv_of
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.store import FILE
 from dt_lens.behaviour.sweep.sweep import Sweep
@@ -148,16 +149,14 @@ class Rollouts:
         names = [m.name for m in matrices]
         folds = any(m.foldable for m in matrices)
         share = 0.7 if folds else 1.0
-        main = self._sweep(
-            "folded", tell, (0.0, share), matrices=names, sv=directions, edits=EDIT, controls=1, sides=None
-        )
+        main = self._sweep("folded", tell, (0.0, share), matrices=names, sv=directions, value=EDIT, controls=1)
         # The folder may hold more units, from a longer run.
         baseline, edits = measured_edits(main, self.model, units=self.units)
         if not folds:
             return MeasuredEdits(baseline, edits, [edit for edit in edits if edit.kind == "W_in"], folded=False)
         inward = [m.name for m in matrices if m.kind == "W_in"]
         raw = self._sweep(
-            "raw", tell, (share, 1.0), matrices=inward, sv=directions, edits=EDIT, controls=0, baseline=False,
+            "raw", tell, (share, 1.0), matrices=inward, sv=directions, value=EDIT, controls=0, baseline=False,
             fold_layernorm=False,
         )  # fmt: skip
         return MeasuredEdits(baseline, edits, measured_edits(raw, self.model, baseline, self.units)[1])
@@ -224,13 +223,15 @@ def measured_edits(
         if record["kind"] != "singular" or record.get("activations"):  # the unedited model, a control, other directions
             continue
         beside = [whole[control].outcomes for control in controls.get(arm, ()) if control in whole]
-        (sv,) = record["sv"] if isinstance(record["sv"], list) else [record["sv"]]
+        matrix = find_matrix(bare, record["matrix"])
+        if not is_of_sweep(record, matrix, bool(results.options["fold_layernorm"])):
+            continue
         edits.append(
             MeasuredEdit(
-                record["matrix"],
-                find_matrix(bare, record["matrix"]).kind,
+                matrix.name,
+                matrix.kind,
                 record["side"],
-                int(sv),
+                int(sv_of(record)[0]),
                 load_edit(model, record).energy,
                 record,
                 found.outcomes,

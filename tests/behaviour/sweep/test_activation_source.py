@@ -132,7 +132,7 @@ def test_directions_by_their_output_and_towards_labels(make_sweep: Make, remembe
         (["action_out", None], "text, or the number of its row, not None"),
         (["action_out", 1.5], "text, or the number of its row, not 1.5"),
         (["action_out", 0, True], "a number of degrees"),
-        ([0.1, 0.2, 0.3], "must be .name, label"),
+        ([], "must be .name, label"),
         ("replace:action_out:²", "no label '²'"),
         (True, "value is True"),
     ],

@@ -98,7 +98,7 @@ def test_an_edit_that_only_scales_sigma_is_measured_on_one_side(make_sweep: Make
         return [(arm.value, arm.side) for arm in arms if arm.kind == "edit"]
 
     both = [("constant", "read"), ("constant", "write")]
-    assert edits() == [("zero", "read"), ("flip", "read"), ("scale:2", "read"), *both]
+    assert edits() == [("zero", "read"), ("flip", "read"), ("2", "read"), *both]
     assert len(edits(sides=["read", "write"])) == 8  # where both sides are named
 
 
@@ -124,7 +124,10 @@ def test_an_edit_that_only_scales_sigma_is_measured_on_one_side(make_sweep: Make
         ({"seed": 2**63 - 7, "controls": 9}, "below 2..63"),
         ({"sv": 1.5}, "sv holds '1.5'"),
         ({"sv": None}, "sv holds 'None'"),
-        ({"edits": None}, "value is None"),
+        ({"edits": [None]}, "value is None"),
+        ({"value": " , ", "edits": None}, "value is empty"),
+        ({"value": "zero", "edits": "flip"}, "give the values once, as value"),
+        ({"side": "read", "sides": "read"}, "side was given twice"),
         ({"sides": 5}, "has no side 5"),
         ({"matrices": 3}, r"matrices is \[3\]; it must be names"),
         ({"matrices": []}, r"matrices is \[\]; it must be names"),

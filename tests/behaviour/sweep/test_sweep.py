@@ -47,7 +47,7 @@ def test_the_table_is_what_evaluate_and_compare_say(make_sweep: Make, inline: Ma
     same(sweep.results.baseline().to_frame(), baseline.to_frame(), check_exact=True)
     evaluations = sweep.evaluations()
     for arm, row in table.iterrows():
-        value = {"zero": "zero", "scale:2": 2.0}[row["value"]]
+        value = {"zero": "zero", "2": 2.0}[row["value"]]
         edit = SingularEdit(agent, row["matrix"], row["sv"], side=row["side"], value=value, seed=3)
         edit = edit if row["kind"] == "edit" else edit.control(row["control"])
         with edit:
@@ -321,7 +321,7 @@ def test_after_a_full_disk_it_resumes(
 def test_an_edit_that_cannot_be_put_in_force_is_noted(make_sweep: Make, remembering: Make) -> None:
     sweep = make_sweep(edits="scale:1,zero", controls=0).run(engine=remembering(2))
     table = sweep.table()
-    void = table[table["value"] == "scale:1"]
+    void = table[table["value"] == "1"]
     assert void["note"].str.contains("changes no bit of the weights").all()
     assert (void["episodes"] == 0).all() and void["difference"].isna().all()
     assert (table.loc[table["value"] == "zero", "episodes"] == 6).all()
