@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, because
 from dt_lens.report.spectra import best_matches, q_text
 from dt_lens.report.style import columns_of, empty, finish, natural, plain
 
@@ -30,6 +30,7 @@ def scan_heatmap(
     alpha: float = 0.05,
     limit: float | None = None,
     trained: bool = True,
+    title: str = "",
 ) -> go.Figure:
     """The cosines of one matrix's singular directions with one embedding's directions.
 
@@ -45,11 +46,12 @@ def scan_heatmap(
         limit: the colour range is ``±limit``; by default the largest absolute cosine, at least 0.1. Give the same
             limit to figures that will be compared.
         trained: false for an output head that had no loss: the figure is then grey, for what it shows is chance.
+        title: the figure's title; matrix and embedding by default.
 
     Raises:
         DtLensError: if the q values or sigmas do not fit the cosines.
     """
-    title = " × ".join(part for part in (matrix, embedding) if part) or "Cosines"
+    title = title or " × ".join(part for part in (matrix, embedding) if part) or "Cosines"
     if cosines.empty:
         return empty(title, "There are no directions to compare.")
     values = cosines.to_numpy(dtype=np.float64)
@@ -211,7 +213,10 @@ def _significant(
     q = np.full(values.shape, np.nan)
     if q_values is None:
         return np.zeros(values.shape, dtype=bool), q
-    given = q_values.to_numpy(dtype=np.float64)
+    try:
+        given = q_values.to_numpy(dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DtLensError(f"The q values must be numbers: {because(error)}.") from error
     if given.shape == values.shape:
         q[:] = given
     elif given.shape == (len(values), 1):

@@ -7,14 +7,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dt_lens.arguments import atomic_write, is_finite_number, local_path, require_offers, whole_number
+from dt_lens.arguments import atomic_write, is_finite_number, local_path, require_offers
 from dt_lens.errors import DtLensError, because
+from dt_lens.report.options import LARGEST, sized
 
 __all__ = ["save_figure"]
 
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 WIDTH, HEIGHT = 700, 450  # plotly's own
-LARGEST = 16_000  # pixels on a side: browsers draw no larger image
 
 
 def save_figure(
@@ -59,17 +59,13 @@ def save_figure(
         raise DtLensError(f"scale is {scale!r}; it must be a number above 0, such as 2.")
     if scale is not None and kind not in IMAGES:
         raise DtLensError(f"scale is for images, and {path} is none; leave it out.")
-    for name, size in (("width", width), ("height", height)):
-        if size is not None:
-            whole_number(size, name, 10, LARGEST)
-    sized = go.Figure(figure)  # a copy: the caller's keeps its size
-    sized.update_layout({name: size for name, size in (("width", width), ("height", height)) if size is not None})
-    drawn = _image(sized, path, kind, 1.0 if scale is None else float(scale)) if kind in IMAGES else b""
+    figure = sized(go.Figure(figure), width, height)  # a copy: the caller's keeps its size
+    drawn = _image(figure, path, kind, 1.0 if scale is None else float(scale)) if kind in IMAGES else b""
     with atomic_write(path) as part:
         if kind == ".html":
-            part.write_text(sized.to_html(include_plotlyjs=True), encoding="utf-8")
+            part.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
         elif kind == ".json":
-            part.write_text(sized.to_json(), encoding="utf-8")
+            part.write_text(figure.to_json(), encoding="utf-8")
         else:
             part.write_bytes(drawn)
     return path

@@ -87,6 +87,7 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
     evaluation = AgentEvaluation.from_outcomes(outcomes, environment="Pendulum-v1", target_return=1.0, time_limit=5)
     x, ended = [1.0, 2.0, 3.0, 5.0], [True, False, True, True]
     edit = dt_lens.SingularEdit(model, "blocks.0.mlp.W_in")
+    drawn: dict[str, Any] = {"title": None, "width": None, "height": None}
     few: dict[str, Any] = {"episodes": 2, "seed": 0, "max_steps": 3}
     rows = {name: public()[name] for name in public()}
     say: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -123,13 +124,16 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
         "ModelChanges.most_changed": (changes.most_changed, {"count": 2}),
         "ModelChanges.directions": (changes.directions, {"matrix": "blocks.0.mlp.W_in", "least": 0.5, "rank": 2}),
         "ModelChanges.change": (changes.change, {"matrix": "blocks.0.mlp.W_in", "k": 2}),
-        "ModelChanges.plot": (changes.plot, {"what": "change"}),
+        "ModelChanges.plot": (changes.plot, {"what": "change", "value": "relative_change", "n": 2, **drawn}),
         "write_page": (rows["write_page"], {"changes": changes, "folder": folder / "page", "command": ""}),
-        "plot_spectrum": (dt_lens.plot_spectrum, {"svd": svd, "matrices": "*.W_in"}),
+        "plot_spectrum": (dt_lens.plot_spectrum, {"svd": svd, "matrices": "*.W_in", "k": 3, "scale": "log",
+                                                  "tolerance": 1e-6, **drawn}),
         "plot_heatmap": (dt_lens.plot_heatmap, {"svd": svd, "matrix": "blocks.0.mlp.W_in", "embedding": "action_out",
-                                                "side": None, "directions": 4}),
-        "plot_overview": (dt_lens.plot_overview, {"table": table}),
-        "plot_sigma_against_cosine": (dt_lens.plot_sigma_against_cosine, {"table": table}),
+                                                "side": None, "k": 4, "n": 2, "q_values": None, "alpha": 0.05,
+                                                "limit": None, **drawn}),
+        "plot_overview": (dt_lens.plot_overview, {"table": table, "value": "z", "alpha": 0.05, **drawn}),
+        "plot_sigma_against_cosine": (dt_lens.plot_sigma_against_cosine, {"table": table, "colour": "kind",
+                                                                          "alpha": 0.05, **drawn}),
         "bundled": (rows["bundled"], {}),
         "adapter_names": (rows["adapter_names"], {}),
         "named_adapter": (rows["named_adapter"], {"adapter": "kzl"}),

@@ -16,6 +16,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import ProgressCallback, reporting
+from dt_lens.report.options import require_word, sized, titled
 from dt_lens.svd.decomposition import Decomposition, common_boundary, rounding_noise
 from dt_lens.svd.pairings import is_natural
 from dt_lens.svd.solvers import decompose
@@ -238,22 +239,48 @@ class ModelChanges:
             (self._a, self._b), pair, embedding, side, by=by, k=together, n=n, folded=self.folded, owner=embeddings
         )
 
-    def plot(self, what: Literal["change", "spectra", "angles"] = "change", **options: Any) -> go.Figure:
-        """A plotly figure: ``"change"``, the relative change by layer and kind of matrix; ``"spectra"``, how the sigmas
-        of the most changed matrices moved; ``"angles"``, how far the leading subspaces turned.
+    def plot(
+        self,
+        what: Literal["change", "spectra", "angles"] = "change",
+        *,
+        value: str = "relative_change",
+        n: int = 8,
+        title: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """A figure of what changed.
+
+        Args:
+            what: ``"change"``, how much each matrix changed, by layer and kind; ``"spectra"``, how the sigmas of the
+                most changed matrices moved; ``"angles"``, how far the leading subspaces turned.
+            value: of ``"change"``: the column of ``table`` that is shown.
+            n: of ``"spectra"``: how many matrices at most.
+            title: of the figure, in place of its own.
+            width, height: of the figure in pixels, in place of its own; one without a width is as wide as the page.
+
+        Returns:
+            a plotly ``Figure``.
 
         Raises:
-            DtLensError: for another ``what``.
+            DtLensError: for another ``what``, a column that the table lacks or that holds no numbers, or an option that
+                is none.
         """
         from dt_lens.svd.two_models import figures
 
+        require_word(what, "what", ("change", "spectra", "angles"))
+        most = whole_number(n, "n", 1)
         if what == "spectra":
-            return figures.spectra_shift(self.spectra, names=self.names, **options)
-        if what == "angles":
-            return figures.angle_heatmap(self.table, **options)
-        if what == "change":
-            return figures.change_heatmap(self.table, **options)
-        raise DtLensError(f"Unknown plot {what!r}; known are 'change', 'spectra' and 'angles'.")
+            title = titled(title, "How the singular values moved")
+            made = figures.spectra_shift(self.spectra, names=self.names, most=most, title=title)
+        elif what == "angles":
+            made = figures.angle_heatmap(self.table, title=titled(title, "How far the leading subspaces turned"))
+        else:
+            numbers = [str(name) for name in self.table if pd.api.types.is_float_dtype(self.table[name])]
+            require_word(value, "value", numbers)
+            title = titled(title, "How much every matrix changed")
+            made = figures.change_heatmap(self.table, value=value, title=title)
+        return sized(made, width, height)
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table."""

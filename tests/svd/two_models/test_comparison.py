@@ -306,7 +306,7 @@ def test_other_mistakes(make_dt: Make) -> None:
     ):
         with pytest.raises(DtLensError, match=needed):
             found.labels("blocks.0.mlp.W_in", "state_in", **options)
-    with pytest.raises(DtLensError, match="Unknown plot 'x'"):
+    with pytest.raises(DtLensError, match="what is 'x'; it must be 'change', 'spectra' or 'angles'"):
         found.plot("x")
 
 

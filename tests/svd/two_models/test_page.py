@@ -64,7 +64,7 @@ def test_spectra_that_moved_are_drawn_most_first(comparison: Any) -> None:
     before, after, _ = comparison.spectra[first.name]
     np.testing.assert_allclose(first.y, (after - before) / before[0])
     assert "&lt;after&gt;" in figure.layout.title.subtitle.text or "&amp;lt;after" in figure.layout.title.subtitle.text
-    assert len(comparison.plot("spectra", most=1).data) == 1
+    assert len(comparison.plot("spectra", n=1).data) == 1
 
 
 def test_nothing_to_draw_is_said(make_dt: Make) -> None:
