@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from dt_lens.arguments import is_finite_number
 from dt_lens.errors import DtLensError, nearest
+from dt_lens.lens.matrices import Structure
+from dt_lens.lens.placement import Placed
 
 __all__ = ["HEADS", "Activation", "HookedDecisionTransformerConfig", "Normalization", "Position"]
 
@@ -29,7 +31,7 @@ FLAGS = (
 
 
 @dataclass(frozen=True)
-class HookedDecisionTransformerConfig:
+class HookedDecisionTransformerConfig(Placed):
     """The shape and the options of a decision transformer.
 
     Sizes are counts of features; ``n_ctx`` counts environment steps (a step is three tokens: return-to-go, state,
@@ -150,6 +152,19 @@ class HookedDecisionTransformerConfig:
     def attn_only(self) -> bool:
         """False: every block has an MLP. TransformerLens's name."""
         return False
+
+    @property
+    def structure(self) -> Structure:
+        """Blocks, heads, and which LayerNorm stands before which matrix."""
+        layers, pre = range(self.n_layers), self.normalization == "pre"
+        return Structure(
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            d_model=self.d_model,
+            attn_scale=tuple(self.attn_scale(layer) for layer in layers),
+            attn_norm=tuple(f"blocks.{layer}.ln1" if pre else None for layer in layers),
+            mlp_norm=tuple(f"blocks.{layer}.ln2" if pre else None for layer in layers),
+        )
 
     def attn_scale(self, layer: int) -> float:
         """The factor that attention scores of ``layer`` are multiplied by."""

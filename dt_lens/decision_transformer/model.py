@@ -28,6 +28,7 @@ from dt_lens.decision_transformer.sharing import SharingModule
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.lens.hooks import HookPoint, copy_edits
+from dt_lens.lens.in_place import seen
 from dt_lens.lens.matrices import Structure
 
 __all__ = ["DecisionTransformerOutput", "HookedDecisionTransformer"]
@@ -107,8 +108,7 @@ class LayerNorm(nn.Module):
         self.w = nn.Parameter(torch.ones(d_model))
         self.b = nn.Parameter(torch.zeros(d_model))
         self.eps = eps
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
+        self.hook_scale, self.hook_normalized = HookPoint(), HookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.hook_scale.has_hooks() or self.hook_normalized.has_hooks()):
@@ -130,18 +130,19 @@ class Attention(nn.Module):
         # GPT-2's initialisation: weights that write to the stream start smaller the more of them there are.
         self.W_O = _parameter(cfg.n_heads, cfg.d_head, cfg.d_model, std=0.02 / (2 * cfg.n_layers) ** 0.5)
         self.b_O = _parameter(cfg.d_model, std=0.0)
-        self.scale = cfg.attn_scale(layer)
-        self.dropout = cfg.attn_dropout
+        self.scale, self.dropout = cfg.attn_scale(layer), cfg.attn_dropout
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     def _project(self, x: Tensor, W: Tensor, b: Tensor) -> Float[Tensor, "batch token n_heads d_head"]:
+        if x.ndim == 4:  # each head reads a copy of its own
+            return einsum(x, W, "batch token head d_model, head d_model e -> batch token head e") + b
         flat = F.linear(x, rearrange(W, "head d_model d_head -> (head d_head) d_model"), rearrange(b, "h e -> (h e)"))
         return rearrange(flat, "batch token (head d_head) -> batch token head d_head", head=W.shape[0])
 
     def forward(
-        self, x: Float[Tensor, "batch token d_model"], allowed: Bool[Tensor, "batch 1 query key"] | None
+        self, x: Float[Tensor, "batch token *head d_model"], allowed: Bool[Tensor, "batch 1 query key"] | None
     ) -> Float[Tensor, "batch token d_model"]:
         q = self.hook_q(self._project(x, self.W_Q, self.b_Q))
         k = self.hook_k(self._project(x, self.W_K, self.b_K))
@@ -201,23 +202,33 @@ class Block(nn.Module):
 
     def __init__(self, cfg: HookedDecisionTransformerConfig, layer: int) -> None:
         super().__init__()
-        self.normalization = cfg.normalization
-        self.dropout = cfg.resid_dropout
+        self.normalization, self.dropout = cfg.normalization, cfg.resid_dropout
         self.ln1, self.ln2 = (
             nn.Identity() if cfg.normalization == "none" else LayerNorm(cfg.d_model, cfg.eps) for _ in range(2)
         )
         self.attn = Attention(cfg, layer)
         self.mlp = MLP(cfg)
         self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
-        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+        self.hook_attn_in, self.hook_attn_out, self.hook_mlp_in, self.hook_mlp_out = (HookPoint() for _ in range(4))
 
     def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
         x = self.hook_resid_pre(x)
         if self.normalization == "post":
-            x = self.hook_resid_mid(self.ln1(x + self._attn_out(x, allowed)))
-            return self.hook_resid_post(self.ln2(x + self._mlp_out(x)))
-        x = self.hook_resid_mid(x + self._attn_out(self.ln1(x), allowed))
-        return self.hook_resid_post(x + self._mlp_out(self.ln2(x)))
+            x = self.hook_resid_mid(self.ln1(x + self._attn_out(self._attn_in(x), allowed)))
+            return self.hook_resid_post(self.ln2(x + self._mlp_out(self._mlp_in(x))))
+        x = self.hook_resid_mid(x + self._attn_out(self.ln1(self._attn_in(x)), allowed))
+        return self.hook_resid_post(x + self._mlp_out(self.ln2(self._mlp_in(x))))
+
+    def _attn_in(self, x: Tensor) -> Tensor:
+        """The stream as attention reads it: ``[batch, token, d_model]``, or with a head's axis if a hook changes it."""
+        if not self.hook_attn_in.has_hooks():
+            return x
+        copies = repeat(x, "n t d -> n t head d", head=self.attn.W_Q.shape[0]).clone()
+        given = seen(self.hook_attn_in, copies)
+        return x if given is copies else given
+
+    def _mlp_in(self, x: Tensor) -> Tensor:
+        return self.hook_mlp_in(x.clone()) if self.hook_mlp_in.has_hooks() else x
 
     def _attn_out(self, x: Tensor, allowed: Tensor | None) -> Tensor:
         return self.hook_attn_out(F.dropout(self.attn(x, allowed), self.dropout, self.training))
@@ -241,13 +252,10 @@ class HookedDecisionTransformer(ActionAttribution, SharingModule):
 
     Attributes:
         facts: what a rollout needs and weights do not hold: environment, normalisation, target returns, labels.
-        original: the user's own model if this one shares its memory, so that an edit here is seen there.
-        reference: the original's activations under canonical names, against which ``certify`` checks the weights.
     """
 
     kind = "decision transformer"
     can_run = can_act = True
-    cfg: HookedDecisionTransformerConfig
 
     def __init__(self, cfg: HookedDecisionTransformerConfig, state_encoder: nn.Module | None = None) -> None:
         require_offers(cfg, "cfg", "a HookedDecisionTransformerConfig", "d_model", "n_layers", "predicts")
@@ -282,15 +290,7 @@ class HookedDecisionTransformer(ActionAttribution, SharingModule):
     @property
     def structure(self) -> Structure:
         """Blocks, heads, and which LayerNorm stands before which matrix."""
-        cfg, pre = self.cfg, self.cfg.normalization == "pre"
-        return Structure(
-            n_layers=cfg.n_layers,
-            n_heads=cfg.n_heads,
-            d_model=cfg.d_model,
-            attn_scale=tuple(cfg.attn_scale(layer) for layer in range(cfg.n_layers)),
-            attn_norm=tuple(f"blocks.{layer}.ln1" if pre else None for layer in range(cfg.n_layers)),
-            mlp_norm=tuple(f"blocks.{layer}.ln2" if pre else None for layer in range(cfg.n_layers)),
-        )
+        return self.cfg.structure  # type: ignore[no-any-return]
 
     @property
     def embeddings(self) -> EmbeddingRegistry:

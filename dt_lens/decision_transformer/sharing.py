@@ -11,16 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.assumed import notes
 from dt_lens.lens.hooks import HookedModule
+from dt_lens.lens.placement import Configured
 from dt_lens.lens.protocol import Reference
 from dt_lens.lens.weights import require_computable
 
 __all__ = ["SharingModule"]
 
 
-class SharingModule(HookedModule):
+class SharingModule(Configured[HookedDecisionTransformerConfig], HookedModule):
     """A hooked module that may share another model's memory.
 
     Attributes:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Structure
+from dt_lens.lens.placement import Placed
 
 __all__ = ["LanguageModelConfig", "Norm", "Position", "QKNorm", "Values", "alibi_slopes"]
 
@@ -25,7 +26,7 @@ FLAGS = (
 
 
 @dataclass(frozen=True)
-class LanguageModelConfig:
+class LanguageModelConfig(Placed):
     """A decoder's sizes and options, as TransformerLens names them.
 
     ``act_fn`` is Hugging Face's name of the activation. ``attn_scale`` is what scores are multiplied by, one number for

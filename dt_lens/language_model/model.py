@@ -26,6 +26,7 @@ from dt_lens.lens.assumed import assumed_text
 from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.lens.hooks import HookedModule, HookPoint, copy_edits
 from dt_lens.lens.matrices import Structure
+from dt_lens.lens.placement import Configured
 from dt_lens.lens.weights import require_computable
 
 __all__ = ["HookedLanguageModel"]
@@ -33,7 +34,7 @@ __all__ = ["HookedLanguageModel"]
 TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w", "embed_ln.w")
 
 
-class HookedLanguageModel(TextMethods, HookedModule):
+class HookedLanguageModel(Configured[LanguageModelConfig], TextMethods, HookedModule):
     """A language model whose every activation can be read and replaced, and whose weights are the wrapped model's own.
 
     ``model(tokens)`` gives logits; ``run_with_cache``, ``run_with_hooks`` and ``hooks`` are TransformerLens's, and so

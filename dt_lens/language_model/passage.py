@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.family import Family
+from dt_lens.language_model.inputs import Inputs
 from dt_lens.language_model.layout import Stored
-from dt_lens.language_model.scores import scoring, seeing_scores
+from dt_lens.language_model.scores import held_mask, scoring, seeing_scores
 from dt_lens.lens.forward_mode import uncompiled
+from dt_lens.lens.in_place import seen
 
 __all__ = ["hook_names", "passing"]
 
@@ -42,9 +44,16 @@ def hook_names(cfg: LanguageModelConfig) -> list[str]:
         attn = ["hook_q", "hook_k", "hook_v"] + ["hook_rot_q", "hook_rot_k"] * (cfg.position == "rotary")
         attn = [f"attn.{name}" for name in (*attn, "hook_attn_scores", "hook_pattern", "hook_z", "hook_result")]
         before, behind = ([f"{norm}.hook_scale", f"{norm}.hook_normalized"] for norm in ("ln1", "ln1_post"))
-        inside = ["hook_resid_pre", *before * cfg.pre_norm, *attn, *behind * cfg.post_norm, "hook_attn_out"]
+        inside = [
+            "hook_resid_pre",
+            "hook_attn_in",
+            *before * cfg.pre_norm,
+            *attn,
+            *behind * cfg.post_norm,
+            "hook_attn_out",
+        ]
         inside += ["hook_resid_mid"] * (not cfg.parallel)
-        inside += ["ln2.hook_scale", "ln2.hook_normalized"] * cfg.has_ln2
+        inside += ["hook_mlp_in", *["ln2.hook_scale", "ln2.hook_normalized"] * cfg.has_ln2]
         inside += ["mlp.hook_pre"] + ["mlp.hook_pre_linear"] * cfg.gated + ["mlp.hook_post"]
         inside += ["ln2_post.hook_scale", "ln2_post.hook_normalized"] * cfg.post_norm + ["hook_mlp_out"]
         names += [f"blocks.{layer}.{name}" for name in (*inside, "hook_resid_post")]
@@ -85,7 +94,9 @@ class _Passage:
         self.model: Any = model
         self.cfg, self.family = cfg, family
         self.modules = family.modules
-        self.see, self.wanted = see if not family.modules.flat_mlp else self.unflattened(see), wanted
+        own: See = lambda name, x: seen(lambda y: see(name, y), x)  # noqa: E731
+        self.see, self.wanted = own if not family.modules.flat_mlp else self.unflattened(own), wanted
+        self.inputs = Inputs(self)
         self.shape: tuple[int, ...] = ()  # [batch, pos] of the pass, where a block's second half does not have it
         self.handles: list[Any] = []
         self.cores: dict[int, Core] = {}
@@ -140,6 +151,7 @@ class _Passage:
         self.entry(path, f"{b}.hook_resid_pre")
         if at.ln1 is not None:
             self.norm(f"{path}.{at.ln1}", f"{b}.ln1", f"{b}.attn_in")
+        self.inputs.of_attention(layer, path)
         self.queries(f"{b}.attn", [f"{path}.{part}" for part in at.qkv])
         if at.qk_norm is not None and self.cfg.normed_qk:
             counts = (self.cfg.n_heads, self.cfg.n_kv_heads)
@@ -157,6 +169,7 @@ class _Passage:
             else:
                 self.middle(layer, f"{path}.{at.ln2}")
             self.norm(f"{path}.{at.ln2}", f"{b}.ln2", f"{b}.mlp_in")
+        self.inputs.of_mlp(layer, path)
         gate = at.mlp_gate if self.cfg.gated else None
         if gate == at.mlp_in:
             self.parts(
@@ -210,10 +223,10 @@ class _Passage:
         self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
 
     def masked(self, path: str) -> None:
-        """Give a block a mask that single precision holds: see ``_held``."""
+        """Give a block a mask that single precision holds: see ``scores.held_mask``."""
 
         def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            return inputs, {**named, "attention_mask": _held(named.get("attention_mask"))}
+            return inputs, {**named, "attention_mask": held_mask(named.get("attention_mask"))}
 
         self.handles.append(self.module(path).register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -351,14 +364,18 @@ class _Passage:
         if by_method:
             self.methods.append(module)
 
+    def weight(self, layer: int, name: str) -> Tensor:
+        """One weight of a block, with its gradient."""
+        rule = self.family.block[name]
+        entry = Stored.of(rule._replace(key=self.family.block_key + rule.key), self.cfg.sizes, layer)
+        return entry.view(self.model.get_parameter(entry.key))
+
     def results(self, layer: int, path: str) -> None:
         """See what each head adds to the stream, ``[n, t, head, d_model]``; the output is their sum, and the bias."""
         name = f"blocks.{layer}.attn.hook_result"
         if not self.wanted(name):
             return
-        rule = self.family.block["attn.W_O"]
-        entry = Stored.of(rule._replace(key=self.family.block_key + rule.key), self.cfg.sizes, layer)
-        W_O = entry.view(self.model.get_parameter(entry.key))
+        W_O = self.weight(layer, "attn.W_O")
 
         def hook(module: Any, inputs: tuple[Any, ...], _out: Tensor) -> Any:
             z = rearrange(inputs[0], "... (h e) -> ... h e", h=self.cfg.n_heads)
@@ -413,16 +430,7 @@ def _mask(*args: Any, **named: Any) -> Tensor | None:
     """Hugging Face's own mask of eager attention, in numbers that single precision holds."""
     from transformers import AttentionMaskInterface
 
-    return _held(AttentionMaskInterface._global_mapping["eager"](*args, **named))
-
-
-def _held(mask: Tensor | None) -> Tensor | None:
-    """A mask in numbers that single precision holds.
-
-    The softmax of eager attention is in single precision whatever the model's, where float64's smallest number is -inf;
-    a padded query, which sees nothing but padding, would be NaN, and from the next block on everything.
-    """
-    return mask.clamp_min(torch.finfo(torch.float32).min) if mask is not None and mask.dtype == torch.float64 else mask
+    return held_mask(AttentionMaskInterface._global_mapping["eager"](*args, **named))
 
 
 def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:

@@ -12,6 +12,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.family import Family
 from dt_lens.language_model.passage import hook_names, passing
+from dt_lens.lens.hooks import BY_CHOICE
 
 __all__ = ["LanguageModelReference"]
 
@@ -39,7 +40,7 @@ class LanguageModelReference:
 
         # Inside a norm, and head by head, it is the lens that computes; only the norm's output is the original's.
         def wanted(name: str) -> bool:
-            return not name.endswith((".hook_scale", ".hook_normalized", ".hook_attn_scores", ".hook_result"))
+            return not name.endswith((".hook_scale", ".hook_normalized", ".hook_attn_scores", *BY_CHOICE))
 
         modes = [(module, module.training) for module in model.modules()]
         try:

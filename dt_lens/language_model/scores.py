@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["scoring", "seeing_scores"]
+__all__ = ["held_mask", "scoring", "seeing_scores"]
 
 SOFTMAX = (torch.nn.functional.softmax, torch.softmax, Tensor.softmax)
 
@@ -51,3 +51,12 @@ def scoring(module: nn.Module, see: Callable[[str, Tensor], Tensor], name: str) 
         entered.pop().__exit__(None, None, None)
 
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+
+def held_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask in numbers that single precision holds.
+
+    The softmax of eager attention is in single precision whatever the model's, where float64's smallest number is -inf;
+    a padded query, which sees nothing but padding, would be NaN, and from the next block on everything.
+    """
+    return mask.clamp_min(torch.finfo(torch.float32).min) if mask is not None and mask.dtype == torch.float64 else mask

@@ -16,12 +16,13 @@ from dt_lens.language_model.labels import token_labels
 from dt_lens.language_model.layout import Stored
 from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.lens.matrices import Structure
+from dt_lens.lens.placement import Configured
 from dt_lens.lens.shards import LazyTensors, Shards
 
 __all__ = ["WeightsOnly"]
 
 
-class WeightsOnly:
+class WeightsOnly(Configured[LanguageModelConfig]):
     """A checkpoint whose weights are read from its files on access; it cannot run.
 
     ``WeightSVD``, ``scan``, ``top``, token tables and ``compare`` take it like any wrapped model. Its layout is not
@@ -43,18 +44,21 @@ class WeightsOnly:
     reference = None
 
     def __init__(self, family: Family, shards: Shards, tokenizer: Any = None) -> None:
-        self.cfg: LanguageModelConfig = family.config(shards.config)
+        self.cfg = family.config(shards.config)
         self.shards, self.tokenizer = shards, tokenizer
         self.identity = uuid.uuid4().hex
         layout = family.layout(self.cfg)
         own = layout.require(shards.shapes)
         self._weights = LazyTensors({name: _reader(shards, at, own[at.key]) for name, at in layout.entries.items()})
         self._embeddings: EmbeddingRegistry | None = None
-        small = next(name for name in self._weights if name.endswith(".w"))
-        if not self._weights[small].is_floating_point():
+        if not self.first_weight().is_floating_point():
             raise DtLensError(
                 f"The weights in {shards.folder} are not floating-point numbers; quantised weights cannot be read."
             )
+
+    def first_weight(self) -> Tensor:
+        """A small weight, which stands for all of them."""
+        return self._weights[next(name for name in self._weights if name.endswith(".w"))]
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

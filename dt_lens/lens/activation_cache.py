@@ -47,7 +47,7 @@ else:
     from transformer_lens import ActivationCache as _Theirs
 
 # The axis of positions stands before heads and features here, and before features elsewhere (queries, in a pattern).
-BY_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result", "hook_rot_q", "hook_rot_k")
+BY_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result", "hook_rot_q", "hook_rot_k", "hook_attn_in")
 
 
 def position_axis(name: str) -> int:
@@ -90,6 +90,9 @@ class ActivationCache(_Theirs):
             return "." + (nearest(name, self.cache_dict) or " list(cache) names those that it has.")
         if str(name).endswith("hook_result"):
             return "; call cache.compute_head_results(), or model.set_use_attn_result(True) before the run."
+        if str(name).endswith(("hook_attn_in", "hook_mlp_in")):
+            setting = "set_use_attn_in" if str(name).endswith("hook_attn_in") else "set_use_hook_mlp_in"
+            return f"; call model.{setting}(True) before the run."
         return ", though the model does: names_filter or stop_at_layer left it out."
 
     def __contains__(self, name: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from dt_lens.lens.activation_cache import ActivationCache, Attribution, broadcas
 from dt_lens.lens.forward_mode import uncompiled
 from dt_lens.lens.stacked_weights import StackedWeights
 
-__all__ = ["HookPoint", "HookedModule", "copy_edits"]
+__all__ = ["BY_CHOICE", "HookPoint", "HookedModule", "copy_edits"]
 
 if TYPE_CHECKING:
 
@@ -46,6 +46,8 @@ else:
     from transformer_lens import HookedRootModule
     from transformer_lens.hook_points import HookPoint
 
+BY_CHOICE = (".hook_result", ".hook_attn_in", ".hook_mlp_in")  # cached only when asked for
+
 Names = str | Sequence[str] | Callable[[str], bool]
 Hooks = Iterable[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
@@ -60,6 +62,8 @@ class HookedModule(StackedWeights, Attribution, HookedRootModule):
     Raises:
         DtLensError: in those cases.
     """
+
+    _cached_too: Set[str] = frozenset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass."""
@@ -104,7 +108,26 @@ class HookedModule(StackedWeights, Attribution, HookedRootModule):
         It is as large as the stream times the number of heads, so by default it does not. A hook at it, or its name in
         ``names_filter``, works either way.
         """
-        self._attn_result = truth_value(use_attn_result, "use_attn_result")
+        self._beside(".hook_result", truth_value(use_attn_result, "use_attn_result"))
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Whether ``run_with_cache`` without ``names_filter`` caches ``hook_attn_in``.
+
+        It is the stream before the norm, as attention reads it, a copy for each head: ``[batch, pos, head, d_model]``.
+        A hook at it, or its name in ``names_filter``, works either way.
+        """
+        self._beside(".hook_attn_in", truth_value(use_attn_in, "use_attn_in"))
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether ``run_with_cache`` without ``names_filter`` caches ``hook_mlp_in``.
+
+        It is the stream before the norm, as the MLP reads it. A hook at it, or its name in ``names_filter``, works
+        either way.
+        """
+        self._beside(".hook_mlp_in", truth_value(use_hook_mlp_in, "use_hook_mlp_in"))
+
+    def _beside(self, ending: str, wanted: bool) -> None:
+        self._cached_too = {*self._cached_too, ending} if wanted else self._cached_too - {ending}
 
     def run_with_cache(
         self,
@@ -120,8 +143,9 @@ class HookedModule(StackedWeights, Attribution, HookedRootModule):
 
         Args:
             args: as for a call of the model; ``kwargs`` too.
-            names_filter: a name, several, or a function of a name; all but ``hook_result`` by default (see
-                ``set_use_attn_result``).
+            names_filter: a name, several, or a function of a name; by default all but ``hook_result``,
+                ``hook_attn_in`` and ``hook_mlp_in`` (see ``set_use_attn_result``, ``set_use_attn_in`` and
+                ``set_use_hook_mlp_in``).
             stop_at_layer: end before this block, and give the stream ``[batch, pos, d_model]`` that enters it. A
                 negative number counts from the last; the number of blocks ends after the last one.
             return_cache_object: an ``ActivationCache``; otherwise a ``dict``.
@@ -261,8 +285,8 @@ class HookedModule(StackedWeights, Attribution, HookedRootModule):
 
     def _filter(self, names: Names | None) -> Any:
         if names is None:
-            heads = getattr(self, "_attn_result", False)
-            return lambda name: heads or not name.endswith(".hook_result")
+            left_out = tuple(set(BY_CHOICE) - self._cached_too)
+            return lambda name: not name.endswith(left_out)
         if isinstance(names, str) or callable(names):
             self._names(names)
             return names

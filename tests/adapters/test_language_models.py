@@ -17,6 +17,7 @@ from torch import Tensor
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.language_model.model import HookedLanguageModel
+from dt_lens.lens.hooks import BY_CHOICE
 from dt_lens.lens.matrices import catalogue
 from dt_lens_adapters.bloom import FAMILY as BLOOM
 from dt_lens_adapters.gemma import GEMMA2, GEMMA3
@@ -88,7 +89,7 @@ def test_the_lens_computes_what_the_model_does_and_the_model_stays_as_it_was(kin
     out, cache = lens.run_with_cache(TOKENS)
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)  # eager attention, which shows the pattern
     # What each head writes is cached when it is asked for.
-    assert set(cache) == {name for name in lens.hook_dict if not name.endswith("hook_result")}
+    assert set(cache) == {name for name in lens.hook_dict if not name.endswith(BY_CHOICE)}
     assert lens.original is model
     torch.testing.assert_close(model(TOKENS).logits, wanted, rtol=1e-5, atol=1e-5)
     assert list(model.state_dict()) == keys

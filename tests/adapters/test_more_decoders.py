@@ -13,6 +13,7 @@ from torch import Tensor
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.language_model.model import HookedLanguageModel
+from dt_lens.lens.hooks import BY_CHOICE
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0], "rope_theta": 1e4}
@@ -44,7 +45,7 @@ def test_odd_configurations_live_from_a_file_and_in_place(
     out, cache = lens.run_with_cache(TOKENS)
     close(out, wanted)
     # What each head writes is cached when it is asked for.
-    assert set(cache) == {name for name in lens.hook_dict if not name.endswith("hook_result")}
+    assert set(cache) == {name for name in lens.hook_dict if not name.endswith(BY_CHOICE)}
     model.save_pretrained(tmp_path)
     loaded, opened = dt_lens.load(tmp_path), dt_lens.open_checkpoint(tmp_path)
     close(loaded(TOKENS), wanted)

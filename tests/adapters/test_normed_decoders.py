@@ -12,6 +12,7 @@ from torch import Tensor
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD, collect_activations
 from dt_lens.language_model.model import HookedLanguageModel
+from dt_lens.lens.hooks import BY_CHOICE
 from dt_lens.lens.matrices import MatrixFactors, catalogue, find_matrix, select_matrices
 from dt_lens.svd.null_sources import side_covariance
 
@@ -57,7 +58,7 @@ def test_odd_configurations_live_from_a_file_and_in_place(
     out, cache = lens.run_with_cache(TOKENS)
     close(out, wanted)
     # What each head writes is cached when it is asked for.
-    assert set(cache) == {name for name in lens.hook_dict if not name.endswith("hook_result")}
+    assert set(cache) == {name for name in lens.hook_dict if not name.endswith(BY_CHOICE)}
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     loaded, opened = dt_lens.load(tmp_path), dt_lens.open_checkpoint(tmp_path)
     close(loaded(TOKENS), wanted)

@@ -51,6 +51,8 @@ def test_every_hook_point_is_alive(make: Make, run: Run, make_batch: Any, name: 
     batch = make_batch(model.cfg, padding="left")
     plain = run(model, batch)
     model.set_use_attn_result(True)
+    model.set_use_attn_in(True)
+    model.set_use_hook_mlp_in(True)
     with torch.no_grad():
         _, cache = model.run_with_cache(**batch)
     # The names are TransformerLens's; a hook with a wrong name would be missing from the cache.
@@ -58,7 +60,8 @@ def test_every_hook_point_is_alive(make: Make, run: Run, make_batch: Any, name: 
     for layer in range(model.cfg.n_layers):
         for point in ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z", "hook_result"):
             assert f"blocks.{layer}.attn.{point}" in cache
-        for point in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"):
+        streams = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_in", "hook_mlp_in")
+        for point in (*streams, "hook_attn_out", "hook_mlp_out"):
             assert f"blocks.{layer}.{point}" in cache
         mlp = {f"blocks.{layer}.mlp.hook_{point}" for point in ("pre", "post", "pre_linear")[: 2 + model.cfg.gated_mlp]}
         assert {point for point in cache if ".mlp." in point and f".{layer}." in point} == mlp
@@ -101,3 +104,41 @@ def test_what_the_hooks_hold(make: Make, make_batch: Any) -> None:
         torch.testing.assert_close(cache[f"{b}.hook_resid_mid"], x + attn_out)
         mlp_out = cache[f"{b}.hook_mlp_out"]
         torch.testing.assert_close(cache[f"{b}.hook_resid_post"], cache[f"{b}.hook_resid_mid"] + mlp_out)
+
+
+@pytest.mark.parametrize("normalization", ["pre", "post", "none"])
+def test_a_head_and_the_mlp_read_what_a_hook_gives_and_the_stream_goes_on(
+    make: Make, make_batch: Any, normalization: str
+) -> None:
+    """What the one head, or the MLP, makes of another stream is taken from a pass whose whole stream is that one."""
+    model = make(normalization=normalization)
+    batch, b = make_batch(model.cfg, padding="left"), "blocks.1"
+    heads, out = [f"{b}.attn.hook_{letter}" for letter in "qkv"], f"{b}.hook_mlp_out"
+
+    def stream(hooks: list[Any], names: Any = f"{b}.hook_resid_post") -> Any:
+        with torch.no_grad(), model.hooks(hooks):
+            return model.run_with_cache(**batch, names_filter=names)[1]
+
+    plain = stream([], [f"{b}.hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post", "attn_in", "mlp_in")])
+    other = torch.randn(plain["resid_pre", 1].shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(plain["attn_in", 1], plain["resid_pre", 1][:, :, None].expand_as(plain["attn_in", 1]))
+    assert torch.equal(plain["mlp_in", 1], plain["resid_mid", 1])
+
+    def put(x: Tensor, hook: Any) -> Tensor:
+        x[:, :, 1] = other  # in place, as most hooks do
+        return x
+
+    there = stream([(f"{b}.hook_resid_pre", lambda x, hook: other)], heads)
+
+    def patch(x: Tensor, hook: Any) -> Tensor:
+        x[:, :, 1] = there[hook.name][:, :, 1]
+        return x
+
+    found = stream([(f"{b}.hook_attn_in", put)])["resid_post", 1]
+    torch.testing.assert_close(found, stream([(name, patch) for name in heads])["resid_post", 1])
+    assert (found - plain["resid_post", 1]).abs().max() > 1e-3
+
+    made = stream([(f"{b}.hook_resid_mid", lambda x, hook: other)], out)[out]
+    found = stream([(f"{b}.hook_mlp_in", lambda x, hook: x.copy_(other))])["resid_post", 1]
+    torch.testing.assert_close(found, stream([(out, lambda x, hook: made)])["resid_post", 1])
+    assert (found - plain["resid_post", 1]).abs().max() > 1e-3

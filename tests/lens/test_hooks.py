@@ -154,7 +154,8 @@ def test_a_pass_that_does_not_come_by_a_hook_is_an_error(make_dt: Any) -> None:
 
 
 def test_every_hook_point_runs(model: Any) -> None:
-    model.set_use_attn_result(True)
+    for choose in (model.set_use_attn_result, model.set_use_attn_in, model.set_use_hook_mlp_in):
+        choose(True)
     with torch.no_grad():
         _, cache = model.run_with_cache(**model.probe())
     assert set(cache) == set(model.hook_dict)
