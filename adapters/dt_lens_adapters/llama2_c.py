@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import Checkpoint
 from dt_lens.lens.weights import require_computable
 from dt_lens_adapters.llama import LLAMA
+from dt_lens_adapters.llama2_c_export import read_export
 
 __all__ = ["Llama2C"]
 
@@ -78,6 +80,10 @@ class Llama2C:
         if isinstance(source, nn.Module) or source.config:
             return False
         return {"tok_embeddings.weight", "norm.weight", "layers.0.attention.wq.weight"} <= set(source.tensors)
+
+    def read(self, file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
+        """The tensors and sizes of a ``model.bin`` of export.py."""
+        return read_export(file)
 
     def load(self, checkpoint: Checkpoint, **given: Any) -> HookedLanguageModel:
         """The lens over Hugging Face's Llama.

@@ -14,7 +14,7 @@ from dt_lens.errors import DtLensError, because, nearest
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from dt_lens.lens.checkpoints import Checkpoint
     from dt_lens.lens.protocol import Lens
@@ -30,6 +30,7 @@ __all__ = [
     "choose_for",
     "named_adapter",
     "opener",
+    "read_own_form",
     "unpack",
 ]
 
@@ -46,7 +47,8 @@ class Adapter(Protocol):
 
     Adapters fail closed: they raise a ``DtLensError`` for a key or an option that they neither handle nor knowingly
     ignore, and name it. One that reads weights in place is an ``Opener`` too, and one whose code base saves pickled
-    dicts of plain values with a file of torch's inside is an ``Unpacker``.
+    dicts of plain values with a file of torch's inside is an ``Unpacker``; one whose code base has a binary form of its
+    own is a ``Reader``.
     """
 
     name: str
@@ -86,6 +88,15 @@ class Unpacker(Adapter, Protocol):
 
     def unpack(self, values: Mapping[str, Any], file: Path) -> tuple[bytes, Mapping[str, Any]] | None:
         """The bytes of a file of torch's, and a configuration, from a pickled dict; ``None`` if it is another's."""
+        ...
+
+
+@runtime_checkable
+class Reader(Adapter, Protocol):
+    """An adapter that can also read a file of its code base's own binary form."""
+
+    def read(self, file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
+        """Tensors by key, and what else the file says (``Checkpoint.extra``); ``None`` if it begins like another's."""
         ...
 
 
@@ -182,6 +193,16 @@ def opener(shards: Shards, adapter: str | Adapter | type | None) -> Opener:
         f"No adapter reads the weights of this model in place (its model_type is {kind}); those that can are "
         f"{', '.join(found.name for found in able)}, and dt_lens.load may know it."
     )
+
+
+def read_own_form(
+    file: Path, adapter: str | Adapter | type | None = None
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]] | None:
+    """What the given adapter, or the first installed one that can, reads from a file of a binary form of its own."""
+    names: list[Any] = [adapter] if adapter is not None else adapter_names()
+    able = [found for found in map(named_adapter, names) if isinstance(found, Reader)]
+    read = (found.read(file) for found in able)
+    return next((one for one in read if one is not None), None)
 
 
 def unpack(

@@ -24,7 +24,7 @@ from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, a_type, because
 from dt_lens.lens.remedies import refuse_pointer
 
-__all__ = ["SUFFIXES", "Checkpoint", "Unpack", "read_checkpoint", "read_index", "read_json"]
+__all__ = ["SUFFIXES", "Checkpoint", "Read", "Unpack", "read_checkpoint", "read_index", "read_json"]
 
 # Where code bases put the state dict inside the dict that they save.
 NESTED = ("model_state_dict", "state_dict", "model_state", "model", "transformer")
@@ -63,6 +63,9 @@ SETTINGS: list[Any] = [(_Settings, f"{module}.GPTConfig") for module in ("__main
 # What an adapter finds in a pickled dict of plain values, read from that file: the bytes of a file that torch.save
 # wrote, and a configuration; None where the dict is not of its code base's form.
 Unpack = Callable[[Mapping[str, Any], Path], tuple[bytes, Mapping[str, Any]] | None]
+# What an adapter reads from a file of its code base's own binary form: tensors, and what else it says; None where the
+# file does not begin like one.
+Read = Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, Any]] | None]
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Checkpoint:
                 )
 
 
-def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoint:
+def read_checkpoint(path: str | Path, unpack: Unpack | None = None, read: Read | None = None) -> Checkpoint:
     """Read a folder in Hugging Face's form, a ``.safetensors`` file, or a pickled state dict.
 
     Pickles load with ``weights_only=True``, arrays of numbers allowed: one that wants to run code is refused.
@@ -109,6 +112,7 @@ def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoin
         path: of the file or folder.
         unpack: finds the bytes of a file of torch's in a pickled dict of numbers, strings and bytes; such a file is
             refused when omitted.
+        read: reads a file of a code base's own binary form; such a file is refused when omitted.
 
     Raises:
         DtLensError: for a path that does not exist or cannot be read as a checkpoint, with the reason.
@@ -122,7 +126,7 @@ def read_checkpoint(path: str | Path, unpack: Unpack | None = None) -> Checkpoin
             (path / "config.json").exists()  # raises for a folder that may not be entered
     except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered, a null character
         raise DtLensError(f"{str(path)[:200]!r} cannot be accessed: {because(error)}.") from error
-    checkpoint = _read_folder(path, unpack) if folder else _read_file(path, unpack)
+    checkpoint = _read_folder(path, unpack) if folder else _read_file(path, unpack, read)
     if path.name in WEIGHTS and (path.parent / "config.json").is_file():  # one file of a folder in that form
         checkpoint = replace(checkpoint, config=read_json(path.parent / "config.json"))
     checkpoint = replace(checkpoint, tensors=_unprefixed(checkpoint.tensors))
@@ -230,12 +234,13 @@ def _read_shards(folder: Path, index: str, unpack: Unpack | None) -> dict[str, T
     return tensors
 
 
-def _read_file(file: Path, unpack: Unpack | None) -> Checkpoint:
+def _read_file(file: Path, unpack: Unpack | None, read: Read | None = None) -> Checkpoint:
     if file.exists() and not file.is_file() and not file.is_dir():
         raise DtLensError(f"{file} is a device or a pipe; give the path of a file or a folder.")
     refuse_pointer(file)
     if file.suffix not in SAFETENSORS:
-        return _read_pickle(file, unpack)
+        found = read(file) if read is not None and file.is_file() else None
+        return _read_pickle(file, unpack) if found is None else Checkpoint(file, found[0], {}, found[1], file.parent)
     try:
         return Checkpoint(file, load_file(file), folder=file.parent)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dt_lens.errors import DtLensError, a_type, because, nearest
-from dt_lens.lens.adapters import Adapter, adapter_suffixes, choose, choose_for, opener, unpack
+from dt_lens.lens.adapters import Adapter, adapter_suffixes, choose, choose_for, opener, read_own_form, unpack
 from dt_lens.lens.checkpoints import SUFFIXES, read_checkpoint
 from dt_lens.lens.environment_names import import_module_of
 from dt_lens.lens.protocol import Lens, is_wrapped
@@ -45,7 +45,9 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
         raise DtLensError(
             f"load takes a name or a path, not {a_type(source)}; use dt_lens.wrap for a live torch model."
         )
-    checkpoint = read_checkpoint(_locate(source), partial(unpack, adapter=adapter))
+    checkpoint = read_checkpoint(
+        _locate(source), partial(unpack, adapter=adapter), partial(read_own_form, adapter=adapter)
+    )
     refuse_special_files(checkpoint.path, checkpoint.tensors, checkpoint.config, checkpoint.tensors.values())
     chosen, checkpoint = choose_for(checkpoint, adapter)
     _import_environments(given)

@@ -10,7 +10,7 @@ import torch
 
 import dt_lens
 from dt_lens import DtLensError, SingularEdit, WeightSVD
-from originals.llama2_c import SIZES, logits, random_tensors
+from originals.llama2_c import SIZES, exported, logits, random_tensors
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [28, 7, 18, 2, 8, 1, 8, 0]])
 
@@ -77,3 +77,36 @@ def test_what_does_not_fit(change: Any, given: dict[str, Any], said: str, tmp_pa
     with pytest.raises(DtLensError, match=said) as caught:
         dt_lens.load(tmp_path / "model.pt", **given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("version", [0, 1])
+def test_what_export_py_writes_for_c(version: int, tied: bool, tmp_path: Path) -> None:
+    tensors = random_tensors(tied=tied)
+    (tmp_path / "model.bin").write_bytes(exported(tensors, version))
+    lens = dt_lens.load(tmp_path / "model.bin", check=tied)
+    close(lens(TOKENS), logits(TOKENS, tensors))
+    assert (lens.cfg.n_kv_heads, lens.cfg.n_ctx, lens.cfg.d_mlp, lens.cfg.tied) == (2, 12, 40, tied)
+    assert not lens.assumed
+    close(dt_lens.load(tmp_path / "model.bin", check=False, eps=1e-2)(TOKENS), logits(TOKENS, tensors, eps=1e-2))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda whole: whole[:-4], "ask for [0-9]+ bytes, and it has"),
+        (lambda whole: whole + bytes(4), "ask for [0-9]+ bytes, and it has"),
+        (lambda whole: whole[:24] + (2**22).to_bytes(4, "little") + whole[28:], "ask for [0-9]{9,} bytes"),
+        (lambda whole: whole[:12] + (5).to_bytes(4, "little") + whole[16:], "n_heads 5.*which no model can have"),
+        (lambda whole: b"24ka" + bytes([2, 0, 0, 0]) + whole, "8-bit numbers; export version 0 or 1"),
+        (lambda whole: b"24ka" + bytes([7, 0, 0, 0]) + whole, "version 7, which is not known here"),
+        (lambda whole: b"24ka" + bytes([1, 0, 0, 0]) + bytes(99), "ends within its header"),
+        (lambda whole: b"24ka" + bytes([1, 0, 0, 0]) + bytes(256), "dim 0, .*which no model can have"),
+        (lambda whole: bytes(28), "cannot be read as a checkpoint"),
+    ],
+)
+def test_an_export_that_is_not_whole(change: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(change(exported(random_tensors(), 0)))
+    with pytest.raises(DtLensError, match=said) as caught:
+        dt_lens.load(tmp_path / "model.bin")
+    assert "\n" not in str(caught.value) and "model.bin" in str(caught.value)

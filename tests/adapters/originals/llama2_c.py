@@ -62,3 +62,30 @@ def logits(tokens: Tensor, tensors: Mapping[str, Tensor], eps: float = 1e-5, the
         h = F.silu(h @ own["feed_forward.w1"].T) * (h @ own["feed_forward.w3"].T)
         x = x + h @ own["feed_forward.w2"].T
     return _norm(x, tensors["norm.weight"], eps) @ tensors["output.weight"].T
+
+
+def exported(tensors: Mapping[str, Tensor], version: int) -> bytes:
+    """The bytes of a model.bin, written part by part in the order in which run.c's pointers move on."""
+    args = SIZES
+    d, layers, size = args["dim"], range(args["n_layers"]), args["dim"] // args["n_heads"]
+    shared = torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"])
+    vocabulary = args["vocab_size"] if shared or version else -args["vocab_size"]
+    hidden = len(tensors["layers.0.feed_forward.w1.weight"])
+    sizes = [d, hidden, args["n_layers"], args["n_heads"], args["n_kv_heads"], vocabulary, args["max_seq_len"]]
+    head = b"".join(number.to_bytes(4, "little", signed=True) for number in sizes)
+
+    def numbers(*keys: str) -> bytes:
+        return b"".join(tensors[f"{key}.weight"].contiguous().numpy().astype("<f4").tobytes() for key in keys)
+
+    def all_layers(*parts: str) -> bytes:
+        return b"".join(numbers(*(f"layers.{layer}.{part}" for layer in layers)) for part in parts)
+
+    attention = all_layers(*(f"attention.w{letter}" for letter in "qkvo"))
+    mlp = all_layers(*(f"feed_forward.w{number}" for number in (1, 2, 3)))
+    output = b"" if shared else numbers("output")
+    if version == 0:
+        body = numbers("tok_embeddings") + all_layers("attention_norm") + attention + all_layers("ffn_norm") + mlp
+        return head + body + numbers("norm") + bytes(4 * args["max_seq_len"] * size) + output
+    start = (b"24ka" + version.to_bytes(4, "little") + head + bytes([shared])).ljust(256, b"\0")
+    norms = all_layers("attention_norm", "ffn_norm") + numbers("norm", "tok_embeddings")
+    return start + norms + attention + mlp + output

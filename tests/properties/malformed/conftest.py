@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,21 @@ def law() -> Callable[..., str | None]:
         return None
 
     return check
+
+
+@contextmanager
+def in_little_memory(most: int = 2**28) -> Iterator[None]:
+    """Whatever is done here, the process does not grow by more than a quarter of a gigabyte."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < most, f"{grown / 2**20:.0f} MiB"
+
+
+@pytest.fixture(scope="session")
+def little_memory() -> Callable[[], Any]:
+    """Inside it the process does not grow by more than a quarter of a gigabyte."""
+    return in_little_memory
 
 
 @pytest.fixture(scope="session")
