@@ -40,8 +40,9 @@ class Control(Edit):
     With ``activations`` the output energy on real inputs (see ``Edit.output_energy``) also equals the edit's. The left
     vectors are then drawn in the eigenbasis of the inputs' second moments, tilted towards large or small eigenvalues by
     a power of them, and made orthonormal; root finding gives the power at which the sum over all singular vectors
-    matches. The right vectors are drawn as before. Where no draw reaches the edit's output energy, the nearest is taken
-    and the ``note`` says so.
+    matches. The right vectors are drawn as before. Where a norm stands behind what the matrix writes (Gemma, OLMo 2),
+    the energies are equal before that norm, and what joins the stream may differ; the ``note`` says so. Where no draw
+    reaches the edit's output energy, the nearest is taken and the ``note`` says so.
 
     Attributes:
         of: the edit that this is a control of.
@@ -103,6 +104,11 @@ class Control(Edit):
         if abs(self.energy - edit.energy) > ROUNDED * edit.energy:
             remarks.append(
                 f"{matrix.name} has too small a rank for an energy of {edit.energy:.4g} here: {self.energy:.4g}."
+            )
+        if activations is not None and matrix.right == "write" and matrix.right_norm is not None:
+            remarks.append(
+                f"The output energy is equal before {matrix.right_norm}, which divides it by its size in each token: "
+                "what joins the stream may differ."
             )
         if activations is not None:
             reached = self.output_energy(activations)

@@ -176,6 +176,10 @@ def test_directions_by_real_outputs_and_nulls_know_the_norm_behind(kind: str, ma
     factors = [MatrixFactors.of(lens, find_matrix(lens, name), fold) for fold in (True, False)]
     folded, raw = (torch.as_tensor(side_covariance(f, "write", acts)) for f in factors)
     close(folded, raw)  # the stream's own, which what is written joins behind the norm
+    for place, wanted in ((name, True), ("blocks.1.attn.OV.1", True), ("blocks.1.mlp.W_in", False)):
+        side = "write" if place.endswith("OV.1") else None
+        control = SingularEdit(lens, place, sv=0, side=side).control(0, activations=acts)
+        assert ("equal before blocks.1.ln" in control.note) == wanted
 
 
 @pytest.mark.parametrize("kind", POST)

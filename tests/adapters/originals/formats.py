@@ -302,7 +302,15 @@ def language_models(make_lm: Any) -> Iterator[Format]:
             made: Tensor = model.eval()(TOKENS).logits.float()
         return made
 
-    for kind, parts in (("gpt2", 1), ("gptj", 1), ("gpt_neo", 3), ("llama", 3), ("mistral", 2), ("qwen2", 1)):
+    for kind, parts in (
+        ("gpt2", 1),
+        ("gptj", 1),
+        ("gpt_neo", 3),
+        ("llama", 3),
+        ("olmo2", 2),
+        ("gemma2", 1),
+        ("qwen3", 1),
+    ):
         model = make_lm(kind)
         tied = model.config.tie_word_embeddings
         tensors = cloned({k: t for k, t in model.state_dict().items() if not (tied and k == "lm_head.weight")})
@@ -346,10 +354,10 @@ def language_models(make_lm: Any) -> Iterator[Format]:
 NAMES = (
     "Hugging Face DT", "Hugging Face DT .bin", "kzl", "min-DT", "CORL", "d3rlpy continuous .pt",
     "d3rlpy continuous .d3", "d3rlpy discrete .pt", "d3rlpy discrete .d3", "kzl Atari", "MiniGrid", "MiniGrid bare",
-    "gpt2", "gptj", "gpt_neo in 3", "llama in 3", "mistral in 2", "qwen2", "nanoGPT", "char-GPT",
+    "gpt2", "gptj", "gpt_neo in 3", "llama in 3", "olmo2 in 2", "gemma2", "qwen3", "nanoGPT", "char-GPT",
 )  # fmt: skip
 FOLDERS = tuple(name for name in NAMES if name[0].islower() and name.partition(" ")[0] in (
-    "gpt2", "gptj", "gpt_neo", "llama", "mistral", "qwen2"))  # fmt: skip
+    "gpt2", "gptj", "gpt_neo", "llama", "olmo2", "gemma2", "qwen3"))  # fmt: skip
 
 
 def every_format(make_hf: Any, make_batch: Any, make_lm: Any) -> dict[str, Format]:
