@@ -130,9 +130,10 @@ def _pair_by_pair(atlas: Atlas) -> list[str]:
     parts = []
     for size, words in _sizes(atlas):
         a, b = own > size, other > size
+        only = (a & ~b).sum()
         parts.append(
-            f"in {(a & ~b).sum()} pairs only the direction costs more than {words}, in {(b & ~a).sum()} only the "
-            f"change (McNemar's exact p = {mcnemar(a, b):.2g})"
+            f"in {only} {'pair' if only == 1 else 'pairs'} only the direction costs more than {words}, in "
+            f"{(b & ~a).sum()} only the change (McNemar's exact p = {mcnemar(a, b):.2g})"
         )
     return [f"Each direction against its one random change: {'; '.join(parts)}."]
 
@@ -263,6 +264,8 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _relation(row: dict[str, Any]) -> str:
-    if row["low"] > 0:
-        return "a closer match goes with more damage"
-    return "a closer match goes with less damage" if row["high"] < 0 else "no relation is seen"
+    if row["low"] <= 0 <= row["high"]:
+        return "no relation is seen"
+    if not row["q_value"] < ALPHA:  # one interval in twenty lies beside 0 by chance, and the table has many
+        return f"not decided, since among all tests of the table it is no discovery (q = {row['q_value']:.2g})"
+    return f"a closer match goes with {'more' if row['low'] > 0 else 'less'} damage"

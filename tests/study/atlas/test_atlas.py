@@ -117,6 +117,15 @@ def test_cosine_predicts_damage_only_where_that_is_planted(atlas: Atlas) -> None
     assert "a closer match goes with more damage" in text
 
 
+def test_an_interval_beside_zero_that_is_no_discovery_is_not_called_a_relation(atlas: Atlas) -> None:
+    table = atlas.correlations.copy()
+    table.loc[(table["what"] == "W_out") & (table["response"] == "damage at equal size"), "q_value"] = 0.24
+    text = " ".join(sentences(dataclasses.replace(atlas, correlations=table)))
+    said = text[text.index("W_out: |cosine| with action_out") :]
+    assert "a closer match goes with more damage. Among" in said
+    assert "not decided, since among all tests of the table it is no discovery (q = 0.24)" in said
+
+
 def test_what_a_removal_costs_beyond_its_control_is_tested_over_directions(atlas: Atlas) -> None:
     """A pair is a direction with its control, not an episode."""
     shares: Any = atlas.shares.set_index("what")
