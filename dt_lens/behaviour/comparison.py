@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.behaviour.measured import Measured
-from dt_lens.behaviour.printing import decimals, difference_tests, html_table, p_text, span, text_table
+from dt_lens.behaviour.printing import decimals, difference_tests, p_text, span
 from dt_lens.behaviour.terms import Terms
 from dt_lens.errors import DtLensError, a_type
+from dt_lens.lens.printing import html_table, text_table
 from dt_lens.statistics.outcomes import (
     Interval,
     bootstrap_interval,

@@ -12,9 +12,10 @@ import numpy as np
 from dt_lens.arguments import as_json
 from dt_lens.behaviour.comparison import GUESSED, Comparison, numbered
 from dt_lens.behaviour.measured import Measured
-from dt_lens.behaviour.printing import decimals, html_table, span, text_table
+from dt_lens.behaviour.printing import decimals, span
 from dt_lens.behaviour.terms import Terms
 from dt_lens.errors import DtLensError
+from dt_lens.lens.printing import html_table, text_table
 from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, iqm, wilson
 
 __all__ = ["Evaluation"]

@@ -1,10 +1,9 @@
-"""Text and HTML of results: intervals, p-values, tables of names and values."""
+"""Text of results: decimals, intervals, p-values, names of edits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from dt_lens.statistics.outcomes import Interval
@@ -17,8 +16,6 @@ __all__ = [
     "p_text",
     "places",
     "span",
-    "text_table",
-    "html_table",
 ]
 
 
@@ -71,21 +68,6 @@ def about_interval(what: str, note: str) -> str:
         return ""
     missing = note.removeprefix("no interval: ")
     return f"{what} {'may cover less than 95 %' if missing == note else 'is missing'}: {missing}."
-
-
-def text_table(title: str, rows: list[tuple[str, str]]) -> str:
-    """A title, then one line of name and value per row, the values aligned."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
-
-
-def html_table(title: str, rows: list[tuple[str, str]]) -> str:
-    """An HTML table of name and value, with the title as caption, for notebooks."""
-    body = "".join(
-        f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
-        for name, value in rows
-    )
-    return f"<table><caption style='text-align:left'>{escape(title)}</caption>{body}</table>"
 
 
 def edit_name(row: Mapping[Any, Any]) -> str:

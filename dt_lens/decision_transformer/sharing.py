@@ -12,17 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.printing import agent_rows
 from dt_lens.errors import DtLensError, nearest
-from dt_lens.lens.assumed import notes
 from dt_lens.lens.hooks import HookedModule
 from dt_lens.lens.placement import Configured
+from dt_lens.lens.printing import Printed, Rows, Weights
 from dt_lens.lens.protocol import Reference
 from dt_lens.lens.weights import require_computable
 
 __all__ = ["SharingModule"]
 
 
-class SharingModule(Configured[HookedDecisionTransformerConfig], HookedModule):
+class SharingModule(Printed, Configured[HookedDecisionTransformerConfig], HookedModule):
     """A hooked module that may share another model's memory.
 
     Attributes:
@@ -40,14 +41,13 @@ class SharingModule(Configured[HookedDecisionTransformerConfig], HookedModule):
         self.assumed: Mapping[str, Any] = {}
         self._original_weights: Callable[[], Mapping[str, Tensor]] | None = None
 
-    def extra_repr(self) -> str:
-        """What stands at the head of ``repr``: what was assumed, and whether training was finished."""
-        return "\n".join(notes(self))
+    def _shown(self) -> tuple[str, Rows]:
+        return agent_rows(self)
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Every weight by its canonical name, as live tensors: writing into one edits the model."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return Weights((name, parameter.detach()) for name, parameter in self.named_parameters())
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
         """Use ``weights`` as this model's own, sharing their memory; every name and shape must fit.

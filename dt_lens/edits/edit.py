@@ -24,6 +24,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import Matrix, SideName
+from dt_lens.lens.printing import html_table
 from dt_lens.lens.weights import fingerprint, weight_bytes
 
 if TYPE_CHECKING:
@@ -118,6 +119,16 @@ class Edit(Reversible):
         self._made_of = fingerprint(bare, matrix)
         left, right = matrix.fold_change(bare, *delta)
         self._folded_delta = left, right
+
+    def _repr_html_(self) -> str:
+        active = any(edit is self for edit in getattr(self.model, "active_edits", ()))
+        rows = [
+            ("matrix", f"{self.matrix.name}, {self.side} side"),
+            ("directions", f"sv {', '.join(map(str, self.sv))}"),
+            ("energy", f"{self.energy:.4g}"),
+            ("in force", "yes" if active else "no: with edit: ..."),
+        ]
+        return html_table(repr(self), [*rows, *([("note", self.note)] if self.note else [])])
 
     @property
     def delta(self) -> LowRank:

@@ -27,6 +27,7 @@ from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.lens.hooks import HookedModule, HookPoint, copy_edits
 from dt_lens.lens.matrices import Structure
 from dt_lens.lens.placement import Configured
+from dt_lens.lens.printing import Printed, Rows, Weights, listed, size_of
 from dt_lens.lens.weights import require_computable
 
 __all__ = ["HookedLanguageModel"]
@@ -34,7 +35,7 @@ __all__ = ["HookedLanguageModel"]
 TABLES = ("embed.W_E", "unembed.W_U", "pos_embed.W_pos", "ln_final.w", "embed_ln.w")
 
 
-class HookedLanguageModel(Configured[LanguageModelConfig], TextMethods, HookedModule):
+class HookedLanguageModel(Printed, Configured[LanguageModelConfig], TextMethods, HookedModule):
     """A language model whose every activation can be read and replaced, and whose weights are the wrapped model's own.
 
     ``model(tokens)`` gives logits; ``run_with_cache``, ``run_with_hooks`` and ``hooks`` are TransformerLens's, and so
@@ -130,7 +131,8 @@ class HookedLanguageModel(Configured[LanguageModelConfig], TextMethods, HookedMo
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Every weight by its canonical name, a view of the wrapped model's own: writing into one edits that."""
-        return {name: view.detach() for name, view in self._layout.views(self.model.state_dict()).items()}
+        views = self._layout.views(self.model.state_dict())
+        return Weights((name, view.detach()) for name, view in views.items())
 
     @property
     def embeds_plainly(self) -> bool:
@@ -388,12 +390,22 @@ class HookedLanguageModel(Configured[LanguageModelConfig], TextMethods, HookedMo
         copied.assumed = self.assumed
         return copied
 
-    def __repr__(self) -> str:
-        cfg, assumed = self.cfg, f"; assumed: {assumed_text(self.assumed)}" if self.assumed else ""
-        return (
-            f"HookedLanguageModel({cfg.family}, {cfg.n_layers} layers x {cfg.n_heads} heads, d_model {cfg.d_model}, "
-            f"vocabulary {cfg.d_vocab}{assumed})"
+    def _shown(self) -> tuple[str, Rows]:
+        cfg, active = self.cfg, getattr(self, "active_edits", ())
+        title = (
+            f"{type(self).__name__}: {cfg.family}, {cfg.n_layers} layers x {cfg.n_heads} heads, d_model {cfg.d_model}, "
+            f"d_mlp {cfg.d_mlp}, vocabulary {cfg.d_vocab:,}, context {cfg.n_ctx}"
         )
+        # Making the embeddings would look at every row of a large table.
+        known = ["token_in", "token_out", *(["position_in"] if cfg.position == "learned" else [])]
+        rows = [
+            ("weights", size_of(self.weights)),
+            ("embeddings", listed(known if self._embeddings is None else self._embeddings)),
+            ("tokenizer", "none: tokens are numbers" if self.tokenizer is None else type(self.tokenizer).__name__),
+        ]
+        rows += [("in force", listed([f"{edit.matrix.name} sv={edit.sv}" for edit in active], 3))] if active else []
+        rows += [("assumed", assumed_text(self.assumed))] if self.assumed else []
+        return title, [*rows, ("next", "dt_lens.WeightSVD(model), dt_lens.evaluate(model), model.weights")]
 
 
 def _loss(logits: Tensor, ids: Tensor, mask: Tensor | None, per_token: bool) -> Tensor:

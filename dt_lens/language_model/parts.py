@@ -48,6 +48,9 @@ class Blocks:
     def __len__(self) -> int:
         return self._count
 
+    def __repr__(self) -> str:
+        return f"{self._count} blocks; in each, {', '.join(dir(self[0]))}" if self._count else "no blocks"
+
     def __getitem__(self, layer: int) -> Part:
         return Part(f"blocks.{range(self._count)[layer]}", self._names, self._weight)
 

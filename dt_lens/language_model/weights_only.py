@@ -17,12 +17,13 @@ from dt_lens.language_model.layout import Stored
 from dt_lens.lens.embeddings import EmbeddingRegistry
 from dt_lens.lens.matrices import Structure
 from dt_lens.lens.placement import Configured
+from dt_lens.lens.printing import Printed, Rows
 from dt_lens.lens.shards import LazyTensors, Shards
 
 __all__ = ["WeightsOnly"]
 
 
-class WeightsOnly(Configured[LanguageModelConfig]):
+class WeightsOnly(Printed, Configured[LanguageModelConfig]):
     """A checkpoint whose weights are read from its files on access; it cannot run.
 
     ``WeightSVD``, ``scan``, ``top``, token tables and ``compare`` take it like any wrapped model. Its layout is not
@@ -87,8 +88,14 @@ class WeightsOnly(Configured[LanguageModelConfig]):
 
     __call__ = probe = run_with_cache = run_with_hooks = hooks = certify = _cannot_run
 
-    def __repr__(self) -> str:
-        return f"WeightsOnly({self.cfg.family}, {self.cfg.n_layers} blocks of {self.cfg.d_model}, {self.shards.folder})"
+    def _shown(self) -> tuple[str, Rows]:
+        cfg = self.cfg
+        title = (
+            f"WeightsOnly: {cfg.family}, {cfg.n_layers} layers x {cfg.n_heads} heads, d_model {cfg.d_model}, "
+            f"d_mlp {cfg.d_mlp}, vocabulary {cfg.d_vocab:,}; it cannot run"
+        )
+        read = f"{len(self._weights)} tensors, read at access from {self.shards.folder}"
+        return title, [("weights", read), ("next", "dt_lens.WeightSVD(model), dt_lens.compare(model, other)")]
 
 
 def _reader(shards: Shards, at: Stored, key: str) -> Callable[[], Tensor]:

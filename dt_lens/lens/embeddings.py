@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,14 +13,15 @@ from torch import Tensor
 
 from dt_lens.arguments import names
 from dt_lens.errors import DtLensError, a_type, nearest
+from dt_lens.lens.printing import Printed, Rows, grid_html, listed
 
 __all__ = ["Embedding", "EmbeddingRegistry"]
 
 StreamSide = Literal["in", "out"]
 
 
-@dataclass(frozen=True, eq=False)
-class Embedding:
+@dataclass(frozen=True, eq=False, repr=False)
+class Embedding(Printed):
     """``n`` labelled directions in the residual stream.
 
     Attributes:
@@ -82,6 +82,13 @@ class Embedding:
 
     def __len__(self) -> int:
         return len(self.directions)
+
+    def _shown(self) -> tuple[str, Rows]:
+        n, d = self.directions.shape
+        title = f"Embedding{' ' + self.name if self.name else ''}: {n} direction{'s' * (n != 1)} in {d} dimensions"
+        side = "in: put into the stream" if self.side == "in" else "out: read out of the stream"
+        rows = [("kind", self.kind), ("side", side), ("labels", listed(self.labels, 6))]
+        return title, rows if self.trained else [*rows, ("trained", "no (a built-in null)")]
 
     @property
     def scale(self) -> Float[Tensor, " d_model"] | None:
@@ -227,8 +234,5 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
 
     def _repr_html_(self) -> str:
         rows = self._rows()
-        head = "".join(f"<th>{key}</th>" for key in (rows[0] if rows else {}))
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        title = f"EmbeddingRegistry of {len(self)} sets in {self.d_model} dimensions"
+        return grid_html(rows[0] if rows else (), [row.values() for row in rows], title)

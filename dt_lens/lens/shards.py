@@ -12,6 +12,7 @@ from torch import Tensor
 from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, because
 from dt_lens.lens.checkpoints import read_index, read_json
+from dt_lens.lens.printing import listed
 from dt_lens.lens.remedies import refuse_pointer
 
 __all__ = ["LazyTensors", "Shards"]
@@ -113,3 +114,6 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._readers
+
+    def __repr__(self) -> str:
+        return f"{len(self)} weights, each read from its file at every access: {listed(self)}"

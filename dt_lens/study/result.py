@@ -11,6 +11,7 @@ import pandas as pd
 
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.edits.edit import Edit
+from dt_lens.lens.printing import Printed, Rows, frame_html, listed
 from dt_lens.report.page import Section, Video
 from dt_lens.statistics.rank_correlation import RankCorrelation
 from dt_lens.svd.weight_svd import WeightSVD
@@ -18,8 +19,8 @@ from dt_lens.svd.weight_svd import WeightSVD
 __all__ = ["StudyResult"]
 
 
-@dataclass(frozen=True)
-class StudyResult:
+@dataclass(frozen=True, repr=False)
+class StudyResult(Printed):
     """Everything that the report of a study shows.
 
     Attributes:
@@ -49,6 +50,25 @@ class StudyResult:
     report: Path
     svd: WeightSVD
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def _shown(self) -> tuple[str, Rows]:
+        terms, scanned = self.baseline.terms, self.table
+        places = scanned.groupby(["matrix", "side", "sv"])["q_value"].min()
+        rows = [
+            ("scanned", f"{len(places)} directions on a side, of {listed(scanned['matrix'].unique(), 3)}"),
+            ("matches", f"{int((places < 0.05).sum())} directions with q < 0.05"),
+            ("unedited", f"mean {terms.outcome_name} {self.baseline.mean:.4g} over {len(self.baseline)} {terms.units}"),
+            ("edits", f"{len(self.edits)}, each beside a control"),
+            ("report", str(self.report)),
+        ]
+        return f"StudyResult of {self.facts.get('model', 'a model')} in {terms.place}", [
+            *rows,
+            ("next", "verdicts, table, strongest; open the report in a browser"),
+        ]
+
+    def _more_html(self) -> str:
+        shown = ("role", "matrix", "side", "sv", "label", "cosine", "difference", "control_difference", "q", "verdict")
+        return frame_html(self.verdicts, shown)
 
     @property
     def missing(self) -> list[str]:

@@ -17,6 +17,7 @@ from dt_lens.behaviour.tasks import task_of
 from dt_lens.edits.edit import Edit
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.lens.matrices import Snapshot, catalogue
+from dt_lens.lens.printing import Printed, Rows, listed
 from dt_lens.progress import Count, ProgressCallback, reporting
 from dt_lens.statistics.rank_correlation import rank_correlation
 from dt_lens.study.page import write_study
@@ -30,7 +31,7 @@ __all__ = ["MATRICES", "Study"]
 MATRICES = ("*.W_in", "*.W_out", "*.OV.*")
 
 
-class Study:
+class Study(Printed):
     """A study of one model in its task.
 
     ``run`` does it. Run again with the same settings, it resumes: finished evaluations are read from ``out``.
@@ -91,6 +92,17 @@ class Study:
             matrices += [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in matrices)]
         self.model, self.name, self.matrices, self.value = model, name, matrices, value
         self.seed, self.workers, self.command = seed, workers, command
+
+    def _shown(self) -> tuple[str, Rows]:
+        terms = self.task.terms
+        chosen = f"{self.edits} of strong directions, each with a contrast, and the first of each kind"
+        rows = [
+            ("measures", f"{terms.outcome_name} over {len(self.units)} {terms.units}"),
+            ("matrices", listed(self.matrices)),
+            ("edits", chosen if self.given is None else f"{len(self.given)} of your own"),
+            ("folder", str(self.folder)),
+        ]
+        return f"Study of {self.name} in {terms.place}", [*rows, ("next", "run()")]
 
     def run(self, progress: bool | ProgressCallback = False) -> StudyResult:
         """Do the study and write ``report.html``, ``scan.csv`` and ``verdicts.csv``.

@@ -18,6 +18,7 @@ from torch import Tensor
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding
 from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName
+from dt_lens.lens.printing import Printed, Rows, listed
 from dt_lens.svd.solvers import EPS, KRYLOV, decompose
 
 __all__ = [
@@ -40,8 +41,8 @@ DEVIATIONS = 3.0
 CHUNK, SAMPLE = 2**18, 256
 
 
-@dataclass(frozen=True, eq=False)
-class Decomposition:
+@dataclass(frozen=True, eq=False, repr=False)
+class Decomposition(Printed):
     """The singular directions of one matrix, largest sigma first, cut at its numerical rank.
 
     Attributes:
@@ -194,13 +195,18 @@ class Decomposition:
         labels = [f"{self.matrix.name}[{i}]" for i in range(len(directions))]
         return Embedding(directions, labels, kind="direction", side="in")
 
-    def __repr__(self) -> str:
+    def _shown(self) -> tuple[str, Rows]:
         sides = f"{self.matrix.left} [{self.left.shape[1]}] -> {self.matrix.right} [{self.right.shape[1]}]"
         how = "folded" if self.folded else "raw"
         how += f", weighted by the activations {self.activations}" if self.activations else ""
-        return (
+        title = (
             f"Decomposition({self.matrix.name}, {len(self.sigma)} directions, {sides}, {how}, error {self.error:.0e})"
         )
+        sigma = [f"{value:.4g}" for value in self.sigma.tolist()]
+        short = sigma if len(sigma) <= 7 else [*sigma[:5], "...", sigma[-1]]
+        shared = [f"{start}-{stop - 1}" for start, stop in self.blocks if stop - start > 1]
+        rows = [("sigma", ", ".join(short))]
+        return title, [*rows, ("too close to distinguish", f"sv {listed(shared, 5)}")] if shared else rows
 
 
 def decompose_matrix(factors: MatrixFactors, rank: int | None = None) -> Decomposition:

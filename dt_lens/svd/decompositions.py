@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 from dt_lens.arguments import local_path, require_activations, require_wrapped, truth_value, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
-from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, find_matrix, select_matrices
+from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
+from dt_lens.lens.printing import Printed, Rows, listed
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import ProgressCallback, silent
 from dt_lens.statistics.nulls.haar import HaarMaximum
@@ -29,7 +30,7 @@ __all__ = ["Decompositions"]
 Names = Sequence[str] | str
 
 
-class Decompositions:
+class Decompositions(Printed):
     """The decompositions of a model's matrices by name, and the pairings of their sides with embeddings.
 
     What every table of ``WeightSVD`` is computed from; ``WeightSVD`` describes the arguments and what they raise.
@@ -72,6 +73,18 @@ class Decompositions:
         self._done: dict[str, tuple[bytes, Decomposition]] = {}
         self._nulls: dict[tuple[Any, ...], HaarMaximum] = {}
         self.cache = ResultCache(None if resume is None else local_path(resume, "resume"))
+
+    def _shown(self) -> tuple[str, Rows]:
+        found = catalogue(Snapshot.of(self.model))
+        kinds = dict.fromkeys(matrix.kind for matrix in found.values())
+        folded = "LayerNorm folded in" if self.fold_layernorm else "raw weights"
+        first = "" if self.rank is None else f", the first {self.rank} directions of each"
+        named = self.registry if self._named is None else [one.name for one in self.registry.select(self._named)]
+        rows = [("matrices", listed(kinds)), ("compared with", listed(named)), ("decomposed", listed(self._done, 3))]
+        rows += [] if self.activations is None else [("weighted by", f"the activations {self.activations.digest}")]
+        example = next((name for name in found if name.endswith("W_in")), next(iter(found), ""))
+        rows.append(("next", f'svd.scan("*.W_in"), svd["{example}"], svd.top("{example}", EMBEDDING)'))
+        return f"{type(self).__name__} of a {self.model.kind}: {len(found)} matrices, {folded}{first}", rows
 
     @property
     def registry(self) -> EmbeddingRegistry:

@@ -50,6 +50,16 @@ def studied(agent: Any, shares: list[float], tmp_path_factory: pytest.TempPathFa
     return study.run(lambda _what, share: shares.append(share))
 
 
+def test_a_study_and_its_result_are_printed_in_a_few_lines(studied: StudyResult, agent: Any, tmp_path: Path) -> None:
+    before = repr(Study(agent, tmp_path, name="it", **OPTIONS))
+    assert before.startswith("Study of it in CartPole-v1") and before.endswith("next      run()")
+    text, page = repr(studied), studied._repr_html_()
+    assert text.startswith("StudyResult of a <small> agent in CartPole-v1") and len(text.splitlines()) < 9
+    assert f"mean return {studied.baseline.mean:.4g} over {len(studied.baseline)} episodes" in text
+    assert "a &lt;small&gt; agent" in page and page.count("<tr>") >= 6 + len(studied.verdicts)
+    assert studied.verdicts["verdict"].iloc[0] in page
+
+
 def test_a_row_for_each_edit_beside_its_control(studied: StudyResult) -> None:
     rows = studied.verdicts
     assert list(rows["role"])[:2] == ["strong", "weak"] and set(rows["role"][2:]) == {"first"}

@@ -24,6 +24,7 @@ from dt_lens.behaviour.tasks import evaluation_class, terms_in
 from dt_lens.behaviour.terms import FailureRule, Terms
 from dt_lens.edits.written import today, written_sv
 from dt_lens.errors import DtLensError, because
+from dt_lens.lens.printing import Printed, Rows
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, logrank, sign_flip, wilson
 
@@ -38,7 +39,7 @@ NUMBERS = ("of", "layer", "head", "sv", "control")
 NAN = float("nan")
 
 
-class SweepResults:
+class SweepResults(Printed):
     """Reads a sweep's file, without the model, and also while its driver runs.
 
     Args:
@@ -89,6 +90,29 @@ class SweepResults:
                 raise error.__cause__ or error from None  # pandas wraps what SQLite raises
             finally:
                 db.close()
+
+    def _shown(self) -> tuple[str, Rows]:
+        title = f"{type(self).__name__} of {self.file}"
+        try:
+            with self._reading() as (db, options):
+                kinds = dict(db.execute("SELECT kind, count(*) FROM arms GROUP BY kind"))
+                terms, units = terms_in(options), options["units"]
+            done = self.progress
+        except DtLensError as error:
+            return title, [("file", str(error))]
+        rows = [
+            ("measured", f"{terms.outcome_name} in {terms.place}"),
+            ("arms", f"{kinds.get('edit', 0)} edits, {kinds.get('control', 0)} controls"),
+            ("units", f"{units} {terms.units} of each"),
+        ]
+        return title, [*rows, ("blocks", done), ("next", "table(), outcomes(), evaluations()")]
+
+    @property
+    def progress(self) -> str:
+        """How many blocks are done, in words."""
+        found = self.status()
+        failed = f", {found['failed']} failed: see failures()" if found["failed"] else ""
+        return f"{found['done']} of {found['todo'] + found['done'] + found['failed']} done{failed}"
 
     def _state(self) -> tuple[int, ...]:
         """What changes when the file is written to."""

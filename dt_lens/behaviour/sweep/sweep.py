@@ -31,6 +31,7 @@ from dt_lens.behaviour.terms import FailureRule, Terms
 from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.forward_mode import one_thread, usable_cores
 from dt_lens.lens.matrices import catalogue
+from dt_lens.lens.printing import Printed, Rows
 from dt_lens.progress import ProgressCallback, reporting, silent
 
 __all__ = ["Sweep"]
@@ -38,7 +39,7 @@ __all__ = ["Sweep"]
 TOGETHER = 64  # arms whose output energies are written in one transaction
 
 
-class Sweep:
+class Sweep(Printed):
     """Many edits of one model, each with its controls, all over the same units as the unedited model.
 
     What a unit is, the model's task says: an episode of an agent, a window of text of a language model, or whatever a
@@ -138,6 +139,19 @@ class Sweep:
         self._source.check(list(dict.fromkeys(arm.matrix for arm in self._arms if arm.matrix is not None)))
         for edit in asked.edits or ():
             self._source.check_edit(edit.to_dict())
+
+    def _shown(self) -> tuple[str, Rows]:
+        terms, kinds = self.task.terms, [arm.kind for arm in self._arms]
+        rows = [
+            ("measures", f"{terms.outcome_name} in {terms.place}"),
+            ("arms", f"{kinds.count('edit')} edits, {kinds.count('control')} controls"),
+            ("units", f"{self._options['units']} {terms.units} of each"),
+        ]
+        try:
+            done, then = self.results.progress, "table(), outcomes(), evaluations(); run() does what is missing"
+        except DtLensError:  # there is no file yet, or it cannot be read
+            done, then = "none done", "run()"
+        return f"Sweep in {self.file.parent}", [*rows, ("blocks", done), ("next", then)]
 
     @property
     def plan(self) -> Plan:

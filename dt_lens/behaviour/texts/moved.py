@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from dt_lens.lens.printing import grid_html
 from dt_lens.lens.token_text import spelled
 
 if TYPE_CHECKING:  # workers make no tables
@@ -82,11 +82,7 @@ def moved_html(moved: Sequence[Moved], k: int = 10) -> str:
     """An HTML table of the tokens that moved, for notebooks; empty if none did."""
     if not moved:
         return ""
-    body = "".join(
-        f"<tr><td style='text-align:left'>{escape(str(r.text))}</td><td>{r.before:.3g}</td><td>{r.after:.3g}</td>"
-        f"<td>{r.change:+.2g}</td></tr>"
-        for r in moved_frame(moved, k).itertuples()
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("token", "before", "after", "change"))
-    caption = "<caption style='text-align:left'>Mean predicted probability</caption>"
-    return f"<table>{caption}<tr>{head}</tr>{body}</table>"
+    rows = [
+        [r.text, f"{r.before:.3g}", f"{r.after:.3g}", f"{r.change:+.2g}"] for r in moved_frame(moved, k).itertuples()
+    ]
+    return grid_html(["token", "before", "after", "change"], rows, "Mean predicted probability")

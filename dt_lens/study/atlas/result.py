@@ -9,12 +9,13 @@ import pandas as pd
 
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.terms import Terms
+from dt_lens.lens.printing import Printed, Rows, frame_html, listed
 
 __all__ = ["Atlas"]
 
 
-@dataclass(frozen=True)
-class Atlas:
+@dataclass(frozen=True, repr=False)
+class Atlas(Printed):
     """What the removal of each direction of a model does, and what predicts it; ``write_atlas`` writes it.
 
     Attributes:
@@ -87,6 +88,23 @@ class Atlas:
     options: dict[str, Any] = field(default_factory=dict)
     large: float = float("nan")
     matches: dict[str, list[str]] = field(default_factory=dict)
+
+    def _shown(self) -> tuple[str, Rows]:
+        terms, table = self.baseline.terms, self.directions
+        hurt = int((table["q_value"] < 0.05).sum())
+        damage = f"{hurt} directions with q < 0.05; a loss of {self.large:.3g} or more counts as large"
+        rows = [
+            ("measured", f"{len(table)} of {self.planned} directions of {listed(table['matrix'].unique(), 3)}"),
+            ("unedited", f"mean {terms.outcome_name} {self.baseline.mean:.4g} over {len(self.baseline)} {terms.units}"),
+            ("damage", damage),
+        ]
+        return f"Atlas of {terms.place}", [
+            *rows,
+            ("next", "directions, shares, correlations, predictors; write_atlas(atlas, folder)"),
+        ]
+
+    def _more_html(self) -> str:
+        return frame_html(self.shares, ("what", "directions", "hurts", "large", "worst", "worst_damage"))
 
     @property
     def terms(self) -> Terms:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from dt_lens.lens.printing import Printed, Rows, grid_html
 from dt_lens.study.court.claims import CLAIMS, WAYS, Claim, Finding, Verdict, Way, why_undecided
 from dt_lens.study.result_files import json_values
 
@@ -43,8 +44,8 @@ class Ruling(NamedTuple):
         return f"{self.found.said} {why}".strip()
 
 
-@dataclass(frozen=True)
-class CourtResult:
+@dataclass(frozen=True, repr=False)
+class CourtResult(Printed):
     """The rulings on all claims, both ways; ``write_court`` writes them.
 
     Attributes:
@@ -54,6 +55,22 @@ class CourtResult:
 
     rulings: list[Ruling]
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def _title(self) -> str:
+        model = self.facts.get("model")
+        return f"CourtResult: {len(self.rulings) // len(WAYS)} claims{f' about {model}' if model else ''}"
+
+    def _shown(self) -> tuple[str, Rows]:
+        rows = [(f"claim {r.claim.number}", f"{r.verdict}: {r.claim.title}") for r in self.rulings if r.way == "proper"]
+        return self._title(), [*rows, ("next", "table, ruling(number); write_court(result, folder)")]
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (r.claim.number, r.claim.title, r.verdict, self.ruling(r.claim.number, "note").verdict, r.sentence)
+            for r in self.rulings
+            if r.way == "proper"
+        ]
+        return grid_html(["claim", "title", "verdict", "as the note computed it", "finding"], rows, self._title())
 
     def ruling(self, number: int, way: Way = "proper") -> Ruling:
         """The ruling on claim ``number``."""

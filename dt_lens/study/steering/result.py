@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from dt_lens.lens.printing import Printed, Rows, frame_html
 from dt_lens.study.result_files import json_values
 from dt_lens.study.steering.doses import Candidate
 
@@ -24,8 +25,8 @@ Verdict = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class SteeringResult:
+@dataclass(frozen=True, repr=False)
+class SteeringResult(Printed):
     """The verdict on the best candidate, and the tables behind it; ``write_steering`` writes them.
 
     Attributes:
@@ -55,6 +56,14 @@ class SteeringResult:
     table: pd.DataFrame
     randoms: pd.DataFrame
     numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def _shown(self) -> tuple[str, Rows]:
+        best = "none" if self.best is None else f"{self.best.name}, {self.best.why}"
+        rows = [("verdict", self.sentence), ("direction", best)]
+        return f"SteeringResult: {self.verdict}", [*rows, ("next", "table, choosing, randoms; write_steering(...)")]
+
+    def _more_html(self) -> str:
+        return frame_html(self.table) if len(self.table) else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""

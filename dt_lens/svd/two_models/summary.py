@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
+from html import escape
 
 import pandas as pd
 
 from dt_lens.lens.matrices import RESIDUAL
+from dt_lens.lens.printing import grid_html
 
 __all__ = ["HEADINGS", "most_changed", "notebook_html", "readable", "sentence"]
 
@@ -56,13 +57,9 @@ def notebook_html(table: pd.DataFrame, names: tuple[str, str], notes: Sequence[s
     """The most changed matrices as a plain table that suits a light and a dark notebook."""
     shown = readable(most_changed(table, 12))
     headings = {name: name for name in shown.columns} | {k: v for k, v in HEADINGS.items() if k in shown.columns}
-    head = "".join(f"<th>{html.escape(headings[name])}</th>" for name in shown.columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) + "</tr>"
-        for row in shown.itertuples(index=False)
-    )
-    caption = html.escape(" ".join([sentence(table, names), *notes]))
-    return f"<p>{caption}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    body = [[_cell(value) for value in row] for row in shown.itertuples(index=False)]
+    said = escape(" ".join([sentence(table, names), *notes]))
+    return f"<p>{said}</p>{grid_html(headings.values(), body)}"
 
 
 def _cell(value: object) -> str:

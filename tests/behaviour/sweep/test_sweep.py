@@ -298,6 +298,19 @@ def test_where_nothing_can_be_written(make_sweep: Make, remembering: Make, tmp_p
             make_sweep(tmp_path / f"taken {name}").run(engine=remembering())
 
 
+def test_a_sweep_is_printed_in_a_few_lines(make_sweep: Make, inline: Make) -> None:
+    sweep = make_sweep()
+    assert "none done" in repr(sweep) and repr(sweep).endswith("run()")
+    sweep.run(engine=inline())
+    arms = sweep.table()["kind"].value_counts()
+    for shown in (repr(sweep), repr(sweep.results), sweep._repr_html_(), sweep.results._repr_html_()):
+        assert f"{arms['edit']} edits, {arms['control']} controls" in shown and "6 episodes of each" in shown
+        assert "14 of 14 done" in shown
+    assert len(repr(sweep).splitlines()) < 8
+    sweep.file.write_bytes(b"damaged")
+    assert "none done" in repr(sweep), "printing raises nothing"
+
+
 def test_after_a_full_disk_it_resumes(
     make_sweep: Make, remembering: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

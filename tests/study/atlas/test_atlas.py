@@ -71,6 +71,14 @@ def correlation(atlas: Atlas, what: str, side: str, embedding: str, response: st
     return row
 
 
+def test_an_atlas_is_printed_in_a_few_lines(atlas: Atlas) -> None:
+    text, page = repr(atlas), atlas._repr_html_()
+    assert text.startswith("Atlas of Pendulum-v1") and len(text.splitlines()) < 8
+    assert f"{len(atlas.directions)} of {atlas.planned} directions" in text
+    assert f"{int((atlas.directions['q_value'] < 0.05).sum())} directions with q < 0.05" in text
+    assert atlas.shares["worst"].iloc[0] in page
+
+
 def test_a_row_for_each_direction_with_what_its_removal_did(atlas: Atlas, agent: Any) -> None:
     table = atlas.directions
     assert len(table) == atlas.planned == 15 * 2 + 16 * 2
