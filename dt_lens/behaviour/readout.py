@@ -65,8 +65,13 @@ class Readout:
 
     @property
     def harm(self) -> str:
-        """What must not rise, in words."""
-        return self.guard_name if self.guard is not None else "failures"
+        """What must not rise, in words; empty if nothing is watched."""
+        return self.guard_name if self.guard is not None else "failures" if self.watches else ""
+
+    @property
+    def watches(self) -> bool:
+        """Whether something must not rise: the guard's damage, or failures where failing has a meaning."""
+        return self.guard is not None or self.task.terms.failure is not None
 
 
 def of_task(task: Task, units: int | None, choosing: int | None, seed: int, **more: Any) -> Readout:

@@ -94,6 +94,7 @@ def _answers(
     targets: Any,
 ) -> Readout:
     from dt_lens.behaviour.texts.prompts import PromptTask
+    from dt_lens.behaviour.texts.task import LossTask, TextTask
 
     if prompts is None or answers is None:
         raise DtLensError("Steering text needs both prompts and answers (--prompts, --answers).")
@@ -101,6 +102,8 @@ def _answers(
         raise DtLensError("targets are those of an agent's curve; a language model has none: leave them out.")
     task = PromptTask.of(model, prompts, answers)
     guard, _ = task_of(model, what, caller="steer", use="steer", **given)
+    if type(guard) is TextTask:
+        guard = LossTask.like(guard)
     matching = Matching("token_out", task.first_tokens, "write", ("W_out", "OV"), "writes towards an answer")
     return of_task(
         task,

@@ -155,7 +155,8 @@ def evaluation_class(terms: Terms) -> type[Evaluation]:
     from dt_lens.behaviour.agents.evaluation import AgentEvaluation
     from dt_lens.behaviour.texts.evaluation import TextEvaluation
 
-    for kind, needs in ((AgentEvaluation, ("environment", "target_return")), (TextEvaluation, ("text_id", "context"))):
-        if all(name in terms.setting for name in needs):
-            return kind
+    if all(name in terms.setting for name in ("environment", "target_return")):
+        return AgentEvaluation
+    if all(name in terms.setting for name in ("text_id", "context")) and "kl" in terms.measures:
+        return TextEvaluation
     return Evaluation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,7 +17,7 @@ from dt_lens.behaviour.job import Job
 from dt_lens.behaviour.task import Columns, Task, require_portable
 from dt_lens.behaviour.terms import Terms
 from dt_lens.behaviour.texts.evaluation import TextEvaluation, terms_of_windows
-from dt_lens.behaviour.texts.reading import SOFTWARE, TextJob, predictions, read_windows
+from dt_lens.behaviour.texts.reading import SOFTWARE, TextJob, predictions, read_windows, token_losses
 from dt_lens.behaviour.texts.windows import Texts, Windows, cut, read_texts
 from dt_lens.errors import DtLensError
 from dt_lens.lens.forward_mode import measuring
@@ -26,7 +26,7 @@ from dt_lens.progress import Count, ProgressCallback, silent
 if TYPE_CHECKING:
     from dt_lens.report.page import Section
 
-__all__ = ["CONTEXT", "HELD_OUT", "TextTask"]
+__all__ = ["CONTEXT", "HELD_OUT", "LossTask", "TextTask"]
 
 COUNTED = 64  # windows in which predictions are counted
 HELD_OUT = "heldout.txt"  # a text in the model's folder that it was not trained on
@@ -132,6 +132,40 @@ class TextTask(Task):
 
     def batches(self, model: Any, units: Sequence[int]) -> Iterable[Any]:
         return (torch.from_numpy(self.windows.tokens[unit])[None] for unit in units)
+
+
+@dataclass(frozen=True)
+class LossTask(TextTask):
+    """Windows of a text of which only the loss is measured, without the KL: half the work under an edit."""
+
+    evaluation: ClassVar[type[Evaluation]] = Evaluation
+
+    @classmethod
+    def like(cls, task: TextTask) -> Self:
+        """The task of the same windows."""
+        return cls(task.windows, task.text, task.context)
+
+    @property
+    def terms(self) -> Terms:
+        return replace(super().terms, task="text loss", measures={"tokens": "integer", "loss": "real"})
+
+    def run(
+        self, model: Any, units: Sequence[int], *, workers: int | None = None, progress: Count | None = None
+    ) -> Columns:
+        losses = []
+        for unit in units:
+            losses.append(token_losses(model, self.windows, unit))
+            if progress is not None:
+                progress(len(losses), len(units))
+        return {"tokens": [len(loss) for loss in losses], "loss": [float(loss.mean()) for loss in losses]}
+
+    def evaluate(
+        self, model: Any, units: Sequence[int], *, workers: int | None = None, progress: Count | None = None
+    ) -> Evaluation:
+        return Task.evaluate(self, model, units, workers=workers, progress=progress)
+
+    def pack(self, model: Any) -> Job:
+        return Task.pack(self, model)
 
 
 def _columns(rows: Sequence[tuple[int, float, float]]) -> dict[str, np.ndarray[Any, Any]]:

@@ -12,6 +12,9 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    EditsFrom,
+    EditSide,
+    EditSv,
     Environment,
     Failure,
     Given,
@@ -20,6 +23,7 @@ from dt_lens.cli.options import (
     Seed,
     Text,
     Workers,
+    edits_of,
     load_model,
     split,
     task_options,
@@ -46,7 +50,20 @@ def steer(
         int | None,
         typer.Option(min=2, help="Episodes per dose while choosing, and per target; 8 by default. Or prompts."),
     ] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="How many directions are tried.")] = 8,
+    candidates: Annotated[int | None, typer.Option(min=1, help="How many directions are tried; 8 by default.")] = None,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--edit",
+            metavar="MATRIX",
+            help="Try directions of this matrix, not those that are found; may be repeated.",
+        ),
+    ] = None,
+    sv: EditSv = None,
+    side: EditSide = None,
+    value: Annotated[list[str] | None, typer.Option(hidden=True, help="Refused: the dose is the value.")] = None,
+    edits_from: EditsFrom = None,
+    raw: Annotated[bool, typer.Option("--raw", hidden=True, help="Refused: directions are of folded weights.")] = False,
     doses: Annotated[str, typer.Option(help="Comma-separated factors to multiply sigma by.")] = "0,0.5,1.5,2",
     targets: Annotated[
         str | None, typer.Option(help="Comma-separated target returns of the curve; the agent's own by default.")
@@ -62,8 +79,9 @@ def steer(
     """Find a direction whose dose moves what a model does: an agent's return, or how likely an answer is.
 
     An agent must not fail more; a language model must not lose on other text. The direction is chosen on some seeds or
-    prompts and reported on others (docs/steering.md). An interrupted run resumes when started again with the same
-    options.
+    prompts and reported on others (docs/steering.md). With --edit or --edits-from the directions of these edits are
+    tried, each by itself, and a dose takes the place of a value. An interrupted run resumes when started again with the
+    same options.
     """
     folder = out or Path("dt-lens-steer") / Path(model).name
     goals = split(targets, "targets")
@@ -73,12 +91,14 @@ def steer(
         loaded = load_model(model, given)
         from dt_lens.study.steering.steering import steer as find_direction
 
+        edits = edits_of(loaded, edit, sv, side, value, edits_from, raw=raw, seed=seed)
         result = find_direction(
             loaded,
             folder,
             name=Path(model).name,
             choosing=choosing,
             candidates=candidates,
+            edits=edits or None,
             doses=[to_float(dose, "doses") for dose in split(doses, "doses") or []],
             targets=None if goals is None else [to_float(goal, "targets") for goal in goals],
             seed=seed,
@@ -97,9 +117,9 @@ def steer(
             command=shlex.join(["dt-lens", *sys.argv[1:]]),
             progress=tell,
         )
-    along = "target" in result.curve
-    print_table(result.curve, "The unedited agent at each target" if along else "The unedited model")
+    n = result.numbers
+    print_table(result.curve, f"The unedited {n['actor']}" + (f" at each {n['point']}" if "point" in n else ""))
     if len(result.table):
         print_table(result.choosing, "Directions that were tried")
-        print_table(result.table, "The chosen one, on fresh seeds" if along else "The chosen one, on fresh units")
+        print_table(result.table, f"The chosen one, on fresh {n['lasting_unit']}")
     print(f"\n{result.sentence}\n\nThe page: {folder / 'steering.html'}")

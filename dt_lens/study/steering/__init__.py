@@ -1,4 +1,4 @@
-"""Steering: whether a dose of one direction moves the return as the target does."""
+"""Steering: whether a dose of one direction moves what a task measures, and at what cost."""
 
 import lazy_loader
 

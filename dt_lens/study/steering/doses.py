@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.readout import Matching
+from dt_lens.edits.edit import Edit
 from dt_lens.edits.singular import SingularEdit
-from dt_lens.errors import DtLensError
+from dt_lens.edits.written import parse_value
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import Matrix, SideName, Snapshot, find_matrix, select_matrices
 from dt_lens.svd.decomposition import Decomposition
@@ -24,9 +26,10 @@ __all__ = [
     "Candidate",
     "candidates_of",
     "dosed",
-    "first_side",
     "downstream_gain",
+    "first_side",
     "gain_scale",
+    "given_candidates",
     "output_energy_scale",
     "put_side",
     "slopes",
@@ -34,7 +37,10 @@ __all__ = [
 
 Array = NDArray[np.float64]
 # What a direction does on each side.
-DOES = {"read": "reads", "write": "writes", "neuron": "has at the neurons"}
+DOES = {
+    "read": "reads", "write": "writes", "neuron": "has at the neurons", "head": "has in the head",
+    "query": "asks for", "key": "is asked for",
+}  # fmt: skip
 READERS = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
 FIRST = 40  # directions of a matrix that are compared with the embedding
 
@@ -47,6 +53,7 @@ class Candidate(NamedTuple):
     sigma: float
     cosine: float  # with the embedding that it was matched with; nan if there was none
     why: str
+    side: SideName | None = None  # on which it is dosed; None for the side that faces what the matrix reads
 
     @property
     def name(self) -> str:
@@ -65,12 +72,7 @@ def candidates_of(
     svd, places = WeightSVD(model), [m for m in select_matrices(model) if m.kind in kinds]
     if matching is not None and matching.embedding not in model.embeddings:
         matching = None
-    cosine = {m.name: np.full(len(svd[m.name].sigma), np.nan) for m in places}
-    if matching is not None:
-        for m in places:
-            found = svd.cosines(m.name, matching.embedding, matching.side).abs()
-            rows = found if matching.rows is None else found.iloc[:, list(matching.rows)]
-            cosine[m.name] = rows.max(axis=1).to_numpy()
+    cosine = {m.name: _cosines(svd, m.name, matching) for m in places}
     matched = sorted(
         ((m.name, sv) for m in places for sv in range(min(FIRST, len(svd[m.name].sigma))) if matching is not None),
         key=lambda place: -float(cosine[place[0]][place[1]]),
@@ -88,6 +90,46 @@ def candidates_of(
     ]
 
 
+def given_candidates(model: Any, edits: Sequence[Edit], matching: Matching | None = None) -> list[Candidate]:
+    """The directions of edits that the caller names, each by itself: an edit says which, and a dose what becomes of it.
+
+    Raises:
+        DtLensError: for what are no such edits, or edits whose value or directions are not a dose's.
+    """
+    svd, found = WeightSVD(model), dict[tuple[str, int, str], Candidate]()
+    for edit in edits:
+        if not isinstance(edit, SingularEdit):
+            raise DtLensError(f"edits holds {a_type(edit)}; steering takes a list of edits that SingularEdit makes.")
+        name = edit.matrix.name
+        if edit.value != "constant":
+            raise DtLensError(
+                f"The edit of {name} has the value {parse_value(edit.value)[0]!r}; in steering the dose is the value: "
+                "leave --value out, or make the edit without one."
+            )
+        if edit.activations or not edit.to_dict()["fold_layernorm"]:
+            raise DtLensError(
+                f"The edit of {name} counts other directions than steering, which takes those of the weights with "
+                "LayerNorm folded in; make it without --raw, and without activations."
+            )
+        cosines = _cosines(svd, name, matching if matching and matching.embedding in model.embeddings else None)
+        for sv in edit.sv:
+            place = Candidate(name, sv, float(svd[name].sigma[sv]), float(cosines[sv]), "given", edit.side)
+            found.setdefault((name, sv, edit.side), place)
+    if not found:
+        raise DtLensError("edits is empty; give at least one edit, or leave it out.")
+    return list(found.values())
+
+
+def _cosines(svd: WeightSVD, matrix: str, matching: Matching | None) -> Array:
+    """``[k]``, the largest |cosine| of each direction with the matched rows; nan without any to compare with."""
+    own = svd[matrix]
+    if matching is None or matching.side not in (own.matrix.left, own.matrix.right):
+        return np.full(len(own.sigma), np.nan)
+    found = svd.cosines(matrix, matching.embedding, matching.side).abs()
+    rows = found if matching.rows is None else found.iloc[:, list(matching.rows)]
+    return np.asarray(rows.max(axis=1))
+
+
 def dosed(
     model: Any,
     direction: Candidate,
@@ -100,10 +142,10 @@ def dosed(
     """The edit that adds ``(dose - 1) sigma v u^T``, made on one side: sigma times ``dose``.
 
     With a seed ``random``, ``scale`` times that change with a random unit vector in place of the side's own: what is
-    read, or where it is written, is random, and the rest stays. ``side`` is the one that faces what the matrix reads by
-    default; ``svd`` saves decomposing the matrix again.
+    read, or where it is written, is random, and the rest stays. ``side`` is by default the direction's own, or the one
+    that faces what the matrix reads; ``svd`` saves decomposing the matrix again.
     """
-    side = first_side(model, direction) if side is None else side
+    side = side or direction.side or first_side(model, direction)
     if random is None:
         return SingularEdit(model, direction.matrix, direction.sv, side=side, value=dose)
     found = (svd or WeightSVD(model))[direction.matrix]
@@ -169,7 +211,7 @@ def downstream_gain(model: Any, matrix: Matrix, vector: Tensor) -> float:
 def gain_scale(model: Any, direction: Candidate, random: int, svd: WeightSVD | None = None) -> float:
     """The scale at which a random write direction has the downstream gain of the direction's own.
 
-    1.0 where no later matrix reads the stream.
+    1.0 where no later matrix reads the stream: then only its length, and so the output energy, is the same.
     """
     found = (svd or WeightSVD(model))[direction.matrix]
     own = downstream_gain(model, found.matrix, found.side("write")[direction.sv])

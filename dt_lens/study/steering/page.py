@@ -21,7 +21,13 @@ from dt_lens.study.steering.result import SteeringResult
 __all__ = ["randoms_figure", "steering_figure", "write_steering"]
 
 DECIDES = ["matrix", "sv", "set_aside"]  # columns that come first, since the table is wide
-COLOURS = {"chosen": "rgb(31,119,180)", "random": "rgb(140,140,140)", "targets": "rgb(214,120,40)"}
+# Where the chosen direction puts what it reads, and in what random ones there are like it.
+MATCHED = {
+    "output energy": "what it {does}, with the same length, so that the output energy is the same",
+    "downstream gain": "where it writes, each scaled to the same gain into what reads the stream later",
+    "length": "where it writes, with the same length: no later matrix reads that, only the output does",
+}
+COLOURS = {"chosen": "rgb(31,119,180)", "random": "rgb(140,140,140)", "points": "rgb(214,120,40)"}
 
 
 def write_steering(result: SteeringResult, folder: str | Path) -> Path:
@@ -34,11 +40,11 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
     folder = local_path(folder, "folder")
     write_csv_and_json(folder, "steering", result.table, result.to_dict())
     n = result.numbers
-    words = {"outcome": str(n.get("outcome", "outcome")), "harm": str(n.get("harm", "failures"))}
-    fresh = f"fresh {n.get('lasting_unit', 'units')}"
+    outcome, harm = str(n.get("outcome", "outcome")), str(n.get("harm", ""))
+    units = str(n.get("lasting_unit", "units"))
 
     def shown_table(frame: pd.DataFrame, caption: str = "") -> Table:
-        named = {"guard": words["harm"], "guard_rise": f"rise of {words['harm']}"}
+        named = {"guard": harm, "guard_rise": f"rise of {harm}"}
         return Table(frame, caption, {name: said for name, said in named.items() if name in frame})
 
     of_curve = "The unedited model at each point of the curve." if "range" in n else "The unedited model."
@@ -48,10 +54,10 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
             "What a dose does",
             [
                 Plot(steering_figure(result)),
-                shown_table(result.table, f"Doses of the chosen direction on {fresh}."),
+                shown_table(result.table, f"Doses of the chosen direction on fresh {units}."),
                 *(
                     Note(about_interval(f"The interval of {what}", n[name]))
-                    for name, what in (("reach_note", "the reach"), ("rise_note", f"the rise of {words['harm']}"))
+                    for name, what in (("reach_note", "the reach"), ("rise_note", f"the rise of {harm}"))
                     if n.get(name)
                 ),
                 shown_table(result.curve, of_curve),
@@ -64,28 +70,29 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                     (
                         f"{n['random_directions']} random directions take the place of what the chosen one "
                         f"{DOES[n['first_side']]}, each scaled to the same output energy on the model's own inputs; as "
-                        "many take the place of where it puts that, with the same length or, where it writes to the "
-                        "stream, the same gain into what reads it later. p = 0.05 needs that none of them reaches as "
-                        f"far without a rise of {words['harm']}."
+                        f"many take the place of {MATCHED[n['put_matched']].format(does=DOES[n['put_side']])}. p = "
+                        f"0.05 needs that none of them reaches as far{f' without a rise of {harm}' if harm else ''}."
                     ),
                     Plot(randoms_figure(result)),
                     Folded("The numbers", [shown_table(result.randoms)]),
                     Note(
-                        "The chosen direction was the best of those that were tried, and p does not account for that: "
-                        "it is the p of a direction named beforehand."
+                        "One direction was given and none chosen, so that p is that of a direction named beforehand."
+                        if n["given"] and n["candidates"] == 1
+                        else "The chosen direction was the best of those that were tried, and p does not account for "
+                        "that: it is the p of a direction named beforehand."
                     ),
                 ],
             )
         )
-        within = " and whose outcomes stay within the curve's range" if "range" in n else ""
+        conditions = [f"under which {harm} hardly {'rise' if harm == 'failures' else 'rises'}"] if harm else []
+        conditions += ["whose outcomes stay within the curve's range"] if "range" in n else []
+        among = "the candidates" + (" " if conditions else "") + " and ".join(conditions)
+        those = " The candidates were given." if n["given"] else ""
         sections.append(
             Section(
                 "How the direction was chosen",
                 [
-                    (
-                        f"On other {n.get('lasting_unit', 'units')}: the steepest slope of the {words['outcome']} per "
-                        f"dose among candidates under which {words['harm']} hardly rise{within}."
-                    ),
+                    (f"On other {units}: the steepest slope of the {outcome} per dose among {among}.{those}"),
                     shown_table(result.choosing[[*DECIDES, *result.choosing.columns.drop(DECIDES)]]),
                 ],
             )
@@ -106,6 +113,8 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
     plain = ("model", "model_id", "units", "choosing_units", "seed")
     shown = [name for name in n if name in plain or name.startswith("operating_") or name == "environment"]
     facts = {name.replace("_", " "): n[name] for name in shown if n.get(name) is not None}
+    if "environment" not in n and n.get("place"):
+        facts["readout"] = f"{outcome}, {n['place']}"
     title = f"Can one direction steer {n.get('model', 'the model')}?"
     verdict = [f"**{result.verdict.capitalize()}.** {result.sentence}"]
     page = folder / "steering.html"
@@ -115,20 +124,20 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
 def steering_figure(result: SteeringResult) -> go.Figure:
     """Draw the mean outcome by point of the curve, if there is one, and by dose, and what must not rise by dose."""
     n = result.numbers
-    point = next((str(name) for name in ("target", "point") if name in result.curve), None)
+    point = n.get("point")
     by_dose = len(result.table) > 0
-    harm = "failure_rate" if "failure_rate" in result.curve else "guard"
-    titles = [*([f"by {point}"] if point else []), "by dose", f"{n.get('harm', 'failures')} by dose"]
+    harm = next((name for name in ("failure_rate", "guard") if name in result.curve), None)
+    titles = [*([f"by {point}"] if point else []), "by dose", *([f"{n.get('harm', harm)} by dose"] if harm else [])]
     figure = make_subplots(1, len(titles), horizontal_spacing=0.11, subplot_titles=titles)
     first = 2 if point else 1
     if point:
-        _line(figure, result.curve, point, "mean", f"{point}s", 1)
+        _line(figure, result.curve, point, "mean", f"by {point}", 1, colour="points")
         low, high = result.curve["mean"].min(), result.curve["mean"].max()
-        figure.add_hrect(low, high, row=1, col=2, fillcolor=COLOURS["targets"], opacity=0.1, line_width=0)
+        figure.add_hrect(low, high, row=1, col=2, fillcolor=COLOURS["points"], opacity=0.1, line_width=0)
         figure.update_xaxes(title_text=point, row=1, col=1)
     if by_dose:
         _line(figure, result.table, "dose", "mean", "chosen", first)
-        if harm in result.table:
+        if harm:
             _line(figure, result.table, "dose", harm, "chosen", first + 1, legend=False)
     ends, room = _range(result.curve, result.table)
     for column in range(1, first + 1):
@@ -136,7 +145,7 @@ def steering_figure(result: SteeringResult) -> go.Figure:
     figure.update_yaxes(title_text=f"mean {n.get('outcome', 'outcome')}", row=1, col=1)
     if harm == "failure_rate":
         figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03], row=1, col=first + 1)
-    for column in (first, first + 1):
+    for column in range(first, len(titles) + 1):
         figure.update_xaxes(title_text="dose (sigma times)", row=1, col=column)
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
     chosen = "no direction was chosen" if result.best is None else result.best.name
@@ -147,11 +156,13 @@ def steering_figure(result: SteeringResult) -> go.Figure:
 def randoms_figure(result: SteeringResult) -> go.Figure:
     """Draw the mean outcomes at the largest dose against those at the least; on the diagonal the reach is 0."""
     table, outcome = result.randoms, result.numbers.get("outcome", "outcome")
-    rise, limit = ("failure_rise", 0.0) if "failure_rise" in table else ("guard_rise", result.numbers["rise_limit"])
+    limits = {"failure_rise": 0.0, "guard_rise": result.numbers.get("rise_limit", 0.0)}
+    rise = next((name for name in limits if name in table), None)
     sides = list(dict.fromkeys(table["side"]))
     titles = [f"random in place of what it {DOES[side]}" for side in sides]
     figure = make_subplots(1, len(sides), horizontal_spacing=0.09, shared_yaxes=True, subplot_titles=titles)
-    span, room = _range(result.curve, table)
+    # Along a curve the axes show its range; otherwise an interval of one mean would only squeeze the points.
+    span, room = _range(*([result.curve] if result.numbers.get("point") else []), table)
     grey = {"color": "rgb(200,200,200)", "dash": "dot"}
     for column, side in enumerate(sides, 1):
         figure.add_trace(go.Scatter(x=span, y=span, mode="lines", showlegend=False, line=grey), row=1, col=column)
@@ -161,7 +172,7 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
             marker = {
                 "color": COLOURS[name],
                 "size": 12 if name == "chosen" else 8,
-                "symbol": ["x" if risen > limit else "circle" for risen in rows[rise]],
+                "symbol": "circle" if rise is None else ["x" if r > limits[rise] else "circle" for r in rows[rise]],
             }
             points = go.Scatter(
                 x=rows["lowest"], y=rows["highest"], mode="markers", name=name, marker=marker, hoverinfo="x+y",
@@ -173,8 +184,9 @@ def randoms_figure(result: SteeringResult) -> go.Figure:
     figure.update_yaxes(range=[span[0] - room, span[1] + room])
     figure.update_yaxes(title_text=f"mean {outcome} at the largest dose", row=1, col=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.25})
-    matched = "the same output energy" + (", or gain where they write" if "write" in sides else "")
-    about = f"{matched}; a cross: more {result.numbers.get('harm', 'failures')}"
+    where = {"downstream gain": ", or gain where they write", "length": ", and length where they write"}
+    about = "the same output energy" + where.get(str(result.numbers.get("put_matched")), "")
+    about += f"; a cross: more {result.numbers.get('harm')}" if rise else ""
     return finish(figure, "Random directions in its place", about, height=440, wide=680)
 
 
@@ -186,7 +198,9 @@ def _range(*tables: pd.DataFrame) -> tuple[list[float], float]:
     return [low, high], 0.05 * (high - low or 1.0)
 
 
-def _line(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, column: int, legend: bool = True) -> None:
+def _line(
+    figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, column: int, legend: bool = True, colour: str = ""
+) -> None:
     rows = rows.sort_values(x)
     bars: dict[str, Any] = {
         "type": "data",
@@ -197,7 +211,7 @@ def _line(figure: go.Figure, rows: pd.DataFrame, x: str, y: str, name: str, colu
     figure.add_trace(
         go.Scatter(
             x=rows[x], y=rows[y], error_y=bars, mode="lines+markers", name=name, showlegend=legend, legendgroup=name,
-            line={"color": COLOURS[name]},
+            line={"color": COLOURS[colour or name]},
         ),
         row=1,
         col=column,

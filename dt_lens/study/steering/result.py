@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -12,17 +12,7 @@ from dt_lens.lens.printing import Printed, Rows, frame_html
 from dt_lens.study.result_files import json_values
 from dt_lens.study.steering.doses import Candidate
 
-__all__ = ["SteeringResult", "Verdict"]
-
-Verdict = Literal[
-    "found",
-    "moves the return by failing",
-    "moves it at the cost of the guard",
-    "no more than random",
-    "none found",
-    "undecided",
-    "not applicable",
-]
+__all__ = ["SteeringResult"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,11 +20,14 @@ class SteeringResult(Printed):
     """The verdict on the best candidate, and the tables behind it; ``write_steering`` writes them.
 
     Attributes:
-        verdict: see ``docs/steering.md``.
+        verdict: ``"found"``, ``"no more than random"``, ``"none found"``, ``"undecided"``, ``"not applicable"``, or,
+            where the outcome moves at a cost, in the task's words: ``"moves the return by failing"``, ``"moves the log
+            probability at the cost of the loss on other text"``. See ``docs/steering.md``.
         sentence: the verdict with its numbers.
         best: the chosen direction; ``None`` if steering is not applicable.
         curve: a row per point of the curve (an agent's ``target``), or one row where there is none: ``mean mean_low
             mean_high``, ``failure_rate`` (or ``guard``, what must not rise) with its interval, and the number of units.
+            Where failing has no meaning and there is no guard, there are no such columns.
         choosing: a row per candidate: why it was tried, its slope, its ``failure_rise`` (or ``guard_rise``), and
             whether it was set aside.
         table: a row per dose of the chosen direction on fresh units, with the columns of ``curve``.
@@ -48,7 +41,7 @@ class SteeringResult(Printed):
             as far (``read_as_far``, ``put_as_far``), with p and the median of their reach.
     """
 
-    verdict: Verdict
+    verdict: str
     sentence: str
     best: Candidate | None
     curve: pd.DataFrame

@@ -18,29 +18,30 @@ from numpy.typing import NDArray
 from dt_lens.arguments import finite_numbers, local_path, require_writable, whole_number
 from dt_lens.behaviour.collect_activations import kept_activations
 from dt_lens.behaviour.evaluation import Evaluation
-from dt_lens.behaviour.printing import places, span
 from dt_lens.behaviour.readout import Readout
 from dt_lens.behaviour.readouts import readout_of
 from dt_lens.behaviour.task import Task
 from dt_lens.edits.edit import Edit
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName
 from dt_lens.progress import ProgressCallback, reporting
-from dt_lens.statistics.outcomes import Interval, bootstrap_interval, interval_note, sign_flip, wilson
+from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, sign_flip, wilson
 from dt_lens.study.steering.doses import (
-    DOES,
     Candidate,
     candidates_of,
     dosed,
+    downstream_gain,
     first_side,
     gain_scale,
+    given_candidates,
     output_energy_scale,
     put_side,
     slopes,
 )
 from dt_lens.study.steering.page import write_steering
-from dt_lens.study.steering.result import SteeringResult, Verdict
+from dt_lens.study.steering.result import SteeringResult
+from dt_lens.study.steering.verdict import ALPHA, verdict_of
 from dt_lens.study.trials import Trials
 from dt_lens.svd.weight_svd import WeightSVD
 
@@ -48,13 +49,6 @@ __all__ = ["DOSES", "Candidate", "steer"]
 
 DOSES = (0.0, 0.5, 1.5, 2.0)
 RANDOM = 19  # random directions on either side: p = 0.05 if none of them reaches as far
-# What "no more than random" adds, by whether the direction beats random ones (on its read side, on the other).
-EXCHANGED = {
-    (False, True): " in what it {first}, and more in where it puts that",
-    (True, False): " in where it puts what it {first}, and more in what that is",
-}
-GAIN = " (these of the same downstream gain instead)"
-ALPHA = 0.05
 
 
 def steer(
@@ -66,7 +60,9 @@ def steer(
     task: Task | None = None,
     units: int | None = None,
     choosing: int | None = None,
-    candidates: int = 8,
+    candidates: int | None = None,
+    edits: Sequence[Edit] | None = None,
+    readout: Readout | None = None,
     doses: Sequence[float] = DOSES,
     seed: int = 0,
     workers: int | None = None,
@@ -90,7 +86,11 @@ def steer(
         units: per dose, for the report: 40 episodes, or half of the prompts, by default. ``episodes`` is another name.
         choosing: units per dose while choosing, per target, and per random direction: 8 episodes, or half of the
             prompts.
-        candidates: how many directions are tried.
+        candidates: how many directions are tried; 8 by default.
+        edits: edits, not in force, whose directions are tried in their place, each by itself; the dose takes the place
+            of their value. An edit's side is the one on which it is dosed.
+        readout: what is moved and by which rules, made by ``of_task`` or by hand, in place of ``what``, ``task``,
+            ``units``, ``choosing`` and ``options``.
         doses: what sigma is multiplied by; 1 is the unedited model, which is always included.
         seed: of the first unit while choosing, where units have seeds, and of the first random direction; the report
             begins 1,000 later.
@@ -105,7 +105,9 @@ def steer(
         DtLensError: if an argument is out of range, or does not fit the model.
         KeyboardInterrupt: on Ctrl-C; finished evaluations are kept.
     """
-    for said, value, least in (("candidates", candidates, 1), ("seed", seed, 0)):
+    if edits is not None and candidates is not None:
+        raise DtLensError("edits are the candidates; leave out candidates.")
+    for said, value, least in (("candidates", 8 if candidates is None else candidates, 1), ("seed", seed, 0)):
         whole_number(value, said, least)
     grid = sorted(set(finite_numbers(doses, "doses")) - {1.0})
     if len(grid) < 2:
@@ -113,15 +115,29 @@ def steer(
     if options.get("episodes") is not None:
         units = options.pop("episodes")
     # Refuses what does not fit the model before anything runs.
-    readout = readout_of(model, what, task=task, units=units, choosing=choosing, seed=seed, **options)
+    asked = {"what": what, "task": task, "units": units, "choosing": choosing, **options}
+    if readout is None:
+        readout = readout_of(model, seed=seed, **asked)
+    else:
+        _require_alone(readout, asked)
+    tried = None if edits is None else given_candidates(model, edits, readout.matching)
     require_writable(*(local_path(out, "out") / f"steering.{kind}" for kind in ("html", "csv", "json")))
     search = _Search(model, local_path(out, "out"), readout, grid, seed, workers)
     with reporting(progress) as tell:
-        result = search.run(candidates, tell)
+        result = search.run(8 if candidates is None else candidates, tell, tried)
     facts = {"model": name, "model_id": readout.task.identity(model)[1], "command": command}
     result = replace(result, numbers={**facts, **result.numbers})
     write_steering(result, out)
     return result
+
+
+def _require_alone(readout: Readout, asked: Mapping[str, Any]) -> None:
+    """Raise ``DtLensError`` unless ``readout`` is one, and nothing that it says was given beside it."""
+    if not isinstance(readout, Readout):
+        raise DtLensError(f"readout is {a_type(readout)}; it must be a Readout, as dt_lens.behaviour.readout has it.")
+    beside = [name for name, value in asked.items() if value is not None]
+    if beside:
+        raise DtLensError(f"readout says what is moved and over which units; leave out {', '.join(beside)}.")
 
 
 class _Arm(NamedTuple):
@@ -142,13 +158,15 @@ class _Search:
     seed: int
     workers: int | None
 
-    def run(self, count: int, tell: ProgressCallback) -> SteeringResult:
+    def run(self, count: int, tell: ProgressCallback, given: Sequence[Candidate] | None = None) -> SteeringResult:
+        """The search among ``given`` candidates, or ``count`` that are found by rule."""
         readout, terms = self.readout, self.readout.task.terms
         numbers: dict[str, Any] = {
             **{name: value for name, value in terms.setting.items() if isinstance(value, str)},
             "doses": self.doses, "units": len(readout.report), "choosing_units": len(readout.choose),
             "seed": self.seed, "outcome": terms.outcome_name, "harm": readout.harm, "least": readout.least,
-            "rise_limit": readout.rise, "lasting_unit": terms.units,
+            "rise_limit": readout.rise, "lasting_unit": terms.units, "actor": terms.actor, "place": terms.place,
+            **({"point": readout.point} if readout.points else {}),
         }  # fmt: skip
         if terms.failure is not None and readout.guard is None:
             numbers |= {"failure_rule": terms.failure_rule, "failure_guessed": bool(terms.failure_note)}
@@ -174,29 +192,34 @@ class _Search:
             plain, extent, bounds = self._evaluate(None, None, readout.choose), 1.0, (-math.inf, math.inf)
             curve = pd.DataFrame([_row(_Arm(plain, self._harm(None, plain)), self.readout)])
             if math.isnan(readout.least):
-                self.readout = replace(readout, least=0.1 * abs(plain.mean))
-                numbers["least"] = self.readout.least
-        tried = self._choose(_Arm(plain, self._harm(None, plain)), bounds, point, count, tell)
+                self.readout = readout = replace(readout, least=_a_tenth_of(plain))
+                numbers["least"] = readout.least
+        found = list(given or candidates_of(self.model, count, readout.matching, readout.kinds))
+        tried = self._choose(found, _Arm(plain, self._harm(None, plain)), bounds, point, tell)
         # The steepest of those that are not set aside; if all are, the one with the smallest rise.
         order = tried.assign(steep=-tried["slope"].abs()).sort_values(
             ["set_aside", "steep"] if not tried["set_aside"].all() else [rise_column(self.readout), "steep"],
             kind="stable",
         )
-        chosen = order.to_dict("records")[0]
-        direction = Candidate(*(chosen[name] for name in Candidate._fields))
+        chosen = order.iloc[0]
+        direction = found[int(order.index[0])]
         sign = 1.0 if chosen["slope"] >= 0 else -1.0
         numbers |= {"slope_when_chosen": float(chosen["slope"]), "set_aside_when_chosen": bool(chosen["set_aside"])}
-        table, arms, found = self._report(direction, point, extent, sign, tell)
+        numbers |= {"candidates": len(found), "given": given is not None}
+        table, arms, reached = self._report(direction, point, extent, sign, tell)
         randoms, more = self._randoms(direction, point, extent, arms, tell)
-        found |= more
-        verdict, sentence = _verdict(direction, found, extent, self.readout)
+        reached |= more
+        verdict, sentence = verdict_of(direction, reached, extent, self.readout, len(found))
         if readout.guard is None and terms.failure_note:
             sentence += f" Failed {terms.units} ({terms.failure_rule}): {terms.failure_note}."
-        if readout.guard is None and terms.failure is None:
+        tables = [curve, tried, table, randoms]
+        if not readout.watches:
             sentence += (
                 f" Failing has no meaning in this task, so that nothing was watched beside the {terms.outcome_name}."
             )
-        return SteeringResult(verdict, sentence, direction, curve, tried, table, randoms, {**numbers, **found})
+            tables = [frame[[name for name in frame if not str(name).startswith("failure_")]] for frame in tables]
+            reached = {name: value for name, value in reached.items() if not name.startswith("rise")}
+        return SteeringResult(verdict, sentence, direction, *tables, {**numbers, **reached})
 
     def _curve(self, tell: ProgressCallback) -> tuple[dict[float, Evaluation], pd.DataFrame, dict[float, float]]:
         """The unedited model at every point."""
@@ -227,10 +250,15 @@ class _Search:
         return _Arm(found, self._harm(edit, found))
 
     def _choose(
-        self, plain: _Arm, bounds: tuple[float, float], point: float | None, count: int, tell: ProgressCallback
+        self,
+        found: Sequence[Candidate],
+        plain: _Arm,
+        bounds: tuple[float, float],
+        point: float | None,
+        tell: ProgressCallback,
     ) -> pd.DataFrame:
+        """A row per candidate, in their order."""
         readout, rows = self.readout, []
-        found = candidates_of(self.model, count, readout.matching, readout.kinds)
         floor, ceiling = bounds
         slack = readout.least * (ceiling - floor) if readout.points else 0.0
         for number, candidate in enumerate(found):
@@ -247,7 +275,7 @@ class _Search:
             )
             rows.append(
                 {
-                    **candidate._asdict(),
+                    **{name: value for name, value in candidate._asdict().items() if value is not None},
                     "slope": float(slopes({dose: arm.found for dose, arm in arms.items()}).mean()),
                     "lowest": min(arm.found.mean for arm in arms.values()),
                     "highest": max(arm.found.mean for arm in arms.values()),
@@ -306,10 +334,12 @@ class _Search:
             return row(side, seed, scale, *(self._arm(edit, point, few) for edit in edits))
 
         first, put = first_side(self.model, direction), put_side(self.model, direction)
+        own_side = direction.side or first
         rows = []
         for half, side in enumerate((first, put)):
-            # A dose on a circuit's write side changes another weight, and the bias passes through it: it is run anew.
-            rows.append(row(side, None, 1.0, *(arms[dose] for dose in ends)) if side == first else run(side, None, 1.0))
+            # A dose on a circuit's other side changes another weight, and the bias passes through it: it is run anew.
+            same = side == own_side
+            rows.append(row(side, None, 1.0, *(arms[dose] for dose in ends)) if same else run(side, None, 1.0))
             for number in range(RANDOM):
                 share = 0.7 + 0.15 * (half + number / RANDOM)
                 tell(f"random directions, {side} side  {number + 1} of {RANDOM}", share)
@@ -322,6 +352,11 @@ class _Search:
         table = pd.DataFrame(rows)
         table["seed"] = table["seed"].astype("Int64")
         found: dict[str, Any] = {"random_directions": RANDOM, "put_side": put, "first_side": first}
+        found["put_matched"] = "output energy"
+        if put == "write":
+            own_direction = svd[direction.matrix]
+            gain = downstream_gain(self.model, own_direction.matrix, own_direction.side("write")[direction.sv])
+            found["put_matched"] = "downstream gain" if gain > 0 else "length"
         for name, side in (("read", first), ("put", put)):
             of_side = table[table["side"] == side].reset_index(drop=True)
             size, ours = of_side["reach"].abs()[1:], abs(float(of_side["reach"][0]))
@@ -366,54 +401,18 @@ def _row(arm: _Arm, readout: Readout) -> dict[str, Any]:
     return row | {found.terms.units: n}
 
 
-def _verdict(direction: Candidate, found: Mapping[str, Any], extent: float, readout: Readout) -> tuple[Verdict, str]:
-    terms = readout.task.terms
-    reach, rise = (Interval(*found[f"{name}_interval"]) for name in ("reach", "rise"))
-    verdict: Verdict = "undecided"
-    which = ""
-    # What is the same in every unit, mostly 0, has no interval: against a margin the value itself counts.
-    reach_high, rise_high = (
-        found[name] if math.isnan(interval.high) else interval.high
-        for name, interval in (("reach", reach), ("rise", rise))
-    )
-    first = DOES[found["first_side"]]
-    if reach_high < readout.least:
-        verdict = "none found"
-    elif reach.low > 0 and rise_high > readout.rise:
-        verdict = "moves the return by failing" if readout.guard is None else "moves it at the cost of the guard"
-    elif reach.low > 0:
-        own_p = tuple(found[f"{side}_p_value"] <= ALPHA for side in ("read", "put"))
-        verdict = "found" if all(own_p) else "no more than random"
-        which = EXCHANGED.get(own_p, "").format(first=first)
-    share, harmless = bool(readout.points), "without failing" if readout.guard is None else "without that cost"
-    moved = _said(found["reach"], reach, share, terms.in_scale)
-    risen = _said(found["rise"], rise, readout.guard is None, "" if readout.guard is None else _scale(readout))
-    if found["reach"] < 0:
-        moved += " (against the sign that it had when it was chosen)"
-    of_range = f" of the curve's range of {extent:,.{places(extent)}f}" if share else ""
-    rises = "failures rise" if readout.guard is None else f"the {readout.harm} rises"
-    sentence = (
-        f"The best candidate was {direction.name} ({direction.why}). On fresh {_fresh(readout)} its doses move the "
-        f"{terms.outcome_name} by {moved}{of_range}, and {rises} by {risen}; of {found['random_directions']} random "
-        f"directions of the same output energy, {found['read_as_far']} move it as far {harmless} in place of what it "
-        f"{first}, and {found['put_as_far']} in place of what it {DOES[found['put_side']]}"
-        f"{GAIN if found['put_side'] == 'write' else ''}: {verdict}{which}."
-    )
-    return verdict, sentence
+def _a_tenth_of(plain: Evaluation) -> float:
+    """The smallest reach of interest of a task that does not say what is large.
 
-
-def _fresh(readout: Readout) -> str:
-    terms = readout.task.terms
-    return "seeds" if terms.index == "seed" else terms.units
-
-
-def _scale(readout: Readout) -> str:
-    assert readout.guard is not None
-    return readout.guard.terms.in_scale
-
-
-def _said(value: float, interval: Interval, share: bool, scale: str) -> str:
-    """A number with its interval: a percentage, or in its own units."""
-    if share:
-        return f"{100 * value:+.0f} % {span(interval, percent=True, digits=0, sign=True)}"
-    return f"{value:+.3f}{scale} {span(interval, digits=3, sign=True)}"
+    Raises:
+        DtLensError: if the mean outcome cannot be told from 0: a tenth of it says nothing.
+    """
+    low, high = bootstrap_interval(plain.outcomes)
+    if not plain.mean or low <= 0 <= high:
+        name = plain.terms.outcome_name
+        raise DtLensError(
+            f"The unedited mean {name} is {plain.mean:.3g} and cannot be told from 0, so that a tenth of it is no "
+            f"smallest effect of interest; say in the task's terms what counts as large: Terms(large=...), in units of "
+            f"the {name}."
+        )
+    return 0.1 * abs(plain.mean)

@@ -36,6 +36,7 @@ from dt_lens.study.steering.doses import (
 )
 from dt_lens.study.steering.result import SteeringResult
 from dt_lens.study.steering.steering import steer
+from dt_lens.study.steering.verdict import verdict_of
 from dt_lens.svd.weight_svd import WeightSVD
 
 TARGETS = (100.0, 200.0, 300.0)
@@ -248,7 +249,7 @@ def test_what_is_the_same_in_every_episode_has_no_interval(
         "put_side": "write", "first_side": "read",
     }  # fmt: skip
     readout = of_task(AgentTask.of(agent), 4, 4, 0, points={1.0: AgentTask.of(agent)})
-    verdict, sentence = steering._verdict(planted, found, 0.41, readout)
+    verdict, sentence = verdict_of(planted, found, 0.41, readout)
     assert verdict == wanted and "nan" not in sentence and "curve's range of 0.410," in sentence
 
 
