@@ -219,7 +219,8 @@ class _Search:
             )
             tables = [frame[[name for name in frame if not str(name).startswith("failure_")]] for frame in tables]
             reached = {name: value for name, value in reached.items() if not name.startswith("rise")}
-        return SteeringResult(verdict, sentence, direction, *tables, {**numbers, **reached})
+        curve, tried, table, randoms = tables
+        return SteeringResult(verdict, sentence, direction, curve, tried, table, randoms, {**numbers, **reached})
 
     def _curve(self, tell: ProgressCallback) -> tuple[dict[float, Evaluation], pd.DataFrame, dict[float, float]]:
         """The unedited model at every point."""
