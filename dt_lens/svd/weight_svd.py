@@ -191,9 +191,18 @@ class WeightSVD(Decompositions):
         return pd.DataFrame(values, columns=list(labelled.labels), index=pd.RangeIndex(len(values), name="sv"))
 
     def top(
-        self, matrix: str, embedding: str, k: int = 8, side: SideName | None = None, labels: int = 3
+        self,
+        matrix: str,
+        embedding: str,
+        k: int = 8,
+        side: SideName | None = None,
+        n: int = 3,
+        *,
+        labels: int | None = None,
     ) -> pd.DataFrame:
-        """Both poles of the first ``k`` directions: the labels of largest and of smallest cosine, ``labels`` of each.
+        """Both poles of the first ``k`` directions: the labels of largest and of smallest cosine, ``n`` of each.
+
+        ``k`` and ``n`` as in ``tokens`` and on the command line; ``labels`` is the old name of ``n``.
 
         Returns:
             a DataFrame ``sv block sigma pole rank label cosine trained``. ``block`` is how many directions cannot be
@@ -205,7 +214,7 @@ class WeightSVD(Decompositions):
         Raises:
             DtLensError: as ``cosines`` does, and for a negative number of labels.
         """
-        labels = whole_number(labels, "labels", 0)
+        n = whole_number(n, "n", 0) if labels is None else whole_number(labels, "labels", 0)
         table, found = self.cosines(matrix, embedding, side, k), self[matrix]
         labelled = self.registry[embedding]
         side = natural_side(found.matrix, labelled, side)
@@ -213,7 +222,7 @@ class WeightSVD(Decompositions):
         for sv, values in enumerate(table.to_numpy()):
             block, sigma = found.indistinct(sv, side), float(found.sigma[sv])
             order = np.argsort(-values, kind="stable")
-            plus, minus = poles(torch.from_numpy(values[order]), labels)
+            plus, minus = poles(torch.from_numpy(values[order]), n)
             for pole, picked in (("+", order[plus]), ("-", order[minus][::-1])):
                 for rank, j in enumerate(picked):
                     rows.append((sv, block, sigma, pole, rank, names[j], float(values[j]), labelled.trained))

@@ -265,7 +265,10 @@ def test_raw_and_folded(make_dt: Make) -> None:
 def test_top_shows_both_poles(make_dt: Make) -> None:
     model = make_dt()
     svd = WeightSVD(model)
-    table = svd.top("blocks.0.mlp.W_in", "state_in", k=2, labels=2)
+    table = svd.top("blocks.0.mlp.W_in", "state_in", k=2, n=2)
+    pd.testing.assert_frame_equal(table, svd.top("blocks.0.mlp.W_in", "state_in", 2, None, labels=2))  # its old name
+    beside = svd.tokens("blocks.0.mlp.W_in", "state_in", k=2, n=2).rows  # the same words mean the same
+    assert beside["label"].tolist() == table["label"].tolist() and beside["sv"].tolist() == table["sv"].tolist()
     assert list(table.columns) == ["sv", "block", "sigma", "pole", "rank", "label", "cosine", "trained"]
     assert table["trained"].all() and not svd.top("blocks.0.mlp.W_out", "state_out", k=2)["trained"].any()
     table = table[table["sv"] == 1]
@@ -274,7 +277,7 @@ def test_top_shows_both_poles(make_dt: Make) -> None:
     assert table["label"].tolist() == [*up.index, *down.index]
     assert table["cosine"].tolist() == [*up, *down]
     # Every label is at the pole of its sign, and at one only.
-    three = svd.top("blocks.0.mlp.W_out", "action_out", k=16, labels=9)
+    three = svd.top("blocks.0.mlp.W_out", "action_out", k=16, n=9)
     assert (three.groupby("sv")["label"].nunique() == 3).all() and len(three) == 16 * 3
     assert (three["pole"] == np.where(three["cosine"] >= 0, "+", "-")).all()
     assert three.groupby("sv")["pole"].nunique().min() == 1

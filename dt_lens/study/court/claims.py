@@ -94,17 +94,36 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
-def claims_in(terms: Terms | None) -> tuple[Claim, ...]:
-    """The claims, with the statistic of the third in what a task measures damage in; ``None`` for no task."""
-    if terms is None or (terms.large is None and terms.outcome == "return"):
-        return CLAIMS
-    share = (
-        f"share of the {terms.outcome} lost"
-        if terms.large is None
-        else f"{terms.lost}, in {terms.scale or 'its own units'},"
+def claims_in(terms: Terms | None, output: str = "action", given: str = "state") -> tuple[Claim, ...]:
+    """The claims in the words of a model and its task.
+
+    Args:
+        terms: of the task: the third claim's statistic is in what it measures damage in; ``None`` for no task.
+        output: what the model puts out, as the kind of its output embedding says it: ``"action"``, ``"token"``.
+        given: what it is given, likewise.
+    """
+    several = f"{output}{'es' if output.endswith('s') else 's'}"
+    claims = {claim.number: claim for claim in CLAIMS}
+    claims[1] = replace(
+        claims[1],
+        title=f"W_in matches the {output} output more than W_out does",
+        statistic=f"mean over {several} of the best |cosine| of any direction, W_in less W_out",
     )
-    said = f"{share} by an edit of typical energy, W_in less W_out"
-    return tuple(replace(claim, statistic=said) if claim.number == 3 else claim for claim in CLAIMS)
+    claims[2] = replace(
+        claims[2],
+        title=f"The first direction of W_in is the most common {output}",
+        statistic=f"|cosine| with the most common {output} less that with the others",
+    )
+    claims[4] = replace(claims[4], title=f"W_in and OV of the first block read the {given} input")
+    claims[7] = replace(claims[7], title=f"The cosine with {several} predicts damage")
+    if terms is not None and (terms.large is not None or terms.outcome != "return"):
+        share = (
+            f"share of the {terms.outcome} lost"
+            if terms.large is None
+            else f"{terms.lost}, in {terms.scale or 'its own units'},"
+        )
+        claims[3] = replace(claims[3], statistic=f"{share} by an edit of typical energy, W_in less W_out")
+    return tuple(claims.values())
 
 
 class NotApplicable(DtLensError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ class _Trial:
             7: self._predicts,
         }
         found: dict[Way, dict[int, Finding | str]] = {way: {} for way in WAYS}
-        claims = claims_in(self.task.terms if self.task else None)
+        claims = claims_in(self.task.terms if self.task else None, *self._words())
         for claim in claims:
             for way in WAYS:
                 self.tell(f"trying claim {claim.number}", 0.9 + 0.1 * (claim.number - 1) / len(claims))
@@ -166,6 +166,14 @@ class _Trial:
                     p = adjusted[claim.number]
                     ruled[claim.number, way] = Ruling(claim, way, verdict_of(claim.about, result, p), result, p)
         return [ruled[claim.number, way] for claim in claims for way in WAYS]
+
+    def _words(self) -> Iterator[str]:
+        """What the model puts out and what it is given, in a word each; an agent's words where it has none."""
+        for side, usual in (("output", "action"), ("input", "state")):
+            try:
+                yield self.case.embedding(side).kind
+            except NotApplicable:
+                yield usual
 
     def _common(self) -> int:
         case, embedding = self.case, self.case.embedding("output")

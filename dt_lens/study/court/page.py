@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from dt_lens.arguments import local_path, require_offers
 from dt_lens.report.page import Block, Note, Plot, Section, Table, write_report
 from dt_lens.report.style import finish, plain
-from dt_lens.study.court.claims import CLAIMS, WAYS, Way
+from dt_lens.study.court.claims import CLAIMS, WAYS, Claim, Way
 from dt_lens.study.court.result import CourtResult, Ruling
 from dt_lens.study.result_files import write_csv_and_json
 
@@ -26,7 +26,7 @@ def sentences(result: CourtResult) -> list[str]:
     return [
         f"**{claim.number}. {claim.title}: {result.ruling(claim.number).verdict}.** "
         f"{result.ruling(claim.number).sentence}"
-        for claim in CLAIMS
+        for claim in _claims(result)
     ]
 
 
@@ -48,6 +48,11 @@ def write_court(result: CourtResult, folder: str | Path) -> Path:
         facts={name.replace("_", " "): value for name, value in shown.items()},
         command=str(result.facts.get("command", "")),
     )
+
+
+def _claims(result: CourtResult) -> list[Claim]:
+    """The claims in the words of the model that they were tried on."""
+    return [result.ruling(claim.number).claim for claim in CLAIMS]
 
 
 def _verdicts(result: CourtResult) -> Section:
@@ -75,7 +80,7 @@ def effects_figure(result: CourtResult) -> go.Figure:
     figure = go.Figure()
     for place, way in enumerate(WAYS):
         x, y, low, high, text, cut = [], [], [], [], [], 0
-        for claim in CLAIMS:
+        for claim in _claims(result):
             found = result.ruling(claim.number, way).found
             if found is None or not math.isfinite(found.effect) or not found.margin > 0:
                 continue
@@ -110,7 +115,7 @@ def effects_figure(result: CourtResult) -> go.Figure:
     figure.update_xaxes(title_text="effect, in units of the margin", range=[-FARTHEST - 0.3, FARTHEST + 0.3])
     figure.update_yaxes(
         tickvals=[claim.number for claim in CLAIMS],
-        ticktext=[f"{claim.number}. {plain(claim.title)}" for claim in CLAIMS],
+        ticktext=[f"{claim.number}. {plain(claim.title)}" for claim in _claims(result)],
         range=[len(CLAIMS) + 0.6, 0.4],
         automargin=True,
     )

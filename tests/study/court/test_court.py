@@ -20,7 +20,7 @@ from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.behaviour.tasks import task_of
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
-from dt_lens.study.court.claims import CLAIMS
+from dt_lens.study.court.claims import CLAIMS, claims_in
 from dt_lens.study.court.court import court
 from dt_lens.study.court.rollouts import Rollouts, edits_of_sweep
 
@@ -190,6 +190,13 @@ def test_a_language_model(make_lm: Callable[..., Any], tmp_path: Path) -> None:
         with pytest.raises(DtLensError, match=f"This is a language model, and court reads texts .* leave out {option}"):
             court(model, tmp_path, draws=200, **{option: value})
     result = court(model, tmp_path, draws=200)
+    titles = result.table.set_index("claim")["title"]
+    assert titles[1] == "W_in matches the token output more than W_out does"
+    assert titles[2] == "The first direction of W_in is the most common token"
+    assert titles[4].endswith("read the token input") and titles[7] == "The cosine with tokens predicts damage"
+    page = (tmp_path / "court.html").read_text(encoding="utf-8")
+    assert all(title in page for title in titles) and CLAIMS[1].title not in page
+    assert claims_in(None) == CLAIMS  # of an agent, to the letter
     reasons = {r.claim.number: r.reason for r in result.rulings if r.verdict == "not applicable" and r.way == "proper"}
     unread = "the model has no tokenizer to read texts with; wrap it with one: dt_lens.wrap(model, tokenizer=...)"
     assert reasons == {
