@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from dt_lens.study.atlas.page import write_atlas
 from dt_lens.study.atlas.sentences import sentences
 
 Run = Callable[..., SweepResults]
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer bootstrap draws: correlations are the subject of ``tests/statistics/test_rank_correlation.py``."""
-    monkeypatch.setattr(tables, "rank_correlation", partial(tables.rank_correlation, resamples=400))
-    monkeypatch.setattr("dt_lens.statistics.rank_correlation.RESAMPLES", 400)  # read by at_equal_size
 
 
 @pytest.fixture

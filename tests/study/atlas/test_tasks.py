@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from dt_lens.behaviour.terms import Terms
 from dt_lens.behaviour.texts.evaluation import TextEvaluation, terms_of_windows
 from dt_lens.errors import DtLensError
 from dt_lens.statistics.outcomes import sign_flip
-from dt_lens.study.atlas import tables
 from dt_lens.study.atlas.atlas import make_atlas
 from dt_lens.study.atlas.figures import along_the_spectrum
 from dt_lens.study.atlas.page import write_atlas
@@ -53,11 +51,14 @@ class Swept:
             for sv in range(number):
                 for kind, damage in (("edit", cost(name, sv)), ("control", control)):
                     arm = len(self.found)
-                    self.found[arm] = self.arm(mean - terms.sign * damage, ({"of": name},))
+                    self.found[arm] = self.arm(
+                        mean - terms.sign * damage,
+                        ({"matrix": name, "sv": [sv], "value": "zero", "fold_layernorm": True},),
+                    )
                     rows.append(self.row(arm, kind, name, sv, float(svd[name].sigma[sv])))
         self.rows = pd.DataFrame(rows).set_index("arm")
 
-    def arm(self, mean: float, edits: tuple[dict[str, str], ...]) -> Evaluation:
+    def arm(self, mean: float, edits: tuple[dict[str, Any], ...]) -> Evaluation:
         outcomes = mean + 1e-4 * self.rng.standard_normal(len(UNITS))
         if self.terms.task == "text":
             columns: Mapping[str, Any] = {"loss": outcomes, "kl": 0 * outcomes, "tokens": UNITS}
@@ -89,14 +90,6 @@ class Swept:
 
     def activations(self) -> None:
         return None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "rank_correlation", partial(tables.rank_correlation, resamples=200))
-        patch.setattr("dt_lens.statistics.rank_correlation.RESAMPLES", 200)
-        yield
 
 
 @pytest.fixture(scope="module")
