@@ -31,7 +31,7 @@ def collect_activations(
     seed: int = 0,
     batches: Batches | None = None,
     matrices: Sequence[str] | str | None = None,
-    progress: bool | ProgressCallback = False,
+    progress: bool | ProgressCallback | None = None,
     **options: Any,
 ) -> Activations:
     """Collect moments of what every matrix reads, and of the residual stream, while the model runs without its edits.
@@ -54,7 +54,8 @@ def collect_activations(
             any model (``model.probe()`` is one), with ``attention_mask`` where there is padding.
         matrices: shell patterns of those to watch; all by default. Memory may allow only a few of a wide model's: one
             that reads ``d`` entries takes ``8 d^2`` bytes.
-        progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
+        progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
+            default a bar in a notebook and none elsewhere.
 
     Raises:
         DtLensError: for a model that cannot run, settings that ``evaluate`` would refuse, batches that do not fit, or

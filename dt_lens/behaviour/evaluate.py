@@ -34,7 +34,7 @@ def evaluate(
     seed: int = 0,
     failure: FailureRule | None = None,
     workers: int | None = None,
-    progress: bool | Count = False,
+    progress: bool | Count | None = None,
     environment: Named | None = None,
     episodes: int | None = None,
     target_return: float | None = None,
@@ -50,7 +50,7 @@ def evaluate(
     what: Texts | None = None,
     *,
     units: int | None = None,
-    progress: bool | Count = False,
+    progress: bool | Count | None = None,
     texts: Texts | None = None,
     context: int | None = None,
     windows: int | None = None,
@@ -67,7 +67,7 @@ def evaluate(
     seed: int = 0,
     failure: FailureRule | None = None,
     workers: int | None = None,
-    progress: bool | Count = False,
+    progress: bool | Count | None = None,
     environment: Any = None,
     episodes: int | None = None,
     target_return: float | None = None,
@@ -89,7 +89,7 @@ def evaluate(
     seed: int = 0,
     failure: FailureRule | None = None,
     workers: int | None = None,
-    progress: bool | Count = False,
+    progress: bool | Count | None = None,
     environment: Any = None,
     episodes: int | None = None,
     target_return: float | None = None,
@@ -125,8 +125,8 @@ def evaluate(
         failure: what counts as failing; by default what the model's facts say for their environment, else a guess; see
             ``terms_of_episodes``.
         workers: processes; as many as there are processor cores to use by default; 1 runs in this process.
-        progress: ``True`` for a progress bar on standard error, or a function of (units done, units), which counts
-            running episodes by their share of the time limit.
+        progress: ``True`` for a bar, ``False`` for none, or a function of (units done, units), which counts running
+            episodes by their share of the time limit; by default a bar in a notebook and none elsewhere.
         environment, episodes: other names for ``what`` and ``units`` of an agent.
         target_return: what the agent is asked for, in the environment's units; the model's first one by default.
         environment_kwargs: for ``gymnasium.make``; by default those of the model's facts, with the model's environment.

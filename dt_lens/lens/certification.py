@@ -10,6 +10,7 @@ activation and must give the original's next one. So no error hides another, and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from dt_lens.lens.norm_proofs import NormProofs, some_columns, through
 from dt_lens.lens.protocol import require_running
 from dt_lens.lens.table_rows import hooks_of_tables, unproven_rows
 from dt_lens.lens.weights import all_finite
+from dt_lens.progress import ProgressCallback, reporting
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -59,12 +61,18 @@ READ_OFF = {
 }
 
 
-def certify(model: Lens, seed: int = 0) -> Certificate:
+def certify(model: Lens, seed: int = 0, *, progress: bool | ProgressCallback | None = None) -> Certificate:
     """Prove every matrix and part of a model on one random batch.
 
     The order is that of the forward pass, and a matrix is checked only after everything before it, so the first failure
     is the cause. ``OV.h`` and ``QK.h`` are proven through the cached pattern and scores. Of a table only the rows that
     the batch reads can be proven; the certificate lists the others.
+
+    Args:
+        model: a wrapped model that can run.
+        seed: of the batch.
+        progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by default
+            a bar in a notebook and none elsewhere.
 
     Returns:
         the error of each part: the largest difference, beyond what rounding explains, over the root mean square of the
@@ -75,6 +83,13 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
             table none of whose rows changes an output; or if ``model`` is not a wrapped model that can run.
     """
     require_running(model, "certify")
+    with reporting(progress) as tell:
+        return _certified(model, seed, tell)
+
+
+def _certified(model: Lens, seed: int, tell: ProgressCallback) -> Certificate:
+    """The certificate of a model that can run."""
+    tell("certifying", 0.0)
     weights = model.weights
     for name, weight in weights.items():
         if not all_finite(weight):
@@ -99,6 +114,7 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     errors: dict[str, float] = {}
     with torch.inference_mode():
         for check in _Walk(model, truth or own, own, batch, dtype).checks():
+            tell(f"certifying {check.part}", _share_of(check.part, model))
             size = check.error()
             # "not <=" rather than ">", so that a NaN fails.
             if not size <= tolerance:
@@ -118,6 +134,12 @@ def certify(model: Lens, seed: int = 0) -> Certificate:
     del own
     rows = unproven_rows(model, batch, looked_up)
     return Certificate(errors, against, rows, dict(getattr(model, "assumed", {})))
+
+
+def _share_of(part: str, model: Lens) -> float:
+    """How much of the walk is done at this part, by the block that it is in."""
+    block = re.search(r"\bblocks?[. ](\d+)", part)
+    return 0.1 + 0.8 * int(block[1]) / model.structure.n_layers if block else 0.1
 
 
 def _arithmetic(weight: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from dt_lens.lens.checkpoints import SUFFIXES, read_checkpoint
 from dt_lens.lens.environment_names import import_module_of
 from dt_lens.lens.protocol import Lens, is_wrapped
 from dt_lens.lens.remedies import refuse_special_files, refuse_special_model
+from dt_lens.progress import ProgressCallback, reporting
 
 __all__ = ["load", "open_checkpoint", "wrap"]
 
@@ -23,7 +24,14 @@ __all__ = ["load", "open_checkpoint", "wrap"]
 HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "merges.txt", "tokenizer.model"]
 
 
-def load(source: str | Path, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
+def load(
+    source: str | Path,
+    *,
+    adapter: str | Adapter | type | None = None,
+    check: bool = True,
+    progress: bool | ProgressCallback | None = None,
+    **given: Any,
+) -> Any:
     """Load a model by a bundled name, from a local file or folder, or from the Hugging Face hub.
 
     Args:
@@ -33,6 +41,8 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
         adapter: insist on one by name, ``"module:Class"``, class or object; found by the checkpoint's content when
             omitted.
         check: certify the result (a forward pass or two); leave it on.
+        progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by default
+            a bar in a notebook and none elsewhere.
         given: what the file does not say, such as ``n_heads=1``, ``environment="Hopper-v5"``, ``context=20``.
 
     Returns:
@@ -45,13 +55,17 @@ def load(source: str | Path, *, adapter: str | Adapter | type | None = None, che
         raise DtLensError(
             f"load takes a name or a path, not {a_type(source)}; use dt_lens.wrap for a live torch model."
         )
-    checkpoint = read_checkpoint(
-        _locate(source), partial(unpack, adapter=adapter), partial(read_own_form, adapter=adapter)
-    )
-    refuse_special_files(checkpoint.path, checkpoint.tensors, checkpoint.config, checkpoint.tensors.values())
-    chosen, checkpoint = choose_for(checkpoint, adapter)
-    _import_environments(given)
-    return _certified(chosen.load(checkpoint, **given), check)
+    with reporting(progress) as tell:
+        tell(f"reading {source}", 0.0)
+        checkpoint = read_checkpoint(
+            _locate(source), partial(unpack, adapter=adapter), partial(read_own_form, adapter=adapter)
+        )
+        refuse_special_files(checkpoint.path, checkpoint.tensors, checkpoint.config, checkpoint.tensors.values())
+        chosen, checkpoint = choose_for(checkpoint, adapter)
+        _import_environments(given)
+        tell("making the model", 0.2)
+        model = chosen.load(checkpoint, **given)
+        return _certified(model, check, lambda what, share: tell(what, 0.4 + 0.6 * share))
 
 
 def wrap(model: nn.Module, *, adapter: str | Adapter | type | None = None, check: bool = True, **given: Any) -> Any:
@@ -108,11 +122,11 @@ def _import_environments(given: Mapping[str, Any]) -> None:
         import_module_of(other.get("id"))
 
 
-def _certified(lens: Lens, check: bool) -> Lens:
+def _certified(lens: Lens, check: bool, progress: ProgressCallback | None = None) -> Lens:
     if check:
         from dt_lens.lens.certification import certify
 
-        certify(lens)
+        certify(lens, progress=progress)
     return lens
 
 

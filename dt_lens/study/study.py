@@ -104,11 +104,12 @@ class Study(Printed):
         ]
         return f"Study of {self.name} in {terms.place}", [*rows, ("next", "run()")]
 
-    def run(self, progress: bool | ProgressCallback = False) -> StudyResult:
+    def run(self, progress: bool | ProgressCallback | None = None) -> StudyResult:
         """Do the study and write ``report.html``, ``scan.csv`` and ``verdicts.csv``.
 
         Args:
-            progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
+            progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
+                default a bar in a notebook and none elsewhere.
 
         Raises:
             DtLensError: for matrices that cannot be scanned, a value that cannot be put in force, or a folder that

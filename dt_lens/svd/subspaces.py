@@ -41,7 +41,7 @@ def subspaces(
     k: int | Sequence[int] = SIZES,
     *,
     seed: int = 0,
-    progress: bool | ProgressCallback = False,
+    progress: bool | ProgressCallback | None = None,
 ) -> pd.DataFrame:
     """See ``WeightSVD.subspaces``."""
     sizes, seed = whole_numbers(k, "k", 1), whole_number(seed, "seed", 0, LAST_SEED)

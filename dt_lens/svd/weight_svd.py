@@ -52,7 +52,7 @@ class WeightSVD(Decompositions):
         null: str | Pools = "haar",
         seed: int = 0,
         embeddings: Names | None = None,
-        progress: bool | ProgressCallback = False,
+        progress: bool | ProgressCallback | None = None,
         *,
         activations: Any = None,
         draws: int | None = None,
@@ -75,7 +75,8 @@ class WeightSVD(Decompositions):
             seed: of the null's Monte Carlo part.
             embeddings: names (patterns) to compare with every side; by default input embeddings are compared with
                 reading sides and output embeddings with writing sides.
-            progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
+            progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
+                default a bar in a notebook and none elsewhere.
             activations: for ``"covariance"``, ``"spectrum"`` and ``"bands"``: what ``dt_lens.collect_activations``
                 gives, a file of them, or a covariance ``[d_model, d_model]`` for every side.
             draws: for ``"untrained"`` and ``"shuffled"`` how many models are drawn: with ``B`` pooled matches no
@@ -106,7 +107,7 @@ class WeightSVD(Decompositions):
         *,
         seed: int = 0,
         draws: int | None = None,
-        progress: bool | ProgressCallback = False,
+        progress: bool | ProgressCallback | None = None,
     ) -> Pools:
         """The best matches of drawn models, for ``scan(null=pools)`` and ``strongest(null=pools)``.
 
@@ -150,7 +151,7 @@ class WeightSVD(Decompositions):
         k: int | Sequence[int] = (1, 2, 4, 8, 16, 32),
         *,
         seed: int = 0,
-        progress: bool | ProgressCallback = False,
+        progress: bool | ProgressCallback | None = None,
     ) -> pd.DataFrame:
         """Compare spans, not vectors: of the first ``k`` directions of each matrix and of each embedding's labels.
 

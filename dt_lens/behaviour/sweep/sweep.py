@@ -176,11 +176,12 @@ class Sweep(Printed):
         """What workers need: the model as it is now, in its task."""
         return self.task.pack(self.model)
 
-    def run(self, progress: bool | ProgressCallback = False, engine: Engine | None = None) -> Self:
+    def run(self, progress: bool | ProgressCallback | None = None, engine: Engine | None = None) -> Self:
         """Run what is not done yet.
 
         Args:
-            progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
+            progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
+                default a bar in a notebook and none elsewhere.
             engine: what runs the blocks; worker processes of this machine by default.
 
         Raises:

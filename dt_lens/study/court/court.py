@@ -42,7 +42,7 @@ def court(
     draws: int = 4000,
     workers: int | None = None,
     command: str = "",
-    progress: bool | ProgressCallback = False,
+    progress: bool | ProgressCallback | None = None,
     **options: Any,
 ) -> CourtResult:
     """Try the seven claims on a model, as registered in ``docs/court.md``, and write the result into ``out``.
@@ -64,7 +64,8 @@ def court(
         draws: how many draws a null takes.
         workers: worker processes.
         command: the command line that repeats this, for the page.
-        progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
+        progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
+            default a bar in a notebook and none elsewhere.
         options: what else ``evaluate`` takes to say what is run, such as ``target_return``, ``texts`` or ``context``.
 
     Raises:

@@ -67,7 +67,7 @@ def steer(
     seed: int = 0,
     workers: int | None = None,
     command: str = "",
-    progress: bool | ProgressCallback = False,
+    progress: bool | ProgressCallback | None = None,
     **options: Any,
 ) -> SteeringResult:
     """Find the direction whose dose best moves a readout; report it on units that took no part in the choice.
@@ -96,7 +96,8 @@ def steer(
             begins 1,000 later.
         workers: worker processes, where the task can use any.
         command: the command line that repeats this, for the page.
-        progress: ``True`` for a bar on standard error, or a function of (what is being done, share done).
+        progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
+            default a bar in a notebook and none elsewhere.
         options: ``targets`` of an agent's curve, in the environment's units, the model's own by default; ``prompts``
             and ``answers`` of a language model (see ``PromptTask.of``); and what else ``evaluate`` takes to say what is
             run, such as ``max_steps``, ``failure`` or ``context``.

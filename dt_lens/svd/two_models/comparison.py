@@ -43,7 +43,7 @@ def compare(
     k: int = 10,
     fold_layernorm: bool = True,
     names: tuple[str, str] = ("A", "B"),
-    progress: bool | ProgressCallback = False,
+    progress: bool | ProgressCallback | None = None,
 ) -> ModelChanges:
     """What changed between two models of the same shape, matrix by matrix.
 
@@ -55,7 +55,8 @@ def compare(
         fold_layernorm: compare what acts on the stream, each model's own LayerNorm folded in (``WeightSVD``'s default);
             ``False`` takes raw weights.
         names: what to call the two in tables and figures.
-        progress: ``True`` for a progress bar on standard error, or a function of (what is being done, share done).
+        progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
+            default a bar in a notebook and none elsewhere.
 
     Returns:
         a ``ModelChanges``. Its ``table`` has a row for each matrix:
