@@ -125,7 +125,7 @@ def test_with_controls_beside_some_only_those_are_compared(agent: Any, run: Run,
     assert said[1].startswith("Beside 7 of 21 directions (all of W_out, none of OV) random changes")
     assert "**0 of 7** random changes cost more than 10%, and **1 of 7** of those directions" in said[1]
     assert said[2].startswith("On average over those directions")
-    assert said[3].startswith("Each direction against its one random change: in 1 pairs only the direction costs more")
+    assert said[3].startswith("Each direction against its one random change: in 1 pair only the direction costs more")
     assert "than 10%, in 0 only the change (McNemar's exact p = 1)" in said[3]
     assert "not finished" not in said[-1]
     both = found.directions[["beyond_odd", "beyond_even"]]
