@@ -51,6 +51,7 @@ def train(
     checkpoint_every: int = 250,
     environment: str | None = None,
     environment_kwargs: Mapping[str, Any] | None = None,
+    failure: str | float | None = None,
     resume: bool = True,
     device: str | torch.device = "cpu",
     report: Callable[[AgentProgress], None] | None = None,
@@ -75,6 +76,8 @@ def train(
             data set names none, as ``environment``.
         environment_kwargs: its keyword arguments; by default the data set's own, with its environment, as far as the
             environment is registered with them. Time limit and wrappers as in ``evaluate``.
+        failure: what counts as failing in the data's environment, a fact of the model: ``"terminated"``,
+            ``"truncated"`` or a return to fall below. It changes nothing in training.
         resume: whether to resume an unfinished run in ``out``.
         device: where the model trains.
         report: called after every step.
@@ -98,7 +101,7 @@ def train(
     data = read(dataset_id)
     if not settings.targets:
         settings = replace(settings, targets=_targets(data.returns))
-    facts = _to_evaluate_in(_facts(settings, data), environment, environment_kwargs)
+    facts = replace(_to_evaluate_in(_facts(settings, data), environment, environment_kwargs), failure=failure)
     facts.to_json()  # what JSON cannot hold is found before the work
     folder, on = local_path(out, "out"), torch.device(device)
     kept = saved_state(folder, on) if resume else None

@@ -200,8 +200,12 @@ def test_the_timestep_table_is_as_long_as_the_longest_episode_or_as_asked(tmp_pa
     endless = minari.load_dataset("test/endless-v0").env_spec
     assert spec.max_episode_steps == 500 and endless is not None and endless.max_episode_steps == 1_000_000
     assert train("test/endless-v0", tmp_path / "longest", small(steps=1), eval_every=0).cfg.max_ep_len == 60
-    asked = train("test/endless-v0", tmp_path / "asked", small(steps=1, max_ep_len=90), eval_every=0)
+    options = {"eval_every": 0, "failure": "truncated"}
+    asked = train("test/endless-v0", tmp_path / "asked", small(steps=1, max_ep_len=90), **options)
     assert asked.cfg.max_ep_len == 90
+    assert json.loads((tmp_path / "asked" / "dt_lens.json").read_text())["failure"] == "truncated"
+    with pytest.raises(DtLensError, match="failure is 'crashed'"):
+        train("test/endless-v0", tmp_path / "wrong", small(steps=1), eval_every=0, failure="crashed")
     with pytest.raises(DtLensError, match="max_ep_len is 59; it must be at least 60, the steps of the longest"):
         train("test/endless-v0", tmp_path / "short", small(steps=1, max_ep_len=59), eval_every=0)
 

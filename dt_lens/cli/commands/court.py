@@ -13,6 +13,7 @@ from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
     Environment,
+    Failure,
     Given,
     MaxSteps,
     Model,
@@ -36,6 +37,7 @@ def court(
     environment: Environment = None,
     target_return: Target = None,
     max_steps: MaxSteps = None,
+    failure: Failure = None,
     sweep: Annotated[
         Path | None, typer.Option(help="Folder of a finished sweep of this model, with controls, for claim 7.")
     ] = None,
@@ -67,6 +69,7 @@ def court(
             environment=environment,
             target_return=target_return,
             max_steps=max_steps,
+            failure=failure,
             text=text,
             context=context,
             windows=windows,

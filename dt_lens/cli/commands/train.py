@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Device, Fresh, Seed, json_object, to_float
+from dt_lens.cli.options import Device, Fresh, Seed, failure_rule, json_object, to_float
 from dt_lens.cli.output import progress, training_in
 from dt_lens.training.settings import AgentSettings
 
@@ -61,6 +61,14 @@ def train(
             help="The environment's keyword arguments; the data set's own by default.",
         ),
     ] = None,
+    failure: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="What counts as failing in the data's environment, kept in dt_lens.json: terminated, truncated, or a "
+            "return to fall below.",
+        ),
+    ] = None,
     device: Device = "cpu",
     fresh: Fresh = False,
 ) -> None:
@@ -98,6 +106,7 @@ def train(
             environment_kwargs=None
             if environment_kwargs is None
             else json_object(environment_kwargs, "environment-kwargs"),
+            failure=failure_rule(failure),
             device=device,
             resume=not fresh,
             report=report,

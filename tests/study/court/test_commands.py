@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.cli.app import app
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.facts import RunFacts
@@ -29,10 +30,11 @@ def run(*words: str | Path) -> Any:
 
 
 def test_court(folder: Path, tmp_path: Path) -> None:
-    done = run("court", folder, "--episodes", "2", "--draws", "200", "--out", tmp_path, *FEW)
+    done = run("court", folder, "--episodes", "2", "--draws", "200", "--out", tmp_path, *FEW, "--failure", "30")
     assert done.exit_code == 0, done.output
     assert "3. Editing W_in hurts more than editing W_out, at equal energy:" in done.output
     assert done.output.strip().splitlines()[-1] == f"The page: {tmp_path / 'court.html'}"
+    assert SweepResults(tmp_path / "arms" / "folded").terms.failure == 30.0
     assert {"court.html", "court.csv", "court.json", "arms", "actions.json"} <= {f.name for f in tmp_path.iterdir()}
 
 

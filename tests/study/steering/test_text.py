@@ -19,6 +19,7 @@ from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.loading import wrap
 from dt_lens.study.steering import steering
+from dt_lens.study.steering.page import randoms_figure
 from dt_lens.study.steering.steering import steer
 from tests.behaviour.texts.test_texts import Bytes, hf_model
 from tests.behaviour.toy import Points, sorter
@@ -133,6 +134,10 @@ def test_a_planted_handle_is_found(planted: Any, tmp_path: Path) -> None:
     # Nothing reads the stream behind the last layer: no downstream gain was matched, and it is not said.
     assert n["put_side"] == "write" and n["put_matched"] == "length"
     assert "no later matrix reads what it writes" in result.sentence and "gain" not in result.sentence
+    # The axes are the points', not those of an interval of one mean.
+    low, high = randoms_figure(result).layout.xaxis.range
+    spread = np.ptp(result.randoms[["lowest", "highest"]].to_numpy())
+    assert high - low == pytest.approx(1.1 * spread)
     page = (tmp_path / "steering.html").read_text(encoding="utf-8")
     assert "with the same length: no later matrix reads that" in page and "same gain" not in page
     for words in ("failing", "failures", "target", "return", "agent"):
