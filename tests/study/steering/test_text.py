@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.behaviour.readout import of_task
 from dt_lens.behaviour.task import Columns
 from dt_lens.behaviour.terms import Terms
@@ -142,6 +143,7 @@ def test_a_planted_handle_is_found(planted: Any, tmp_path: Path) -> None:
     assert "with the same length: no later matrix reads that" in page and "same gain" not in page
     for words in ("failing", "failures", "target", "return", "agent"):
         assert words not in result.sentence and words not in page.partition("<main")[2].partition("<script")[0]
+    assert result.curve["guard"][0] == pytest.approx(evaluate(planted, [CALM], context=16).mean)
     kept = [json.loads(file.read_text()) for file in (tmp_path / "arms").glob("*.json")]
     assert not any("kl" in str(file)[:2000] for file in kept)  # nobody reads it, and it costs a second pass
 
