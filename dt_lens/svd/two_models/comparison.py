@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dt_lens.arguments import finite_numbers, require_wrapped, whole_number
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import ProgressCallback, reporting
@@ -77,6 +77,11 @@ def compare(
             or in the LayerNorm before them, a ``k`` below 1, or weights that are not finite.
     """
     for model in (a, b):
+        if hasattr(model, "outcomes") and hasattr(model, "compare"):
+            raise DtLensError(
+                f"compare takes two wrapped models, not {a_type(model)}; two evaluations are compared by "
+                "edited.compare(unedited)."
+            )
         require_wrapped(model, "compare", "weights", "structure")
     k = whole_number(k, "k", 1)
     if not (isinstance(names, tuple | list) and len(names) == 2 and all(isinstance(name, str) for name in names)):

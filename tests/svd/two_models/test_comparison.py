@@ -295,6 +295,9 @@ def test_other_mistakes(make_dt: Make) -> None:
     a, b = make_dt(0), make_dt(1)
     with pytest.raises(DtLensError, match="compare takes a wrapped model, not a Linear"):
         dt_lens.compare(a, torch.nn.Linear(2, 2))
+    evaluation = SimpleNamespace(outcomes=[1.0], compare=None)
+    with pytest.raises(DtLensError, match=r"two evaluations are compared by edited\.compare\(unedited\)"):
+        dt_lens.compare(evaluation, evaluation)
     b.weights["blocks.1.attn.W_O"][0, 0, 0] = float("nan")
     with pytest.raises(DtLensError, match=r"blocks.1.attn.W_O holds NaN"):
         dt_lens.compare(a, b)
