@@ -205,7 +205,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """
     confidence = share(confidence, "confidence")
     for name, count in (("successes", successes), ("n", n)):
-        if numbers(count, name).ndim:
+        if count is None or numbers(count, name).ndim:  # NumPy reads None as NaN
             raise DtLensError(f"{name} is {count!r:.80}; it must be a number.")
     if n == 0 or not np.isfinite([float(successes), float(n)]).all():
         return _NONE
