@@ -48,6 +48,7 @@ def train(
     *,
     eval_every: int = 2_000,
     eval_episodes: int = 8,
+    max_steps: int | None = None,
     checkpoint_every: int = 250,
     environment: str | None = None,
     environment_kwargs: Mapping[str, Any] | None = None,
@@ -69,6 +70,7 @@ def train(
         settings: everything else that decides what training ends with; ``AgentSettings()`` by default.
         eval_every: steps between evaluations; 0 for none.
         eval_episodes: episodes at each target.
+        max_steps: cut these episodes after this many steps.
         checkpoint_every: steps between checkpoints.
         environment: a Gymnasium id to evaluate in, ``"module:Id"`` to import a package that registers it. By default
             the evaluation environment of the data set, if it has one, else its own; they must be registered. The
@@ -93,6 +95,8 @@ def train(
     """
     eval_every = whole_number(eval_every, "eval_every", 0)
     eval_episodes = whole_number(eval_episodes, "eval_episodes", 0)
+    if max_steps is not None:
+        max_steps = whole_number(max_steps, "max_steps", 1)
     checkpoint_every = whole_number(checkpoint_every, "checkpoint_every", 1)
     settings = AgentSettings() if settings is None else settings
     if not isinstance(settings, AgentSettings):
@@ -109,7 +113,7 @@ def train(
         run = _AgentRun(settings, data, facts, folder, on, _older_rows(kept))
         wanted, asked = bool(eval_every and eval_episodes), not (environment is None and environment_kwargs is None)
         if (asked or wanted) and run.can_evaluate(insist=asked) and wanted:
-            run.eval_episodes = eval_episodes
+            run.eval_episodes, run.max_steps = eval_episodes, max_steps
         if kept is not None:
             run.resume(kept)
         run.finish(eval_every, checkpoint_every, report or (lambda _: None))
@@ -182,6 +186,7 @@ class _AgentRun(TrainingRun):
         self.data = data
         self.windows = Windows(data, settings.context, device)
         self.eval_episodes = 0
+        self.max_steps: int | None = None  # of an episode of the evaluations
         self._returns: dict[float, float] = {}  # the newest mean return at each target
 
     def loss(self) -> Tensor:
@@ -224,10 +229,10 @@ class _AgentRun(TrainingRun):
         from dt_lens.behaviour.evaluate import evaluate
 
         self.model.eval()
-        episodes, seed = self.eval_episodes, self.settings.seed
+        how: dict[str, Any] = {"episodes": self.eval_episodes, "seed": self.settings.seed, "max_steps": self.max_steps}
         with torch.random.fork_rng(devices=[]):
             return {
-                target: float(evaluate(self.model, episodes=episodes, seed=seed, target_return=target).mean)
+                target: float(evaluate(self.model, target_return=target, **how).mean)
                 for target in self.settings.targets
             }
 

@@ -185,7 +185,7 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
         "write_court": (rows["write_court"], {"result": None, "folder": folder}),
         "write_steering": (rows["write_steering"], {"result": None, "folder": folder}),
         "train": (rows["train"], {"dataset_id": "no/such-v0", "out": Path("/dev/null/x"), "settings": None,
-                                  "eval_every": 0, "eval_episodes": 1, "checkpoint_every": 1}),
+                                  "eval_every": 0, "eval_episodes": 1, "max_steps": 1, "checkpoint_every": 1}),
         "train_text": (rows["train_text"], {"sources": [folder / "no.txt"], "out": folder / "text", "settings": None,
                                             "eval_every": 0, "checkpoint_every": 1}),
         "record": (rows["record"], {"environment_id": "Hopper-v5", "dataset_id": "test/x-v0", "steps": 1, "seed": 0,

@@ -251,6 +251,14 @@ def test_evaluations_make_a_curve_and_leave_the_training_alone(tmp_path: Path) -
         assert torch.equal(weight, watched.weights[name]), name
 
 
+def test_the_episodes_of_evaluations_can_be_cut(tmp_path: Path) -> None:
+    last: list[dict[float, float]] = []
+    how: dict[str, Any] = {"eval_every": 1, "eval_episodes": 2, "max_steps": 3, "environment": "CartPole-v1"}
+    settings = small(steps=1, targets=(50,))
+    train("test/cartpole-v0", tmp_path, settings, **how, report=lambda p: last.append(p.returns))
+    assert last[-1] == {50.0: 3.0}  # a reward of 1 a step, and no pole falls in three
+
+
 def test_an_environment_that_does_not_fit_is_said_before_training(tmp_path: Path) -> None:
     steps: list[int] = []
     with pytest.raises(DtLensError, match="Pendulum"):
@@ -288,7 +296,7 @@ def test_another_run_in_the_folder_is_not_resumed(tmp_path: Path) -> None:
             train("test/linear-v0", tmp_path, small(steps=2, n_heads=2), eval_every=0)
 
 
-@pytest.mark.parametrize("name", ["eval_every", "eval_episodes", "checkpoint_every"])
+@pytest.mark.parametrize("name", ["eval_every", "eval_episodes", "max_steps", "checkpoint_every"])
 def test_bad_intervals_are_one_sentence(tmp_path: Path, name: str) -> None:
     with pytest.raises(DtLensError, match=f"{name} is -1; it must be a whole number of at least [01]"):
         train("test/linear-v0", tmp_path, small(), **{name: -1})

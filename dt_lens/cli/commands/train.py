@@ -46,6 +46,9 @@ def train(
     ] = AgentSettings.max_ep_len,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 for none.")] = 2_000,
     eval_episodes: Annotated[int, typer.Option(min=1, help="Episodes at each target.")] = 8,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Cut the episodes of the evaluations after this many steps.")
+    ] = None,
     environment: Annotated[
         str | None,
         typer.Option(
@@ -102,6 +105,7 @@ def train(
             settings,
             eval_every=eval_every,
             eval_episodes=eval_episodes,
+            max_steps=max_steps,
             environment=environment,
             environment_kwargs=None
             if environment_kwargs is None

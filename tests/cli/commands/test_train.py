@@ -30,7 +30,7 @@ def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: py
     monkeypatch.setattr(module, "train", fake)
     sizes = ["--steps", 2, "--batch-size", 3, "--context", 4, "--d-model", 8, "--layers", 5, "--heads", 2]
     others = ["--lr", 0.5, "--seed", 9, "--targets", "30,20", "--eval-every", 6, "--eval-episodes", 7]
-    kwargs = ["--environment-kwargs", '{"sab": true}', "--max-ep-len", 11]
+    kwargs = ["--environment-kwargs", '{"sab": true}', "--max-ep-len", 11, "--max-steps", 5, "--failure", "50"]
     done = dt_lens("train", "a/b-v0", "--out", "somewhere", *sizes, *others, "--env", "CartPole-v1", "--fresh", *kwargs)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The model: somewhere\n" and "loss 0.2500  target → return 30 → 12,345, 20 → 7" in done.stderr
@@ -39,7 +39,7 @@ def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: py
         max_ep_len=11,
     )  # fmt: skip
     rest = {"eval_every": 6, "eval_episodes": 7, "environment": "CartPole-v1", "device": "cpu", "resume": False}
-    rest["environment_kwargs"] = {"sab": True}
+    rest |= {"environment_kwargs": {"sab": True}, "max_steps": 5, "failure": 50.0}
     assert calls == [(("a/b-v0", Path("somewhere"), settings), rest)]
 
 
