@@ -16,7 +16,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from dt_lens.errors import DtLensError, a_type, nearest, unwritable
+from dt_lens.errors import DtLensError, a_type, as_written, nearest, unwritable
 
 __all__ = [
     "LAST_SEED",
@@ -61,7 +61,7 @@ def whole_number(value: Any, name: str, least: int | None = None, most: int | No
     if number is None or (least is not None and number < least) or (most is not None and number > most):
         lower = "" if least is None else f" of at least {least}"
         upper = "" if most is None else f"{' and' if lower else ' of'} at most {most}"
-        raise DtLensError(f"{name} is {value!r}; it must be a whole number{lower}{upper}.")
+        raise DtLensError(f"{name} is {as_written(value)}; it must be a whole number{lower}{upper}.")
     return number
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["DtLensError", "a_type", "because", "nearest", "unwritable"]
+__all__ = ["DtLensError", "a_type", "as_written", "because", "nearest", "unwritable"]
 
 
 class DtLensError(Exception):
@@ -24,6 +24,15 @@ def a_type(value: object) -> str:
     """
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+
+
+def as_written(value: object) -> str:
+    """A value as it is written in Python, for use inside a sentence: one line of at most 80 characters.
+
+    >>> as_written("a"), as_written(2.5), as_written([0] * 100)[:12]
+    ("'a'", '2.5', '[0, 0, 0, 0,')
+    """
+    return " ".join(repr(value).split())[:80]
 
 
 def because(error: BaseException) -> str:

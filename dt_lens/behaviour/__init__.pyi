@@ -4,5 +4,8 @@ from . import texts as texts
 from . import video as video
 from .comparison import Comparison as Comparison
 from .evaluation import Evaluation as Evaluation
+from .readout import Readout as Readout
+from .readout import of_task as of_task
+from .readouts import readout_of as readout_of
 from .task import Task as Task
 from .terms import Terms as Terms

@@ -47,6 +47,8 @@ class Readout:
         rise: the largest rise that is accepted: of the guard's damage, or of the share of failing units.
         matching: which directions are tried first; all by their size if ``None``.
         kinds: the kinds of matrices whose directions are tried.
+        across: whether the directions of large sigma are those of all these matrices together; by default the first of
+            each matrix, block by block.
     """
 
     task: Task
@@ -62,6 +64,7 @@ class Readout:
     rise: float = RISE
     matching: Matching | None = None
     kinds: tuple[str, ...] = ("W_in", "OV")
+    across: bool = False
 
     @property
     def harm(self) -> str:

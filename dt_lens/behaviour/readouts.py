@@ -117,4 +117,5 @@ def _answers(
         rise=LOSS,
         matching=matching,
         kinds=matching.kinds,
+        across=True,
     )

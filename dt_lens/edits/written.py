@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dt_lens.arguments import as_list, is_finite_number
 from dt_lens.edits.replacements import VALUES, embedded_direction, find_direction
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, as_written, nearest
 from dt_lens.lens.embeddings import EmbeddingRegistry
 
 __all__ = ["SV", "highest_sv", "parse_value", "resolve_sv", "split_values", "today", "values_of", "written_sv"]
@@ -163,8 +163,8 @@ def _number(text: Any, given: Any) -> float:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise DtLensError(
-            f"value is {given!r}; it must be one of {', '.join(VALUES)}, a number that sigma is multiplied by, "
-            "replace:EMBEDDING:LABEL, towards:EMBEDDING:LABEL:DEGREES, or the JSON of a record's value."
+            f"value is {as_written(given)}; it must be one of {', '.join(VALUES)}, a number that sigma is multiplied "
+            "by, replace:EMBEDDING:LABEL, towards:EMBEDDING:LABEL:DEGREES, or the JSON of a record's value."
             + nearest(given, VALUES)
         ) from None
     return number

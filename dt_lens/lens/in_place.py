@@ -12,10 +12,7 @@ __all__ = ["seen"]
 
 def seen(see: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``see(x)``, but another tensor if it has written into ``x``; so ``x`` itself says that nothing was changed."""
-    # Tensors of inference mode count no writes.
-    before = x.clone() if x.is_inference() else x._version
+    # Compared by value: PyTorch's count of writes lacks those through ``x.data``, and those in inference mode.
+    before = x.detach().clone()
     given = see(x)
-    if given is not x:
-        return given
-    same = torch.equal(before, x) if isinstance(before, Tensor) else before == x._version
-    return x if same else x.view_as(x)
+    return x.view_as(x) if given is x and not torch.equal(before, x) else given

@@ -51,6 +51,8 @@ class Configured(Generic[C]):
     @property
     def cfg(self) -> C:
         """Sizes and options; ``cfg.device`` and ``cfg.dtype`` are those of the weights now."""
+        if "_cfg" not in self.__dict__:  # not made yet; hasattr must be able to ask
+            raise AttributeError("The model has no configuration yet.")
         held = cast(C, self.__dict__["_cfg"])
         if held.owner() is not self:  # a new model, or one that was copied or unpickled
             held = self.__dict__["_cfg"] = held.placed(self)

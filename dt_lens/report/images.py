@@ -44,7 +44,7 @@ def save_figure(
         the file.
 
     Raises:
-        DtLensError: for another ending, a size that is none, a file that cannot be written, and if kaleido or a browser
+        DtLensError: for another ending, a size out of range, a file that cannot be written, and if kaleido or a browser
             is missing.
     """
     require_offers(figure, "figure", "a plotly figure", "to_json", "to_html", "layout")
@@ -58,7 +58,7 @@ def save_figure(
     if scale is not None and not (is_finite_number(scale) and 0 < scale <= 100):
         raise DtLensError(f"scale is {scale!r}; it must be a number above 0, such as 2.")
     if scale is not None and kind not in IMAGES:
-        raise DtLensError(f"scale is for images, and {path} is none; leave it out.")
+        raise DtLensError(f"scale is for images, and {path} is not one; leave it out.")
     figure = sized(go.Figure(figure), width, height)  # a copy: the caller's keeps its size
     drawn = _image(figure, path, kind, 1.0 if scale is None else float(scale)) if kind in IMAGES else b""
     with atomic_write(path) as part:

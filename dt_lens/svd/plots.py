@@ -103,7 +103,7 @@ def plot_heatmap(
         a plotly ``Figure``; that of an untrained head is grey, since what it shows is chance.
 
     Raises:
-        DtLensError: as ``WeightSVD.cosines`` does, for q values that do not fit, or for an option that is none.
+        DtLensError: as ``WeightSVD.cosines`` does, for q values that do not fit, or for an option out of range.
     """
     _require_svd(svd)
     require_level(alpha)
@@ -155,7 +155,7 @@ def plot_overview(
         a plotly ``Figure``; columns of untrained heads are grey.
 
     Raises:
-        DtLensError: for something that is not the table of a scan, or an option that is none.
+        DtLensError: for something that is not the table of a scan, or an option out of range.
     """
     require_word(value, "value", ("cosine", "z"))
     _require_scan(table, *(["z"] if value == "z" else []))
@@ -186,7 +186,7 @@ def plot_sigma_against_cosine(
         a plotly ``Figure``; directions whose best match is with an untrained head are grey.
 
     Raises:
-        DtLensError: for something that is not the table of a scan, or an option that is none.
+        DtLensError: for something that is not the table of a scan, or an option out of range.
     """
     _require_scan(table)
     require_word(colour, "colour", ("embedding", "kind"))
@@ -205,3 +205,8 @@ def _require_scan(table: Any, *more: str) -> None:
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise DtLensError(f"table has no column {missing[0]!r}; give the table of a scan.")
+    import pandas as pd
+
+    for name in ("sv", "sigma", "cosine", "q_value", *more):
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise DtLensError(f"table's column {name!r} holds no numbers; give the table of a scan.")

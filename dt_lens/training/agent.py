@@ -70,7 +70,7 @@ def train(
         settings: everything else that decides what training ends with; ``AgentSettings()`` by default.
         eval_every: steps between evaluations; 0 for none.
         eval_episodes: episodes at each target.
-        max_steps: cut these episodes after this many steps.
+        max_steps: cut these episodes after this many steps; rows of the curve say so.
         checkpoint_every: steps between checkpoints.
         environment: a Gymnasium id to evaluate in, ``"module:Id"`` to import a package that registers it. By default
             the evaluation environment of the data set, if it has one, else its own; they must be registered. The
@@ -223,7 +223,8 @@ class _AgentRun(TrainingRun):
         """Evaluate the agent at each target, and write it so that an unfinished run can be used."""
         self._returns = self._evaluate() if self.eval_episodes else {}
         self._write_model()
-        return {"returns": {f"{target:g}": _short(value) for target, value in self._returns.items()}}
+        cut = {} if self.max_steps is None or not self._returns else {"max_steps": self.max_steps}
+        return {"returns": {f"{target:g}": _short(value) for target, value in self._returns.items()}, **cut}
 
     def _evaluate(self) -> dict[float, float]:
         from dt_lens.behaviour.evaluate import evaluate

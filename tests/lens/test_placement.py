@@ -24,6 +24,10 @@ def model(request: pytest.FixtureRequest, make_dt: Any, make_hf: Any, make_lm: A
     return dt_lens.wrap(make_lm("gpt2"), check=False)
 
 
+def test_a_model_in_the_making_has_no_configuration(model: Any) -> None:
+    assert not hasattr(type(model).__new__(type(model)), "cfg")
+
+
 def test_they_follow_the_model(model: Any) -> None:
     assert (model.cfg.device, model.cfg.dtype) == (torch.device("cpu"), torch.float32)
     before = model.cfg

@@ -48,6 +48,8 @@ def make_arms(model: Lens, settings: SweepSettings, activations: Activations | N
     arms = [Arm(0, "baseline")] if settings.baseline else []
     if settings.matrices is not None or settings.edits is None:
         arms += _chosen(model, settings, activations)
+    else:
+        _require_default(settings)
     if settings.edits is not None:
         arms += [_given(edit, model, activations) for edit in settings.edits]
     digest = "" if activations is None else activations.digest
@@ -61,6 +63,17 @@ def make_arms(model: Lens, settings: SweepSettings, activations: Activations | N
             control = edit._replace(number=len(every), kind="control", of=edit.number, record=of)
             every.append(control._replace(control=draw, match=settings.control_match))
     return every
+
+
+def _require_default(settings: SweepSettings) -> None:
+    """Raise ``DtLensError`` for what says something of matrices, where there are given edits alone."""
+    plain = {"sv": 0, "side": None, "value": None, "directions": "plain"}
+    wrong = [name for name, default in plain.items() if getattr(settings, name) != default]
+    if wrong:
+        raise DtLensError(
+            f"{' and '.join(wrong)} is for the directions of matrices, and only edits of your own are given; give "
+            f"matrices too, or leave {' and '.join(wrong)} out."
+        )
 
 
 def _chosen(model: Lens, settings: SweepSettings, activations: Activations | None) -> list[Arm]:
@@ -89,6 +102,7 @@ def _chosen(model: Lens, settings: SweepSettings, activations: Activations | Non
                 for text, value in parsed.items():
                     if sides is None and side != chosen[0] and scales_sigma(value):
                         continue
+                    _require_length(value, factors, side)
                     record = {
                         "kind": "singular",
                         "matrix": matrix.name,
@@ -101,6 +115,16 @@ def _chosen(model: Lens, settings: SweepSettings, activations: Activations | Non
                     }
                     arms.append(_arm(matrix, record, text, directions))
     return arms
+
+
+def _require_length(value: Any, factors: MatrixFactors, side: SideName) -> None:
+    """Raise ``DtLensError`` for a direction that does not fit the side."""
+    matrix, stored = factors.matrix, factors.stored()
+    length = stored[0].shape[0] if matrix.side(side) == "left" else stored[-1].shape[-1]
+    if isinstance(value, list) and len(value) != length:
+        raise DtLensError(
+            f"value has {len(value)} numbers, and the {side} side of {matrix.name} has {length} dimensions."
+        )
 
 
 def _folding(fold: bool, matrix: Matrix, value: Any) -> bool:

@@ -97,7 +97,7 @@ class SweepResults(Printed):
             with self._reading() as (db, options):
                 kinds = dict(db.execute("SELECT kind, count(*) FROM arms GROUP BY kind"))
                 terms, units = terms_in(options), options["units"]
-            done = self.progress
+            done = self.blocks_done
         except DtLensError as error:
             return title, [("file", str(error))]
         rows = [
@@ -108,8 +108,8 @@ class SweepResults(Printed):
         return title, [*rows, ("blocks", done), ("next", "table(), outcomes(), evaluations()")]
 
     @property
-    def progress(self) -> str:
-        """How many blocks are done, in words."""
+    def blocks_done(self) -> str:
+        """How many of the file's blocks are done, in words."""
         found = self.status()
         failed = f", {found['failed']} failed: see failures()" if found["failed"] else ""
         return f"{found['done']} of {found['todo'] + found['done'] + found['failed']} done{failed}"
@@ -227,7 +227,7 @@ class SweepResults(Printed):
             confidence: of the intervals.
 
         Raises:
-            DtLensError: for a confidence that is none, or a failure rule where failing has no meaning.
+            DtLensError: for a confidence that is not between 0 and 1, or a failure rule where failing has no meaning.
         """
         if not (isinstance(confidence, int | float) and 0 < confidence < 1):
             raise DtLensError(f"confidence is {confidence!r}; it must be a number between 0 and 1, such as 0.95.")

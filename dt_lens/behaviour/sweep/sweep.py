@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from dt_lens.behaviour.sweep.driver import Driver
 from dt_lens.behaviour.sweep.engines.engine import Engine
 from dt_lens.behaviour.sweep.engines.local import LocalEngine
 from dt_lens.behaviour.sweep.packing import Packer
-from dt_lens.behaviour.sweep.plan import FORMAT, Plan, block_size_of, merge_arms
+from dt_lens.behaviour.sweep.plan import FORMAT, Plan, block_size_of, identity_of, merge_arms
 from dt_lens.behaviour.sweep.results import SweepResults
 from dt_lens.behaviour.sweep.schema import require_names
 from dt_lens.behaviour.sweep.settings import SweepSettings
@@ -141,16 +141,22 @@ class Sweep(Printed):
             self._source.check_edit(edit.to_dict())
 
     def _shown(self) -> tuple[str, Rows]:
-        terms, kinds = self.task.terms, [arm.kind for arm in self._arms]
+        terms = self.task.terms
+        kinds = [arm.kind for arm in {identity_of(arm.record): arm for arm in self._arms}.values()]
         rows = [
             ("measures", f"{terms.outcome_name} in {terms.place}"),
             ("arms", f"{kinds.count('edit')} edits, {kinds.count('control')} controls"),
             ("units", f"{self._options['units']} {terms.units} of each"),
         ]
-        try:
-            done, then = self.results.progress, "table(), outcomes(), evaluations(); run() does what is missing"
-        except DtLensError:  # there is no file yet, or it cannot be read
-            done, then = "none done", "run()"
+        then = "run()"
+        if not self.file.exists():
+            done = "none done"
+        else:
+            try:
+                done = f"{self.results.blocks_done}, in the file"
+                then = "table(), outcomes(), evaluations(); run() does what is missing"
+            except DtLensError as error:
+                done = str(error)
         return f"Sweep in {self.file.parent}", [*rows, ("blocks", done), ("next", then)]
 
     @property
@@ -242,6 +248,9 @@ def _changed(settings: SweepSettings, options: dict[str, Any]) -> SweepSettings:
     """The settings with some replaced; ``sides`` and values given as ``edits`` are other names."""
     if options.get("sides") is not None and options.get("side") is None:
         settings = replace(settings, side=None)
+    for name in ("edits", "value"):
+        if isinstance(options.get(name), Iterator):  # which can be read once only
+            options[name] = list(options[name])
     if options.get("edits") is not None and options.get("value") is None:
         given = SweepSettings(edits=options["edits"])
         if given.edits is None:

@@ -171,16 +171,17 @@ def sweep(
         from dt_lens.behaviour.sweep.settings import SweepSettings
         from dt_lens.behaviour.sweep.sweep import Sweep
 
-        if edits_from and matrices:  # then these are of the matrices
-            given_edits = edits_of(loaded, None, None, None, None, edits_from, raw=False, seed=seed)
+        if edits_from and matrices:  # then --sv, --side and --value are of the matrices
+            given_edits = edits_of(loaded, edit, None, None, None, edits_from, raw=False, seed=seed)
         else:
             own = (sv, side, value) if edit or edits_from else (None, None, None)
             given_edits = edits_of(loaded, edit, *own, edits_from, raw=raw and bool(edit or edits_from), seed=seed)
+        alone = given_edits and not matrices  # then these are of the given edits
         settings = SweepSettings(
             matrices=split(matrices, "matrices"),
-            sv=sv or 0,
-            side=[part for text in side for part in split(text, "side") or ()] if side else None,
-            value=value,
+            sv=0 if alone else sv or 0,
+            side=[part for text in side for part in split(text, "side") or ()] if side and not alone else None,
+            value=None if alone else value,
             edits=given_edits or None,
             controls=controls,
             control_match=control_match,

@@ -264,6 +264,8 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _relation(row: dict[str, Any]) -> str:
+    if not np.isfinite([row["low"], row["high"]]).all():
+        return "too few directions to say"
     if row["low"] <= 0 <= row["high"]:
         return "no relation is seen"
     if not row["q_value"] < ALPHA:  # one interval in twenty lies beside 0 by chance, and the table has many

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dt_lens.arguments import as_list
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.readout import Matching
 from dt_lens.edits.edit import Edit
@@ -39,7 +40,7 @@ Array = NDArray[np.float64]
 # What a direction does on each side.
 DOES = {
     "read": "reads", "write": "writes", "neuron": "has at the neurons", "head": "has in the head",
-    "query": "asks for", "key": "is asked for",
+    "query": "has on the query side", "key": "has on the key side",
 }  # fmt: skip
 READERS = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
 FIRST = 40  # directions of a matrix that are compared with the embedding
@@ -62,9 +63,15 @@ class Candidate(NamedTuple):
 
 
 def candidates_of(
-    model: Any, count: int, matching: Matching | None = None, kinds: Sequence[str] = ("W_in", "OV")
+    model: Any,
+    count: int,
+    matching: Matching | None = None,
+    kinds: Sequence[str] = ("W_in", "OV"),
+    across: bool = False,
 ) -> list[Candidate]:
     """Choose directions that may steer: half by their match with an embedding, half by sigma; all by sigma without one.
+
+    By sigma means the first of each matrix, block by block, or with ``across`` the largest of all matrices together.
 
     Raises:
         DtLensError: if no matrix of these kinds has a direction.
@@ -79,6 +86,8 @@ def candidates_of(
     )[: (count + 1) // 2]
     largest = [(m.name, sv) for sv in range(FIRST) for m in places if sv < len(svd[m.name].sigma)]
     chosen = dict.fromkeys(matched, "" if matching is None else matching.why)
+    if across:
+        largest.sort(key=lambda place: -float(svd[place[0]].sigma[place[1]]))
     for place in largest:
         if len(chosen) < count:
             chosen.setdefault(place, "large sigma")
@@ -97,10 +106,12 @@ def given_candidates(model: Any, edits: Sequence[Edit], matching: Matching | Non
         DtLensError: for what are no such edits, or edits whose value or directions are not a dose's.
     """
     svd, found = WeightSVD(model), dict[tuple[str, int, str], Candidate]()
-    for edit in edits:
+    for edit in as_list(edits):
         if not isinstance(edit, SingularEdit):
             raise DtLensError(f"edits holds {a_type(edit)}; steering takes a list of edits that SingularEdit makes.")
         name = edit.matrix.name
+        if edit.model is not model:
+            raise DtLensError(f"The edit of {name} was made of another model; make it of the one that is steered.")
         if edit.value != "constant":
             raise DtLensError(
                 f"The edit of {name} has the value {parse_value(edit.value)[0]!r}; in steering the dose is the value: "

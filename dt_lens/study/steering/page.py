@@ -76,7 +76,8 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
                     Plot(randoms_figure(result)),
                     Folded("The numbers", [shown_table(result.randoms)]),
                     Note(
-                        "One direction was given and none chosen, so that p is that of a direction named beforehand."
+                        "One direction was given and none chosen here; p is right if it was named before the outcomes "
+                        "of these units were looked at."
                         if n["given"] and n["candidates"] == 1
                         else "The chosen direction was the best of those that were tried, and p does not account for "
                         "that: it is the p of a direction named beforehand."

@@ -195,7 +195,7 @@ class _Search:
             if math.isnan(readout.least):
                 self.readout = readout = replace(readout, least=_a_tenth_of(plain))
                 numbers["least"] = readout.least
-        found = list(given or candidates_of(self.model, count, readout.matching, readout.kinds))
+        found = list(given or candidates_of(self.model, count, readout.matching, readout.kinds, readout.across))
         tried = self._choose(found, _Arm(plain, self._harm(None, plain)), bounds, point, tell)
         # The steepest of those that are not set aside; if all are, the one with the smallest rise.
         order = tried.assign(steep=-tried["slope"].abs()).sort_values(

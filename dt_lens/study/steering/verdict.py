@@ -65,6 +65,8 @@ def verdict_of(
     of_range = f" of the curve's range of {extent:,.{places(extent)}f}" if share else ""
     rises = "failures rise" if readout.guard is None else f"the {readout.harm} rises"
     harm = f", and {rises} by {risen}" if readout.watches else ""
+    if verdict.startswith("moves") and not rise.low > 0:
+        harm += " (no rise is shown, and one above the bound is not excluded)"
     sentence = (
         f"The {'best ' if tried > 1 else ''}candidate was {direction.name} ({direction.why}). On fresh "
         f"{_fresh(readout)} its doses move the {terms.outcome_name} by {moved}{of_range}{harm}; of "

@@ -121,6 +121,11 @@ def test_edits_that_a_sweep_cannot_take(agent: Any, make_sweep: Make, tmp_path: 
     for edits, words in (([edit, edit.control()], "holds a Control"), ([edit, "zero"], "holds a str")):
         with pytest.raises(DtLensError, match=words):
             make_sweep(edits=edits)
+    for more, words in (({"value": "zerro"}, "^value is for the"), ({"side": "read", "sv": 7}, "^sv and side is for")):
+        with pytest.raises(DtLensError, match=words):
+            make_sweep(matrices=None, edits=(one for one in [edit]), **more)
+    with pytest.raises(DtLensError, match=rf"value has 7 numbers, and the read side of {W_IN} has \d+ dimensions"):
+        make_sweep(matrices=[W_IN], edits=None, value=torch.ones(7))
     record = {**edit.to_dict(), "activations": "other"}
     edit.to_dict = lambda: record  # type: ignore[method-assign]
     with pytest.raises(DtLensError, match="made with the activations other; give the sweep those"):
@@ -155,6 +160,7 @@ def test_the_command_line(agent: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     for words, said in (
         ([*two, *chosen[:2]], "several --sv, --value or --side may belong to either"),
         (["--edits-from", file, "--value", "zero"], "leave out --value"),
+        ([*chosen, "--edits-from", file, "--edit", OV], "leave out --edit"),
         ([*chosen, "--edits", "zero", "--value", "zero"], "--edits is another name for --value"),
     ):
         with pytest.raises(DtLensError, match=said):

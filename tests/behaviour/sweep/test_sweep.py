@@ -308,7 +308,7 @@ def test_a_sweep_is_printed_in_a_few_lines(make_sweep: Make, inline: Make) -> No
         assert "14 of 14 done" in shown
     assert len(repr(sweep).splitlines()) < 8
     sweep.file.write_bytes(b"damaged")
-    assert "none done" in repr(sweep), "printing raises nothing"
+    assert "sweep.sqlite is damaged" in repr(sweep), "printing raises nothing"
 
 
 def test_after_a_full_disk_it_resumes(

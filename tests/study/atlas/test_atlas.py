@@ -132,6 +132,9 @@ def test_an_interval_beside_zero_that_is_no_discovery_is_not_called_a_relation(a
     said = text[text.index("W_out: |cosine| with action_out") :]
     assert "a closer match goes with more damage. Among" in said
     assert "not decided, since among all tests of the table it is no discovery (q = 0.24)" in said
+    table[["low", "high", "q_value"]] = np.nan
+    text = " ".join(sentences(dataclasses.replace(atlas, correlations=table)))
+    assert "too few directions to say" in text and "no discovery" not in text
 
 
 def test_what_a_removal_costs_beyond_its_control_is_tested_over_directions(atlas: Atlas) -> None:

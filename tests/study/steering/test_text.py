@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,7 +146,10 @@ def test_a_planted_handle_is_found(planted: Any, tmp_path: Path) -> None:
         assert words not in result.sentence and words not in page.partition("<main")[2].partition("<script")[0]
     assert result.curve["guard"][0] == pytest.approx(evaluate(planted, [CALM], context=16).mean)
     kept = [json.loads(file.read_text()) for file in (tmp_path / "arms").glob("*.json")]
-    assert not any("kl" in str(file)[:2000] for file in kept)  # nobody reads it, and it costs a second pass
+    # Nobody reads it, and it costs a second pass.
+    measures = [set(file["value"]["task"]["measures"]) for file in kept]
+    assert {"loss"} in [found & {"loss", "kl"} for found in measures]
+    assert not any("kl" in found for found in measures)
 
 
 def test_given_directions_are_the_candidates(planted: Any, few_random: None, tmp_path: Path) -> None:
@@ -161,12 +165,14 @@ def test_given_directions_are_the_candidates(planted: Any, few_random: None, tmp
     with SingularEdit(planted, W_OUT, 0, value=2.0):
         wanted = task.evaluate(planted, range(4, 8)).mean  # the half that reports
     assert result.table.set_index("dose")["mean"][2.0] == pytest.approx(wanted)
-    one = steer(planted, tmp_path / "given", [CALM], edits=edits[:1], **text)
+    one = steer(planted, tmp_path / "given", [CALM], edits=edits[0], **text)
     assert one.best == result.best and one.table.equals(result.table)  # by the same rule, from the same files
     for wrong, words in (
         ([SingularEdit(planted, W_OUT, 0, value="zero")], "has the value 'zero'; in steering the dose is the value"),
         ([SingularEdit(planted, "blocks.0.mlp.W_in", 0, fold_layernorm=False)], "make it without --raw"),
         ([edits[0].control()], "holds a Control"),
+        (5, "edits holds an int"),
+        ([SingularEdit(copy.deepcopy(planted), W_OUT, 0)], "was made of another model"),
         ([], "edits is empty"),
     ):
         with pytest.raises(DtLensError, match=words):
@@ -236,9 +242,22 @@ def test_other_text_must_not_get_worse(model: Any, few_random: None, tmp_path: P
     monkeypatch.setattr(steering._Search, "_harm", costly)
     result = steer(model, tmp_path, [OTHER], prompts=PROMPTS, answers="x", context=16, candidates=2)
     assert result.choosing["set_aside"].all()
-    cost = "moves the log probability at the cost of the loss on other text"
-    assert result.verdict in (cost, "undecided", "none found")
     assert result.numbers["rise"] > 0.45
+
+
+def test_a_cost_is_said(planted: Any, few_random: None, tmp_path: Path, monkeypatch: Any) -> None:
+    """The planted handle again, with a cost on other text at its largest dose."""
+    harm = steering._Search._harm
+
+    def costly(self: Any, edit: Any, arm: Any) -> Any:
+        dose = 1.0 if edit is None else edit.to_dict()["value"]
+        return harm(self, edit, arm) + (0.5 if dose == 2.0 else 0.0)
+
+    monkeypatch.setattr(steering._Search, "_harm", costly)
+    text = {"prompts": ASKED, "answers": "x", "context": 16}
+    result = steer(planted, tmp_path, [CALM], candidates=1, doses=(0.0, 2.0), **text)
+    assert result.verdict == "moves the log probability at the cost of the loss on other text"
+    assert "the loss on other text rises by +0.5" in result.sentence and "is not excluded" not in result.sentence
 
 
 def test_a_third_partys_task(few_random: None, tmp_path: Path) -> None:
