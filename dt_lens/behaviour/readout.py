@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dt_lens.arguments import whole_number
 from dt_lens.behaviour.task import Task
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.matrices import SideName
 
 __all__ = ["FRESH", "Matching", "Readout", "of_task"]
@@ -87,8 +87,10 @@ def of_task(task: Task, units: int | None, choosing: int | None, seed: int, **mo
         more: other fields of ``Readout``.
 
     Raises:
-        DtLensError: if the task has too few units for both.
+        DtLensError: for what is no task, or if it has too few units for both.
     """
+    if not isinstance(task, Task):
+        raise DtLensError(f"task is {a_type(task)}; it must be a Task (docs/tasks.md).")
     choose = task.units(choosing, seed, "choose")
     report = task.units(units, seed + FRESH, "steer")
     for count in (len(choose), len(report)):

@@ -211,6 +211,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
         return _NONE
     if not (0 <= successes <= n and float(successes).is_integer() and float(n).is_integer()):
         raise DtLensError(f"There cannot be {successes} successes in {n} tries; give a whole number from 0 to {n}.")
+    if n > 2**53:  # where floats stop counting
+        raise DtLensError(f"n is {n}; it must be at most 2**53.")
     ci = stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method="wilson")
     # Rounding can leave 1e-18 where the formula says 0.
     low, high = (0.0 if successes == 0 else float(ci.low)), (1.0 if successes == n else float(ci.high))
