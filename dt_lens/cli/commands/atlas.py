@@ -16,12 +16,21 @@ from dt_lens.cli.output import print_table, progress
 
 def atlas(
     model: Model,
-    sweep: Annotated[Path, typer.Option(help="Folder of a sweep that removed directions (--value zero).")],
+    sweep: Annotated[
+        Path, typer.Option(help="Folder of a sweep that removed directions (--value zero), or edited them otherwise.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for atlas.html and its tables; the sweep's by default.")
     ] = None,
     activations: Annotated[
         Path | None, typer.Option(help="The model's real inputs, for output energies; the sweep's by default.")
+    ] = None,
+    value: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of the sweep's edits: zero, the removals, by default; where it has none and one other value, "
+            "that."
+        ),
     ] = None,
     seed: Seed = 0,
     failure: Failure = None,
@@ -41,10 +50,10 @@ def atlas(
         results = SweepResults(sweep)
         inputs = None if activations is None else Activations.load(activations)
         tell("comparing", 0.2)
-        found = make_atlas(loaded, results, inputs, seed=seed, failure=failure_rule(failure))
+        found = make_atlas(loaded, results, inputs, value=value, seed=seed, failure=failure_rule(failure))
         folder = out or results.file.parent
         page = write_atlas(found, folder, Path(model).name, shlex.join(["dt-lens", *sys.argv[1:]]))
-    print_table(table_of(found), "Directions whose removal matters")
+    print_table(table_of(found), f"Directions whose {found.words[0]} matters")
     for sentence in sentences(found):
         print(sentence.replace("**", ""))
     if found.terms.failure_note:

@@ -47,19 +47,20 @@ def make_atlas(
     results: SweepResults,
     activations: Any = None,
     *,
-    value: str = "zero",
+    value: str | None = None,
     seed: int = 0,
     failure: FailureRule | None = None,
     task: Task | None = None,
 ) -> Atlas:
-    """Make the atlas of a sweep of removals, finished or not.
+    """Make the atlas of a sweep, of removals in most cases, finished or not.
 
     Args:
         model: the model that was swept.
         results: the sweep; it must have edits of this ``value``, and a baseline.
         activations: the model's real inputs (``collect_activations``), for energies on them; by default the sweep's
             own energies, if it matched controls by them.
-        value: which of the sweep's edits.
+        value: which of the sweep's edits: ``"zero"`` by default, the removals, or, where a sweep has none of these and
+            one other value, that. Of the sides of a direction that were edited it is the first.
         seed: of the bootstrap and the permutations.
         failure: what counts as failing; by default what the sweep's file says, else a guess; see ``Evaluation``.
         task: the task of the sweep, where it is one of your own that identifies models in its own way.
@@ -81,14 +82,16 @@ def make_atlas(
     terms = baseline.terms
     table = results.table(failure=failure)
     folded = bool(results.options["fold_layernorm"])
-    edits = table[(table["kind"] == "edit") & (table["value"] == today(value)) & table["sv"].notna()]
+    value = _value(table) if value is None else str(today(value))
+    edits = table[(table["kind"] == "edit") & (table["value"] == value) & table["sv"].notna()]
     edits = edits.drop(_other_folding(edits.index, evaluations, model, folded))
     edits = edits.drop_duplicates(["matrix", "sv", "directions"])
     plain, weighted = (edits[edits["directions"] == which] for which in ("plain", "activation"))
     if plain.empty:
         known = ", ".join(dict.fromkeys(table["value"] if edits.empty else edits["directions"] + " directions"))
         wanted = f"edits with value {value!r}" if edits.empty else "plain directions"
-        raise DtLensError(f"The sweep holds no {wanted}; it has {known}.")
+        choose = "" if not edits.empty else "; name one as value (--value)"
+        raise DtLensError(f"The sweep holds no {wanted}; it has {known}{choose}.")
     controls, unit = results.controls(), _unit(baseline, seed)
     large = LARGE * unit if terms.large is None else float(terms.large)
     directions, more = (_measured(some, evaluations, baseline, controls, large, seed) for some in (plain, weighted))
@@ -99,11 +102,11 @@ def make_atlas(
         directions[["damage_odd", "damage_even", "beyond_odd", "beyond_even"]] = np.nan
         awaited = plain[(plain["rung"] == len(halving)) | plain["p_value"].isna()]
     svd = WeightSVD(model, fold_layernorm=folded)
-    directions = _described(directions, svd, activations)
+    directions = _described(directions, svd, activations, value, int(results.options["seed"]))
     directions, columns, untrained = _matched(directions, svd, seed)
     if len(more):
         aware = WeightSVD(model, fold_layernorm=folded, activations=_swept_with(results, activations))
-        more, _, _ = _matched(_described(more, aware, None), aware, seed)
+        more, _, _ = _matched(_described(more, aware, None, value), aware, seed)
     return Atlas(
         directions,
         shares_of(directions, large, seed),
@@ -119,7 +122,14 @@ def make_atlas(
         dict(results.options),
         large,
         _tried(model, directions, columns),
+        value,
     )
+
+
+def _value(table: pd.DataFrame) -> str:
+    """The value of the edits where the caller names none."""
+    known = list(dict.fromkeys(table.loc[(table["kind"] == "edit") & table["sv"].notna(), "value"]))
+    return str(known[0]) if len(known) == 1 else "zero"
 
 
 def _other_folding(arms: pd.Index, evaluations: dict[int, Evaluation], model: Any, folded: bool) -> list[int]:
@@ -250,7 +260,7 @@ def _outcomes(evaluation: Evaluation, units: NDArray[np.int64]) -> NDArray[np.fl
     return np.asarray(evaluation.outcomes[np.searchsorted(evaluation.units, units)])
 
 
-def _described(directions: pd.DataFrame, svd: WeightSVD, activations: Any) -> pd.DataFrame:
+def _described(directions: pd.DataFrame, svd: WeightSVD, activations: Any, value: str, seed: int = 0) -> pd.DataFrame:
     """Add each direction's sigma, the size of its block, and its energy on real inputs."""
     bare = Snapshot.of(svd.model)
     kinds, sigmas, blocks, outputs = [], [], [], []
@@ -261,9 +271,8 @@ def _described(directions: pd.DataFrame, svd: WeightSVD, activations: Any) -> pd
         blocks.append(max(found.indistinct(int(sv), side) for side in found.matrix.residual_sides))
         if activations is not None:
             side, folded = found.matrix.residual_sides[0], svd.fold_layernorm
-            edit = SingularEdit(
-                svd.model, name, int(sv), side=side, value="zero", fold_layernorm=folded, decomposition=found
-            )
+            how: dict[str, Any] = {"value": value, "seed": seed, "fold_layernorm": folded}
+            edit = SingularEdit(svd.model, name, int(sv), side=side, decomposition=found, **how)
             outputs.append(edit.output_energy(activations))
     out = directions.assign(kind=kinds, sigma=sigmas, block=blocks)
     if activations is not None:

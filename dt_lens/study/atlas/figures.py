@@ -104,7 +104,7 @@ def damage_against(
     figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
     figure.update_yaxes(title_text=f"{terms.lost}{DAMAGE[response]}" if response in DAMAGE else response, col=1)
     # The legend shows one marker for filled and open points; the subtitle says what they mean.
-    about = f"one point per removed direction · filled: the {terms.outcome} changes at q < 0.05"
+    about = f"one point per direction · filled: the {terms.outcome} changes at q < 0.05"
     about += f" · logarithmic beyond ±{scale:g}"
     finished = finish(figure, title, about, height=520, wide=(260 if len(shown) < 4 else 320) * len(shown))
     finished.update_layout(margin_t=130)
@@ -176,9 +176,16 @@ def _hover_text(row: dict[str, Any], terms: Terms, form: Callable[[float], str])
 
 
 def along_the_spectrum(
-    directions: pd.DataFrame, mean: float, terms: Terms, *, title: str = "What removing each direction leaves"
+    directions: pd.DataFrame,
+    mean: float,
+    terms: Terms,
+    *,
+    title: str = "What removing each direction leaves",
+    done: str = "removed",
 ) -> go.Figure:
-    """Draw the outcome without each direction, from the largest sigma to the smallest, in a panel for each matrix.
+    """Draw the outcome with each direction edited, by default without it, in a panel for each matrix.
+
+    The largest sigma is on the left.
 
     Rows are blocks; columns are kinds of matrices, or heads if a kind has several.
 
@@ -187,6 +194,7 @@ def along_the_spectrum(
         mean: the unedited model's mean outcome.
         terms: what was measured, and the words for it.
         title: the figure's title.
+        done: what was done to the directions, in a word.
 
     Raises:
         DtLensError: for a missing column.
@@ -237,7 +245,7 @@ def along_the_spectrum(
             control = mean - terms.sign * rows["control_damage"].to_numpy(dtype=np.float64)
             marker = {"color": "rgba(0,0,0,0)", "size": 5, "line": {"color": CONTROL, "width": 0.8}}
             draw("its control", rows["sv"], control, marker, place, _hover_texts(rows, terms))
-        for sure, name, colour in ((False, "removed", "#b98a5e"), (True, "removed, q < 0.05", PALETTE[1])):
+        for sure, name, colour in ((False, done, "#b98a5e"), (True, f"{done}, q < 0.05", PALETTE[1])):
             part = rows[(rows["q_value"] < 0.05) == sure]
             if len(part):
                 marker = {"color": colour, "size": 6 if sure else 4}
@@ -267,7 +275,7 @@ def _columns(directions: pd.DataFrame) -> pd.Series[str]:
 
 
 def shares(table: pd.DataFrame, terms: Terms, *, title: str = "How many directions matter") -> go.Figure:
-    """Draw for each matrix the share of directions whose removal does damage at q < 0.05.
+    """Draw for each matrix the share of directions whose edit does damage at q < 0.05.
 
     Args:
         table: ``Atlas.shares``; its rows of single matrices are drawn.
@@ -296,7 +304,7 @@ def shares(table: pd.DataFrame, terms: Terms, *, title: str = "How many directio
         )
     figure.update_xaxes(tickformat=".0%", title_text="share of the matrix's directions", rangemode="tozero")
     figure.update_yaxes(categoryorder="array", categoryarray=list(rows["what"]))
-    about = f"removal {'costs' if terms.sign > 0 else 'raises'} {terms.outcome} at q < 0.05"
+    about = f"{'costs' if terms.sign > 0 else 'raises'} {terms.outcome} at q < 0.05"
     return finish(figure, title, about, height=140 + 32 * len(rows))
 
 
@@ -355,5 +363,5 @@ def sizes_against_damage(
             figure.update_xaxes(title_text=predictor.replace("_", " "), row=1, col=number, **axis)
     figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
     figure.update_yaxes(title_text=terms.lost, col=1)
-    about = f"one point per removed direction · filled: q < 0.05 · logarithmic beyond ±{scale:g}"
+    about = f"one point per direction · filled: q < 0.05 · logarithmic beyond ±{scale:g}"
     return finish(figure, title, about, height=460, wide=330 * len(predictors))

@@ -120,7 +120,11 @@ def _damage(atlas: Atlas) -> Section:
     return Section(
         "Does cosine predict damage?",
         [
-            Choice(shown, "damage", f"Every point is one singular direction, removed for all paired {terms.units}."),
+            Choice(
+                shown,
+                "damage",
+                f"Every point is one singular direction, {atlas.words[2]} for all paired {terms.units}.",
+            ),
             Note(
                 "Damage per unit energy is large for a direction of tiny energy that does nothing: it is "
                 f"{with_article(terms.unit)}'s noise divided by almost 0. All directions also share the noise of the "
@@ -154,7 +158,10 @@ def _line(atlas: Atlas, kind: str, column: str, response: str) -> str:
 def _shares(atlas: Atlas) -> Section:
     terms = atlas.terms
     blocks: list[Any] = [Plot(figures.shares(atlas.shares, terms))]
-    blocks.append(Plot(figures.along_the_spectrum(atlas.directions, atlas.baseline.mean, terms)))
+    deed, doing, done = atlas.words
+    leaves = f"What {doing.lower()} each direction leaves"
+    spectrum = figures.along_the_spectrum(atlas.directions, atlas.baseline.mean, terms, title=leaves, done=done)
+    blocks.append(Plot(spectrum))
     worst = atlas.directions.sort_values("damage", ascending=False).head(SHOWN)
     columns = ["matrix", "sv", "sigma", "energy", f"mean_{terms.outcome}", "damage", "q_value"]
     columns += [*(["failure_rate"] if terms.failure is not None else []), "control_damage"]
@@ -165,7 +172,7 @@ def _shares(atlas: Atlas) -> Section:
     few = int(worst[terms.units].min())
     said = f"Intervals of single directions are over {few} {terms.units}; below {ENOUGH} they cover less than 95 %."
     notes = [Note(said)] if few < ENOUGH else []
-    blocks.append(Folded(f"The {len(worst)} most harmful removals", [Table(frame, intervals=intervals), *notes]))
+    blocks.append(Folded(f"The {len(worst)} most harmful {deed}s", [Table(frame, intervals=intervals), *notes]))
     if terms.failure is not None:
         rule, note = f"Failures: {terms.failure_rule}.", terms.failure_note
         blocks.append(Note(f"{rule} {note[0].upper()}{note[1:]}." if note else rule))
@@ -213,9 +220,10 @@ def _sizes(atlas: Atlas) -> Section:
         )
     if len(atlas.weighted):
         blocks.append(
-            f"{len(atlas.weighted)} activation-aware directions were removed as well: those of the decomposition in "
-            f"which sigma is the standard deviation of the output on {whose}. Their sigmas, and those of "
-            "the plain directions of the same matrices and indices, are compared with the damage of their own removals."
+            f"{len(atlas.weighted)} activation-aware directions were {atlas.words[2]} as well: those of the "
+            f"decomposition in which sigma is the standard deviation of the output on {whose}. Their sigmas, and those "
+            "of the plain directions of the same matrices and indices, are compared with the damage of their own "
+            f"{atlas.words[0]}s."
         )
     return Section("Does size predict damage?", blocks)
 
@@ -227,11 +235,14 @@ def _method(atlas: Atlas) -> Section:
         f"those that it kept is from fresh {terms.indices}, and that of the others from the {terms.indices} that "
         "stopped them, with p = 1."
     )
+    edited = "Every direction was removed (its sigma set to 0)"
+    if atlas.value != "zero":
+        edited = f"A singular vector of every direction was edited (value {atlas.value})"
     return Section(
         "How it was measured",
         [
             (
-                f"Every direction was removed (its sigma set to 0) for {_units(atlas)} {terms.units}, the "
+                f"{edited} for {_units(atlas)} {terms.units}, the "
                 f"{terms.indices} from {options['seed']} on, and compared with the unedited {terms.actor} "
                 f"{terms.index} by {terms.index}. p is by sign flips of the "
                 f"paired differences; q is Benjamini-Hochberg over the directions.{halved or ''}"
@@ -245,7 +256,7 @@ def _method(atlas: Atlas) -> Section:
             Note(
                 f"This is one checkpoint. Intervals are over its {terms.units} and directions, not over training "
                 "runs; a "
-                "direction whose removal does nothing may be one of several that do the same work."
+                f"direction whose {atlas.words[0]} does nothing may be one of several that do the same work."
             ),
         ],
     )

@@ -72,6 +72,7 @@ class Atlas(Printed):
         large: what counts as a large loss of outcome, in its own units: a tenth of ``unit``, or what the task says.
         matches: for each kind of matrix the columns of cosines that may predict damage: with the output embedding, and
             on a read side of a model whose outputs are no actions with the input embeddings as well.
+        value: which edit it is of: ``"zero"``, a removal, or another value of ``SingularEdit``.
     """
 
     directions: pd.DataFrame
@@ -88,6 +89,12 @@ class Atlas(Printed):
     options: dict[str, Any] = field(default_factory=dict)
     large: float = float("nan")
     matches: dict[str, list[str]] = field(default_factory=dict)
+    value: str = "zero"
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """What the edit is called: "removal", "Removing", "removed"; "edit", "Editing", "edited" for other values."""
+        return ("removal", "Removing", "removed") if self.value == "zero" else ("edit", "Editing", "edited")
 
     def _shown(self) -> tuple[str, Rows]:
         terms, table = self.baseline.terms, self.directions

@@ -39,16 +39,17 @@ def sentences(atlas: Atlas) -> list[str]:
     """The answer in a few plain sentences."""
     everything, n, terms = shares_for(atlas, "all"), len(atlas.directions), atlas.terms
     if not atlas.directions["damage"].any():
-        said = f"no removal of {n:,} directions changed the mean {terms.outcome}, so there is no damage."
+        said = f"no {atlas.words[0]} of {n:,} directions changed the mean {terms.outcome}, so there is no damage."
         return [f"**Nothing changed**: {said}", *_unfinished(atlas)]
     more = f"{LARGE:.0%} of it" if np.isfinite(atlas.unit) else f"{atlas.large:g}{_scale(atlas)}"
     large = f", and more than {more} for **{everything['large']:.0f}**" if np.isfinite(atlas.large) else ""
     costs = (
         f"costs the {terms.actor} {terms.outcome}" if terms.sign > 0 else f"raises the {terms.actor}'s {terms.outcome}"
     )
+    of_value = "" if atlas.value == "zero" else f" ({atlas.value})"
     lines = [
         (
-            f"Removing one singular direction {costs} (q < 0.05) for "
+            f"{atlas.words[1]} one singular direction{of_value} {costs} (q < 0.05) for "
             f"**{everything['hurts']} of {n:,}** directions ({everything['share']:.1%}){large}."
         )
     ]
@@ -102,8 +103,9 @@ def _beside_controls(atlas: Atlas) -> list[str]:
         lost, low, high = (_lost(atlas, found[name]) for name in ("beyond", "beyond_low", "beyond_high"))
         interval = f"[{low}, {high}]" if np.isfinite(found["beyond_low"]) else "(no interval: all are equal)"
         shares, points = f" of the {atlas.terms.outcome}", _scale(atlas) or f" points of {atlas.terms.outcome}"
+        deed = "removal" if atlas.value == "zero" else "the edit"
         lines.append(
-            f"On average over {'those ' if k < n else ''}directions, removal costs **{lost}**"
+            f"On average over {'those ' if k < n else ''}directions, {deed} costs **{lost}**"
             f"{shares if np.isfinite(atlas.unit) else points} {interval} "
             f"beyond a random change (p = {found['beyond_p_value']:.2g}, a pair for each direction)."
         )

@@ -266,9 +266,9 @@ def test_an_unfinished_sweep_says_so(agent: Any, scripted: Any, tmp_path: Path) 
 
 def test_bad_input_is_one_sentence(agent: Any, scripted: Any, planted: Sweep, tmp_path: Path) -> None:
     options: dict[str, Any] = {"matrices": "*.0.mlp.W_out", "sv": 0, "episodes": 2, "workers": 1}
-    flips = Sweep(agent, tmp_path / "flips", edits="flip", **options)
+    flips = Sweep(agent, tmp_path / "flips", value="flip,random", **options)
     flips.run(engine=scripted(flips, lambda arm: 1.0))
-    with pytest.raises(DtLensError, match="holds no edits with value 'zero'; it has flip"):
+    with pytest.raises(DtLensError, match="holds no edits with value 'zero'; it has flip, random"):
         make_atlas(agent, flips.results)
     with pytest.raises(DtLensError, match="make_atlas takes the results of a sweep, not a str"):
         make_atlas(agent, "flips")  # type: ignore[arg-type]

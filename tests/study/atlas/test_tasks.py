@@ -120,6 +120,25 @@ def test_a_gain_of_loss_is_damage(of_text: Atlas) -> None:
     assert not {"failure_rate", "mean_length", "control_failure_rate"} & set(of_text.directions)
 
 
+def test_an_atlas_of_another_edit_says_which(make_lm: Callable[..., Any], tmp_path: Path) -> None:
+    model = dt_lens.wrap(make_lm("gpt2"), check=False)
+    swept: Any = Swept(model, terms_of_windows("a text", "0a1b", 12), 3.0, lambda matrix, sv: 0.01 * sv, 0.02, 15)
+    swept.rows["value"] = "constant"
+    atlas = make_atlas(model, swept)  # the only value that the sweep has
+    page = write_atlas(atlas, tmp_path).read_text(encoding="utf-8")
+    # Of scripts only the figures' titles and legends count; plotly.js has words of its own.
+    said = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
+    drawn = " ".join(re.findall(r'"(?:text|name|title)":"([^"]*)"', page))
+    assert "What editing each direction leaves" in drawn and "edited, q" in drawn
+    assert atlas.value == "constant" and "Editing one singular direction (constant) raises" in said
+    assert "A singular vector of every direction was edited (value constant)" in said
+    assert not re.search("[Rr]emov(al|ed|ing)", said + drawn)
+    swept.rows.loc[swept.rows.index[-2:], "value"] = "flip"
+    with pytest.raises(DtLensError, match=r"no edits with value 'zero'; it has constant, flip; name one as value"):
+        make_atlas(model, swept)
+    assert len(make_atlas(model, swept, value="flip").directions) == 1
+
+
 def test_a_large_loss_is_what_the_task_says(of_text: Atlas) -> None:
     """0.1 nats per token; a share of the mean loss of 3 would be 0.3."""
     assert of_text.large == 0.1 and np.isnan(of_text.unit)
