@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from html import escape
@@ -29,6 +30,15 @@ class Evaluation(Measured):
     """
 
     comparison: ClassVar[type[Comparison]] = Comparison
+
+    def mean_size(self, *, seed: int = 0) -> float:
+        """The size of the mean outcome, of which effects are shares; ``nan`` if it cannot be told from 0.
+
+        Args:
+            seed: of the bootstrap interval, 95 %, that must leave out 0.
+        """
+        low, high = bootstrap_interval(self.outcomes, seed=seed)
+        return math.nan if low <= 0 <= high or not self.mean else abs(self.mean)
 
     def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
         """The numbers of the evaluation, as plain values.

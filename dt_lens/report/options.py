@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from dt_lens.arguments import is_finite_number, whole_number
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, as_written, nearest
 
 __all__ = ["LARGEST", "require_level", "require_word", "sized", "titled"]
 
@@ -24,7 +24,7 @@ def titled(title: str | None, otherwise: str) -> str:
     if title is None:
         return otherwise
     if not isinstance(title, str):
-        raise DtLensError(f"title is {title!r:.80}; it must be text, or None for the figure's own.")
+        raise DtLensError(f"title is {as_written(title)}; it must be text, or None for the figure's own.")
     return title
 
 
@@ -43,11 +43,12 @@ def sized(figure: go.Figure, width: int | None, height: int | None) -> go.Figure
 def require_level(alpha: Any) -> None:
     """Raise ``DtLensError`` unless ``alpha`` is a false discovery rate: a number above 0 and at most 1."""
     if not (is_finite_number(alpha) and 0 < alpha <= 1):
-        raise DtLensError(f"alpha is {alpha!r:.80}; it must be a number above 0 and at most 1, such as 0.05.")
+        raise DtLensError(f"alpha is {as_written(alpha)}; it must be a number above 0 and at most 1, such as 0.05.")
 
 
 def require_word(word: Any, name: str, known: Sequence[str]) -> None:
     """Raise ``DtLensError``, with the nearest one, unless ``word`` is one of ``known``."""
     if not isinstance(word, str) or word not in known:
         *most, last = (repr(one) for one in known)
-        raise DtLensError(f"{name} is {word!r:.80}; it must be {', '.join(most)} or {last}." + nearest(word, known))
+        said = f"{name} is {as_written(word)}; it must be {', '.join(most)} or {last}."
+        raise DtLensError(said + nearest(word, known))

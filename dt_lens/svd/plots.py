@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import plotly.graph_objects as go
 
 from dt_lens.arguments import is_finite_number, require_offers, whole_number
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 from dt_lens.lens.matrices import SideName, select_matrices
 from dt_lens.report import heatmaps, spectra
 from dt_lens.report.options import require_level, require_word, sized, titled
@@ -51,13 +51,13 @@ def plot_spectrum(
         a plotly ``Figure``.
 
     Raises:
-        DtLensError: for something that is not a ``WeightSVD``, a pattern that matches no matrix, or an option that is
-            none.
+        DtLensError: for something that is not a ``WeightSVD``, a pattern that matches no matrix, or an option out
+            of range.
     """
     _require_svd(svd)
     require_word(scale, "scale", ("relative", "log", "linear"))
     if not (is_finite_number(tolerance) and 0 <= tolerance < 1):
-        raise DtLensError(f"tolerance is {tolerance!r:.80}; it must be a number from 0 to below 1, such as 1e-6.")
+        raise DtLensError(f"tolerance is {as_written(tolerance)}; it must be a number from 0 to below 1, such as 1e-6.")
     count = None if k is None else whole_number(k, "k", 1)
     title = titled(title, "Singular spectra")
     names = [matrix.name for matrix in select_matrices(svd.model, matrices)]
@@ -108,7 +108,7 @@ def plot_heatmap(
     _require_svd(svd)
     require_level(alpha)
     if limit is not None and not (is_finite_number(limit) and limit > 0):
-        raise DtLensError(f"limit is {limit!r:.80}; it must be a number above 0, or None.")
+        raise DtLensError(f"limit is {as_written(limit)}; it must be a number above 0, or None.")
     if q_values is not None:
         require_offers(q_values, "q_values", "a DataFrame", "to_numpy", "columns")
     labels = None if n is None else whole_number(n, "n", 1)

@@ -171,11 +171,10 @@ def sweep(
         from dt_lens.behaviour.sweep.settings import SweepSettings
         from dt_lens.behaviour.sweep.sweep import Sweep
 
-        if edits_from and matrices:  # then --sv, --side and --value are of the matrices
-            given_edits = edits_of(loaded, edit, None, None, None, edits_from, raw=False, seed=seed)
-        else:
-            own = (sv, side, value) if edit or edits_from else (None, None, None)
-            given_edits = edits_of(loaded, edit, *own, edits_from, raw=raw and bool(edit or edits_from), seed=seed)
+        # Beside a file of edits --sv, --side, --value and --raw are of the matrices.
+        theirs = bool(edit or edits_from) and not (edits_from and matrices)
+        own = (sv, side, value) if theirs else (None, None, None)
+        given_edits = edits_of(loaded, edit, *own, edits_from, raw=raw and theirs, seed=seed)
         alone = given_edits and not matrices  # then these are of the given edits
         settings = SweepSettings(
             matrices=split(matrices, "matrices"),

@@ -92,7 +92,7 @@ def make_atlas(
         wanted = f"edits with value {value!r}" if edits.empty else "plain directions"
         choose = "" if not edits.empty else "; name one as value (--value)"
         raise DtLensError(f"The sweep holds no {wanted}; it has {known}{choose}.")
-    controls, unit = results.controls(), _unit(baseline, seed)
+    controls, unit = results.controls(), baseline.mean_size(seed=seed) if terms.large is None else NAN
     large = LARGE * unit if terms.large is None else float(terms.large)
     directions, more = (_measured(some, evaluations, baseline, controls, large, seed) for some in (plain, weighted))
     if directions.empty:
@@ -152,13 +152,6 @@ def _swept_with(results: SweepResults, given: Any) -> Any:
         f"The sweep's activation-aware directions are weighted by activations {digest}, which are not in its "
         "folder; give their file."
     )
-
-
-def _unit(baseline: Evaluation, seed: int) -> float:
-    if baseline.terms.large is not None:
-        return float("nan")
-    low, high = bootstrap_interval(baseline.outcomes, seed=seed)
-    return float("nan") if low <= 0 <= high or not baseline.mean else abs(baseline.mean)
 
 
 def _measured(

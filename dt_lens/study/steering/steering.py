@@ -108,7 +108,8 @@ def steer(
     """
     if edits is not None and candidates is not None:
         raise DtLensError("edits are the candidates; leave out candidates.")
-    for said, value, least in (("candidates", 8 if candidates is None else candidates, 1), ("seed", seed, 0)):
+    count = 8 if candidates is None else candidates
+    for said, value, least in (("candidates", count, 1), ("seed", seed, 0)):
         whole_number(value, said, least)
     grid = sorted(set(finite_numbers(doses, "doses")) - {1.0})
     if len(grid) < 2:
@@ -125,7 +126,7 @@ def steer(
     require_writable(*(local_path(out, "out") / f"steering.{kind}" for kind in ("html", "csv", "json")))
     search = _Search(model, local_path(out, "out"), readout, grid, seed, workers)
     with reporting(progress) as tell:
-        result = search.run(8 if candidates is None else candidates, tell, tried)
+        result = search.run(count, tell, tried)
     facts = {"model": name, "model_id": readout.task.identity(model)[1], "command": command}
     result = replace(result, numbers={**facts, **result.numbers})
     write_steering(result, out)
@@ -409,12 +410,12 @@ def _a_tenth_of(plain: Evaluation) -> float:
     Raises:
         DtLensError: if the mean outcome cannot be told from 0: a tenth of it says nothing.
     """
-    low, high = bootstrap_interval(plain.outcomes)
-    if not plain.mean or low <= 0 <= high:
+    size = plain.mean_size()
+    if math.isnan(size):
         name = plain.terms.outcome_name
         raise DtLensError(
             f"The unedited mean {name} is {plain.mean:.3g} and cannot be told from 0, so that a tenth of it is no "
             f"smallest effect of interest; say in the task's terms what counts as large: Terms(large=...), in units of "
             f"the {name}."
         )
-    return 0.1 * abs(plain.mean)
+    return 0.1 * size

@@ -269,8 +269,8 @@ class ModelChanges:
             a plotly ``Figure``.
 
         Raises:
-            DtLensError: for another ``what``, a column that the table lacks or that holds no numbers, or an option that
-                is none.
+            DtLensError: for another ``what``, a column that the table lacks or that holds no numbers, or an option out
+                of range.
         """
         from dt_lens.svd.two_models import figures
 
