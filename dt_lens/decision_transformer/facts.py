@@ -15,10 +15,12 @@ from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import read_json
 from dt_lens.lens.environment_names import FileKeywords, same_environment
 
-__all__ = ["FACTS", "FACTS_FILE", "Padding", "RunFacts", "from_file", "given_facts"]
+__all__ = ["FACTS", "FACTS_FILE", "Factors", "Padding", "RunFacts", "from_file", "given_facts"]
 
 FACTS_FILE = "dt_lens.json"
 Padding = Literal["mask", "visible"]
+Factors = Mapping[str, Mapping[str, tuple[str | int | None, ...]]]
+"""By embedding and factor, the level of every label; ``None`` where the factor does not apply to a label."""
 USUAL = {"context": 20, "return_scale": 1.0, "state_mean": None}  # where nobody says; 20 is the paper's
 HEADS = ("action", "state", "return_to_go", "reward")  # the last two are one head
 
@@ -35,6 +37,9 @@ class RunFacts:
     of zero as the model reads them, no action, the first return-to-go, timestep 0), as some code bases train.
     ``failure`` says which episodes count as failed in ``environment``: those that it ended (``"terminated"``: a fall),
     those that the time limit cut (``"truncated"``: a goal not reached), or those with a return below a number.
+
+    ``factors`` say what the labels of an embedding consist of, such as the row and the column of a state: by embedding
+    and factor, the level of each label in their order, and ``None`` where a factor does not apply to a label.
 
     ``environment_kwargs`` are the keywords of ``gymnasium.make``. Among them, ``max_episode_steps`` is a time limit in
     place of the registered one (-1 for none), and ``wrappers`` lists what is put around the environment, the innermost
@@ -57,6 +62,7 @@ class RunFacts:
     failure: str | float | None = None  # what counts as failing; see ``Evaluation``
     about: dict[str, Any] = field(default_factory=dict)  # anything else: dataset, recipe, scores
     evaluation_environment: dict[str, Any] | None = None  # {"id": ..., "kwargs": {...}}, if it is another one
+    factors: Factors | None = None  # {"state_in": {"row": (0, 0, ...), ...}}
 
     left_out: ClassVar[Mapping[str, Any]] = {}  # of a file: what it does not say, and what is taken for it
 
@@ -93,6 +99,8 @@ class RunFacts:
             self._freeze(name, _numbers, "finite numbers")
         for name in ("state_labels", "action_labels", "trained_heads"):
             self._freeze(name, _names, "strings")
+        if self.factors is not None:
+            object.__setattr__(self, "factors", _factors(self.factors))
         scale = self.return_scale
         _require(is_finite_number(scale) and scale > 0, "return_scale", scale, "a positive number")
         _require(self.padding in get_args(Padding), "padding", self.padding, "'mask' or 'visible'")
@@ -133,6 +141,14 @@ class RunFacts:
             if value is not None and len(value) != size:
                 kind = "action" if name.startswith("action") else "state"
                 raise DtLensError(f"The run facts' {name} has {len(value)} entries; the model's {kind} has {size}.")
+        for embedding, named in (self.factors or {}).items():
+            size = {"state": state_dim, "action": act_dim}.get(embedding.partition("_")[0], 0)
+            for factor, levels in named.items():
+                if size and len(levels) != size:
+                    raise DtLensError(
+                        f"The run facts' factor {factor!r} of {embedding} has {len(levels)} levels; give one for each "
+                        f"of its {size} labels."
+                    )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -170,7 +186,7 @@ class RunFacts:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; of those that older files do not have, the ones that are not ``None``."""
         values = asdict(self)
-        for name in ("evaluation_environment", "failure"):
+        for name in ("evaluation_environment", "failure", "factors"):
             if values[name] is None:
                 del values[name]
         return values
@@ -278,6 +294,37 @@ def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
         raise DtLensError(f"The run facts' {name} is {shown}; it must be {wanted}.")
+
+
+def _factors(value: Any) -> Factors:
+    """``value`` with its levels as tuples.
+
+    Raises:
+        DtLensError: unless each embedding has factors, and each factor of it a level (text, whole number or ``None``)
+            for every label: as many as the other factors of the embedding, and not all ``None``.
+    """
+    wanted = "by embedding and factor the level of each label, such as {'state_in': {'row': [0, 0, 1, 1]}}"
+    named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    _require(named and len(value) > 0, "factors", value, wanted)
+    frozen: dict[str, dict[str, tuple[str | int | None, ...]]] = {}
+    for embedding, factors in value.items():
+        where = f"factors of {embedding}"
+        named = isinstance(factors, Mapping) and all(isinstance(key, str) for key in factors)
+        _require(named and len(factors) > 0, where, factors, "a list of levels for each factor, by its name")
+        frozen[embedding] = {
+            name: _levels(f"factor {name!r} of {embedding}", levels) for name, levels in factors.items()
+        }
+        sizes = {name: len(levels) for name, levels in frozen[embedding].items()}
+        _require(len(set(sizes.values())) == 1, where, sizes, "lists of one length, a level for every label")
+    return frozen
+
+
+def _levels(name: str, value: Any) -> tuple[str | int | None, ...]:
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    right = isinstance(listed, list | tuple) and all(level is None or type(level) in (str, int) for level in listed)
+    _require(right, name, value, "a list of levels: texts, whole numbers, or None where it does not apply")
+    _require(any(level is not None for level in listed), name, value, "a level for at least one label")
+    return tuple(listed)
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

@@ -62,6 +62,19 @@ def test_arrays_become_plain_numbers(tmp_path: Path) -> None:
         ({"return_scale": 10**400}, "return_scale is 1000.*a positive number"),
         ({"target_returns": [10**400]}, "target_returns is .*a list of finite numbers"),
         ({"state_mean": [10**400], "state_std": [1.0]}, "state_mean is .*a list of finite numbers"),
+        ({"factors": []}, r"factors is \[\]; it must be by embedding and factor the level of each label"),
+        ({"factors": {}}, r"factors is \{\}; it must be by embedding"),
+        ({"factors": {"state_in": [0, 1]}}, r"factors of state_in is \[0, 1\]; it must be a list of levels for each"),
+        ({"factors": {"state_in": {}}}, r"factors of state_in is \{\}"),
+        ({"factors": {"state_in": {"row": "0011"}}}, "factor 'row' of state_in is '0011'; .* texts, whole numbers, or"),
+        ({"factors": {"state_in": {"row": [0, 1.5]}}}, r"factor 'row' of state_in is \[0, 1\.5\]"),
+        ({"factors": {"state_in": {"row": [0, True]}}}, r"factor 'row' of state_in is \[0, True\]"),
+        ({"factors": {"state_in": {"row": [None, None]}}}, "factor 'row' of state_in .* level for at least one label"),
+        ({"factors": {"state_in": {"row": []}}}, "factor 'row' of state_in is .* level for at least one label"),
+        (
+            {"factors": {"state_in": {"row": [0, 1], "column": [0]}}},
+            r"factors of state_in is \{'row': 2, 'column': 1\}; it must be lists of one length",
+        ),
     ],
 )
 def test_wrong_facts_are_refused(values: dict[str, Any], message: str) -> None:
@@ -86,3 +99,26 @@ def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match="cannot be written as JSON"):
         RunFacts(3, about={"scores": np.zeros(3)}).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+FACTORS: Any = {"state_in": {"row": [0, 0, 1], "colour": ["red", None, "blue"]}, "action_in": {"turn": np.arange(2)}}
+
+
+def test_factors_travel_in_the_file(tmp_path: Path) -> None:
+    facts = RunFacts(3, factors=FACTORS)
+    assert facts.factors == {
+        "state_in": {"row": (0, 0, 1), "colour": ("red", None, "blue")},
+        "action_in": {"turn": (0, 1)},
+    }
+    facts.save(tmp_path)
+    assert RunFacts.load(tmp_path) == facts
+    assert json.loads((tmp_path / "dt_lens.json").read_text())["factors"]["state_in"]["colour"] == ["red", None, "blue"]
+    assert "factors" not in RunFacts(3).to_dict() and RunFacts.from_dict(RunFacts(3).to_dict()).factors is None
+
+
+def test_factors_must_have_a_level_for_every_label() -> None:
+    RunFacts(3, factors=FACTORS).require_fit(3, 2)
+    with pytest.raises(DtLensError, match="factor 'turn' of action_in has 2 levels; give one for each of its 3 labels"):
+        RunFacts(3, factors=FACTORS).require_fit(3, 3)
+    with pytest.raises(DtLensError, match="factor 'row' of state_in has 3 levels; give one for each of its 4 labels"):
+        RunFacts(3, factors=FACTORS).require_fit(4, 2)
