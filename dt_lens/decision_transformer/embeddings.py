@@ -68,6 +68,6 @@ def coordinate_labels(facts: RunFacts) -> tuple[tuple[str, ...], tuple[str, ...]
     """Labels of state and action coordinates: the facts' own, else the environment's, else none."""
     state, action = facts.state_labels, facts.action_labels
     if facts.environment and (state is None or action is None):
-        found = environment_labels(facts.environment, facts.environment_kwargs)
+        found = environment_labels(facts.environment, facts.environment_kwargs, facts.ignores, facts.texts)
         state, action = state or found[0], action or found[1]
     return state or (), action or ()

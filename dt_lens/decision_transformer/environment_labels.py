@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dt_lens.decision_transformer.environment_wrappers import specify
@@ -12,36 +12,64 @@ from dt_lens.lens.environment_names import specification
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
 
-__all__ = ["environment_labels"]
+__all__ = ["environment_labels", "environment_parts"]
 
 Labels = tuple[str, ...]
 
 
 def environment_labels(
-    environment: str, kwargs: Mapping[str, Any] | None = None
+    environment: str,
+    kwargs: Mapping[str, Any] | None = None,
+    ignores: Sequence[str] | None = None,
+    texts: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Labels | None, Labels | None]:
     """The labels of an environment's observations and actions; ``None`` for what it does not name.
 
     The name is only looked up: no module of a ``"module:Id"`` is imported.
 
+    ``ignores`` and ``texts`` are as in ``RunFacts``: they decide which numbers a state has.
+
     MuJoCo environments name joints and actuators, Gymnasium's Atari environments name their actions, MiniGrid and
-    others have an ``actions`` enumeration. An environment that cannot be made here has no labels.
+    others have an ``actions`` enumeration. Parts of a ``Dict`` or ``Tuple`` have their own names, such as
+    ``"direction = 2"``. An environment that cannot be made here has no labels.
     """
     try:
         spec, own = specify(specification(environment), kwargs or {})
     except DtLensError:
         return None, None  # not kept: the user may import what registers it
     # Making an environment takes a while, so results are kept; arguments may be lists, so the key is their text.
-    key = f"{environment} {sorted((kwargs or {}).items())!r}"
+    key = f"{environment} {sorted((kwargs or {}).items())!r} {ignores!r} {texts!r}"
     if key not in _KNOWN:
-        _KNOWN[key] = _labels(spec, own)
+        _KNOWN[key] = _labels(spec, own, ignores, texts)
     return _KNOWN[key]
 
 
 _KNOWN: dict[str, tuple[Labels | None, Labels | None]] = {}
 
 
-def _labels(spec: EnvSpec, kwargs: Mapping[str, Any]) -> tuple[Labels | None, Labels | None]:
+def environment_parts(environment: str, kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of the parts of an environment's observations; none where it cannot be made here."""
+    import gymnasium as gym
+
+    from dt_lens.decision_transformer.state_vector import part_names
+
+    try:
+        spec, own = specify(specification(environment), kwargs)
+        env: gym.Env[Any, Any] = gym.make(spec, disable_env_checker=True, **own)
+    except (Exception, SystemExit):
+        return []
+    try:
+        return part_names(env.observation_space)
+    finally:
+        env.close()
+
+
+def _labels(
+    spec: EnvSpec,
+    kwargs: Mapping[str, Any],
+    ignores: Sequence[str] | None,
+    texts: Mapping[str, Sequence[str]] | None,
+) -> tuple[Labels | None, Labels | None]:
     import gymnasium as gym
 
     try:
@@ -50,7 +78,7 @@ def _labels(spec: EnvSpec, kwargs: Mapping[str, Any]) -> tuple[Labels | None, La
         # Labels are optional: the rollout that needs the environment reports why it cannot be made.
         return None, None
     try:
-        return _mujoco_observations(env) or _box_observations(env), _actions(env)
+        return _mujoco_observations(env) or _box_observations(env) or _parts(env, ignores, texts), _actions(env)
     finally:
         env.close()
 
@@ -105,6 +133,31 @@ def _box_observations(env: Any) -> Labels | None:
         if env.spec is not None and env.spec.id.startswith(name) and shape == (len(labels),):
             return labels
     return None
+
+
+# Blackjack's observation is a Tuple of three whole numbers.
+TUPLES = {"Blackjack": ("your sum", "dealer's card", "usable ace")}
+
+
+def _parts(env: Any, ignores: Sequence[str] | None, texts: Mapping[str, Sequence[str]] | None) -> Labels | None:
+    """The names of the parts of an observation that has some."""
+    from dt_lens.decision_transformer.state_vector import StateVector
+
+    try:
+        labels = StateVector.of(env.observation_space, ignores, texts).labels
+    except DtLensError:  # a text that the facts do not declare: running the agent says so
+        return None
+    if labels is None:
+        return None
+    for start, names in TUPLES.items():
+        if env.spec is not None and env.spec.id.startswith(start):
+            swaps = [(f"observation {place} =", name) for place, name in enumerate(names)]
+            labels = tuple(_renamed(label, swaps) for label in labels)
+    return labels
+
+
+def _renamed(label: str, swaps: list[tuple[str, str]]) -> str:
+    return next((name + label.removeprefix(old) for old, name in swaps if label.startswith(old)), label)
 
 
 def _actions(env: Any) -> Labels | None:

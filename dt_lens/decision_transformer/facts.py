@@ -46,6 +46,11 @@ class RunFacts:
     first: ``{"name": "gymnasium.wrappers.RescaleAction", "kwargs": {"min_action": -1, "max_action": 1}}``, by the names
     of ``gymnasium.wrappers`` and ``minigrid.wrappers``. ``evaluation_environment`` is where the agent is evaluated, if
     that is not the environment of the training data.
+
+    ``ignores`` names the parts of an observation that the model does not read, such as MiniGrid's ``("mission",)``: a
+    key of a ``Dict``, a place in a ``Tuple``, or several joined by points. ``texts`` has, for each part that is a text
+    and that the model reads, the texts that it may be, in the order of its one-hot numbers: ``{"mission": ("get the red
+    key", "get the blue key")}``. A text that is in neither is refused where the agent is run.
     """
 
     context: int  # steps the agent looks back
@@ -63,6 +68,8 @@ class RunFacts:
     about: dict[str, Any] = field(default_factory=dict)  # anything else: dataset, recipe, scores
     evaluation_environment: dict[str, Any] | None = None  # {"id": ..., "kwargs": {...}}, if it is another one
     factors: Factors | None = None  # {"state_in": {"row": (0, 0, ...), ...}}
+    ignores: tuple[str, ...] | None = None  # parts of an observation that are not read
+    texts: Mapping[str, tuple[str, ...]] | None = None  # parts that are texts, one-hot among these
 
     left_out: ClassVar[Mapping[str, Any]] = {}  # of a file: what it does not say, and what is taken for it
 
@@ -97,10 +104,12 @@ class RunFacts:
             check_environment_kwargs(other["kwargs"], "the run facts' evaluation_environment")
         for name in ("state_mean", "state_std", "target_returns"):
             self._freeze(name, _numbers, "finite numbers")
-        for name in ("state_labels", "action_labels", "trained_heads"):
+        for name in ("state_labels", "action_labels", "trained_heads", "ignores"):
             self._freeze(name, _names, "strings")
         if self.factors is not None:
             object.__setattr__(self, "factors", _factors(self.factors))
+        if self.texts is not None:
+            object.__setattr__(self, "texts", _texts(self.texts))
         scale = self.return_scale
         _require(is_finite_number(scale) and scale > 0, "return_scale", scale, "a positive number")
         _require(self.padding in get_args(Padding), "padding", self.padding, "'mask' or 'visible'")
@@ -186,7 +195,7 @@ class RunFacts:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; of those that older files do not have, the ones that are not ``None``."""
         values = asdict(self)
-        for name in ("evaluation_environment", "failure", "factors"):
+        for name in ("evaluation_environment", "failure", "factors", "ignores", "texts"):
             if values[name] is None:
                 del values[name]
         return values
@@ -339,3 +348,12 @@ def _names(value: Any) -> tuple[str, ...] | None:
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         return None
     return tuple(value)
+
+
+def _texts(value: Any) -> dict[str, tuple[str, ...]]:
+    wanted = "None, or for each part the different texts that it may be, such as {'mission': ['get the red key']}"
+    _require(isinstance(value, Mapping) and all(isinstance(name, str) for name in value), "texts", value, wanted)
+    found = {name: _names(some) for name, some in value.items()}
+    for some in found.values():
+        _require(some is not None and 0 < len(some) == len(set(some)), "texts", value, wanted)
+    return {name: some or () for name, some in found.items()}

@@ -18,7 +18,8 @@ def agent_rows(model: Any) -> tuple[str, Rows]:
         f"head{'s' * (cfg.n_heads != 1)}, d_model {cfg.d_model}, d_mlp {cfg.d_mlp}, context {facts.context}"
     )
     action = f"one of {cfg.act_dim}" if cfg.discrete_actions else f"{cfg.act_dim} number{'s' * (cfg.act_dim != 1)}"
-    rows = [("state", f"{cfg.state_dim} number{'s' * (cfg.state_dim != 1)}"), ("action", action)]
+    state = f"{cfg.state_dim} number{'s' * (cfg.state_dim != 1)}{_of_observation(facts)}"
+    rows = [("state", state), ("action", action)]
     if facts.environment:
         targets = ", ".join(f"{target:g}" for target in facts.target_returns)
         rows.append(("environment", f"{facts.environment}{', target returns ' + targets if targets else ''}"))
@@ -31,3 +32,9 @@ def agent_rows(model: Any) -> tuple[str, Rows]:
         *rows,
         ("next", "dt_lens.WeightSVD(model), dt_lens.evaluate(model), model.weights, model.embeddings"),
     ]
+
+
+def _of_observation(facts: Any) -> str:
+    """What of an observation is not read, and which texts are."""
+    parts = [f", {name} one-hot among {len(known)} texts" for name, known in (facts.texts or {}).items()]
+    return "".join(parts) + (f", without {listed(facts.ignores)}" if facts.ignores else "")

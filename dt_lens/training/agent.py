@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from torch import Tensor
 from dt_lens.arguments import local_path, require_writable, whole_number
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.environment_labels import environment_parts
 from dt_lens.decision_transformer.facts import RunFacts, from_file
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.errors import DtLensError, a_type
+from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.environment_names import import_module_of
 from dt_lens.training.dataset import Trajectories, Windows, read
 from dt_lens.training.run import CHECKPOINT, TrainingRun, saved_state
@@ -53,6 +54,7 @@ def train(
     environment: str | None = None,
     environment_kwargs: Mapping[str, Any] | None = None,
     failure: str | float | None = None,
+    ignores: Sequence[str] | None = None,
     resume: bool = True,
     device: str | torch.device = "cpu",
     report: Callable[[AgentProgress], None] | None = None,
@@ -80,6 +82,9 @@ def train(
             environment is registered with them. Time limit and wrappers as in ``evaluate``.
         failure: what counts as failing in the data's environment, a fact of the model: ``"terminated"``,
             ``"truncated"`` or a return to fall below. It changes nothing in training.
+        ignores: parts of the observations that the model does not read, by name, such as ``["mission"]`` of MiniGrid's;
+            a fact of the model, as are the texts of those that it reads, one-hot. By default only texts that are always
+            the same.
         resume: whether to resume an unfinished run in ``out``.
         device: where the model trains.
         report: called after every step.
@@ -102,10 +107,11 @@ def train(
     if not isinstance(settings, AgentSettings):
         raise DtLensError(f"settings is {a_type(settings)}; it must be an AgentSettings.")
     require_writable(local_path(out, "out") / CHECKPOINT)
-    data = read(dataset_id)
+    data = read(dataset_id, ignores)
     if not settings.targets:
         settings = replace(settings, targets=_targets(data.returns))
     facts = replace(_to_evaluate_in(_facts(settings, data), environment, environment_kwargs), failure=failure)
+    _require_parts(data, facts)
     facts.to_json()  # what JSON cannot hold is found before the work
     folder, on = local_path(out, "out"), torch.device(device)
     kept = saved_state(folder, on) if resume else None
@@ -118,6 +124,29 @@ def train(
             run.resume(kept)
         run.finish(eval_every, checkpoint_every, report or (lambda _: None))
     return run.model
+
+
+def _identity(data: Trajectories) -> dict[str, str]:
+    """What identifies the data to a run that resumes."""
+    found = {"dataset": data.dataset_id}
+    if data.ignores:
+        found["ignores"] = ", ".join(data.ignores)
+    if data.as_they_are is not None and data.as_they_are.any():
+        found["normalisation"] = "not of zeros and ones"  # version 0.5 and before normalised them
+    return found
+
+
+def _require_parts(data: Trajectories, facts: RunFacts) -> None:
+    """Raise unless every part that is to be ignored is one of the data's observations, or the environment's."""
+    unknown = [name for name in data.ignores if name not in data.parts]
+    place, kwargs, _ = facts.environment_for()
+    known = {*data.parts, *(environment_parts(place, kwargs) if unknown and place else ())}
+    for name in unknown:
+        if name not in known:
+            raise DtLensError(
+                f"ignores names {name!r}, and the observations of {data.dataset_id!r} have no such part; their parts "
+                f"are {', '.join(sorted(known)) or 'none'}." + nearest(name, known)
+            )
 
 
 def _targets(returns: np.ndarray[Any, Any]) -> tuple[float, ...]:
@@ -182,7 +211,7 @@ class _AgentRun(TrainingRun):
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
-        super().__init__(settings, {"dataset": data.dataset_id}, out, model, optimizer)
+        super().__init__(settings, _identity(data), out, model, optimizer)
         self.data = data
         self.windows = Windows(data, settings.context, device)
         self.eval_episodes = 0
@@ -193,7 +222,7 @@ class _AgentRun(TrainingRun):
         batch = self.windows.sample(self.settings.batch_size, self.settings.early, self.settings.shortened)
         with self.autocast():
             predicted = self.model(**batch).action_preds
-        return action_loss(predicted.float(), batch, self.data.discrete)
+        return action_loss(predicted.float(), batch, self.data.discrete, self.data.choices)
 
     def can_evaluate(self, insist: bool) -> bool:
         """Whether the environment can be made and fits the model; checked before training, not at the first evaluation.
@@ -251,7 +280,10 @@ class _AgentRun(TrainingRun):
 
 
 def action_loss(
-    predicted: Float[Tensor, "batch step act_dim"], batch: dict[str, Tensor], discrete: bool
+    predicted: Float[Tensor, "batch step act_dim"],
+    batch: dict[str, Tensor],
+    discrete: bool,
+    choices: Sequence[int] = (),
 ) -> Float[Tensor, ""]:
     """The loss of predicted actions, over the steps that ``attention_mask`` marks as real: padding does not count.
 
@@ -259,8 +291,13 @@ def action_loss(
         predicted: actions, or logits of discrete ones.
         batch: a batch of ``Windows``.
         discrete: cross-entropy of the action ids instead of the squared error of the actions.
+        choices: the sizes of several choices made at once, whose cross-entropies are added; of one by default.
     """
     real = batch["attention_mask"]
+    if choices:
+        logits, taken = (torch.split(x[real], list(choices), -1) for x in (predicted, batch["actions"]))
+        losses = [F.cross_entropy(part, chosen.argmax(-1)) for part, chosen in zip(logits, taken, strict=True)]
+        return torch.stack(losses).sum()
     if discrete:
         return F.cross_entropy(predicted[real], batch["actions"][real].argmax(-1))
     return F.mse_loss(predicted[real], batch["actions"][real])
@@ -294,8 +331,10 @@ def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
     return RunFacts(
         context=settings.context,
         **from_file(places),
-        state_mean=tuple(float(m) for m in data.state_mean),
-        state_std=tuple(float(s) for s in data.state_std),
+        state_mean=tuple(float(m) for m in data.state_mean) if data.normalised else None,
+        state_std=tuple(float(s) for s in data.state_std) if data.normalised else None,
+        ignores=data.ignores or None,
+        texts=data.texts,
         return_scale=data.return_scale,
         target_returns=settings.targets,
         about={

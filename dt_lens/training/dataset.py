@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from dt_lens.decision_transformer.state_vector import StateVector, part_names
 from dt_lens.errors import DtLensError
-from dt_lens.training.minari_episodes import environments_of, flat_episodes, open_dataset
+from dt_lens.training.minari_episodes import environments_of, flat_episodes, open_dataset, texts_in
 
 __all__ = ["Trajectories", "Windows", "read"]
+
+MOST_TEXTS = 256  # of one part of the observations: more are a language, which one-hot numbers do not learn
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Trajectories:
     environment: str | None = None
     environment_kwargs: dict[str, Any] | None = None
     evaluation_environment: dict[str, Any] | None = None  # {"id": ..., "kwargs": {...}}, if it is another one
+    ignores: tuple[str, ...] = ()  # parts of the observations that are left out
+    texts: Mapping[str, tuple[str, ...]] | None = None  # parts that are texts, one-hot among these
+    as_they_are: Bool[np.ndarray, " state_dim"] | None = None  # zeros and ones, which are not normalised
+    choices: tuple[int, ...] = ()  # the sizes of several choices made at once, if actions are such
+    parts: tuple[str, ...] = ()  # the names of all parts of the observations, also of those left out
 
     def __post_init__(self) -> None:
         if not len(self.lengths) or self.lengths.min() < 1:
@@ -67,15 +76,21 @@ class Trajectories:
 
     @property
     def state_mean(self) -> Float32[np.ndarray, " state_dim"]:
-        """The mean state over all steps."""
+        """The mean state over all steps; 0 for what is not normalised."""
         mean: np.ndarray[Any, Any] = self.states.mean(0, dtype=np.float64).astype(np.float32)
-        return mean
+        return mean if self.as_they_are is None else np.where(self.as_they_are, np.float32(0), mean)
 
     @property
     def state_std(self) -> Float32[np.ndarray, " state_dim"]:
-        """The standard deviation over all steps; 1 for a constant entry, so that states can be divided by it."""
+        """The standard deviation over all steps; 1 for a constant entry, and for what is not normalised."""
         std = self.states.std(0, dtype=np.float64)
-        return np.where(std > 1e-6, std, 1.0).astype(np.float32)
+        own = std > 1e-6 if self.as_they_are is None else (std > 1e-6) & ~self.as_they_are
+        return np.where(own, std, 1.0).astype(np.float32)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether any entry of a state is."""
+        return self.as_they_are is None or not self.as_they_are.all()
 
     @property
     def return_scale(self) -> float:
@@ -84,11 +99,17 @@ class Trajectories:
         return 10.0 ** math.floor(math.log10(largest)) if largest > 0 else 1.0
 
 
-def read(dataset_id: str) -> Trajectories:
+def read(dataset_id: str, ignores: Sequence[str] | None = None) -> Trajectories:
     """Read a Minari data set, downloading it if it is not stored locally.
 
-    Observations may be a Box of any shape, a Discrete, or a Dict or Tuple of these, flattened as by
-    ``gymnasium.spaces.flatten``. Actions may be a Box or a Discrete.
+    Observations may be a Box of any shape, a Discrete, a MultiDiscrete, a MultiBinary, a text, or a Dict or Tuple of
+    these, flattened as by ``StateVector``. Numbers that are zeros and ones by their space, or by an image of whole
+    numbers that holds no others, are not normalised. Actions may be a Box, a Discrete or a MultiDiscrete.
+
+    Args:
+        dataset_id: a Minari id.
+        ignores: parts of the observations to leave out, by name, as in ``RunFacts``. By default texts that are always
+            the same.
 
     Raises:
         DtLensError: if the data set is neither local nor downloadable, has other spaces, or is damaged: an episode that
@@ -97,18 +118,25 @@ def read(dataset_id: str) -> Trajectories:
     """
     dataset = open_dataset(dataset_id)
     action_space = dataset.action_space
+    choices: tuple[int, ...] = ()
     if isinstance(action_space, gym.spaces.Discrete):
         discrete, bounded = True, False
+    elif isinstance(action_space, gym.spaces.MultiDiscrete):
+        discrete, bounded, choices = True, False, tuple(map(int, np.ravel(action_space.nvec)))
     elif isinstance(action_space, gym.spaces.Box):
         discrete, bounded = False, bool(np.all(action_space.low >= -1) and np.all(action_space.high <= 1))
     else:
-        raise DtLensError(f"The actions of {dataset_id!r} are {action_space}; only Box and Discrete can be learned.")
-    episodes = list(flat_episodes(dataset))
+        raise DtLensError(
+            f"The actions of {dataset_id!r} are {action_space}; only Box, Discrete and MultiDiscrete can be learned."
+        )
+    left_out, texts = _declared(dataset, ignores)
+    episodes = list(flat_episodes(dataset, left_out, texts))
     if not episodes:
         raise DtLensError(f"The data set {dataset_id!r} has no episodes.")
     environment, kwargs, evaluation = environments_of(dataset)
+    states = np.concatenate([episode.states for episode in episodes])
     return Trajectories(
-        np.concatenate([episode.states for episode in episodes]),
+        states,
         np.concatenate([episode.actions for episode in episodes]),
         np.concatenate([episode.rewards for episode in episodes]),
         np.array([len(episode.rewards) for episode in episodes]),
@@ -118,7 +146,38 @@ def read(dataset_id: str) -> Trajectories:
         environment,
         kwargs,
         evaluation,
+        left_out,
+        texts or None,
+        _zeros_and_ones(StateVector.of(dataset.observation_space, left_out, texts), states),
+        choices,
+        tuple(part_names(dataset.observation_space)),
     )
+
+
+def _declared(dataset: Any, ignores: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The parts of the observations to leave out, and the texts of those that are texts."""
+    if isinstance(ignores, str) or not all(isinstance(name, str) for name in ignores or ()):
+        raise DtLensError(f"ignores is {ignores!r:.80}; it must be a list of names, such as ['mission'].")
+    found = texts_in(dataset, ignores or ())
+    constant = [name for name, texts in found.items() if len(texts) == 1 and ignores is None]
+    texts = {name: tuple(some) for name, some in found.items() if name not in constant}
+    for name, some in texts.items():
+        if len(some) > MOST_TEXTS:
+            raise DtLensError(
+                f"The text {name!r} of {dataset.id!r} has {len(some):,} different values, and at most {MOST_TEXTS} are "
+                f"read one-hot; leave it out with ignores=[{name!r}] (--ignores {name} on the command line)."
+            )
+    return (*(ignores or ()), *constant), texts
+
+
+def _zeros_and_ones(vector: StateVector, states: np.ndarray[Any, Any]) -> Bool[np.ndarray, " state_dim"]:
+    """Which numbers of a state say one of two things: those of discrete parts, and of images that hold no others."""
+    found, end = vector.one_hot, 0
+    for part in vector.parts:
+        begin, end = end, end + part.size
+        if isinstance(part.space, gym.spaces.Box) and np.issubdtype(part.space.dtype, np.integer):
+            found[begin:end] = np.isin(states[:, begin:end], (0, 1)).all()
+    return found
 
 
 class Windows:

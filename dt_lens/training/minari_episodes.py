@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from dt_lens.decision_transformer.environment_wrappers import describe_environment
+from dt_lens.decision_transformer.state_vector import is_text, leaves, ordered
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["FlatEpisode", "environments_of", "flat_episodes", "open_dataset", "require_dataset_id"]
+__all__ = ["FlatEpisode", "environments_of", "flat_episodes", "open_dataset", "require_dataset_id", "texts_in"]
 
 
 class FlatEpisode(NamedTuple):
@@ -92,18 +93,33 @@ def environments_of(dataset: Any) -> tuple[str | None, dict[str, Any] | None, di
     return environment, kwargs, None if (place, other) == (environment, kwargs) else {"id": place, "kwargs": other}
 
 
-def flat_episodes(dataset: Any) -> Iterator[FlatEpisode]:
+def texts_in(dataset: Any, ignores: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The different texts of each part of the observations that is one, sorted, without the parts that are ignored."""
+    found: dict[str, set[str]] = {}
+    paths = {name: path for name, path, part in leaves(dataset.observation_space, ignores) if is_text(part)}
+    for episode in dataset.iterate_episodes() if paths else ():
+        for name, path in paths.items():
+            values = episode.observations
+            for key in path:
+                values = values[key]
+            found.setdefault(name, set()).update(map(str, values))
+    return {name: sorted(texts) for name, texts in found.items()}
+
+
+def flat_episodes(
+    dataset: Any, ignores: Sequence[str] = (), texts: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[FlatEpisode]:
     """Read and check one episode after the other.
 
-    Observations of any Box or Discrete, or of a Dict or Tuple of these, are flattened as by
-    ``gymnasium.spaces.flatten``; the last one, after the last action, is left out. An episode whose steps go on after a
-    termination or truncation is a warning: its returns-to-go run on to its last step.
+    Observations are flattened as ``StateVector`` does; the last one, after the last action, is left out. ``ignores``
+    and ``texts`` are as in ``RunFacts``. An episode whose steps go on after a termination or truncation is a warning:
+    its returns-to-go run on to its last step.
 
     Raises:
         DtLensError: for an episode that is missing, cannot be read, or whose parts do not belong together, with its
             number.
     """
-    numbers, checks = [int(number) for number in dataset.episode_indices], _Checks(dataset)
+    numbers, checks = [int(number) for number in dataset.episode_indices], _Checks(dataset, ignores, texts or {})
     try:
         episodes = iter(dataset.iterate_episodes())
     except Exception as error:
@@ -147,8 +163,8 @@ def _unreadable(dataset: Any, number: int, error: Exception) -> NoReturn:
 class _Checks:
     """Turns Minari's episodes into ``FlatEpisode``s, or names what is wrong with one."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, ignores: Sequence[str], texts: Mapping[str, Sequence[str]]) -> None:
+        self.dataset, self.ignores, self.texts = dataset, ignores, texts
         self.number = 0
         self.ended_early: list[int] = []
 
@@ -196,7 +212,9 @@ class _Checks:
             f"Episode {self.number} of the data set {self.dataset.id!r} {what}; repair the data set or record it again."
         )
 
-    def _flat(self, values: Any, space: gym.Space[Any], what: str) -> Float32[np.ndarray, "row size"]:
+    def _flat(
+        self, values: Any, space: gym.Space[Any], what: str, path: tuple[str, ...] = ()
+    ) -> Float32[np.ndarray, "row size"]:
         if isinstance(space, gym.spaces.Box):
             rows, size = self._numbers(values, what), int(np.prod(space.shape))
             if not rows.ndim or rows.size != len(rows) * size:
@@ -204,25 +222,60 @@ class _Checks:
             return rows.reshape(len(rows), size)
         if isinstance(space, gym.spaces.Discrete):
             return self._one_hot(values, space, what)
+        if isinstance(space, gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
+            return self._multi_hot(values, space, what)
         if isinstance(space, gym.spaces.Dict):
-            missing = [key for key in space if key not in values] if isinstance(values, dict) else list(space)
+            keys = [key for key in ordered(space) if self._read(path, key)]
+            missing = [key for key in keys if key not in values] if isinstance(values, dict) else keys
             if missing:
                 self._refuse(f"has {what} without {missing[0]!r}")
-            return self._joined([self._flat(values[key], part, f"{what} {key!r}") for key, part in space.items()], what)
+            parts = [self._flat(values[key], space[key], f"{what} {key!r}", (*path, key)) for key in keys]
+            return self._joined(parts, what)
         if isinstance(space, gym.spaces.Tuple):
             if len(values) != len(space.spaces):
                 self._refuse(f"has {what} of {len(values)} parts in place of {len(space.spaces)}")
-            named = enumerate(zip(values, space.spaces, strict=True))
-            return self._joined([self._flat(value, part, f"{what} {i}") for i, (value, part) in named], what)
+            named = [(i, value, space[i]) for i, value in enumerate(values) if self._read(path, i)]
+            return self._joined([self._flat(v, part, f"{what} {i}", (*path, str(i))) for i, v, part in named], what)
+        if is_text(space) and (name := ".".join(path)) in self.texts:
+            return self._one_hot_text(values, self.texts[name], what)
         raise DtLensError(
-            f"The {what} of {self.dataset.id!r} contain {space}; only Box and Discrete can be learned from."
+            f"The {what} of {self.dataset.id!r} contain {space}; only Box, Discrete, MultiDiscrete and MultiBinary can "
+            "be learned from, and texts among observations."
         )
+
+    def _read(self, path: tuple[str, ...], key: Any) -> bool:
+        return ".".join((*path, str(key))) not in self.ignores
 
     def _joined(self, parts: list[np.ndarray[Any, Any]], what: str) -> Float32[np.ndarray, "row size"]:
         lengths = [len(part) for part in parts]
         if len(set(lengths)) > 1:
             self._refuse(f"has {what} whose parts have {', '.join(map(str, lengths))} rows")
+        if not parts:
+            raise DtLensError(f"Nothing is left of the {what} of {self.dataset.id!r}; ignore fewer of their parts.")
         return np.concatenate(parts, axis=1)
+
+    def _multi_hot(
+        self, values: Any, space: gym.spaces.MultiDiscrete | gym.spaces.MultiBinary, what: str
+    ) -> Float32[np.ndarray, "row size"]:
+        rows, shape = self._numbers(values, what), list(space.shape)
+        if not rows.ndim or list(rows.shape[1:]) != shape:
+            self._refuse(f"has {what} of shape {list(rows.shape[1:])} in place of {shape}")
+        chosen = rows.reshape(len(rows), -1)
+        if isinstance(space, gym.spaces.MultiBinary):
+            if not np.isin(chosen, (0, 1)).all():
+                self._refuse(f"has {what} that are neither 0 nor 1")
+            return chosen
+        columns = zip(chosen.T, np.ravel(space.nvec), np.ravel(space.start), strict=True)
+        kinds = [gym.spaces.Discrete(int(n), start=int(start)) for _, n, start in columns]
+        return self._joined([self._one_hot(c, kind, what) for c, kind in zip(chosen.T, kinds, strict=True)], what)
+
+    def _one_hot_text(self, values: Any, texts: Sequence[str], what: str) -> Float32[np.ndarray, "row n"]:
+        index, known = {text: i for i, text in enumerate(texts)}, np.eye(len(texts), dtype=np.float32)
+        for text in values:
+            if text not in index:
+                self._refuse(f"has {what} of {text!r:.60}, which is none of the {len(texts)} texts that are known")
+        rows: np.ndarray[Any, Any] = known[[index[text] for text in values]].reshape(-1, len(texts))
+        return rows
 
     def _numbers(self, values: Any, what: str) -> Float32[np.ndarray, ...]:
         try:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dt_lens.arguments import require_offers
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.environment_wrappers import specify
+from dt_lens.decision_transformer.state_vector import StateVector
 from dt_lens.errors import DtLensError, a_type, because
 from dt_lens.lens.environment_names import specification
 
@@ -31,14 +32,13 @@ Named = str | EnvSpec | Callable[..., Env]  # a Gymnasium id, a specification, o
 class Environment:
     """An environment's specification, so that any process can make it, with what acting in it takes.
 
-    Observations that are not flat vectors are flattened as ``gymnasium.spaces.flatten`` does (a discrete one becomes
-    one-hot).
+    Observations that are not flat vectors are flattened, as ``StateVector`` says.
     """
 
     environment: str
     kwargs: Mapping[str, Any]  # of the constructor
     spec: EnvSpec  # with its wrappers; travels instead of the id: a worker has not imported what registers it
-    observation_space: spaces.Space[Any]
+    states: StateVector  # not the observation space: MiniGrid's cannot be pickled
     action_space: spaces.Space[Any]
     state_dim: int
     act_dim: int
@@ -56,18 +56,22 @@ class Environment:
 
     def state(self, observation: Any) -> NDArray[np.float64]:
         """An observation as the model's flat state vector ``[state_dim]``, not yet normalised."""
-        space = self.observation_space
-        if isinstance(space, spaces.Box) and len(space.shape) == 1:
-            return np.asarray(observation, dtype=np.float64)
-        return np.asarray(spaces.flatten(space, observation), dtype=np.float64)
+        return self.states.flat(observation)
 
     def actions(self, predictions: NDArray[np.float32]) -> tuple[Sequence[Any], NDArray[np.float32]]:
         """Turn predictions ``[n, act_dim]`` into ``n`` actions for ``env.step``, and ``[n, act_dim]`` to feed back.
 
         Continuous predictions are clipped to the action box and not rescaled. Discrete predictions are logits: the
-        largest is taken, and fed back one-hot.
+        largest is taken, and fed back one-hot; of a MultiDiscrete action the largest for each of its choices.
         """
         space = self.action_space
+        if isinstance(space, spaces.MultiDiscrete):
+            sizes = np.ravel(space.nvec)
+            parts = np.split(predictions, np.cumsum(sizes)[:-1], axis=1)
+            chosen = [part.argmax(axis=1) for part in parts]
+            one_hot = [np.eye(n, dtype=np.float32)[best] for n, best in zip(sizes, chosen, strict=True)]
+            rows = np.stack(chosen, axis=1).reshape(-1, *space.shape) + space.start
+            return list(rows.astype(space.dtype)), np.concatenate(one_hot, axis=1)
         if isinstance(space, spaces.Discrete):
             best = predictions.argmax(axis=1)
             return (int(space.start) + best).tolist(), np.eye(self.act_dim, dtype=np.float32)[best]
@@ -100,10 +104,16 @@ def make_environment(
     kwargs: Mapping[str, Any],
     cfg: HookedDecisionTransformerConfig,
     max_steps: int | None = None,
+    *,
+    ignores: Sequence[str] | None = None,
+    texts: Mapping[str, Sequence[str]] | None = None,
 ) -> Environment:
     """``environment``, made once to check that the model ``cfg`` describes fits it.
 
     ``kwargs`` are keywords of ``gymnasium.make``; its ``max_episode_steps`` and ``wrappers`` change the specification.
+
+    ``ignores`` and ``texts`` are the model's facts of those names: what it does not read of an observation, and the
+    texts that it reads.
 
     ``environment`` is only looked up: for a name that a user gives, call ``import_module_of`` first.
 
@@ -122,9 +132,10 @@ def make_environment(
     environment = environment if isinstance(environment, str) else spec.id
     env = _make(spec, kwargs)
     try:
-        state_dim = _state_size(environment, env.observation_space)
+        states = StateVector.of(env.observation_space, ignores, texts, environment)
+        state_dim = states.size
         act_dim, discrete = _action_size(environment, env.action_space)
-        spaces_of = env.observation_space, env.action_space
+        action_space = env.action_space
         own_limit = getattr(env.unwrapped, "max_steps", None)  # MiniGrid counts its steps itself
     finally:
         env.close()
@@ -150,7 +161,7 @@ def make_environment(
             stacklevel=2,
         )
     limit = min(limits, default=cfg.max_ep_len)
-    return Environment(environment, dict(kwargs), spec, *spaces_of, state_dim, act_dim, limit)
+    return Environment(environment, dict(kwargs), spec, states, action_space, state_dim, act_dim, limit)
 
 
 def _is_limit(steps: Any) -> TypeGuard[Integral]:
@@ -165,20 +176,16 @@ def _make(spec: EnvSpec, kwargs: Mapping[str, Any]) -> Env:
         raise DtLensError(f"The environment {spec.id!r} cannot be made: {because(error)}.") from error
 
 
-def _state_size(environment: str, space: spaces.Space[Any]) -> int:
-    try:
-        return int(spaces.flatdim(space))
-    except (NotImplementedError, ValueError) as error:
-        raise DtLensError(f"{environment}'s observations ({space}) cannot be flattened into a state vector.") from error
-
-
 def _action_size(environment: str, space: spaces.Space[Any]) -> tuple[int, bool]:
     if isinstance(space, spaces.Discrete):
         return int(space.n), True
+    if isinstance(space, spaces.MultiDiscrete):
+        return int(np.sum(space.nvec)), True
     if isinstance(space, spaces.Box) and len(space.shape) == 1:
         return int(space.shape[0]), False
     raise DtLensError(
-        f"{environment}'s actions are {space}; only flat continuous (Box) and Discrete ones can be predicted."
+        f"{environment}'s actions are {space}; only flat continuous (Box), Discrete and MultiDiscrete ones can be "
+        "predicted."
     )
 
 

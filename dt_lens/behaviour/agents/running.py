@@ -110,7 +110,10 @@ def known_setting(
     max_steps: int | None,
 ) -> Setting:
     """The setting of these very values; no module is imported."""
-    made = make_environment(environment, environment_kwargs, model.cfg, max_steps)
+    facts = model.facts
+    made = make_environment(
+        environment, environment_kwargs, model.cfg, max_steps, ignores=facts.ignores, texts=facts.texts
+    )
     return Setting(made.environment, dict(environment_kwargs), target_return, made, _conditions(model, target_return))
 
 

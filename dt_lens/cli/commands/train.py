@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Device, Fresh, Seed, failure_rule, json_object, to_float
+from dt_lens.cli.options import Device, Fresh, Seed, failure_rule, json_object, split, to_float
 from dt_lens.cli.output import progress, training_in
 from dt_lens.training.settings import AgentSettings
 
@@ -72,6 +72,14 @@ def train(
             "return to fall below.",
         ),
     ] = None,
+    ignores: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Comma-separated parts of the observations that the model does not read, such as mission of "
+            "MiniGrid's; texts that are always the same by default.",
+        ),
+    ] = None,
     device: Device = "cpu",
     fresh: Fresh = False,
 ) -> None:
@@ -111,6 +119,7 @@ def train(
             if environment_kwargs is None
             else json_object(environment_kwargs, "environment-kwargs"),
             failure=failure_rule(failure),
+            ignores=split(ignores, "ignores"),
             device=device,
             resume=not fresh,
             report=report,

@@ -127,16 +127,22 @@ def test_observations_that_are_not_vectors_are_flattened() -> None:
     assert task.state(3).tolist() == np.eye(16)[3].tolist()
 
 
+def test_several_choices_at_once_are_the_largest_logit_of_each() -> None:
+    class Two(_Start):
+        action_space = gym.spaces.MultiDiscrete([2, 3], start=[0, 5])  # type: ignore[assignment]
+
+    task = make_environment(Two, {"max_episode_steps": 3}, _cfg(2, 5, True))
+    actions, taken = task.actions(np.array([[0, 1, 3, 1, 2], [4, 1, 0, 1, 2]], np.float32))
+    assert [action.tolist() for action in actions] == [[1, 5], [0, 7]]
+    assert taken.tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]
+
+
 def test_actions_of_other_spaces_are_refused() -> None:
     class Two(_Start):
-        action_space = gym.spaces.MultiDiscrete([2, 2])  # type: ignore[assignment]
+        action_space = gym.spaces.MultiBinary(2)  # type: ignore[assignment]
 
-    gym.register("dt-lens-test/Two-v0", entry_point=Two, max_episode_steps=3)
-    try:
-        with pytest.raises(DtLensError, match="only flat continuous"):
-            make_environment("dt-lens-test/Two-v0", {}, _cfg(2, 4, True))
-    finally:
-        del gym.registry["dt-lens-test/Two-v0"]
+    with pytest.raises(DtLensError, match="only flat continuous"):
+        make_environment(Two, {"max_episode_steps": 3}, _cfg(2, 2, True))
 
 
 def test_scores() -> None:
