@@ -254,8 +254,8 @@ def _lean_policy(model: ActingModel, context: int, lanes: int, padding: Padding)
 
 def _acts_without_hooks(model: HookedDecisionTransformer) -> bool:
     """Whether ``ActingModel`` acts as ``model`` does: no hooks, a linear state encoder, tokens that slide unchanged."""
-    from dt_lens.decision_transformer.model import Linear
+    from dt_lens.decision_transformer.model import Embed
 
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     slides = model.cfg.position != "step" and model.cfg.timestep_of == "step"
-    return not hooked and slides and type(model.embed["state"]) is Linear
+    return not hooked and slides and type(model.embed["state"]) is Embed
