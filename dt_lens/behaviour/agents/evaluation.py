@@ -47,8 +47,8 @@ def terms_of_episodes(
         failure: what counts as failing: ``"terminated"`` (falling: the environment ended the episode before the time
             limit), ``"truncated"`` (a goal not reached in time), a number (a return below it), or a function of
             ``to_frame()`` that gives a truth value per row. The guess is ``"truncated"`` where environments of that
-            name end in success, such as MountainCar; 0.05 for MiniGrid's, where reaching the goal pays 0.1 or more and
-            nothing else pays; ``"terminated"`` for any other.
+            name end in success, such as MountainCar and Taxi; 0.05 for MiniGrid's and FrozenLake, where reaching the
+            goal pays 0.1 or more and nothing else pays; 0 for Blackjack; ``"terminated"`` for any other.
         guessed: whether ``failure`` itself is such a guess.
         deterministic: whether discrete actions are the largest logit, or sampled.
         more: other fields of ``Terms``; ``measures`` are added to an episode's own.
