@@ -12,7 +12,6 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
-    Deterministic,
     EditMatrices,
     EditsFrom,
     EditSide,
@@ -64,7 +63,6 @@ def study(
     raw: Raw = False,
     target_return: Target = None,
     max_steps: MaxSteps = None,
-    deterministic: Deterministic = None,
     failure: Failure = None,
     text: Text = None,
     context: Context = None,
@@ -112,7 +110,6 @@ def study(
                 episodes=episodes,
                 target_return=target_return,
                 max_steps=max_steps,
-                deterministic=deterministic,
                 failure=failure,
                 text=text,
                 context=context,
