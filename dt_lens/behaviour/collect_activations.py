@@ -93,12 +93,13 @@ def kept_activations(model: Any, file: Path, task: Task, seed: int = 0, tell: Pr
     Raises:
         DtLensError: as ``collect_activations`` does, or when the file cannot be written.
     """
-    wanted = as_json({**task.terms.setting, "seed": seed})
+    wanted = as_json({**task.usual, **task.terms.setting, "seed": seed})
     if file.is_file():
         with suppress(DtLensError):  # a damaged file: collect again
             kept = Activations.load(file)
-            said = {name: value for name, value in wanted.items() if name in kept.record}
-            same = all(kept.record[name] == value for name, value in said.items())
+            record = {**task.usual, **kept.record}
+            said = {name for name in wanted if name in kept.record}
+            same = all(record[name] == value for name, value in wanted.items() if name in record)
             if said and same and kept.record.get("model_id") in task.identity(model):
                 return kept
     tell("collecting activations", 0.0)

@@ -40,6 +40,7 @@ def evaluate(
     target_return: float | None = None,
     environment_kwargs: Mapping[str, Any] | None = None,
     max_steps: int | None = None,
+    deterministic: bool | None = None,
     lanes: int | None = None,
 ) -> AgentEvaluation: ...
 
@@ -73,6 +74,7 @@ def evaluate(
     target_return: float | None = None,
     environment_kwargs: Mapping[str, Any] | None = None,
     max_steps: int | None = None,
+    deterministic: bool | None = None,
     lanes: int | None = None,
     texts: Texts | None = None,
     context: int | None = None,
@@ -95,6 +97,7 @@ def evaluate(
     target_return: float | None = None,
     environment_kwargs: Mapping[str, Any] | None = None,
     max_steps: int | None = None,
+    deterministic: bool | None = None,
     lanes: int | None = None,
     texts: Texts | None = None,
     context: int | None = None,
@@ -133,6 +136,9 @@ def evaluate(
             ``max_episode_steps`` and ``wrappers`` (see ``RunFacts``) of that environment stay unless they are named:
             ``{"wrappers": []}`` takes it without any.
         max_steps: cut episodes after this many steps, where the environment's time limit does not do so earlier.
+        deterministic: whether an agent of discrete actions takes the largest logit; ``False`` samples from their
+            softmax with random numbers that the episode's seed gives, the same for an edited agent and the unedited
+            one. What the model's facts say by default, which is ``True`` where they say nothing.
         lanes: episodes side by side in a process, at least 8; chosen by the number of episodes by default.
         texts, windows: other names for ``what`` and ``units`` of a language model.
         context: tokens of a window, at most the model's own; 128 by default.
@@ -159,6 +165,7 @@ def evaluate(
         target_return=target_return,
         environment_kwargs=environment_kwargs,
         max_steps=max_steps,
+        deterministic=deterministic,
         lanes=lanes,
         texts=texts,
         context=context,

@@ -65,6 +65,7 @@ class Task(ABC):
         "activations": 10,
     }
     software: ClassVar[tuple[str, ...]] = ("torch", "numpy")
+    usual: ClassVar[Mapping[str, Any]] = {}  # what a setting leaves out where it is as usual
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from dt_lens.lens.protocol import require_running
 
 __all__ = ["COUNTS", "KNOWN", "base_identity", "evaluation_class", "identity_of", "task_of", "terms_in"]
 
-OF_AGENTS = ("environment_kwargs", "target_return", "max_steps", "failure", "lanes", "video")
+OF_AGENTS = ("environment_kwargs", "target_return", "max_steps", "failure", "deterministic", "lanes", "video")
 OF_TEXTS = ("texts", "context")
 COUNTS = ("episodes", "windows")  # other names for the number of units
 KNOWN = (*OF_AGENTS, *OF_TEXTS, *COUNTS, "environment")

@@ -13,6 +13,7 @@ from dt_lens.errors import DtLensError
 
 __all__ = [
     "Context",
+    "Deterministic",
     "Device",
     "EditMatrices",
     "EditSide",
@@ -74,6 +75,14 @@ Failure = Annotated[
         metavar="RULE",
         help="What counts as failing: terminated (the environment ends the episode), truncated (the time limit does), "
         "or a return to fall below; what the agent's dt_lens.json says by default, else a guess.",
+    ),
+]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--stochastic",
+        help="Of an agent with discrete actions: take the likeliest action, or sample one, by the episode's seed; what "
+        "the agent's dt_lens.json says by default, else the likeliest.",
     ),
 ]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Cut episodes after this many steps.")]

@@ -21,22 +21,30 @@ def require_batch(
     returns_to_go: Tensor,
     timesteps: Tensor,
     attention_mask: Tensor | None = None,
+    normalised: bool = False,
 ) -> None:
     """Raise ``DtLensError`` for a tensor whose shape does not fit the others or the model, or an index beyond a table.
 
     Pass ``states=None`` for a model with a state encoder, which knows its own shapes. ``actions`` may lack the last
-    step's action, which has not been taken yet.
+    step's action, which has not been taken yet. Whole numbers as ``states`` stand for one-hot ones, which a model that
+    reads ``normalised`` states does not read.
     """
     if timesteps.ndim != 2:
         raise DtLensError(f"timesteps has shape {list(timesteps.shape)}; this model wants [batch, step].")
     batch_step = list(timesteps.shape)
     by_id = not actions.is_floating_point()
+    states_by_id = states is not None and not states.is_floating_point()
+    if states_by_id and normalised:
+        raise DtLensError(
+            "states are whole numbers, which stand for one-hot states as they are, and this model reads normalised "
+            "states (its facts have a state_mean); give vectors, normalised as in training."
+        )
     acted = batch_step
     if actions.ndim > 1 and actions.shape[1] == batch_step[1] - 1:
         acted = [batch_step[0], batch_step[1] - 1]
     width = cfg.n_actions if list(actions.shape[2:]) == [cfg.n_actions] else cfg.act_dim  # one-hot padding, or none
     shapes = {
-        "states": (states, [*batch_step, cfg.state_dim]),
+        "states": (states, batch_step if states_by_id else [*batch_step, cfg.state_dim]),
         "actions": (actions, acted if by_id else [*acted, width]),
         "returns_to_go": (returns_to_go, [*batch_step, 1]),
         "attention_mask": (attention_mask, batch_step),
@@ -50,6 +58,8 @@ def require_batch(
     _require_rows("timesteps", timesteps, cfg.max_ep_len)
     if by_id:
         _require_rows("action ids", actions, cfg.n_actions)
+    if states is not None and states_by_id:
+        _require_rows("state ids", states, cfg.state_dim)
 
 
 def _require_rows(what: str, index: Tensor, rows: int) -> None:

@@ -29,9 +29,10 @@ def environment_labels(
 
     ``ignores`` and ``texts`` are as in ``RunFacts``: they decide which numbers a state has.
 
-    MuJoCo environments name joints and actuators, Gymnasium's Atari environments name their actions, MiniGrid and
-    others have an ``actions`` enumeration. Parts of a ``Dict`` or ``Tuple`` have their own names, such as
-    ``"direction = 2"``. An environment that cannot be made here has no labels.
+    MuJoCo environments name joints and actuators, Gymnasium's Atari environments name their actions, the actions of its
+    toy-text environments have the names of its documentation, MiniGrid and others have an ``actions`` enumeration.
+    Parts of a ``Dict`` or ``Tuple`` have their own names, such as ``"direction = 2"``. An environment that cannot be
+    made here has no labels.
     """
     try:
         spec, own = specify(specification(environment), kwargs or {})
@@ -139,6 +140,16 @@ def _box_observations(env: Any) -> Labels | None:
 TUPLES = {"Blackjack": ("your sum", "dealer's card", "usable ace")}
 
 
+# Where the class does not name its actions.
+ACTIONS = {
+    "Blackjack": ["stick", "hit"],
+    "CartPole": ["push left", "push right"],
+    "CliffWalking": ["up", "right", "down", "left"],
+    "FrozenLake": ["left", "down", "right", "up"],
+    "Taxi": ["south", "north", "east", "west", "pick up", "drop off"],
+}
+
+
 def _parts(env: Any, ignores: Sequence[str] | None, texts: Mapping[str, Sequence[str]] | None) -> Labels | None:
     """The names of the parts of an observation that has some."""
     from dt_lens.decision_transformer.state_vector import StateVector
@@ -171,8 +182,8 @@ def _actions(env: Any) -> Labels | None:
             names = [str(name).lower() for name in bare.get_action_meanings()]
         elif hasattr(bare, "actions") and hasattr(bare.actions, "__members__"):
             names = list(bare.actions.__members__)
-        elif env.spec is not None and env.spec.id.startswith("CartPole"):
-            names = ["push left", "push right"]
+        elif env.spec is not None:
+            names = next((known for start, known in ACTIONS.items() if env.spec.id.startswith(start)), [])
         return tuple(names[: int(space.n)]) if len(names) >= int(space.n) else None
     model = getattr(bare, "model", None)
     if model is not None and hasattr(model, "actuator") and space.shape == (model.nu,):

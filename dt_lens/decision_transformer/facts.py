@@ -51,6 +51,9 @@ class RunFacts:
     key of a ``Dict``, a place in a ``Tuple``, or several joined by points. ``texts`` has, for each part that is a text
     and that the model reads, the texts that it may be, in the order of its one-hot numbers: ``{"mission": ("get the red
     key", "get the blue key")}``. A text that is in neither is refused where the agent is run.
+
+    ``deterministic`` says how an agent of discrete actions acts: it takes the largest logit, or it samples from their
+    softmax, as its episode's seed decides.
     """
 
     context: int  # steps the agent looks back
@@ -70,6 +73,7 @@ class RunFacts:
     factors: Factors | None = None  # {"state_in": {"row": (0, 0, ...), ...}}
     ignores: tuple[str, ...] | None = None  # parts of an observation that are not read
     texts: Mapping[str, tuple[str, ...]] | None = None  # parts that are texts, one-hot among these
+    deterministic: bool = True  # the largest logit is taken; False: actions are sampled, by the episode's seed
 
     left_out: ClassVar[Mapping[str, Any]] = {}  # of a file: what it does not say, and what is taken for it
 
@@ -108,6 +112,7 @@ class RunFacts:
             self._freeze(name, _names, "strings")
         if self.factors is not None:
             object.__setattr__(self, "factors", _factors(self.factors))
+        _require(isinstance(self.deterministic, bool), "deterministic", self.deterministic, "true or false")
         if self.texts is not None:
             object.__setattr__(self, "texts", _texts(self.texts))
         scale = self.return_scale
@@ -198,6 +203,8 @@ class RunFacts:
         for name in ("evaluation_environment", "failure", "factors", "ignores", "texts"):
             if values[name] is None:
                 del values[name]
+        if self.deterministic:
+            del values["deterministic"]
         return values
 
     def to_json(self) -> str:

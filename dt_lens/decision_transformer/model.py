@@ -88,15 +88,15 @@ class Table(nn.Module):
         return F.embedding(index, self.W)
 
 
-class ActionEmbed(Linear):
-    """Continuous or one-hot actions ``[..., act_dim]``, or integer action ids ``[...]``.
+class Embed(Linear):
+    """States or actions ``[..., n]``, one-hot or of any numbers; or whole numbers ``[...]``, whose rows are looked up.
 
-    The last row is the padding action's, if the model has one; one-hot actions may leave it out.
+    The last row of actions is the padding's, if the model has one; one-hot actions may leave it out.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
-            return F.embedding(x, self.W) + self.b
+            return F.embedding(x.long(), self.W) + self.b
         return F.linear(x, self.W[: x.shape[-1]].T, self.b)
 
 
@@ -265,8 +265,8 @@ class HookedDecisionTransformer(ActionAttribution, SharingModule):
         self.embed = nn.ModuleDict(
             {
                 "return_to_go": Linear(1, d),
-                "state": state_encoder or Linear(cfg.state_dim, d),
-                "action": ActionEmbed(cfg.n_actions, d),
+                "state": state_encoder or Embed(cfg.state_dim, d),
+                "action": Embed(cfg.n_actions, d),
                 "timestep": Table(cfg.max_ep_len, d),
             }
         )
@@ -373,7 +373,7 @@ class HookedDecisionTransformer(ActionAttribution, SharingModule):
         """Predict actions, next states and next returns for every step of a batch of episode windows.
 
         Args:
-            states: ``[batch, step, state_dim]``, or whatever the state encoder takes.
+            states: ``[batch, step, state_dim]``, one-hot ones also as ids ``[batch, step]``; or what the encoder takes.
             actions: ``[batch, step, act_dim]``, or integer ids ``[batch, step]``. The last step's may be missing, as
                 when an agent is about to choose it; the predictions from its token are then missing too.
             returns_to_go: ``[batch, step, 1]``, in the units the model was trained in (divided by its return scale).
@@ -385,8 +385,8 @@ class HookedDecisionTransformer(ActionAttribution, SharingModule):
         Raises:
             DtLensError: for a tensor whose size does not fit the model, or a timestep beyond its table.
         """
-        flat = isinstance(self.embed["state"], Linear)
-        require_batch(self.cfg, states if flat else None, actions, returns_to_go, timesteps, attention_mask)
+        flat, scaled = isinstance(self.embed["state"], Linear), self.facts.state_mean is not None
+        require_batch(self.cfg, states if flat else None, actions, returns_to_go, timesteps, attention_mask, scaled)
         tokens = self._tokens(states, actions, returns_to_go, timesteps)
         allowed = None if attention_mask is None else self._allowed(attention_mask, tokens.shape[1])
         x = F.dropout(self._add_position(self.embed_ln(tokens)), self.cfg.embed_dropout, self.training)

@@ -115,8 +115,8 @@ def test_ctrl_c_at_many_moments(dt_lens: Run, cartpole: Path, tmp_path: Path, co
     with interrupted(None) as count:
         assert dt_lens(*words).returncode == 0
     rng = np.random.default_rng(0)
-    moments = (*range(1, 20), *rng.integers(1, count[0], 30))
-    assert sum(stopped(dt_lens, command, cartpole, tmp_path / f"at-{at}", int(at)) for at in moments) >= 45
+    moments = (*range(1, 9), *rng.integers(1, count[0], 14))
+    assert sum(stopped(dt_lens, command, cartpole, tmp_path / f"at-{at}", int(at)) for at in moments) >= 20
 
 
 def test_training_says_which_step_is_kept(dt_lens: Run, tmp_path: Path) -> None:
@@ -190,15 +190,15 @@ def test_ctrl_c_while_the_command_line_is_imported(seen: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc")
 @pytest.mark.acceptance(minutes=2)
 @pytest.mark.parametrize(
-    ("words", "resumes"),
+    ("words", "resumes", "after"),  # seconds: 0.1 is when the workers start, 2.0 when they run episodes
     [
-        (("evaluate", "{model}", "--episodes", "200000"), False),
-        (("study", "{model}", "--episodes", "20000", "--edits", "1", "--no-video", "--out", "{out}"), True),
-        (("sweep", "{model}", "--matrices", "*.W_in", "--episodes", "2000", "--out", "{out}"), True),
+        (("evaluate", "{model}", "--episodes", "200000"), False, 0.1),
+        (("evaluate", "{model}", "--episodes", "200000"), False, 2.0),
+        (("study", "{model}", "--episodes", "20000", "--edits", "1", "--no-video", "--out", "{out}"), True, 2.0),
+        (("sweep", "{model}", "--matrices", "*.W_in", "--episodes", "2000", "--out", "{out}"), True, 0.1),
     ],
     ids=lambda given: given[0] if isinstance(given, tuple) else "",
 )
-@pytest.mark.parametrize("after", [0.1, 2.0])  # seconds: when the workers start, and when they run episodes
 def test_ctrl_c_reaches_the_workers_too(
     cartpole: Path, tmp_path: Path, words: tuple[str, ...], resumes: bool, after: float
 ) -> None:

@@ -27,6 +27,8 @@ def good() -> dict[str, Any]:
     [
         ("states", torch.zeros(4, 4, 6), r"states has shape \[4, 4, 6\]; .* wants \[4, 4, 5\]"),
         ("states", torch.zeros(4, 5), r"states has shape \[4, 5\]"),
+        ("states", torch.zeros(4, 4, 5, dtype=torch.long), r"states has shape .* wants \[4, 4\]"),
+        ("states", torch.full((4, 4), 5), r"state ids run from 5 to 5; this model has rows 0 to 4 for them\.$"),
         ("actions", torch.zeros(4, 4), r"actions has shape \[4, 4\]; .* wants \[4, 4, 3\]"),
         ("actions", torch.zeros(4, 4, 3, dtype=torch.long), r"actions has shape .* wants \[4, 4\]"),
         ("actions", torch.full((4, 4), 3), r"action ids run from 3 to 3; this model has rows 0 to 2 for them\.$"),

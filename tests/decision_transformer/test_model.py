@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jaxtyping
@@ -326,3 +327,17 @@ def test_an_unknown_weight_is_named(make: Make) -> None:
         with pytest.raises(DtLensError, match=message):
             model.adopt(weights)
         assert {name: weight.data_ptr() for name, weight in model.weights.items()} == before
+
+
+@pytest.mark.parametrize("embed_act", ["none", "tanh"])
+def test_states_as_whole_numbers_are_one_hot_states(make_dt: Make, embed_act: str) -> None:
+    model = make_dt(1, embed_act=embed_act)
+    batch = model.probe()
+    ids = torch.arange(batch["timesteps"].numel()).reshape(batch["timesteps"].shape) % model.cfg.state_dim
+    seen = model(**{**batch, "states": nn.functional.one_hot(ids, model.cfg.state_dim).float()})
+    for dtype in (torch.long, torch.int32, torch.uint8):
+        found = model(**{**batch, "states": ids.to(dtype)})
+        torch.testing.assert_close(found.last_hidden_state, seen.last_hidden_state)
+    model.facts = replace(model.facts, state_mean=(0.0,) * 5, state_std=(1.0,) * 5)
+    with pytest.raises(DtLensError, match=r"^states are whole numbers, .* reads normalised states .*\.$"):
+        model(**{**batch, "states": ids})

@@ -6,6 +6,7 @@ import pickle
 from collections import OrderedDict
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -78,8 +79,30 @@ def test_spaces_of_no_one_size_are_refused() -> None:
         StateVector.of(spaces.Dict({"x": spaces.Sequence(spaces.Discrete(2))}), whose="Bag")
 
 
+@pytest.mark.parametrize(
+    ("environment", "start", "moves"),
+    [
+        ("CliffWalking-v1", 24, {"up": 12, "right": 25, "down": 36, "left": 24}),  # 12 columns
+        ("FrozenLake-v1", 9, {"up": 5, "right": 10, "down": 13, "left": 8}),  # 4 columns
+        (
+            "Taxi",
+            244,
+            {"north": 144, "east": 264, "south": 344, "west": 224},
+        ),  # ((row * 5 + column) * 5 + ...) * 4 + ...
+    ],
+)
+def test_actions_of_grids_are_named_after_where_they_lead(environment: str, start: int, moves: dict[str, int]) -> None:
+    name = next(name for name in gym.registry if name.startswith(environment))  # Taxi's version differs
+    kwargs = {"is_slippery": False} if environment == "FrozenLake-v1" else {}
+    _, names = environment_labels(name, kwargs)
+    assert names is not None
+    table: Any = gym.make(name, **kwargs).unwrapped
+    assert {move: table.P[start][names.index(move)][0][1] for move in moves} == moves
+
+
 def test_labels_of_blackjack_and_of_minigrid() -> None:
-    state, _ = environment_labels("Blackjack-v1")
+    state, action = environment_labels("Blackjack-v1")
+    assert action == ("stick", "hit")
     assert state is not None and len(state) == 32 + 11 + 2
     assert (state[14], state[32 + 3], state[-1]) == ("your sum 14", "dealer's card 3", "usable ace 1")
     pytest.importorskip("minigrid")

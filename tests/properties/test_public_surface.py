@@ -11,7 +11,10 @@ import importlib
 import inspect
 import math
 import os
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,15 +209,53 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
     return say
 
 
+LONG = 20.0  # seconds
+
+
+class StillRunning(BaseException):
+    """Not an ``Exception``, which what is called may catch."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Stop what runs longer: a drawn number may be a sound request for a billion episodes."""
+
+    def stop(*_: Any) -> None:
+        raise StillRunning
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # of whoever limits the whole test
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, left - (time.monotonic() - begun)) if left else 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def foreign(function: Callable[..., Any], right: dict[str, Any], name: str, wrong: Any) -> str | None:
     """What a call with one wrong value raises besides ``DtLensError``; ``None`` if nothing."""
     try:
-        function(**{**right, name: wrong})
+        with at_most(LONG):
+            function(**{**right, name: wrong})
+    except StillRunning:
+        return None
     except DtLensError as error:
         return None if str(error) else "a DtLensError without a sentence"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:90]}"
     return None
+
+
+def test_what_runs_on_is_stopped() -> None:
+    outer = signal.setitimer(signal.ITIMER_REAL, 1000)
+    try:
+        assert foreign(lambda count: time.sleep(count), {}, "count", 0) is None
+        with pytest.raises(StillRunning), at_most(0.05):
+            time.sleep(60)
+        assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] < 1000
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *outer)
 
 
 def test_every_public_name_is_walked(calls: dict[str, Any]) -> None:
@@ -254,7 +295,7 @@ def test_a_folder_that_may_not_be_entered_is_one_sentence(opens: str, tmp_path_f
 
 @pytest.mark.acceptance(minutes=3)
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=int(os.environ.get("DT_LENS_EXAMPLES", "3000")), deadline=None)
+@settings(max_examples=int(os.environ.get("DT_LENS_EXAMPLES", "1500")), deadline=None)
 @given(data=st.data())
 def test_any_wrong_value_is_one_sentence(calls: dict[str, Any], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(calls)))

@@ -58,26 +58,34 @@ class Environment:
         """An observation as the model's flat state vector ``[state_dim]``, not yet normalised."""
         return self.states.flat(observation)
 
-    def actions(self, predictions: NDArray[np.float32]) -> tuple[Sequence[Any], NDArray[np.float32]]:
+    def actions(self, predictions: NDArray[np.floating[Any]]) -> tuple[Sequence[Any], NDArray[np.float32]]:
         """Turn predictions ``[n, act_dim]`` into ``n`` actions for ``env.step``, and ``[n, act_dim]`` to feed back.
 
         Continuous predictions are clipped to the action box and not rescaled. Discrete predictions are logits: the
         largest is taken, and fed back one-hot; of a MultiDiscrete action the largest for each of its choices.
         """
         space = self.action_space
-        if isinstance(space, spaces.MultiDiscrete):
-            sizes = np.ravel(space.nvec)
-            parts = np.split(predictions, np.cumsum(sizes)[:-1], axis=1)
-            chosen = [part.argmax(axis=1) for part in parts]
-            one_hot = [np.eye(n, dtype=np.float32)[best] for n, best in zip(sizes, chosen, strict=True)]
-            rows = np.stack(chosen, axis=1).reshape(-1, *space.shape) + space.start
-            return list(rows.astype(space.dtype)), np.concatenate(one_hot, axis=1)
-        if isinstance(space, spaces.Discrete):
-            best = predictions.argmax(axis=1)
-            return (int(space.start) + best).tolist(), np.eye(self.act_dim, dtype=np.float32)[best]
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            parts = np.split(predictions, np.cumsum(self._choices)[:-1], axis=1)
+            chosen = np.stack([part.argmax(axis=1) for part in parts], axis=1) + np.ravel(space.start)
+            if isinstance(space, spaces.Discrete):
+                return chosen[:, 0].tolist(), self.one_hot(chosen)
+            return list(chosen.reshape(-1, *space.shape).astype(space.dtype)), self.one_hot(chosen)
         assert isinstance(space, spaces.Box)
         clipped = np.clip(predictions.astype(space.dtype), space.low, space.high)
         return list(clipped), clipped.astype(np.float32)
+
+    def one_hot(self, actions: NDArray[Any]) -> NDArray[np.float32]:
+        """Discrete actions, as ``env.step`` takes them, as ``[n, act_dim]`` zeros and ones: one 1 for each choice."""
+        first = np.ravel(getattr(self.action_space, "start", 0))
+        kinds = np.asarray(actions).reshape(len(actions), -1).astype(np.int64) - first
+        columns = zip(kinds.T, self._choices, strict=True)
+        return np.concatenate([np.eye(n, dtype=np.float32)[kind] for kind, n in columns], axis=1)
+
+    @property
+    def _choices(self) -> list[int]:
+        space = self.action_space
+        return np.ravel(space.nvec).tolist() if isinstance(space, spaces.MultiDiscrete) else [self.act_dim]
 
 
 def specification_of(environment: Named) -> EnvSpec:

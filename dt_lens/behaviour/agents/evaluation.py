@@ -34,6 +34,7 @@ def terms_of_episodes(
     failure: FailureRule | None = None,
     *,
     guessed: bool = False,
+    deterministic: bool = True,
     **more: Any,
 ) -> Terms:
     """The terms of episodes in an environment; ``failure`` is guessed by its name if it is ``None``.
@@ -46,9 +47,10 @@ def terms_of_episodes(
         failure: what counts as failing: ``"terminated"`` (falling: the environment ended the episode before the time
             limit), ``"truncated"`` (a goal not reached in time), a number (a return below it), or a function of
             ``to_frame()`` that gives a truth value per row. The guess is ``"truncated"`` where environments of that
-            name end in success, such as MountainCar; 0.05 for MiniGrid's, where reaching the goal pays 0.1 or more and
-            nothing else pays; ``"terminated"`` for any other.
+            name end in success, such as MountainCar and Taxi; 0.05 for MiniGrid's and FrozenLake, where reaching the
+            goal pays 0.1 or more and nothing else pays; 0 for Blackjack; ``"terminated"`` for any other.
         guessed: whether ``failure`` itself is such a guess.
+        deterministic: whether discrete actions are the largest logit, or sampled.
         more: other fields of ``Terms``; ``measures`` are added to an episode's own.
     """
     if failure is None:
@@ -65,9 +67,13 @@ def terms_of_episodes(
             "environment_kwargs": {} if environment_kwargs is None else environment_kwargs,
             "target_return": target_return,
             "time_limit": time_limit,
+            **({} if deterministic else {"deterministic": False}),  # older files do not say it
         },
-        titles={"environment_kwargs": "environment_kwargs"},
-        place=f"{environment}, target return {target_return:g}",
+        titles={
+            "environment_kwargs": "environment_kwargs",
+            **({} if deterministic else {"deterministic": "value of deterministic"}),
+        },
+        place=f"{environment}, target return {target_return:g}{'' if deterministic else ', actions sampled'}",
         actor="agent",
         failures=FAILURES,
         failure=check_rule(failure),
@@ -158,6 +164,11 @@ class AgentEvaluation(Evaluation):
     def time_limit(self) -> int:
         """Steps after which an episode was cut."""
         return int(self.terms.setting["time_limit"])
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether discrete actions were the largest logit; else they were sampled, by the episode's seed."""
+        return bool(self.terms.setting.get("deterministic", True))
 
     @property
     def failure(self) -> Any:

@@ -17,10 +17,12 @@ __all__ = ["FAILURES", "check_rule", "guess_note", "guess_rule", "known_rule"]
 FAILURES = {"terminated": "ended before the time limit", "truncated": "not ended within the time limit"}
 
 # These environments end an episode when the goal is reached; running out of time is the failure.
-_ENDS_IN_SUCCESS = ("MountainCar", "Acrobot", "PointMaze", "AntMaze")
+_ENDS_IN_SUCCESS = ("MountainCar", "Acrobot", "PointMaze", "AntMaze", "Taxi", "CliffWalking")
 # These may end with the goal, with a collision or with the wrong object; only the goal pays, 0.1 or more.
 _PAYS_FOR_SUCCESS = ("MiniGrid", "BabyAI")
 _PAID = 0.05
+# These end every episode, and pay at its end: a goal 1 and a hole nothing; a hand won 1 or more, a tie 0, one lost -1.
+_PAYS_AT_THE_END = {"FrozenLake": _PAID, "Blackjack": 0.0}
 
 
 def known_rule(failure: FailureRule | None, facts: RunFacts, environment: str) -> FailureRule | None:
@@ -41,10 +43,15 @@ def guess_rule(environment: str) -> FailureRule:
 
     >>> guess_rule("MountainCar-v0"), guess_rule("module:MiniGrid-Empty-5x5-v0"), guess_rule("Hopper-v5")
     ('truncated', 0.05, 'terminated')
+    >>> guess_rule("Taxi-v4"), guess_rule("FrozenLake8x8-v1")
+    ('truncated', 0.05)
     """
     name = environment.rpartition(":")[2].rpartition("/")[2]
     if name.startswith(_PAYS_FOR_SUCCESS):
         return _PAID
+    for start, least in _PAYS_AT_THE_END.items():
+        if name.startswith(start):
+            return least
     return "truncated" if name.startswith(_ENDS_IN_SUCCESS) else "terminated"
 
 

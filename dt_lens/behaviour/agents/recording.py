@@ -60,7 +60,7 @@ def record_actions(
     own = (model.facts.environment_for(name)[1] for name in (e.environment, None))
     # The user may have confirmed the model's.
     kwargs = next((known for known in own if known == e.environment_kwargs), e.environment_kwargs)
-    setting = known_setting(model, e.environment, kwargs, e.target_return, e.time_limit)
+    setting = known_setting(model, e.environment, kwargs, e.target_return, e.time_limit, e.deterministic)
     return actions_of_episode(model, setting, seed)
 
 

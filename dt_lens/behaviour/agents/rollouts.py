@@ -21,6 +21,8 @@ from dt_lens.errors import DtLensError
 
 __all__ = ["Conditions", "EpisodeCount", "Outcome", "Policy", "run_episodes"]
 
+ACTIONS = 1954  # apart from other random numbers of the same seed
+
 # Progress: how many episodes have finished, and the running ones' shares of the time limit, summed.
 EpisodeCount = Callable[[int, float], None]
 
@@ -44,6 +46,7 @@ class Conditions(NamedTuple):
     state_mean: NDArray[np.float64]  # [state_dim]
     state_std: NDArray[np.float64]  # [state_dim]
     last_timestep: int  # the timestep table's last row; steps beyond it repeat it
+    deterministic: bool = True  # the largest logit is taken; False: actions are sampled, by the episode's seed
 
 
 class Policy(Protocol):
@@ -67,12 +70,23 @@ class _Lane:
         self.total = 0.0
         self.measured: Callable[[], Mapping[str, float]] | None = None
         self.state = np.zeros(made.state_dim)
+        self.rng = np.random.default_rng(0)
 
     def begin(self, seed: int) -> NDArray[np.float64]:
         self.seed, self.length, self.total = seed, 0, 0.0
+        # Not the environment's own numbers: Gymnasium seeds its generator with the bare seed.
+        self.rng = np.random.default_rng([ACTIONS, seed])
         observation, _ = self.env.reset(seed=seed)
         self.measured = None if self.made.measure is None else self.made.measure(self.env)
         return self._state(observation)
+
+    def noise(self) -> NDArray[np.float64]:
+        """``[act_dim]`` numbers that make the largest logit a sample from the softmax, the next of this episode.
+
+        The Gumbel-max trick (Gumbel 1954; Maddison et al. 2014). An edited agent gets the same numbers at the same step
+        as the unedited one, so that they differ only where the edit matters.
+        """
+        return self.rng.gumbel(size=self.made.act_dim)
 
     def step(self, action: Any) -> tuple[NDArray[np.float64], bool, bool]:
         observation, reward, terminated, truncated, _ = self.env.step(action)
@@ -181,6 +195,11 @@ def run_episodes(
             seen = inputs.tensors()
             predictions = policy.act(*seen).float().cpu().numpy()
             _check_finite(predictions, seen[0], lanes)
+            if not conditions.deterministic:
+                noise = np.zeros(predictions.shape)
+                for row, lane in lanes.items():
+                    noise[row] = lane.noise()
+                predictions = predictions + noise
             actions, inputs.actions = made.actions(predictions)
             for row, lane in list(lanes.items()):
                 state, terminated, truncated = lane.step(actions[row])

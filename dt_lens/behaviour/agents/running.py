@@ -68,6 +68,7 @@ def setting_of(
     target_return: Any,
     max_steps: int | None,
     caller: str = "evaluate",
+    deterministic: Any = None,
 ) -> Setting:
     """The setting of ``evaluate``'s arguments, with the model's facts for what is ``None``.
 
@@ -98,7 +99,17 @@ def setting_of(
         target_return = facts.target_returns[0]
     if not is_finite_number(target_return):
         raise DtLensError(f"target_return is {target_return!r:.80}; it must be a finite number.")
-    setting = known_setting(model, given or environment, environment_kwargs, float(target_return), max_steps)
+    deterministic = facts.deterministic if deterministic is None else deterministic
+    if not isinstance(deterministic, bool | np.bool_):
+        raise DtLensError(f"deterministic is {deterministic!r:.80}; it must be True or False.")
+    if not deterministic and not model.cfg.discrete_actions:
+        raise DtLensError(
+            "This model predicts continuous actions, and not how likely each of them is; leave out deterministic=False "
+            "(--stochastic): nothing can be sampled."
+        )
+    setting = known_setting(
+        model, given or environment, environment_kwargs, float(target_return), max_steps, bool(deterministic)
+    )
     return setting._replace(role=role)
 
 
@@ -108,13 +119,15 @@ def known_setting(
     environment_kwargs: Mapping[str, Any],
     target_return: float,
     max_steps: int | None,
+    deterministic: bool = True,
 ) -> Setting:
     """The setting of these very values; no module is imported."""
     facts = model.facts
     made = make_environment(
         environment, environment_kwargs, model.cfg, max_steps, ignores=facts.ignores, texts=facts.texts
     )
-    return Setting(made.environment, dict(environment_kwargs), target_return, made, _conditions(model, target_return))
+    conditions = _conditions(model, target_return)._replace(deterministic=deterministic)
+    return Setting(made.environment, dict(environment_kwargs), target_return, made, conditions)
 
 
 def _conditions(model: HookedDecisionTransformer, target_return: float) -> Conditions:
@@ -241,8 +254,8 @@ def _lean_policy(model: ActingModel, context: int, lanes: int, padding: Padding)
 
 def _acts_without_hooks(model: HookedDecisionTransformer) -> bool:
     """Whether ``ActingModel`` acts as ``model`` does: no hooks, a linear state encoder, tokens that slide unchanged."""
-    from dt_lens.decision_transformer.model import Linear
+    from dt_lens.decision_transformer.model import Embed
 
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     slides = model.cfg.position != "step" and model.cfg.timestep_of == "step"
-    return not hooked and slides and type(model.embed["state"]) is Linear
+    return not hooked and slides and type(model.embed["state"]) is Embed

@@ -58,6 +58,7 @@ class AgentTask(Task):
     outcome: ClassVar[str] = "return"
     better: ClassVar[Any] = "more"
     measures: ClassVar[Mapping[str, Measure]] = {}
+    usual: ClassVar[Mapping[str, Any]] = {"deterministic": True}
 
     setting: Setting
     failure: FailureRule | None = None
@@ -74,6 +75,7 @@ class AgentTask(Task):
         target_return: float | None = None,
         max_steps: int | None = None,
         failure: FailureRule | None = None,
+        deterministic: bool | None = None,
         lanes: int | None = None,
         video: bool = True,
         caller: str = "evaluate",
@@ -84,7 +86,7 @@ class AgentTask(Task):
             model: a wrapped decision transformer.
             environment: a Gymnasium id, ``"module:Id"`` to import a package that registers it, an ``EnvSpec``, or a
                 function that makes an environment.
-            environment_kwargs, target_return, max_steps, failure, lanes: as for ``evaluate``.
+            environment_kwargs, target_return, max_steps, failure, deterministic, lanes: as for ``evaluate``.
             video: whether reports draw the worst edit beside the unedited agent.
             caller: who asks, for messages.
 
@@ -97,7 +99,7 @@ class AgentTask(Task):
         for name, value, least, most in (("max_steps", max_steps, 1, None), ("lanes", lanes, LEAST_LANES, 2**16)):
             if value is not None:
                 whole_number(value, name, least, most)
-        setting = setting_of(model, environment, environment_kwargs, target_return, max_steps, caller)
+        setting = setting_of(model, environment, environment_kwargs, target_return, max_steps, caller, deterministic)
         task = cls(setting, known_rule(failure, model.facts, setting.environment), lanes, video)
         if type(task).measure is not AgentTask.measure:
             made = replace(setting.made, measure=task.measure, measures=tuple(cls.measures))
@@ -117,6 +119,7 @@ class AgentTask(Task):
             s.made.time_limit,
             s.environment_kwargs,
             self.failure,
+            deterministic=s.conditions.deterministic,
             measures=self.measures,
             outcome=self.outcome,
             better=self.better,
@@ -156,8 +159,7 @@ class AgentTask(Task):
             tell(f"counting actions  episode {seed + 1} of {COUNTED}", 0.1)
             actions = actions_of_episode(model, self.setting, seed)
             if model.cfg.discrete_actions:
-                kinds = actions.astype(np.int64) - int(getattr(self.setting.made.action_space, "start", 0))
-                sizes += np.bincount(kinds, minlength=len(sizes))
+                sizes += self.setting.made.one_hot(actions).sum(0)
             else:
                 sizes += np.abs(actions).sum(0)
         return sizes

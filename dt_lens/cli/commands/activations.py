@@ -10,6 +10,7 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    Deterministic,
     Environment,
     Given,
     Matrices,
@@ -41,6 +42,7 @@ def activations(
     environment: Environment = None,
     target_return: Target = None,
     max_steps: MaxSteps = None,
+    deterministic: Deterministic = None,
     text: Text = None,
     context: Context = None,
     windows: Windows = None,
@@ -63,6 +65,7 @@ def activations(
                 episodes=episodes,
                 target_return=target_return,
                 max_steps=max_steps,
+                deterministic=deterministic,
                 text=text,
                 context=context,
                 windows=windows,

@@ -12,6 +12,7 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    Deterministic,
     Environment,
     Failure,
     Given,
@@ -37,6 +38,7 @@ def court(
     environment: Environment = None,
     target_return: Target = None,
     max_steps: MaxSteps = None,
+    deterministic: Deterministic = None,
     failure: Failure = None,
     sweep: Annotated[
         Path | None, typer.Option(help="Folder of a finished sweep of this model, with controls, for claim 7.")
@@ -69,6 +71,7 @@ def court(
             environment=environment,
             target_return=target_return,
             max_steps=max_steps,
+            deterministic=deterministic,
             failure=failure,
             text=text,
             context=context,

@@ -11,6 +11,7 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    Deterministic,
     EditMatrices,
     EditsFrom,
     EditSide,
@@ -43,6 +44,7 @@ def evaluate(
     seed: Seed = 0,
     target_return: Target = None,
     max_steps: MaxSteps = None,
+    deterministic: Deterministic = None,
     failure: Failure = None,
     edit: EditMatrices = None,
     sv: EditSv = None,
@@ -71,6 +73,7 @@ def evaluate(
         episodes=episodes,
         target_return=target_return,
         max_steps=max_steps,
+        deterministic=deterministic,
         failure=failure,
         text=text,
         context=context,

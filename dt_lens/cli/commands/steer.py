@@ -12,6 +12,7 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    Deterministic,
     EditsFrom,
     EditSide,
     EditSv,
@@ -71,6 +72,7 @@ def steer(
     seed: Seed = 0,
     environment: Environment = None,
     max_steps: MaxSteps = None,
+    deterministic: Deterministic = None,
     failure: Failure = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all results; dt-lens-steer/MODEL by default.")] = None,
     workers: Workers = None,
@@ -110,6 +112,7 @@ def steer(
                 environment=environment,
                 episodes=episodes,
                 max_steps=max_steps,
+                deterministic=deterministic,
                 failure=failure,
                 text=text,
                 context=context,

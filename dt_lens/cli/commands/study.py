@@ -12,6 +12,7 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    Deterministic,
     EditMatrices,
     EditsFrom,
     EditSide,
@@ -63,6 +64,7 @@ def study(
     raw: Raw = False,
     target_return: Target = None,
     max_steps: MaxSteps = None,
+    deterministic: Deterministic = None,
     failure: Failure = None,
     text: Text = None,
     context: Context = None,
@@ -110,6 +112,7 @@ def study(
                 episodes=episodes,
                 target_return=target_return,
                 max_steps=max_steps,
+                deterministic=deterministic,
                 failure=failure,
                 text=text,
                 context=context,

@@ -14,6 +14,7 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
+    Deterministic,
     EditMatrices,
     EditsFrom,
     Environment,
@@ -127,6 +128,7 @@ def sweep(
     environment: Environment = None,
     target_return: Target = None,
     max_steps: MaxSteps = None,
+    deterministic: Deterministic = None,
     failure: Failure = None,
     baseline: Annotated[
         bool, typer.Option(help="Run the unedited model too; differences are computed from it.")
@@ -201,6 +203,7 @@ def sweep(
             environment=environment,
             target_return=target_return,
             max_steps=max_steps,
+            deterministic=deterministic,
             failure=failure,
         )
         planned = Sweep(loaded, folder, settings, workers=workers, **of_task)

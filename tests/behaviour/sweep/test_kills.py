@@ -93,7 +93,7 @@ def same(one: SweepResults, other: SweepResults) -> None:
 
 
 SOME = [6, 21, 50]
-MANY = [*range(1, 40, 5), *(random.Random(0).randint(1, 90) for _ in range(10))]
+MANY = [*range(1, 40, 8), *(random.Random(0).randint(1, 90) for _ in range(5))]
 
 # What the file holds before the first kill, and the sweep that is killed.
 KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
@@ -111,8 +111,8 @@ slow = pytest.mark.acceptance
         ("grown", [24]),
         ("by halves", [80]),
         pytest.param("plain", MANY, marks=slow),
-        pytest.param("grown", [*range(1, 60, 8), 100], marks=slow),
-        pytest.param("by halves", [*range(5, 180, 25)], marks=slow),
+        pytest.param("grown", [*range(1, 60, 12), 100], marks=slow),
+        pytest.param("by halves", [*range(5, 180, 40)], marks=slow),
     ],
 )
 def test_killed_at_any_statement(
