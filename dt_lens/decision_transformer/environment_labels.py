@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dt_lens.decision_transformer.environment_factors import described_states
 from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import specification
@@ -31,6 +32,7 @@ def environment_labels(
 
     MuJoCo environments name joints and actuators, Gymnasium's Atari environments name their actions, the actions of its
     toy-text environments have the names of its documentation, MiniGrid and others have an ``actions`` enumeration.
+    States of Taxi, FrozenLake, CliffWalking and MiniGrid are named by what they consist of (``environment_factors``).
     Parts of a ``Dict`` or ``Tuple`` have their own names, such as ``"direction = 2"``. An environment that cannot be
     made here has no labels.
     """
@@ -79,7 +81,8 @@ def _labels(
         # Labels are optional: the rollout that needs the environment reports why it cannot be made.
         return None, None
     try:
-        return _mujoco_observations(env) or _box_observations(env) or _parts(env, ignores, texts), _actions(env)
+        named = _mujoco_observations(env) or _box_observations(env) or _described(env, ignores, texts)
+        return named or _parts(env, ignores, texts), _actions(env)
     finally:
         env.close()
 
@@ -136,6 +139,11 @@ def _box_observations(env: Any) -> Labels | None:
     return None
 
 
+def _described(env: Any, ignores: Sequence[str] | None, texts: Mapping[str, Sequence[str]] | None) -> Labels | None:
+    found = described_states(env, ignores, texts)
+    return None if found is None else found[0]
+
+
 # Blackjack's observation is a Tuple of three whole numbers.
 TUPLES = {"Blackjack": ("your sum", "dealer's card", "usable ace")}
 
@@ -146,7 +154,7 @@ ACTIONS = {
     "CartPole": ["push left", "push right"],
     "CliffWalking": ["up", "right", "down", "left"],
     "FrozenLake": ["left", "down", "right", "up"],
-    "Taxi": ["south", "north", "east", "west", "pick up", "drop off"],
+    "Taxi": ["south", "north", "east", "west", "pickup", "dropoff"],
 }
 
 

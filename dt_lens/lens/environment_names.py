@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dt_lens.errors import DtLensError, because, nearest
@@ -21,6 +22,12 @@ __all__ = ["FileKeywords", "import_module_of", "require_registered", "same_envir
 
 # An installed package that has an entry point in one of these groups is imported anyway, so a file may name it.
 GROUPS = ("gymnasium.envs", "dt_lens.adapters")
+# Packages that an extra of dt-lens brings.
+EXTRAS = ("minigrid",)
+# Two versions of one environment: Gymnasium registers one of them, and without keywords they are the same (Taxi's
+# version 4 repairs the rain and the fickle passenger, which are off by default).
+VERSIONS = {"Taxi-v3": "Taxi-v4", "Taxi-v4": "Taxi-v3"}
+LONGEST = 1_000_000  # steps of an episode that a file may ask for
 
 
 class FileKeywords(dict[str, Any]):
@@ -49,7 +56,7 @@ def specification(environment: str) -> EnvSpec:
     """The specification that is registered for ``"Id"`` or ``"module:Id"``.
 
     Nothing is imported that is not imported already, except from installed packages that announce environments to
-    Gymnasium or adapters to dt-lens.
+    Gymnasium or adapters to dt-lens. Where only ``Taxi-v3`` or ``Taxi-v4`` is registered, it is found by either name.
 
     Raises:
         DtLensError: for an id that is not registered, or whose module is not imported.
@@ -60,6 +67,11 @@ def specification(environment: str) -> EnvSpec:
 
     module, _, name = environment.rpartition(":")
     if module and module not in sys.modules:
+        if module in EXTRAS and find_spec(module) is None:
+            raise DtLensError(
+                f"The environment {name!r} needs the package {module}, which is not installed; "
+                f"pip install 'dt-lens[{module}]'."
+            )
         if not _announced(module):
             raise DtLensError(
                 f"The environment {environment!r} comes from a file, and dt-lens imports nothing that a file names; if "
@@ -67,7 +79,7 @@ def specification(environment: str) -> EnvSpec:
                 "(--environment on the command line)."
             )
         import_module_of(environment)
-    spec = gym.envs.registry.get(name)
+    spec = gym.envs.registry.get(name) or gym.envs.registry.get(VERSIONS.get(name, name))
     if module == "__main__" and not (spec and _of_the_script(spec)):  # always imported, and never the same script
         raise DtLensError(
             f"The environment {environment!r} is of a script's own class, which dt-lens cannot find; register it, and "
@@ -99,7 +111,7 @@ def require_registered(spec: EnvSpec, kwargs: Mapping[str, Any]) -> None:
     if not isinstance(kwargs, FileKeywords):
         return
     for name, value in kwargs.items():
-        if name not in spec.kwargs:
+        if name not in spec.kwargs and not _is_minigrid_limit(spec, name, value):
             shown = repr(value)
             raise DtLensError(
                 f"A file gives the environment {spec.id!r} the keyword {name}={shown[:80]}, which it is not registered "
@@ -108,10 +120,21 @@ def require_registered(spec: EnvSpec, kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def _is_minigrid_limit(spec: EnvSpec, name: str, value: object) -> bool:
+    """Whether this is MiniGrid's own time limit, by which it scales rewards: as harmless as ``max_episode_steps``."""
+    own = isinstance(spec.entry_point, str) and spec.entry_point.startswith("minigrid.")
+    return own and name == "max_steps" and type(value) is int and 1 <= value <= LONGEST
+
+
 def same_environment(one: str | None, other: str | None) -> bool:
     """Whether two names have one id, with or without the module that registers it.
 
     >>> same_environment("minigrid:MiniGrid-Empty-5x5-v0", "MiniGrid-Empty-5x5-v0")
     True
+    >>> same_environment("Taxi-v3", "Taxi-v4")  # Gymnasium registers one of them
+    True
     """
-    return one is not None and other is not None and one.rpartition(":")[2] == other.rpartition(":")[2]
+    if one is None or other is None:
+        return False
+    ids = (one.rpartition(":")[2], other.rpartition(":")[2])
+    return ids[0] == ids[1] or VERSIONS.get(ids[0]) == ids[1]

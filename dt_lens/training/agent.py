@@ -18,7 +18,8 @@ from torch import Tensor
 from dt_lens.arguments import local_path, require_writable, whole_number
 from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.environment_labels import environment_parts
+from dt_lens.decision_transformer.environment_factors import environment_factors
+from dt_lens.decision_transformer.environment_labels import environment_labels, environment_parts
 from dt_lens.decision_transformer.facts import RunFacts, from_file
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, a_type, nearest
@@ -328,9 +329,11 @@ def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
         "environment_kwargs": data.environment_kwargs or {},
         "evaluation_environment": data.evaluation_environment,
     }
+    named = from_file(places)
     return RunFacts(
         context=settings.context,
-        **from_file(places),
+        **named,
+        **_names(data, named),
         state_mean=tuple(float(m) for m in data.state_mean) if data.normalised else None,
         state_std=tuple(float(s) for s in data.state_std) if data.normalised else None,
         ignores=data.ignores or None,
@@ -347,3 +350,19 @@ def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
             "recipe": {"dataset": data.dataset_id, **asdict(settings)},
         },
     )
+
+
+def _names(data: Trajectories, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Factors of the states, with the labels that they are levels of: the environment need not be there to read them.
+
+    Where states have no factors, labels are taken from the environment as the model is read.
+    """
+    place, kwargs = named["environment"], named["environment_kwargs"]
+    if place is None:
+        return {}
+    factors = environment_factors(place, kwargs, data.ignores, data.texts)
+    if factors is None or len(next(iter(factors.values()))) != data.states.shape[1]:
+        return {}
+    states, actions = environment_labels(place, kwargs, data.ignores, data.texts)
+    fits = actions is not None and len(actions) == data.actions.shape[1]
+    return {"factors": {"state_in": factors}, "state_labels": states, "action_labels": actions if fits else None}

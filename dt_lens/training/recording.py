@@ -36,7 +36,7 @@ from dt_lens.training.expert import (
 )
 from dt_lens.training.minari_episodes import require_dataset_id
 
-__all__ = ["PhaseReport", "balanced", "record"]
+__all__ = ["PhaseReport", "balanced", "record", "require_new_dataset"]
 
 PhaseReport = Callable[[str, int, int, str], None]
 """Called with the name of a phase, the amount done, the total, and a short text on the state of the phase."""
@@ -96,7 +96,9 @@ def record(
     workers = (os.cpu_count() or 1) if workers is None else whole_number(workers, "workers", 1)
     where = local_path(folder, "folder") if folder is not None else Path("runs", "record", dataset_id.replace("/", "-"))
     whole_number(seed, "seed", 0, LAST_SEED)
-    _check(dataset_id, steps=steps, pace_steps=pace_steps, candidates=candidates, episodes=episodes, bins=bins)
+    require_new_dataset(
+        dataset_id, steps=steps, pace_steps=pace_steps, candidates=candidates, episodes=episodes, bins=bins
+    )
     noises, paces = finite_numbers(noises, "noises"), finite_numbers(paces, "paces")
     if not noises or min(noises) < 0:
         raise DtLensError(f"noises is {tuple(noises)!r}; give at least one standard deviation, none negative.")
@@ -199,7 +201,8 @@ def _rehearse(environment_id: str, seed: int, forward: bool) -> None:
         )
 
 
-def _check(dataset_id: str, **counts: int) -> None:
+def require_new_dataset(dataset_id: str, **counts: int) -> None:
+    """Raise ``DtLensError`` unless Minari can store a new data set under this id, and all counts are at least 1."""
     try:
         import h5py  # noqa: F401
     except ImportError as error:

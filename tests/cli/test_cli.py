@@ -226,6 +226,7 @@ def test_what_cannot_be_written_is_found_before_the_work(
 @pytest.mark.parametrize("command", ["train", "train_text", "record"])
 def test_defaults_are_the_recipe_of_the_bundled_model(command: str) -> None:
     from dt_lens.training.agent import train
+    from dt_lens.training.planned import NOISES, record_planned
     from dt_lens.training.recording import record
     from dt_lens.training.settings import AgentSettings, TextSettings
     from dt_lens.training.text import train_text
@@ -233,11 +234,13 @@ def test_defaults_are_the_recipe_of_the_bundled_model(command: str) -> None:
     recipes: dict[str, list[Callable[..., Any]]] = {
         "train": [train, AgentSettings],
         "train_text": [train_text, TextSettings],
-        "record": [record],
+        "record": [record_planned, record],
     }
     wanted = {
         name: p.default for recipe in recipes[command] for name, p in inspect.signature(recipe).parameters.items()
     }
+    if command == "record":
+        wanted["noises"] = NOISES  # a search has noises of another kind, which are no option of the command
     names = {"layers": "n_layers", "heads": "n_heads", "dataset": "dataset_id", "environment": "environment_id"}
     called = getattr(import_module(f"dt_lens.cli.commands.{command}"), command)
     compared = 0
@@ -246,7 +249,7 @@ def test_defaults_are_the_recipe_of_the_bundled_model(command: str) -> None:
         default = parameter.default
         if name not in wanted or isinstance(default, Path) or name == "targets":
             continue
-        if name == "paces":
+        if name in ("paces", "noises"):
             default = tuple(float(part) for part in default.split(","))
         assert default == wanted[name], name
         compared += 1

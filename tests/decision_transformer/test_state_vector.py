@@ -108,4 +108,4 @@ def test_labels_of_blackjack_and_of_minigrid() -> None:
     pytest.importorskip("minigrid")
     state, _ = environment_labels("MiniGrid-Empty-5x5-v0", {}, ("mission",))
     assert state is not None and len(state) == 4 + 7 * 7 * 3
-    assert state[:5] == ("direction = 0", "direction = 1", "direction = 2", "direction = 3", "image (0, 0, 0)")
+    assert state[:5] == ("facing right", "facing down", "facing left", "facing up", "object at cell (0, 0)")

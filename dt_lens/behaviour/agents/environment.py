@@ -137,7 +137,8 @@ def make_environment(
     if not isinstance(kwargs, Mapping):
         raise DtLensError(f"kwargs is {a_type(kwargs)}; it must be a dictionary of arguments by name.")
     spec, kwargs = specify(specification_of(environment), kwargs)
-    environment = environment if isinstance(environment, str) else spec.id
+    named = isinstance(environment, str) and environment.rpartition(":")[2] == spec.id
+    environment = str(environment) if named else spec.id
     env = _make(spec, kwargs)
     try:
         states = StateVector.of(env.observation_space, ignores, texts, environment)

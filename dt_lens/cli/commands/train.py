@@ -28,6 +28,15 @@ def train(
     layers: Annotated[int, typer.Option(min=1, help="Number of blocks.")] = AgentSettings.n_layers,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads in each block.")] = AgentSettings.n_heads,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = AgentSettings.lr,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Steps in which the learning rate rises to --lr.")
+    ] = AgentSettings.warmup,
+    bf16: Annotated[
+        bool,
+        typer.Option(
+            help="Matrix products in bfloat16; a processor without such instructions is several times slower with it."
+        ),
+    ] = AgentSettings.bf16,
     seed: Seed = AgentSettings.seed,
     targets: Annotated[
         str | None,
@@ -96,6 +105,8 @@ def train(
         n_layers=layers,
         n_heads=heads,
         lr=lr,
+        warmup=warmup,
+        bf16=bf16,
         seed=seed,
         max_ep_len=max_ep_len,
         targets=() if targets is None else tuple(to_float(t, "targets") for t in targets.split(",")),

@@ -31,15 +31,16 @@ def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: py
     sizes = ["--steps", 2, "--batch-size", 3, "--context", 4, "--d-model", 8, "--layers", 5, "--heads", 2]
     others = ["--lr", 0.5, "--seed", 9, "--targets", "30,20", "--eval-every", 6, "--eval-episodes", 7]
     kwargs = ["--environment-kwargs", '{"sab": true}', "--max-ep-len", 11, "--max-steps", 5, "--failure", "50"]
+    kwargs += ["--warmup", 3, "--no-bf16"]
     done = dt_lens("train", "a/b-v0", "--out", "somewhere", *sizes, *others, "--env", "CartPole-v1", "--fresh", *kwargs)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "The model: somewhere\n" and "loss 0.2500  target → return 30 → 12,345, 20 → 7" in done.stderr
     settings = AgentSettings(
         steps=2, batch_size=3, context=4, d_model=8, n_layers=5, n_heads=2, lr=0.5, seed=9, targets=(30.0, 20.0),
-        max_ep_len=11,
+        max_ep_len=11, warmup=3, bf16=False,
     )  # fmt: skip
     rest = {"eval_every": 6, "eval_episodes": 7, "environment": "CartPole-v1", "device": "cpu", "resume": False}
-    rest |= {"environment_kwargs": {"sab": True}, "max_steps": 5, "failure": 50.0}
+    rest |= {"environment_kwargs": {"sab": True}, "max_steps": 5, "failure": 50.0, "ignores": None}
     assert calls == [(("a/b-v0", Path("somewhere"), settings), rest)]
 
 
@@ -84,3 +85,29 @@ def test_record_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: p
     assert done.stdout == "The data set: a/b-v0\n" and "expert: score 3" in done.stderr
     rest = {"steps": 1, "pace_steps": 2, "candidates": 3, "episodes": 4, "seed": 5, "workers": 1}
     assert calls == [(("Walker2d-v5", "a/b-v0"), {**rest, "paces": [0.7, 0.4], "folder": Path("there")})]
+
+
+def test_record_of_a_planner_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dt_lens.training import planned as module
+
+    def fake(*words: Any, report: Callable[..., None], **options: Any) -> str:
+        calls.append((words, options))
+        report("episodes", 1, 2, "return 3")
+        return words[1]
+
+    monkeypatch.setattr(module, "record_planned", fake)
+    shares = ["--noises", "0,0.5", "--waiting", 0.25, "--longest-wait", 0.5, "--scattered", 0.75]
+    others = ["--episodes", 4, "--seed", 5, "--workers", 1, "--folder", "there"]
+    kwargs = ["--environment-kwargs", '{"is_slippery": false}']
+    done = dt_lens("record", "FrozenLake-v1", "--dataset", "a/b-v0", *shares, *others, *kwargs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The data set: a/b-v0\n" and "episodes: return 3" in done.stderr
+    rest = {"episodes": 4, "seed": 5, "workers": 1, "folder": Path("there"), "noises": [0.0, 0.5], "waiting": 0.25}
+    rest |= {"longest_wait": 0.5, "scattered": 0.75, "environment_kwargs": {"is_slippery": False}}
+    assert calls == [(("FrozenLake-v1", "a/b-v0"), rest)]
+    done = dt_lens("record", "FrozenLake-v1", "--pace-steps", 4)
+    said = "dt-lens: --pace-steps is an option of a search, and FrozenLake-v1 is recorded by a planner; leave it out.\n"
+    assert done == (2, "", said)
+    done = dt_lens("record", "Pendulum-v1", "--waiting", 0.5)
+    said = "dt-lens: --waiting is an option of a planner, and Pendulum-v1 is recorded by a search; leave it out.\n"
+    assert done == (2, "", said)

@@ -1,0 +1,116 @@
+"""A planner's recording repeats exactly, resumes after an interruption, is disturbed as asked, and refuses the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dt_lens.errors import DtLensError
+from dt_lens.training import planned as module
+from dt_lens.training.dataset import Trajectories, read
+from dt_lens.training.planned import record_planned
+
+TINY: dict[str, Any] = {"episodes": 16, "seed": 3, "noises": (0.0, 0.3), "scattered": 0.5}
+ONE_HOT: dict[str, Any] = {
+    "max_steps": 40,
+    "wrappers": [
+        {"name": "minigrid.wrappers.OneHotPartialObsWrapper", "kwargs": {}},
+        {"name": "gymnasium.wrappers.FilterObservation", "kwargs": {"filter_keys": ["direction", "image"]}},
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path
+
+
+def same(a: Trajectories, b: Trajectories) -> bool:
+    parts = ("states", "actions", "rewards", "lengths")
+    return all(np.array_equal(getattr(a, part), getattr(b, part)) for part in parts)
+
+
+def states(data: Trajectories) -> list[int]:
+    """The first state of each episode."""
+    return [int(state) for state in data.states[data.starts].argmax(1)]
+
+
+def test_a_recording_repeats_and_resumes_with_the_same_bits(minari_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_planned("Taxi-v4", "test/whole-v0", **TINY, workers=1, folder=minari_root / "a")
+    monkeypatch.setattr(module, "CHUNK", 5)
+
+    def stop(phase: str, done: int, total: int, words: str) -> None:
+        if phase == "episodes" and done == 13:
+            raise KeyboardInterrupt
+
+    again: dict[str, Any] = {**TINY, "workers": 1, "folder": minari_root / "b"}
+    with pytest.raises(KeyboardInterrupt):
+        record_planned("Taxi-v4", "test/again-v0", **again, report=stop)
+    assert len(list((minari_root / "b").glob("planned-*.npz"))) == 2
+    played: list[int] = []
+    record_planned(
+        "Taxi-v4", "test/again-v0", **again, report=lambda phase, done, *_: played.append(done * (phase == "episodes"))
+    )
+    assert min(done for done in played if done) == 11  # ten were read back
+    whole = read("test/whole-v0")
+    assert same(whole, read("test/again-v0")) and whole.environment == "Taxi-v4"
+    record_planned("Taxi-v4", "test/other-v0", **{**TINY, "seed": 4}, workers=1, folder=minari_root / "b")
+    assert not same(whole, read("test/other-v0"))
+    with pytest.raises(DtLensError, match="has a data set 'test/other-v0' already"):
+        record_planned("Taxi-v4", "test/other-v0", **TINY, workers=1)
+
+
+def test_noise_and_scattered_starts_are_as_asked(minari_root: Path) -> None:
+    """Taxi begins with a waiting passenger who wants to go elsewhere; an expert earns 3 or more from anywhere."""
+    record_planned("Taxi-v4", "test/plain-v0", episodes=20, noises=(0.0,), workers=1, folder=minari_root / "a")
+    record_planned(
+        "Taxi-v4", "test/spread-v0", episodes=20, noises=(0.0, 0.6), scattered=1, workers=1, folder=minari_root / "b"
+    )
+    plain, spread = read("test/plain-v0"), read("test/spread-v0")
+    assert plain.returns.min() >= 3 and all(state // 4 % 5 != 4 for state in states(plain))
+    assert sum(state // 4 % 5 == 4 for state in states(spread)) >= 2
+    assert spread.returns[::2].min() >= 3 > np.median(spread.returns[1::2])
+
+
+def test_a_minigrids_episodes_begin_with_a_wait(minari_root: Path) -> None:
+    pytest.importorskip("minigrid")
+    name = "minigrid:MiniGrid-DoorKey-5x5-v0"
+    how: dict[str, Any] = {"episodes": 8, "noises": (0.0,), "waiting": 1, "longest_wait": 0.5, "workers": 1}
+    record_planned(name, "test/grid-v0", environment_kwargs=ONE_HOT, **how, folder=minari_root / "a")
+    data = read("test/grid-v0")
+    assert data.environment == name and data.environment_kwargs == ONE_HOT and not data.normalised
+    taken = np.split(data.actions.argmax(1), data.starts[1:])
+    waits = [int((actions != 6).argmax()) for actions in taken]
+    assert (
+        max(waits) <= 20 and len(set(waits)) > 4 and all((a[w:] != 6).all() for a, w in zip(taken, waits, strict=True))
+    )
+    assert np.allclose(data.returns, 1 - 0.9 * data.lengths / 40) and data.lengths.max() < 40
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "sentence"),
+    [
+        ("Taxi-v4", {"waiting": 0.5}, "'Taxi-v4' has no action that does nothing; record with waiting=0"),
+        ("Taxi-v4", {"noises": (1.5,)}, "noises is 1.5; it must be a share, from 0 to 1"),
+        ("Taxi-v4", {"noises": ()}, "noises is empty"),
+        ("Taxi-v4", {"scattered": -1}, "scattered is -1; it must be a share"),
+        ("CartPole-v1", {}, "No planner knows 'CartPole-v1': planners know"),
+        ("CliffWalking-v1", {}, "'CliffWalking-v1' has no time limit"),
+        ("NoSuch-v0", {}, "no Gymnasium environment 'NoSuch-v0'"),
+        ("minigrid:MiniGrid-Empty-5x5-v0", {}, "Minari cannot store the observations .*FilterObservation"),
+        (
+            "minigrid:MiniGrid-Empty-5x5-v0",
+            {"environment_kwargs": ONE_HOT, "scattered": 1},
+            "MiniGrid's episodes start where the environment starts them; record with scattered=0",
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(name: str, how: dict[str, Any], sentence: str, minari_root: Path) -> None:
+    if name.startswith("minigrid"):
+        pytest.importorskip("minigrid")
+    with pytest.raises(DtLensError, match=sentence):
+        record_planned(name, "test/x-v0", **how, workers=1, folder=minari_root / "x")
