@@ -9,7 +9,7 @@ facts of a model say that it is ignored, or which texts there are, and then it i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ class Part:
     space: Space | None  # None for a text
     texts: tuple[str, ...]  # that it may be, if it is a text
     size: int
+    channels_last: bool = False  # an image whose channels the model reads first
 
     @property
     def one_hot(self) -> bool:
@@ -107,6 +108,9 @@ class Part:
 
     def flat(self, value: Any, whose: str) -> NDArray[np.float64]:
         """Its value as ``[size]``."""
+        if self.channels_last:
+            value = np.moveaxis(np.asarray(value), -1, 0)
+            return np.asarray(value, dtype=np.float64).reshape(-1)
         if self.space is not None:
             return np.asarray(spaces.flatten(self.space, value), dtype=np.float64).reshape(-1)
         found = np.zeros(self.size)
@@ -137,6 +141,7 @@ class StateVector:
         ignores: Sequence[str] | None = None,
         texts: Mapping[str, Sequence[str]] | None = None,
         whose: str = "The environment",
+        image: Sequence[int] | None = None,
     ) -> StateVector:
         """The vector of a space's observations.
 
@@ -144,6 +149,8 @@ class StateVector:
             space: of the observations.
             ignores, texts: as in ``RunFacts``.
             whose: what gives the observations, for messages.
+            image: (channels, height, width) of the image that the model's state encoder reads, if it reads one. An
+                observation that is such an image with its channels last, as Gymnasium's usually are, is turned.
 
         Raises:
             DtLensError: for a text that is neither ignored nor known, and for a space that is not of one size.
@@ -163,6 +170,8 @@ class StateVector:
                 raise DtLensError(
                     f"{whose}'s observations{part} ({leaf}) cannot be flattened into a state vector."
                 ) from error
+        if image is not None and len(found) == 1 and _channels_last(found[0].space, tuple(image)):
+            found = [replace(found[0], channels_last=True)]
         return cls(tuple(found), whose)
 
     @property
@@ -199,6 +208,12 @@ class StateVector:
             else:
                 found.append(part.flat(value, self.whose))
         return found[0] if len(found) == 1 else np.concatenate([np.zeros(0), *found])
+
+
+def _channels_last(space: Space | None, image: tuple[int, ...]) -> bool:
+    if not isinstance(space, spaces.Box) or len(space.shape) != 3 or space.shape == image:
+        return False
+    return (space.shape[2], *space.shape[:2]) == image
 
 
 def _undeclared(whose: str, name: str) -> str:

@@ -100,6 +100,16 @@ def test_actions_of_grids_are_named_after_where_they_lead(environment: str, star
     assert {move: table.P[start][names.index(move)][0][1] for move in moves} == moves
 
 
+def test_an_image_with_its_channels_last_is_turned_for_an_encoder() -> None:
+    space = spaces.Dict({"image": spaces.Box(0, 255, (7, 5, 3), np.uint8), "direction": spaces.Discrete(4)})
+    value = space.sample()
+    seen = StateVector.of(space, ["direction"], image=(3, 7, 5)).flat(value)
+    np.testing.assert_array_equal(seen.reshape(3, 7, 5), value["image"].transpose(2, 0, 1))
+    for ignores, image in ((["direction"], None), (["direction"], (7, 5, 3)), ([], (3, 7, 5))):
+        seen = StateVector.of(space, ignores, image=image).flat(value)
+        np.testing.assert_array_equal(seen[-105:], value["image"].ravel())
+
+
 def test_labels_of_blackjack_and_of_minigrid() -> None:
     state, action = environment_labels("Blackjack-v1")
     assert action == ("stick", "hit")

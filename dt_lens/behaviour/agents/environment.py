@@ -115,13 +115,15 @@ def make_environment(
     *,
     ignores: Sequence[str] | None = None,
     texts: Mapping[str, Sequence[str]] | None = None,
+    image: Sequence[int] | None = None,
 ) -> Environment:
     """``environment``, made once to check that the model ``cfg`` describes fits it.
 
     ``kwargs`` are keywords of ``gymnasium.make``; its ``max_episode_steps`` and ``wrappers`` change the specification.
 
     ``ignores`` and ``texts`` are the model's facts of those names: what it does not read of an observation, and the
-    texts that it reads.
+    texts that it reads. ``image`` is the shape (channels, height, width) that its state encoder reads, if it has one
+    for images.
 
     ``environment`` is only looked up: for a name that a user gives, call ``import_module_of`` first.
 
@@ -141,7 +143,7 @@ def make_environment(
     environment = str(environment) if named else spec.id
     env = _make(spec, kwargs)
     try:
-        states = StateVector.of(env.observation_space, ignores, texts, environment)
+        states = StateVector.of(env.observation_space, ignores, texts, environment, image)
         state_dim = states.size
         act_dim, discrete = _action_size(environment, env.action_space)
         action_space = env.action_space

@@ -124,7 +124,13 @@ def known_setting(
     """The setting of these very values; no module is imported."""
     facts = model.facts
     made = make_environment(
-        environment, environment_kwargs, model.cfg, max_steps, ignores=facts.ignores, texts=facts.texts
+        environment,
+        environment_kwargs,
+        model.cfg,
+        max_steps,
+        ignores=facts.ignores,
+        texts=facts.texts,
+        image=getattr(model.embed["state"], "image", None),
     )
     conditions = _conditions(model, target_return)._replace(deterministic=deterministic)
     return Setting(made.environment, dict(environment_kwargs), target_return, made, conditions)
