@@ -22,6 +22,7 @@ from .lens.embeddings import EmbeddingRegistry as EmbeddingRegistry
 from .lens.loading import load as load
 from .lens.loading import open_checkpoint as open_checkpoint
 from .lens.loading import wrap as wrap
+from .svd.clustering import clusters as clusters
 from .svd.plots import plot_heatmap as plot_heatmap
 from .svd.plots import plot_overview as plot_overview
 from .svd.plots import plot_sigma_against_cosine as plot_sigma_against_cosine

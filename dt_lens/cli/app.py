@@ -18,6 +18,7 @@ import typer
 from dt_lens.cli.commands.activations import activations
 from dt_lens.cli.commands.atlas import atlas
 from dt_lens.cli.commands.certify import certify
+from dt_lens.cli.commands.clusters import clusters
 from dt_lens.cli.commands.compare import compare
 from dt_lens.cli.commands.court import court
 from dt_lens.cli.commands.evaluate import evaluate
@@ -46,6 +47,7 @@ _COMMANDS: list[Callable[..., None]] = [
     study,
     scan,
     top,
+    clusters,
     compare,
     evaluate,
     sweep,

@@ -14,3 +14,6 @@ from .outcomes import mcnemar as mcnemar
 from .outcomes import mean_test as mean_test
 from .outcomes import sign_flip as sign_flip
 from .outcomes import wilson as wilson
+from .rank_effects import RankEffects as RankEffects
+from .rank_effects import epsilon_squared as epsilon_squared
+from .rank_effects import two_sided_auc as two_sided_auc

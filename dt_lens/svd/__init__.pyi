@@ -1,4 +1,5 @@
 from . import two_models as two_models
+from .clustering import clusters as clusters
 from .decomposition import Decomposition as Decomposition
 from .label_filters import ascii_only as ascii_only
 from .label_filters import at_least as at_least

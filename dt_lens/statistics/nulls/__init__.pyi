@@ -8,6 +8,7 @@ from .kinds import Null as Null
 from .pooled import PooledMaximum as PooledMaximum
 from .pooled import ShuffledMaximum as ShuffledMaximum
 from .pooled import UntrainedMaximum as UntrainedMaximum
+from .smallest_p import SmallestP as SmallestP
 from .spectrum import BandMaximum as BandMaximum
 from .spectrum import SpectrumMaximum as SpectrumMaximum
 from .subspaces import SubspaceOverlap as SubspaceOverlap

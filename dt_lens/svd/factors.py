@@ -1,0 +1,232 @@
+"""Which factors the labels of a model's embeddings have: a checkpoint's own, those of tokens, or a user's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from dt_lens.arguments import local_path, names
+from dt_lens.errors import DtLensError, a_type, because, nearest
+from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
+from dt_lens.svd.token_factors import token_factors
+
+__all__ = ["Factors", "factors_of", "read_factors"]
+
+Levels = Sequence[Any]  # one for each label; None where the factor does not apply
+
+
+class Factors(NamedTuple):
+    """The factors of one embedding.
+
+    Attributes:
+        tested: for each factor the level of every label.
+        strata: likewise, of the factors that are held fixed.
+        left_out: why a factor is not tested, by its name.
+    """
+
+    tested: dict[str, Levels]
+    strata: dict[str, Levels]
+    left_out: dict[str, str]
+
+
+def factors_of(
+    model: Any,
+    registry: EmbeddingRegistry,
+    given: Any = None,
+    embeddings: Sequence[str] | str | None = None,
+    only: Sequence[str] | str | None = None,
+    strata: Sequence[str] | str | None = None,
+) -> dict[str, Factors]:
+    """The factors of each embedding that has any; ``dt_lens.clusters`` describes the arguments.
+
+    Raises:
+        DtLensError: for a table that does not fit the labels, an unknown factor, and where there is none.
+    """
+    if given is None:
+        found = _own(model, registry.select(embeddings))
+    else:
+        found = _of_table(given if isinstance(given, pd.DataFrame) else read_factors(given), registry, embeddings)
+    only = None if only is None else _chosen(only, "only")
+    strata = [] if strata is None else _chosen(strata, "strata")
+    _require_known(found, [*(only or []), *strata])
+    made = {
+        name: made
+        for name, factors in found.items()
+        if (made := _sorted_out(factors, only, strata, given is not None)).tested
+    }
+    if not made:
+        reasons = [
+            reason
+            for factors in found.values()
+            for reason in _sorted_out(factors, only, strata, False).left_out.values()
+        ]
+        raise DtLensError(
+            "No factor is left to test" + (f": {reasons[0]}" if reasons else "; name others, or fewer strata.")
+        )
+    return made
+
+
+def read_factors(file: Any) -> pd.DataFrame:
+    """A table of factors from a .csv file: a column ``label``, and a column for each factor; empty cells do not apply.
+
+    Raises:
+        DtLensError: for a file that cannot be read, or that has no column ``label``.
+    """
+    if not isinstance(file, str | Path):
+        raise DtLensError(f"factors is {a_type(file)}; it must be a DataFrame with a row per label, or a .csv file.")
+    file = local_path(file, "factors")
+    try:
+        table = pd.read_csv(file, keep_default_na=False, dtype=str)
+    except (OSError, ValueError) as error:
+        raise DtLensError(f"The factors in {file} cannot be read: {because(error)}; give a .csv file.") from error
+    if "label" not in table:
+        raise DtLensError(f"{file} has no column 'label'; it needs one, and a column for each factor.")
+    return table.astype(object).where(table != "", None)
+
+
+def _own(model: Any, chosen: list[Embedding]) -> dict[str, dict[str, Levels]]:
+    """The factors that the checkpoint carries, and those of tokens."""
+    carried: Mapping[str, Mapping[str, Levels]] = getattr(getattr(model, "facts", None), "factors", None) or {}
+    found: dict[str, dict[str, Levels]] = {}
+    for embedding in chosen:
+        if embedding.name in carried:
+            found[embedding.name] = dict(carried[embedding.name])
+            for name, levels in found[embedding.name].items():
+                if len(levels) != len(embedding):
+                    raise DtLensError(
+                        f"The model's facts give the factor {name!r} {len(levels)} levels; {embedding.name} has "
+                        f"{len(embedding)} labels, and each needs one."
+                    )
+        elif embedding.kind == "token":
+            found[embedding.name] = dict(token_factors(list(embedding.labels)))
+    if not found:
+        raise DtLensError(
+            "Nothing says what the labels of this model consist of; give factors=, a table with a row per label and a "
+            "column per factor (on the command line --factors FILE.csv)."
+        )
+    return found
+
+
+def _of_table(
+    table: pd.DataFrame, registry: EmbeddingRegistry, embeddings: Sequence[str] | str | None
+) -> dict[str, dict[str, Levels]]:
+    """A user's factors, for every embedding that has exactly the table's labels."""
+    by_label = table.set_index("label") if "label" in table else table
+    by_label = by_label.set_axis([str(label) for label in by_label.index], axis=0)
+    if not len(by_label.columns) or not len(by_label):
+        raise DtLensError("The table of factors is empty; it needs a row per label and a column per factor.")
+    columns = [str(column) for column in by_label.columns]
+    if len(set(columns)) < len(columns):
+        raise DtLensError(f"The table of factors has two columns of one name, of {', '.join(columns)}; rename one.")
+    by_label = by_label.set_axis(columns, axis=1)
+    chosen = registry.select(embeddings)
+    if embeddings is None:
+        given = set(by_label.index)
+        shared = {one.name: len(given & set(one.labels)) for one in chosen}
+        most = max(shared.values(), default=0)
+        chosen = [one for one in chosen if shared[one.name] == most and most] or chosen[:1]
+    return {one.name: _matched(by_label, one) for one in chosen}
+
+
+def _matched(by_label: pd.DataFrame, embedding: Embedding) -> dict[str, Levels]:
+    """The levels of an embedding's labels, in their order."""
+    labels, given = list(embedding.labels), list(by_label.index)
+    if labels != given:
+        for label in given:
+            if label not in set(labels):
+                raise DtLensError(f"{embedding.name} has no label {label!r}." + nearest(label, labels))
+        missing = [label for label in labels if label not in set(given)]
+        if missing:
+            raise DtLensError(
+                f"The table of factors lacks {len(missing)} of the {len(labels)} labels of {embedding.name}, such as "
+                f"{missing[0]!r}; give a row for each, with empty cells where a factor does not apply."
+            )
+        if len(set(given)) < len(given):
+            twice = next(label for label in given if given.count(label) > 1)
+            raise DtLensError(f"The table of factors has two rows for the label {twice!r}; give one for each label.")
+        by_label = by_label.loc[labels]
+    return {name: [_level(value) for value in by_label[name].tolist()] for name in by_label.columns}
+
+
+def _level(value: Any) -> Any:
+    """A level as a plain value; ``None`` for a missing one."""
+    return None if value is None or value is pd.NA or value is pd.NaT or value != value else value
+
+
+def _chosen(value: Any, argument: str) -> list[str]:
+    return list(dict.fromkeys(names(value, argument)))
+
+
+def _require_known(found: Mapping[str, Mapping[str, Levels]], wanted: Iterable[str]) -> None:
+    known = list(dict.fromkeys(name for factors in found.values() for name in factors))
+    for name in wanted:
+        factor, equals, level = name.partition("=")
+        if name in known:
+            continue
+        if not equals or factor not in known:
+            raise DtLensError(f"There is no factor {factor!r}; there are {', '.join(known)}." + nearest(factor, known))
+        levels = sorted({str(one) for factors in found.values() for one in factors.get(factor, ()) if one is not None})
+        if level not in levels:
+            raise DtLensError(
+                f"The factor {factor!r} has no level {level!r}; it has {', '.join(levels[:20])}."
+                + nearest(level, levels)
+            )
+
+
+def _sorted_out(factors: Mapping[str, Levels], only: list[str] | None, strata: list[str], strict: bool) -> Factors:
+    """The factors that are tested, and why others are not; with ``strict`` one that cannot be is an error."""
+    held = {name: _of_name(factors, name) for name in strata if name.partition("=")[0] in factors}
+    tested: dict[str, Levels] = {}
+    left_out: dict[str, str] = {}
+    for name in list(factors) if only is None else only:
+        if name.partition("=")[0] not in factors or name in held:
+            continue
+        levels = _of_name(factors, name)
+        wrong = _fault(name, levels, held)
+        if wrong and (only is not None or (strict and not held)):
+            raise DtLensError(wrong)
+        if wrong:
+            left_out[name] = wrong
+        else:
+            tested[name] = levels
+    return Factors(tested, held, left_out)
+
+
+def _of_name(factors: Mapping[str, Levels], name: str) -> Levels:
+    """A factor, or for ``factor=level`` whether a label has this level."""
+    if name in factors:
+        return factors[name]
+    factor, _, level = name.partition("=")
+    return [None if one is None else str(one) == level for one in factors[factor]]
+
+
+def _fault(name: str, levels: Levels, strata: Mapping[str, Levels]) -> str:
+    """Why a factor cannot be tested; an empty text if it can."""
+    counts: dict[Any, int] = {}
+    for level in levels:
+        if level is not None:
+            counts[level] = counts.get(level, 0) + 1
+    if not counts:
+        return f"The factor {name!r} applies to no label; give each label that it applies to a level."
+    if len(counts) == 1:
+        rest = len(levels) - sum(counts.values())
+        all_of = (
+            f"and {rest} without; give those another level, such as 'other'" if rest else "and no other; leave it out"
+        )
+        return f"The factor {name!r} has one level, {next(iter(counts))!r}, {all_of}."
+    if len(counts) == sum(counts.values()):
+        return f"The factor {name!r} has a level of its own for each label, so it gathers none; leave it out."
+    if len(counts) == 2 and min(counts.values()) < 2:
+        lone = min(counts, key=lambda level: counts[level])
+        return f"Only one label has the level {lone!r} of the factor {name!r}; a cluster needs two."
+    if strata:
+        within: dict[tuple[Any, ...], set[Any]] = {}
+        for level, *where in zip(levels, *strata.values(), strict=True):
+            if level is not None and None not in where:
+                within.setdefault(tuple(where), set()).add(level)
+        if not any(len(found) > 1 for found in within.values()):
+            return f"The factor {name!r} has one level in each stratum of {', '.join(strata)}; leave it out."
+    return ""
