@@ -39,7 +39,7 @@ def _video(arms: Arms, setting: Setting, folder: Path, wanted: bool) -> SideBySi
     unedited = record_actions(arms.model, arms.baseline, seed, setting)
     with arms.edits[worst]:
         hit = record_actions(arms.model, arms.edited[worst], seed, setting)
-    terms = arms.baseline.terms
+    terms, place = arms.baseline.terms, arms.typical(worst)
     return side_by_side(
         setting.made.spec,
         unedited,
@@ -48,5 +48,6 @@ def _video(arms: Arms, setting: Setting, folder: Path, wanted: bool) -> SideBySi
         file=folder / "worst.mp4",
         captions=("unedited", f"{arms.names[worst]} edited"),
         environment_kwargs=setting.made.kwargs,
+        failed=(bool(arms.baseline.failed[place]), bool(arms.edited[worst].failed[place])),
         ended="fell" if terms.failure == "terminated" and not terms.failure_note else "ended",
     )

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 _GAP = 4  # pixels between the two pictures
 _STRIP = 26  # pixels of the lines of text above and below
-_FELL = (213, 94, 0)  # the colour of edits in the figures
+_FELL = (213, 94, 0)  # the colour of edits in the figures: an episode that ended in failure
+_ENDED = (72, 84, 99)  # one that did not
 _FEWEST = 12  # frames: fewer do not make a video
+_SLOWEST = 4  # frames per second: of a few steps each must be seen
+_SHORT = 4  # seconds that a short episode lasts
 
 Picture = npt.NDArray[np.uint8]  # [height, width, 3]
 
@@ -86,15 +89,19 @@ def _video(place: Path) -> dict[str, Any]:
     _picture(environments[0])
     affordable = int(job["budget"] / max(1e-4, 2 * (time.monotonic() - begin)))
     doing("drawing")
+    longest = max(replay.length for replay in replays)
     frames = min(job["max_frames"], max(_FEWEST, affordable))
     steps = frame_steps([r.length for r in replays], [r.fell for r in replays], frames)
+    moving = [step for step in steps if step <= longest]
+    fps = min(job["fps"], max(_SLOWEST, longest // _SHORT))
+    steps = moving + steps[len(moving) :][:fps]  # a second of standing still
     drawn = [
         _pictures(env, job["seed"], actions, replay, steps, job["size"])
         for env, actions, replay in zip(environments, job["actions"], replays, strict=True)
     ]
     doing("encoding")
     film = [_frame(job, replays, step, [pictures[i] for pictures in drawn]) for i, step in enumerate(steps)]
-    _encode(place / "video.mp4", film, job["fps"])
+    _encode(place / "video.mp4", film, fps)
     doing("closing")
     return {
         "frames": len(film),
@@ -188,6 +195,7 @@ def _frame(job: dict[str, Any], replays: list[_Replay], step: int, pictures: lis
     size = job["size"]
     frame = Image.new("RGB", (2 * size + _GAP, size + 2 * _STRIP), (24, 27, 32))
     draw = ImageDraw.Draw(frame)
+    digits = 0 if all((r.returns == r.returns.round()).all() or np.abs(r.returns).max() >= 100 for r in replays) else 2
     for number, (replay, picture) in enumerate(zip(replays, pictures, strict=True)):
         x = number * (size + _GAP)
         over = replay.fell and step >= replay.length
@@ -198,10 +206,11 @@ def _frame(job: dict[str, Any], replays: list[_Replay], step: int, pictures: lis
         at = min(step, replay.length)
         text = f"{job['ended']} at step {at}" if over else f"step {at}"
         if over:
-            draw.rectangle((x, _STRIP, x + size - 1, _STRIP + size - 1), outline=_FELL, width=5)
-            draw.rectangle((x, _STRIP + size, x + size - 1, size + 2 * _STRIP), fill=_FELL)
+            colour = _FELL if job["failed"][number] else _ENDED
+            draw.rectangle((x, _STRIP, x + size - 1, _STRIP + size - 1), outline=colour, width=5)
+            draw.rectangle((x, _STRIP + size, x + size - 1, size + 2 * _STRIP), fill=colour)
         _write(draw, job["captions"][number], x + size / 2, _STRIP / 2, size)
-        _write(draw, f"{text} · return {replay.returns[at]:,.0f}", x + size / 2, _STRIP * 1.5 + size, size)
+        _write(draw, f"{text} · return {replay.returns[at]:,.{digits}f}", x + size / 2, _STRIP * 1.5 + size, size)
     return np.asarray(frame, dtype=np.uint8)
 
 

@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from dt_lens.arguments import atomic_write, local_path, require_writable
 from dt_lens.decision_transformer.environment_wrappers import specify
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError
+from dt_lens.lens.environment_names import import_module_of, specification
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -56,6 +57,7 @@ def side_by_side(
     captions: tuple[str, str] = ("left", "right"),
     environment_kwargs: Mapping[str, Any] | None = None,
     ended: str = "ended",
+    failed: tuple[bool, bool] = (True, True),
     size: int = 288,
     max_frames: int = 80,
     fps: int = 20,
@@ -65,7 +67,7 @@ def side_by_side(
     """Replay two recorded action sequences from the same seed and write them, side by side, as one H.264 mp4.
 
     The frames are spread so that the first fall is among them. An agent whose episode ended stands still, greyed, with
-    ``ended`` and the step below it, while the other goes on.
+    ``ended`` and the step below it, while the other goes on. Short episodes are shown slowly.
 
     Args:
         environment: a Gymnasium id, or a specification if the id is registered by your own code.
@@ -77,9 +79,10 @@ def side_by_side(
         captions: what stands above each agent.
         environment_kwargs: as for ``evaluate``, when the actions were recorded.
         ended: the word for a terminated episode: an agent that hops ``"fell"``.
+        failed: whether an episode that ended ended in failure: it then has the colour of edits, else grey.
         size: width and height of each picture, pixels.
         max_frames: most frames; fewer are drawn if drawing them would take more than ``budget``.
-        fps: frames per second of the video.
+        fps: frames per second of the video; fewer for episodes of few steps.
         budget: seconds that drawing may take, roughly.
         timeout: seconds after which the drawing process is ended.
 
@@ -100,6 +103,7 @@ def side_by_side(
         "actions": [_actions(left, "left"), _actions(right, "right")],
         "captions": captions,
         "ended": ended,
+        "failed": failed,
         "size": size - size % 2,
         "max_frames": max_frames,
         "fps": fps,
@@ -151,15 +155,8 @@ def frame_steps(ends: Sequence[int], fell: Sequence[bool], max_frames: int, *, m
 def _specification(environment: str | EnvSpec) -> EnvSpec:
     if not isinstance(environment, str):
         return environment
-    import gymnasium as gym
-
-    try:
-        return gym.spec(environment)
-    except (Exception, SystemExit) as error:  # whatever the module that it names raises
-        known = list(gym.registry)
-        raise DtLensError(
-            f"There is no Gymnasium environment {environment!r} ({because(error)})." + nearest(environment, known)
-        ) from error
+    import_module_of(environment)
+    return specification(environment)
 
 
 def _actions(actions: npt.ArrayLike, side: str) -> npt.NDArray[Any]:

@@ -157,7 +157,22 @@ def test_discrete_actions_and_an_environment_of_the_users(
     ending = side_by_side(
         spec, actions, actions, seed=0, file=tmp_path / "v.mp4", size=64, environment_kwargs={"level": 1}
     )
-    assert ending.lengths == (4, 4)
+    assert ending.lengths == (4, 4) and ending.file is not None
+    about, film = frames_of(ending.file)
+    assert about["fps"] == 4 and len(film) == ending.frames == 5 + 4, "four steps take a second, and so does their end"
+
+
+def test_an_end_that_is_no_failure_is_not_in_the_colour_of_failures(tmp_path: Path) -> None:
+    """FrozenLake ends at its goal and in a hole alike: down, down, right, right, down, right or right, down."""
+    walks = np.array([1, 1, 2, 2, 1, 2]), np.array([2, 1])
+    made = side_by_side(
+        "FrozenLake-v1", *walks, seed=0, file=tmp_path / "v.mp4", size=64, failed=(False, True),
+        environment_kwargs={"is_slippery": False},
+    )  # fmt: skip
+    assert made.lengths == (6, 2) and made.returns == (1.0, 0.0) and made.file is not None
+    below = frames_of(made.file)[1][-1, -8:].astype(int)
+    redness = [float(side[..., 0].mean() - side[..., 2].mean()) for side in (below[:, :64], below[:, 68:])]
+    assert redness[0] < 20 and redness[1] > 80
 
 
 def test_opengl_switched_off_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
