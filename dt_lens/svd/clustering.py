@@ -54,7 +54,7 @@ def clusters(
     factors: Any = None,
     *,
     matrices: Names | None = None,
-    sv: SV | None = None,
+    sv: SV | slice | None = None,
     embeddings: Names | None = None,
     only: Names | None = None,
     strata: Names | None = None,
@@ -81,7 +81,7 @@ def clusters(
             a column per factor, empty where it does not apply. By default the factors that the checkpoint carries
             (``model.facts.factors``), and for embeddings of tokens ``dt_lens.svd.token_factors``.
         matrices: names or shell patterns; every matrix by default.
-        sv: directions of each matrix, as an index, text such as ``"0-9"``, or several; all by default.
+        sv: directions of each matrix, as an index, text such as ``"0-9"``, several, or a slice; all by default.
         embeddings: names or patterns of embeddings to compare every side with; by default those that have factors,
             input embeddings with reading sides and output embeddings with writing sides.
         only: test these factors only. ``"passenger=R"`` asks about one level against all others.
@@ -140,7 +140,7 @@ class _Asked:
 
     factors: dict[str, Factors]
     matrices: Names | None
-    sv: SV | None
+    sv: SV | slice | None
     every_side: bool
     draws: int | None
     alpha: float
@@ -224,12 +224,13 @@ def _pairings(svd: Decompositions, asked: _Asked, tell: ProgressCallback) -> lis
     return [pairing for pairing in natural if pairing.labels.embedding.name in asked.factors]
 
 
-def _blocks(pairing: Pairing, sv: SV | None) -> NDArray[np.int64]:
+def _blocks(pairing: Pairing, sv: SV | slice | None) -> NDArray[np.int64]:
     """The numbers of the blocks that hold a chosen direction."""
     starts = pairing.starts
     if sv is None:
         return np.arange(len(starts))
-    wanted = resolve_sv(sv, len(pairing.decomposition.sigma), pairing.matrix.name)
+    k = len(pairing.decomposition.sigma)
+    wanted = list(range(k))[sv] if isinstance(sv, slice) else resolve_sv(sv, k, pairing.matrix.name)
     return np.unique(np.searchsorted(starts, wanted, side="right") - 1)
 
 
