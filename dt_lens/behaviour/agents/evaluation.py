@@ -67,11 +67,11 @@ def terms_of_episodes(
             "environment_kwargs": {} if environment_kwargs is None else environment_kwargs,
             "target_return": target_return,
             "time_limit": time_limit,
-            **({} if deterministic else {"deterministic": False}),  # older files do not say it
+            **({} if deterministic else {"actions": "sampled"}),  # older files do not say it
         },
         titles={
             "environment_kwargs": "environment_kwargs",
-            **({} if deterministic else {"deterministic": "value of deterministic"}),
+            **({} if deterministic else {"actions": "choice of actions"}),
         },
         place=f"{environment}, target return {target_return:g}{'' if deterministic else ', actions sampled'}",
         actor="agent",
@@ -168,7 +168,7 @@ class AgentEvaluation(Evaluation):
     @property
     def deterministic(self) -> bool:
         """Whether discrete actions were the largest logit; else they were sampled, by the episode's seed."""
-        return bool(self.terms.setting.get("deterministic", True))
+        return "actions" not in self.terms.setting
 
     @property
     def failure(self) -> Any:

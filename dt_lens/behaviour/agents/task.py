@@ -58,7 +58,7 @@ class AgentTask(Task):
     outcome: ClassVar[str] = "return"
     better: ClassVar[Any] = "more"
     measures: ClassVar[Mapping[str, Measure]] = {}
-    usual: ClassVar[Mapping[str, Any]] = {"deterministic": True}
+    usual: ClassVar[Mapping[str, Any]] = {"actions": "largest"}
 
     setting: Setting
     failure: FailureRule | None = None

@@ -91,7 +91,7 @@ def _watch_episodes(model: Any, watch: Watch, setting: Setting, seeds: range, te
         "environment_kwargs": setting.environment_kwargs,
         "target_return": setting.target_return,
         "time_limit": setting.made.time_limit,
-        **({} if setting.conditions.deterministic else {"deterministic": False}),
+        **({} if setting.conditions.deterministic else {"actions": "sampled"}),
         "seed": seeds.start,
         "episodes": len(seeds),
         "steps": steps,

@@ -112,7 +112,7 @@ def write_steering(result: SteeringResult, folder: str | Path) -> Path:
         )
     )
     plain = ("model", "model_id", "units", "choosing_units", "seed")
-    shown = [name for name in n if name in plain or name.startswith("operating_") or name == "environment"]
+    shown = [name for name in n if name in plain or name.startswith("operating_") or name in ("environment", "actions")]
     facts = {name.replace("_", " "): n[name] for name in shown if n.get(name) is not None}
     if "environment" not in n and n.get("place"):
         facts["readout"] = f"{outcome}, {n['place']}"

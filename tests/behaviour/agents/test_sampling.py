@@ -109,15 +109,15 @@ def test_a_result_says_that_actions_were_sampled(make_model: Make, tmp_path: Pat
     model = make_model("CartPole-v1")
     plain, sampled = (evaluate(model, episodes=2, workers=1, max_steps=9, deterministic=d) for d in (True, False))
     assert "target return 200, actions sampled" in str(sampled) and "sampled" not in str(plain)
-    assert "deterministic" not in plain.to_dict()["task"]["setting"]  # as files always were
+    assert "actions" not in plain.to_dict()["task"]["setting"]  # as files always were
     again = AgentEvaluation.from_dict(json.loads(json.dumps(sampled.to_dict())))
     assert not again.deterministic and plain.deterministic
-    with pytest.raises(DtLensError, match=r"differ in their value of deterministic \(False and None"):
+    with pytest.raises(DtLensError, match=r"differ in their choice of actions \(sampled and None"):
         sampled.compare(plain)
     options = {"matrices": "blocks.0.mlp.W_in", "sv": "0", "episodes": 2, "max_steps": 9}
     plans = [Sweep(model, tmp_path, **options, deterministic=d).plan for d in (None, True, False)]
     assert plans[0].difference(plans[1].options) is None
-    assert "deterministic" in str(plans[0].difference(plans[2].options))
+    assert "actions" in str(plans[0].difference(plans[2].options))
     assert plans[0].options["sample"] != plans[2].options["sample"]
     file = tmp_path / "kept.safetensors"
     digests = [kept_activations(model, file, AgentTask.of(model, max_steps=9, deterministic=d)).digest
