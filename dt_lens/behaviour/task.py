@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from torch import Tensor
 
 from dt_lens.arguments import LAST_SEED, as_json, whole_number
@@ -22,6 +23,7 @@ from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.identity import base_and_model_id
 from dt_lens.behaviour.job import Job, Row, repeated, versions_of
+from dt_lens.behaviour.situations import Situations
 from dt_lens.behaviour.terms import FailureRule, Terms
 from dt_lens.behaviour.watched import activations_of_batches
 from dt_lens.errors import DtLensError, a_type
@@ -173,6 +175,27 @@ class Task(ABC):
             default, if outputs cannot be counted.
         """
         return None
+
+    def situations(self, model: Any, seed: int = 0, tell: ProgressCallback = silent) -> Sequence[Situations] | None:
+        """All that a model can be faced with in this task, and which factors matter where: the court asks for it.
+
+        Args:
+            model: a wrapped model, as it is now.
+            seed: of what is drawn.
+            tell: receives the progress.
+
+        Returns:
+            the situations, of one kind or several; ``None``, as by default, if they cannot be listed.
+        """
+        return None
+
+    def choices(self, model: Any, situations: Situations) -> Float[Tensor, "n outputs"]:
+        """What a model does in each situation, as it is now: the probability of each of its outputs.
+
+        Raises:
+            DtLensError: unless a subclass that lists situations gives it.
+        """
+        raise DtLensError(f"The task {self.terms.task!r} does not say what a model chooses; give it a method choices.")
 
     def sections(self, arms: Arms, folder: Path) -> list[Section]:
         """What a study's report shows of this task beyond its tables; nothing by default.

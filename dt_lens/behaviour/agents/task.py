@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,10 +21,12 @@ from dt_lens.behaviour.agents.job import SOFTWARE, AgentJob
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
 from dt_lens.behaviour.agents.recording import actions_of_episode
 from dt_lens.behaviour.agents.running import Setting, acting_weights, portable_job, run, setting_of
+from dt_lens.behaviour.agents.situations import action_chances, situations_of
 from dt_lens.behaviour.agents.watched import activations_of_episodes
 from dt_lens.behaviour.arms import Arms
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.job import Job
+from dt_lens.behaviour.situations import Situations
 from dt_lens.behaviour.task import Columns, Task
 from dt_lens.behaviour.terms import FailureRule, Measure, Terms
 from dt_lens.errors import DtLensError
@@ -163,6 +166,21 @@ class AgentTask(Task):
             else:
                 sizes += np.abs(actions).sum(0)
         return sizes
+
+    def situations(self, model: Any, seed: int = 0, tell: ProgressCallback = silent) -> Sequence[Situations] | None:
+        """Every state alone, and windows that the agent meets; see ``Task.situations``.
+
+        ``None`` unless states and actions are discrete, the dynamics a table, and the model's facts name the states'
+        factors.
+        """
+        factors = (model.facts.factors or {}).get("state_in")
+        if not factors or not model.cfg.discrete_actions:
+            return None
+        return situations_of(model, self.setting, factors, seed, tell)
+
+    def choices(self, model: Any, situations: Situations) -> Float[Tensor, "n outputs"]:
+        """The probability of each action; see ``Task.choices``."""
+        return action_chances(model, situations)
 
     def sections(self, arms: Arms, folder: Path) -> list[Section]:
         from dt_lens.behaviour.agents.report import video_section
