@@ -1,4 +1,4 @@
-"""The seven claims, the finding on a claim, and the rule that turns it into a verdict: ``docs/court.md`` as code."""
+"""The claims, the finding on a claim, and the rule that turns it into a verdict: ``docs/court.md`` as code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the note: its number, what it says, and whether weights or behaviour decide it."""
+    """One claim: its number, what it says, and whether weights or behaviour decide it.
+
+    All but the eighth are the note's.
+    """
 
     number: int
     title: str
@@ -90,6 +93,13 @@ CLAIMS: tuple[Claim, ...] = (
         "Where the cosine with actions is stronger, edits cause the agent to fail; elsewhere they do not.",
         "behaviour",
         "rank correlation of |cosine| with damage, inside kinds of matrices or matrices",
+    ),
+    Claim(
+        8,
+        "A direction that clusters by a factor acts where the factor matters",
+        "Not a claim of the note, which asks what clusters of labels become in a discrete environment.",
+        "weights",
+        "mean change of the actions' probabilities where a direction's factor matters, less elsewhere",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""``court``: try the seven claims on a model, both ways, and write the verdicts."""
+"""``court``: try the claims on a model, both ways, and write the verdicts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dt_lens.lens.matrices import select_matrices
 from dt_lens.progress import ProgressCallback, reporting, silent
 from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case
+from dt_lens.study.court.causes import acts_where_it_matters
 from dt_lens.study.court.claims import WAYS, Finding, NotApplicable, Way, claims_in, verdict_of
 from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, output_shares
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance
@@ -45,7 +46,7 @@ def court(
     progress: bool | ProgressCallback | None = None,
     **options: Any,
 ) -> CourtResult:
-    """Try the seven claims on a model, as registered in ``docs/court.md``, and write the result into ``out``.
+    """Try the eight claims on a model, as registered in ``docs/court.md``, and write the result into ``out``.
 
     Called again with the same arguments after an interruption, it resumes: finished units are kept in SQLite files
     below ``out``.
@@ -145,6 +146,7 @@ class _Trial:
             5: lambda way: reward_beats_chance(self.case, way),
             6: lambda way: follows_time(self.case, way, self.task.terms.limit if self.task else None),
             7: self._predicts,
+            8: self._acts_where_it_matters,
         }
         found: dict[Way, dict[int, Finding | str]] = {way: {} for way in WAYS}
         claims = claims_in(self.task.terms if self.task else None, *self._words())
@@ -211,6 +213,23 @@ class _Trial:
         if way == "proper" and self.task is not None:
             energies = output_shares(self.case, measured.edits, self._activations())
         return cosine_predicts_damage(self.case, way, measured, source, energies)
+
+    def _acts_where_it_matters(self, way: Way) -> Finding:
+        if way == "note":
+            raise NotApplicable("the claim is not the note's")
+        if self.task is None or self.measured is None:
+            raise NotApplicable(self.no_edits_reason)
+        model, seed = self.case.model, self.case.seed
+        kinds = self.task.situations(model, seed, lambda what, _: self.tell(what, 0.97))
+        if not kinds:
+            raise NotApplicable("its task does not list all states with their factors and the best actions in each")
+        from dt_lens.svd.clusters import clusters
+
+        self.tell("looking for clusters", 0.97)
+        table = clusters(model, seed=seed)
+        return acts_where_it_matters(
+            self.case, self.task, kinds, table, self._activations(), tell=lambda what, _: self.tell(what, 0.98)
+        )
 
     def _activations(self) -> Activations:
         from dt_lens.behaviour.collect_activations import kept_activations

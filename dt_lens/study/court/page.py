@@ -42,7 +42,7 @@ def write_court(result: CourtResult, folder: str | Path) -> Path:
     shown = {name: value for name, value in result.facts.items() if name != "command" and value is not None}
     return write_report(
         folder / "court.html",
-        f"The seven claims, tried on {result.facts.get('model', 'the model')}",
+        f"The court: claims about singular directions, tried on {result.facts.get('model', 'the model')}",
         [_verdicts(result), *(_claim(result, claim.number) for claim in CLAIMS), _rules(result)],
         verdict=sentences(result),
         facts={name.replace("_", " "): value for name, value in shown.items()},
@@ -121,7 +121,7 @@ def effects_figure(result: CourtResult) -> go.Figure:
     )
     figure.update_layout(legend={"orientation": "h", "y": -0.18})
     subtitle = (
-        "bars: for 1, 2, 4, 5, 6 the central 95 % of chance, for 3 and 7 the effect's 95 % interval; dotted: the "
+        "bars: for 1, 2, 4, 5, 6, 8 the central 95 % of chance, for 3 and 7 the effect's 95 % interval; dotted: the "
         f"margin; effects beyond {FARTHEST:g} margins are drawn at the edge"
     )
     return finish(figure, "How large each claim's effect is", subtitle, height=460, wide=720, labels_above=True)
