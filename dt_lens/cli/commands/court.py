@@ -1,4 +1,4 @@
-"""The command `court`: pre-registered tests of seven claims."""
+"""The command `court`: pre-registered tests of eight claims."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def court(
     workers: Workers = None,
     given: Given = None,
 ) -> None:
-    """Try seven claims about singular directions, each with a pre-registered test (docs/court.md).
+    """Try eight claims about singular directions, each with a pre-registered test (docs/court.md).
 
     Each is computed as it should be and as the note's code computed it; verdicts are supported, not supported,
     undecided, or not applicable. An interrupted run resumes when started again with the same options.

@@ -34,7 +34,7 @@ class Direction(NamedTuple):
     """A direction that clusters: where it is, and the factors from the one that it clusters by most to the least."""
 
     matrix: str
-    side: str
+    side: Any  # as SingularEdit takes it
     sv: int
     factors: tuple[str, ...]
 
@@ -47,7 +47,9 @@ def clustered_directions(case: Case, table: pd.DataFrame, most: int = MOST) -> l
         table: with the columns ``matrix side sv effect p_value q_value`` and ``p_F`` for every factor F.
         most: how many at most.
     """
-    factors = [name.removeprefix("p_") for name in table if name.startswith("p_") and name != "p_value"]
+    factors = [
+        name.removeprefix("p_") for name in map(str, table.columns) if name.startswith("p_") and name != "p_value"
+    ]
     found = table[table.q_value <= ALPHA].sort_values(["p_value", "effect"], ascending=[True, False], kind="stable")
     directions: list[Direction] = []
     for row in found.drop_duplicates(["matrix", "sv"]).to_dict("records"):

@@ -44,11 +44,11 @@ def tried(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pa
 def test_every_claim_has_a_ruling_both_ways(tried: Any) -> None:
     result, _ = tried
     table = result.table
-    assert list(table["claim"]) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(table["claim"]) == [1, 2, 3, 4, 5, 6, 7, 8]
     known = {"supported", "not supported", "undecided", "not applicable"}
     assert set(table["verdict"]) | set(table["note_verdict"]) <= known
     # One block has four edits, too few for a correlation; six steps are too few for a series.
-    assert list(table.loc[table["verdict"] == "not applicable", "claim"]) == [6, 7]
+    assert list(table.loc[table["verdict"] == "not applicable", "claim"]) == [6, 7, 8]
     applicable = table[table["verdict"] != "not applicable"]
     assert applicable[["statistic", "margin", "p_value"]].notna().all().all()
     assert all(sentence.endswith(".") for sentence in [*table["sentence"], *table["note_sentence"]])
