@@ -14,7 +14,7 @@ from dt_lens.errors import DtLensError, because
 from dt_lens.report.spectra import best_matches, q_text
 from dt_lens.report.style import columns_of, empty, finish, natural, plain
 
-__all__ = ["scan_heatmap", "scan_overview"]
+__all__ = ["label_axis", "room_for", "scan_heatmap", "scan_overview"]
 
 # What an untrained head matches is chance; with an alpha, grey is readable on light and dark pages.
 _GREYS = [[0.0, "rgba(128,136,144,0.75)"], [0.5, "rgba(128,136,144,0.05)"], [1.0, "rgba(128,136,144,0.75)"]]
@@ -88,7 +88,7 @@ def scan_heatmap(
     figure.update_layout(coloraxis=colours if trained else colours | {"autocolorscale": False, "colorscale": _GREYS})
     step = 18 if rows <= 40 else 12
     shown = range(rows) if rows <= 64 else range(0, rows, 4)
-    figure.update_xaxes(_labels(labels), title_text=f"{plain(embedding)} label" if embedding else "label")
+    figure.update_xaxes(label_axis(labels), title_text=f"{plain(embedding)} label" if embedding else "label")
     figure.update_yaxes(
         tickmode="array",
         tickvals=list(shown),
@@ -104,7 +104,7 @@ def scan_heatmap(
         figure,
         title,
         "cosine of each singular direction with each label" + found + ("" if trained else " · grey: untrained head"),
-        height=rows * step + 120 + _room(labels),
+        height=rows * step + 120 + room_for(labels),
         wide=190 + 22 * columns,
     )
 
@@ -183,7 +183,7 @@ def scan_overview(
             | {"autocolorscale": False, "colorscale": [[0.0, _GREYS[1][1]], _GREYS[2]], "showscale": False}
         )
     names = [plain(e) for e in embeddings]
-    figure.update_xaxes(_labels(names), side="top")
+    figure.update_xaxes(label_axis(names), side="top")
     figure.update_layout(margin_b=15)
     figure.update_yaxes(
         tickmode="array",
@@ -201,7 +201,7 @@ def scan_overview(
         figure,
         title,
         f"{name} over directions and labels · {found}",
-        height=len(places) * 22 + 70 + _room(names),
+        height=len(places) * 22 + 70 + room_for(names),
         wide=230 + 46 * len(embeddings),
     )
 
@@ -234,7 +234,7 @@ def _colours(low: float, high: float, name: str) -> dict[str, Any]:
     return {"cmin": low, "cmax": high, "autocolorscale": True, "colorbar": {"title": {"text": name, "side": "right"}}}
 
 
-def _labels(labels: Sequence[str]) -> dict[str, Any]:
+def label_axis(labels: Sequence[str]) -> dict[str, Any]:
     """An axis that shows every label, turned if they are long or many."""
     steep = sum(map(len, labels)) > 80
     return {
@@ -249,6 +249,6 @@ def _labels(labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _room(labels: Sequence[str]) -> int:
+def room_for(labels: Sequence[str]) -> int:
     """Pixels that the turned labels take below the plot."""
     return min(160, 6 * max(map(len, labels), default=0)) if sum(map(len, labels)) > 80 else 20
