@@ -29,7 +29,7 @@ def factor_heatmap(
     are of different size by chance. A dot marks the factor of a direction with q up to ``alpha``.
 
     Args:
-        table: of ``clusters``: ``matrix side sv embedding factor q_value``, and ``effect_F``, ``p_F`` for each factor F.
+        table: of ``clusters``: ``matrix side sv embedding factor q_value``, and ``effect_F``, ``p_F`` for a factor F.
         factors: the factors, a column each.
         alpha: the false discovery rate at which a direction is marked.
         most: how many directions at most, those with the smallest p, in the table's order.

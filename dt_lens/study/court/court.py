@@ -25,6 +25,7 @@ from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matc
 from dt_lens.study.court.page import write_court
 from dt_lens.study.court.result import CourtResult, Ruling
 from dt_lens.study.court.rollouts import MeasuredEdits, Rollouts, common_output, edits_of_sweep
+from dt_lens.svd.clustering import clusters
 
 __all__ = ["court"]
 
@@ -223,10 +224,8 @@ class _Trial:
         kinds = self.task.situations(model, seed, lambda what, _: self.tell(what, 0.97))
         if not kinds:
             raise NotApplicable("its task does not list all states with their factors and the best actions in each")
-        from dt_lens.svd.clusters import clusters
-
         self.tell("looking for clusters", 0.97)
-        table = clusters(model, seed=seed)
+        table = clusters(model, embeddings=self.case.embedding("input").name, seed=seed, beside=False)
         return acts_where_it_matters(
             self.case, self.task, kinds, table, self._activations(), tell=lambda what, _: self.tell(what, 0.98)
         )
