@@ -17,7 +17,9 @@ from dt_lens.report.style import empty, finish, plain
 
 __all__ = ["factor_heatmap", "grid_panels"]
 
-CELL = 18  # pixels of a row
+CELL = 18  # pixels of a row of the heatmap
+PIXELS = 20  # of a place on the grid
+TITLE = 150  # that a panel's title takes
 
 
 def factor_heatmap(
@@ -169,10 +171,14 @@ def grid_panels(
             "cmin": -top, "cmax": top, "autocolorscale": True, "colorbar": {"title": {"text": value, "side": "right"}}
         }
     )  # fmt: skip
-    side = 15 * max(len(heights), 5)
-    return finish(
-        figure, title, subtitle, height=lines * (side + 34) + 110, wide=per_line * (15 * max(len(widths), 5) + 16) + 120
-    )
+    # Square cells, so that places look as near to each other as they are.
+    for axis in figure.select_yaxes():
+        axis.update(scaleanchor=axis.anchor, constrain="domain")
+    figure.update_xaxes(constrain="domain")
+    figure.update_layout(margin_t=105)
+    side = PIXELS * max(len(heights), 5)
+    wide = per_line * max(TITLE, PIXELS * len(widths) + 12) + 120
+    return finish(figure, title, subtitle, height=int(lines * side / (1 - 0.28 * (lines - 1) / lines)) + 150, wide=wide)
 
 
 def _panel(names: Sequence[str], levels: Sequence[Any]) -> str:
