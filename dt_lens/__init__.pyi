@@ -23,6 +23,8 @@ from .lens.loading import load as load
 from .lens.loading import open_checkpoint as open_checkpoint
 from .lens.loading import wrap as wrap
 from .svd.clustering import clusters as clusters
+from .svd.factor_plots import plot_factors as plot_factors
+from .svd.factor_plots import plot_grid as plot_grid
 from .svd.plots import plot_heatmap as plot_heatmap
 from .svd.plots import plot_overview as plot_overview
 from .svd.plots import plot_sigma_against_cosine as plot_sigma_against_cosine

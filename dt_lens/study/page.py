@@ -17,6 +17,7 @@ from dt_lens.report.page import Choice, Folded, Markup, Note, Plot, Section, Tab
 from dt_lens.report.style import signed
 from dt_lens.statistics.outcomes import interval_note, wilson
 from dt_lens.study import figures
+from dt_lens.study.clusters import cluster_section
 from dt_lens.study.result import StudyResult
 from dt_lens.svd.token_page import token_html
 from dt_lens.version import __version__
@@ -42,13 +43,15 @@ VERDICT_COLUMNS = (
 
 
 def write_study(result: StudyResult, folder: str | Path) -> Path:
-    """Write ``report.html``, ``scan.csv`` and ``verdicts.csv`` into ``folder``; return the page.
+    """Write ``report.html``, ``scan.csv``, ``verdicts.csv`` and, if any, ``clusters.csv``; return the page.
 
     Raises:
         DtLensError: if they cannot be written.
     """
     folder = local_path(folder, "folder")
-    for name, table in (("scan", result.table), ("verdicts", result.verdicts)):
+    for name, table in (("scan", result.table), ("verdicts", result.verdicts), ("clusters", result.clusters)):
+        if table is None:
+            continue
         with atomic_write(folder / f"{name}.csv") as part:
             table.to_csv(part, index=False)
     base, facts = result.baseline, result.facts
@@ -60,6 +63,7 @@ def write_study(result: StudyResult, folder: str | Path) -> Path:
             _unedited(result),
             _matches(result),
             *_labels(result),
+            *([] if result.clusters is None else [cluster_section(result.clusters, result.svd)]),
             _effects(result),
             *_survival(result),
             *result.sections,

@@ -36,6 +36,7 @@ class StudyResult(Printed):
         svd: the decompositions that were scanned and edited.
         facts: what was run: ``model`` (its name), ``seed``, ``value`` (of the edits), ``command``, ``software`` (names
             of packages) and ``without_contrast`` (matrices of strong directions that have no poor match).
+        clusters: the table of ``dt_lens.clusters``, where the model says what its labels consist of.
     """
 
     table: pd.DataFrame
@@ -50,6 +51,7 @@ class StudyResult(Printed):
     report: Path
     svd: WeightSVD
     facts: Mapping[str, Any] = field(default_factory=dict)
+    clusters: pd.DataFrame | None = None
 
     def _shown(self) -> tuple[str, Rows]:
         terms, scanned = self.baseline.terms, self.table

@@ -20,6 +20,7 @@ from dt_lens.lens.matrices import Snapshot, catalogue
 from dt_lens.lens.printing import Printed, Rows, listed
 from dt_lens.progress import Count, ProgressCallback, reporting
 from dt_lens.statistics.rank_correlation import rank_correlation
+from dt_lens.study.clusters import clusters_of
 from dt_lens.study.page import write_study
 from dt_lens.study.result import StudyResult
 from dt_lens.study.selection import choose_directions, rows_of_directions
@@ -105,7 +106,7 @@ class Study(Printed):
         return f"Study of {self.name} in {terms.place}", [*rows, ("next", "run()")]
 
     def run(self, progress: bool | ProgressCallback | None = None) -> StudyResult:
-        """Do the study and write ``report.html``, ``scan.csv`` and ``verdicts.csv``.
+        """Do the study and write ``report.html``, ``scan.csv``, ``verdicts.csv`` and, for labels with factors, ``clusters.csv``.
 
         Args:
             progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
@@ -125,6 +126,7 @@ class Study(Printed):
         # Every embedding with every side: the claim to be tested is that W_in, which reads, matches the outputs.
         table = svd.scan(self.matrices, seed=self.seed, embeddings="*")
         strongest = svd.strongest(self.matrices, embeddings="*", samples=200, seed=self.seed)
+        sorted_by = clusters_of(self.model, self.matrices, self.seed, lambda what, _: tell(what, 0.02))
         chosen, edits = self._edits(table, svd)
         conditions: list[tuple[str, Edit | None]] = [("unedited", None)]
         for i, edit in enumerate(edits):
@@ -155,6 +157,7 @@ class Study(Printed):
             report=self.folder / "report.html",
             svd=svd,
             facts=self._facts(chosen),
+            clusters=sorted_by,
         )
         write_study(result, self.folder)
         tell("done", 1.0)

@@ -1,6 +1,8 @@
 from . import two_models as two_models
 from .clustering import clusters as clusters
 from .decomposition import Decomposition as Decomposition
+from .factor_plots import plot_factors as plot_factors
+from .factor_plots import plot_grid as plot_grid
 from .label_filters import ascii_only as ascii_only
 from .label_filters import at_least as at_least
 from .label_filters import whole_words as whole_words
