@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 from dt_lens.statistics.arrays import numbers, row
 
 __all__ = ["RankEffects", "epsilon_squared", "two_sided_auc"]
@@ -95,6 +95,8 @@ class RankEffects:
         Raises:
             DtLensError: for a factor without at least two levels (within a stratum), or another number of labels.
         """
+        if not isinstance(factors, Mapping):
+            raise DtLensError(f"factors is {as_written(factors)}; it must be a dictionary of levels by factor.")
         if not factors:
             raise DtLensError("There is no factor; give at least one, with a level for each label.")
         self.names = tuple(factors)
@@ -144,14 +146,20 @@ class RankEffects:
 def coded(levels: Levels) -> NDArray[np.int64]:
     """A number from 0 on for each level, in order of appearance; -1 for ``None`` and NaN.
 
+    Raises:
+        DtLensError: for what is no row of levels.
+
     >>> coded(["b", "a", None, "b"]).tolist()
     [0, 1, -1, 0]
     """
     known: dict[Any, int] = {}
-    codes = [
-        -1 if level is None or level != level else known.setdefault(level, len(known))  # NaN is not itself
-        for level in levels
-    ]
+    try:
+        codes = [
+            -1 if level is None or level != level else known.setdefault(level, len(known))  # NaN is not itself
+            for level in levels
+        ]
+    except (TypeError, ValueError, RuntimeError):  # not a row, or of what cannot be compared
+        raise DtLensError(f"levels is {as_written(levels)}; it must be a level for each label, in a list.") from None
     return np.array(codes, dtype=np.int64)
 
 

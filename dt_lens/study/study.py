@@ -106,7 +106,7 @@ class Study(Printed):
         return f"Study of {self.name} in {terms.place}", [*rows, ("next", "run()")]
 
     def run(self, progress: bool | ProgressCallback | None = None) -> StudyResult:
-        """Do the study and write ``report.html``, ``scan.csv``, ``verdicts.csv`` and, for labels with factors, ``clusters.csv``.
+        """Do the study and write its report and its tables: ``scan.csv``, ``verdicts.csv``, ``clusters.csv`` if any.
 
         Args:
             progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by

@@ -85,6 +85,10 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
     agent.facts = RunFacts(context=4, environment="Pendulum-v1", target_returns=(-200.0, -900.0))
     svd, d = dt_lens.WeightSVD(model), model.cfg.d_model
     table = svd.scan("*.W_in", embeddings="action_out")
+    count = model.cfg.state_dim
+    places = {"row": [i // 2 for i in range(count)], "column": [i % 2 for i in range(count)]}
+    halves = pd.DataFrame({"half": ["a", "b"] * 3}).head(count).set_axis(model.embeddings["state_in"].labels)
+    sorted_by = dt_lens.clusters(model, halves, matrices="*.W_in", embeddings="state_in", draws=20, beside=False)
     changes = dt_lens.compare(model, other, "*.W_in")
     outcomes = [Outcome(seed, float(seed % 3), 5, False, True) for seed in range(6)]
     evaluation = AgentEvaluation.from_outcomes(outcomes, environment="Pendulum-v1", target_return=1.0, time_limit=5)
@@ -137,6 +141,16 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
         "plot_overview": (dt_lens.plot_overview, {"table": table, "value": "z", "alpha": 0.05, **drawn}),
         "plot_sigma_against_cosine": (dt_lens.plot_sigma_against_cosine, {"table": table, "colour": "kind",
                                                                           "alpha": 0.05, **drawn}),
+        "clusters": (dt_lens.clusters, {"model": model, "factors": halves, "matrices": "*.W_in", "sv": "0-1",
+                                        "embeddings": "state_in", "only": None, "strata": None, "null": "haar",
+                                        "activations": None, "draws": 20, "alpha": 0.05, "seed": 0, "beside": False}),
+        "plot_factors": (dt_lens.plot_factors, {"table": sorted_by, "alpha": 0.05, "most": 3, **drawn}),
+        "plot_grid": (dt_lens.plot_grid, {"svd": svd, "matrix": "blocks.0.mlp.W_in", "sv": 0, "side": None,
+                                          "embedding": "state_in", "factors": places, "limit": None, **drawn}),
+        "epsilon_squared": (rows["epsilon_squared"], {"values": x, "levels": "aabb"}),
+        "two_sided_auc": (rows["two_sided_auc"], {"values": x, "levels": "aabb"}),
+        "RankEffects": (rows["RankEffects"], {"factors": {"a": "xxyy"}}),
+        "SmallestP.of": (rows["SmallestP"].of, {"drawn": [[1.0, 2.0], [2.0, 1.0]]}),
         "bundled": (rows["bundled"], {}),
         "adapter_names": (rows["adapter_names"], {}),
         "named_adapter": (rows["named_adapter"], {"adapter": "kzl"}),
