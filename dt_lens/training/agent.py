@@ -319,7 +319,9 @@ def _to_evaluate_in(facts: RunFacts, environment: str | None, kwargs: Mapping[st
     if facts.environment is None:
         return replace(facts, environment=place, environment_kwargs=dict(known))
     same = (place, dict(known)) == (facts.environment, dict(facts.environment_kwargs))
-    return replace(facts, evaluation_environment=None if same else {"id": place, "kwargs": known})
+    if same:  # the data's own, confirmed by the user
+        return replace(facts, environment_kwargs=dict(known), evaluation_environment=None)
+    return replace(facts, evaluation_environment={"id": place, "kwargs": known})
 
 
 def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
