@@ -31,10 +31,11 @@ def auc(x: Any, y: Any) -> float:
 
 def test_effects_are_those_of_scipy(values: Any) -> None:
     part = [None if i < 20 else level for i, level in enumerate(LEVELS.tolist())]
-    effects = RankEffects({"four": LEVELS.tolist(), "half": HALF.tolist(), "part": part})
-    assert effects.measures == ("epsilon_squared", "auc", "epsilon_squared")
+    uneven = np.minimum(np.arange(60) // 3 % 7, 3)
+    effects = RankEffects({"four": LEVELS.tolist(), "half": HALF.tolist(), "part": part, "uneven": uneven.tolist()})
+    assert effects.measures == ("epsilon_squared", "auc", "epsilon_squared", "epsilon_squared")
     for x, found in zip(values, effects(values), strict=True):
-        wanted = [kruskal(x, LEVELS), auc(x[HALF], x[~HALF]), kruskal(x[20:], LEVELS[20:])]
+        wanted = [kruskal(x, LEVELS), auc(x[HALF], x[~HALF]), kruskal(x[20:], LEVELS[20:]), kruskal(x, uneven)]
         np.testing.assert_allclose(found, wanted, rtol=1e-9)
         np.testing.assert_allclose([epsilon_squared(x, LEVELS), two_sided_auc(x, HALF)], wanted[:2], rtol=1e-9)
     np.testing.assert_allclose(ranks(values), stats.rankdata(values, axis=1), rtol=0)
