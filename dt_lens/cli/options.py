@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 Model = Annotated[
-    str, typer.Argument(help="A bundled model (hopper, tiny-gpt2), a file or folder, or a Hugging Face hub id.")
+    str, typer.Argument(help="A bundled model (hopper, taxi, tiny-gpt2), a file or folder, or a Hugging Face hub id.")
 ]
 Given = Annotated[
     list[str] | None,

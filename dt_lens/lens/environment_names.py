@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dt_lens.errors import DtLensError, because, nearest
@@ -56,7 +57,8 @@ def specification(environment: str) -> EnvSpec:
     """The specification that is registered for ``"Id"`` or ``"module:Id"``.
 
     Nothing is imported that is not imported already, except from installed packages that announce environments to
-    Gymnasium or adapters to dt-lens. Where only ``Taxi-v3`` or ``Taxi-v4`` is registered, it is found by either name.
+    Gymnasium or adapters to dt-lens, and from MiniGrid. Where only ``Taxi-v3`` or ``Taxi-v4`` is registered, it is
+    found by either name.
 
     Raises:
         DtLensError: for an id that is not registered, or whose module is not imported.
@@ -67,12 +69,7 @@ def specification(environment: str) -> EnvSpec:
 
     module, _, name = environment.rpartition(":")
     if module and module not in sys.modules:
-        if module in EXTRAS and find_spec(module) is None:
-            raise DtLensError(
-                f"The environment {name!r} needs the package {module}, which is not installed; "
-                f"pip install 'dt-lens[{module}]'."
-            )
-        if not _announced(module):
+        if not (_announced(module) or _brought_by_an_extra(module, name)):
             raise DtLensError(
                 f"The environment {environment!r} comes from a file, and dt-lens imports nothing that a file names; if "
                 f"you trust the module {module!r}, import it yourself, or pass environment={environment!r} "
@@ -96,6 +93,25 @@ def specification(environment: str) -> EnvSpec:
 def _announced(module: str) -> bool:
     package = module.partition(".")[0]
     return any(package == entry.module.partition(".")[0] for group in GROUPS for entry in entry_points(group=group))
+
+
+def _brought_by_an_extra(module: str, name: str) -> bool:
+    """Whether this is the installed package of an extra, and not a file of its name beside the weights.
+
+    Raises:
+        DtLensError: if the package is not installed.
+    """
+    if module not in EXTRAS:
+        return False
+    try:
+        installed = Path(str(distribution(module).locate_file(module)))
+    except PackageNotFoundError:
+        raise DtLensError(
+            f"The environment {name!r} needs the package {module}, which is not installed; "
+            f"pip install 'dt-lens[{module}]'."
+        ) from None
+    found = find_spec(module)
+    return found is not None and found.origin is not None and Path(found.origin).parent.samefile(installed)
 
 
 def _of_the_script(spec: EnvSpec) -> bool:

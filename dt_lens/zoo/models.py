@@ -11,7 +11,7 @@ def bundled() -> dict[str, Path]:
     """The bundled models: name to folder.
 
     >>> sorted(bundled())
-    ['hopper', 'tiny-gpt2']
+    ['hopper', 'taxi', 'tiny-gpt2']
     """
     return {
         folder.name: folder for folder in sorted(Path(__file__).parent.iterdir()) if (folder / "config.json").is_file()

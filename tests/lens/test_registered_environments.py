@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -16,15 +18,33 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens import environment_names as module
 from dt_lens.lens.environment_names import FileKeywords, specification
 
+NAME = "minigrid:MiniGrid-Empty-5x5-v0"
+
 
 def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
     monkeypatch.delitem(sys.modules, "minigrid", raising=False)
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "distribution", missing)
     with pytest.raises(
-        DtLensError,
-        match=r"'MiniGrid-Empty-5x5-v0' needs the package minigrid, which is not .*install 'dt-lens\[minigrid\]'",
+        DtLensError, match=r"'MiniGrid-Empty-5x5-v0' needs the package minigrid, which is not .*dt-lens\[minigrid\]'"
     ):
-        specification("minigrid:MiniGrid-Empty-5x5-v0")
+        specification(NAME)
+
+
+@pytest.mark.filterwarnings("ignore:.*already in registry")
+def test_a_file_may_name_minigrid_and_not_a_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("minigrid")
+    (tmp_path / "minigrid.py").write_text("raise SystemExit('imported')")
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "minigrid")
+        patch.chdir(tmp_path)
+        patch.syspath_prepend("")
+        with pytest.raises(DtLensError, match="comes from a file, and dt-lens imports nothing that a file names"):
+            specification(NAME)
+    monkeypatch.delitem(sys.modules, "minigrid")
+    assert specification(NAME).id == "MiniGrid-Empty-5x5-v0" and "minigrid" in sys.modules
 
 
 def test_taxi_is_found_by_the_version_that_is_not_registered(monkeypatch: pytest.MonkeyPatch) -> None:
