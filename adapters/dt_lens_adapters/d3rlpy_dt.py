@@ -32,7 +32,7 @@ from dt_lens.decision_transformer.state_dicts import (
 )
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.checkpoints import Checkpoint, read_json
-from dt_lens_adapters.d3rlpy_settings import ACTIVATIONS, said_by_settings, settings_in
+from dt_lens_adapters.d3rlpy_settings import ACTIVATIONS, DIVIDED, said_by_settings, settings_in
 from dt_lens_adapters.state_encoders import ConvStack, LinearStack, image_side
 
 __all__ = ["D3rlpyDecisionTransformer"]
@@ -139,7 +139,9 @@ class _Layout(Layout):
             behind = [self.inner_acts] * (len(self.linears) - 1) + [self.last_acts]
             return LinearStack(self.widths, behind)
         d = self.cfg.d_model
-        return ConvStack(self.channels, self.kernels, self.strides, self.side, d, self.inner_acts, self.last_acts)
+        pixels = 255.0 if self.facts.about.get("observations") == DIVIDED else 1.0
+        acts = (self.inner_acts, self.last_acts)
+        return ConvStack(self.channels, self.kernels, self.strides, self.side, d, *acts, pixels)
 
     def canonical(self, tensors: Tensors) -> dict[str, Tensor]:
         cfg, d = self.cfg, self.cfg.d_model

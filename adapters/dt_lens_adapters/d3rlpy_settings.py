@@ -9,11 +9,12 @@ from typing import Any
 
 from dt_lens.errors import DtLensError, because
 
-__all__ = ["ACTIVATIONS", "said_by_settings", "settings_in"]
+__all__ = ["ACTIVATIONS", "DIVIDED", "said_by_settings", "settings_in"]
 
 # d3rlpy's names of activations to dt-lens's; "none" is the identity.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "tanh": "tanh", "swish": "silu", "silu": "silu", "none": "none"}
 # Options of a state encoder. Its layers are read off their tensors; dropout does nothing in evaluation mode.
+DIVIDED = "pixels divided by 255"
 ENCODER = {
     "activation", "dropout_rate", "exclude_last_activation", "feature_size", "filters", "hidden_units",
     "last_activation", "use_batch_norm", "use_dense", "use_layer_norm",
@@ -117,7 +118,7 @@ def _observations(scaler: tuple[str, Mapping[str, Any]] | None) -> dict[str, Any
             pairs = list(zip(low, high, strict=True))
             return {"state_mean": [(a + b) / 2 for a, b in pairs], "state_std": [(b - a) / 2 for a, b in pairs]}
         case ("pixel", _):
-            return {"about": {"observations": "pixels divided by 255"}}
+            return {"about": {"observations": DIVIDED}}
         case (kind, _):
             raise DtLensError(f"This d3rlpy model scales observations by {kind!r}, which dt-lens cannot do.")
 

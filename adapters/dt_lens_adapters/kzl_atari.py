@@ -70,7 +70,7 @@ class _Layout(Layout):
         )
 
     def state_encoder(self) -> nn.Module:
-        return ConvStack(self.channels, KERNELS, STRIDES, self.side, self.cfg.d_model, ("relu",), ("tanh",))
+        return ConvStack(self.channels, KERNELS, STRIDES, self.side, self.cfg.d_model, ("relu",), ("tanh",), 255.0)
 
     def canonical(self, tensors: Tensors) -> dict[str, Tensor]:
         cfg, d = self.cfg, self.cfg.d_model

@@ -50,6 +50,7 @@ class ConvStack(nn.Module):
         d_model: the linear map's output size.
         inner: the activations after each convolution, in order.
         last: the activations after the linear map, in order.
+        pixels: 255 where it reads pixels from 0 to 1, which an environment gives as whole numbers.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ConvStack(nn.Module):
         d_model: int,
         inner: Sequence[str],
         last: Sequence[str],
+        pixels: float = 1.0,
     ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
@@ -72,7 +74,7 @@ class ConvStack(nn.Module):
             left = (left - kernel) // stride + 1
         self.linear = nn.Linear(channels[-1] * left * left, d_model)
         self.inner, self.last = tuple(inner), tuple(last)
-        self.image = (channels[0], side, side)
+        self.image, self.pixels = (channels[0], side, side), pixels
         self.state_shape = (channels[0] * side * side,)
 
     def forward(self, states: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ class HookedDecisionTransformer(ActionAttribution, SharingModule):
         cfg: the shape and the options.
         state_encoder: any module that maps a batch of states to ``[batch, step, d_model]``; a linear map by default.
             If it reads anything but ``[batch, step, state_dim]``, its attribute ``state_shape`` is the shape of one
-            state; that of an image, channels first, may be its ``image``, so that channels that come last are turned.
+            state. ``image``, (channels, height, width), and ``pixels``, 255 if it reads 0 to 1, fit an environment's.
 
     Attributes:
         facts: what a rollout needs and weights do not hold: environment, normalisation, target returns, labels.

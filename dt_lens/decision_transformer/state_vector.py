@@ -74,6 +74,7 @@ class Part:
     texts: tuple[str, ...]  # that it may be, if it is a text
     size: int
     channels_last: bool = False  # an image whose channels the model reads first
+    pixels: float = 1.0  # what its whole numbers are divided by
 
     @property
     def one_hot(self) -> bool:
@@ -108,9 +109,9 @@ class Part:
 
     def flat(self, value: Any, whose: str) -> NDArray[np.float64]:
         """Its value as ``[size]``."""
-        if self.channels_last:
-            value = np.moveaxis(np.asarray(value), -1, 0)
-            return np.asarray(value, dtype=np.float64).reshape(-1)
+        if self.channels_last or self.pixels != 1:
+            value = np.moveaxis(np.asarray(value), -1, 0) if self.channels_last else value
+            return np.asarray(value, dtype=np.float64).reshape(-1) / self.pixels
         if self.space is not None:
             return np.asarray(spaces.flatten(self.space, value), dtype=np.float64).reshape(-1)
         found = np.zeros(self.size)
@@ -142,6 +143,7 @@ class StateVector:
         texts: Mapping[str, Sequence[str]] | None = None,
         whose: str = "The environment",
         image: Sequence[int] | None = None,
+        pixels: float = 1.0,
     ) -> StateVector:
         """The vector of a space's observations.
 
@@ -151,6 +153,7 @@ class StateVector:
             whose: what gives the observations, for messages.
             image: (channels, height, width) of the image that the model's state encoder reads, if it reads one. An
                 observation that is such an image with its channels last, as Gymnasium's usually are, is turned.
+            pixels: what the whole numbers of that image are divided by: 255 for an encoder that reads them from 0 to 1.
 
         Raises:
             DtLensError: for a text that is neither ignored nor known, and for a space that is not of one size.
@@ -170,8 +173,9 @@ class StateVector:
                 raise DtLensError(
                     f"{whose}'s observations{part} ({leaf}) cannot be flattened into a state vector."
                 ) from error
-        if image is not None and len(found) == 1 and _channels_last(found[0].space, tuple(image)):
-            found = [replace(found[0], channels_last=True)]
+        if image is not None and len(found) == 1 and isinstance(only := found[0].space, spaces.Box):
+            scale = pixels if only.dtype == np.uint8 else 1.0
+            found = [replace(found[0], channels_last=_channels_last(only, tuple(image)), pixels=scale)]
         return cls(tuple(found), whose)
 
     @property
@@ -203,15 +207,15 @@ class StateVector:
             value = observation
             for key in part.path:
                 value = value[key]
-            if isinstance(part.space, spaces.Box) and len(part.space.shape) == 1:
+            if isinstance(part.space, spaces.Box) and len(part.space.shape) == 1 and part.pixels == 1:
                 found.append(np.asarray(value, dtype=np.float64))
             else:
                 found.append(part.flat(value, self.whose))
         return found[0] if len(found) == 1 else np.concatenate([np.zeros(0), *found])
 
 
-def _channels_last(space: Space | None, image: tuple[int, ...]) -> bool:
-    if not isinstance(space, spaces.Box) or len(space.shape) != 3 or space.shape == image:
+def _channels_last(space: spaces.Box, image: tuple[int, ...]) -> bool:
+    if len(space.shape) != 3 or space.shape == image:
         return False
     return (space.shape[2], *space.shape[:2]) == image
 

@@ -53,7 +53,8 @@ def test_a_file(tmp_path: Path) -> None:
     lens = dt_lens.load(file, n_heads=2, environment="ALE/Breakout-v5", target_returns=[90], check=False)
     batch = batch_of(model)
     torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
-    cfg = lens.cfg
+    cfg, encoder = lens.cfg, lens.embed["state"]
+    assert encoder.pixels == 255 and encoder.image == (2, 84, 84)
     assert (cfg.act_dim, cfg.state_dim, cfg.n_ctx, cfg.max_ep_len, cfg.n_position) == (
         4,
         2 * 84 * 84,

@@ -116,6 +116,7 @@ def make_environment(
     ignores: Sequence[str] | None = None,
     texts: Mapping[str, Sequence[str]] | None = None,
     image: Sequence[int] | None = None,
+    pixels: float = 1.0,
 ) -> Environment:
     """``environment``, made once to check that the model ``cfg`` describes fits it.
 
@@ -123,7 +124,7 @@ def make_environment(
 
     ``ignores`` and ``texts`` are the model's facts of those names: what it does not read of an observation, and the
     texts that it reads. ``image`` is the shape (channels, height, width) that its state encoder reads, if it has one
-    for images.
+    for images, and ``pixels`` what whole numbers in it are divided by.
 
     ``environment`` is only looked up: for a name that a user gives, call ``import_module_of`` first.
 
@@ -143,7 +144,7 @@ def make_environment(
     environment = str(environment) if named else spec.id
     env = _make(spec, kwargs)
     try:
-        states = StateVector.of(env.observation_space, ignores, texts, environment, image)
+        states = StateVector.of(env.observation_space, ignores, texts, environment, image, pixels)
         state_dim = states.size
         act_dim, discrete = _action_size(environment, env.action_space)
         action_space = env.action_space

@@ -122,7 +122,7 @@ def known_setting(
     deterministic: bool = True,
 ) -> Setting:
     """The setting of these very values; no module is imported."""
-    facts = model.facts
+    facts, encoder = model.facts, model.embed["state"]
     made = make_environment(
         environment,
         environment_kwargs,
@@ -130,7 +130,9 @@ def known_setting(
         max_steps,
         ignores=facts.ignores,
         texts=facts.texts,
-        image=getattr(model.embed["state"], "image", None),
+        image=getattr(encoder, "image", None),
+        # Whoever gives a mean and a scale of pixels has said how they are scaled.
+        pixels=getattr(encoder, "pixels", 1.0) if facts.state_mean is None else 1.0,
     )
     conditions = _conditions(model, target_return)._replace(deterministic=deterministic)
     return Setting(made.environment, dict(environment_kwargs), target_return, made, conditions)
