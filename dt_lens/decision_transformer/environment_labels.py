@@ -193,6 +193,10 @@ def _actions(env: Any) -> Labels | None:
         elif env.spec is not None:
             names = next((known for start, known in ACTIONS.items() if env.spec.id.startswith(start)), [])
         return tuple(names[: int(space.n)]) if len(names) >= int(space.n) else None
+    if isinstance(space, gym.spaces.MultiDiscrete):  # several choices at once
+        from dt_lens.decision_transformer.state_vector import StateVector
+
+        return tuple(label.replace("observation", "action", 1) for label in StateVector.of(space).labels or ())
     model = getattr(bare, "model", None)
     if model is not None and hasattr(model, "actuator") and space.shape == (model.nu,):
         return tuple(_actuator(model, i) for i in range(model.nu))

@@ -133,6 +133,7 @@ def test_what_is_not_read_is_a_fact_that_evaluation_keeps(tmp_path: Path) -> Non
     actions = record_actions(model, result, 0)
     assert actions.shape == (STEPS, 2) and set(actions[:, 1]) <= {5, 6, 7}
     assert result.returns[0] == 3 * (actions == [1, 7]).all(1).sum()
+    assert model.embeddings["action_out"].labels[1:3] == ["action 0 = 1", "action 1 = 5"]
     assert model.embeddings["state_in"].labels[:4] == ["lamps 0", "lamps 1", "speed 0", "view (0, 0)"]
     model.facts = replace(model.facts, ignores=None)
     with pytest.raises(DtLensError, match="Mixed-v0 gives a text, 'mission', which this model neither reads nor"):
