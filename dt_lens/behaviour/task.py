@@ -53,6 +53,7 @@ class Task(ABC):
             ``activations`` are collected from. What a subclass leaves out is as here.
         software: the packages on which the bits of an outcome depend, by their names on PyPI.
         evaluation: the class of a result.
+        usual: values that ``setting`` leaves out where they are as usual, so that older files stay valid.
     """
 
     evaluation: ClassVar[type[Evaluation]] = Evaluation
@@ -67,7 +68,7 @@ class Task(ABC):
         "activations": 10,
     }
     software: ClassVar[tuple[str, ...]] = ("torch", "numpy")
-    usual: ClassVar[Mapping[str, Any]] = {}  # what a setting leaves out where it is as usual
+    usual: ClassVar[Mapping[str, Any]] = {}
 
     @property
     @abstractmethod
