@@ -45,7 +45,11 @@ __all__ = [
 ]
 
 Model = Annotated[
-    str, typer.Argument(help="A bundled model (hopper, taxi, tiny-gpt2), a file or folder, or a Hugging Face hub id.")
+    str,
+    typer.Argument(
+        help="A bundled model (hopper, taxi, doorkey, unlockpickup, tiny-gpt2), a file or folder, or a hub id of "
+        "Hugging Face's."
+    ),
 ]
 Given = Annotated[
     list[str] | None,

@@ -11,7 +11,7 @@ def bundled() -> dict[str, Path]:
     """The bundled models: name to folder.
 
     >>> sorted(bundled())
-    ['hopper', 'taxi', 'tiny-gpt2']
+    ['doorkey', 'hopper', 'taxi', 'tiny-gpt2', 'unlockpickup']
     """
     return {
         folder.name: folder for folder in sorted(Path(__file__).parent.iterdir()) if (folder / "config.json").is_file()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 
 import gymnasium as gym
@@ -12,11 +14,16 @@ import pytest
 import dt_lens
 from dt_lens.decision_transformer.environment_factors import environment_factors
 from dt_lens.decision_transformer.environment_labels import environment_labels
+from dt_lens.lens import environment_names
 from dt_lens.lens.environment_names import specification
 from dt_lens.training.planners import planner_for
 from dt_lens.zoo.models import bundled
 
-CARDS = {"taxi": ("Taxi-v4", 500, 6)}
+CARDS = {
+    "taxi": ("Taxi-v4", 500, 6),
+    "doorkey": ("minigrid:MiniGrid-DoorKey-8x8-v0", 984, 7),
+    "unlockpickup": ("minigrid:MiniGrid-UnlockPickup-v0", 984, 7),
+}
 
 
 @pytest.mark.parametrize("name", sorted(CARDS))
@@ -72,3 +79,34 @@ def test_taxi_drives_as_its_card_says() -> None:
     assert all(better > worse for better, worse in pairwise(evaluation.mean for evaluation in found.values()))
     for target, evaluation in found.items():
         assert evaluation.mean == pytest.approx(said[target], abs=2)
+
+
+@pytest.mark.acceptance(minutes=1)
+@pytest.mark.parametrize(("name", "least"), [("doorkey", 0.95), ("unlockpickup", 0.85)])
+def test_minigrid_agents_act_as_their_cards_say(name: str, least: float) -> None:
+    """They succeed at every target, in 16 episodes of each, and obey."""
+    pytest.importorskip("minigrid")
+    model, said = dt_lens.load(name, check=False), on_card(name)
+    assert list(said) == list(model.facts.target_returns)
+    found = {t: dt_lens.evaluate(model, episodes=16, seed=0, target_return=t) for t in said}
+    assert np.mean([evaluation.to_frame()["terminated"].mean() for evaluation in found.values()]) >= least
+    assert all(better > worse for better, worse in pairwise(evaluation.mean for evaluation in found.values()))
+    for target, evaluation in found.items():
+        assert evaluation.mean == pytest.approx(said[target], abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["doorkey", "unlockpickup"])
+def test_minigrid_agents_scan_without_minigrid_and_say_what_running_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(package: str) -> None:
+        raise PackageNotFoundError(package)
+
+    for module in [module for module in sys.modules if module.partition(".")[0] == "minigrid"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(environment_names, "distribution", missing)
+    model = dt_lens.load(name, check=False)
+    table = dt_lens.WeightSVD(model, rank=2).scan("blocks.0.mlp.W_in", embeddings="state_in")
+    assert " at cell (" in table["label"].iloc[0]
+    with pytest.raises(dt_lens.DtLensError, match=r"needs the package minigrid.*pip install 'dt-lens\[minigrid\]'"):
+        dt_lens.evaluate(model, episodes=1)
