@@ -90,8 +90,8 @@ def clusters(
             principal axis of the stream on its side, with random signs.
         activations: for ``"spectrum"``: what ``dt_lens.collect_activations`` gives, a file of them, or a covariance
             ``[d_model, d_model]`` for every side.
-        draws: random directions; by default so many that with all rows of the table one discovery is possible: 21 for
-            each row and factor, and where that would take too long 21 for each row.
+        draws: random directions; by default so many that a single row can be a discovery: 21 for each row and factor
+            of the table; 21 for each row where that would take too long, as it does under ``"spectrum"``.
         alpha: of what ``attrs`` count as found.
         seed: of the draws.
         fold_layernorm: as for ``WeightSVD``.
@@ -198,7 +198,7 @@ def _table(svd: Decompositions, asked: _Asked, null: str, activations: Any, tell
         frames = np.stack(group.frames)
         observed = effects_of(frames, group.E, group.effects)
         measures |= dict(zip(group.effects.names, group.effects.measures, strict=True))
-        B = asked.draws or _enough(rows, group)
+        B = asked.draws or _enough(rows, group, source is None)
         most = max(most, B)
         if source is None:
             draw = haar_draws(group.E, group.span, group.labels.centred, group.effects, asked.seed)
@@ -234,11 +234,11 @@ def _blocks(pairing: Pairing, sv: SV | slice | None) -> NDArray[np.int64]:
     return np.unique(np.searchsorted(starts, wanted, side="right") - 1)
 
 
-def _enough(rows: int, group: _Group) -> int:
-    """How many random directions make a discovery possible among ``rows``."""
+def _enough(rows: int, group: _Group, shared: bool) -> int:
+    """How many random directions make a discovery possible among ``rows``; a row's own are fewer."""
     factors = len(group.effects.names)
-    each = factors if MARGIN * rows * factors * group.effects.n <= RANKS else 1
-    return MARGIN * max(rows, 1) * each - 1
+    affordable = shared and MARGIN * rows * factors * group.effects.n <= RANKS
+    return MARGIN * max(rows, 1) * (factors if affordable else 1) - 1
 
 
 def _columns(pairing: Pairing, blocks: NDArray[np.int64], names: list[str]) -> dict[str, Any]:
