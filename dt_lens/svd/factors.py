@@ -135,16 +135,17 @@ def _matched(by_label: pd.DataFrame, embedding: Embedding) -> dict[str, Levels]:
     """The levels of an embedding's labels, in their order."""
     labels, given = list(embedding.labels), list(by_label.index)
     if labels != given:
+        known, listed = set(labels), set(given)
         for label in given:
-            if label not in set(labels):
+            if label not in known:
                 raise DtLensError(f"{embedding.name} has no label {label!r}." + nearest(label, labels))
-        missing = [label for label in labels if label not in set(given)]
+        missing = [label for label in labels if label not in listed]
         if missing:
             raise DtLensError(
                 f"The table of factors lacks {len(missing)} of the {len(labels)} labels of {embedding.name}, such as "
                 f"{missing[0]!r}; give a row for each, with empty cells where a factor does not apply."
             )
-        if len(set(given)) < len(given):
+        if len(listed) < len(given):
             twice = next(label for label in given if given.count(label) > 1)
             raise DtLensError(f"The table of factors has two rows for the label {twice!r}; give one for each label.")
         by_label = by_label.loc[labels]
