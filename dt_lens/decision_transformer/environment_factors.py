@@ -118,7 +118,7 @@ def _view(
     rows: list[dict[str, str]] = []
     for part in parts:
         shape: tuple[int, ...] = getattr(part.space, "shape", None) or ()
-        if part.name.endswith("image") and len(shape) == 3 and shape[2] in (3, len(channels)):
+        if part.name.rpartition(".")[2] in ("", "image") and len(shape) == 3 and shape[2] in (3, len(channels)):
             for x, y, channel in np.ndindex(shape):
                 kind, name = channels[channel] if shape[2] > 3 else ("", ("object", "colour", "state")[channel])
                 labels.append(f"{name} at cell ({x}, {y})")
@@ -127,6 +127,8 @@ def _view(
             named = [f"facing {name}" for name in FACING] if (part.name, part.size) == ("direction", 4) else part.labels
             labels += named
             rows += [{}] * part.size
+    if not any("cell" in label for label in labels):
+        return None  # flattened by a wrapper, in an order of its own
     levels: dict[str, Levels] = {
         factor: tuple(row.get(factor) for row in rows) for factor in ("object", "colour", "state", "cell")
     }

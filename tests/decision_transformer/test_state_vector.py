@@ -116,6 +116,11 @@ def test_labels_of_blackjack_and_of_minigrid() -> None:
     assert state is not None and len(state) == 32 + 11 + 2
     assert (state[14], state[32 + 3], state[-1]) == ("your sum 14", "dealer's card 3", "usable ace 1")
     pytest.importorskip("minigrid")
+    only = [{"name": "minigrid.wrappers.ImgObsWrapper"}]
+    state, _ = environment_labels("MiniGrid-Empty-5x5-v0", {"wrappers": only})
+    assert state is not None and state[:2] == ("object at cell (0, 0)", "colour at cell (0, 0)")
+    state, _ = environment_labels("MiniGrid-Empty-5x5-v0", {"wrappers": [{"name": "minigrid.wrappers.FlatObsWrapper"}]})
+    assert state is None
     state, _ = environment_labels("MiniGrid-Empty-5x5-v0", {}, ("mission",))
     assert state is not None and len(state) == 4 + 7 * 7 * 3
     assert state[:5] == ("facing right", "facing down", "facing left", "facing up", "object at cell (0, 0)")
