@@ -137,7 +137,7 @@ def test_strata_and_spectrum_are_calibrated_too() -> None:
     assert signs <= at_most(30), signs
 
 
-@pytest.mark.acceptance
+@pytest.mark.acceptance(minutes=1)
 @pytest.mark.parametrize("mixed", [False, True], ids=["four factors", "nested and correlated"])
 def test_few_of_500_models_with_trained_embeddings_hold_a_cluster(mixed: bool) -> None:
     """The states of ``taxi``, as its first block reads them."""
