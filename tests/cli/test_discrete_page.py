@@ -1,4 +1,4 @@
-"""docs/discrete.md from data to verdict: each of its commands, at a small size, one after the other as it shows them."""
+"""docs/discrete.md from data to verdict: each of its commands at a small size, in the order in which it shows them."""
 
 from __future__ import annotations
 
