@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from dt_lens.errors import DtLensError
 from dt_lens.progress import ProgressCallback
 from dt_lens.report.page import Block, Plot, Section, Table
 from dt_lens.svd.clustering import MEASURES, clusters
@@ -17,23 +18,33 @@ __all__ = ["cluster_section", "clusters_of"]
 SHOWN = ("matrix", "side", "sv", "block", "factor", "effect", "p_value", "q_value")
 ROWS = 12
 ALPHA = 0.05
+TITLE = "Directions that sort labels by what they are"
 
 
-def clusters_of(model: Any, matrices: Any, seed: int, tell: ProgressCallback) -> pd.DataFrame | None:
-    """The table of ``clusters``, where the model's facts say what its labels consist of; else ``None``."""
+def clusters_of(model: Any, matrices: Any, seed: int, tell: ProgressCallback) -> pd.DataFrame | str:
+    """The table of ``clusters``, where the model's facts say what its labels consist of.
+
+    Returns:
+        a sentence, in place of the table, where these factors cannot be tested; an empty one where there are none.
+    """
     if not getattr(getattr(model, "facts", None), "factors", None):
-        return None
-    found: pd.DataFrame = clusters(model, matrices=matrices, seed=seed, beside=False, progress=tell)
-    return found
+        return ""
+    try:
+        found: pd.DataFrame = clusters(model, matrices=matrices, seed=seed, beside=False, progress=tell)
+    except DtLensError as error:  # facts may name factors that cannot be tested, of these matrices or at all
+        return str(error)
+    return found if len(found) else "No side of these matrices is compared with labels that have factors."
 
 
-def cluster_section(table: pd.DataFrame, svd: WeightSVD) -> Section:
+def cluster_section(table: pd.DataFrame | str, svd: WeightSVD) -> Section:
     """What the report shows of a table of ``clusters``.
 
     Args:
-        table: of ``clusters``.
+        table: of ``clusters``, or a sentence that says why there is none.
         svd: the decompositions, for the picture of one direction.
     """
+    if isinstance(table, str):
+        return Section(TITLE, [f"The factors of the labels were not tested. {table}"])
     found = table[table["q_value"] <= ALPHA]
     by_factor = ", ".join(f"{name} {count:,}" for name, count in found["factor"].value_counts().items())
     embeddings = " and ".join(dict.fromkeys(table["embedding"]))
@@ -53,7 +64,7 @@ def cluster_section(table: pd.DataFrame, svd: WeightSVD) -> Section:
     blocks.append(
         Table(best[list(SHOWN)].head(ROWS), f"The {min(ROWS, len(best))} of smallest p. The effect: {measures}.")
     )
-    return Section("Directions that sort labels by what they are", blocks)
+    return Section(TITLE, blocks)
 
 
 def _grid(svd: WeightSVD, row: pd.Series[Any]) -> Plot | None:
@@ -62,4 +73,7 @@ def _grid(svd: WeightSVD, row: pd.Series[Any]) -> Plot | None:
     own = facts.factors.get(row["embedding"])
     if own is None or not ({"row", "column"} <= set(own) or "cell" in own):
         return None
-    return Plot(plot_grid(svd, row["matrix"], int(row["sv"]), row["side"], embedding=row["embedding"]))
+    try:
+        return Plot(plot_grid(svd, row["matrix"], int(row["sv"]), row["side"], embedding=row["embedding"]))
+    except DtLensError:  # more panels than a page can show
+        return None

@@ -50,7 +50,7 @@ def write_study(result: StudyResult, folder: str | Path) -> Path:
     """
     folder = local_path(folder, "folder")
     for name, table in (("scan", result.table), ("verdicts", result.verdicts), ("clusters", result.clusters)):
-        if table is None:
+        if not isinstance(table, pd.DataFrame):
             continue
         with atomic_write(folder / f"{name}.csv") as part:
             table.to_csv(part, index=False)

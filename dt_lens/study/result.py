@@ -36,7 +36,8 @@ class StudyResult(Printed):
         svd: the decompositions that were scanned and edited.
         facts: what was run: ``model`` (its name), ``seed``, ``value`` (of the edits), ``command``, ``software`` (names
             of packages) and ``without_contrast`` (matrices of strong directions that have no poor match).
-        clusters: the table of ``dt_lens.clusters``, where the model says what its labels consist of.
+        clusters: the table of ``dt_lens.clusters``, where the model says what its labels consist of; a sentence where
+            they cannot be tested; ``None`` where it does not say.
     """
 
     table: pd.DataFrame
@@ -51,7 +52,7 @@ class StudyResult(Printed):
     report: Path
     svd: WeightSVD
     facts: Mapping[str, Any] = field(default_factory=dict)
-    clusters: pd.DataFrame | None = None
+    clusters: pd.DataFrame | str | None = None
 
     def _shown(self) -> tuple[str, Rows]:
         terms, scanned = self.baseline.terms, self.table

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 PAGE = Path(__file__).parents[2] / "docs" / "discrete.md"
@@ -50,3 +51,5 @@ def test_every_command_of_the_page(
     assert (tmp_path / "runs/taxi/model.safetensors").exists()
     for page in ("runs/study-taxi/report.html", "runs/court-taxi/court.html", "runs/atlas-taxi/atlas.html"):
         assert (tmp_path / page).exists(), page
+    court = pd.read_csv(tmp_path / "runs/court-taxi/court.csv").set_index("claim")
+    assert court.loc[8, "verdict"] != "not applicable" and "directions that cluster" in court.loc[8, "sentence"]

@@ -13,6 +13,7 @@ from dt_lens.study.study import Study
 
 N = 16
 FACTORS = {"row": tuple(i // 4 for i in range(N)), "column": tuple(i % 4 for i in range(N))}
+MANY = {"name": tuple("abcdefgh" * 2), "half": tuple("xy" * 8)}
 
 
 def test_the_report_has_the_clusters(make_dt: Any, tmp_path: Path) -> None:
@@ -27,6 +28,15 @@ def test_the_report_has_the_clusters(make_dt: Any, tmp_path: Path) -> None:
     found = int((result.clusters["q_value"] <= 0.05).sum())
     assert f"<strong>{found} of {len(result.clusters)}</strong> directions sort the labels of state_in" in page
     assert "sv 0 × state_in" in page or "× state_in" in page
+    # Factors that cannot be tested, or more panels than a page shows, end no study.
+    untestable = replace(agent.facts, factors={"state_in": {"name": tuple(map(str, range(N)))}})
+    crowded = replace(agent.facts, factors={"state_in": {"row": (0, 1) * 8, "column": (0,) * 8 + (1,) * 8, **MANY}})
+    for number, (facts, said) in enumerate(
+        ((untestable, "The factors of the labels were not tested. "), (crowded, ""))
+    ):
+        agent.facts = facts
+        odd = Study(agent, tmp_path / f"odd {number}", **options).run()
+        assert said in odd.report.read_text() and "Directions that sort labels" in odd.report.read_text()
     agent.facts = replace(agent.facts, factors=None)
     bare = Study(agent, tmp_path / "without", **options).run()
     assert bare.clusters is None and not (tmp_path / "without" / "clusters.csv").exists()

@@ -136,8 +136,8 @@ def _windows(model: Any, episodes: Sequence[PlayedEpisode]) -> dict[str, Tensor]
     for _ in run_windows(model, episodes, keep):
         pass
     found = {name: torch.cat(parts) for name, parts in kept.items()}
-    if bool(found["attention_mask"].all()):
-        return found
+    if model.cfg.position not in ("none", "constant") or bool(found["attention_mask"].all()):
+        return found  # learned positions count from the start of the window
     # Steps that are masked in every window are left out: the model gives the same without them, and sooner.
     first = int(found["attention_mask"].any(0).int().argmax())
     return {name: part[:, first:] for name, part in found.items()}

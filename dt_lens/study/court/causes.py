@@ -110,7 +110,7 @@ def acts_where_it_matters(
     activations: Activations,
     *,
     tell: ProgressCallback = silent,
-    controls: int = CONTROLS,
+    controls: int | None = None,
 ) -> Finding:
     """Claim 8: the mean change of actions where a direction's own factor matters, less elsewhere.
 
@@ -121,7 +121,7 @@ def acts_where_it_matters(
         table: of ``clusters``.
         activations: what the model reads in its task, to match the controls' output energy.
         tell: receives the progress.
-        controls: how many of each edit.
+        controls: how many of each edit; 199 by default.
 
     Raises:
         NotApplicable: if no direction clusters, or no factor matters in some of the situations only.
@@ -132,7 +132,7 @@ def acts_where_it_matters(
     usable = [d for d in directions if all(_Changed(k, _NONE, _NONE3).tried(d.factors[0], k.reachable) for k in kinds)]
     if not usable:
         raise NotApplicable("the factors that directions cluster by matter in all situations or in none")
-    changes = _changes(case, task, usable, kinds, activations, controls, tell)
+    changes = _changes(case, task, usable, kinds, activations, CONTROLS if controls is None else controls, tell)
     own = [d.factors[0] for d in usable]
     weakest = [_weakest(d, changes) for d in usable]
     compared, quiet, parts, numbers = [], [], [], dict[str, Any]()
@@ -143,7 +143,7 @@ def acts_where_it_matters(
         margin = OF_EDITS * float(changed.edits[:, where].mean())
         compared.append((found, margin))
         control = changed.contrast(weakest, where)
-        quiet.append(1.0 if control is None else control.p_value)
+        quiet.append(0.0 if control is None else control.p_value)  # a control that cannot be made is not quiet
         parts.append(
             f"{kind.name} ({int(where.sum())} contexts) by {found.statistic:+.3f} of probability, where random changes "
             f"of the same output energy give {found.mean:+.3f} (p = {found.p_value:.2g})"
@@ -156,8 +156,15 @@ def acts_where_it_matters(
     names = ", ".join(f"{name} ({own.count(name)})" for name in dict.fromkeys(own))
     said = (
         f"Of {len(directions)} directions that cluster, {len(usable)} were removed, by their factors: {names}. "
-        f"Actions change more where the factor matters: {'; '.join(parts)}. With each direction's weakest factor "
-        f"instead, p = {min(quiet):.2g}."
+        f"Actions change more where the factor matters: {'; '.join(parts)}. "
+    )
+    controlled = sum(factor is not None for factor in weakest)
+    said += (
+        f"With each direction's weakest factor instead, p = {min(quiet):.2g}."
+        if controlled == len(usable)
+        else f"With the weakest factor of the {controlled} that have another to try, p = {min(quiet):.2g}."
+        if controlled
+        else "No direction has another factor that can be tried, so there is no control."
     )
     numbers |= {"directions": [d._asdict() for d in usable], "left_out": len(directions) - len(usable)}
     return weights_finding(both, margin, min(quiet) >= ALPHA, said, numbers)

@@ -225,10 +225,15 @@ class _Trial:
         if not kinds:
             raise NotApplicable("its task does not list all states with their factors and the best actions in each")
         self.tell("looking for clusters", 0.97)
-        table = clusters(model, embeddings=self.case.embedding("input").name, seed=seed, beside=False)
-        return acts_where_it_matters(
-            self.case, self.task, kinds, table, self._activations(), tell=lambda what, _: self.tell(what, 0.98)
-        )
+        try:
+            table = clusters(model, embeddings=self.case.embedding("input").name, seed=seed, beside=False)
+            return acts_where_it_matters(
+                self.case, self.task, kinds, table, self._activations(), tell=lambda what, _: self.tell(what, 0.98)
+            )
+        except NotApplicable:
+            raise
+        except DtLensError as error:  # factors that cannot be tested, or a direction that cannot be edited
+            raise NotApplicable(_reason(error)) from error
 
     def _activations(self) -> Activations:
         from dt_lens.behaviour.collect_activations import kept_activations

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from dt_lens.behaviour.agents.recording import actions_of_episode
+from dt_lens.behaviour.agents.running import acting_weights
 from dt_lens.behaviour.agents.situations import action_chances, situations_of, where_it_matters
 from dt_lens.behaviour.agents.tabular import Tabular
 from dt_lens.behaviour.agents.task import AgentTask
+from dt_lens.behaviour.agents.windows import SlidingPolicy
 from dt_lens.behaviour.situations import Situations
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.decision_transformer.policy import ActingModel
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.causes import acts_where_it_matters, clustered_directions
 from dt_lens.study.court.claims import NotApplicable, verdict_of
@@ -73,6 +76,28 @@ def test_windows_are_those_that_the_agent_acts_on(
     first = actions_of_episode(agent, task.setting, 2)[0]
     assert int(action_chances(agent, alone)[0].argmax()) == first
     assert alone.inputs["states"].shape == (N, 1, N) and not alone.inputs["timesteps"].any()
+
+
+@pytest.mark.parametrize("position", ["none", "learned"])
+def test_a_first_step_is_where_the_policy_sees_it(position: str) -> None:
+    """Learned positions count from the start of the window, so masked steps before the first may not be cut off."""
+    torch.manual_seed(1)
+    cfg = HookedDecisionTransformerConfig(
+        N, 4, d_model=16, n_layers=1, d_mlp=32, n_ctx=3, max_ep_len=100, discrete_actions=True, action_tanh=False,
+        position=position, n_position=8 if position == "learned" else 1,
+    )  # fmt: skip
+    model = HookedDecisionTransformer(cfg).eval()
+    model.facts = RunFacts(3, environment="FrozenLake-v1", target_returns=(1.0,), factors={"state_in": FACTORS})
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.5 * torch.randn_like(weight))
+    task = AgentTask.of(model)
+    alone = (task.situations(model) or [])[0]
+    policy = SlidingPolicy(ActingModel(acting_weights(model), cfg), 3, N)
+    for row in range(N):
+        policy.restart(row)
+    logits = policy.act(torch.eye(N), torch.ones(N, 1), torch.zeros(N, dtype=torch.long), torch.zeros(N, 4))
+    torch.testing.assert_close(action_chances(model, alone), logits.double().softmax(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_where_a_factor_matters() -> None:
