@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dt_lens.behaviour.evaluate import evaluate
+from dt_lens.decision_transformer.environment_factors import environment_factors
+from dt_lens.decision_transformer.environment_labels import environment_labels
+from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
 from dt_lens.training import planned as module
+from dt_lens.training.agent import train
 from dt_lens.training.dataset import Trajectories, read
 from dt_lens.training.planned import record_planned
+from dt_lens.training.settings import AgentSettings
 
 TINY: dict[str, Any] = {"episodes": 16, "seed": 3, "noises": (0.0, 0.3), "scattered": 0.5}
 ONE_HOT: dict[str, Any] = {
@@ -89,6 +95,14 @@ def test_a_minigrids_episodes_begin_with_a_wait(minari_root: Path) -> None:
         max(waits) <= 20 and len(set(waits)) > 4 and all((a[w:] != 6).all() for a, w in zip(taken, waits, strict=True))
     )
     assert np.allclose(data.returns, 1 - 0.9 * data.lengths / 40) and data.lengths.max() < 40
+    # An agent of these data has the names and factors of its states, and runs in the environment that they name.
+    settings = AgentSettings(steps=1, d_model=8, n_layers=1, context=2, targets=(0.9,), bf16=False)
+    model = train("test/grid-v0", minari_root / "agent", settings, eval_every=0)
+    facts, factors = RunFacts.load(minari_root / "agent"), environment_factors(name, ONE_HOT)
+    assert facts is not None and facts == model.facts and facts.factors == {"state_in": factors}
+    assert (facts.state_labels, facts.action_labels) == environment_labels(name, ONE_HOT)
+    found = evaluate(model, episodes=2, workers=1)
+    assert found.time_limit == 40 and found.environment == name
 
 
 @pytest.mark.parametrize(
