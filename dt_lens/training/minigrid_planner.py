@@ -56,7 +56,20 @@ class GridPlanner:
     def begin(self, env: gym.Env[Any, Any]) -> None:
         self._fixed = None
 
+    def steps_left(self, env: gym.Env[Any, Any]) -> int | None:
+        """The steps of the shortest plan from here; ``None`` if there is none."""
+        here = self._look(env)
+        return None if here is None or self._left[here] >= FAR else int(self._left[here])
+
     def action(self, env: gym.Env[Any, Any]) -> int | None:
+        here = self._look(env)
+        if here is None or self._left[here] >= FAR:
+            return None
+        after, left = self._moves[:, here], self._left[here]
+        return next(action for action in ORDER if self._left[after[action]] == left - 1)
+
+    def _look(self, env: gym.Env[Any, Any]) -> int | None:
+        """The number of the state that the environment is in, with the plan at hand that has it."""
         bare: Any = env.unwrapped
         place = _read(bare)
         if place is None:
@@ -66,9 +79,8 @@ class GridPlanner:
             self._moves = _moves(place)
             self._left, self._fixed = shortest(self._moves), fixed
         cell = place.cells.index((int(bare.agent_pos[0]), int(bare.agent_pos[1])))
-        here = np.ravel_multi_index((cell, bare.agent_dir, place.item, place.door_state), _shape(place), mode="wrap")
-        after, left = self._moves[:, here], self._left[here]
-        return None if left >= FAR else next(action for action in ORDER if self._left[after[action]] == left - 1)
+        here = (cell, bare.agent_dir, place.item, place.door_state)
+        return int(np.ravel_multi_index(here, _shape(place), mode="wrap"))
 
     def scatter(self, env: gym.Env[Any, Any], rng: np.random.Generator) -> Any:
         raise DtLensError("MiniGrid's episodes start where the environment starts them; record with scattered=0.")
