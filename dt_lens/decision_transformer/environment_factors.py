@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Discrete
 
 from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError
@@ -19,6 +20,7 @@ __all__ = ["described_states", "environment_factors"]
 
 Labels = tuple[str, ...]
 Levels = tuple[str | int | None, ...]
+PACKAGES = ("gymnasium.envs.toy_text.", "minigrid.")
 FACING = ("right", "down", "left", "up")  # MiniGrid's directions
 
 
@@ -52,11 +54,12 @@ def described_states(
 ) -> tuple[Labels, dict[str, Levels]] | None:
     """The label of each number of a state, and its level of each factor; ``None`` for other environments."""
     bare = env.unwrapped
-    kinds = {kind.__name__ for kind in type(bare).__mro__}
+    # A class of the user's own may have the name of one of these.
+    kinds = {kind.__name__ for kind in type(bare).__mro__ if f"{kind.__module__}.".startswith(PACKAGES)}
     if "MiniGridEnv" in kinds:
         return _view(env, ignores, texts)
-    if env.observation_space != bare.observation_space:
-        return None  # a wrapper changes what the states are
+    if env.observation_space != bare.observation_space or not isinstance(env.observation_space, Discrete):
+        return None  # a wrapper, or a class that is derived from one of these, changes what the states are
     if "TaxiEnv" in kinds:
         return _taxi(bare)
     if "FrozenLakeEnv" in kinds:

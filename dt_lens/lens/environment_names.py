@@ -7,9 +7,11 @@ whatever file of that name lies beside the weights.
 from __future__ import annotations
 
 import importlib
+import site
 import sys
+import sysconfig
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,8 @@ def import_module_of(environment: object) -> None:
         try:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:  # a relative name, or whatever the module raises
+            if module in EXTRAS and isinstance(error, ModuleNotFoundError) and error.name == module:
+                raise _lacking(environment, module) from error
             raise DtLensError(
                 f"The module {module!r} of the environment {environment!r} cannot be imported: {because(error)}."
             ) from error
@@ -96,22 +100,33 @@ def _announced(module: str) -> bool:
 
 
 def _brought_by_an_extra(module: str, name: str) -> bool:
-    """Whether this is the installed package of an extra, and not a file of its name beside the weights.
+    """Whether this is the installed package of an extra, and not a folder of its name beside the weights.
+
+    It must lie where packages are installed: a folder beside the weights can hold metadata of an installation too. One
+    that is installed as a link to its source ("editable") is elsewhere, so the user imports it himself.
 
     Raises:
-        DtLensError: if the package is not installed.
+        DtLensError: if there is no such package.
     """
     if module not in EXTRAS:
         return False
-    try:
-        installed = Path(str(distribution(module).locate_file(module)))
-    except PackageNotFoundError:
-        raise DtLensError(
-            f"The environment {name!r} needs the package {module}, which is not installed; "
-            f"pip install 'dt-lens[{module}]'."
-        ) from None
     found = find_spec(module)
-    return found is not None and found.origin is not None and Path(found.origin).parent.samefile(installed)
+    if found is None:
+        raise _lacking(name, module)
+    return found.origin is not None and Path(found.origin).parent.parent.resolve() in _installed_in()
+
+
+def _installed_in() -> set[Path]:
+    """The folders that packages are installed in; the working directory, first on ``sys.path``, is none of them."""
+    kept = [*site.getsitepackages(), site.getusersitepackages(), *map(sysconfig.get_path, ("purelib", "platlib"))]
+    return {Path(folder).resolve() for folder in kept}
+
+
+def _lacking(environment: str, module: str) -> DtLensError:
+    return DtLensError(
+        f"The environment {environment!r} needs the package {module}, which is not installed; "
+        f"pip install 'dt-lens[{module}]'."
+    )
 
 
 def _of_the_script(spec: EnvSpec) -> bool:

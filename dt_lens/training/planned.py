@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from dt_lens.arguments import LAST_SEED, atomic_write, finite_numbers, is_finite_number, local_path, whole_number
+from dt_lens.behaviour.agents.tabular import Tabular
 from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError, because, unwritable
 from dt_lens.lens.environment_names import import_module_of, specification
@@ -92,13 +93,13 @@ def record_planned(
 
     Raises:
         DtLensError: if Gymnasium or Minari cannot use an id, the data set exists already, or no planner knows the
-            environment or can do what is asked.
+            environment, finds a way to its goal, or can do what is asked.
     """
     report = report or (lambda *_: None)
     workers = (os.cpu_count() or 1) if workers is None else whole_number(workers, "workers", 1)
+    seed, episodes = whole_number(seed, "seed", 0, LAST_SEED), whole_number(episodes, "episodes", 1)
+    require_new_dataset(dataset_id)
     where = local_path(folder, "folder") if folder is not None else Path("runs", "record", dataset_id.replace("/", "-"))
-    whole_number(seed, "seed", 0, LAST_SEED)
-    require_new_dataset(dataset_id, episodes=episodes)
     levels = [_share(noise, "noises") for noise in finite_numbers(noises, "noises")]
     if not levels:
         raise DtLensError("noises is empty; give at least one share of random actions, such as 0.")
@@ -126,13 +127,14 @@ def record_planned(
 
 
 def acts_discretely(environment_id: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether an environment's actions are Discrete; false for one that cannot be made."""
-    try:
-        import_module_of(environment_id)
-        spec, own = specify(specification(environment_id), kwargs)
-        env: gym.Env[Any, Any] = gym.make(spec, disable_env_checker=True, **own)
-    except (Exception, SystemExit):  # whoever records in it says why
-        return False
+    """Whether an environment's actions are Discrete.
+
+    Raises:
+        DtLensError: if it is not registered or cannot be made.
+    """
+    import_module_of(environment_id)
+    spec, own = specify(specification(environment_id), kwargs)
+    env = _made(spec, own)
     try:
         return isinstance(env.action_space, gym.spaces.Discrete)
     finally:
@@ -163,6 +165,14 @@ def _spec(environment_id: str, kwargs: Mapping[str, Any]) -> EnvSpec:
         ) from error
 
 
+def _made(spec: EnvSpec, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
+    try:
+        env: gym.Env[Any, Any] = gym.make(spec, disable_env_checker=True, **kwargs)
+    except (Exception, SystemExit) as error:  # whatever its constructor raises
+        raise DtLensError(f"Gymnasium cannot make the environment {spec.id!r}: {because(error)}.") from error
+    return env
+
+
 @cache
 def _environment(spec: str) -> tuple[gym.Env[Any, Any], Planner]:
     """An environment and its planner, made once in each process.
@@ -171,10 +181,7 @@ def _environment(spec: str) -> tuple[gym.Env[Any, Any], Planner]:
         DtLensError: if it cannot be made, has other actions than Discrete ones, or no planner knows it.
     """
     told = EnvSpec.from_json(spec)
-    try:
-        env = gym.make(told, disable_env_checker=True)
-    except (Exception, SystemExit) as error:  # whatever its constructor raises
-        raise DtLensError(f"Gymnasium cannot make the environment {told.id!r}: {because(error)}.") from error
+    env = _made(told, {})
     planner = planner_for(env) if isinstance(env.action_space, gym.spaces.Discrete) else None
     if planner is None:
         raise DtLensError(
@@ -211,11 +218,39 @@ def _rehearse(spec: EnvSpec, waits: bool, scatters: bool) -> None:
             f"Minari cannot store the observations of {spec.id!r} ({env.observation_space}); leave out what it cannot "
             "with the wrapper gymnasium.wrappers.FilterObservation in environment_kwargs."
         ) from error
+    _require_same_dynamics(env, spec)
     env.reset(seed=0)
     planner.begin(env)
     if scatters:
         planner.scatter(env, np.random.default_rng(0))
-    planner.action(env)
+    _require_plan(env, planner)
+
+
+def _require_same_dynamics(env: gym.Env[Any, Any], spec: EnvSpec) -> None:
+    """Raise ``DtLensError`` if each process would have a table of its own, as of a map drawn when the world is made."""
+    table = Tabular.of(env)
+    if table is None:
+        return
+    other_env = _made(spec, {})
+    try:
+        other = Tabular.of(other_env)
+    finally:
+        other_env.close()
+    if other is None or any(not np.array_equal(getattr(table, f.name), getattr(other, f.name)) for f in fields(table)):
+        raise DtLensError(
+            f"{spec.id!r} has other dynamics each time it is made, so that one data set would be of several worlds; "
+            "fix them with environment_kwargs (--environment-kwargs), in FrozenLake with map_name='4x4' or a map, desc."
+        )
+
+
+def _require_plan(env: gym.Env[Any, Any], planner: Planner) -> None:
+    """Raise ``DtLensError`` if an episode that begins here could only be noise."""
+    if planner.action(env) is None:
+        raise DtLensError(
+            f"The planner finds no way to a goal in {getattr(env.spec, 'id', env)!r}: in a MiniGrid it needs a cell "
+            "'goal', or an object to pick up (env.unwrapped.obj), that can be reached; record another environment, or "
+            "record this one with a policy of your own and minari.DataCollector."
+        )
 
 
 def _jobs(spec: EnvSpec, recipe: Mapping[str, Any]) -> list[_Job]:
@@ -239,6 +274,7 @@ def _play(job: _Job) -> PlannedEpisode:
     planner.begin(env)
     if job.scattered:
         observation = planner.scatter(env, rng)
+    _require_plan(env, planner)
     seen: list[Any] = [observation]
     actions: list[int] = []
     rewards: list[float] = []

@@ -72,8 +72,9 @@ def planner_for(env: Env) -> Planner | None:
     table = Tabular.of(env)
     if table is not None:
         return TablePlanner(table)
-    # MiniGrid is an extra, so its class is known by its name.
-    if any(kind.__name__ == "MiniGridEnv" for kind in type(env.unwrapped).__mro__):
+    # MiniGrid is an extra, so its class is known by its name and its package.
+    kinds = type(env.unwrapped).__mro__
+    if any((kind.__name__, kind.__module__.partition(".")[0]) == ("MiniGridEnv", "minigrid") for kind in kinds):
         from dt_lens.training.minigrid_planner import GridPlanner
 
         return GridPlanner()

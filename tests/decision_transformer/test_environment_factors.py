@@ -7,8 +7,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.toy_text.taxi import TaxiEnv
 
-from dt_lens.decision_transformer.environment_factors import environment_factors
+from dt_lens.decision_transformer.environment_factors import described_states, environment_factors
 from dt_lens.decision_transformer.environment_labels import environment_labels
 from dt_lens.decision_transformer.state_vector import StateVector
 
@@ -108,3 +109,11 @@ def test_a_minigrid_view_is_named_by_cells() -> None:
 @pytest.mark.parametrize("name", ["Hopper-v5", "CartPole-v1", "NoSuch-v0", "Blackjack-v1"])
 def test_other_states_have_no_factors(name: str) -> None:
     assert environment_factors(name) is None
+
+
+@pytest.mark.parametrize("base", [gym.Env, TaxiEnv])
+def test_a_class_of_the_same_name_has_no_factors(base: Any) -> None:
+    kind = type("TaxiEnv", (base,), {"observation_space": gym.spaces.Box(0, 1, (3,)), "__module__": "mine"})
+    env = kind()
+    env.observation_space = gym.spaces.Box(0, 1, (3,))
+    assert described_states(env) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import site
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +21,7 @@ from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.environment_labels import environment_labels
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.errors import DtLensError
+from dt_lens.lens import environment_names as module
 
 EVIL = """
 from pathlib import Path
@@ -109,6 +112,33 @@ def test_a_package_that_announces_adapters_may_be_named(beside: Path) -> None:
     # An option of such an environment may name another one, and imports nothing either.
     assert environment_labels(name, {"env_id": "evil:Evil-v0"}) == (None, None)
     assert not (beside / "imported").exists() and "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("metadata", ["beside", "installed"])
+def test_a_folder_with_an_extras_name_is_not_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metadata: str
+) -> None:
+    """Beside the weights, with metadata of its own; or "editable", whose metadata alone lie where packages do."""
+    beside, installed = tmp_path / "beside", tmp_path / "installed"
+    for folder in (beside, installed):
+        (folder / "minigrid").mkdir(parents=True)
+        (folder / "minigrid" / "__init__.py").write_text(EVIL)
+    told = tmp_path / metadata / "minigrid-9.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: minigrid\nVersion: 9\n")
+    monkeypatch.delitem(sys.modules, "minigrid", raising=False)
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(installed)])
+    monkeypatch.chdir(beside)
+    monkeypatch.syspath_prepend(str(installed))
+    assert module._brought_by_an_extra("minigrid", "MiniGrid-Empty-5x5-v0")
+    shutil.rmtree(installed / "minigrid")
+    monkeypatch.syspath_prepend("")
+    with pytest.raises(DtLensError, match=r"'minigrid:MiniGrid-Empty-5x5-v0' comes from a file, .*import it yourself"):
+        module.specification("minigrid:MiniGrid-Empty-5x5-v0")
+    assert not list(tmp_path.rglob("imported"))
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    with pytest.raises(DtLensError, match=r"not installed; pip install 'dt-lens\[minigrid\]'"):
+        module.specification("minigrid:MiniGrid-Empty-5x5-v0")
 
 
 def test_an_environment_to_evaluate_in_that_the_user_names_is_imported(beside: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from dt_lens.training import planned as module
 from dt_lens.training.agent import train
 from dt_lens.training.dataset import Trajectories, read
 from dt_lens.training.planned import record_planned
+from dt_lens.training.planners import planner_for
 from dt_lens.training.settings import AgentSettings
 
 TINY: dict[str, Any] = {"episodes": 16, "seed": 3, "noises": (0.0, 0.3), "scattered": 0.5}
@@ -114,6 +117,16 @@ def test_a_minigrids_episodes_begin_with_a_wait(minari_root: Path) -> None:
         ("Taxi-v4", {"scattered": -1}, "scattered is -1; it must be a share"),
         ("CartPole-v1", {}, "No planner knows 'CartPole-v1': planners know"),
         ("CliffWalking-v1", {}, "'CliffWalking-v1' has no time limit"),
+        (
+            "FrozenLake-v1",
+            {"environment_kwargs": {"map_name": None}},
+            "'FrozenLake-v1' has other dynamics each time it is made, .* map_name='4x4'",
+        ),
+        (
+            "minigrid:MiniGrid-Unlock-v0",
+            {"environment_kwargs": ONE_HOT},
+            "The planner finds no way to a goal in 'MiniGrid-Unlock-v0': .* a cell 'goal'",
+        ),
         ("NoSuch-v0", {}, "no Gymnasium environment 'NoSuch-v0'"),
         ("minigrid:MiniGrid-Empty-5x5-v0", {}, "Minari cannot store the observations .*FilterObservation"),
         (
@@ -128,3 +141,38 @@ def test_what_cannot_be_recorded_is_refused(name: str, how: dict[str, Any], sent
         pytest.importorskip("minigrid")
     with pytest.raises(DtLensError, match=sentence):
         record_planned(name, "test/x-v0", **how, workers=1, folder=minari_root / "x")
+
+
+def test_an_episode_without_a_way_to_a_goal_is_refused() -> None:
+    pytest.importorskip("minigrid")
+    spec = module._spec("minigrid:MiniGrid-Unlock-v0", ONE_HOT).to_json()
+    for wait in (0.0, 0.5):
+        with pytest.raises(DtLensError, match="The planner finds no way to a goal in 'MiniGrid-Unlock-v0'"):
+            module._play(module._Job(spec, 1, 0.0, wait, False))
+
+
+def test_numpys_numbers_are_taken_and_ids_that_are_none_refused(minari_root: Path) -> None:
+    numbers: dict[str, Any] = {"episodes": np.int64(2), "seed": np.int64(2), "noises": (0.0,), "workers": 1}
+    for name, how in (("test/a-v0", numbers), ("test/b-v0", {**numbers, "episodes": 2, "seed": 2})):
+        record_planned("Taxi-v4", name, **how, folder=minari_root / "a")
+    assert same(read("test/a-v0"), read("test/b-v0"))
+    with pytest.raises(DtLensError, match="5 is not a Minari id"):
+        record_planned("Taxi-v4", 5, episodes=2)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_made_is_not_taken_for_continuous(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.acts_discretely("Taxi-v4", {"is_rainy": True}) and not module.acts_discretely("Pendulum-v1", {})
+    with pytest.raises(DtLensError, match=r"Gymnasium cannot make the environment 'Taxi-v4': .*rainy"):
+        module.acts_discretely("Taxi-v4", {"rainy": True})
+    with pytest.raises(DtLensError, match="no Gymnasium environment 'NoSuch-v0'"):
+        module.acts_discretely("NoSuch-v0", {})
+    monkeypatch.setitem(sys.modules, "minigrid", None)
+    with pytest.raises(DtLensError, match=r"needs the package minigrid, .* pip install 'dt-lens\[minigrid\]'"):
+        module.acts_discretely("minigrid:MiniGrid-Empty-5x5-v0", {})
+
+
+def test_a_grid_of_the_users_own_class_has_no_planner() -> None:
+    class MiniGridEnv(gym.Env[Any, Any]):
+        observation_space, action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Discrete(2)
+
+    assert planner_for(MiniGridEnv()) is None
