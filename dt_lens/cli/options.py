@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,14 +164,14 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
 
 
 def split(text: str | None, option: str) -> list[str] | None:
-    """Split an option's text at commas; ``None`` if the option was not given.
+    """Split an option's text at commas that stand in no parentheses; ``None`` if the option was not given.
 
     Raises:
         DtLensError: if the text has no part.
     """
     if text is None:
         return None
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in re.findall(r"(?:\([^()]*\)|[^,])+", text) if part.strip()]
     if not parts:
         raise DtLensError(
             f"--{option} is {text!r}, which names nothing; give one name or several with commas, or leave it out."

@@ -39,6 +39,7 @@ def factor_heatmap(
     """
     if table.empty or not factors:
         return empty(title, "There are no directions to show.")
+    table = table.reset_index(drop=True)  # rows of several tables may share a number
     kept = table.loc[table["p_value"].sort_values(kind="stable").index[:most].sort_values()]
     several = kept["embedding"].nunique() > 1
     names = [
@@ -135,8 +136,8 @@ def grid_panels(
     }
     across: list[Any] = levels[names[0]] if names else [None]
     down: list[Any] = levels[names[1]] if len(names) > 1 else [None]
-    heights = sorted({rows[i] for i in placed})
-    widths = sorted({columns[i] for i in placed})
+    heights = _in_order({rows[i] for i in placed})
+    widths = _in_order({columns[i] for i in placed})
     if not placed or not across or not down:
         return empty(title, "No label has a place on a grid.")
     wrap = len(down) == 1 and len(across) > 6  # many panels of one factor: several lines of them
@@ -179,6 +180,17 @@ def grid_panels(
     side = PIXELS * max(len(heights), 5)
     wide = per_line * max(TITLE, PIXELS * len(widths) + 12) + 120
     return finish(figure, title, subtitle, height=int(lines * side / (1 - 0.28 * (lines - 1) / lines)) + 150, wide=wide)
+
+
+def _in_order(levels: set[Any]) -> list[Any]:
+    """Levels from the smallest on; those of different types by the type's name first."""
+    try:
+        return sorted(levels)
+    except TypeError:
+        types = {type(level).__name__ for level in levels}
+        if len(types) == 1:
+            return sorted(levels, key=repr)
+        return [x for name in sorted(types) for x in _in_order({y for y in levels if type(y).__name__ == name})]
 
 
 def _panel(names: Sequence[str], levels: Sequence[Any]) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dt_lens.arguments import LAST_SEED, truth_value, whole_number
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, as_written, nearest
 from dt_lens.lens.matrices import Snapshot
 from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.statistics.arrays import share
@@ -43,8 +43,10 @@ MEASURES = {
     "coin, 1: always)",
 }
 NULLS = {"haar": HaarMaximum.assumes, "spectrum": SpectrumMaximum.assumes}
-MARGIN = 21  # draws for each row (and factor): with more than 20 the smallest possible p of a lone row gives q < 0.05
-RANKS = 500_000_000  # where more ranks than this would be needed, draws are made for each row, and not for each factor
+# Draws for each row and factor. A row that lies above all draws by one of F factors has a p of at most F / (1 + B),
+# since the largest draw of each other factor is as extreme; with more than 20 a lone such row then has q < 0.05.
+MARGIN = 21
+RANKS = 500_000_000  # of labels in all draws; where more would be needed, draws are made for each row, not each factor
 Array = NDArray[np.float64]
 Names = Sequence[str] | str
 
@@ -85,13 +87,16 @@ def clusters(
         embeddings: names or patterns of embeddings to compare every side with; by default those that have factors,
             input embeddings with reading sides and output embeddings with writing sides.
         only: test these factors only. ``"passenger=R"`` asks about one level against all others.
-        strata: factors that are held fixed: ranks are taken within each combination of their levels.
+        strata: factors that are held fixed: ranks are taken within each combination of their levels. An embedding
+            that lacks one of them is left out.
         null: what a direction without meaning is: ``"haar"``, pointing anywhere; or ``"spectrum"``, as long on every
             principal axis of the stream on its side, with random signs.
         activations: for ``"spectrum"``: what ``dt_lens.collect_activations`` gives, a file of them, or a covariance
             ``[d_model, d_model]`` for every side.
-        draws: random directions; by default so many that a single row can be a discovery: 21 for each row and factor
-            of the table; 21 for each row where that would take too long, as it does under ``"spectrum"``.
+        draws: random directions at most; by default 21 for each row and factor of the table, so that a row that alone
+            lies above all of them, by one factor, is a discovery at 0.05. Where more than 500 million labels would be
+            ranked for that, 21 for each row; with F factors such a row may then have a q of F / 21. Under
+            ``"spectrum"``, and for blocks, a row's draws end once 50 of them are as extreme.
         alpha: of what ``attrs`` count as found.
         seed: of the draws.
         fold_layernorm: as for ``WeightSVD``.
@@ -104,12 +109,13 @@ def clusters(
         and ``effect`` are those of the smallest ``p_NAME``; ``p_value`` takes into account that it is the smallest of
         several, and ``q_value`` is by Benjamini and Hochberg over the table. A block's effects are the best of 200
         directions in its span, compared with random spans. ``attrs`` says what was asked: ``null``, ``assumes``,
-        ``draws``, ``smallest_p``, ``seed``, ``alpha``, ``factors``, ``measures``, ``strata``, ``left_out``, ``found``,
-        and ``untrained_model`` with its ``rows`` and those ``found``.
+        ``draws``, ``smallest_p``, ``lone_p`` (at most the p of a row above all draws by one factor alone), ``seed``,
+        ``alpha``, ``factors``, ``measures``, ``strata``, ``left_out``, ``found``, and ``untrained_model`` with its
+        ``rows`` and those ``found``.
 
     Raises:
         DtLensError: for a table that does not fit the labels, an unknown factor, matrix, embedding or null, a factor of
-            one level, and where there is no factor.
+            one level, a level that is a list or an array, and where there is no factor or nothing to compare.
     """
     if null not in NULLS:
         raise DtLensError(f"null is {null!r}; a test of clusters knows {' and '.join(NULLS)}." + nearest(null, NULLS))
@@ -172,6 +178,10 @@ def _table(svd: Decompositions, asked: _Asked, null: str, activations: Any, tell
     pairings = _pairings(svd, asked, tell)
     chosen = [_blocks(pairing, asked.sv) for pairing in pairings]
     rows = sum(map(len, chosen))
+    if not rows:
+        raise DtLensError(
+            f"sv is {as_written(asked.sv)}, which is none of the directions; leave it out for all of them."
+        )
     groups: dict[tuple[int, int], _Group] = {}
     for number, (pairing, blocks) in enumerate(zip(pairings, chosen, strict=True)):
         directions, starts, sizes = pairing.directions, pairing.starts, pairing.sizes
@@ -184,7 +194,7 @@ def _table(svd: Decompositions, asked: _Asked, null: str, activations: Any, tell
     names = list(dict.fromkeys(name for factors in asked.factors.values() for name in factors.tested))
     found = [_columns(pairing, blocks, names) for pairing, blocks in zip(pairings, chosen, strict=True)]
     measures: dict[str, str] = {}
-    least, most = 1.0, 0
+    most, lone = 0, 0.0
     lens = Snapshot.of(svd.model)
     source = (
         CovarianceSource(lens, activations, svd.fold_layernorm, asked.seed, None, svd.cache)
@@ -198,8 +208,8 @@ def _table(svd: Decompositions, asked: _Asked, null: str, activations: Any, tell
         frames = np.stack(group.frames)
         observed = effects_of(frames, group.E, group.effects)
         measures |= dict(zip(group.effects.names, group.effects.measures, strict=True))
-        B = asked.draws or _enough(rows, group, source is None)
-        most = max(most, B)
+        B = asked.draws or _enough(rows, group)
+        most, lone = max(most, B), max(lone, len(group.effects.names) / (1 + B))
         if source is None:
             draw = haar_draws(group.E, group.span, group.labels.centred, group.effects, asked.seed)
             parts = [until_clear(draw, observed, B, B if group.span == 1 else FIRST)]
@@ -209,19 +219,30 @@ def _table(svd: Decompositions, asked: _Asked, null: str, activations: Any, tell
                 along = group.axes(source, pairings[place], axes)
                 signs = sign_draws(frame, group.E, along, group.effects, asked.seed, row)
                 parts.append(until_clear(signs, observed[row : row + 1], B))
-        least = min(least, *(1 / (1 + part.draws) for part in parts))
         _enter(found, chosen, group, observed, parts)
-    return _framed(
-        found, names, asked, svd, {"null": null, "assumes": NULLS[null], "draws": most, "smallest_p": least}, measures
-    )
+    about = {
+        "null": null,
+        "assumes": NULLS[null],
+        "draws": most,
+        "smallest_p": 1 / (1 + most),
+        "lone_p": min(1.0, lone),
+    }
+    return _framed(found, names, asked, svd, about, measures)
 
 
 def _pairings(svd: Decompositions, asked: _Asked, tell: ProgressCallback) -> list[Pairing]:
     """The matrix sides and the embeddings with factors that they are compared with."""
+    tested = [name for name, factors in asked.factors.items() if factors.tested]
     if asked.every_side:
-        return svd.pairings(asked.matrices, list(asked.factors), tell)
+        return svd.pairings(asked.matrices, tested, tell)
     natural = svd.pairings(asked.matrices, None, tell)
-    return [pairing for pairing in natural if pairing.labels.embedding.name in asked.factors]
+    found = [pairing for pairing in natural if pairing.labels.embedding.name in tested]
+    if not found:
+        raise DtLensError(
+            f"No side of these matrices is compared with {' or '.join(tested)} by default; give embeddings= (on the "
+            "command line --embeddings) for every side, or other matrices."
+        )
+    return found
 
 
 def _blocks(pairing: Pairing, sv: SV | slice | None) -> NDArray[np.int64]:
@@ -234,11 +255,11 @@ def _blocks(pairing: Pairing, sv: SV | slice | None) -> NDArray[np.int64]:
     return np.unique(np.searchsorted(starts, wanted, side="right") - 1)
 
 
-def _enough(rows: int, group: _Group, shared: bool) -> int:
-    """How many random directions make a discovery possible among ``rows``; a row's own are fewer."""
+def _enough(rows: int, group: _Group) -> int:
+    """How many random directions make a lone discovery possible among ``rows``, if they can be afforded."""
     factors = len(group.effects.names)
-    affordable = shared and MARGIN * rows * factors * group.effects.n <= RANKS
-    return MARGIN * max(rows, 1) * (factors if affordable else 1) - 1
+    affordable = MARGIN * rows * factors * group.effects.n <= RANKS
+    return MARGIN * rows * (factors if affordable else 1) - 1
 
 
 def _columns(pairing: Pairing, blocks: NDArray[np.int64], names: list[str]) -> dict[str, Any]:
@@ -290,7 +311,7 @@ def _framed(
         "seed": asked.seed,
         "alpha": asked.alpha,
         "fold_layernorm": svd.fold_layernorm,
-        "factors": {name: list(of.tested) for name, of in factors.items()},
+        "factors": {name: list(of.tested) for name, of in factors.items() if of.tested},
         "measures": measures,
         "strata": sorted({name for of in factors.values() for name in of.strata}),
         "left_out": {f"{name}: {factor}": why for name, of in factors.items() for factor, why in of.left_out.items()},

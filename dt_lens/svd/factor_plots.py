@@ -13,6 +13,7 @@ from dt_lens.errors import DtLensError, as_written
 from dt_lens.lens.matrices import SideName
 from dt_lens.report.factors import factor_heatmap, grid_panels
 from dt_lens.report.options import require_level, sized, titled
+from dt_lens.svd.factors import checked_level
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +143,7 @@ def _levels(svd: WeightSVD, embedding: str, factors: Any, count: int) -> dict[st
         if listed is None or len(listed) != count:
             size = "no list" if listed is None else f"{len(listed)} levels"
             raise DtLensError(f"The factor {name!r} has {size}; {embedding} has {count} labels, so give one for each.")
-        found[name] = listed
+        found[name] = [checked_level(level, name) for level in listed]
     return found
 
 

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from dt_lens.arguments import local_path, names
-from dt_lens.errors import DtLensError, a_type, because, nearest
+from dt_lens.errors import DtLensError, a_type, as_written, because, nearest
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.svd.token_factors import token_factors
 
-__all__ = ["Factors", "factors_of", "read_factors"]
+__all__ = ["Factors", "checked_level", "factors_of", "read_factors"]
 
 Levels = Sequence[Any]  # one for each label; None where the factor does not apply
 
@@ -42,6 +43,8 @@ def factors_of(
 ) -> dict[str, Factors]:
     """The factors of each embedding that has any; ``dt_lens.clusters`` describes the arguments.
 
+    Of an embedding without a factor to test, they say why each is left out.
+
     Raises:
         DtLensError: for a table that does not fit the labels, an unknown factor, and where there is none.
     """
@@ -52,17 +55,9 @@ def factors_of(
     only = None if only is None else _chosen(only, "only")
     strata = [] if strata is None else _chosen(strata, "strata")
     _require_known(found, [*(only or []), *strata])
-    made = {
-        name: made
-        for name, factors in found.items()
-        if (made := _sorted_out(factors, only, strata, given is not None)).tested
-    }
-    if not made:
-        reasons = [
-            reason
-            for factors in found.values()
-            for reason in _sorted_out(factors, only, strata, False).left_out.values()
-        ]
+    made = {name: _sorted_out(name, factors, only, strata, given is not None) for name, factors in found.items()}
+    if not any(of.tested for of in made.values()):
+        reasons = [reason for of in made.values() for reason in of.left_out.values()]
         raise DtLensError(
             "No factor is left to test" + (f": {reasons[0]}" if reasons else "; name others, or fewer strata.")
         )
@@ -149,12 +144,27 @@ def _matched(by_label: pd.DataFrame, embedding: Embedding) -> dict[str, Levels]:
             twice = next(label for label in given if given.count(label) > 1)
             raise DtLensError(f"The table of factors has two rows for the label {twice!r}; give one for each label.")
         by_label = by_label.loc[labels]
-    return {name: [_level(value) for value in by_label[name].tolist()] for name in by_label.columns}
+    return {name: [checked_level(value, name) for value in by_label[name].tolist()] for name in by_label.columns}
 
 
-def _level(value: Any) -> Any:
-    """A level as a plain value; ``None`` for a missing one."""
-    return None if value is None or value is pd.NA or value is pd.NaT or value != value else value
+def checked_level(value: Any, factor: str) -> Any:
+    """A level as it is; ``None`` for a missing one.
+
+    Raises:
+        DtLensError: for what cannot be told apart from other levels by ``==`` and a hash, such as a list or an array.
+    """
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    try:
+        if hasattr(value, "__array__") and not isinstance(value, np.generic):
+            raise TypeError
+        hash(value)
+        return None if value != value else value
+    except (TypeError, ValueError):
+        raise DtLensError(
+            f"The factor {factor!r} has the level {as_written(value)}; a level must be text, a number or another plain "
+            "value, and None where the factor does not apply."
+        ) from None
 
 
 def _chosen(value: Any, argument: str) -> list[str]:
@@ -164,10 +174,11 @@ def _chosen(value: Any, argument: str) -> list[str]:
 def _require_known(found: Mapping[str, Mapping[str, Levels]], wanted: Iterable[str]) -> None:
     known = list(dict.fromkeys(name for factors in found.values() for name in factors))
     for name in wanted:
-        factor, equals, level = name.partition("=")
-        if name in known:
+        factor, level = _parts(known, name)
+        if level is None and factor in known:
             continue
-        if not equals or factor not in known:
+        if level is None:
+            factor = name.partition("=")[0]
             raise DtLensError(f"There is no factor {factor!r}; there are {', '.join(known)}." + nearest(factor, known))
         levels = sorted({str(one) for factors in found.values() for one in factors.get(factor, ()) if one is not None})
         if level not in levels:
@@ -177,13 +188,19 @@ def _require_known(found: Mapping[str, Mapping[str, Levels]], wanted: Iterable[s
             )
 
 
-def _sorted_out(factors: Mapping[str, Levels], only: list[str] | None, strata: list[str], strict: bool) -> Factors:
+def _sorted_out(
+    embedding: str, factors: Mapping[str, Levels], only: list[str] | None, strata: list[str], strict: bool
+) -> Factors:
     """The factors that are tested, and why others are not; with ``strict`` one that cannot be is an error."""
-    held = {name: _of_name(factors, name) for name in strata if name.partition("=")[0] in factors}
+    held = {name: _of_name(factors, name) for name in strata if _parts(factors, name)[0] in factors}
+    if len(held) < len(strata):
+        lacking = " and ".join(repr(_parts(factors, name)[0]) for name in strata if name not in held)
+        why = f"The labels of {embedding} have no factor {lacking}, which is held fixed; they are not tested."
+        return Factors({}, {}, dict.fromkeys(factors, why))
     tested: dict[str, Levels] = {}
     left_out: dict[str, str] = {}
     for name in list(factors) if only is None else only:
-        if name.partition("=")[0] not in factors or name in held:
+        if _parts(factors, name)[0] not in factors or name in held:
             continue
         levels = _of_name(factors, name)
         wrong = _fault(name, levels, held)
@@ -196,11 +213,20 @@ def _sorted_out(factors: Mapping[str, Levels], only: list[str] | None, strata: l
     return Factors(tested, held, left_out)
 
 
+def _parts(factors: Iterable[str], name: str) -> tuple[str, str | None]:
+    """The factor and the level of ``factor=level``; no level for a factor (its own name may hold ``=``), or neither."""
+    known = list(factors)
+    if name in known:
+        return name, None
+    factor = max((one for one in known if name.startswith(f"{one}=")), key=len, default=None)
+    return (name, None) if factor is None else (factor, name[len(factor) + 1 :])
+
+
 def _of_name(factors: Mapping[str, Levels], name: str) -> Levels:
     """A factor, or for ``factor=level`` whether a label has this level."""
-    if name in factors:
-        return factors[name]
-    factor, _, level = name.partition("=")
+    factor, level = _parts(factors, name)
+    if level is None:
+        return factors[factor]
     return [None if one is None else str(one) == level for one in factors[factor]]
 
 

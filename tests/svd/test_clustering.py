@@ -116,6 +116,7 @@ def test_spectrum_keeps_lengths_on_the_axes(agent: Any) -> None:
     pd.testing.assert_series_equal(table["effect_row"], plain["effect_row"])
     assert table["factor"][0] == "row" and table["q_value"][0] < 0.05
     assert not table["p_value"].equals(plain["p_value"])
+    assert table.attrs["draws"] == 21 * 6 * 3 - 1 and table.attrs["lone_p"] == 1 / (21 * 6)
     # A covariance whose only axis is the direction itself: no sign changes how far labels are sorted.
     v = dt_lens.WeightSVD(agent)["blocks.0.mlp.W_in"].side("read")[0].numpy()
     alone = clusters(agent, null="spectrum", activations=np.outer(v, v), **{**few, "sv": 0})
@@ -210,6 +211,7 @@ def test_a_table_of_ones_own(agent: Any, tmp_path: Path) -> None:
         ({"embeddings": "action_in"}, "give factors="),
         ({"matrices": "*.W_inn"}, "W_in"),
         ({"sv": "0-99"}, "out of range"),
+        ({"sv": slice(0, 0)}, r"sv is slice\(0, 0, None\), which is none of the directions"),
         ({"alpha": 2}, "alpha"),
         ({"draws": 0}, "draws"),
         ({"factors": 3}, "DataFrame"),
@@ -218,6 +220,22 @@ def test_a_table_of_ones_own(agent: Any, tmp_path: Path) -> None:
 def test_what_is_wrong_is_one_sentence(agent: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(DtLensError, match=said):
         clusters(agent, **options)
+
+
+def test_no_rows_are_an_error(agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "facts", replace(agent.facts, factors={"state_in": FACTORS}))
+    with pytest.raises(DtLensError, match="No side of these matrices is compared with state_in by default; give emb"):
+        clusters(agent, matrices="*.W_out", **QUICK)
+
+
+def test_strata_leave_an_embedding_out(agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the writing sides has no row, so its labels are not ranked within rows."""
+    factors = {"state_in": FACTORS, "state_out": {"seat": FACTORS["seat"]}}
+    monkeypatch.setattr(agent, "facts", replace(agent.facts, factors=factors))
+    table = clusters(agent, strata="row", matrices="blocks.?.mlp.*", sv=0, **QUICK)
+    assert set(table["embedding"]) == {"state_in"} and table.attrs["strata"] == ["row"]
+    assert list(table.attrs["factors"]) == ["state_in"]
+    assert "have no factor 'row'" in table.attrs["left_out"]["state_out: seat"]
 
 
 def test_covariance_of_a_side_is_that_of_scans(agent: Any) -> None:

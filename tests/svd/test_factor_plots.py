@@ -57,6 +57,7 @@ def test_three_factors_are_joined_and_what_a_place_decides_is_none(svd: dt_lens.
         ({}, "does not say what the labels of state_in consist of"),
         ({"factors": {"row": [0] * 8}}, "factors are row; a grid needs row and column"),
         ({"factors": {"row": [0], "column": [1]}}, "'row' has 1 levels; state_in has 8 labels"),
+        ({"factors": FACTORS | {"tile": [[1]] * 8}}, "'tile' has the level \\[1\\]; a level must be text"),
         ({"factors": [1]}, "must be a dictionary of levels by factor"),
         ({"factors": FACTORS, "sv": 99}, "none with sv=99"),
         ({"factors": FACTORS, "limit": -1}, "limit is -1"),
@@ -71,6 +72,14 @@ def test_too_many_panels(svd: dt_lens.WeightSVD, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("dt_lens.svd.factor_plots.PANELS", 1)
     with pytest.raises(DtLensError, match="make 2 panels"):
         plot_grid(svd, "blocks.0.mlp.W_in", factors=FACTORS)
+
+
+def test_rows_of_several_types_are_numbers_before_text(svd: dt_lens.WeightSVD) -> None:
+    given = {"row": [10, 10, 9, 9, "b", "b", "a", "a"], "column": [0, 1] * 4}
+    figure = plot_grid(svd, "blocks.0.mlp.W_in", factors=given)
+    assert list(figure.data[0].y) == ["9", "10", "a", "b"]
+    cosines = svd.cosines("blocks.0.mlp.W_in", "state_in", None, 1).iloc[0].to_numpy()
+    np.testing.assert_allclose(np.array(figure.data[0].z, dtype=float), cosines.reshape(4, 2)[[1, 0, 3, 2]])
 
 
 def test_many_panels_of_one_factor_take_several_lines() -> None:
@@ -96,5 +105,7 @@ def test_a_dot_where_a_direction_sorts(svd: dt_lens.WeightSVD) -> None:
     kept = sorted(table["p_value"].sort_values(kind="stable").index[:2])
     assert len(few.data[0].z) == 2
     np.testing.assert_allclose(10 ** -np.array(few.data[0].z, dtype=float)[:, 0], table.loc[kept, "p_half"])
+    joined = pd.concat([table, table.assign(matrix="other")])  # two tables share the numbers of their rows
+    assert len(plot_factors(joined, most=3).data[0].z) == 3
     with pytest.raises(DtLensError, match="no column 'factor'; give the table of clusters"):
         plot_factors(svd.scan("*.W_in", embeddings="action_out"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,43 @@ def test_strata_leave_out_what_they_determine() -> None:
     assert "one level in each stratum of n" in found.left_out["copy"]
     with pytest.raises(DtLensError, match="one level in each stratum"):
         of_table(table, strata="n", only="copy")
+
+
+def test_an_embedding_that_lacks_a_stratum_is_left_out() -> None:
+    """Its labels would be ranked all together, and the table would say that they were not."""
+
+    factors = {"known": {"n": [1, 1, 2, 2], "m": [1, 2, 1, 2]}, "other": {"m": [1, 2, 1, 2]}}
+    model = SimpleNamespace(facts=SimpleNamespace(factors=factors))
+    two = registry()
+    two["other"] = Embedding(torch.eye(4, 3), LABELS)
+    found = factors_of(model, two, strata="n")
+    assert (list(found["known"].tested), list(found["known"].strata)) == (["m"], ["n"])
+    assert (found["other"].tested, found["other"].strata) == ({}, {})
+    assert "The labels of other have no factor 'n', which is held fixed" in found["other"].left_out["m"]
+    with pytest.raises(DtLensError, match="No factor is left to test: The labels of other have no factor"):
+        factors_of(model, two, embeddings=["other", "known"], strata="n", only="n")
+
+
+def test_a_factor_whose_name_holds_an_equals_sign() -> None:
+    table = pd.DataFrame({"label": LABELS, "size=big": [1, 1, 2, 2], "m": [1, 2, 1, 2], "size": ["x", "y", "y", "x"]})
+    assert list(of_table(table).tested) == ["size=big", "m", "size"]
+    held = of_table(table, strata="size=big", only="m")
+    assert held.strata == {"size=big": [1, 1, 2, 2]}
+    found = of_table(table, only=["size=big", "size=big=2", "size=x"]).tested
+    assert found == {
+        "size=big": [1, 1, 2, 2],
+        "size=big=2": [False, False, True, True],
+        "size=x": [True, False, False, True],
+    }
+    with pytest.raises(DtLensError, match="no level 'large'; it has x, y"):
+        of_table(table, only="size=large")
+
+
+@pytest.mark.parametrize("level", [[1], {"a": 1}, np.ones(2), torch.ones(1)])
+def test_a_level_is_a_plain_value(level: Any) -> None:
+    cells = pd.Series([1, 2, 1, level], index=LABELS, dtype=object)
+    with pytest.raises(DtLensError, match=r"The factor 'n' has the level .* must be text, a number"):
+        factors_of(None, registry(), pd.DataFrame({"n": cells}))
 
 
 def test_tokens_of_every_spelling() -> None:

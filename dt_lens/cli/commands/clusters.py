@@ -26,7 +26,10 @@ def clusters(
     ] = None,
     only: Annotated[
         str | None,
-        typer.Option(help="Comma-separated factors to test; passenger=R asks about one level against all others."),
+        typer.Option(
+            help="Comma-separated factors to test; passenger=R, or 'cell=(3, 6)', asks about one level against all "
+            "others."
+        ),
     ] = None,
     strata: Annotated[
         str | None, typer.Option(help="Comma-separated factors to hold fixed: labels are ranked within their levels.")
@@ -127,5 +130,10 @@ def _print_summary(table: pd.DataFrame) -> None:
         print(symbols[measure] + MEASURES[measure] + ".")
     print(f"Null: {about['null']}. {about['assumes']}")
     print(f"Up to {about['draws']:,} random directions were drawn, so no p-value is below {about['smallest_p']:.1e}.")
+    lone, alpha = about["lone_p"], about["alpha"]
+    if lone > about["smallest_p"]:
+        print(f"A row above all of them by one factor alone has a p-value of up to {lone:.1e}.")
+    if lone * len(table) > alpha:
+        print(f"That may be too large for one row alone to have q <= {alpha:g}; for that draw more with --draws.")
     for reason in dict.fromkeys(about["left_out"].values()):
         print(f"Left out: {reason}")

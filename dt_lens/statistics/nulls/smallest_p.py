@@ -8,7 +8,7 @@ them is compared with the smallest of each draw (Westfall and Young, "Resampling
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,9 +42,8 @@ class SmallestP:
     """
 
     sorted: Array  # [B, statistics], each column from the smallest on
-    order: NDArray[Any]  # [B, statistics]: which draw is the k-th largest
     smallest: Array  # [B], sorted: the least rank of each draw, 1 for the largest of a statistic
-    of_draw: Array  # [B]: the same, by draw
+    reached: NDArray[np.bool_]  # [B, statistics], in the same order: in which statistics a draw has its least rank
 
     @classmethod
     def of(cls, drawn: ArrayLike) -> SmallestP:
@@ -56,12 +55,12 @@ class SmallestP:
         T = numbers(drawn, "drawn")
         if T.ndim != 2 or not T.size or not np.isfinite(T).all():
             raise DtLensError(f"drawn has shape {list(T.shape)}; it must be finite statistics [draws, statistics].")
-        order = np.argsort(-T, axis=0, kind="stable")
-        ascending = np.take_along_axis(T, order[::-1], 0)
+        ascending = np.sort(T, axis=0)
         # Of tied draws each counts all of them.
         rank = np.stack([len(T) - np.searchsorted(a, t - TIED) for a, t in zip(ascending.T, T.T, strict=True)], axis=1)
-        least = rank.min(1).astype(np.float64)
-        return cls(ascending, order, np.sort(least), least)
+        least = rank.min(1)
+        order = np.argsort(least)
+        return cls(ascending, least[order].astype(np.float64), (rank == least[:, None])[order])
 
     def __len__(self) -> int:
         return len(self.smallest)
@@ -69,9 +68,10 @@ class SmallestP:
     def test(self, observed: ArrayLike) -> Tested:
         """The p-values of rows of statistics ``[rows, statistics]``.
 
-        Of a row, ``c_f`` draws have as large a statistic ``f``, and ``c`` is the least of these counts. A draw is as
-        extreme if its rank in any statistic, the row itself counted, is at most ``c + 1``: if its rank among the draws
-        is at most ``min(c + 1, c_f)``.
+        Of a row, ``c_f`` draws have as large a statistic ``f``, and ``c`` is the least of these counts. A rank is the
+        number of those that are as large, so that ties share the largest. A draw is as extreme if its rank in any
+        statistic, the row itself counted, is at most ``c + 1``: if its rank among the draws is at most ``c``, or it is
+        ``c + 1`` in a statistic in which the draw is larger than the row.
         """
         x = numbers(observed, "observed")
         if x.ndim != 2 or x.shape[1] != self.sorted.shape[1]:
@@ -80,12 +80,10 @@ class SmallestP:
         above = np.stack([B - np.searchsorted(a, t - TIED) for a, t in zip(self.sorted.T, x.T, strict=True)], axis=1)
         c = above.min(1)
         count = np.searchsorted(self.smallest, c, side="right").astype(np.float64)
-        # Draws of rank c + 1 exactly, in a statistic in which the row has more draws above it than c.
-        for f in range(x.shape[1]):
-            rows = np.flatnonzero((above[:, f] > c) & (c < B))
-            draw = self.order[c[rows], f]
-            new = self.of_draw[draw] > c[rows]
-            for g in range(f):  # counted once
-                new &= ~((above[rows, g] > c[rows]) & (self.order[c[rows], g] == draw))
-            count[rows] += new
+        # Draws whose least rank is c + 1, in a statistic in which they lie above the row; tied ones stand together.
+        for least in np.unique(c[c < B]):
+            rows = np.flatnonzero(c == least)
+            found = slice(*np.searchsorted(self.smallest, [least + 1, least + 2]))
+            larger = self.sorted[B - 1 - least] > x[rows] + TIED
+            count[rows] += (self.reached[found].astype(np.float32) @ larger.T.astype(np.float32) > 0).sum(0)
         return Tested((1 + count) / (1 + B), (1 + above) / (1 + B))

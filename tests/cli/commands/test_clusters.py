@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from dt_lens import load, save_pretrained
+from dt_lens.cli.options import split
 
 Run = Callable[..., Any]
 
@@ -38,6 +39,8 @@ def test_it_says_how_many_how_sure_and_what_the_numbers_mean(dt_lens: Run, folde
     assert "ε² is the share of the variance of the labels' ranks" in said and "AUC is the chance" in said
     assert "Null: haar. A direction that means nothing points anywhere" in said
     assert "99 random directions were drawn, so no p-value is below 1.0e-02" in said
+    assert "A row above all of them by one factor alone has a p-value of up to 2.0e-02." in said
+    assert "too large for one row alone to have q <= 0.05" in said
     assert str(file) in found.stderr
     table = pd.read_csv(file)
     assert list(table["sv"]) == [0, 1, 2] and {"effect_row", "p_odd", "q_value"} <= set(table.columns)
@@ -54,6 +57,11 @@ def test_strata_levels_and_a_file_of_factors(dt_lens: Run, folder: Path, tmp_pat
     labels = list(load(folder, check=False).embeddings["state_in"].labels)
     pd.DataFrame({"label": labels, "third": [i % 3 for i in range(12)]}).to_csv(file, index=False)
     assert " third " in dt_lens("clusters", folder, "--factors", file, *few).stdout
+
+
+def test_commas_in_parentheses_belong_to_a_level() -> None:
+    assert split("cell=(3, 6), object,(a", "only") == ["cell=(3, 6)", "object", "(a"]
+    assert split("*.W_in,*.W_out", "matrices") == ["*.W_in", "*.W_out"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,20 @@ def test_it_is_the_rank_of_the_row_among_the_draws_and_itself(statistics: int) -
         np.testing.assert_allclose(found.p_value, found.each[:, 0])
 
 
+@pytest.mark.parametrize("levels", [2, 4, 9])
+def test_ties_count_as_the_definition_says(levels: int) -> None:
+    """Of small whole numbers, by brute force: how many of the draws and the row have as small a smallest rank."""
+    rng = np.random.default_rng(levels)
+    for B, statistics in ((1, 1), (3, 2), (12, 3), (40, 4)):
+        drawn, rows = rng.integers(0, levels, (B, statistics)), rng.integers(-1, levels + 1, (30, statistics))
+        found = SmallestP.of(drawn).test(rows)
+        for row, p, each in zip(rows, found.p_value, found.each, strict=True):
+            together = np.vstack([drawn, row])
+            ranks = (together[None] >= together[:, None]).sum(1)
+            assert (each * (B + 1)).tolist() == pytest.approx(ranks[-1].tolist())
+            assert p * (B + 1) == pytest.approx((ranks.min(1) <= ranks[-1].min()).sum()), (drawn, row)
+
+
 def test_p_values_of_dependent_statistics_are_uniform() -> None:
     rng = np.random.default_rng(0)
     found = []
