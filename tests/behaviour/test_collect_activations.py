@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(make_model: Make, monkeypatch: pytest
                 raise KeyboardInterrupt
             return super().act(*args)
 
-    monkeypatch.setattr("dt_lens.behaviour.agents.watched.WindowPolicy", Stopping)
+    monkeypatch.setattr("dt_lens.behaviour.agents.played.WindowPolicy", Stopping)
     edit = SingularEdit(model, "blocks.0.mlp.W_in", value="zero")
     with edit:
         before = {name: weight.clone() for name, weight in model.weights.items()}
