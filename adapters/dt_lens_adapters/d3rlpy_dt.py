@@ -115,6 +115,7 @@ class _Layout(Layout):
             return
         self.linears = ["_encoder._last_layers.0"]
         shapes = [tensors.size(f"{key}.weight", 4) for key in self.convs]
+        self.pixels = float(given.get("pixels", 1.0))
         self.channels = [shapes[0][1], *(shape[0] for shape in shapes)]
         self.kernels = tuple(shape[-1] for shape in shapes)
         strides = given.assume("strides", NATURE[1]) if self.kernels == NATURE[0] else given.get("strides", ())
@@ -139,9 +140,8 @@ class _Layout(Layout):
             behind = [self.inner_acts] * (len(self.linears) - 1) + [self.last_acts]
             return LinearStack(self.widths, behind)
         d = self.cfg.d_model
-        pixels = 255.0 if self.facts.about.get("observations") == DIVIDED else 1.0
         acts = (self.inner_acts, self.last_acts)
-        return ConvStack(self.channels, self.kernels, self.strides, self.side, d, *acts, pixels)
+        return ConvStack(self.channels, self.kernels, self.strides, self.side, d, *acts, self.pixels)
 
     def canonical(self, tensors: Tensors) -> dict[str, Tensor]:
         cfg, d = self.cfg, self.cfg.d_model
@@ -275,7 +275,10 @@ class D3rlpyDecisionTransformer(StateDictAdapter):
         usual = {
             name: value for name, value in USUAL.items() if name != "return_scale" or "reward_scaler" not in ignored
         }
-        return usual | said_by_settings(settings, ignored)
+        said = said_by_settings(settings, ignored)
+        # Apart from the facts: a user's own ``about`` takes the place of the settings'.
+        divided = said.get("about", {}).get("observations") == DIVIDED
+        return usual | said | ({"pixels": 255.0} if divided else {})
 
     def said_by_model(self, model: Any) -> dict[str, Any]:
         block = model._gpt2._transformer[0]

@@ -20,10 +20,11 @@ from dt_lens.decision_transformer.checkpoint import save_pretrained
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.environment_factors import environment_factors
 from dt_lens.decision_transformer.environment_labels import environment_labels, environment_parts
+from dt_lens.decision_transformer.environment_wrappers import APART
 from dt_lens.decision_transformer.facts import RunFacts, from_file
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.errors import DtLensError, a_type, nearest
-from dt_lens.lens.environment_names import import_module_of
+from dt_lens.lens.environment_names import FileKeywords, import_module_of
 from dt_lens.training.dataset import Trajectories, Windows, read
 from dt_lens.training.run import CHECKPOINT, TrainingRun, saved_state
 from dt_lens.training.settings import AgentSettings
@@ -84,8 +85,8 @@ def train(
         failure: what counts as failing in the data's environment, a fact of the model: ``"terminated"``,
             ``"truncated"`` or a return to fall below. It changes nothing in training.
         ignores: parts of the observations that the model does not read, by name, such as ``["mission"]`` of MiniGrid's;
-            a fact of the model, as are the texts of those that it reads, one-hot. By default only texts that are always
-            the same.
+            a fact of the model, as are the texts of those that it reads, one-hot. Texts that are always the same are
+            left out too.
         resume: whether to resume an unfinished run in ``out``.
         device: where the model trains.
         report: called after every step.
@@ -112,6 +113,7 @@ def train(
     if not settings.targets:
         settings = replace(settings, targets=_targets(data.returns))
     facts = replace(_to_evaluate_in(_facts(settings, data), environment, environment_kwargs), failure=failure)
+    facts = replace(facts, **_names(data, facts))  # of the environment that the user has named or confirmed by now
     _require_parts(data, facts)
     facts.to_json()  # what JSON cannot hold is found before the work
     folder, on = local_path(out, "out"), torch.device(device)
@@ -331,11 +333,9 @@ def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
         "environment_kwargs": data.environment_kwargs or {},
         "evaluation_environment": data.evaluation_environment,
     }
-    named = from_file(places)
     return RunFacts(
         context=settings.context,
-        **named,
-        **_names(data, named),
+        **from_file(places),
         state_mean=tuple(float(m) for m in data.state_mean) if data.normalised else None,
         state_std=tuple(float(s) for s in data.state_std) if data.normalised else None,
         ignores=data.ignores or None,
@@ -354,15 +354,24 @@ def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
     )
 
 
-def _names(data: Trajectories, named: Mapping[str, Any]) -> dict[str, Any]:
+def _names(data: Trajectories, facts: RunFacts) -> dict[str, Any]:
     """Factors of the states, with the labels that they are levels of: the environment need not be there to read them.
 
     Where states have no factors, labels are taken from the environment as the model is read.
     """
-    place, kwargs = named["environment"], named["environment_kwargs"]
+    place, kwargs = facts.environment, facts.environment_kwargs
     if place is None:
         return {}
     factors = environment_factors(place, kwargs, data.ignores, data.texts)
+    if factors is None and isinstance(kwargs, FileKeywords):
+        harmless = {name: kwargs[name] for name in APART if name in kwargs}
+        if kwargs != harmless and environment_factors(place, harmless, data.ignores, data.texts) is not None:
+            warnings.warn(
+                f"The states of {data.dataset_id!r} get neither labels nor factors, since nobody has confirmed the "
+                f"keywords of its environment; if they are right, pass environment_kwargs={dict(kwargs)!r:.200} "
+                "(--environment-kwargs on the command line).",
+                stacklevel=3,
+            )
     if factors is None or len(next(iter(factors.values()))) != data.states.shape[1]:
         return {}
     states, actions = environment_labels(place, kwargs, data.ignores, data.texts)

@@ -108,8 +108,8 @@ def read(dataset_id: str, ignores: Sequence[str] | None = None) -> Trajectories:
 
     Args:
         dataset_id: a Minari id.
-        ignores: parts of the observations to leave out, by name, as in ``RunFacts``. By default texts that are always
-            the same.
+        ignores: parts of the observations to leave out, by name, as in ``RunFacts``. Texts that are always the same
+            are left out too.
 
     Raises:
         DtLensError: if the data set is neither local nor downloadable, has other spaces, or is damaged: an episode that
@@ -159,7 +159,7 @@ def _declared(dataset: Any, ignores: Sequence[str] | None) -> tuple[tuple[str, .
     if isinstance(ignores, str) or not all(isinstance(name, str) for name in ignores or ()):
         raise DtLensError(f"ignores is {ignores!r:.80}; it must be a list of names, such as ['mission'].")
     found = texts_in(dataset, ignores or ())
-    constant = [name for name, texts in found.items() if len(texts) == 1 and ignores is None]
+    constant = [name for name, texts in found.items() if len(texts) == 1]
     texts = {name: tuple(some) for name, some in found.items() if name not in constant}
     for name, some in texts.items():
         if len(some) > MOST_TEXTS:

@@ -97,12 +97,18 @@ def texts_in(dataset: Any, ignores: Sequence[str] = ()) -> dict[str, list[str]]:
     """The different texts of each part of the observations that is one, sorted, without the parts that are ignored."""
     found: dict[str, set[str]] = {}
     paths = {name: path for name, path, part in leaves(dataset.observation_space, ignores) if is_text(part)}
-    for episode in dataset.iterate_episodes() if paths else ():
+    for number, episode in _episodes(dataset) if paths else ():
         for name, path in paths.items():
             values = episode.observations
-            for key in path:
-                values = values[key]
-            found.setdefault(name, set()).update(map(str, values))
+            try:
+                for key in path:
+                    values = values[key]
+                found.setdefault(name, set()).update(map(str, values))
+            except (KeyError, IndexError, TypeError) as error:
+                raise DtLensError(
+                    f"Episode {number} of the data set {dataset.id!r} has observations without {name!r}; repair the "
+                    "data set or record it again."
+                ) from error
     return {name: sorted(texts) for name, texts in found.items()}
 
 
@@ -119,12 +125,25 @@ def flat_episodes(
         DtLensError: for an episode that is missing, cannot be read, or whose parts do not belong together, with its
             number.
     """
-    numbers, checks = [int(number) for number in dataset.episode_indices], _Checks(dataset, ignores, texts or {})
+    checks = _Checks(dataset, ignores, texts or {})
+    counted: Iterator[Any] = iter(
+        dataset.storage.get_episode_metadata([int(number) for number in dataset.episode_indices])
+    )
+    for number, episode in _episodes(dataset):
+        steps = None
+        with suppress(Exception):  # not every version of Minari counts them
+            steps = next(counted).get("total_steps")
+        yield checks.flat(number, episode, steps)
+    checks.warn_of_early_ends()
+
+
+def _episodes(dataset: Any) -> Iterator[tuple[int, Any]]:
+    """Minari's episodes with their numbers; ``DtLensError`` for one that is missing or cannot be read."""
+    numbers = [int(number) for number in dataset.episode_indices]
     try:
         episodes = iter(dataset.iterate_episodes())
     except Exception as error:
         _first_unreadable(dataset, numbers, error)
-    counted: Iterator[Any] = iter(dataset.storage.get_episode_metadata(numbers))
     for number in numbers:
         try:
             episode = next(episodes)
@@ -135,11 +154,7 @@ def flat_episodes(
             ) from None
         except Exception as error:
             _unreadable(dataset, number, error)
-        steps = None
-        with suppress(Exception):  # not every version of Minari counts them
-            steps = next(counted).get("total_steps")
-        yield checks.flat(number, episode, steps)
-    checks.warn_of_early_ends()
+        yield number, episode
 
 
 def _first_unreadable(dataset: Any, numbers: list[int], error: Exception) -> NoReturn:
@@ -225,7 +240,7 @@ class _Checks:
         if isinstance(space, gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
             return self._multi_hot(values, space, what)
         if isinstance(space, gym.spaces.Dict):
-            keys = [key for key in ordered(space) if self._read(path, key)]
+            keys = [key for key in ordered(space) if self._read(space[key], path, key)]
             missing = [key for key in keys if key not in values] if isinstance(values, dict) else keys
             if missing:
                 self._refuse(f"has {what} without {missing[0]!r}")
@@ -234,7 +249,7 @@ class _Checks:
         if isinstance(space, gym.spaces.Tuple):
             if len(values) != len(space.spaces):
                 self._refuse(f"has {what} of {len(values)} parts in place of {len(space.spaces)}")
-            named = [(i, value, space[i]) for i, value in enumerate(values) if self._read(path, i)]
+            named = [(i, value, space[i]) for i, value in enumerate(values) if self._read(space[i], path, i)]
             return self._joined([self._flat(v, part, f"{what} {i}", (*path, str(i))) for i, v, part in named], what)
         if is_text(space) and (name := ".".join(path)) in self.texts:
             return self._one_hot_text(values, self.texts[name], what)
@@ -243,8 +258,9 @@ class _Checks:
             "be learned from, and texts among observations."
         )
 
-    def _read(self, path: tuple[str, ...], key: Any) -> bool:
-        return ".".join((*path, str(key))) not in self.ignores
+    def _read(self, space: gym.Space[Any], path: tuple[str, ...], key: Any) -> bool:
+        """Whether something of this part is read: all that is in it may be ignored by name."""
+        return next(leaves(space, self.ignores, (*path, str(key))), None) is not None
 
     def _joined(self, parts: list[np.ndarray[Any, Any]], what: str) -> Float32[np.ndarray, "row size"]:
         lengths = [len(part) for part in parts]

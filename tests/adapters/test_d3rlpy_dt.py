@@ -66,6 +66,11 @@ def test_images(tmp_path: Path, discrete: bool) -> None:
     ):
         assert lens.cfg.state_dim == 800
         torch.testing.assert_close(lensed(lens, batch), original(model, batch), rtol=1e-5, atol=1e-5)
+    scaled = {"observation_scaler": {"type": "pixel", "params": {}}}
+    file = whole_file(model, tmp_path / "b.d3", act, {"type": "pixel", "params": filters}, **scaled)
+    for about in ({}, {"about": {"who": "I"}}):
+        encoder: Any = dt_lens.load(file, check=False, **about).embed["state"]
+        assert encoder.pixels == 255
     for options, message in (
         ({}, "do not say the strides of these 2 convolutions; pass strides="),
         ({"strides": [3, 0]}, "do not say the strides"),

@@ -221,3 +221,48 @@ def test_arrow_data_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shutil.rmtree(tmp_path / "test/arrow-v0/data/1")
     with pytest.raises(DtLensError, match=r"Episode 1 .* cannot be read \(FileNotFoundError"):
         read("test/arrow-v0")
+
+
+NESTED = gym.spaces.Dict(
+    {
+        "m": gym.spaces.Text(9),
+        "x": gym.spaces.Box(-9, 9, (2,)),
+        "z": gym.spaces.Dict({"a": gym.spaces.Discrete(2)}),
+    }
+)
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set with a text that is always the same, and its file."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rows = {"m": ["go"] * 3, "x": np.ones((3, 2), np.float32), "z": {"a": np.array([0, 1, 0])}}
+    buffers = [
+        EpisodeBuffer(number, None, None, rows, np.array([0, 1]), [0.0, 1.0], [False, True], [False] * 2)
+        for number in range(3)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers(
+            "test/text-v0", buffers, observation_space=NESTED, action_space=gym.spaces.Discrete(2)
+        )
+    return tmp_path / "test/text-v0/data/main_data.hdf5"
+
+
+def test_a_missing_text_or_episode_is_named(texts: Path) -> None:
+    with h5py.File(texts, "a") as file:
+        file["episode_1/observations"].pop("m")
+    with pytest.raises(DtLensError, match=r"Episode 1 .* has observations without 'm'"):
+        read("test/text-v0")
+    with h5py.File(texts, "a") as file:
+        file.pop("episode_1")
+    with pytest.raises(DtLensError, match=r"Episode 1 .* cannot be read"):
+        read("test/text-v0")
+
+
+def test_all_of_a_nested_part_may_be_ignored_and_a_constant_text_always_is(texts: Path) -> None:
+    assert read("test/text-v0", ["m", "z.a"]).states.shape == (6, 2)
+    found = read("test/text-v0", ["z"])
+    assert found.states.shape == (6, 2) and found.texts is None and set(found.ignores) == {"m", "z"}
+    with pytest.raises(DtLensError, match="Nothing is left of the observations of"):
+        read("test/text-v0", ["m", "z.a", "x"])

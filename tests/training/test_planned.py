@@ -176,3 +176,19 @@ def test_a_grid_of_the_users_own_class_has_no_planner() -> None:
         observation_space, action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Discrete(2)
 
     assert planner_for(MiniGridEnv()) is None
+
+
+def test_names_are_those_of_the_keywords_that_the_user_confirms(minari_root: Path) -> None:
+    sure = {"is_slippery": False, "map_name": "4x4"}
+    how: dict[str, Any] = {"episodes": 2, "noises": (0.0,), "workers": 1, "folder": minari_root / "a"}
+    record_planned("FrozenLake-v1", "test/ice-v0", environment_kwargs={**sure, "success_rate": 0.5}, **how)
+    data = read("test/ice-v0")
+    settings = AgentSettings(steps=1, d_model=8, n_layers=1, context=2, targets=(1.0,), bf16=False)
+    with pytest.warns(UserWarning, match="get neither labels nor factors, .* pass environment_kwargs="):
+        model = train("test/ice-v0", minari_root / "one", settings, eval_every=0)
+    assert model.facts.factors is None
+    model = train(
+        "test/ice-v0", minari_root / "two", settings, eval_every=0, environment_kwargs=data.environment_kwargs
+    )
+    assert model.facts.factors is not None and model.facts.state_labels is not None
+    assert set(model.facts.factors["state_in"]) == {"row", "column", "tile"}

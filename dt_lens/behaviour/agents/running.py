@@ -99,13 +99,17 @@ def setting_of(
         target_return = facts.target_returns[0]
     if not is_finite_number(target_return):
         raise DtLensError(f"target_return is {target_return!r:.80}; it must be a finite number.")
+    of_the_facts = deterministic is None
     deterministic = facts.deterministic if deterministic is None else deterministic
     if not isinstance(deterministic, bool | np.bool_):
         raise DtLensError(f"deterministic is {deterministic!r:.80}; it must be True or False.")
     if not deterministic and not model.cfg.discrete_actions:
+        remedy = "leave out deterministic=False (--stochastic)"
+        if of_the_facts:
+            remedy = "pass deterministic=True (--deterministic) against its facts"
         raise DtLensError(
-            "This model predicts continuous actions, and not how likely each of them is; leave out deterministic=False "
-            "(--stochastic): nothing can be sampled."
+            f"This model predicts continuous actions, and not how likely each of them is; {remedy}: nothing can be "
+            "sampled."
         )
     setting = known_setting(
         model, given or environment, environment_kwargs, float(target_return), max_steps, bool(deterministic)

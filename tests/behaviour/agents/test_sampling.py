@@ -139,3 +139,7 @@ def test_the_agents_facts_may_say_so(make_model: Make) -> None:
         evaluate(model, episodes=1, deterministic="no")
     with pytest.raises(DtLensError, match=r"predicts continuous actions, .* \(--stochastic\)"):
         evaluate(make_model("Pendulum-v1"), episodes=1, deterministic=False)
+    continuous = make_model("Pendulum-v1")
+    continuous.facts = replace(continuous.facts, deterministic=False)
+    with pytest.raises(DtLensError, match=r"predicts continuous actions, .* pass deterministic=True"):
+        evaluate(continuous, episodes=1)
