@@ -121,6 +121,28 @@ def test_few_tables_of_noise_hold_a_cluster(mixed: bool) -> None:
     assert permuted > 40, permuted  # like labels are close: permuting them finds clusters in noise
 
 
+def test_behind_a_layernorm_too() -> None:
+    """What is read is centred and scaled, and is noise after that; the states pass a LayerNorm of their own."""
+    labels, factors = states(60, 16)
+    rng, given, found, p = np.random.default_rng(7), table_of(factors), 0, []
+    w = torch.from_numpy(np.exp(0.5 * rng.standard_normal((2, 16))))
+    registry = EmbeddingRegistry(16, "nothing")
+    registry["state_in"] = Embedding(torch.from_numpy(labels) + 3, kind="state", layernorm=w[0])  # + 3: it is centred
+    structure = Structure(1, 1, 16, (1.0,), (None,), ("blocks.0.ln2",))
+    for number in range(25):
+        W = torch.from_numpy(rng.standard_normal((16, 3)) + 4) / w[1][:, None]  # centring takes the 4 away
+        table = clusters(
+            Drawn({"blocks.0.mlp.W_in": W, "blocks.0.ln2.w": w[1]}, structure, registry),
+            given,
+            seed=number // GROUP,
+            beside=False,
+        )
+        found += table.attrs["found"] > 0
+        p.append(float(table["p_value"].iloc[0]))
+    assert found <= at_most(25), found
+    assert stats.kstest(p, "uniform").pvalue > 1e-3
+
+
 def test_strata_and_spectrum_are_calibrated_too() -> None:
     labels, factors = states(100, 24)
     rng, given, held, signs = np.random.default_rng(5), table_of(factors), 0, 0
