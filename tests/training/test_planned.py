@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,9 @@ def test_a_grid_of_the_users_own_class_has_no_planner() -> None:
     assert planner_for(MiniGridEnv()) is None
 
 
-def test_names_are_those_of_the_keywords_that_the_user_confirms(minari_root: Path) -> None:
+def test_names_are_those_of_the_keywords_that_the_user_confirms(
+    minari_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sure = {"is_slippery": False, "map_name": "4x4"}
     how: dict[str, Any] = {"episodes": 2, "noises": (0.0,), "workers": 1, "folder": minari_root / "a"}
     record_planned("FrozenLake-v1", "test/ice-v0", environment_kwargs={**sure, "success_rate": 0.5}, **how)
@@ -192,3 +195,8 @@ def test_names_are_those_of_the_keywords_that_the_user_confirms(minari_root: Pat
     )
     assert model.facts.factors is not None and model.facts.state_labels is not None
     assert set(model.facts.factors["state_in"]) == {"row", "column", "tile"}
+    # Where the data name no environment, the one that the user names.
+    bare = replace(data, environment=None, environment_kwargs=None)
+    monkeypatch.setattr("dt_lens.training.agent.read", lambda *_: bare)
+    model = train("test/ice-v0", minari_root / "three", settings, eval_every=0, environment="FrozenLake-v1")
+    assert model.facts.factors is not None and set(model.facts.factors["state_in"]) == {"row", "column", "tile"}
