@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 
 import gymnasium as gym
@@ -99,12 +98,9 @@ def test_minigrid_agents_act_as_their_cards_say(name: str, least: float) -> None
 def test_minigrid_agents_scan_without_minigrid_and_say_what_running_takes(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(package: str) -> None:
-        raise PackageNotFoundError(package)
-
     for module in [module for module in sys.modules if module.partition(".")[0] == "minigrid"]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setattr(environment_names, "distribution", missing)
+    monkeypatch.setattr(environment_names, "find_spec", lambda name: None)
     model = dt_lens.load(name, check=False)
     table = dt_lens.WeightSVD(model, rank=2).scan("blocks.0.mlp.W_in", embeddings="state_in")
     assert " at cell (" in table["label"].iloc[0]
