@@ -21,19 +21,19 @@ ALPHA = 0.05
 TITLE = "Directions that sort labels by what they are"
 
 
-def clusters_of(model: Any, matrices: Any, seed: int, tell: ProgressCallback) -> pd.DataFrame | str:
+def clusters_of(model: Any, matrices: Any, seed: int, tell: ProgressCallback) -> pd.DataFrame | str | None:
     """The table of ``clusters``, where the model's facts say what its labels consist of.
 
     Returns:
-        a sentence, in place of the table, where these factors cannot be tested; an empty one where there are none.
+        a sentence, in place of the table, where these factors cannot be tested; ``None`` where there are none.
     """
     if not getattr(getattr(model, "facts", None), "factors", None):
-        return ""
+        return None
     try:
         found: pd.DataFrame = clusters(model, matrices=matrices, seed=seed, beside=False, progress=tell)
     except DtLensError as error:  # facts may name factors that cannot be tested, of these matrices or at all
         return str(error)
-    return found if len(found) else "No side of these matrices is compared with labels that have factors."
+    return found
 
 
 def cluster_section(table: pd.DataFrame | str, svd: WeightSVD) -> Section:

@@ -157,7 +157,7 @@ class Study(Printed):
             report=self.folder / "report.html",
             svd=svd,
             facts=self._facts(chosen),
-            clusters=None if isinstance(sorted_by, str) and not sorted_by else sorted_by,
+            clusters=sorted_by,
         )
         write_study(result, self.folder)
         tell("done", 1.0)

@@ -97,9 +97,10 @@ class _Changed:
             controls.append(self.controls[number][:, here].mean(1) - self.controls[number][:, elsewhere].mean(1))
         return compare_with_null(float(np.mean(edits)), np.mean(controls, axis=0)) if edits else None
 
-    def tried(self, factor: str, where: Bool[np.ndarray, " n"]) -> bool:
-        """Whether a factor matters in some of these situations and not in all."""
-        return factor in self.situations.matters and 0 < self.situations.matters[factor][where].mean() < 1
+
+def _varies(kind: Situations, factor: str, where: Bool[np.ndarray, " n"]) -> bool:
+    """Whether a factor matters in some of the situations ``where``, and not in all."""
+    return factor in kind.matters and 0 < kind.matters[factor][where].mean() < 1
 
 
 def acts_where_it_matters(
@@ -129,12 +130,12 @@ def acts_where_it_matters(
     directions = clustered_directions(case, table)
     if not directions:
         raise NotApplicable("no single direction clusters by a factor")
-    usable = [d for d in directions if all(_Changed(k, _NONE, _NONE3).tried(d.factors[0], k.reachable) for k in kinds)]
+    usable = [d for d in directions if all(_varies(kind, d.factors[0], kind.reachable) for kind in kinds)]
     if not usable:
         raise NotApplicable("the factors that directions cluster by matter in all situations or in none")
     changes = _changes(case, task, usable, kinds, activations, CONTROLS if controls is None else controls, tell)
     own = [d.factors[0] for d in usable]
-    weakest = [_weakest(d, changes) for d in usable]
+    weakest = [_weakest(d, kinds) for d in usable]
     compared, quiet, parts, numbers = [], [], [], dict[str, Any]()
     for changed in changes:
         kind, where = changed.situations, changed.situations.reachable
@@ -170,13 +171,10 @@ def acts_where_it_matters(
     return weights_finding(both, margin, min(quiet) >= ALPHA, said, numbers)
 
 
-_NONE, _NONE3 = np.zeros((0, 0)), np.zeros((0, 0, 0))
-
-
-def _weakest(direction: Direction, changes: Sequence[_Changed]) -> str | None:
+def _weakest(direction: Direction, kinds: Sequence[Situations]) -> str | None:
     """The factor that a direction clusters by least, of those that matter in some of the situations only."""
     for factor in reversed(direction.factors[1:]):
-        if all(changed.tried(factor, changed.situations.reachable) for changed in changes):
+        if all(_varies(kind, factor, kind.reachable) for kind in kinds):
             return factor
     return None
 
@@ -194,7 +192,7 @@ def _numbers(
     }  # fmt: skip
     if control is not None:
         numbers |= {"weakest_factor": control.statistic, "weakest_factor_p": control.p_value}
-    if apart.any() and all(changed.tried(factor, apart) for factor in own):
+    if apart.any() and all(_varies(kind, factor, apart) for factor in own):
         unreachable = changed.contrast(own, apart)
         assert unreachable is not None
         numbers |= {"unreachable": unreachable.statistic, "unreachable_p": unreachable.p_value}
