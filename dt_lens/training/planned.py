@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
@@ -25,10 +23,10 @@ from gymnasium.envs.registration import EnvSpec
 from dt_lens.arguments import LAST_SEED, atomic_write, finite_numbers, is_finite_number, local_path, whole_number
 from dt_lens.behaviour.agents.tabular import Tabular
 from dt_lens.decision_transformer.environment_wrappers import specify
-from dt_lens.errors import DtLensError, because, unwritable
+from dt_lens.errors import DtLensError, because
 from dt_lens.lens.environment_names import import_module_of, specification
-from dt_lens.training.expert import in_order
 from dt_lens.training.planners import Planner, planner_for
+from dt_lens.training.recorded import in_chunks, store
 from dt_lens.training.recording import CHUNK, PhaseReport, require_new_dataset
 
 __all__ = ["acts_discretely", "record_planned"]
@@ -39,7 +37,7 @@ NOISES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 class PlannedEpisode(NamedTuple):
     """One episode of ``T`` steps: the parts of its observations (a single one has the name ``""``), and the rest."""
 
-    observations: dict[str, np.ndarray[Any, Any]]  # [T + 1, ...] each
+    observations: Any  # [T + 1, ...] by name
     actions: np.ndarray[Any, Any]
     rewards: np.ndarray[Any, Any]
     terminated: bool
@@ -119,7 +117,16 @@ def record_planned(
     _rehearse(spec, waiting > 0, scattered > 0)
     played = _play_all(_jobs(spec, recipe), where, recipe, workers, report)
     report("store", 0, 1, f"{len(played)} episodes, {sum(len(e.rewards) for e in played)} steps")
-    _store(played, dataset_id, spec, recipe)
+    env, _ = _environment(spec.to_json())
+    store(
+        [episode._replace(observations=episode.observations.get("", episode.observations)) for episode in played],
+        dataset_id,
+        env=spec,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        algorithm_name="a planner, disturbed",
+        description=f"A planner with noise, waits and scattered starts. Made by dt-lens: {json.dumps(recipe)}",
+    )
     for chunk in where.glob("planned-*.npz"):
         chunk.unlink()
     report("store", 1, 1, dataset_id)
@@ -301,25 +308,19 @@ def _play_all(
     jobs: list[_Job], where: Path, recipe: dict[str, Any], workers: int, report: PhaseReport
 ) -> list[PlannedEpisode]:
     """Play all episodes in order; files of ``CHUNK`` episodes that exist already are read instead."""
-    kept, text = where / "planned.json", json.dumps(recipe, indent=1) + "\n"
-    if not kept.exists() or kept.read_text(encoding="utf-8") != text:
-        for stale in where.glob("planned-*.npz"):
-            stale.unlink()
-    with atomic_write(kept) as part:
-        part.write_text(text, encoding="utf-8")
-    episodes: list[PlannedEpisode] = []
-    with in_order(_play, workers) as play_all:
-        for first in range(0, len(jobs), CHUNK):
-            file = where / f"planned-{first:06d}.npz"
-            chunk = _read(file)
-            if chunk is None:
-                chunk = []
-                for episode in play_all(jobs[first : first + CHUNK]):
-                    chunk.append(episode)
-                    report("episodes", len(episodes) + len(chunk), len(jobs), f"return {episode.rewards.sum():,.2f}")
-                _write(file, chunk)
-            episodes += chunk
-    return episodes
+    return in_chunks(
+        jobs,
+        _play,
+        workers,
+        CHUNK,
+        recipe=recipe,
+        kept=where / "planned.json",
+        file=lambda first: where / f"planned-{first:06d}.npz",
+        stale=where.glob("planned-*.npz"),
+        read=_read,
+        write=_write,
+        told=lambda done, episode: report("episodes", done, len(jobs), f"return {episode.rewards.sum():,.2f}"),
+    )
 
 
 def _write(file: Path, episodes: list[PlannedEpisode]) -> None:
@@ -352,41 +353,3 @@ def _read(file: Path) -> list[PlannedEpisode] | None:
         PlannedEpisode({name: rows[k] for name, rows in parts.items()}, actions[k], rewards[k], bool(ends[k]))
         for k in range(len(lengths))
     ]
-
-
-def _store(episodes: Sequence[PlannedEpisode], dataset_id: str, spec: EnvSpec, recipe: Mapping[str, Any]) -> None:
-    import minari
-    from minari.data_collector.episode_buffer import EpisodeBuffer
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    env, _ = _environment(spec.to_json())
-    buffers = []
-    for index, episode in enumerate(episodes):
-        last = np.arange(1, len(episode.rewards) + 1) == len(episode.rewards)
-        buffers.append(
-            EpisodeBuffer(
-                id=index,
-                observations=episode.observations.get("", episode.observations),
-                actions=episode.actions,
-                rewards=episode.rewards.tolist(),
-                terminations=(last & episode.terminated).tolist(),
-                truncations=(last & (not episode.terminated)).tolist(),
-            )
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about missing authors, e-mail and links
-            minari.create_dataset_from_buffers(
-                dataset_id,
-                buffers,
-                env=spec,
-                observation_space=env.observation_space,
-                action_space=env.action_space,
-                algorithm_name="a planner, disturbed",
-                description=f"A planner with noise, waits and scattered starts. Made by dt-lens: {json.dumps(recipe)}",
-            )
-    except BaseException as error:
-        shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
-        if isinstance(error, OSError):
-            raise unwritable(f"The data set {dataset_id!r}", error) from error
-        raise

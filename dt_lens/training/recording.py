@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,12 @@ from dt_lens.training.expert import (
     SearchSettings,
     environment,
     evenly,
-    in_order,
     require_search,
     rollout,
     time_limit,
 )
 from dt_lens.training.minari_episodes import require_dataset_id
+from dt_lens.training.recorded import in_chunks, store
 
 __all__ = ["PhaseReport", "balanced", "record", "require_new_dataset"]
 
@@ -135,7 +133,13 @@ def record(
     lengths = np.array([episode.length for episode in rolled])
     kept = [rolled[i] for i in balanced(returns, lengths, episodes, bins)]
     report("store", 0, 1, f"{len(kept)} episodes, {sum(e.length for e in kept)} steps")
-    _store(kept, dataset_id, environment_id, recipe)
+    store(
+        kept,
+        dataset_id,
+        env=environment(environment_id),  # Gymnasium's registry does not know "module:Id"
+        algorithm_name="augmented random search V2-t, every stage of it",
+        description=f"From random to expert, balanced over the return. Made by dt-lens: {json.dumps(recipe)}",
+    )
     for chunk in where.glob("episodes-*.npz"):
         chunk.unlink()
     report("store", 1, 1, dataset_id)
@@ -270,33 +274,19 @@ def _roll_all(
     jobs: list[_Job], where: Path, recipe: dict[str, Any], workers: int, report: PhaseReport
 ) -> list[Episode]:
     """Roll out all episodes in order; files of ``CHUNK`` episodes that exist already are read instead."""
-    kept = where / "recipe.json"
-    if not _holds(kept, recipe):
-        for stale in where.glob("episodes-*.npz"):
-            stale.unlink()
-    with atomic_write(kept) as part:
-        part.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    episodes: list[Episode] = []
-    with in_order(_roll, workers) as run_all:
-        for first in range(0, len(jobs), CHUNK):
-            file = where / f"episodes-{first:05d}.npz"
-            chunk = _read(file)
-            if chunk is None:
-                chunk = []
-                for episode in run_all(jobs[first : first + CHUNK]):
-                    chunk.append(episode)
-                    done = len(episodes) + len(chunk)
-                    report("episodes", done, len(jobs), f"return {episode.rewards.sum():,.0f}")
-                _write(file, chunk)
-            episodes += chunk
-    return episodes
-
-
-def _holds(file: Path, recipe: dict[str, Any]) -> bool:
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8")) == recipe)
-    except (OSError, ValueError):
-        return False
+    return in_chunks(
+        jobs,
+        _roll,
+        workers,
+        CHUNK,
+        recipe=recipe,
+        kept=where / "recipe.json",
+        file=lambda first: where / f"episodes-{first:05d}.npz",
+        stale=where.glob("episodes-*.npz"),
+        read=_read,
+        write=_write,
+        told=lambda done, episode: report("episodes", done, len(jobs), f"return {episode.rewards.sum():,.0f}"),
+    )
 
 
 def _write(file: Path, episodes: list[Episode]) -> None:
@@ -326,38 +316,3 @@ def _read(file: Path) -> list[Episode] | None:
         Episode(o, a, r, float(f), float(s), bool(t))
         for o, a, r, (f, s), t in zip(observations, actions, rewards, sums, terminated, strict=True)
     ]
-
-
-def _store(episodes: Iterable[Episode], dataset_id: str, environment_id: str, recipe: dict[str, Any]) -> None:
-    import minari
-    from minari.data_collector.episode_buffer import EpisodeBuffer
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    buffers = []
-    for index, episode in enumerate(episodes):
-        last = np.arange(1, episode.length + 1) == episode.length
-        buffers.append(
-            EpisodeBuffer(
-                id=index,
-                observations=episode.observations,
-                actions=episode.actions,
-                rewards=episode.rewards.tolist(),
-                terminations=(last & episode.terminated).tolist(),
-                truncations=(last & (not episode.terminated)).tolist(),
-            )
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about missing authors, e-mail and links
-            minari.create_dataset_from_buffers(
-                dataset_id,
-                buffers,
-                env=environment(environment_id),  # Gymnasium's registry does not know "module:Id"
-                algorithm_name="augmented random search V2-t, every stage of it",
-                description=f"From random to expert, balanced over the return. Made by dt-lens: {json.dumps(recipe)}",
-            )
-    except BaseException as error:
-        shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
-        if isinstance(error, OSError):
-            raise unwritable(f"The data set {dataset_id!r}", error) from error
-        raise
