@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,13 +14,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from dt_lens.arguments import atomic_write, local_path
-from dt_lens.errors import DtLensError
 from dt_lens.report.style import PALETTE, columns_of, finish
 from dt_lens.statistics.nulls.smallest_p import SmallestP
 from dt_lens.statistics.outcomes import wilson
 from dt_lens.statistics.rank_effects import RankEffects
-from dt_lens.study.power import critical_values
+from dt_lens.study.power import critical_values, write_curves, write_from
+from dt_lens.study.power_figure import interval_band
 from dt_lens.svd.cluster_draws import effects_of, haar_draws
 from dt_lens.svd.clustering import MARGIN
 
@@ -116,23 +113,10 @@ def power_figure(table: pd.DataFrame, *, title: str = "Which clusters are found"
     figure, widest = go.Figure(), int(table["rows"].max())
     for i, (d_model, some) in enumerate(table.groupby("d_model")):
         for rows, curve in some.groupby("rows"):
-            x = curve["effect"].tolist()
             name, colour = f"d_model {d_model}, {rows:,} rows", PALETTE[i % len(PALETTE)]
-            figure.add_trace(
-                go.Scatter(
-                    x=x + x[::-1],
-                    y=curve["high"].tolist() + curve["low"].tolist()[::-1],
-                    fill="toself",
-                    fillcolor=colour,
-                    opacity=0.15,
-                    line={"width": 0},
-                    mode="lines",
-                    hoverinfo="skip",
-                    showlegend=False,
-                )
-            )
+            figure.add_trace(interval_band(curve, "effect", colour))
             line = {"color": colour, "dash": "solid" if rows == widest else "dot", "width": 2}
-            figure.add_trace(go.Scatter(x=x, y=curve["found"], mode="lines", line=line, name=name))
+            figure.add_trace(go.Scatter(x=curve["effect"], y=curve["found"], mode="lines", line=line, name=name))
     figure.update_xaxes(title="effect: share of the ranks' variance between the levels (ε²)", range=[0, 1])
     figure.update_yaxes(title="share found at q <= 0.05", range=[-0.02, 1.02], tickformat=".0%")
     figure.update_layout(legend={"x": 1.02, "y": 1, "xanchor": "left"})
@@ -145,16 +129,8 @@ def write_cluster_power(folder: str | Path, table: pd.DataFrame | None = None) -
     Raises:
         DtLensError: if the folder cannot be written.
     """
-    table, folder = cluster_power() if table is None else table, local_path(folder, "folder")
-    contents = {
-        "cluster_power.csv": table.to_csv(index=False, float_format="%.4g"),
-        "cluster_power.html": power_figure(table).to_html(include_plotlyjs=True),
-        "cluster_power.md": "".join(f"{line}\n" for line in _markdown(table)),
-    }
-    for name, text in contents.items():
-        with atomic_write(folder / name) as part:
-            part.write_text(text, encoding="utf-8")
-    return [folder / name for name in contents]
+    table = cluster_power() if table is None else table
+    return write_curves(folder, "cluster_power", table, power_figure(table), _markdown(table))
 
 
 def _markdown(table: pd.DataFrame) -> Iterator[str]:
@@ -170,16 +146,12 @@ def _markdown(table: pd.DataFrame) -> Iterator[str]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """``python -m dt_lens.study.cluster_power FOLDER``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dt_lens.study.cluster_power",
-        description="How likely clusters are to be found: cluster_power.csv, cluster_power.html and cluster_power.md.",
+    write_from(
+        words,
+        write_cluster_power,
+        "python -m dt_lens.study.cluster_power",
+        "How likely clusters are to be found: cluster_power.csv, cluster_power.html and cluster_power.md.",
     )
-    parser.add_argument("folder", type=Path, help="where to write them")
-    try:
-        for file in write_cluster_power(parser.parse_args(words).folder):
-            print(f"Written: {file}", file=sys.stderr)
-    except DtLensError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

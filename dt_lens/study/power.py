@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,19 @@ from dt_lens.statistics.nulls.haar import HaarMaximum
 from dt_lens.statistics.outcomes import wilson
 from dt_lens.svd.drawn_models import Drawn
 
-__all__ = ["COLUMNS", "critical_values", "needed_cosines", "planted_model", "power", "write_power"]
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = [
+    "COLUMNS",
+    "critical_values",
+    "needed_cosines",
+    "planted_model",
+    "power",
+    "write_curves",
+    "write_from",
+    "write_power",
+]
 
 COLUMNS = ["d_model", "labels", "rows", "cosine", "found", "low", "high", "trials"]
 Array = NDArray[np.float64]
@@ -167,16 +180,28 @@ def write_power(folder: str | Path, table: pd.DataFrame | None = None) -> list[P
     """
     from dt_lens.study.power_figure import power_curves
 
-    table, folder = power() if table is None else table, local_path(folder, "folder")
+    table = power() if table is None else table
+    return write_curves(folder, "power", table, power_curves(table), _markdown(table))
+
+
+def write_curves(
+    folder: str | Path, name: str, table: pd.DataFrame, figure: go.Figure, lines: Iterable[str]
+) -> list[Path]:
+    """Write ``NAME.csv``, ``NAME.html`` and ``NAME.md``: curves, their figure, and lines of Markdown.
+
+    Raises:
+        DtLensError: if the folder cannot be written.
+    """
+    folder = local_path(folder, "folder")
     contents = {
-        "power.csv": table.to_csv(index=False, float_format="%.4g"),
-        "power.html": power_curves(table).to_html(include_plotlyjs=True),
-        "power.md": "".join(f"{line}\n" for line in _markdown(table)),
+        f"{name}.csv": table.to_csv(index=False, float_format="%.4g"),
+        f"{name}.html": figure.to_html(include_plotlyjs=True),
+        f"{name}.md": "".join(f"{line}\n" for line in lines),
     }
-    for name, text in contents.items():
-        with atomic_write(folder / name) as part:
+    for file, text in contents.items():
+        with atomic_write(folder / file) as part:
             part.write_text(text, encoding="utf-8")
-    return [folder / name for name in contents]
+    return [folder / file for file in contents]
 
 
 def _markdown(table: pd.DataFrame) -> Iterator[str]:
@@ -207,13 +232,22 @@ def _markdown(table: pd.DataFrame) -> Iterator[str]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """``python -m dt_lens.study.power FOLDER``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dt_lens.study.power",
-        description="How likely a scan is to find a direction of known cosine: power.csv, power.html and power.md.",
+    write_from(
+        words,
+        write_power,
+        "python -m dt_lens.study.power",
+        "How likely a scan is to find a direction of known cosine: power.csv, power.html and power.md.",
     )
+
+
+def write_from(
+    words: Sequence[str] | None, write: Callable[[Path], list[Path]], program: str, description: str
+) -> None:
+    """The command line of a file that writes curves into the one folder it is given."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("folder", type=Path, help="where to write them")
     try:
-        for file in write_power(parser.parse_args(words).folder):
+        for file in write(parser.parse_args(words).folder):
             print(f"Written: {file}", file=sys.stderr)
     except DtLensError as error:
         parser.error(str(error))

@@ -7,9 +7,25 @@ import plotly.graph_objects as go
 
 from dt_lens.report.style import PALETTE, columns_of, empty, finish
 
-__all__ = ["power_curves"]
+__all__ = ["interval_band", "power_curves"]
 
 DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+def interval_band(curve: pd.DataFrame, x: str, colour: str) -> go.Scatter:
+    """The band between a curve's columns ``low`` and ``high``, against its column ``x``."""
+    at = curve[x].tolist()
+    return go.Scatter(
+        x=at + at[::-1],
+        y=curve["high"].tolist() + curve["low"].tolist()[::-1],
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.15,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
 def power_curves(
@@ -38,21 +54,9 @@ def power_curves(
         colour = PALETTE[i % len(PALETTE)]
         for n, curve in some.groupby("labels"):
             name = f"d_model {d_model}, {n} label" + ("s" if n != 1 else "")
-            x = curve["cosine"].tolist()
-            band = go.Scatter(
-                x=x + x[::-1],
-                y=curve["high"].tolist() + curve["low"].tolist()[::-1],
-                fill="toself",
-                fillcolor=colour,
-                opacity=0.15,
-                line={"width": 0},
-                mode="lines",
-                hoverinfo="skip",
-                showlegend=False,
-                legendgroup=name,
-            )
+            band = interval_band(curve, "cosine", colour).update(legendgroup=name)
             line = go.Scatter(
-                x=x,
+                x=curve["cosine"].tolist(),
                 y=curve["found"],
                 mode="lines",
                 line={"color": colour, "dash": dash_of[n], "width": 2},
