@@ -15,7 +15,11 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"dt_lens": ROOT / "dt_lens", "dt_lens_adapters": ROOT / "adapters" / "dt_lens_adapters"}
+PACKAGES = {
+    "dt_lens": ROOT / "dt_lens",
+    "dt_lens_adapters": ROOT / "adapters" / "dt_lens_adapters",
+    "dt_lens_benchmarks": ROOT / "benchmarks" / "dt_lens_benchmarks",
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def files(folder: Path) -> set[str]:
     return {path for path in found if "__pycache__" not in path}
 
 
-def test_the_wheel_holds_both_packages_whole_and_nothing_else(unpacked: Path) -> None:
+def test_the_wheel_holds_the_packages_whole_and_nothing_else(unpacked: Path) -> None:
     assert {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")} == set(PACKAGES)
     for package, folder in PACKAGES.items():
         assert files(unpacked / package) == files(folder)

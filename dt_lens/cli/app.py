@@ -17,6 +17,7 @@ import typer
 
 from dt_lens.cli.commands.activations import activations
 from dt_lens.cli.commands.atlas import atlas
+from dt_lens.cli.commands.bench import bench
 from dt_lens.cli.commands.certify import certify
 from dt_lens.cli.commands.clusters import clusters
 from dt_lens.cli.commands.compare import compare
@@ -59,6 +60,7 @@ _COMMANDS: list[Callable[..., None]] = [
     train,
     train_text,
     record,
+    bench,
 ]  # in the order of --help
 for _command in _COMMANDS:
     app.command()(_command)

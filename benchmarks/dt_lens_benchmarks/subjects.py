@@ -1,0 +1,9 @@
+"""The subjects of ``dt-lens bench``, in the order in which they are measured."""
+
+from __future__ import annotations
+
+__all__ = ["SUBJECTS"]
+
+SUBJECTS = {
+    "start_up": "from nothing to the first singular value",
+}
