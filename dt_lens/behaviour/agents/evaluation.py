@@ -114,7 +114,7 @@ class AgentEvaluation(Evaluation):
     @classmethod
     def of_outcomes(cls, terms: Terms, outcomes: Iterable[Outcome], **about: Any) -> Self:
         """Collect outcomes under terms that are known."""
-        rows = [(*outcome[:-1], *outcome.more) for outcome in sorted(outcomes)]
+        rows = [(outcome.seed, *outcome.measures) for outcome in sorted(outcomes)]
         seeds, *columns = zip(*rows, strict=True)
         named = dict(zip(terms.measures, (np.asarray(column) for column in columns), strict=True))
         return cls(terms, np.asarray(seeds, dtype=np.int64), named, **about)

@@ -34,7 +34,7 @@ class AgentJob:
         if not self._base:
             self._base = load(self.job.weights)
         own = replace(self.job, weights=save({**self._base, **change}), lanes=plan_lanes(len(units)))
-        return sorted((*outcome[:-1], *outcome.more) for outcome in run_job(own, iter(units)))
+        return sorted((outcome.seed, *outcome.measures) for outcome in run_job(own, iter(units)))
 
     def provenance(self) -> dict[str, Any]:
         return {**versions_of(SOFTWARE), "registration": registration(self.job.made.spec)}

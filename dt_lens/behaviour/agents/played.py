@@ -33,10 +33,10 @@ class _InputLog:
         self.episodes: list[PlayedEpisode] = []
         self._rows: dict[int, PlayedEpisode] = {}
 
-    def restart(self, row: int) -> None:
+    def restart(self, row: int, arm: int = 0) -> None:
         self._rows[row] = PlayedEpisode([], [], [], [])
         self.episodes.append(self._rows[row])
-        self._policy.restart(row)
+        self._policy.restart(row, arm)
 
     def keep(self, rows: Sequence[int]) -> None:
         self._rows = {new: self._rows[old] for new, old in enumerate(rows) if old in self._rows}

@@ -19,12 +19,19 @@ from torch import Tensor
 from dt_lens.behaviour.agents.environment import Environment
 from dt_lens.errors import DtLensError
 
-__all__ = ["Conditions", "EpisodeCount", "Outcome", "Policy", "run_episodes"]
+__all__ = ["Conditions", "EpisodeCount", "Outcome", "Policy", "Start", "run_episodes"]
 
 ACTIONS = 1954  # apart from other random numbers of the same seed
 
 # Progress: how many episodes have finished, and the running ones' shares of the time limit, summed.
 EpisodeCount = Callable[[int, float], None]
+
+
+class Start(NamedTuple):
+    """An episode to run: its seed, and which of the policy's arms (sets of edits) acts in it."""
+
+    seed: int
+    arm: int = 0
 
 
 class Outcome(NamedTuple):
@@ -36,6 +43,12 @@ class Outcome(NamedTuple):
     terminated: bool  # the environment ended it
     truncated: bool  # the time limit cut it
     more: tuple[float, ...] = ()  # what else the environment's ``measure`` gives, in the order of its ``measures``
+    arm: int = 0  # which of the policy's arms acted
+
+    @property
+    def measures(self) -> tuple[float, ...]:
+        """What was measured, in the order of the measures of a task's terms."""
+        return (self.total, self.length, self.terminated, self.truncated, *self.more)
 
 
 class Conditions(NamedTuple):
@@ -54,7 +67,7 @@ class Policy(Protocol):
 
     width: int
 
-    def restart(self, row: int) -> None: ...
+    def restart(self, row: int, arm: int = 0) -> None: ...
 
     def keep(self, rows: Sequence[int]) -> None: ...
 
@@ -66,14 +79,14 @@ class _Lane:
 
     def __init__(self, made: Environment) -> None:
         self.made, self.env = made, made.make()
-        self.seed = self.length = 0
+        self.seed = self.length = self.arm = 0
         self.total = 0.0
         self.measured: Callable[[], Mapping[str, float]] | None = None
         self.state = np.zeros(made.state_dim)
         self.rng = np.random.default_rng(0)
 
-    def begin(self, seed: int) -> NDArray[np.float64]:
-        self.seed, self.length, self.total = seed, 0, 0.0
+    def begin(self, seed: int, arm: int = 0) -> NDArray[np.float64]:
+        self.seed, self.arm, self.length, self.total = seed, arm, 0, 0.0
         # Not the environment's own numbers: Gymnasium seeds its generator with the bare seed.
         self.rng = np.random.default_rng([ACTIONS, seed])
         observation, _ = self.env.reset(seed=seed)
@@ -116,7 +129,7 @@ class _Lane:
     def outcome(self, terminated: bool, truncated: bool) -> Outcome:
         own = {} if self.measured is None else self.measured()
         more = tuple(float(own[name]) for name in self.made.measures)
-        return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated, more)
+        return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated, more, self.arm)
 
 
 class _Inputs:
@@ -152,7 +165,7 @@ def run_episodes(
     policy: Policy,
     made: Environment,
     conditions: Conditions,
-    seeds: Iterator[int],
+    seeds: Iterator[int | Start],
     *,
     least_width: int | None = None,
     report: EpisodeCount | None = None,
@@ -163,7 +176,7 @@ def run_episodes(
         policy: fresh, with one row for each lane.
         made: the environment, and when an episode is cut.
         conditions: the target return, and how states and returns are scaled.
-        seeds: given in order to lanes as they fall free.
+        seeds: given in order to lanes as they fall free; a ``Start`` also says which of the policy's arms acts.
         least_width: when the seeds run out the batch narrows as lanes fall free, but not below this; when omitted it
             never narrows and every episode stays in its row. Rows without an episode are computed and thrown away.
         report: called after every step.
@@ -179,10 +192,11 @@ def run_episodes(
     lanes: dict[int, _Lane] = {}  # by row
     outcomes: list[Outcome] = []
 
-    def begin(row: int, seed: int) -> None:
-        inputs.states[row] = lanes[row].begin(seed)
+    def begin(row: int, start: int | Start) -> None:
+        seed, arm = start if isinstance(start, Start) else Start(start)
+        inputs.states[row] = lanes[row].begin(seed, arm)
         inputs.earned[row] = inputs.timesteps[row] = 0
-        policy.restart(row)
+        policy.restart(row, arm)
 
     try:
         for row in range(policy.width):

@@ -147,7 +147,7 @@ class AgentTask(Task):
         # Episodes that run count by the share of the time limit that they have run.
         report = None if progress is None else lambda finished, running: progress(finished + running, len(units))
         outcomes = run(model, self.setting, units, workers=workers, lanes=self.lanes, report=report)
-        by_seed = {outcome.seed: (*outcome[1:-1], *outcome.more) for outcome in outcomes}
+        by_seed = {outcome.seed: outcome.measures for outcome in outcomes}
         columns = zip(*(by_seed[seed] for seed in units), strict=True)
         return dict(zip(self.terms.measures, map(list, columns), strict=True))
 

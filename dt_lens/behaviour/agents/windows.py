@@ -68,7 +68,7 @@ class SlidingPolicy:
         seen = torch.full((width, 3 * context - 1), self._visible, device=model.device)
         self._mask = additive_mask(seen, model.dtype)
 
-    def restart(self, row: int) -> None:
+    def restart(self, row: int, arm: int = 0) -> None:
         """A new episode begins in ``row``; its window is empty."""
         self._age[row] = 0
 
@@ -172,7 +172,7 @@ class WindowPolicy:
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self._states, self._actions, self._returns, self._timesteps, self._mask
 
-    def restart(self, row: int) -> None:
+    def restart(self, row: int, arm: int = 0) -> None:
         """A new episode begins in ``row``; its window is empty."""
         for buffer in self._buffers():
             buffer[row] = 0

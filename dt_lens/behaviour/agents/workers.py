@@ -20,20 +20,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dt_lens.behaviour.agents.rollouts import EpisodeCount, Outcome
+from dt_lens.behaviour.agents.rollouts import EpisodeCount, Outcome, Start
 from dt_lens.errors import DtLensError
 
 __all__ = ["Work", "interrupts_blocked", "run_in_workers"]
 
-Work = Callable[[Iterator[int], EpisodeCount | None], list[Outcome]]  # runs the seeds that it draws
+Starts = Sequence[int | Start]
+Work = Callable[[Iterator[Any], EpisodeCount | None], list[Outcome]]  # runs the seeds that it draws
 IDLE_SECONDS = 300  # how long a worker waits for more work before it leaves
 REPORT_SECONDS = 0.2
 
 
-def run_in_workers(work: Work, seeds: Sequence[int], workers: int, report: EpisodeCount | None = None) -> list[Outcome]:
+def run_in_workers(work: Work, seeds: Starts, workers: int, report: EpisodeCount | None = None) -> list[Outcome]:
     """Run all ``seeds`` in ``workers`` processes; ``work`` runs in each of them, on the seeds that it claims.
 
     Raises:
@@ -96,7 +98,7 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _work(work: Work, seeds: Sequence[int], folder: str, number: int) -> list[Outcome]:
+def _work(work: Work, seeds: Starts, folder: str, number: int) -> list[Outcome]:
     file, due, parent = Path(folder, f"report-{number}"), 0.0, os.getppid()
 
     def report(finished: int, running: float) -> None:
@@ -111,14 +113,14 @@ def _work(work: Work, seeds: Sequence[int], folder: str, number: int) -> list[Ou
     return work(_claim(seeds, folder), report)
 
 
-def _claim(seeds: Sequence[int], folder: str) -> Iterator[int]:
-    """The seeds that no other worker has taken: making a file of that name succeeds for one of them only.
+def _claim(seeds: Starts, folder: str) -> Iterator[int | Start]:
+    """The seeds that no other worker has taken: making a file of that number succeeds for one of them only.
 
     So no worker waits for a slower one's share.
     """
-    for seed in seeds:
+    for number, seed in enumerate(seeds):
         try:
-            os.close(os.open(os.path.join(folder, str(seed)), os.O_CREAT | os.O_EXCL))  # noqa: PTH118
+            os.close(os.open(os.path.join(folder, str(number)), os.O_CREAT | os.O_EXCL))  # noqa: PTH118
         except FileExistsError:
             continue
         yield seed

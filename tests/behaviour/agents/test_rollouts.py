@@ -124,7 +124,7 @@ class _CartPusher:
         self.widths: list[int] = []
         self.restarts: list[int] = []
 
-    def restart(self, row: int) -> None:
+    def restart(self, row: int, arm: int = 0) -> None:
         self.restarts.append(row)
 
     def keep(self, rows: Sequence[int]) -> None:

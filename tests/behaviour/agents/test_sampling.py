@@ -55,7 +55,7 @@ class _Always:
     def __init__(self, width: int) -> None:
         self.width = width
 
-    def restart(self, row: int) -> None: ...
+    def restart(self, row: int, arm: int = 0) -> None: ...
 
     def keep(self, rows: Sequence[int]) -> None:
         self.width = len(rows)
