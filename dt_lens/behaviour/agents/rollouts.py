@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt_lens.behaviour.agents.environment import Environment
+from dt_lens.behaviour.agents.environment import Env, Environment
+from dt_lens.behaviour.agents.physics import physics_of
 from dt_lens.errors import DtLensError
 
 __all__ = ["Conditions", "EpisodeCount", "Outcome", "Policy", "Start", "run_episodes"]
@@ -74,80 +76,43 @@ class Policy(Protocol):
     def act(self, states: Tensor, returns_to_go: Tensor, timesteps: Tensor, previous_actions: Tensor) -> Tensor: ...
 
 
-class _Lane:
-    """One environment and the episode that runs in it."""
+class _Lanes:
+    """The episodes that run side by side, a row each, and the next inputs of the policy."""
 
-    def __init__(self, made: Environment) -> None:
-        self.made, self.env = made, made.make()
-        self.seed = self.length = self.arm = 0
-        self.total = 0.0
-        self.measured: Callable[[], Mapping[str, float]] | None = None
-        self.state = np.zeros(made.state_dim)
-        self.rng = np.random.default_rng(0)
-
-    def begin(self, seed: int, arm: int = 0) -> NDArray[np.float64]:
-        self.seed, self.arm, self.length, self.total = seed, arm, 0, 0.0
-        # Not the environment's own numbers: Gymnasium seeds its generator with the bare seed.
-        self.rng = np.random.default_rng([ACTIONS, seed])
-        observation, _ = self.env.reset(seed=seed)
-        self.measured = None if self.made.measure is None else self.made.measure(self.env)
-        return self._state(observation)
-
-    def noise(self) -> NDArray[np.float64]:
-        """``[act_dim]`` numbers that make the largest logit a sample from the softmax, the next of this episode.
-
-        The Gumbel-max trick (Gumbel 1954; Maddison et al. 2014). An edited agent gets the same numbers at the same step
-        as the unedited one, so that they differ only where the edit matters.
-        """
-        return self.rng.gumbel(size=self.made.act_dim)
-
-    def step(self, action: Any) -> tuple[NDArray[np.float64], bool, bool]:
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        self.length += 1
-        try:
-            self.total += float(reward)
-        except (TypeError, ValueError):
-            self.total = math.nan
-        # Also on the last step, which no action follows: a return of NaN would be ranked among the others.
-        if not math.isfinite(self.total):
-            raise self.not_finite(f"a reward that is not a finite number, or too large for the return ({reward!r})")
-        truncated = bool(truncated) or self.length >= self.made.time_limit
-        return self._state(observation), bool(terminated), truncated
-
-    def _state(self, observation: Any) -> NDArray[np.float64]:
-        self.state = self.made.state(observation)
-        if not np.isfinite(self.state).all():
-            raise self.not_finite(f"an observation that is not finite ({_few(self.state)})")
-        return self.state
-
-    def not_finite(self, what: str) -> DtLensError:
-        return DtLensError(
-            f"The environment {self.made.environment} gave {what} at step {self.length} of the episode with seed "
-            f"{self.seed}; the episode has no return, so mend the environment or leave out that seed."
-        )
-
-    def outcome(self, terminated: bool, truncated: bool) -> Outcome:
-        own = {} if self.measured is None else self.measured()
-        more = tuple(float(own[name]) for name in self.made.measures)
-        return Outcome(self.seed, self.total, self.length, terminated, truncated and not terminated, more, self.arm)
-
-
-class _Inputs:
-    """The next inputs of the policy, a row per lane."""
-
-    def __init__(self, width: int, made: Environment, conditions: Conditions) -> None:
-        self.conditions = conditions
+    def __init__(self, width: int, made: Environment, conditions: Conditions, envs: Sequence[Env]) -> None:
+        self.made, self.conditions = made, conditions
+        self.physics = physics_of(made, envs)
+        self.running: list[int] = []  # rows with an episode
+        self.starts = [Start(0)] * width
         self.states = np.zeros((width, made.state_dim))
-        self.earned = np.zeros((width, 1))
-        self.timesteps = np.zeros(width, np.int64)
+        self.totals = np.zeros(width)
+        self.lengths = np.zeros(width, np.int64)
         self.actions = np.zeros((width, made.act_dim), np.float32)
+        self._measured: dict[int, Callable[[], Mapping[str, float]]] = {}
+        self._rngs: dict[int, np.random.Generator] = {}
+        # Dividing by one changes no bit.
+        self._as_they_are = not np.any(conditions.state_mean) and bool(np.all(conditions.state_std == 1))
+
+    def begin(self, row: int, start: Start) -> None:
+        self.starts[row], self.lengths[row], self.totals[row] = start, 0, 0.0
+        if not self.conditions.deterministic:
+            # Not the environment's own numbers: Gymnasium seeds its generator with the bare seed.
+            self._rngs[row] = np.random.default_rng([ACTIONS, start.seed])
+        env = self.physics.envs[row]
+        observation, _ = env.reset(seed=start.seed)
+        if self.made.measure is not None:
+            self._measured[row] = self.made.measure(env)
+        self.physics.begun(row)
+        self.states[row] = self.made.state(observation)
+        self._check_observations([row])
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c = self.conditions
-        with np.errstate(over="ignore"):  # see _check_finite
-            states = ((self.states - c.state_mean) / c.state_std).astype(np.float32)
-        returns_to_go = ((c.target_return - self.earned) / c.return_scale).astype(np.float32)
-        timesteps = np.minimum(self.timesteps, c.last_timestep)
+        """What ``Policy.act`` takes."""
+        c, states = self.conditions, self.states
+        with np.errstate(over="ignore"):  # see _check_predictions
+            states = (states if self._as_they_are else (states - c.state_mean) / c.state_std).astype(np.float32)
+        returns_to_go = ((c.target_return - self.totals[:, None]) / c.return_scale).astype(np.float32)
+        timesteps = np.minimum(self.lengths, c.last_timestep)
         return (
             torch.from_numpy(states),
             torch.from_numpy(returns_to_go),
@@ -155,10 +120,94 @@ class _Inputs:
             torch.from_numpy(self.actions),
         )
 
+    def choose(self, predictions: NDArray[np.float32], states: Tensor) -> Sequence[Any]:
+        """The rows' actions, as ``env.step`` takes them; ``states`` are those that were predicted from."""
+        self._check_predictions(predictions, states)
+        chosen: NDArray[Any] = predictions
+        if self._rngs:
+            # The Gumbel-max trick (Gumbel 1954; Maddison et al. 2014) makes the largest logit a sample from the
+            # softmax. An edited agent gets the same numbers at the same step as the unedited one, so that they differ
+            # only where the edit matters.
+            noise = np.zeros(predictions.shape)
+            for row in self.running:
+                noise[row] = self._rngs[row].gumbel(size=self.made.act_dim)
+            chosen = predictions + noise
+        actions, self.actions = self.made.actions(chosen)
+        return actions
+
+    def step(self, actions: Sequence[Any]) -> list[tuple[int, bool, bool]]:
+        """Step the environments; gives the rows whose episode has ended, and whether it was terminated or cut."""
+        rows = self.running
+        rewards, terminated, truncated = self.physics.step(rows, actions, self.states)
+        self.lengths[rows] += 1
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.totals[rows] += _numbers(rewards)
+        # Also on the last step, which no action follows: a return of NaN would be ranked among the others.
+        if not np.isfinite(self.totals[rows]).all():
+            place = int(np.argmin(np.isfinite(self.totals[rows])))
+            self._check_observations(rows[:place])
+            what = f"a reward that is not a finite number, or too large for the return ({rewards[place]!r})"
+            raise self._not_finite(rows[place], what)
+        self._check_observations(rows)
+        cut = np.asarray(truncated) | (self.lengths[rows] >= self.made.time_limit)
+        ended = np.asarray(terminated) | cut
+        return [(rows[i], bool(terminated[i]), bool(cut[i])) for i in np.flatnonzero(ended)]
+
+    def outcome(self, row: int, terminated: bool, truncated: bool) -> Outcome:
+        own = self._measured[row]() if row in self._measured else {}
+        more = tuple(float(own[name]) for name in self.made.measures)
+        total, length = float(self.totals[row]), int(self.lengths[row])
+        seed, arm = self.starts[row]
+        return Outcome(seed, total, length, terminated, truncated and not terminated, more, arm)
+
     def keep(self, rows: Sequence[int]) -> None:
+        """Narrow the batch to ``rows``, in that order: those with an episode come first."""
         index = np.asarray(rows)
-        self.states, self.earned = self.states[index], self.earned[index]
-        self.timesteps, self.actions = self.timesteps[index], self.actions[index]
+        self.states, self.totals, self.lengths = self.states[index], self.totals[index], self.lengths[index]
+        self.actions, self.starts = self.actions[index], [self.starts[row] for row in rows]
+        self._measured = {new: self._measured[old] for new, old in enumerate(rows) if old in self._measured}
+        self._rngs = {new: self._rngs[old] for new, old in enumerate(rows) if old in self._rngs}
+        self.running = list(range(len(self.running)))
+        self.physics.keep(rows)
+
+    def _check_observations(self, rows: Sequence[int]) -> None:
+        states = self.states[rows]
+        if not np.isfinite(states).all():
+            place = int(np.argmin(np.isfinite(states).all(axis=1)))
+            raise self._not_finite(rows[place], f"an observation that is not finite ({_few(states[place])})")
+
+    def _check_predictions(self, predictions: NDArray[np.float32], states: Tensor) -> None:
+        if np.isfinite(predictions).all():
+            return
+        for row in self.running:
+            if not torch.isfinite(states[row]).all():  # a finite observation, divided by a small standard deviation
+                what = f"an observation that is too large when normalised ({_few(self.states[row])})"
+                raise self._not_finite(row, what)
+            if not np.isfinite(predictions[row]).all():
+                raise DtLensError(
+                    f"The model predicted an action that is not finite ({predictions[row].tolist()}) at step "
+                    f"{self.lengths[row]} of the episode with seed {self.starts[row].seed}; look for NaN, infinity or very "
+                    "large numbers in its weights."
+                )
+
+    def _not_finite(self, row: int, what: str) -> DtLensError:
+        return DtLensError(
+            f"The environment {self.made.environment} gave {what} at step {self.lengths[row]} of the episode with seed "
+            f"{self.starts[row].seed}; the episode has no return, so mend the environment or leave out that seed."
+        )
+
+
+def _numbers(rewards: Sequence[Any]) -> NDArray[np.float64]:
+    """``rewards`` as numbers, NaN for what is none."""
+    if isinstance(rewards, np.ndarray):
+        return rewards
+    found = np.empty(len(rewards))
+    for place, reward in enumerate(rewards):
+        try:
+            found[place] = float(reward)
+        except (TypeError, ValueError):
+            found[place] = math.nan
+    return found
 
 
 def run_episodes(
@@ -188,78 +237,50 @@ def run_episodes(
         DtLensError: for a reward or an observation that is not finite, which names the environment, and for an action
             that is not finite.
     """
-    inputs = _Inputs(policy.width, made, conditions)
-    lanes: dict[int, _Lane] = {}  # by row
+    first = list(islice(seeds, policy.width))
+    envs: list[Env] = []
     outcomes: list[Outcome] = []
-
-    def begin(row: int, start: int | Start) -> None:
-        seed, arm = start if isinstance(start, Start) else Start(start)
-        inputs.states[row] = lanes[row].begin(seed, arm)
-        inputs.earned[row] = inputs.timesteps[row] = 0
-        policy.restart(row, arm)
-
     try:
-        for row in range(policy.width):
-            seed = next(seeds, None)
-            if seed is None:
-                break
-            lanes[row] = _Lane(made)
+        for _ in first:
+            envs.append(made.make())
+        if not envs:
+            return outcomes
+        lanes = _Lanes(policy.width, made, conditions, envs)
+
+        def begin(row: int, seed: int | Start) -> None:
+            start = seed if isinstance(seed, Start) else Start(seed)
+            lanes.begin(row, start)
+            policy.restart(row, start.arm)
+
+        for row, seed in enumerate(first):
             begin(row, seed)
-        while lanes:
-            seen = inputs.tensors()
+        lanes.running = list(range(len(first)))
+        while lanes.running:
+            seen = lanes.tensors()
             predictions = policy.act(*seen).float().cpu().numpy()
-            _check_finite(predictions, seen[0], lanes)
-            if not conditions.deterministic:
-                noise = np.zeros(predictions.shape)
-                for row, lane in lanes.items():
-                    noise[row] = lane.noise()
-                predictions = predictions + noise
-            actions, inputs.actions = made.actions(predictions)
-            for row, lane in list(lanes.items()):
-                state, terminated, truncated = lane.step(actions[row])
-                if not (terminated or truncated):
-                    inputs.states[row] = state
-                    inputs.earned[row] = lane.total
-                    inputs.timesteps[row] = lane.length
-                    continue
-                outcomes.append(lane.outcome(terminated, truncated))
-                seed = next(seeds, None)
-                if seed is None:
-                    lanes.pop(row).env.close()
+            ended = lanes.step(lanes.choose(predictions, seen[0]))
+            for row, terminated, truncated in ended:
+                outcomes.append(lanes.outcome(row, terminated, truncated))
+                following = next(seeds, None)
+                if following is None:
+                    lanes.running.remove(row)
                 else:
-                    begin(row, seed)
-            if lanes and least_width is not None and max(len(lanes), least_width) < policy.width:
-                lanes = _narrow(policy, inputs, lanes, max(len(lanes), least_width))
+                    begin(row, following)
+            width = max(len(lanes.running), least_width or 0)
+            if lanes.running and least_width is not None and width < policy.width:
+                idle = [row for row in range(policy.width) if row not in lanes.running]
+                rows = [*lanes.running, *idle][:width]
+                policy.keep(rows)
+                lanes.keep(rows)
             if report is not None:
-                report(len(outcomes), sum(lane.length for lane in lanes.values()) / made.time_limit)
+                report(len(outcomes), int(lanes.lengths[lanes.running].sum()) / made.time_limit)
     finally:
-        for lane in lanes.values():
-            lane.env.close()
+        for env in envs:
+            env.close()
     return outcomes
-
-
-def _check_finite(predictions: NDArray[np.float32], states: Tensor, lanes: Mapping[int, _Lane]) -> None:
-    if np.isfinite(predictions).all():
-        return
-    for row, lane in lanes.items():
-        if not torch.isfinite(states[row]).all():  # a finite observation, divided by a small standard deviation
-            raise lane.not_finite(f"an observation that is too large when normalised ({_few(lane.state)})")
-        if not np.isfinite(predictions[row]).all():
-            raise DtLensError(
-                f"The model predicted an action that is not finite ({predictions[row].tolist()}) at step {lane.length} "
-                f"of the episode with seed {lane.seed}; look for NaN, infinity or very large numbers in its weights."
-            )
 
 
 def _few(values: NDArray[np.float64]) -> str:
     """The first of the numbers of a state, as text."""
     shown = ", ".join(f"{value:g}" for value in values[:8])
     return f"[{shown}{', ...' if len(values) > 8 else ''}]"
-
-
-def _narrow(policy: Policy, inputs: _Inputs, lanes: dict[int, _Lane], width: int) -> dict[int, _Lane]:
-    """Move the rows with episodes to the front and drop the rows beyond ``width``."""
-    rows = [*lanes, *(row for row in range(policy.width) if row not in lanes)][:width]
-    policy.keep(rows)
-    inputs.keep(rows)
-    return dict(enumerate(lanes.values()))
