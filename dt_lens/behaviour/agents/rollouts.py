@@ -186,8 +186,8 @@ class _Lanes:
             if not np.isfinite(predictions[row]).all():
                 raise DtLensError(
                     f"The model predicted an action that is not finite ({predictions[row].tolist()}) at step "
-                    f"{self.lengths[row]} of the episode with seed {self.starts[row].seed}; look for NaN, infinity or very "
-                    "large numbers in its weights."
+                    f"{self.lengths[row]} of the episode with seed {self.starts[row].seed}; look for NaN, infinity or "
+                    "very large numbers in its weights."
                 )
 
     def _not_finite(self, row: int, what: str) -> DtLensError:
