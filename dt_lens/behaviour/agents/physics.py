@@ -26,10 +26,12 @@ from dt_lens.behaviour.agents.environment import Env, Environment
 __all__ = ["Physics", "Steps", "bare", "physics_of"]
 
 # Of each row that was stepped: its reward as the environment gave it, and whether the environment ended or cut it.
-Steps = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
+Steps = tuple[
+    Sequence[Any] | NDArray[np.float64], Sequence[bool] | NDArray[np.bool_], Sequence[bool] | NDArray[np.bool_]
+]
 
 
-def bare(env: Env, time_limit: int) -> Env:
+def bare(env: Any, time_limit: int) -> Any:
     """``env`` without its outermost wrappers that change nothing of an episode which is cut after ``time_limit``."""
     while True:
         if type(env) is TimeLimit:
@@ -56,7 +58,8 @@ class Physics:
 
     def step(self, rows: Sequence[int], actions: Sequence[Any], states: NDArray[np.float64]) -> Steps:
         """Step the environments of ``rows``, with ``actions[row]``, and write what they are in to ``states[row]``."""
-        rewards, terminated, truncated = [], [], []
+        rewards: list[Any] = []
+        terminated, truncated = list[bool](), list[bool]()
         for row in rows:
             observation, reward, ended, cut, _ = self._step[row](actions[row])
             states[row] = self.made.state(observation)
@@ -177,7 +180,7 @@ _KNOWN = {
 def _all_known(made: Environment, envs: Sequence[Env]) -> bool:
     """Whether ``_Runners`` computes what the steps of these environments do."""
     bases: list[Any] = [bare(env, made.time_limit) for env in envs]
-    kind = type(bases[0])
+    kind: Any = type(bases[0])
     named = f"{kind.__module__}.{kind.__qualname__}"
     if named not in _KNOWN or _digest(kind) != _KNOWN[named] or any(type(base) is not kind for base in bases):
         return False
@@ -204,7 +207,7 @@ def _constants(base: Any) -> list[Any] | None:
 
 
 @functools.lru_cache(maxsize=32)
-def _digest(kind: type[Any]) -> str:
+def _digest(kind: Any) -> str:
     """A digest of the text of the methods that a step of this class runs; empty where it has none to read."""
     texts = []
     try:

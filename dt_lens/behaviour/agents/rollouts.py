@@ -151,7 +151,7 @@ class _Lanes:
         self._check_observations(rows)
         cut = np.asarray(truncated) | (self.lengths[rows] >= self.made.time_limit)
         ended = np.asarray(terminated) | cut
-        return [(rows[i], bool(terminated[i]), bool(cut[i])) for i in np.flatnonzero(ended)]
+        return [(rows[i], bool(terminated[i]), bool(cut[i])) for i in map(int, np.flatnonzero(ended))]
 
     def outcome(self, row: int, terminated: bool, truncated: bool) -> Outcome:
         own = self._measured[row]() if row in self._measured else {}
@@ -197,7 +197,7 @@ class _Lanes:
         )
 
 
-def _numbers(rewards: Sequence[Any]) -> NDArray[np.float64]:
+def _numbers(rewards: Sequence[Any] | NDArray[np.float64]) -> NDArray[np.float64]:
     """``rewards`` as numbers, NaN for what is none."""
     if isinstance(rewards, np.ndarray):
         return rewards
