@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.embeddings import Embedding
 from dt_lens.lens.matrices import RESIDUAL, Matrix, MatrixFactors, SideName
 from dt_lens.lens.printing import Printed, Rows, listed
-from dt_lens.svd.solvers import EPS, KRYLOV, decompose
+from dt_lens.svd.solvers import EPS, decompose
 
 __all__ = [
     "common_boundary",
@@ -39,6 +39,13 @@ MAX_ANGLE = 0.1
 DEVIATIONS = 3.0
 # The rounding of a weight with more than CHUNK entries is estimated from SAMPLE of its rows and columns.
 CHUNK, SAMPLE = 2**18, 256
+# The exponent's bits in each type of weights, and the integers of that size.
+EXPONENT = {
+    torch.float64: (torch.int64, 0x7FF << 52),
+    torch.float32: (torch.int32, 0xFF << 23),
+    torch.bfloat16: (torch.int16, 0xFF << 7),
+    torch.float16: (torch.int16, 0x1F << 10),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -221,13 +228,16 @@ def decompose_matrix(factors: MatrixFactors, rank: int | None = None) -> Decompo
     """
     matrix = factors.matrix
     try:
-        found = decompose(factors.effective(), rank, _floor(factors), _unknown(factors, rank))
+        seen = factors.effective()
+        found = decompose(seen, rank, _floor(factors))
     except DtLensError as error:
         raise DtLensError(f"{matrix.name}: {error}") from error
     left, right = with_canonical_signs(matrix, found.left, found.right)
-    blocks = blocks_of(found.sigma, rounding_noise(factors, left, right))
+    met = _met(factors, left, right, seen)
+    del seen
+    blocks = blocks_of(found.sigma, rounding_noise(factors, left, right, met))
     every = rank is None or len(found.sigma) < rank
-    outside = turned_outside(factors, left, right, (found.sigma, found.sigma), every)
+    outside = turned_outside(factors, left, right, (found.sigma, found.sigma), every, met=met)
     return Decomposition(matrix, found.sigma, left, right, factors.folded, blocks, found.error, outside=outside)
 
 
@@ -257,31 +267,11 @@ def _floor(factors: MatrixFactors) -> float:
     return size
 
 
-def _unknown(factors: MatrixFactors, rank: int | None) -> float:
-    """About the spectral norm of the weights' rounding; 0 where the solver does not use it.
-
-    That is where it does not try a Krylov space: for a circuit, a small matrix, or all directions.
-
-    Independent errors of one standard deviation, ``m x n``, have a norm of about ``sqrt(m) + sqrt(n)`` times that
-    (Vershynin, "High-Dimensional Probability", 2018, section 7.3).
-    """
-    if len(factors.matrix.factors) > 1 or rank is None:
-        return 0.0
-    (weight,) = factors.stored()
-    if min(weight.shape) <= KRYLOV:
-        return 0.0
-    rows, _ = _variances(weight)
-    scale = factors.scale("left")
-    if scale is not None:
-        rows = rows * scale.to(rows).square()
-    behind = factors.scale("right")
-    share = 1.0 if behind is None else float(behind.double().square().mean().sqrt())
-    m, n = weight.shape
-    return share * float(rows.mean().sqrt()) * (math.sqrt(m) + math.sqrt(n))
-
-
 def rounding_noise(
-    factors: MatrixFactors, left: Float[Tensor, "k d_left"], right: Float[Tensor, "k d_right"]
+    factors: MatrixFactors,
+    left: Float[Tensor, "k d_left"],
+    right: Float[Tensor, "k d_right"],
+    met: list[Met] | None = None,
 ) -> Float[Tensor, " k"]:
     """The standard deviation of ``left_i^T E right_i``, ``E`` being what rounding the weights does to the matrix.
 
@@ -291,19 +281,28 @@ def rounding_noise(
     through the LayerNorm and the other factor.
     """
     total = left.new_zeros(len(left))
-    for weight, (x, y) in zip(factors.stored(), _arriving(factors, left, right), strict=True):
-        rows, columns = _variances(weight)
+    for rows, columns, x, y in met or _met(factors, left, right):
         total += (x.square() @ rows) * (y.square() @ columns) / rows.mean().clamp_min(1e-300)
     return total.sqrt()
 
 
-def _arriving(factors: MatrixFactors, left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The directions as they arrive at each of the weights from its left and its right."""
+class Met(NamedTuple):
+    """One of a matrix's weights: the variances of its rounding, and the directions that meet it from either side."""
+
+    rows: Float[Tensor, " m"]
+    columns: Float[Tensor, " n"]
+    left: Float[Tensor, "k m"]
+    right: Float[Tensor, "k n"]
+
+
+def _met(factors: MatrixFactors, left: Tensor, right: Tensor, seen: list[Tensor] | None = None) -> list[Met]:
+    """The directions at each of the weights; ``seen`` are the effective factors, if they are at hand."""
     ahead, behind = scaled(left, factors.scale("left")), scaled(right, factors.scale("right"))
-    if len(factors.matrix.factors) == 1:
-        return [(ahead, behind)]
-    first, second = factors.effective()
-    return [(ahead, right @ second.T), (left @ first, behind)]
+    arriving = [(ahead, behind)]
+    if len(factors.matrix.factors) == 2:
+        first, second = seen or factors.effective()
+        arriving = [(ahead, right @ second.T), (left @ first, behind)]
+    return [Met(*_variances(weight), *pair) for weight, pair in zip(factors.stored(), arriving, strict=True)]
 
 
 def turned_outside(
@@ -313,6 +312,7 @@ def turned_outside(
     sizes: tuple[Float[Tensor, " k"], Float[Tensor, " k"]],
     every: bool,
     ahead: Float[Tensor, "k d_left"] | None = None,
+    met: list[Met] | None = None,
 ) -> Int[Tensor, "k 2"]:
     """Which directions rounding may turn out of the span of all of them, on the left and on the right.
 
@@ -331,17 +331,16 @@ def turned_outside(
         ``d - k`` where ``DEVIATIONS noise sqrt(d - k) / sigma`` is ``MAX_ANGLE`` or more, else 0.
     """
     weights = factors.stored()
-    pairs = _arriving(factors, left, right)
+    met = list(met or _met(factors, left, right))
     if ahead is not None:
-        pairs[-1] = (ahead if len(pairs) == 1 else ahead @ factors.raw()[0], pairs[-1][1])
+        met[-1] = met[-1]._replace(left=ahead if len(met) == 1 else ahead @ factors.raw()[0])
     sides: tuple[Literal["left", "right"], Literal["left", "right"]] = ("left", "right")
     centred = [factors.folded and factors.matrix.centred(side) for side in sides]
     dimensions = [len(left.T) - centred[0], len(right.T) - centred[1]]
     k = len(left) if every else min(*dimensions, *(size for weight in weights for size in weight.shape))
     marks = []
     for side, d, size in zip(sides, dimensions, sizes, strict=True):
-        weight, (x, y) = (weights[0], pairs[0]) if side == "left" else (weights[-1], pairs[-1])
-        rows, columns = _variances(weight)
+        rows, columns, x, y = met[0] if side == "left" else met[-1]
         along, across, coming = (rows, columns, y) if side == "left" else (columns, rows, x)
         scale = factors.scale(side)
         entry = (along if scale is None else along * scale.to(along).square()).mean()
@@ -367,9 +366,10 @@ def _variances(weight: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float
 def _ulp(weight: Tensor) -> Tensor:
     """The distance between neighbouring numbers at each entry, in float64; 0 at zero, which is exact."""
     kind = torch.finfo(weight.dtype)
-    exponent = torch.frexp(weight.double())[1] - 1
-    ulp = kind.eps * torch.exp2(exponent.double())
-    return torch.where(weight == 0, 0.0, ulp.clamp_min(kind.tiny * kind.eps))
+    bits, exponent = EXPONENT[weight.dtype]
+    # A number's exponent bits alone are the power of two below it; of subnormal numbers they are 0.
+    power = (weight.view(bits) & exponent).view(weight.dtype).double()
+    return torch.where(weight == 0, 0.0, power.mul_(kind.eps).clamp_min_(kind.tiny * kind.eps))
 
 
 def blocks_of(sigma: Float[Tensor, " k"], noise: Float[Tensor, " k"]) -> tuple[tuple[int, int], ...]:

@@ -15,6 +15,7 @@ from dt_lens.lens.printing import Printed, Rows, listed
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import ProgressCallback, silent
 from dt_lens.statistics.nulls.haar import HaarMaximum
+from dt_lens.svd import solvers
 from dt_lens.svd.cache import ResultCache
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.pairings import DECOMPOSING, Pairing, is_natural
@@ -104,7 +105,7 @@ class Decompositions(Printed):
         state = fingerprint(lens, matrix)
         if name not in self._done or self._done[name][0] != state:
             weighted = "" if self.activations is None else f" {self.activations.digest}"
-            key = f"svd {name} {state.hex()} {self.rank} {self.fold_layernorm}{weighted}"
+            key = f"svd {solvers.VERSION} {name} {state.hex()} {self.rank} {self.fold_layernorm}{weighted}"
             stored = self.cache.get(key, lambda: self._decomposed(lens, matrix).tensors())
             self._done[name] = (state, Decomposition.from_tensors(matrix, stored))
         return self._done[name][1]

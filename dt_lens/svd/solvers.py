@@ -1,10 +1,9 @@
 """Singular value decompositions in float64 that use the structure at hand and check themselves.
 
-A thin product is never multiplied out (QR of each factor, then a small SVD); a large oblong matrix goes through the
-Gram matrix of its short side; when few directions of a large matrix are wanted, a block Krylov space finds them (Musco
-and Musco, "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition", 2015).
-Whatever the route, the result is measured against the matrix, and LAPACK's full SVD takes over when the error is too
-large.
+A thin product is never multiplied out (a Cholesky factorisation of each factor's Gram matrix, or QR where that loses
+digits, then a small SVD); a large oblong matrix goes through the Gram matrix of its short side, and when few directions
+are wanted, only the leading eigenvectors of that are computed (``dt_lens.svd.leading``). Whatever the route, the result
+is measured against the matrix, and LAPACK's full SVD takes over when the error is too large.
 """
 
 from __future__ import annotations
@@ -20,15 +19,22 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from dt_lens.errors import DtLensError
+from dt_lens.svd.leading import leading
 
-__all__ = ["SVD", "decompose"]
+__all__ = ["SVD", "VERSION", "decompose"]
+
+VERSION = 2  # raised whenever a result may differ in a bit: it is part of the keys of stored decompositions
 
 TOLERANCE = 1e-9  # relative residual and loss of orthogonality that a route may leave
-SINGLE = 1e-5  # a relative residual that float32 can meet
 EPS = torch.finfo(torch.float64).eps
-# From these short sides on the Gram matrix is faster than LAPACK's SVD, and a Krylov space faster than the Gram matrix.
-GRAM, KRYLOV = 256, 1024
+GRAM = 256  # from this short side on the Gram matrix is faster than LAPACK's SVD
+FEW = 8  # directions are few, and computed alone, where the short side is so many times their number
+PROBES = 16  # random vectors with which the error of a complete decomposition is measured
+CONDITIONED = 1e-3  # the least ratio of the ends of a Cholesky factor's diagonal
 
+EXACT = 1e-8  # the smallest sigma of a product, relative to its factors, that a Cholesky factorisation may give
+
+End = tuple[Callable[[Tensor], Tensor], Tensor]  # of A = Q R: what multiplies by Q, and R
 Triple = tuple[Tensor, Tensor, Tensor]  # left [m, k], sigma [k], right [n, k]
 
 
@@ -46,7 +52,7 @@ class SVD(NamedTuple):
     error: float
 
 
-def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0, noise: float = 0.0) -> SVD:
+def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0) -> SVD:
     """The leading ``rank`` singular triples of a product of one or two factors; up to the numerical rank when ``None``.
 
     Args:
@@ -54,8 +60,6 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
         rank: how many triples at most.
         floor: sigmas up to this size are zeros, whatever the largest one is; for matrices that are a difference of
             larger ones. Sigmas that rounding in float64 makes of zeros are cut in any case.
-        noise: the spectral norm of the matrix's own uncertainty, such as the rounding of its entries. An error of a
-            tenth of it is allowed, and a Krylov space may be found in float32.
 
     Raises:
         DtLensError: when a factor holds values that are not finite, or no solver reaches the tolerance.
@@ -68,44 +72,80 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
     scales = [1.0 if size == 0 or 1e-60 < size < 1e60 else 2.0 ** round(math.log2(size)) for size in sizes]
     scaled = [factor if scale == 1 else factor / scale for factor, scale in zip(factors, scales, strict=True)]
     scale = scales[0] * (scales[1] if len(scales) == 2 else 1.0)
-    found = (_product if len(factors) == 2 else _single)(scaled, rank, floor / scale, noise / scale)
+    found = (_product if len(factors) == 2 else _single)(scaled, rank, floor / scale)
     return found._replace(sigma=found.sigma * scale)
 
 
-def _product(factors: list[Tensor], rank: int | None, floor: float, noise: float) -> SVD:
+def _product(factors: list[Tensor], rank: int | None, floor: float) -> SVD:
     A, B = factors
-    qa, ra = torch.linalg.qr(A)
-    qb, rb = torch.linalg.qr(B.T)
+    size = float(A.norm() * B.norm())
     # The product may be far smaller than its factors, and what is only rounding is not a direction.
-    floor = max(floor, _zero(A.shape[0], *B.shape) * float(A.norm() * B.norm()))
+    floor = max(floor, _zero(A.shape[0], *B.shape) * size)
+    ends = _by_cholesky(A), _by_cholesky(B.T)
+    if ends[0] is not None and ends[1] is not None:
+        found = _between(factors, (ends[0], ends[1]), rank, floor)
+        wanted = min(A.shape[1], A.shape[1] if rank is None else rank)
+        # Which small sigmas are zeros is left to QR, whose R is right to the last digits.
+        if found.error <= TOLERANCE and len(found.sigma) == wanted and float(found.sigma[-1:].sum()) > EXACT * size:
+            return found
+    found = _between(factors, (_by_qr(A), _by_qr(B.T)), rank, floor)
+    if not found.error <= TOLERANCE:
+        raise DtLensError(f"The singular value decomposition of a product did not converge (error {found.error:.1e}).")
+    return found
+
+
+def _between(factors: list[Tensor], ends: tuple[End, End], rank: int | None, floor: float) -> SVD:
+    """The decomposition of ``A B = Qa (Ra Rb^T) Qb^T``, measured on the product."""
+    (A, B), ((spread_a, ra), (spread_b, rb)) = factors, ends
     sigma, left, right, error = _single([ra @ rb.T], rank, floor)
-    left, right = left @ qa.T, right @ qb.T
+    left, right = spread_a(left.T).T, spread_b(right.T).T
     if len(sigma):
-        residuals = [(B.T @ (A.T @ left.T) - right.T * sigma).norm(), (A @ (B @ right.T) - left.T * sigma).norm()]
-        error = max(error, float(torch.stack(residuals).max() / sigma[0]))
-        if not error <= TOLERANCE:
-            raise DtLensError(f"The singular value decomposition of a product did not converge (error {error:.1e}).")
-    return SVD(sigma, left, right, error)
+        identity = torch.eye(len(sigma), dtype=A.dtype, device=A.device)
+        residuals = [
+            (B.T @ (A.T @ left.T) - right.T * sigma).norm() / sigma[0],
+            (A @ (B @ right.T) - left.T * sigma).norm() / sigma[0],
+            (left @ left.T - identity).abs().max(),
+            (right @ right.T - identity).abs().max(),
+        ]
+        error = float(torch.stack([sigma.new_tensor(error), *residuals]).max())
+    return SVD(sigma, left.contiguous(), right.contiguous(), error)
 
 
-def _single(factors: list[Tensor], rank: int | None, floor: float, noise: float = 0.0) -> SVD:
+def _by_cholesky(A: Tensor) -> End | None:
+    """``A = Q R`` from the Cholesky factor of ``A^T A``, half the work of QR: what multiplies by ``Q``, and ``R``.
+
+    ``Q`` loses orthogonality as the square of the condition number of ``A`` (Yamamoto et al., "Roundoff error analysis
+    of the CholeskyQR2 algorithm", 2015); ``None`` where that is too much.
+    """
+    lower, info = torch.linalg.cholesky_ex(A.T @ A)
+    ends = lower.diagonal()
+    if A.shape[0] < A.shape[1] or int(info) or not float(ends.min()) > CONDITIONED * float(ends.max()):
+        return None
+    upper: Tensor = lower.T
+    return lambda X: A @ torch.linalg.solve_triangular(upper, X, upper=True), upper
+
+
+def _by_qr(A: Tensor) -> End:
+    Q, R = torch.linalg.qr(A)
+    return lambda X: Q @ X, R
+
+
+def _single(factors: list[Tensor], rank: int | None, floor: float) -> SVD:
     (M,) = factors
     small = min(M.shape)
     routes: list[Callable[[Tensor, int | None], Triple]] = [_lapack, _gesvd]
     # Square matrices mostly have sigmas too small to be squared, and the attempt would be wasted.
     if small > GRAM and max(M.shape) >= 2 * small:
         routes.insert(0, _gram)
-    if small > KRYLOV and rank is not None and rank * 64 <= small:
-        routes.insert(0, _krylov)
-        if noise > SINGLE * float(M.norm()) / small**0.5:
-            routes.insert(0, _krylov_single)
+    if small > GRAM and rank is not None and rank * FEW <= small and M.device.type == "cpu":
+        routes[:0] = [_leading_single, _leading]
     error = float("nan")
     for route in routes:
         try:
             result = _cut(route(M, rank), M, rank, floor)
         except (LinAlgError, scipy.linalg.LinAlgError):
             continue
-        if result.error <= max(TOLERANCE, 0.1 * noise / float(result.sigma[:1].sum() or 1.0)):
+        if result.error <= TOLERANCE:
             return result
         error = result.error
     raise DtLensError(
@@ -129,77 +169,47 @@ def _gram(M: Tensor, rank: int | None) -> Triple:
     if M.shape[0] > M.shape[1]:
         right, sigma, left = _gram(M.T, rank)
         return left, sigma, right
-    left = torch.linalg.eigh(M @ M.T)[1]
+    if M.device.type == "cpu":  # NumPy computes half of a symmetric product
+        wide = M.numpy()
+        left = torch.from_numpy(scipy.linalg.eigh(wide @ wide.T, driver="evd", overwrite_a=True, check_finite=False)[1])
+    else:
+        left = torch.linalg.eigh(M @ M.T)[1]
     # sqrt(eigenvalue) loses half the digits of small sigmas; the length of the image does not.
     return _by_image(M.T, left)
 
 
+def _leading_single(M: Tensor, rank: int | None) -> Triple:
+    """The leading triples from the Gram matrix in float32, corrected in float64."""
+    return _from_gram(M, rank, torch.float32)
+
+
+def _leading(M: Tensor, rank: int | None) -> Triple:
+    """The leading triples from the Gram matrix in float64."""
+    return _from_gram(M, rank, torch.float64)
+
+
+def _from_gram(M: Tensor, rank: int | None, kind: torch.dtype) -> Triple:
+    assert rank is not None
+    if M.shape[0] > M.shape[1]:
+        right, sigma, left = _from_gram(M.T, rank, kind)
+        return left, sigma, right
+    left, sigma, right = (torch.from_numpy(part) for part in leading(M, rank, TOLERANCE / 10, kind))
+    return left[:, :rank], sigma[:rank], right[:, :rank]
+
+
 def _by_image(M: Tensor, basis: Tensor) -> Triple:
     """The triples ``(basis, |M basis|, M basis / |M basis|)`` in order of sigma, for a basis of singular vectors."""
-    image = M @ basis
+    image = _times(M, basis)
     sigma = image.norm(dim=0)
     order = sigma.argsort(descending=True, stable=True)
     sigma, basis, image = sigma[order], basis[:, order], image[:, order]
     return basis, sigma, image / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
 
 
-def _krylov(M: Tensor, rank: int | None) -> Triple:
-    """The leading triples from a block Krylov space in float64."""
-    assert rank is not None
-    if M.shape[0] < M.shape[1]:
-        right, sigma, left = _krylov(M.T, rank)
-        return left, sigma, right
-    return _turned(_krylov_space(M, rank, TOLERANCE / 10), rank)
-
-
-def _krylov_single(M: Tensor, rank: int | None) -> Triple:
-    """The leading triples where seven digits are enough: from a space found in float32, computed in float64."""
-    assert rank is not None
-    if M.shape[0] < M.shape[1]:
-        right, sigma, left = _krylov_single(M.T, rank)
-        return left, sigma, right
-    basis = torch.linalg.qr(_krylov_space(M.float(), rank, SINGLE)[0].double())[0]
-    image = M @ basis
-    return _turned(_by_image(M, basis @ torch.linalg.eigh(image.T @ image)[1]), rank)
-
-
-def _turned(found: Triple, rank: int) -> Triple:
-    """``(right, sigma, left)`` as ``(left, sigma, right)``, the first ``rank`` of them."""
-    right, sigma, left = found
-    return left[:, :rank], sigma[:rank], right[:, :rank]
-
-
-def _krylov_space(M: Tensor, rank: int, tolerance: float) -> Triple:
-    """The leading ``(right, sigma, left)``, a few more than ``rank``, in the precision of ``M``, which is tall.
-
-    Rayleigh and Ritz on a growing block Krylov space of ``M^T M``, until the wanted triples have converged.
-    """
-    n = M.shape[1]
-    width = min(rank + 8, n)
-    generator = torch.Generator().manual_seed(0)
-    block = torch.linalg.qr(torch.randn(n, width, generator=generator, dtype=torch.float64).to(M))[0]
-    image, last = M @ block, float("inf")
-    space, ritz = block, image.T @ image
-    while True:
-        for _ in range(3):
-            block = M.T @ image
-            for _ in range(2):  # once is not enough for orthogonality, twice is
-                block = torch.linalg.qr(block - space @ (space.T @ block))[0]
-            before, image = image, M @ block
-            # The space is orthonormal, so M^T M is block tridiagonal in it: only neighbours couple.
-            ritz = torch.nn.functional.pad(ritz, (0, width, 0, width))
-            ritz[-width:, -width:] = image.T @ image
-            ritz[-width:, -2 * width : -width] = image.T @ before
-            ritz[-2 * width : -width, -width:] = before.T @ image
-            space = torch.cat([space, block], 1)
-        right, sigma, left = _by_image(M, space @ torch.linalg.eigh(ritz)[1][:, -width:])
-        wanted = float((M.T @ left[:, :rank] - right[:, :rank] * sigma[:rank]).norm() / sigma[0].clamp_min(1e-30))
-        # Beyond a quarter of the short side the whole decomposition is faster; and in single precision the residual
-        # stops falling.
-        stuck = M.dtype == torch.float32 and wanted > 0.5 * last
-        if wanted < tolerance or stuck or space.shape[1] + 3 * width > max(n // 4, 8 * width):
-            return right, sigma, left
-        last = wanted
+def _times(A: Tensor, B: Tensor) -> Tensor:
+    """``A @ B``; by NumPy on the CPU: of a large matrix and few columns several times as fast as by MKL on AMD's."""
+    made: Tensor = torch.from_numpy(A.numpy() @ B.numpy()) if A.device.type == "cpu" else A @ B
+    return made
 
 
 def _zero(*sizes: int) -> float:
@@ -217,12 +227,17 @@ def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
     left, sigma, right = left[:, :keep], sigma[:keep], right[:, :keep]
     if not keep:
         return SVD(sigma, left.T.contiguous(), right.T.contiguous(), 0.0 if bool(torch.isfinite(sigma).all()) else 1.0)
-    identity = torch.eye(keep, dtype=M.dtype, device=M.device)
+    probes = None
+    if keep > PROBES and keep > GRAM // 4:
+        # Random vectors measure the norm of a matrix that is not formed: E ||R w||^2 = ||R||^2 (Hutchinson, "A
+        # stochastic estimator of the trace of the influence matrix", 1990).
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(keep, PROBES, generator=generator, dtype=torch.float64).to(M) / PROBES**0.5
     residuals = [
-        (M @ right - left * sigma).norm() / sigma[0],
-        (M.T @ left - right * sigma).norm() / sigma[0],
-        (left.T @ left - identity).abs().max(),
-        (right.T @ right - identity).abs().max(),
+        _size(lambda X: _times(M, right @ X) - left @ (sigma[:, None] * X), probes, keep, M) / sigma[0],
+        _size(lambda X: _times(M.T, left @ X) - right @ (sigma[:, None] * X), probes, keep, M) / sigma[0],
+        _size(lambda X: left.T @ (left @ X) - X, probes, keep, M),
+        _size(lambda X: right.T @ (right @ X) - X, probes, keep, M),
     ]
     # With a complete basis the residuals above already show that M is rebuilt.
     if whole and keep < min(M.shape):
@@ -230,3 +245,9 @@ def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
         residuals.append((missing - floor * min(M.shape) ** 0.5).clamp_min(0.0) / M.norm())
     # A stack's maximum, unlike Python's max, keeps a NaN.
     return SVD(sigma, left.T.contiguous(), right.T.contiguous(), float(torch.stack(residuals).max()))
+
+
+def _size(residual: Callable[[Tensor], Tensor], probes: Tensor | None, keep: int, M: Tensor) -> Tensor:
+    """The Frobenius norm of a residual, given as its product with any columns; estimated, if there are probes."""
+    size: Tensor = residual(torch.eye(keep, dtype=M.dtype, device=M.device) if probes is None else probes).norm()
+    return size

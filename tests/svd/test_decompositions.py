@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dt_lens import WeightSVD
+from dt_lens.svd import solvers
 from dt_lens.svd.decomposition import Decomposition
 from dt_lens.svd.decompositions import Decompositions
 
@@ -36,6 +37,15 @@ def test_the_cache_holds_each_rank_and_folding_apart(model: Any, tmp_path: Path)
             direct = WeightSVD(model, **options)[W_IN]
             assert torch.equal(d.sigma, direct.sigma) and torch.equal(d.left, direct.left)
     assert len(list(tmp_path.iterdir())) == len(settings)
+
+
+def test_what_another_version_of_the_solver_stored_is_not_read(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    WeightSVD(model, resume=tmp_path)[W_IN]
+    monkeypatch.setattr(solvers, "VERSION", solvers.VERSION + 1)
+    WeightSVD(model, resume=tmp_path)[W_IN]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_another_model_of_the_same_shape_gets_the_same_settings(model: Any, make_dt: Make, tmp_path: Path) -> None:
