@@ -7,4 +7,5 @@ __all__ = ["SUBJECTS"]
 SUBJECTS = {
     "start_up": "from nothing to the first singular value",
     "rollouts": "environment steps per second, beside the machine's limit and the usual loop",
+    "training": "a training step, beside Hugging Face's Trainer",
 }
