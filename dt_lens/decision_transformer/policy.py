@@ -1,8 +1,11 @@
 """The decision transformer as an actor: the same function as the hooked model, with only what acting needs.
 
 An agent needs one vector per step, the action read off the last state's token. So the current action's token, which no
-earlier token sees, is left out; the last block computes its queries, its MLP and its output for one token only; and
-what depends on one token alone (``embed``, ``first_qkv``) can be computed once, when the token enters the window. This
+earlier token sees, is left out, and the last block computes its query, its MLP and its output for one token only. What
+depends on one token alone (``embed``, ``first``) can be computed once, when the token enters the window. Some weights
+are multiplied by each other beforehand; see ``dt_lens.decision_transformer.acting_blocks``.
+
+Rows of a batch may have low-rank changes of weights of their own; see ``dt_lens.decision_transformer.changes``. This
 file needs nothing but torch, so that a worker process starts quickly.
 
 ``tests/decision_transformer/test_policy.py`` checks it against the hooked model.
@@ -10,54 +13,27 @@ file needs nothing but torch, so that a worker process starts quickly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dt_lens.decision_transformer.acting_blocks import (
+    ActingBlock,
+    Composed,
+    Linear,
+    Norm,
+    Separate,
+    attention_of,
+    terms_of_block,
+)
+from dt_lens.decision_transformer.changes import NONE, Change, Product, RowChanges, Term
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.errors import DtLensError
 
 __all__ = ["ActingModel", "acting_shapes", "additive_mask"]
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """A LayerNorm, or the identity if the configuration has none here."""
-
-    w: Tensor | None
-    b: Tensor | None
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x if self.w is None else F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """``y = x @ W + b``, stored as ``torch.nn.functional.linear`` reads it: ``weight`` is ``W`` transposed."""
-
-    weight: Tensor  # [d_out, d_in]
-    bias: Tensor  # [d_out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class _Block:
-    ln1: _Norm
-    ln2: _Norm
-    qkv: _Linear  # the three projections side by side, heads in order within each: [3 * d_model, d_model]
-    out: _Linear
-    mlp_in: _Linear
-    mlp_gate: Tensor | None  # [d_mlp, d_model], as _Linear stores it
-    mlp_out: _Linear
-    scale: float
 
 
 def acting_shapes(cfg: HookedDecisionTransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -112,31 +88,30 @@ class ActingModel:
                 raise DtLensError(f"The weight {name!r} is missing; acting without the full model needs it.")
             return weights[name].detach()
 
-        def linear(name: str) -> _Linear:
-            return _Linear(get(f"{name}.W").T.contiguous(), get(f"{name}.b").clone())
+        def linear(name: str) -> Linear:
+            return Linear(get(f"{name}.W").T.contiguous(), get(f"{name}.b").clone())
 
-        def norm(name: str, present: bool, eps: float = cfg.eps) -> _Norm:
+        def norm(name: str, present: bool, eps: float = cfg.eps) -> Norm:
             if not present:
-                return _Norm(None, None, eps)
-            return _Norm(get(f"{name}.w").clone(), get(f"{name}.b").clone(), eps)
+                return Norm(None, None, eps)
+            return Norm(get(f"{name}.w").clone(), get(f"{name}.b").clone(), eps)
 
-        def block(l: int) -> _Block:
-            attn, normed = f"blocks.{l}.attn", cfg.normalization != "none"
-            rows = [rearrange(get(f"{attn}.W_{kind}"), "head d e -> (head e) d") for kind in "QKV"]
-            biases = [rearrange(get(f"{attn}.b_{kind}"), "head e -> (head e)") for kind in "QKV"]
-            return _Block(
+        def block(l: int) -> ActingBlock:
+            attn, mlp, normed = f"blocks.{l}.attn", f"blocks.{l}.mlp", cfg.normalization != "none"
+            parts = {f"{p}_{kind}": get(f"{attn}.{p}_{kind}").clone() for p in "Wb" for kind in "QKVO"}
+            self._attention.append(parts)
+            return ActingBlock(
                 ln1=norm(f"blocks.{l}.ln1", normed),
                 ln2=norm(f"blocks.{l}.ln2", normed),
-                qkv=_Linear(torch.cat(rows), torch.cat(biases)),
-                out=_Linear(
-                    rearrange(get(f"{attn}.W_O"), "head e d -> d (head e)").contiguous(), get(f"{attn}.b_O").clone()
-                ),
-                mlp_in=_Linear(get(f"blocks.{l}.mlp.W_in").T.contiguous(), get(f"blocks.{l}.mlp.b_in").clone()),
-                mlp_gate=get(f"blocks.{l}.mlp.W_gate").T.contiguous() if cfg.gated_mlp else None,
-                mlp_out=_Linear(get(f"blocks.{l}.mlp.W_out").T.contiguous(), get(f"blocks.{l}.mlp.b_out").clone()),
+                attn=attention_of(cfg, l, parts),
+                mlp_in=Linear(get(f"{mlp}.W_in").T.contiguous(), get(f"{mlp}.b_in").clone()),
+                mlp_gate=get(f"{mlp}.W_gate").T.contiguous() if cfg.gated_mlp else None,
+                mlp_out=Linear(get(f"{mlp}.W_out").T.contiguous(), get(f"{mlp}.b_out").clone()),
                 scale=cfg.attn_scale(l),
             )
 
+        self._attention: list[dict[str, Tensor]] = []
+        self._buffers: dict[tuple[str, torch.Size], Tensor] = {}
         self.embed_return_to_go = linear("embed.return_to_go")
         self.embed_state = linear("embed.state")
         self.embed_action = linear("embed.action")
@@ -196,10 +171,16 @@ class ActingModel:
         returns, states, actions = tokens.unbind()
         return returns, states, actions
 
-    def first_qkv(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token three_d_model"]:
-        """The first block's queries, keys and values, side by side."""
-        block = self.blocks[0]
-        return block.qkv(block.ln1(x) if self.cfg.normalization == "pre" else x)
+    @property
+    def first_width(self) -> int:
+        """How many numbers a token has in what ``first`` gives."""
+        return self.cfg.d_model * (1 if self.cfg.n_layers == 1 else 3)
+
+    def first(
+        self, x: Float[Tensor, "batch token d_model"], changes: RowChanges = NONE
+    ) -> Float[Tensor, "batch token first_width"]:
+        """What the first block's attention needs of each token, side by side; in memory of its own."""
+        return torch.cat(self._read(0, x, changes), -1)
 
     def place(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
         """``x`` with learned positions added, if the model has them.
@@ -219,32 +200,23 @@ class ActingModel:
     def hidden(
         self,
         x: Float[Tensor, "batch token d_model"],
-        qkv: Float[Tensor, "batch token three_d_model"],
-        mask: Float[Tensor, "batch 1 token token"],
+        first: Float[Tensor, "batch token first_width"],
+        mask: Float[Tensor, "batch_or_1 1 token token"],
+        changes: RowChanges = NONE,
     ) -> Float[Tensor, "batch d_model"]:
         """The residual stream after the last block, at the last token only.
 
         Args:
             x: the tokens of a window, the last action's left out.
-            qkv: ``first_qkv(x)``.
+            first: ``first(x)``.
             mask: added to attention scores: 0 where a token (row) attends to another (column), ``-inf`` elsewhere.
+            changes: of each row.
         """
-        cfg, last = self.cfg, self.cfg.n_layers - 1
-        for l, block in enumerate(self.blocks):
-            if l == last:
-                q, k, v = self._last_qkv(block, x, qkv if l == 0 else None)
-                x, mask = x[:, -1:], mask[:, :, -1:]
-            else:
-                if l > 0:
-                    qkv = block.qkv(block.ln1(x) if cfg.normalization == "pre" else x)
-                q, k, v = self._heads(qkv, 3)
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=block.scale)
-            x = x + block.out(rearrange(z, "batch head token e -> batch token (head e)"))
-            if cfg.normalization == "post":
-                x = block.ln1(x)
-                x = block.ln2(x + self._mlp(block, x))
-            else:
-                x = x + self._mlp(block, block.ln2(x))
+        composed = isinstance(self.blocks[0].attn, Composed)
+        for l in range(self.cfg.n_layers):
+            read = self._read(l, x, changes) if l else first.split(self.cfg.d_model, -1) if composed else (first,)
+            attend = self._attend_last if l == self.cfg.n_layers - 1 else self._attend
+            x = self._mlp(l, attend(l, x, read, mask, changes), changes)
         return x[:, -1]
 
     def action(self, hidden: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch act_dim"]:
@@ -252,25 +224,94 @@ class ActingModel:
         action = self.predict_action(self.ln_final(hidden))
         return torch.tanh(action) if self.cfg.action_tanh else action
 
-    def _heads(self, x: Tensor, kinds: int) -> tuple[Tensor, ...]:
-        """Split projections that lie side by side: ``kinds`` tensors of ``[batch, head, token, d_head]``."""
-        pattern = "batch token (kind head e) -> kind batch head token e"
-        return rearrange(x, pattern, kind=kinds, head=self.cfg.n_heads).unbind()
+    def terms(self, changes: Sequence[Change]) -> dict[Product, list[Term]]:
+        """What changes of weights add to this model's products, in its own type and on its device."""
+        found: dict[Product, list[Term]] = {}
+        for l in range(self.cfg.n_layers):
+            for name, term in terms_of_block(self.cfg, l, self._attention[l], changes):
+                found.setdefault((l, name), []).append(term.to(self.predict_action.weight))
+        return found
 
-    def _last_qkv(self, block: _Block, x: Tensor, qkv: Tensor | None) -> tuple[Tensor, ...]:
-        d = self.cfg.d_model
-        if qkv is not None:
-            q, k, v = self._heads(qkv, 3)
-            return q[:, :, -1:], k, v
-        h = block.ln1(x) if self.cfg.normalization == "pre" else x
-        q = F.linear(h[:, -1:], block.qkv.weight[:d], block.qkv.bias[:d])
-        return *self._heads(q, 1), *self._heads(F.linear(h, block.qkv.weight[d:], block.qkv.bias[d:]), 2)
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Memory that is written at every step: new memory costs as much as a small product."""
+        key = name, torch.Size(shape)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self._buffers[key]
 
-    def _mlp(self, block: _Block, x: Tensor) -> Tensor:
-        if block.mlp_gate is not None:
-            gate = self._activate(F.linear(x, block.mlp_gate))
-            return block.mlp_out(gate * F.linear(x, block.mlp_in.weight) + block.mlp_in.bias)
-        return block.mlp_out(self._activate(block.mlp_in(x)))
+    def _read(self, l: int, x: Tensor, changes: RowChanges) -> Sequence[Tensor]:
+        """What the attention of block ``l`` needs of each token.
+
+        Queries, keys and values side by side; or, composed, ``h``, ``h W_QK`` and ``h W_OV``; in the last block ``h``.
+        """
+        block, d = self.blocks[l], self.cfg.d_model
+        h = (block.ln1(x) if self.cfg.normalization == "pre" else x).contiguous()
+        if isinstance(block.attn, Separate):
+            qkv = block.attn.qkv.into(self._buffer("qkv", (*h.shape[:2], 3 * d)), h)
+            changes.add((l, "qkv"), h, qkv)
+            return (qkv,)
+        if l == self.cfg.n_layers - 1 or block.attn.both is None:
+            return (h,)
+        both = block.attn.both.into(self._buffer("both", (*h.shape[:2], 2 * d)), h)
+        query, gives = both.split(d, -1)
+        changes.add((l, "qk"), h, query)
+        changes.add((l, "ov"), h, gives)
+        return h, query, gives
+
+    def _attend(self, l: int, x: Tensor, read: Sequence[Tensor], mask: Tensor, changes: RowChanges) -> Tensor:
+        """The stream after the attention of a block that is not the last: ``[batch, token, d_model]``, not ``x``'s own
+        memory in the first block."""
+        block, (rows, n, d) = self.blocks[l], x.shape
+        if isinstance(block.attn, Composed):
+            h, query, gives = read
+            scores = self._buffer("scores", (rows, n, n))
+            torch.baddbmm(mask[:, 0], query, h.transpose(1, 2), alpha=block.scale, out=scores)
+            weights = torch.softmax(scores, -1)
+            out = self._buffer("stream", (rows, n, d))
+            torch.baddbmm(x, weights, gives, out=out)
+        else:
+            heads = self.cfg.n_heads
+            q, k, v = read[0].view(rows, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4).unbind()
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=block.scale)
+            z = z.transpose(1, 2).reshape(rows, n, d)
+            out = block.attn.out(z)
+            changes.add((l, "out"), z, out)
+            out = out.add_(x)
+        return block.ln1(out) if self.cfg.normalization == "post" else out
+
+    def _attend_last(self, l: int, x: Tensor, read: Sequence[Tensor], mask: Tensor, changes: RowChanges) -> Tensor:
+        """The last token of the stream after the attention of the last block, ``[batch, 1, d_model]``."""
+        block, (rows, _, d), heads = self.blocks[l], x.shape, self.cfg.n_heads
+        assert isinstance(block.attn, Composed)
+        (h,) = read
+        last = h[:, -1:].contiguous()
+        query = block.attn.qk(last)
+        changes.add((l, "qk"), last, query)
+        scores = torch.baddbmm(mask[:, 0, -1:], query.view(rows, heads, d), h.transpose(1, 2), alpha=block.scale)
+        seen = torch.bmm(torch.softmax(scores, -1), h).view(rows, 1, heads * d)
+        gives = block.attn.ov(seen)
+        changes.add((l, "ov"), seen, gives)
+        out = x[:, -1:] + gives
+        return block.ln1(out) if self.cfg.normalization == "post" else out
+
+    def _mlp(self, l: int, x: Tensor, changes: RowChanges) -> Tensor:
+        """The stream after the MLP, ``[batch, token, d_model]``; ``x`` is lost."""
+        block, post = self.blocks[l], self.cfg.normalization == "post"
+        h = x if post else block.ln2(x)
+        if block.mlp_gate is None:
+            inner = block.mlp_in.into(self._buffer("inner", (*x.shape[:2], self.cfg.d_mlp)), h)
+            changes.add((l, "W_in"), h, inner)
+            inner = self._activate(inner)
+        else:
+            gate = F.linear(h, block.mlp_gate)
+            changes.add((l, "W_gate"), h, gate)
+            inner = F.linear(h, block.mlp_in.weight)
+            changes.add((l, "W_in"), h, inner)
+            inner = (self._activate(gate) * inner).add_(block.mlp_in.bias)
+        flat = x.view(-1, x.shape[-1])
+        flat.addmm_(inner.view(len(flat), -1), block.mlp_out.weight.T).add_(block.mlp_out.bias)
+        changes.add((l, "W_out"), inner, x)
+        return block.ln2(x) if post else x
 
     def _activate(self, h: Tensor) -> Tensor:
         match self.cfg.act_fn:

@@ -84,7 +84,7 @@ def _last_action(
     x = acting.place(rearrange(list(embedded), "kind batch step d -> batch (step kind) d")[:, :-1])
     real = torch.ones_like(timesteps) if attention_mask is None else attention_mask
     mask = additive_mask(repeat(real != 0, "batch step -> batch (step kind)", kind=3)[:, :-1], x.dtype)
-    return acting.action(acting.hidden(x, acting.first_qkv(x), mask))
+    return acting.action(acting.hidden(x, acting.first(x), mask))
 
 
 @settings(max_examples=50, deadline=None)

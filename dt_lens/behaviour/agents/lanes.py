@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from einops import repeat
 
+from dt_lens.decision_transformer.changes import NONE, Change, RowChanges
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
-from dt_lens.decision_transformer.policy import ActingModel, additive_mask
+from dt_lens.decision_transformer.policy import ActingModel, acting_shapes, additive_mask
 
 __all__ = ["CUDA_LANES", "LEAST_LANES", "MOST_LANES", "Arrangement", "arrange", "plan_lanes"]
 
@@ -71,6 +72,7 @@ def _rows_agree(
     generator = torch.Generator(device).manual_seed(0)
     # Any weights of the same shapes use the same kernels; these keep the residual stream near unit scale.
     model = ActingModel.random(cfg, dtype, generator)
+    changed = model.terms(_some_changes(cfg))
     n = 3 * context - 1
 
     def random(*shape: int) -> torch.Tensor:
@@ -85,15 +87,33 @@ def _rows_agree(
             window, seen = random(n, cfg.d_model), None
             for width in widths:
                 tokens = torch.stack(model.embed(*(rows(x, width) for x in inputs)), dim=1)
-                x = rows(window, width)
-                real = torch.ones(width, n, dtype=torch.bool, device=device)
-                hidden = model.hidden(x, model.first_qkv(x), additive_mask(real, dtype))
-                parts = (model.first_qkv(tokens).flatten(1), hidden, model.action(hidden))
-                bits = torch.cat(parts, dim=1)
+                x, real = rows(window, width), torch.ones(width, n, dtype=torch.bool, device=device)
+                found = []
+                # With and without changes, and whether rows share a mask or have one each.
+                for terms, mask in ((NONE, real), (RowChanges([changed] * width), real[:1])):
+                    hidden = model.hidden(x, model.first(x, terms), additive_mask(mask, dtype), terms)
+                    found += [model.first(tokens, terms).flatten(1), hidden, model.action(hidden)]
+                bits = torch.cat(found, dim=1)
                 seen = bits[:1] if seen is None else seen
                 if not torch.equal(bits, seen.expand_as(bits)):
                     return False
         return _actions_agree(model, random(STREAMS, cfg.d_model), widths)
+
+
+def _some_changes(cfg: HookedDecisionTransformerConfig) -> list[Change]:
+    """A change of rank one of each weight of the first block, and one of rank three of each of the others."""
+    generator = torch.Generator().manual_seed(1)
+    changes = []
+    for name, shape in acting_shapes(cfg).items():
+        if name.startswith("blocks.") and ".W_" in name:
+            rank = 1 if name.startswith("blocks.0.") else 3
+            # Weights of heads are [head, in, out]: their first one.
+            parts = [
+                torch.randn(size, generator=generator).double() / max(size)
+                for size in ((shape[-2], rank), (rank, shape[-1]))
+            ]
+            changes.append(Change(name, 0 if len(shape) == 3 else None, *parts))
+    return changes
 
 
 def _actions_agree(model: ActingModel, streams: torch.Tensor, widths: Sequence[int]) -> bool:

@@ -7,7 +7,7 @@ of zero after normalisation, the padding action, the episode's first return-to-g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dt_lens.decision_transformer.changes import NONE, Change, Product, RowChanges, Term
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel, additive_mask
 
 __all__ = ["SlidingPolicy", "WindowPolicy"]
 
+SLACK = 32  # steps that a window slides on in its memory before it is moved back to the start
+ALIGNED = 64  # bytes; a window that begins elsewhere in memory might be rounded otherwise
 
-def _by_row(alone: bool, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+
+def _by_row(alone: bool, function: Callable[..., Tensor], changes: RowChanges, *rows: Tensor) -> Tensor:
     """``function`` of all rows at once, or of each alone; in memory of its own, since alignment can change rounding."""
     if not alone:
-        return function(*rows)
-    return torch.cat([function(*(r[i : i + 1].clone() for r in rows)) for i in range(len(rows[0]))])
+        return function(changes, *rows)
+    each = (function(changes.row(i), *(r[i : i + 1].clone() for r in rows)) for i in range(len(rows[0])))
+    return torch.cat(list(each))
 
 
 def _no_action(cfg: HookedDecisionTransformerConfig, like: Tensor) -> Tensor:
@@ -40,45 +45,63 @@ def _no_action(cfg: HookedDecisionTransformerConfig, like: Tensor) -> Tensor:
 class SlidingPolicy:
     """A policy on an ``ActingModel``: what a token is before attention is computed once, when it enters the window.
 
+    Each row acts with low-rank changes of the weights of its own, those of the arm that it was restarted with.
+
     Args:
         model: the weights.
         context: steps in a window.
         width: rows.
         alone: compute each row by itself.
         padding: whether the model sees what stands before the first step.
+        arms: the changes of each arm, by its number; without any, arm 0 has none. Read when an arm begins.
 
     Raises:
         DtLensError: when windows of ``context`` steps do not fit the model's position table.
     """
 
     def __init__(
-        self, model: ActingModel, context: int, width: int, *, alone: bool = False, padding: Padding = "mask"
+        self,
+        model: ActingModel,
+        context: int,
+        width: int,
+        *,
+        alone: bool = False,
+        padding: Padding = "mask",
+        arms: Mapping[int, Sequence[Change]] | None = None,
     ) -> None:
         self.model, self.context, self.width, self.alone = model, context, width, alone
         self._visible = padding == "visible"
         # Tokens enter by threes: the action just taken, the return-to-go, the state. The model acts on all but the
-        # oldest token. With learned positions a token's queries, keys and values change as it slides.
-        self._slides_qkv = model.cfg.position != "learned"
-        features = model.cfg.d_model * (4 if self._slides_qkv else 1)
-        self._tokens = torch.zeros(width, 3 * context, features, dtype=model.dtype, device=model.device)
-        self._spare = torch.zeros_like(self._tokens)
+        # oldest token. With learned positions what attention reads of a token changes as the token slides.
+        self._keeps_first = model.cfg.position != "learned"
+        features = model.cfg.d_model + (model.first_width if self._keeps_first else 0)
+        self._slack = 0 if features * model.dtype.itemsize % ALIGNED else SLACK
+        size = width, 3 * (context + self._slack), features
+        self._memory = torch.zeros(size, dtype=model.dtype, device=model.device)
+        self._start = 0  # the step of the memory with which the window begins
         self._last_timesteps = torch.zeros(width, dtype=torch.long, device=model.device)
         self._age = [0] * width
-        model.place(self._tokens[:, 1:, : model.cfg.d_model])  # raises now, not at the first step
-        seen = torch.full((width, 3 * context - 1), self._visible, device=model.device)
-        self._mask = additive_mask(seen, model.dtype)
+        model.place(self._memory[:, 1 : 3 * context, : model.cfg.d_model])  # raises now, not at the first step
+        self._full = self._mask_of()
+        self._masks = self._full.repeat(width, 1, 1, 1)
+        self._arms = {0: ()} if arms is None else arms
+        self._terms: list[Mapping[Product, Sequence[Term]]] = [{}] * width
+        self._changes: RowChanges | None = NONE
 
     def restart(self, row: int, arm: int = 0) -> None:
-        """A new episode begins in ``row``; its window is empty."""
+        """A new episode begins in ``row``, with the changes of ``arm``; its window is empty."""
         self._age[row] = 0
+        changes = self._arms[arm]
+        if changes or self._terms[row]:
+            self._terms[row], self._changes = self.model.terms(changes), None
 
     def keep(self, rows: Sequence[int]) -> None:
         """Narrow the batch to ``rows``, in that order."""
         index = torch.tensor(rows, device=self.model.device)
-        self._tokens, self._mask = self._tokens[index], self._mask[index]
-        self._spare = torch.zeros_like(self._tokens)
+        self._memory, self._masks = self._memory[index], self._masks[index]
         self._last_timesteps = self._last_timesteps[index]
         self._age = [self._age[row] for row in rows]
+        self._terms, self._changes = [self._terms[row] for row in rows], None
         self.width = len(rows)
 
     @torch.inference_mode()
@@ -91,20 +114,41 @@ class SlidingPolicy:
     ) -> Float[Tensor, "width act_dim"]:
         """The rows' actions. ``previous_actions`` are those taken one step earlier; ignored in a new episode."""
         model = self.model
+        if self._changes is None:
+            self._changes = RowChanges(self._terms)
         returns, states, actions = (a.to(model.device, model.dtype) for a in (returns_to_go, states, previous_actions))
         # Not timesteps - 1: beyond the end of the timestep table its last row repeats.
         before, self._last_timesteps = self._last_timesteps, timesteps.to(model.device, copy=True)
         if self._visible and 0 in self._age:
             actions, before = self._pad(returns, states, actions, before)
-        new = _by_row(self.alone, self._enter, returns, states, actions, self._last_timesteps, before)
-        torch.cat((self._tokens[:, 3:], new), dim=1, out=self._spare)
-        self._tokens, self._spare = self._spare, self._tokens
-        for row, age in enumerate(self._age):
-            if age < self.context:
-                self._age[row] = age + 1
-                if not self._visible:
-                    self._open(row, 3 * (age + 1) - 1)
-        return _by_row(self.alone, self._actions, self._tokens, self._mask)
+        self._enter(self._by_row(self._embed, returns, states, actions, self._last_timesteps, before))
+        masks = self._full
+        if min(self._age) < self.context:
+            for row, age in enumerate(self._age):
+                if age < self.context:
+                    self._age[row] = age + 1
+                    if not self._visible:
+                        self._masks[row] = self._mask_of(3 * (age + 1) - 1)[0]
+            masks = self._masks
+        if self.alone:
+            masks = masks.expand(self.width, -1, -1, -1)
+        return self._by_row(self._actions, self._window, masks)
+
+    @property
+    def _window(self) -> Tensor:
+        """``[width, 3 * context, features]``, the last ``context`` steps of each row."""
+        return self._memory[:, 3 * self._start : 3 * (self._start + self.context)]
+
+    def _enter(self, new: Float[Tensor, "width 3 features"]) -> None:
+        """The windows slide on by one step."""
+        if self._start == self._slack:
+            self._memory[:, : 3 * (self.context - 1)] = self._window[:, 3:].clone()
+            self._start = -1
+        self._start += 1
+        self._window[:, -3:] = new
+
+    def _by_row(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        return _by_row(self.alone, function, self._changes or NONE, *rows)
 
     def _pad(self, returns: Tensor, states: Tensor, actions: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """Fill the windows of rows that begin with padding; their previous actions and timesteps become padding too."""
@@ -112,28 +156,34 @@ class SlidingPolicy:
         actions = F.pad(actions, (0, self.model.cfg.n_actions - actions.shape[-1]))
         nothing, start = _no_action(self.model.cfg, actions), torch.zeros_like(before)
         # For all rows, like every other step: a batch of another width might round differently.
-        padding = _by_row(self.alone, self._enter, returns, torch.zeros_like(states), nothing, start, start)
-        self._tokens[fresh] = padding[fresh].repeat(1, self.context, 1)
+        padding = self._by_row(self._embed, returns, torch.zeros_like(states), nothing, start, start)
+        self._window[fresh] = padding[fresh].repeat(1, self.context, 1)
         return torch.where(fresh[:, None], nothing, actions), torch.where(fresh, start, before)
 
-    def _enter(
-        self, returns_to_go: Tensor, states: Tensor, actions: Tensor, timesteps: Tensor, before: Tensor
+    def _embed(
+        self,
+        changes: RowChanges,
+        returns_to_go: Tensor,
+        states: Tensor,
+        actions: Tensor,
+        timesteps: Tensor,
+        before: Tensor,
     ) -> Tensor:
         parts = self.model.embed(returns_to_go, states, actions, timesteps, action_timesteps=before)
         new = torch.stack((parts[2], parts[0], parts[1]), dim=1)
-        return torch.cat((new, self.model.first_qkv(new)), dim=-1) if self._slides_qkv else new
+        return torch.cat((new, self.model.first(new, changes)), dim=-1) if self._keeps_first else new
 
-    def _actions(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _actions(self, changes: RowChanges, tokens: Tensor, masks: Tensor) -> Tensor:
         model, d = self.model, self.model.cfg.d_model
         x = model.place(tokens[:, 1:, :d])
-        qkv = tokens[:, 1:, d:] if self._slides_qkv else model.first_qkv(x)
-        return model.action(model.hidden(x, qkv, mask))
+        first = tokens[:, 1:, d:] if self._keeps_first else model.first(x, changes)
+        return model.action(model.hidden(x, first, masks, changes))
 
-    def _open(self, row: int, n: int) -> None:
-        """Unmask the last ``n`` tokens of ``row``."""
-        tokens = self._mask.shape[-1]
-        real = torch.arange(tokens, device=self._mask.device) >= tokens - n
-        self._mask[row] = additive_mask(real[None], self._mask.dtype)[0]
+    def _mask_of(self, real: int | None = None) -> Tensor:
+        """``[1, 1, token, token]``: the mask of a window whose last ``real`` tokens are no padding; all by default."""
+        tokens = 3 * self.context - 1
+        places = torch.arange(tokens, device=self.model.device)
+        return additive_mask((places >= tokens - (tokens if real is None else real))[None], self.model.dtype)
 
 
 class WindowPolicy:
