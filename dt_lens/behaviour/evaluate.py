@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from dt_lens.arguments import whole_number
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import task_of
+from dt_lens.edits.edit import Edit
+from dt_lens.errors import DtLensError, a_type
 from dt_lens.progress import Count, counting
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def evaluate(
     model: HookedDecisionTransformer,
     what: Named | None = None,
     *,
+    edits: None = None,
     units: int | None = None,
     seed: int = 0,
     failure: FailureRule | None = None,
@@ -47,9 +50,31 @@ def evaluate(
 
 @overload
 def evaluate(
+    model: HookedDecisionTransformer,
+    what: Named | None = None,
+    *,
+    edits: Iterable[Edit | None],
+    units: int | None = None,
+    seed: int = 0,
+    failure: FailureRule | None = None,
+    workers: int | None = None,
+    progress: bool | Count | None = None,
+    environment: Named | None = None,
+    episodes: int | None = None,
+    target_return: float | None = None,
+    environment_kwargs: Mapping[str, Any] | None = None,
+    max_steps: int | None = None,
+    deterministic: bool | None = None,
+    lanes: int | None = None,
+) -> list[AgentEvaluation]: ...
+
+
+@overload
+def evaluate(
     model: HookedLanguageModel,
     what: Texts | None = None,
     *,
+    edits: None = None,
     units: int | None = None,
     progress: bool | Count | None = None,
     texts: Texts | None = None,
@@ -60,9 +85,24 @@ def evaluate(
 
 @overload
 def evaluate(
+    model: HookedLanguageModel,
+    what: Texts | None = None,
+    *,
+    edits: Iterable[Edit | None],
+    units: int | None = None,
+    progress: bool | Count | None = None,
+    texts: Texts | None = None,
+    context: int | None = None,
+    windows: int | None = None,
+) -> list[TextEvaluation]: ...
+
+
+@overload
+def evaluate(
     model: Any,
     what: Any = None,
     *,
+    edits: None = None,
     task: Task | None = None,
     units: int | None = None,
     seed: int = 0,
@@ -82,10 +122,12 @@ def evaluate(
 ) -> Evaluation: ...
 
 
+@overload
 def evaluate(
     model: Any,
     what: Any = None,
     *,
+    edits: Iterable[Edit | None],
     task: Task | None = None,
     units: int | None = None,
     seed: int = 0,
@@ -102,7 +144,31 @@ def evaluate(
     texts: Texts | None = None,
     context: int | None = None,
     windows: int | None = None,
-) -> Evaluation:
+) -> list[Evaluation]: ...
+
+
+def evaluate(
+    model: Any,
+    what: Any = None,
+    *,
+    edits: Iterable[Edit | None] | None = None,
+    task: Task | None = None,
+    units: int | None = None,
+    seed: int = 0,
+    failure: FailureRule | None = None,
+    workers: int | None = None,
+    progress: bool | Count | None = None,
+    environment: Any = None,
+    episodes: int | None = None,
+    target_return: float | None = None,
+    environment_kwargs: Mapping[str, Any] | None = None,
+    max_steps: int | None = None,
+    deterministic: bool | None = None,
+    lanes: int | None = None,
+    texts: Texts | None = None,
+    context: int | None = None,
+    windows: int | None = None,
+) -> Evaluation | Sequence[Evaluation]:
     """Run units of ``model`` as it is now (edits included) and return how each one went.
 
     What a unit is, its task says: an episode of an agent in an environment, a window of text of a language model, or
@@ -122,6 +188,11 @@ def evaluate(
             data, if they have one, else that of the data themselves; the result says which. Of a language model the
             texts: the path of a text file, a text, or a list of texts; the held-out text in the model's folder by
             default. Of any model a ``Task``.
+        edits: evaluate the model under each of these instead, over the same units: edits that are not in force, or
+            ``None`` for none. The results are those of ``with edit: evaluate(model, ...)``, to the bit. An agent runs
+            them side by side in one batch, each row with its edit's low-rank change, from one copy of the weights: 64
+            edits take little longer than one evaluation of 64 times as many episodes. Another model, or an agent with
+            hooks, runs them one after another. Edits in force meanwhile stay in force.
         task: a ``Task``, in place of ``what``.
         units: how many; 100 episodes, or all windows, by default. ``episodes`` and ``windows`` are other names for it.
         seed: of the first episode, not negative.
@@ -144,7 +215,8 @@ def evaluate(
         context: tokens of a window, at most the model's own; 128 by default.
 
     Returns:
-        an ``Evaluation``: of an agent an ``AgentEvaluation``, of a language model a ``TextEvaluation``.
+        an ``Evaluation``: of an agent an ``AgentEvaluation``, of a language model a ``TextEvaluation``. With ``edits``
+        a list of them, one for each edit, in their order.
 
     Raises:
         DtLensError: for arguments that do not fit the model, when the environment or the target return is neither given
@@ -153,6 +225,7 @@ def evaluate(
     """
     if workers is not None:
         whole_number(workers, "workers", 1)
+    chosen = None if edits is None else _edits_of(model, edits)
     found, numbers = task_of(
         model,
         what,
@@ -171,6 +244,30 @@ def evaluate(
         context=context,
         windows=windows,
     )
-    with counting(progress, len(numbers), found.terms.units) as count:
+    with counting(progress, len(numbers) * (1 if chosen is None else len(chosen)), found.terms.units) as count:
         report = None if count is None else lambda done, total: count(done)
-        return found.evaluate(model, numbers, workers=workers, progress=report)
+        if chosen is None:
+            return found.evaluate(model, numbers, workers=workers, progress=report)
+        return found.evaluate_each(model, chosen, numbers, workers=workers, progress=report)
+
+
+def _edits_of(model: Any, edits: Any) -> list[Edit | None]:
+    """The edits as a list.
+
+    Raises:
+        DtLensError: for an empty list, and for what is no edit of this model.
+    """
+    if not isinstance(edits, Iterable) or isinstance(edits, str | Mapping):
+        raise DtLensError(f"edits is {a_type(edits)}; it must be a list of edits, and None for the unedited model.")
+    chosen: list[Edit | None] = list(edits)
+    if not chosen:
+        raise DtLensError("edits is empty; give at least one edit, or None for the unedited model.")
+    for edit in chosen:
+        if edit is not None and not isinstance(edit, Edit):
+            raise DtLensError(
+                f"edits holds {a_type(edit)}; each must be an edit, such as SingularEdit makes, or None for the "
+                "unedited model."
+            )
+        if edit is not None and edit.model is not model:
+            raise DtLensError(f"edits holds {edit!r:.80}, which was made on another model; make it on this one.")
+    return chosen

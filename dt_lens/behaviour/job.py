@@ -36,7 +36,8 @@ class Job(Protocol):
         A unit's row is the same bits in every process, whatever ran before it.
 
         Args:
-            change: the weights that differ from the packed model's, by canonical name.
+            change: what an arm changes, as ``Task.change`` gives it: by default the weights that differ from the packed
+                model's, whole, by canonical name.
             units: the numbers of the units.
 
         Raises:

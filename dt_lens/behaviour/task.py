@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,11 +27,12 @@ from dt_lens.behaviour.job import Job, Row, repeated, versions_of
 from dt_lens.behaviour.situations import Situations
 from dt_lens.behaviour.terms import FailureRule, Terms
 from dt_lens.behaviour.watched import activations_of_batches
+from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.assumed import notes
 from dt_lens.lens.forward_mode import measuring
-from dt_lens.lens.weights import replaced
+from dt_lens.lens.weights import hash_of, replaced
 from dt_lens.progress import Count, ProgressCallback, silent
 
 if TYPE_CHECKING:  # plotly takes a second, and workers draw nothing
@@ -129,6 +131,27 @@ class Task(ABC):
             columns = self.run(model, units, workers=workers, progress=progress)
         return self.result(units, columns, **self.about(model))
 
+    def evaluate_each(
+        self,
+        model: Any,
+        edits: Sequence[Edit | None],
+        units: Sequence[int],
+        *,
+        workers: int | None = None,
+        progress: Count | None = None,
+    ) -> list[Evaluation]:
+        """``evaluate`` under each of ``edits``, one after another here; agents run them side by side.
+
+        Raises:
+            DtLensError: as ``evaluate``, and if an edit cannot be put in force.
+        """
+        found: list[Evaluation] = []
+        for edit in edits:
+            count = None if progress is None else _counted(progress, len(found) * len(units), len(edits) * len(units))
+            with edit or nullcontext():
+                found.append(self.evaluate(model, units, workers=workers, progress=count))
+        return found
+
     def about(self, model: Any) -> dict[str, Any]:
         """What a result says of the model: its identity, edits in force, and notes."""
         base_id, model_id = self.identity(model)
@@ -163,6 +186,17 @@ class Task(ABC):
         """The live weights that ``run`` takes, by canonical name; what else an edit changes does not count."""
         found: Mapping[str, Tensor] = model.weights
         return found
+
+    def change(self, model: Any, base: Mapping[str, bytes]) -> Mapping[str, Tensor]:
+        """What the edits in force change, as named tensors that ``run`` of what ``pack`` gave takes.
+
+        By default the weights that differ, whole, by name.
+
+        Args:
+            model: a wrapped model.
+            base: a hash of each of ``weights`` without the edits: ``hash_of``.
+        """
+        return {name: w.detach().contiguous() for name, w in self.weights(model).items() if hash_of(w) != base[name]}
 
     def common_outputs(self, model: Any, tell: ProgressCallback = silent) -> np.ndarray[Any, Any] | None:
         """How much of each output a model gives in a few units of this task: the court asks for the most common one.
@@ -238,6 +272,11 @@ class Task(ABC):
         }
         batches = self.batches(model, units)
         return activations_of_batches(model, batches, tell, total=len(units), matrices=matrices, record=record)
+
+
+def _counted(progress: Count, before: float, total: int) -> Count:
+    """What counts units of one of several evaluations, ``before`` units done."""
+    return lambda done, _: progress(before + done, total)
 
 
 def require_portable(model: Any) -> None:

@@ -54,10 +54,17 @@ class Term(NamedTuple):
 
 
 class RowChanges:
-    """The terms of each row of a batch."""
+    """The terms of each row of a batch.
 
-    def __init__(self, rows: Iterable[Mapping[Product, Sequence[Term]]] = ()) -> None:
-        self._rows = list(rows)
+    Args:
+        rows: what each row's changes add to which product.
+        stacked: add to all rows at once, to those without a change a zero: for devices on which many small products
+            take long. The terms of one product that have the same rank and the same columns are one product.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[Product, Sequence[Term]]] = (), stacked: bool = False) -> None:
+        self._rows, self._stacked = list(rows), stacked
+        self._stacks: dict[Product, list[Term]] = {}
         self._terms: dict[Product, list[tuple[int, Term]]] = {}
         for row, terms in enumerate(self._rows):
             for product, found in terms.items():
@@ -65,16 +72,40 @@ class RowChanges:
 
     def row(self, row: int) -> RowChanges:
         """Those of one row, which becomes row 0."""
-        return RowChanges(self._rows[row : row + 1]) if self._terms else self
+        return RowChanges(self._rows[row : row + 1], self._stacked) if self._terms else self
 
     def add(self, product: Product, x: Float[Tensor, "row n d_in"], y: Float[Tensor, "row n d_out"]) -> None:
         """Add to ``y``, which ``product`` makes of ``x``, what the rows' changes add."""
+        if self._stacked and product in self._terms:
+            if product not in self._stacks:
+                self._stacks[product] = _stacks(self._terms[product], len(self._rows))
+            for term in self._stacks[product]:
+                inner = torch.baddbmm(term.offset, x[:, :, term.source], term.left)
+                y[:, :, term.target].baddbmm_(inner, term.right)
+            return
         for row, term in self._terms.get(product, ()):
             inner = torch.addmm(term.offset, x[row, :, term.source], term.left)
             y[row, :, term.target].addmm_(inner, term.right)
 
 
 NONE = RowChanges()
+
+
+def _stacks(terms: Sequence[tuple[int, Term]], rows: int) -> list[Term]:
+    """Terms of rows as terms of all rows, ``[rows, ...]``, zero where a row has none."""
+    found: dict[tuple[object, ...], Term] = {}
+    for row, term in terms:
+        rank = 1 << (term.left.shape[1] - 1).bit_length()  # few ranks, so that few products
+        places = [(s.start, s.stop) for s in (term.source, term.target)]
+        key = (rank, *places)  # of a row there is at most one: all its changes of one weight are one term
+        if key not in found:
+            shapes = (term.left.shape[0], rank), (1, rank), (rank, term.right.shape[1])
+            left, offset, right = (term.left.new_zeros(rows, *shape) for shape in shapes)
+            found[key] = Term(left, offset, right, term.source, term.target)
+        r = term.left.shape[1]
+        stack = found[key]
+        stack.left[row, :, :r], stack.offset[row, 0, :r], stack.right[row, :r] = term[:3]
+    return list(found.values())
 
 
 def of_weight(

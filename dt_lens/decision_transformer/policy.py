@@ -180,7 +180,7 @@ class ActingModel:
         self, x: Float[Tensor, "batch token d_model"], changes: RowChanges = NONE
     ) -> Float[Tensor, "batch token first_width"]:
         """What the first block's attention needs of each token, side by side; in memory of its own."""
-        return torch.cat(self._read(0, x, changes), -1)
+        return torch.cat(tuple(self._read(0, x, changes)), -1)
 
     def place(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
         """``x`` with learned positions added, if the model has them.
@@ -214,7 +214,7 @@ class ActingModel:
         """
         composed = isinstance(self.blocks[0].attn, Composed)
         for l in range(self.cfg.n_layers):
-            read = self._read(l, x, changes) if l else first.split(self.cfg.d_model, -1) if composed else (first,)
+            read = self._read(l, x, changes) if l else _thirds(first, self.cfg.d_model) if composed else (first,)
             attend = self._attend_last if l == self.cfg.n_layers - 1 else self._attend
             x = self._mlp(l, attend(l, x, read, mask, changes), changes)
         return x[:, -1]
@@ -253,7 +253,7 @@ class ActingModel:
         if l == self.cfg.n_layers - 1 or block.attn.both is None:
             return (h,)
         both = block.attn.both.into(self._buffer("both", (*h.shape[:2], 2 * d)), h)
-        query, gives = both.split(d, -1)
+        query, gives = both[..., :d], both[..., d:]
         changes.add((l, "qk"), h, query)
         changes.add((l, "ov"), h, gives)
         return h, query, gives
@@ -326,6 +326,11 @@ class ActingModel:
             case "tanh":
                 h = torch.tanh_(h)
         return h
+
+
+def _thirds(x: Tensor, d: int) -> Sequence[Tensor]:
+    """The parts of ``d`` numbers that lie side by side."""
+    return [x[..., start : start + d] for start in range(0, x.shape[-1], d)]
 
 
 def additive_mask(real: Bool[Tensor, "batch token"], dtype: torch.dtype) -> Float[Tensor, "batch 1 token token"]:

@@ -30,7 +30,7 @@ from dt_lens.lens.weights import fingerprint, weight_bytes
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
 
-__all__ = ["Edit", "Suspension", "suspended"]
+__all__ = ["Edit", "Suspension", "edited_weight", "suspended"]
 
 # The hook straight after each weight in the forward pass, where its effect shows.
 SHOWN_AT = {
@@ -311,17 +311,23 @@ class Edit(Reversible):
 
 def _write(model: Lens) -> None:
     """Set every edited weight to the untouched one plus the changes in force, rounded once to its dtype."""
-    state, weights = state_of(model), model.weights
-    for name, untouched in state.untouched.items():
+    weights = model.weights
+    for name in state_of(model).untouched:
         live = weights[name]
-        changes = [edit._placed.dense(weights) for edit in state.edits if edit._weight == name]
         with _writable(live):
-            if changes:
-                # Ordered by content, not by arrival, so that the sum is the same whichever edit came first.
-                changes.sort(key=lambda change: (float(change.norm()), float(change.sum())))
-                live.copy_(sum(changes, untouched.double().to(live.device)))
-            else:
-                live.copy_(untouched)  # copied, not computed
+            live.copy_(edited_weight(model, name))
+
+
+def edited_weight(model: Lens, name: str) -> Tensor:
+    """What the edits in force make of the weight ``name``, one of those that they change, in its own dtype."""
+    state, weights = state_of(model), model.weights
+    untouched, live = state.untouched[name], weights[name]
+    changes = [edit._placed.dense(weights) for edit in state.edits if edit._weight == name]
+    if not changes:
+        return untouched  # as it was, not computed
+    # Ordered by content, not by arrival, so that the sum is the same whichever edit came first.
+    changes.sort(key=lambda change: (float(change.norm()), float(change.sum())))
+    return sum(changes, untouched.double().to(live.device)).to(live.dtype)
 
 
 @contextmanager

@@ -11,12 +11,18 @@ from torch import Tensor
 
 from dt_lens.behaviour.agents.fingerprint import registration
 from dt_lens.behaviour.agents.lanes import plan_lanes
-from dt_lens.behaviour.agents.running import Job, run_job
+from dt_lens.behaviour.agents.packed_arms import unpacked
+from dt_lens.behaviour.agents.running import Job, acting_model, run_model
 from dt_lens.behaviour.job import Row, repeated, versions_of
+from dt_lens.decision_transformer.policy import ActingModel
+from dt_lens.lens.forward_mode import one_thread
 
 __all__ = ["SOFTWARE", "AgentJob"]
 
 SOFTWARE = ("torch", "gymnasium", "mujoco", "numpy")  # another version of one of these may give other bits
+# How the policy computes: another one gives other bits from the same weights. 2: edits as low-rank changes beside the
+# unedited weights, and products of weights made beforehand.
+ARITHMETIC = "2"
 STEPS = 20  # of a sample
 
 
@@ -25,19 +31,26 @@ class AgentJob:
     """An agent; the weights that acting needs, without the rest of the model."""
 
     job: Job
-    _base: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _model: ActingModel | None = field(default=None, repr=False)  # made once in a process
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"job": self.job, "_base": {}}
+        return {"job": self.job, "_model": None}
 
     def run(self, change: Mapping[str, Tensor], units: Sequence[int]) -> list[Row]:
-        if not self._base:
-            self._base = load(self.job.weights)
-        own = replace(self.job, weights=save({**self._base, **change}), lanes=plan_lanes(len(units)))
-        return sorted((outcome.seed, *outcome.measures) for outcome in run_job(own, iter(units)))
+        """Run ``units``; ``change`` is what ``dt_lens.behaviour.agents.packed_arms.packed`` gives."""
+        changes, own = unpacked(change)
+        job = replace(self.job, lanes=plan_lanes(len(units)), arms=(self.job.arms[0] + changes,))
+        with one_thread():
+            if own:
+                job = replace(job, weights=save({**load(job.weights), **own}))
+            if self._model is None and not own:
+                self._model = acting_model(job)
+            model = acting_model(job) if own or self._model is None else self._model
+            return sorted((outcome.seed, *outcome.measures) for outcome in run_model(model, job, iter(units)))
 
     def provenance(self) -> dict[str, Any]:
-        return {**versions_of(SOFTWARE), "registration": registration(self.job.made.spec)}
+        computes = {"version of the policy's arithmetic": ARITHMETIC}
+        return {**versions_of(SOFTWARE), **computes, "registration": registration(self.job.made.spec)}
 
     def sample(self) -> str | None:
         """A hash of the unedited agent's first steps in two episodes."""

@@ -2,6 +2,7 @@
 
 ``setting_of`` makes a ``Setting`` from the arguments of ``evaluate``. ``run`` runs episodes of a live model,
 in worker processes or in this one. ``portable_job`` packs an agent for another process; ``run_job`` runs it there.
+Edits act as low-rank changes beside the unedited weights, one edit or many; see ``dt_lens.behaviour.agents.arms``.
 
 The hooked model is imported only inside functions that take one, so that a worker process starts in the time that torch
 and Gymnasium take.
@@ -10,7 +11,7 @@ and Gymnasium take.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,29 +22,31 @@ from safetensors.torch import load, save
 from dt_lens.arguments import is_finite_number
 from dt_lens.behaviour.agents.environment import Environment, Named, make_environment, specification_of
 from dt_lens.behaviour.agents.lanes import CUDA_LANES, LEAST_LANES, arrange, plan_lanes
-from dt_lens.behaviour.agents.rollouts import Conditions, EpisodeCount, Outcome, Policy, run_episodes
+from dt_lens.behaviour.agents.rollouts import Conditions, EpisodeCount, Outcome, Policy, Start, run_episodes
 from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
 from dt_lens.behaviour.agents.workers import run_in_workers
+from dt_lens.decision_transformer.changes import Change
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import Padding
-from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
+from dt_lens.decision_transformer.policy import ActingModel
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import import_module_of
 from dt_lens.lens.forward_mode import evaluating, one_thread, usable_cores
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from dt_lens.behaviour.agents.arms import Arm
     from dt_lens.decision_transformer.model import HookedDecisionTransformer
 
 __all__ = [
     "Job",
     "Setting",
-    "acting_weights",
+    "acts_without_hooks",
     "known_setting",
     "portable_job",
+    "acting_model",
     "run",
     "run_job",
+    "run_model",
     "setting_of",
 ]
 
@@ -155,32 +158,34 @@ def _conditions(model: HookedDecisionTransformer, target_return: float) -> Condi
 class Job:
     """An agent in its setting, packed for any process."""
 
-    weights: bytes  # safetensors
+    weights: bytes  # safetensors, without the arms' changes
     cfg: dict[str, Any]
     context: int
     made: Environment
     conditions: Conditions
     lanes: int
     padding: Padding = "mask"
+    arms: tuple[tuple[Change, ...], ...] = ((),)  # what changes in each arm; by default there is one, without a change
 
 
-def portable_job(model: HookedDecisionTransformer, setting: Setting, lanes: int) -> Job | None:
-    """Pack ``model`` as it is now for another process; ``None`` where only this process can run it.
+def portable_job(
+    model: HookedDecisionTransformer, setting: Setting, lanes: int, arms: Sequence[Arm] | None = None
+) -> Job | None:
+    """Pack ``model`` for another process, as it is now or in other arms; ``None`` where only this process can run it.
 
-    That is so for a model that is not on the CPU, has hooks, or has a state encoder of its own.
+    That is so for a model that is not on the CPU, has hooks, or has a state encoder of its own. All ``arms`` have the
+    same weights and the same ``own`` ones.
     """
-    used = acting_weights(model)
-    if not _acts_without_hooks(model) or used["predict.action.W"].device.type != "cpu":
+    from dt_lens.behaviour.agents.arms import arm_of
+
+    arms = [arm_of(model)] if arms is None else arms
+    used = {**arms[0].weights, **arms[0].own}
+    if not acts_without_hooks(model) or used["predict.action.W"].device.type != "cpu":
         return None
-    packed = save({name: weight.contiguous() for name, weight in used.items()})
-    facts = model.facts
-    return Job(packed, model.cfg.to_dict(), facts.context, setting.made, setting.conditions, lanes, facts.padding)
-
-
-def acting_weights(model: HookedDecisionTransformer) -> dict[str, Tensor]:
-    """The live weights that acting takes, by name."""
-    weights = model.weights
-    return {name: weights[name] for name in acting_shapes(model.cfg) if name in weights}
+    weights = save({name: weight.contiguous() for name, weight in used.items()})
+    facts, changes = model.facts, tuple(arm.changes for arm in arms)
+    cfg = model.cfg.to_dict()
+    return Job(weights, cfg, facts.context, setting.made, setting.conditions, lanes, facts.padding, changes)
 
 
 def run(
@@ -188,6 +193,7 @@ def run(
     setting: Setting,
     seeds: Sequence[int],
     *,
+    arms: Sequence[Arm] | None = None,
     workers: int | None = None,
     lanes: int | None = None,
     report: EpisodeCount | None = None,
@@ -202,41 +208,78 @@ def run(
         model: a wrapped decision transformer.
         setting: from ``setting_of``.
         seeds: one for each episode.
+        arms: run all seeds in each of these instead, side by side, as if each was run alone. Not for a model with hooks
+            or a state encoder of its own.
         workers: processes; as many as there are cores to use by default; 1 runs in this process.
         lanes: episodes side by side in a process; chosen by the number of episodes by default.
         report: called after every step in this process, at most every 0.2 s from a worker.
         watch: wraps the policy before the first step; all episodes then run in this process.
 
     Returns:
-        an outcome for every seed, in no particular order.
+        an outcome for every seed and arm, in no particular order.
 
     Raises:
         DtLensError: when the model predicts an action that is not finite, or when a worker dies.
     """
-    wanted = min(workers or usable_cores(), math.ceil(len(seeds) / LEAST_LANES)) if watch is None else 1
-    job = portable_job(model, setting, lanes or plan_lanes(math.ceil(len(seeds) / wanted)))
-    if job is None:
-        return _run_here(model, setting, iter(seeds), lanes, report, watch)
-    if wanted == 1:
-        return run_job(job, iter(seeds), report, watch)
-    return run_in_workers(partial(run_job, job), seeds, wanted, report)
+    from dt_lens.behaviour.agents.arms import arm_of
+
+    arms = [arm_of(model)] if arms is None else arms
+    outcomes: list[Outcome] = []
+    for numbers in _together(arms):
+        chosen, done = [arms[number] for number in numbers], len(outcomes)
+        starts = [Start(seed, place) for place in range(len(chosen)) for seed in seeds]
+        wanted = min(workers or usable_cores(), math.ceil(len(starts) / LEAST_LANES)) if watch is None else 1
+        tell = None if report is None else lambda finished, running, done=done: report(done + finished, running)
+        job = portable_job(model, setting, lanes or plan_lanes(math.ceil(len(starts) / wanted)), chosen)
+        if job is None:
+            found = _run_here(model, setting, iter(starts), chosen, lanes, tell, watch)
+        elif wanted == 1:
+            found = run_job(job, iter(starts), tell, watch)
+        else:
+            found = run_in_workers(partial(run_job, job), starts, wanted, tell)
+        outcomes += [outcome._replace(arm=numbers[outcome.arm]) for outcome in found]
+    return outcomes
+
+
+def _together(arms: Sequence[Arm]) -> Iterable[list[int]]:
+    """The numbers of arms that share their weights; one that has some of its own runs alone."""
+    shared = [number for number, arm in enumerate(arms) if not arm.own]
+    if shared:
+        yield shared
+    yield from ([number] for number, arm in enumerate(arms) if arm.own)
 
 
 def run_job(
-    job: Job, seeds: Iterator[int], report: EpisodeCount | None = None, watch: Watch | None = None
+    job: Job, seeds: Iterator[int | Start], report: EpisodeCount | None = None, watch: Watch | None = None
 ) -> list[Outcome]:
     """Run ``seeds`` of ``job`` in this process; arguments as for ``run``."""
     with one_thread():
-        model = ActingModel(load(job.weights), HookedDecisionTransformerConfig.from_dict(job.cfg))
-        policy, least_width = _lean_policy(model, job.context, job.lanes, job.padding)
-        policy = policy if watch is None else watch(policy)
-        return run_episodes(policy, job.made, job.conditions, seeds, least_width=least_width, report=report)
+        return run_model(acting_model(job), job, seeds, report, watch)
+
+
+def acting_model(job: Job) -> ActingModel:
+    """The model of a job, without its arms' changes."""
+    return ActingModel(load(job.weights), HookedDecisionTransformerConfig.from_dict(job.cfg))
+
+
+def run_model(
+    model: ActingModel,
+    job: Job,
+    seeds: Iterator[int | Start],
+    report: EpisodeCount | None = None,
+    watch: Watch | None = None,
+) -> list[Outcome]:
+    """Run ``seeds`` of ``job``, whose model has been made; on one torch thread."""
+    policy, least_width = _lean_policy(model, job.context, job.lanes, job.padding, job.arms)
+    policy = policy if watch is None else watch(policy)
+    return run_episodes(policy, job.made, job.conditions, seeds, least_width=least_width, report=report)
 
 
 def _run_here(
     model: HookedDecisionTransformer,
     setting: Setting,
-    seeds: Iterator[int],
+    seeds: Iterator[Start],
+    arms: Sequence[Arm],
     lanes: int | None,
     report: EpisodeCount | None,
     watch: Watch | None,
@@ -245,26 +288,32 @@ def _run_here(
 
     What hooks do to a batch is theirs, and need not be the same at another width.
     """
-    context, padding, used = model.facts.context, model.facts.padding, acting_weights(model)
+    context, padding, used = model.facts.context, model.facts.padding, {**arms[0].weights, **arms[0].own}
     like = used["predict.action.W"]
     with one_thread(), evaluating(model):
         lanes = lanes or (LEAST_LANES if like.device.type == "cpu" else CUDA_LANES)
         policy: Policy
-        if _acts_without_hooks(model):
-            policy, _ = _lean_policy(ActingModel(used, model.cfg), context, lanes, padding)
-        else:
+        if acts_without_hooks(model):
+            changes = [arm.changes for arm in arms]
+            policy, _ = _lean_policy(ActingModel(used, model.cfg), context, lanes, padding, changes)
+        elif len(arms) == 1:
             policy = WindowPolicy(model, model.cfg, context, lanes, like, padding=padding)
+        else:
+            raise DtLensError("A model with hooks cannot act with several edits in one batch; run one after another.")
         policy = policy if watch is None else watch(policy)
         return run_episodes(policy, setting.made, setting.conditions, seeds, report=report)
 
 
-def _lean_policy(model: ActingModel, context: int, lanes: int, padding: Padding) -> tuple[Policy, int | None]:
+def _lean_policy(
+    model: ActingModel, context: int, lanes: int, padding: Padding, arms: Sequence[Sequence[Change]]
+) -> tuple[Policy, int | None]:
     """A policy of at most ``lanes`` rows, and how narrow its batch may become."""
     width, least_width, alone = arrange(model, context, lanes)
-    return SlidingPolicy(model, context, width, alone=alone, padding=padding), least_width
+    numbered = dict(enumerate(arms))
+    return SlidingPolicy(model, context, width, alone=alone, padding=padding, arms=numbered), least_width
 
 
-def _acts_without_hooks(model: HookedDecisionTransformer) -> bool:
+def acts_without_hooks(model: HookedDecisionTransformer) -> bool:
     """Whether ``ActingModel`` acts as ``model`` does: no hooks, a linear state encoder, tokens that slide unchanged."""
     from dt_lens.decision_transformer.model import Embed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dt_lens.arguments import whole_number
+from dt_lens.behaviour.agents.arms import Arm, acting_weights, arm_of, packed_arm
 from dt_lens.behaviour.agents.environment import Env, Named
 from dt_lens.behaviour.agents.evaluation import AgentEvaluation, terms_of_episodes
 from dt_lens.behaviour.agents.failure import known_rule
@@ -20,7 +22,8 @@ from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.job import SOFTWARE, AgentJob
 from dt_lens.behaviour.agents.lanes import LEAST_LANES
 from dt_lens.behaviour.agents.recording import actions_of_episode
-from dt_lens.behaviour.agents.running import Setting, acting_weights, portable_job, run, setting_of
+from dt_lens.behaviour.agents.rollouts import Outcome
+from dt_lens.behaviour.agents.running import Setting, acts_without_hooks, portable_job, run, setting_of
 from dt_lens.behaviour.agents.situations import action_chances, situations_of
 from dt_lens.behaviour.agents.watched import activations_of_episodes
 from dt_lens.behaviour.arms import Arms
@@ -29,8 +32,10 @@ from dt_lens.behaviour.job import Job
 from dt_lens.behaviour.situations import Situations
 from dt_lens.behaviour.task import Columns, Task
 from dt_lens.behaviour.terms import FailureRule, Measure, Terms
+from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations
+from dt_lens.lens.forward_mode import measuring
 from dt_lens.lens.protocol import require_agent
 from dt_lens.progress import Count, ProgressCallback, silent
 
@@ -146,10 +151,40 @@ class AgentTask(Task):
     ) -> Columns:
         # Episodes that run count by the share of the time limit that they have run.
         report = None if progress is None else lambda finished, running: progress(finished + running, len(units))
-        outcomes = run(model, self.setting, units, workers=workers, lanes=self.lanes, report=report)
+        return self._columns(units, run(model, self.setting, units, workers=workers, lanes=self.lanes, report=report))
+
+    def _columns(self, units: Sequence[int], outcomes: Sequence[Outcome]) -> Columns:
         by_seed = {outcome.seed: outcome.measures for outcome in outcomes}
         columns = zip(*(by_seed[seed] for seed in units), strict=True)
         return dict(zip(self.terms.measures, map(list, columns), strict=True))
+
+    def evaluate_each(
+        self,
+        model: Any,
+        edits: Sequence[Edit | None],
+        units: Sequence[int],
+        *,
+        workers: int | None = None,
+        progress: Count | None = None,
+    ) -> list[Evaluation]:
+        if type(self).run is not AgentTask.run or not acts_without_hooks(model):
+            return super().evaluate_each(model, edits, units, workers=workers, progress=progress)
+        abouts, arms = [], list[Arm]()
+        for edit in edits:
+            with edit or nullcontext():
+                abouts.append(self.about(model))
+                arms.append(arm_of(model))
+        total = len(units) * len(edits)
+        report = None if progress is None else lambda finished, running: progress(finished + running, total)
+        with measuring(model):
+            outcomes = run(model, self.setting, units, arms=arms, workers=workers, lanes=self.lanes, report=report)
+        by_arm: list[list[Outcome]] = [[] for _ in edits]
+        for outcome in outcomes:
+            by_arm[outcome.arm].append(outcome)
+        return [
+            self.result(units, self._columns(units, found), **about)
+            for found, about in zip(by_arm, abouts, strict=True)
+        ]
 
     @property
     def details(self) -> dict[str, Any]:
@@ -198,6 +233,11 @@ class AgentTask(Task):
 
     def weights(self, model: Any) -> Mapping[str, Tensor]:
         return acting_weights(model)
+
+    def change(self, model: Any, base: Mapping[str, bytes]) -> Mapping[str, Tensor]:
+        if type(self).pack is not AgentTask.pack:
+            return super().change(model, base)
+        return packed_arm(arm_of(model))
 
     def activations(
         self,

@@ -115,7 +115,7 @@ class SlidingPolicy:
         """The rows' actions. ``previous_actions`` are those taken one step earlier; ignored in a new episode."""
         model = self.model
         if self._changes is None:
-            self._changes = RowChanges(self._terms)
+            self._changes = RowChanges(self._terms, stacked=model.device.type != "cpu")
         returns, states, actions = (a.to(model.device, model.dtype) for a in (returns_to_go, states, previous_actions))
         # Not timesteps - 1: beyond the end of the timestep table its last row repeats.
         before, self._last_timesteps = self._last_timesteps, timesteps.to(model.device, copy=True)

@@ -12,10 +12,10 @@ __all__ = ["Work", "run_work"]
 
 
 class Work(NamedTuple):
-    """A block in the form that is sent to a worker: the arm's weights, and which units."""
+    """A block in the form that is sent to a worker: what the arm changes, and which units."""
 
     number: int  # of the block
-    change: bytes  # the weights in which the arm differs from the base, as safetensors; empty if none
+    change: bytes  # what the arm changes in the base, as safetensors (see ``Task.change``); empty if nothing
     first: int  # number of the first unit
     size: int
 

@@ -1,4 +1,4 @@
-"""What a worker needs to run an arm: the weights that its edit changes."""
+"""What a worker needs to run an arm: what its edit changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEPT = 2  # packed arms: the one whose blocks are being begun, and the next
 class Packed(NamedTuple):
     """What an arm changes in the model."""
 
-    change: bytes  # the weights that differ, as safetensors
+    change: bytes  # what ``Task.change`` gives, as safetensors; empty for the baseline
     energy: float  # 0 for the baseline
     output_energy: float | None  # of the change of the output on real inputs, if activations are known
     model_id: str
@@ -33,7 +33,7 @@ class Packed(NamedTuple):
 
 
 class Packer:
-    """Makes the edits of arms on the model, copies the changed weights, and undoes the edits bit for bit.
+    """Makes the edits of arms on the model, copies what they change, and undoes the edits bit for bit.
 
     On one thread: with another number of threads the decomposition might round differently, and a resumed sweep would
     get other bits.
@@ -61,8 +61,7 @@ class Packer:
     def _pack(self, arm: Arm) -> Packed:
         edit = None if arm.record is None else self._edit(arm.record)
         with edit or nullcontext():
-            weights = self._task.weights(self._model)
-            changed = {n: w.detach().contiguous() for n, w in weights.items() if hash_of(w) != self._base[n]}
+            changed = dict(self._task.change(self._model, self._base))
             change, identity = save(changed) if changed else b"", self._task.identity(self._model)[1]
         if edit is None:
             return Packed(change, 0.0, None, identity, "")

@@ -178,6 +178,18 @@ def test_a_window_has_the_same_bits_whatever_comes_with_it(theirs: Any) -> None:
         assert whole.kl[i] == first.kl[i] == alone[i].kl[0] > 0
 
 
+def test_edits_are_read_one_after_another(lens: Any) -> None:
+    counts: list[tuple[float, int]] = []
+    edit = SingularEdit(lens, W_IN, 0)
+    options: dict[str, Any] = {"texts": TEXT, "context": 8, "windows": 3}
+    edited, base = evaluate(lens, edits=[edit, None], progress=lambda *seen: counts.append(seen), **options)
+    with edit:
+        again = evaluate(lens, **options)
+    assert str(edited.to_frame()) == str(again.to_frame()) and edited.model_id == again.model_id != base.model_id
+    assert base.edits == () and not np.array_equal(base.outcomes, edited.outcomes)
+    assert counts[-1] == (6, 6) and counts == sorted(counts)
+
+
 def test_few_windows_at_a_time_make_no_difference(lens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with SingularEdit(lens, W_IN, 0):
         at_once = evaluate(lens, TEXT, context=16)

@@ -1,0 +1,132 @@
+"""Low-rank changes of rows: each row of a batch acts as the hooked model does with that edit in force."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from dt_lens import SingularEdit
+from dt_lens.behaviour.agents.arms import Arm, arm_of, packed_arm
+from dt_lens.behaviour.agents.packed_arms import unpacked
+from dt_lens.behaviour.agents.windows import SlidingPolicy
+from dt_lens.decision_transformer.changes import RowChanges
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+from dt_lens.decision_transformer.model import HookedDecisionTransformer
+from dt_lens.decision_transformer.policy import ActingModel
+from dt_lens.edits.edit import Edit
+from dt_lens.lens.matrices import catalogue
+
+STEPS = 4
+SHAPES: dict[str, dict[str, Any]] = {
+    "one head": {"n_heads": 1, "n_layers": 2},
+    "heads": {"n_heads": 2, "n_layers": 2},
+    "post": {"n_heads": 1, "n_layers": 1, "normalization": "post", "gated_mlp": True, "act_fn": "silu"},
+}
+
+
+def _model(**options: Any) -> HookedDecisionTransformer:
+    torch.manual_seed(0)
+    cfg = HookedDecisionTransformerConfig(3, 2, d_model=8, d_mlp=12, n_ctx=STEPS, max_ep_len=30, **options)
+    model = HookedDecisionTransformer(cfg).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # also biases and LayerNorms, whose initial values would hide mistakes
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.double()
+
+
+def _edits(model: HookedDecisionTransformer) -> list[Edit]:
+    """An edit of every matrix, of both sides of circuits, of two directions of one, and its control."""
+    found: list[Edit] = []
+    for matrix in catalogue(model, per_head=True).values():
+        if matrix.kind[0] == "W" and matrix.head == 0:
+            continue
+        for side in (matrix.left, matrix.right) if matrix.kind in ("OV", "QK") else (matrix.residual_sides[0],):
+            found.append(SingularEdit(model, matrix.name, side=side, value="random", seed=len(found)))
+    several = SingularEdit(model, "blocks.0.attn.W_V", [0, 2], side="read", value="flip")
+    return [*found, several, several.control(1)]
+
+
+def _episode(model: HookedDecisionTransformer) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"states": model.cfg.state_dim, "actions": model.cfg.act_dim, "returns_to_go": 1}
+    return {name: torch.randn(1, STEPS, n, generator=generator).double() for name, n in sizes.items()}
+
+
+def _act(acting: ActingModel, arms: list[Arm], episode: dict[str, torch.Tensor], alone: bool = False) -> torch.Tensor:
+    """The last action of the episode in every arm, ``[arm, act_dim]``."""
+    rows = len(arms)
+    policy = SlidingPolicy(acting, STEPS, rows, alone=alone, arms={i: arm.changes for i, arm in enumerate(arms)})
+    for row in range(rows):
+        policy.restart(row, row)
+    for t in range(STEPS):
+        states, returns = (episode[name][:, t].expand(rows, -1) for name in ("states", "returns_to_go"))
+        before = episode["actions"][:, max(t - 1, 0)].expand(rows, -1)
+        got = policy.act(states, returns, torch.full((rows,), t), before)
+    return got
+
+
+def _hooked(model: HookedDecisionTransformer, episode: dict[str, torch.Tensor]) -> torch.Tensor:
+    given = {**episode, "actions": episode["actions"][:, :-1]}
+    with torch.no_grad():
+        return model(**given, timesteps=torch.arange(STEPS)[None]).action_preds[0, -1]
+
+
+class Case(NamedTuple):
+    model: HookedDecisionTransformer
+    edits: list[Edit]
+    arms: list[Arm]  # the unedited model's, then those of the edits
+    expected: list[torch.Tensor]  # the hooked model's last action in each
+
+
+@functools.cache
+def _case(shape: str) -> Case:
+    model = _model(**SHAPES[shape])
+    case, episode = Case(model, _edits(model), [arm_of(model)], []), _episode(model)
+    case.expected.append(_hooked(model, episode))
+    for edit in case.edits:
+        with edit:
+            case.arms.append(arm_of(model))
+            case.expected.append(_hooked(model, episode))
+    return case
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_row_is_the_model_with_that_edit_in_force(shape: str) -> None:
+    model, edits, arms, expected = _case(shape)
+    base, episode = expected[0], _episode(model)
+    got = _act(ActingModel(arms[0].weights, model.cfg), arms, episode)
+    torch.testing.assert_close(got, torch.stack(expected), atol=1e-11, rtol=1e-9)
+    moved = (torch.stack(expected[1:]) - base).abs().amax(1)
+    assert float(moved.median()) > 1e-4  # not that nothing is compared
+    # Those of several edits in force, and what a sweep sends.
+    with edits[0], edits[-1], edits[-3]:
+        both, arm = _hooked(model, episode), arm_of(model)
+    changes, own = unpacked(packed_arm(arm))
+    assert not own and len(changes) == 3
+    got = _act(ActingModel(arms[0].weights, model.cfg), [Arm(arm.weights, changes)], episode)
+    torch.testing.assert_close(got[0], both, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_rows_at_once_are_rows_one_by_one(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where all rows' changes are stacked; and with each row computed by itself."""
+    model, _, arms, _ = _case("heads")
+    episode = _episode(model)
+    acting = ActingModel(arms[0].weights, model.cfg)
+    expected = _act(acting, arms, episode)
+    module = "dt_lens.behaviour.agents.windows.RowChanges"
+    monkeypatch.setattr(module, lambda rows, stacked: RowChanges(rows, stacked=True))
+    torch.testing.assert_close(_act(acting, arms, episode, alone), expected, atol=1e-12, rtol=1e-10)
+
+
+def test_a_row_without_a_change_keeps_its_bits() -> None:
+    model, _, arms, _ = _case("one head")
+    episode = {name: x.float() for name, x in _episode(model).items()}
+    acting = ActingModel({name: weight.float() for name, weight in arms[0].weights.items()}, model.cfg)
+    bare = arms[:1]
+    expected = _act(acting, bare * 16, episode)[0]
+    mixed = _act(acting, [*arms[1:8], *bare, *arms[8:16]], episode)
+    assert torch.equal(mixed[7], expected) and not torch.equal(mixed[6], expected)
