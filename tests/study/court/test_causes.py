@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from dt_lens.behaviour.agents.recording import actions_of_episode
 from dt_lens.behaviour.agents.arms import acting_weights
+from dt_lens.behaviour.agents.recording import actions_of_episode
 from dt_lens.behaviour.agents.situations import action_chances, situations_of, where_it_matters
 from dt_lens.behaviour.agents.tabular import Tabular
 from dt_lens.behaviour.agents.task import AgentTask
