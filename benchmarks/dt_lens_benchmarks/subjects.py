@@ -7,5 +7,6 @@ __all__ = ["SUBJECTS"]
 SUBJECTS = {
     "start_up": "from nothing to the first singular value",
     "rollouts": "environment steps per second, beside the machine's limit and the usual loop",
+    "batched_edits": "many edits in one batch, beside unedited episodes",
     "training": "a training step, beside Hugging Face's Trainer",
 }
