@@ -34,7 +34,7 @@ from dt_lens.decision_transformer.state_dicts import (
 from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.checkpoints import Checkpoint
 
-__all__ = ["MiniGridDecisionTransformer", "view_labels"]
+__all__ = ["MiniGridDecisionTransformer", "view_factors", "view_labels"]
 
 ENVIRONMENTS = "dt_lens_adapters.minigrid_environments:Flat/"
 POSITION = "transformer.pos_embed.W_pos"
@@ -346,6 +346,9 @@ def _usual_facts(
     if act_dim <= len(ACTIONS):
         facts["action_labels"] = ACTIONS[:act_dim]
     facts["state_labels"] = view_labels(state_dim)
+    factors = view_factors(state_dim)
+    if factors is not None:
+        facts["factors"] = {"state_in": factors}
     run, world = said.get("offline_config", {}), said.get("environment_config", {})
     env_id = world.get("env_id")
     if isinstance(env_id, str) and not world.get("img_obs"):
@@ -389,6 +392,24 @@ def view_labels(state_dim: int) -> tuple[str, ...] | None:
         return None
     side, channels = shape
     return tuple(f"{what} at ({x}, {y})" for what in CHANNELS[channels] for x in range(side) for y in range(side))
+
+
+def view_factors(state_dim: int) -> dict[str, tuple[str | None, ...]] | None:
+    """What each number of a flat one-hot view is about: an object, a colour or a state, and its cell.
+
+    ``None`` for any other state, also for views of three whole numbers a cell, which are no levels.
+    """
+    shape = _view(state_dim)
+    if shape is None or shape[1] == 3:
+        return None
+    side, channels = shape
+    cells = [f"({x}, {y})" for x in range(side) for y in range(side)]
+    kinds = {"object": OBJECTS, "colour": COLOURS, "state": CHANNELS[channels][-3:]}
+    found: dict[str, tuple[str | None, ...]] = {
+        kind: tuple(name if name in names else None for name in CHANNELS[channels] for _ in cells)
+        for kind, names in kinds.items()
+    }
+    return {**found, "cell": tuple(cells) * channels}
 
 
 def _view(state_dim: int) -> tuple[int, int] | None:

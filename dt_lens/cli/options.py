@@ -35,6 +35,7 @@ __all__ = [
     "WeightsOnly",
     "Windows",
     "Workers",
+    "activations_of",
     "edits_of",
     "failure_rule",
     "json_object",
@@ -161,6 +162,23 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
     for note in notes(loaded):
         print(f"{model}: {note}", file=sys.stderr)
     return loaded
+
+
+def activations_of(model: Any, file: Path | None, needed: bool, seed: int, tell: Any) -> Any:
+    """The file that ``--activations`` names, or activations collected from the model if a null needs them.
+
+    Args:
+        model: a wrapped model.
+        file: the option's value.
+        needed: whether the null that is asked for needs activations.
+        seed: of an agent's episodes. A language model reads its held-out text, which needs no seed.
+        tell: receives the progress.
+    """
+    if file is not None or not needed:
+        return file
+    from dt_lens.behaviour.collect_activations import collect_activations
+
+    return collect_activations(model, seed=seed if model.can_act else 0, progress=tell)
 
 
 def split(text: str | None, option: str) -> list[str] | None:

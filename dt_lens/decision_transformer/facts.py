@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from dt_lens.arguments import LAST_SEED, atomic_write, is_finite_number
+from dt_lens.arguments import LAST_SEED, atomic_write, is_finite_number, whole_numbers
 from dt_lens.decision_transformer.environment_wrappers import APART, check_environment_kwargs
 from dt_lens.errors import DtLensError, a_type, because, nearest
 from dt_lens.lens.assumed import Options
@@ -53,7 +53,8 @@ class RunFacts:
     key", "get the blue key")}``. A text that is in neither is refused where the agent is run.
 
     ``deterministic`` says how an agent of discrete actions acts: it takes the largest logit, or it samples from their
-    softmax, as its episode's seed decides.
+    softmax, as its episode's seed decides. ``choices`` are the sizes of several choices that it makes at once, such as
+    ``(2, 3)`` for the five logits of ``MultiDiscrete([2, 3])``; ``None`` for one choice, or where it is not known.
     """
 
     context: int  # steps the agent looks back
@@ -74,6 +75,7 @@ class RunFacts:
     ignores: tuple[str, ...] | None = None  # parts of an observation that are not read
     texts: Mapping[str, tuple[str, ...]] | None = None  # parts that are texts, one-hot among these
     deterministic: bool = True  # the largest logit is taken; False: actions are sampled, by the episode's seed
+    choices: tuple[int, ...] | None = None  # sizes of several choices made at once
 
     left_out: ClassVar[Mapping[str, Any]] = {}  # of a file: what it does not say, and what is taken for it
 
@@ -115,6 +117,9 @@ class RunFacts:
         _require(isinstance(self.deterministic, bool), "deterministic", self.deterministic, "true or false")
         if self.texts is not None:
             object.__setattr__(self, "texts", _texts(self.texts))
+        if self.choices is not None:
+            sizes = whole_numbers(self.choices, "choices of the run facts", 1)
+            object.__setattr__(self, "choices", tuple(sizes))
         scale = self.return_scale
         _require(is_finite_number(scale) and scale > 0, "return_scale", scale, "a positive number")
         _require(self.padding in get_args(Padding), "padding", self.padding, "'mask' or 'visible'")
@@ -155,6 +160,11 @@ class RunFacts:
             if value is not None and len(value) != size:
                 kind = "action" if name.startswith("action") else "state"
                 raise DtLensError(f"The run facts' {name} has {len(value)} entries; the model's {kind} has {size}.")
+        if self.choices is not None and sum(self.choices) != act_dim:
+            raise DtLensError(
+                f"The run facts' choices are of {_sizes(self.choices)}, {sum(self.choices)} logits together; the model "
+                f"has {act_dim}."
+            )
         for embedding, named in (self.factors or {}).items():
             size = {"state": state_dim, "action": act_dim}.get(embedding.partition("_")[0], 0)
             for factor, levels in named.items():
@@ -163,6 +173,15 @@ class RunFacts:
                         f"The run facts' factor {factor!r} of {embedding} has {len(levels)} levels; give one for each "
                         f"of its {size} labels."
                     )
+
+    def require_choices(self, sizes: Sequence[int], environment: str) -> None:
+        """Raise ``DtLensError`` unless an environment's choices at each step are those that the model makes."""
+        if self.choices is not None and self.choices != tuple(sizes):
+            raise DtLensError(
+                f"This model makes choices of {_sizes(self.choices)} at once and {environment} takes "
+                f"{'choices' if len(sizes) > 1 else 'one choice'} of {_sizes(sizes)}; evaluate it in the environment "
+                "it was trained in."
+            )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -200,7 +219,7 @@ class RunFacts:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; of those that older files do not have, the ones that are not ``None``."""
         values = asdict(self)
-        for name in ("evaluation_environment", "failure", "factors", "ignores", "texts"):
+        for name in ("evaluation_environment", "failure", "factors", "ignores", "texts", "choices"):
             if values[name] is None:
                 del values[name]
         if self.deterministic:
@@ -303,6 +322,10 @@ def _in_environment(kept: RunFacts, chosen: Mapping[str, Any]) -> dict[str, Any]
         other = {name: value for name, value in chosen.items() if name not in ("environment", "environment_kwargs")}
         return {"evaluation_environment": {"id": place, "kwargs": known}, **other}
     return {"evaluation_environment": None, **chosen, "environment": place, "environment_kwargs": known}
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return " and ".join(map(str, sizes))
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

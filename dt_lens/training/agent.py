@@ -340,6 +340,7 @@ def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
         state_std=tuple(float(s) for s in data.state_std) if data.normalised else None,
         ignores=data.ignores or None,
         texts=data.texts,
+        choices=data.choices or None,
         return_scale=data.return_scale,
         target_returns=settings.targets,
         about={

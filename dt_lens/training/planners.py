@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 
+from dt_lens.behaviour.agents.minigrid_plans import DONE, is_minigrid
 from dt_lens.behaviour.agents.tabular import Tabular
 from dt_lens.errors import DtLensError
 
@@ -72,10 +73,8 @@ def planner_for(env: Env) -> Planner | None:
     table = Tabular.of(env)
     if table is not None:
         return TablePlanner(table)
-    # MiniGrid is an extra, so its class is known by its name and its package.
-    kinds = type(env.unwrapped).__mro__
-    if any((kind.__name__, kind.__module__.partition(".")[0]) == ("MiniGridEnv", "minigrid") for kind in kinds):
+    if is_minigrid(env):
         from dt_lens.training.minigrid_planner import GridPlanner
 
-        return GridPlanner()
+        return GridPlanner(waits=getattr(env.action_space, "n", 0) > DONE)
     return None

@@ -93,10 +93,12 @@ def record(
     report = report or (lambda *_: None)
     workers = (os.cpu_count() or 1) if workers is None else whole_number(workers, "workers", 1)
     where = local_path(folder, "folder") if folder is not None else Path("runs", "record", dataset_id.replace("/", "-"))
-    whole_number(seed, "seed", 0, LAST_SEED)
-    require_new_dataset(
-        dataset_id, steps=steps, pace_steps=pace_steps, candidates=candidates, episodes=episodes, bins=bins
-    )
+    # NumPy's integers cannot be stored in the recipe.
+    seed = whole_number(seed, "seed", 0, LAST_SEED)
+    steps, pace_steps = whole_number(steps, "steps", 1), whole_number(pace_steps, "pace_steps", 1)
+    candidates, episodes = whole_number(candidates, "candidates", 1), whole_number(episodes, "episodes", 1)
+    bins = whole_number(bins, "bins", 1)
+    require_new_dataset(dataset_id)
     noises, paces = finite_numbers(noises, "noises"), finite_numbers(paces, "paces")
     if not noises or min(noises) < 0:
         raise DtLensError(f"noises is {tuple(noises)!r}; give at least one standard deviation, none negative.")
@@ -205,8 +207,8 @@ def _rehearse(environment_id: str, seed: int, forward: bool) -> None:
         )
 
 
-def require_new_dataset(dataset_id: str, **counts: int) -> None:
-    """Raise ``DtLensError`` unless Minari can store a new data set under this id, and all counts are at least 1."""
+def require_new_dataset(dataset_id: str) -> None:
+    """Raise ``DtLensError`` unless Minari can store a new data set under this id."""
     try:
         import h5py  # noqa: F401
     except ImportError as error:
@@ -214,8 +216,6 @@ def require_new_dataset(dataset_id: str, **counts: int) -> None:
     import minari
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    for name, value in counts.items():
-        whole_number(value, name, 1)
     require_dataset_id(dataset_id)
     try:
         stored = Path(get_dataset_path(dataset_id))  # makes the folder of all data sets

@@ -20,7 +20,7 @@ from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.environment_labels import environment_labels
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import catalogue
-from dt_lens_adapters.minigrid import COLOURS, OBJECTS, MiniGridLayout, view_labels
+from dt_lens_adapters.minigrid import COLOURS, OBJECTS, MiniGridLayout, view_factors, view_labels
 from originals.minigrid import ACTIONS, CHANNELS, MLP, SIDE, Agent, D, agent, config, save
 
 ENVIRONMENTS = "dt_lens_adapters.minigrid_environments"
@@ -334,3 +334,13 @@ def test_real_agents_reach_what_was_measured(
         lens, episodes=40, seed=0, target_return=target, environment_kwargs=options, workers=workers
     )
     assert found.to_frame()["return"].mean() == pytest.approx(measured, abs=0.0006)
+
+
+def test_one_hot_views_have_factors() -> None:
+    """Each number's label is its object, colour or state, and its cell; whole numbers are no levels."""
+    labels, factors = view_labels(3 * 3 * 20), view_factors(3 * 3 * 20)
+    assert labels is not None and factors is not None and list(factors) == ["object", "colour", "state", "cell"]
+    for number, label in enumerate(labels):
+        named = [factors[kind][number] for kind in ("object", "colour", "state") if factors[kind][number] is not None]
+        assert label == f"{named[0]} at {factors['cell'][number]}" and len(named) == 1
+    assert view_factors(3 * 3 * 3) is None and view_factors(10) is None

@@ -136,6 +136,8 @@ def test_record_is_read_back_and_survives_an_interruption(minari_root: Path, mon
 
 def test_an_environment_may_be_named_with_its_module(minari_root: Path) -> None:
     few = {**TINY, "steps": 50, "paces": (), "candidates": 4, "episodes": 4, "bins": 2}
+    # NumPy's integers too: all of them are stored as JSON.
+    few = {name: np.int64(value) if isinstance(value, int) else value for name, value in few.items()}
     record("gymnasium:Pendulum-v1", "test/named-v0", **few, workers=1, folder=minari_root / "a")
     kept = read("test/named-v0")
     assert (kept.environment, kept.environment_kwargs) == ("Pendulum-v1", {}) and kept.lengths[0] == 200

@@ -63,6 +63,12 @@ class Mixed(gym.Env[Any, Any]):
         return self._see(), 3.0 * (action.tolist() == [1, 7]), False, False, {}
 
 
+class One(Mixed):
+    """The same with one choice, of as many kinds as the two have together."""
+
+    action_space = spaces.Discrete(5)  # type: ignore[assignment]
+
+
 def record(name: str, env: Any, policy: Any, episodes: int = 4, **options: Any) -> list[Any]:
     """Store episodes of ``policy(observation, rng)`` and return all observations but each last one."""
     rng, buffers, seen = np.random.default_rng(0), [], []
@@ -129,6 +135,9 @@ def test_what_is_not_read_is_a_fact_that_evaluation_keeps(tmp_path: Path) -> Non
     model = dt_lens.load(tmp_path, check=False)
     assert model.facts.ignores == ("mission",) and model.facts.texts is None
     assert " 14 numbers, without mission" in repr(model)
+    assert model.facts.choices == (2, 3)
+    with pytest.raises(DtLensError, match=r"makes choices of 2 and 3 at once and .*One takes one choice of 5"):
+        dt_lens.evaluate(model, One, max_steps=STEPS, episodes=1, workers=1)
     result = dt_lens.evaluate(model, episodes=3, workers=1)
     actions = record_actions(model, result, 0)
     assert actions.shape == (STEPS, 2) and set(actions[:, 1]) <= {5, 6, 7}

@@ -141,6 +141,8 @@ def known_setting(
         # Whoever gives a mean and a scale of pixels has said how they are scaled.
         pixels=getattr(encoder, "pixels", 1.0) if facts.state_mean is None else 1.0,
     )
+    if model.cfg.discrete_actions:
+        facts.require_choices(np.ravel(getattr(made.action_space, "nvec", made.act_dim)).tolist(), made.environment)
     conditions = _conditions(model, target_return)._replace(deterministic=deterministic)
     return Setting(made.environment, dict(environment_kwargs), target_return, made, conditions)
 

@@ -1,16 +1,22 @@
-"""Every state of an environment whose dynamics are a table, alone and as an agent meets it, and what matters there."""
+"""What an agent is faced with in a discrete world, and which factors matter there.
+
+Where the dynamics are a table: every state alone, and windows that the agent meets. In a MiniGrid, whose states cannot
+be listed: windows that the agent meets.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from dt_lens.behaviour.agents.minigrid_changes import matters_in_windows
+from dt_lens.behaviour.agents.minigrid_plans import is_minigrid
 from dt_lens.behaviour.agents.played import PlayedEpisode, play, run_windows
 from dt_lens.behaviour.agents.running import Setting
 from dt_lens.behaviour.agents.tabular import Tabular
@@ -30,35 +36,61 @@ Levels = Mapping[str, Sequence[Any]]
 def situations_of(
     model: Any, setting: Setting, factors: Levels, seed: int, tell: ProgressCallback
 ) -> list[Situations] | None:
-    """The states of a table alone, one step at the target return each, and windows that the unedited agent meets.
+    """What the agent is faced with, and where each factor matters.
 
     Args:
         model: the agent.
         setting: its environment and target return.
-        factors: for each factor, its level in every state.
+        factors: for each factor, its level in every state or, in a MiniGrid, of every number of a state.
         seed: of the draw of windows.
         tell: receives the progress.
 
     Returns:
-        ``None`` if the environment's dynamics are not a table, or the factors are not of its states.
+        ``None`` if the environment's dynamics are not a table and it is not a MiniGrid, or the factors are not of what
+        the agent reads.
+
+    Raises:
+        DtLensError: for a MiniGrid that no planner knows.
     """
     env = setting.made.make()
     try:
-        table = Tabular.of(env)
+        table, grid = Tabular.of(env), is_minigrid(env)
     finally:
         env.close()
     n = setting.made.state_dim
-    if table is None or n != len(table.initial) or any(len(levels) != n for levels in factors.values()):
+    if any(len(levels) != n for levels in factors.values()):
         return None
+    if table is not None and n == len(table.initial):
+        return _in_a_table(model, setting, table, factors, seed, tell)
+    return [_in_a_grid(model, setting, factors, seed, tell)] if grid else None
+
+
+def _in_a_table(
+    model: Any, setting: Setting, table: Tabular, factors: Levels, seed: int, tell: ProgressCallback
+) -> list[Situations]:
+    """The states of a table alone, one step at the target return each, and visited windows."""
     optimal, reachable = table.optimal_actions(), table.reachable
     matters = {name: where_it_matters(name, factors, optimal) for name in factors}
-    alone = _alone(model, setting)
-    states, windows = _visited(model, setting, seed, tell)
+    visited = _visited(model, setting, seed, tell)
+    states = np.array([visited.states[episode][step].argmax() for episode, step in visited.ends])
     seen = {name: where[states] for name, where in matters.items()}
     return [
-        Situations("alone", alone, matters, reachable),
-        Situations("visited", windows, seen, np.ones(len(states), dtype=bool)),
+        Situations("alone", _alone(model, setting), matters, reachable),
+        Situations("visited", visited.inputs, seen, np.ones(len(states), dtype=bool)),
     ]
+
+
+def _in_a_grid(model: Any, setting: Setting, factors: Levels, seed: int, tell: ProgressCallback) -> Situations:
+    """Visited windows of a MiniGrid; a planner says where a factor matters."""
+    visited, first = _visited(model, setting, seed, tell), int(getattr(setting.made.action_space, "start", 0))
+    played = {
+        episode: ((visited.actions[episode] + first).tolist(), list(visited.states[episode]))
+        for episode in {episode for episode, _ in visited.ends}
+    }
+    matters = matters_in_windows(
+        setting.made, list(factors), played, visited.ends, model.facts.context, lambda share: tell("planning", share)
+    )
+    return Situations("visited", visited.inputs, matters, np.ones(len(visited.ends), dtype=bool))
 
 
 def where_it_matters(factor: str, factors: Levels, optimal: Bool[np.ndarray, "n m"]) -> Bool[np.ndarray, " n"]:
@@ -107,19 +139,41 @@ def _alone(model: Any, setting: Setting) -> dict[str, Tensor]:
     return _windows(model, episodes)
 
 
-def _visited(
-    model: Any, setting: Setting, seed: int, tell: ProgressCallback
-) -> tuple[Int64[np.ndarray, " n"], dict[str, Tensor]]:
-    """Windows from the unedited agent's own episodes, drawn at random, and the state that each ends with."""
+class _Visited(NamedTuple):
+    """Windows from the unedited agent's own episodes.
+
+    Attributes:
+        inputs: keyword arguments of the model, a row per window.
+        ends: the seed of each window's episode, and the step at which it ends.
+        states: by seed, the state of each step, not scaled.
+        actions: by seed, the number of the action at each step but the last.
+    """
+
+    inputs: dict[str, Tensor]
+    ends: list[tuple[int, int]]
+    states: dict[int, Float64[np.ndarray, "step state"]]
+    actions: dict[int, np.ndarray[Any, Any]]
+
+
+def _visited(model: Any, setting: Setting, seed: int, tell: ProgressCallback) -> _Visited:
+    """Windows drawn at random from the unedited agent's own episodes."""
+    seeds = range(seed, seed + EPISODES)
     with suspended(model):
-        episodes = play(model, setting, range(seed, seed + EPISODES), lambda share: tell("running episodes", share))
-    episodes.sort(key=lambda episode: -len(episode.states))
-    windows = _windows(model, episodes)
-    count = len(windows["timesteps"])
-    chosen = np.sort(np.random.default_rng([seed, 8]).permutation(count)[:WINDOWS])
+        episodes = play(model, setting, seeds, lambda share: tell("running episodes", share))
+    # As run_windows takes them: longest first, step by step.
+    played = sorted(zip(seeds, episodes, strict=True), key=lambda one: -len(one[1].states))
+    windows = _windows(model, [episode for _, episode in played])
+    longest = len(played[0][1].states)
+    ends = [(at, step) for step in range(longest) for at, episode in played if len(episode.states) > step]
+    chosen = np.sort(np.random.default_rng([seed, 8]).permutation(len(ends))[:WINDOWS])
     c = setting.conditions
-    last = windows["states"][:, -1].double().cpu().numpy()[chosen] * c.state_std + c.state_mean
-    return last.argmax(1), {name: part[torch.as_tensor(chosen)] for name, part in windows.items()}
+    return _Visited(
+        {name: part[torch.as_tensor(chosen)] for name, part in windows.items()},
+        [ends[number] for number in chosen],
+        {at: torch.stack(episode.states).double().cpu().numpy() * c.state_std + c.state_mean for at, episode in played},
+        # A step is fed the action before it.
+        {at: torch.stack(episode.actions)[1:].argmax(1).cpu().numpy() for at, episode in played},
+    )
 
 
 def _windows(model: Any, episodes: Sequence[PlayedEpisode]) -> dict[str, Tensor]:

@@ -203,14 +203,20 @@ class AgentTask(Task):
         return sizes
 
     def situations(self, model: Any, seed: int = 0, tell: ProgressCallback = silent) -> Sequence[Situations] | None:
-        """Every state alone, and windows that the agent meets; see ``Task.situations``.
+        """Every state alone, and windows that the agent meets; in a MiniGrid the windows; see ``Task.situations``.
 
-        ``None`` unless states and actions are discrete, the dynamics a table, and the model's facts name the states'
-        factors.
+        ``None`` unless actions are discrete, and the dynamics a table or the environment a MiniGrid.
+
+        Raises:
+            DtLensError: where the facts name no factors, and for a MiniGrid that no planner knows.
         """
-        factors = (model.facts.factors or {}).get("state_in")
-        if not factors or not model.cfg.discrete_actions:
+        if not model.cfg.discrete_actions:
             return None
+        factors = (model.facts.factors or {}).get("state_in")
+        if not factors:
+            raise DtLensError(
+                "The model's facts do not say what the labels of state_in consist of (factors, in dt_lens.json)."
+            )
         return situations_of(model, self.setting, factors, seed, tell)
 
     def choices(self, model: Any, situations: Situations) -> Float[Tensor, "n outputs"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Given, Matrices, Model, Raw, Seed, WeightsOnly, load_model, split
+from dt_lens.cli.options import Given, Matrices, Model, Raw, Seed, WeightsOnly, activations_of, load_model, split
 from dt_lens.cli.output import print_table, progress, write_csv
 
 if TYPE_CHECKING:
@@ -72,11 +72,7 @@ def clusters(
         loaded = load_model(model, given, weights_only=weights_only)
         from dt_lens.svd import clustering
 
-        inputs: Any = activations
-        if null == "spectrum" and activations is None:
-            from dt_lens.behaviour.collect_activations import collect_activations
-
-            inputs = collect_activations(loaded, seed=seed if loaded.can_act else 0, progress=tell)
+        inputs = activations_of(loaded, activations, null == "spectrum", seed, tell)
         table = clustering.clusters(
             loaded,
             factors,

@@ -23,7 +23,9 @@ from dt_lens.cli.options import (
     Windows,
     Workers,
     load_model,
+    split,
     task_options,
+    to_float,
 )
 from dt_lens.cli.output import print_table, progress
 
@@ -50,6 +52,9 @@ def court(
     context: Context = None,
     windows: Windows = None,
     rollouts: Annotated[bool, typer.Option(help="Run the edits; without, only claims about weights are tried.")] = True,
+    claims: Annotated[
+        str | None, typer.Option(help="Numbers of the claims to try, such as 8 or 1,2; all by default.")
+    ] = None,
     draws: Annotated[int, typer.Option(min=200, help="Number of draws of the nulls.")] = 4000,
     out: Annotated[Path | None, typer.Option(help="Folder for all results; dt-lens-court/MODEL by default.")] = None,
     workers: Workers = None,
@@ -62,6 +67,7 @@ def court(
     """
     folder = out or Path("dt-lens-court") / Path(model).name
     require_writable(folder / "court.html")
+    tried = None if claims is None else [round(to_float(part, "claims")) for part in split(claims, "claims") or []]
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
@@ -87,6 +93,7 @@ def court(
             seed=seed,
             sweep=sweep,
             rollouts=rollouts,
+            claims=tried,
             draws=draws,
             workers=workers,
             command=shlex.join(["dt-lens", *sys.argv[1:]]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from dt_lens.cli.options import (
     Raw,
     Seed,
     WeightsOnly,
+    activations_of,
     load_model,
     split,
 )
@@ -88,20 +89,14 @@ def scan(
         if subspaces:
             table = svd.subspaces(names, sets, seed=seed, progress=tell)
         else:
-            given_activations: Any = activations
-            if null in OF_THE_STREAM and activations is None:
-                from dt_lens.behaviour.collect_activations import collect_activations
-
-                # A language model reads its held-out text, which needs no seed.
-                episodes_from = seed if loaded.can_act else 0
-                given_activations = collect_activations(loaded, seed=episodes_from, progress=tell)
+            inputs = activations_of(loaded, activations, null in OF_THE_STREAM, seed, tell)
             table = svd.scan(
                 names,
                 null,
                 seed,
                 sets,
                 progress=tell,
-                activations=given_activations,
+                activations=inputs,
                 draws=draws,
             )
     best = table.sort_values(["z"], ascending=False, kind="stable")

@@ -132,7 +132,10 @@ def acts_where_it_matters(
         raise NotApplicable("no single direction clusters by a factor")
     usable = [d for d in directions if all(_varies(kind, d.factors[0], kind.reachable) for kind in kinds)]
     if not usable:
-        raise NotApplicable("the factors that directions cluster by matter in all situations or in none")
+        raise NotApplicable(
+            "the factors that directions cluster by matter in all situations or in none: "
+            + _in_words(directions, kinds)
+        )
     changes = _changes(case, task, usable, kinds, activations, CONTROLS if controls is None else controls, tell)
     own = [d.factors[0] for d in usable]
     weakest = [_weakest(d, kinds) for d in usable]
@@ -155,8 +158,10 @@ def acts_where_it_matters(
         p_value=max(found.p_value for found, _ in compared), critical=max(found.critical for found, _ in compared)
     )
     names = ", ".join(f"{name} ({own.count(name)})" for name in dict.fromkeys(own))
+    others = [d for d in directions if d not in usable]
+    left = f"Left out, since they matter everywhere or nowhere: {_in_words(others, kinds)}. " if others else ""
     said = (
-        f"Of {len(directions)} directions that cluster, {len(usable)} were removed, by their factors: {names}. "
+        f"Of {len(directions)} directions that cluster, {len(usable)} were removed, by their factors: {names}. {left}"
         f"Actions change more where the factor matters: {'; '.join(parts)}. "
     )
     controlled = sum(factor is not None for factor in weakest)
@@ -169,6 +174,17 @@ def acts_where_it_matters(
     )
     numbers |= {"directions": [d._asdict() for d in usable], "left_out": len(directions) - len(usable)}
     return weights_finding(both, margin, min(quiet) >= ALPHA, said, numbers)
+
+
+def _in_words(directions: Sequence[Direction], kinds: Sequence[Situations]) -> str:
+    """Of each factor, how many directions cluster by it, and in which share of the situations it matters."""
+    own = [direction.factors[0] for direction in directions]
+    parts = []
+    for name in dict.fromkeys(own):
+        shares = [kind.matters[name][kind.reachable].mean() for kind in kinds if name in kind.matters]
+        where = " and ".join(f"{share:.0%}" for share in shares)
+        parts.append(f"{name} ({own.count(name)} directions; {f'in {where}' if where else 'no change of it is known'})")
+    return ", ".join(parts)
 
 
 def _weakest(direction: Direction, kinds: Sequence[Situations]) -> str | None:
@@ -189,6 +205,7 @@ def _numbers(
         "mean_change": float(changed.edits[:, where].mean()),
         "mean_change_of_controls": float(changed.controls[:, :, where].mean()),
         "situations": int(where.sum()),
+        "matters": {name: float(there[where].mean()) for name, there in kind.matters.items()},
     }  # fmt: skip
     if control is not None:
         numbers |= {"weakest_factor": control.statistic, "weakest_factor_p": control.p_value}

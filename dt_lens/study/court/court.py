@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 from dt_lens.arguments import local_path, require_wrapped, require_writable, whole_number
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import task_of
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import select_matrices
 from dt_lens.progress import ProgressCallback, reporting, silent
 from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.causes import acts_where_it_matters
-from dt_lens.study.court.claims import WAYS, Finding, NotApplicable, Way, claims_in, verdict_of
+from dt_lens.study.court.claims import CLAIMS, WAYS, Finding, NotApplicable, Way, claims_in, verdict_of
 from dt_lens.study.court.damage import cosine_predicts_damage, hurts_more, output_shares
 from dt_lens.study.court.inputs import follows_time, reward_beats_chance
 from dt_lens.study.court.matches import first_is_common, reads_states, w_in_matches_more
@@ -41,6 +41,7 @@ def court(
     seed: int = 0,
     sweep: str | Path | None = None,
     rollouts: bool = True,
+    claims: Sequence[int] | None = None,
     draws: int = 4000,
     workers: int | None = None,
     command: str = "",
@@ -63,6 +64,7 @@ def court(
         seed: of the units, where they have seeds, of the controls and of the nulls.
         sweep: a finished sweep of this model, with controls; claim 7 is tried on its edits.
         rollouts: ``False`` leaves out the edits.
+        claims: the numbers of those to try; all by default. Holm's correction counts the others too, as the least sure.
         draws: how many draws a null takes.
         workers: worker processes.
         command: the command line that repeats this, for the page.
@@ -80,8 +82,9 @@ def court(
     for what_, value, least in (("seed", seed, 0), ("draws", draws, 200)):
         whole_number(value, what_, least)
     out, case = local_path(out, "out"), Case(model, seed, draws)
+    asked_for = _numbers(claims)
     require_writable(*(out / f"court.{kind}" for kind in ("html", "csv", "json")))
-    trial, numbers = _Trial(case, out), range(0)
+    trial, numbers = _Trial(case, out, asked_for), range(0)
     asked = [what, task, units, *options.values()]
     try:
         trial.task, numbers = task_of(
@@ -98,11 +101,12 @@ def court(
         trial.swept = swept, f"{len(swept.edits)} of a sweep, {values}, {number} each"
     with reporting(progress) as tell:
         trial.tell = tell
-        if trial.task is not None and rollouts:
+        trial.runs = rollouts
+        if trial.task is not None and rollouts and {3, 7} & asked_for:
             tell("running edits", 0.0)
             run = Rollouts(model, out, trial.task, numbers, seed, workers)
             trial.measured = run.run(lambda what, share: tell(what, 0.9 * share))
-        elif trial.task is not None:
+        elif trial.task is not None and not rollouts:
             trial.no_edits_reason = "rollouts were left out"
         rulings = trial.rulings()
     facts: dict[str, Any] = {"model": name, "seed": seed, "draws": draws, "command": command}
@@ -131,6 +135,8 @@ class _Trial:
 
     case: Case
     out: Path
+    numbers: frozenset[int]  # of the claims to try
+    runs: bool = True  # whether anything may be run
     task: Task | None = None
     no_edits_reason: str = ""
     measured: MeasuredEdits | None = None
@@ -151,8 +157,12 @@ class _Trial:
         }
         found: dict[Way, dict[int, Finding | str]] = {way: {} for way in WAYS}
         claims = claims_in(self.task.terms if self.task else None, *self._words())
+        asked = ", ".join(map(str, sorted(self.numbers)))
         for claim in claims:
             for way in WAYS:
+                if claim.number not in self.numbers:
+                    found[way][claim.number] = f"it was not asked for (asked for: {asked})"
+                    continue
                 self.tell(f"trying claim {claim.number}", 0.9 + 0.1 * (claim.number - 1) / len(claims))
                 try:
                     found[way][claim.number] = tries[claim.number](way)
@@ -161,7 +171,10 @@ class _Trial:
         ruled: dict[tuple[int, Way], Ruling] = {}
         for way in WAYS:
             tried = {number: result for number, result in found[way].items() if isinstance(result, Finding)}
-            adjusted = dict(zip(tried, holm([result.p_value for result in tried.values()]), strict=True))
+            # As if each claim that was not asked for had been tried, and were the least sure: never less than Holm's.
+            untried = [1.0] * (len(claims) - len(self.numbers))
+            ps = holm([*(result.p_value for result in tried.values()), *untried])
+            adjusted = dict(zip(tried, ps, strict=False))
             for claim in claims:
                 result = found[way][claim.number]
                 if isinstance(result, str):
@@ -218,21 +231,23 @@ class _Trial:
     def _acts_where_it_matters(self, way: Way) -> Finding:
         if way == "note":
             raise NotApplicable("the claim is not the note's")
-        if self.task is None or self.measured is None:
+        if self.task is None or not self.runs:
             raise NotApplicable(self.no_edits_reason)
         model, seed = self.case.model, self.case.seed
-        kinds = self.task.situations(model, seed, lambda what, _: self.tell(what, 0.97))
-        if not kinds:
-            raise NotApplicable("its task does not list all states with their factors and the best actions in each")
-        self.tell("looking for clusters", 0.97)
         try:
+            kinds = self.task.situations(model, seed, lambda what, _: self.tell(what, 0.97))
+            if not kinds:
+                raise NotApplicable(
+                    "its task does not list what the model can be faced with, with its factors and where they matter"
+                )
+            self.tell("looking for clusters", 0.97)
             table = clusters(model, embeddings=self.case.embedding("input").name, seed=seed, beside=False)
             return acts_where_it_matters(
                 self.case, self.task, kinds, table, self._activations(), tell=lambda what, _: self.tell(what, 0.98)
             )
         except NotApplicable:
             raise
-        except DtLensError as error:  # factors that cannot be tested, or a direction that cannot be edited
+        except DtLensError as error:  # no planner, factors that cannot be tested, a direction that cannot be edited
             raise NotApplicable(_reason(error)) from error
 
     def _activations(self) -> Activations:
@@ -244,6 +259,17 @@ class _Trial:
             return kept_activations(self.case.model, file, self.task, tell=lambda what, _: self.tell(what, 0.92))
         except DtLensError as error:  # a task need not say what it feeds the model
             raise NotApplicable(_reason(error)) from error
+
+
+def _numbers(claims: Any) -> frozenset[int]:
+    """The numbers of the claims that are tried."""
+    known = [claim.number for claim in CLAIMS]
+    if claims is None:
+        return frozenset(known)
+    found = list(claims) if isinstance(claims, list | tuple | set | frozenset | range) else [claims]
+    if not found or any(number not in known for number in found):
+        raise DtLensError(f"claims is {as_written(claims)}; give numbers of {known[0]} to {known[-1]}, such as [8].")
+    return frozenset(map(int, found))
 
 
 def _reason(error: Exception) -> str:

@@ -107,7 +107,7 @@ def test_what_a_third_partys_task_lacks_is_a_reason(tmp_path: Path) -> None:
     result = court(sorter(steps=0), tmp_path, Points(), units=3, draws=200, workers=1)
     reasons = {r.claim.number: r.reason for r in result.rulings if r.found is None and r.way == "proper"}
     assert set(reasons) == {2, 3, 4, 5, 6, 7, 8}
-    assert reasons[8].startswith("its task does not list all states")
+    assert reasons[8].startswith("its task does not list what the model can be faced with")
     assert reasons[2] == "the task 'points' does not say which class is the most common one"
     assert "the mean score of the unedited sorter is -" in reasons[3] and reasons[3].endswith("a share of it")
     assert reasons[4] == "the model has no OV"
