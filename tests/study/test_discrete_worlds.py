@@ -52,7 +52,7 @@ def test_a_frozen_lake_from_data_to_report(tmp_path: Path) -> None:
     assert "actions sampled" in page and "choice of actions" in page
 
 
-def test_a_minigrid_from_data_to_evaluation(tmp_path: Path) -> None:
+def test_a_minigrid_from_data_to_report(tmp_path: Path) -> None:
     pytest.importorskip("minigrid")
     env = gym.make("minigrid:MiniGrid-Empty-5x5-v0")
     own = env.observation_space
@@ -67,6 +67,9 @@ def test_a_minigrid_from_data_to_evaluation(tmp_path: Path) -> None:
     assert model.facts.state_mean is not None and not any(model.facts.state_mean[:4])  # one-hot directions
     found = dt_lens.evaluate(model, episodes=2, workers=1)
     assert (found.lengths == 5).all() and (found.returns > 0.9).all() and found.failure == 0.05
+    Study(model, tmp_path / "study", edits=1, matrices=["*.W_in"], episodes=2, workers=1, video=False).run()
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "MiniGrid-Empty-5x5-v0" in page and "at cell (3, 6)" in page and "action_out" in page
 
 
 def test_every_environment_of_toy_text_and_minigrid_fits(tmp_path: Path) -> None:
