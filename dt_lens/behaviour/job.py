@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from dt_lens.errors import DtLensError
 
-__all__ = ["Job", "Row", "repeated", "versions_of"]
+__all__ = ["Job", "JobOfMany", "Part", "Row", "repeated", "versions_of"]
 
 Row = tuple[Any, ...]  # a unit's number, then its measures in the order of the terms
+Part = tuple[Mapping[str, Tensor], Sequence[int]]  # what an arm changes, and the numbers of units
 
 
 class Job(Protocol):
@@ -42,6 +43,23 @@ class Job(Protocol):
 
         Raises:
             DtLensError: if a unit has no outcome.
+        """
+        ...
+
+
+@runtime_checkable
+class JobOfMany(Job, Protocol):
+    """A job that runs several arms faster together than one after another."""
+
+    def run_together(self, parts: Sequence[Part], done: Callable[[int, list[Row]], None]) -> None:
+        """Run the units of several arms; each gives the same bits as alone.
+
+        Args:
+            parts: what each arm changes, and its units.
+            done: called with a part's place and its rows, ascending, when all its units have been run.
+
+        Raises:
+            DtLensError: if a unit has no outcome; parts that are not done may then be run alone.
         """
         ...
 

@@ -218,6 +218,7 @@ def run_episodes(
     *,
     least_width: int | None = None,
     report: EpisodeCount | None = None,
+    ended: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
     """Run an episode for every seed, ``policy.width`` at a time; an episode that ends is replaced by the next seed.
 
@@ -229,6 +230,7 @@ def run_episodes(
         least_width: when the seeds run out the batch narrows as lanes fall free, but not below this; when omitted it
             never narrows and every episode stays in its row. Rows without an episode are computed and thrown away.
         report: called after every step.
+        ended: called with the outcome of each episode as it ends.
 
     Returns:
         the outcomes, in the order in which the episodes ended.
@@ -258,9 +260,11 @@ def run_episodes(
         while lanes.running:
             seen = lanes.tensors()
             predictions = policy.act(*seen).float().cpu().numpy()
-            ended = lanes.step(lanes.choose(predictions, seen[0]))
-            for row, terminated, truncated in ended:
+            over = lanes.step(lanes.choose(predictions, seen[0]))
+            for row, terminated, truncated in over:
                 outcomes.append(lanes.outcome(row, terminated, truncated))
+                if ended is not None:
+                    ended(outcomes[-1])
                 following = next(seeds, None)
                 if following is None:
                     lanes.running.remove(row)

@@ -270,11 +270,12 @@ def run_model(
     seeds: Iterator[int | Start],
     report: EpisodeCount | None = None,
     watch: Watch | None = None,
+    ended: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
     """Run ``seeds`` of ``job``, whose model has been made; on one torch thread."""
     policy, least_width = _lean_policy(model, job.context, job.lanes, job.padding, job.arms)
     policy = policy if watch is None else watch(policy)
-    return run_episodes(policy, job.made, job.conditions, seeds, least_width=least_width, report=report)
+    return run_episodes(policy, job.made, job.conditions, seeds, least_width=least_width, report=report, ended=ended)
 
 
 def _run_here(

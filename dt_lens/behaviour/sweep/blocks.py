@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from safetensors.torch import load
 
-from dt_lens.behaviour.job import Job, Row
+from dt_lens.behaviour.job import Job, JobOfMany, Part, Row
 
-__all__ = ["Work", "run_work"]
+__all__ = ["Work", "run_together", "run_work"]
 
 
 class Work(NamedTuple):
@@ -18,6 +20,7 @@ class Work(NamedTuple):
     change: bytes  # what the arm changes in the base, as safetensors (see ``Task.change``); empty if nothing
     first: int  # number of the first unit
     size: int
+    beside: tuple[tuple[Any, ...], ...] = ()  # the fields of other works, to be run in the same batch
 
     @property
     def units(self) -> range:
@@ -31,4 +34,25 @@ def run_work(job: Job, work: Work) -> list[Row]:
     Raises:
         DtLensError: if a unit has no outcome.
     """
-    return sorted(job.run(load(work.change) if work.change else {}, work.units))
+    return sorted(job.run(*_part(work)))
+
+
+def run_together(job: Job, works: Sequence[Work], done: Callable[[Work, list[Row]], None]) -> list[Work]:
+    """Run blocks of several arms in one batch, if the job can; returns those that are left, to be run alone.
+
+    An error says nothing of which block it comes from, so the blocks that are not done yet are left too.
+    """
+    left = list(works)
+    if len(works) > 1 and isinstance(job, JobOfMany):
+
+        def finished(place: int, rows: list[Row]) -> None:
+            left.remove(works[place])
+            done(works[place], rows)
+
+        with suppress(Exception):  # the block that raises it does so again
+            job.run_together([_part(work) for work in works], finished)
+    return left
+
+
+def _part(work: Work) -> Part:
+    return load(work.change) if work.change else {}, work.units

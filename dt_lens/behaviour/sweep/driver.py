@@ -42,6 +42,7 @@ class Driver:
         self.todo, self.blocks = deque(todo), blocks
         self.running: dict[int, tuple[Block, int]] = {}  # by number: the block, and the number of its run
         self.tries: Counter[int] = Counter()
+        self.slots = 1  # how many blocks the engine has run at once, or groups of them
         self.units = 0  # of the task, finished in this run
         self.began = self.reported = time.monotonic()
 
@@ -52,7 +53,7 @@ class Driver:
             engine.start(job)
             while self.todo:
                 while self.todo or self.running:
-                    for work in self._begin(engine.free):
+                    for work in self._begin(engine.free, getattr(engine, "together", 1)):
                         engine.submit(work)
                     self._pack_next()
                     self._report()
@@ -72,17 +73,28 @@ class Driver:
             engine.stop()
         self._report(force=True)
 
-    def _begin(self, free: int) -> list[Work]:
-        """The next blocks, at most ``free``; they are logged as begun."""
+    def _begin(self, free: int, together: int) -> list[Work]:
+        """The next blocks, in at most ``free`` groups of at most ``together``; they are logged as begun."""
         began: list[Work] = []
+        self.slots = max(self.slots, free)
         if free and self.todo:
             with self.store.writing():
                 while self.todo and len(began) < free:
-                    block = self.todo.popleft()
-                    work = self._packed(block)
-                    if work is not None:
-                        self.running[block.number] = (block, self.store.begin(block.number))
-                        began.append(work)
+                    # Smaller groups towards the end, so that no worker waits for another's last one.
+                    most = min(together, math.ceil(len(self.todo) / (2 * self.slots)))
+                    group: list[Work] = []
+                    while self.todo and len(group) < most:
+                        if group and self.tries[self.todo[0].number]:
+                            break  # a block whose worker died runs alone, so that the others do not die with it
+                        block = self.todo.popleft()
+                        work = self._packed(block)
+                        if work is not None:
+                            self.running[block.number] = (block, self.store.begin(block.number))
+                            group.append(work)
+                        if self.tries[block.number]:
+                            break
+                    if group:
+                        began.append(group[0]._replace(beside=tuple(tuple(work) for work in group[1:])))
         return began
 
     def _record(self, event: Event) -> None:

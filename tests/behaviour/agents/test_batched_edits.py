@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from dt_lens import DtLensError, SingularEdit, evaluate
 from dt_lens.behaviour.agents import running
 from dt_lens.behaviour.agents.evaluation import AgentEvaluation
+from dt_lens.behaviour.agents.task import AgentTask
+from dt_lens.behaviour.sweep.blocks import Work, run_together, run_work
 from dt_lens.behaviour.sweep.sweep import Sweep
 from dt_lens.edits.edit import Edit, suspended
 
@@ -135,6 +138,24 @@ def test_a_sweep_runs_the_same_episodes(
     base, qk, w_in = found[0], found[1], found[3]
     for one, other in ((base, together[0]), (qk, together[6]), (w_in, together[1])):
         assert np.array_equal(one.returns, other.returns) and one.model_id == other.model_id
+
+
+def test_blocks_run_together_or_alone(agent: Any, edits: list[Edit]) -> None:
+    """To the same bits; one that cannot be run leaves those that are not done to be run alone."""
+    task = AgentTask.of(agent, max_steps=9)
+    job = task.pack(agent)
+    with edits[0]:
+        change = dict(task.change(agent, {}))
+    bad = save({name: factor * np.nan for name, factor in change.items()})
+    first, broken, last = Work(0, save(change), 2, 4), Work(1, bad, 0, 4), Work(2, b"", 0, 9)
+    done: dict[int, Any] = {}
+    keep = lambda work, rows: done.update({work.number: rows})  # noqa: E731
+    assert run_together(job, [first, broken, last], keep) == [first, broken, last] and not done
+    assert run_together(job, [first], keep) == [first]
+    assert run_together(job, [first, last], keep) == []
+    assert done == {0: run_work(job, first), 2: run_work(job, last)} and [row[0] for row in done[0]] == [2, 3, 4, 5]
+    with pytest.raises(DtLensError, match="not finite"):
+        run_work(job, broken)
 
 
 @pytest.mark.parametrize(

@@ -397,7 +397,7 @@ class Deadly(LocalEngine):
         super().submit(work)
         if self.deaths.get(work.number, 0):
             self.deaths[work.number] -= 1
-            next(w for w in self._workers if w.block == work.number).process.kill()
+            next(w for w in self._workers if work.number in w.blocks).process.kill()
 
 
 def test_dead_workers_are_replaced_and_a_deadly_unit_given_up(

@@ -27,7 +27,10 @@ class Event(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs blocks; knows nothing of the store. Every submitted block comes back as exactly one event."""
+    """Runs blocks; knows nothing of the store. Every submitted block comes back as exactly one event.
+
+    An engine with a number ``together`` above 1 also takes up to so many blocks as one: one with others ``beside`` it.
+    """
 
     def start(self, job: Job) -> None:
         """Prepare to run blocks of ``job``."""

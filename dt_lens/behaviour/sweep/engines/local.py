@@ -38,7 +38,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     reader: threading.Thread = field(init=False)  # reads its messages until its pipe ends
     ready: bool = False
-    block: int | None = None
+    blocks: list[int] = field(default_factory=list)  # that it runs
 
     @property
     def name(self) -> str:
@@ -51,6 +51,8 @@ class LocalEngine:
     The processes are started anew, not forked, and do not import the calling script: it needs no ``if __name__ ==
     "__main__"``, and neither torch's threads nor the state of other code is inherited.
     """
+
+    together = 4  # blocks that a worker runs side by side at most
 
     def __init__(self, workers: int) -> None:
         self.count = workers
@@ -94,11 +96,11 @@ class LocalEngine:
 
     @property
     def free(self) -> int:
-        return sum(worker.ready and worker.block is None for worker in self._workers)
+        return sum(worker.ready and not worker.blocks for worker in self._workers)
 
     def submit(self, work: Work) -> None:
-        worker = next(w for w in self._workers if w.ready and w.block is None)
-        worker.block = work.number
+        worker = next(w for w in self._workers if w.ready and not w.blocks)
+        worker.blocks = [work.number, *(number for number, *_ in work.beside)]
         self._send(worker, pickle.dumps(tuple(work)))
 
     def wait(self, seconds: float) -> list[Event]:
@@ -131,8 +133,8 @@ class LocalEngine:
         if kind == "ready":
             worker.ready, self._failed_starts = True, 0
             return []
-        block, worker.block = worker.block, None
-        assert block is not None and block == rest[0]
+        block = rest[0]
+        worker.blocks.remove(block)
         if kind == "done":
             return [Event("done", block, worker.name, rest[1])]
         return [Event("refused", block, worker.name, message=rest[1])]
@@ -150,7 +152,7 @@ class LocalEngine:
                     "there is enough memory for so many workers."
                 )
         self._spawn()
-        return [] if worker.block is None else [Event("died", worker.block, worker.name, message=status)]
+        return [Event("died", block, worker.name, message=status) for block in worker.blocks]
 
     def stop(self) -> None:
         for worker in self._workers:

@@ -67,7 +67,7 @@ def main() -> None:
     try:
         import torch
 
-        from dt_lens.behaviour.sweep.blocks import Work, run_work
+        from dt_lens.behaviour.sweep.blocks import Work, run_together, run_work
         from dt_lens.errors import DtLensError, because
 
         torch.set_num_threads(1)
@@ -77,13 +77,15 @@ def main() -> None:
         return
     answer("ready")
     while True:
-        work = Work(*pickle.loads(inbox.get()))
-        try:
-            answer("done", work.number, [tuple(row) for row in run_work(job, work)])
-        except DtLensError as error:
-            answer("refused", work.number, str(error))
-        except Exception as error:  # a task, and the environment of one, may raise anything
-            answer("refused", work.number, f"The task raised {type(error).__name__}: {because(error)}.")
+        first = Work(*pickle.loads(inbox.get()))
+        works = [first._replace(beside=()), *(Work(*work) for work in first.beside)]
+        for work in run_together(job, works, lambda work, rows: answer("done", work.number, rows)):
+            try:
+                answer("done", work.number, [tuple(row) for row in run_work(job, work)])
+            except DtLensError as error:
+                answer("refused", work.number, str(error))
+            except Exception as error:  # a task, and the environment of one, may raise anything
+                answer("refused", work.number, f"The task raised {type(error).__name__}: {because(error)}.")
 
 
 if __name__ == "__main__":
