@@ -101,11 +101,11 @@ def test_each_row_is_the_model_with_that_edit_in_force(shape: str) -> None:
     torch.testing.assert_close(got, torch.stack(expected), atol=1e-11, rtol=1e-9)
     moved = (torch.stack(expected[1:]) - base).abs().amax(1)
     assert float(moved.median()) > 1e-4  # not that nothing is compared
-    # Those of several edits in force, and what a sweep sends.
-    with edits[0], edits[-1], edits[-3]:
+    # Those of several edits in force, of both weights of each circuit; and what a sweep sends.
+    with edits[0], edits[1], edits[2], edits[3]:
         both, arm = _hooked(model, episode), arm_of(model)
     changes, own = unpacked(packed_arm(arm))
-    assert not own and len(changes) == 3
+    assert not own and {change.weight[-1] for change in changes} == set("QKVO")
     got = _act(ActingModel(arms[0].weights, model.cfg), [Arm(arm.weights, changes)], episode)
     torch.testing.assert_close(got[0], both, atol=1e-11, rtol=1e-9)
 

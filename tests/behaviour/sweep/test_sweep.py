@@ -389,6 +389,8 @@ def test_ctrl_c_says_how_to_resume(
 class Deadly(LocalEngine):
     """Kills the worker of some blocks as soon as they have been sent."""
 
+    together = 1  # a block that runs beside another dies with it
+
     def __init__(self, workers: int, deaths: dict[int, int]) -> None:
         super().__init__(workers)
         self.deaths = deaths
