@@ -102,7 +102,8 @@ def test_each_row_is_the_model_with_that_edit_in_force(shape: str) -> None:
     moved = (torch.stack(expected[1:]) - base).abs().amax(1)
     assert float(moved.median()) > 1e-4  # not that nothing is compared
     # Those of several edits in force, of both weights of each circuit; and what a sweep sends.
-    with edits[0], edits[1], edits[2], edits[3]:
+    q, k, v, o = (next(e for e in edits if e.matrix.name == f"blocks.0.attn.W_{kind}") for kind in "QKVO")
+    with q, k, v, o:
         both, arm = _hooked(model, episode), arm_of(model)
     changes, own = unpacked(packed_arm(arm))
     assert not own and {change.weight[-1] for change in changes} == set("QKVO")
