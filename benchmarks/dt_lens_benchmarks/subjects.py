@@ -9,4 +9,6 @@ SUBJECTS = {
     "rollouts": "environment steps per second, beside the machine's limit and the usual loop",
     "batched_edits": "many edits in one batch, beside unedited episodes",
     "training": "a training step, beside Hugging Face's Trainer",
+    "solvers": "singular directions, beside SVDInterpreter and torch.linalg.svd, by shape and spectrum",
+    "edits": "entering and leaving an edit, beside copying the matrix and rebuilding it",
 }
