@@ -6,8 +6,7 @@ changes in force, summed in an order that does not depend on when they came, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,13 @@ from dt_lens.edits.low_rank import Placed, spectrum_of
 from dt_lens.edits.reversible import Reversible, entering, leaving
 from dt_lens.edits.saving import allow_saving, refuse_saving
 from dt_lens.edits.state import State, state_of, unedited
+from dt_lens.edits.writing import add_changes, overflows, same_bits, writable
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.matrices import Matrix, SideName
 from dt_lens.lens.printing import html_table
-from dt_lens.lens.weights import fingerprint, weight_bytes
+from dt_lens.lens.weights import checksum
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -81,14 +81,14 @@ class Suspension(Reversible):
                 return
             _copy(self.model, self._kept)
             for name, weight in self._kept.items():
-                if not _same_bits(self.model.weights[name], weight):
+                if not same_bits(self.model.weights[name], weight):
                     raise DtLensError(f"The edited weight {name!r} could not be put back bit for bit; load the model.")
 
 
 def _copy(model: Lens, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         live = model.weights[name]
-        with _writable(live):
+        with writable(live):
             live.copy_(weight)
 
 
@@ -116,7 +116,7 @@ class Edit(Reversible):
         self._placed = placed
         self._weight = placed.factor.weight
         bare = unedited(model)
-        self._made_of = fingerprint(bare, matrix)
+        self._made_of = checksum(bare, matrix)
         left, right = matrix.fold_change(bare, *delta)
         self._folded_delta = left, right
 
@@ -229,17 +229,17 @@ class Edit(Reversible):
             state.edits.append(self)
             state.untouched.setdefault(self._weight, earlier)
             _write(self.model)
-            if bool((earlier.isfinite() & ~live.isfinite()).any()):
+            if overflows(live, earlier):
                 raise DtLensError(
                     f"The edit of {self.matrix.name} makes weights that {str(live.dtype).removeprefix('torch.')} "
                     f"cannot hold (energy {self.energy:.2g}); choose a smaller value."
                 )
-            if _same_bits(live, earlier):
+            if same_bits(live, earlier):
                 raise DtLensError(
                     f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); "
                     "it would measure nothing."
                 )
-            if _same_bits(before, self._activation()):
+            if same_bits(before, self._activation()):
                 raise DtLensError(self._why_unseen(before))
             refuse_saving(self.model)
 
@@ -256,7 +256,7 @@ class Edit(Reversible):
             weights = self.model.weights
             untouched = {name: state.untouched.pop(name) for name in list(state.untouched) if name not in needed}
             for name, kept in untouched.items():
-                if not _same_bits(weights[name], kept):
+                if not same_bits(weights[name], kept):
                     raise DtLensError(f"The weight {name!r} could not be restored bit for bit; load the model again.")
 
     def _refuse_overlap(self, edits: Sequence[Edit]) -> None:
@@ -267,7 +267,7 @@ class Edit(Reversible):
 
         Two names of one weight cannot both be edited: each would keep the other's change as untouched.
         """
-        if fingerprint(unedited(self.model), self.matrix) != self._made_of:
+        if checksum(unedited(self.model), self.matrix) != self._made_of:
             raise DtLensError(
                 f"The weights of {self.matrix.name} have changed since this edit was made from them; make it again."
             )
@@ -282,21 +282,22 @@ class Edit(Reversible):
             check([name])
 
     def _activation(self) -> Tensor:
-        """The activation straight after the edited weight, for a probe batch."""
+        """The activation straight after the edited weight, for a probe of one sequence."""
         kind = self._weight.rpartition(".")[2]
         gated = kind == "W_in" and f"blocks.{self.matrix.layer}.mlp.W_gate" in self.model.weights
         name = f"blocks.{self.matrix.layer}.{'mlp.hook_pre_linear' if gated else SHOWN_AT[kind]}"
+        probe = {key: value[:1] for key, value in self.model.probe().items()}  # one sequence shows it
         with evaluating(self.model), torch.no_grad():
-            _, cache = self.model.run_with_cache(**self.model.probe(), names_filter=name)
+            _, cache = self.model.run_with_cache(**probe, names_filter=name)
         shown: Tensor = cache[name]
         return torch.nan_to_num(shown.detach().clone())
 
     def _why_unseen(self, before: Tensor) -> str:
         """Why the edit moved no bit of the activation: it is too small, or the weight is not the one in use."""
         live = self.model.weights[self._weight]
-        with _writable(live):
+        with writable(live):
             live.zero_()
-        reached = not _same_bits(before, self._activation())
+        reached = not same_bits(before, self._activation())
         _write(self.model)
         if reached:
             return (
@@ -311,32 +312,21 @@ class Edit(Reversible):
 
 def _write(model: Lens) -> None:
     """Set every edited weight to the untouched one plus the changes in force, rounded once to its dtype."""
-    weights = model.weights
-    for name in state_of(model).untouched:
-        live = weights[name]
-        with _writable(live):
-            live.copy_(edited_weight(model, name))
+    state, weights = state_of(model), model.weights
+    for name, untouched in state.untouched.items():
+        add_changes(weights[name], untouched, _changes_of(state, name), weights)
+
+
+def _changes_of(state: State, name: str) -> list[Placed]:
+    return [edit._placed for edit in state.edits if edit._weight == name]
 
 
 def edited_weight(model: Lens, name: str) -> Tensor:
     """What the edits in force make of the weight ``name``, one of those that they change, in its own dtype."""
     state, weights = state_of(model), model.weights
-    untouched, live = state.untouched[name], weights[name]
-    changes = [edit._placed.dense(weights) for edit in state.edits if edit._weight == name]
+    changes = _changes_of(state, name)
     if not changes:
-        return untouched  # as it was, not computed
-    # Ordered by content, not by arrival, so that the sum is the same whichever edit came first.
-    changes.sort(key=lambda change: (float(change.norm()), float(change.sum())))
-    return sum(changes, untouched.double().to(live.device)).to(live.dtype)
-
-
-@contextmanager
-def _writable(weight: Tensor) -> Iterator[None]:
-    """Allow writing to a weight: in inference mode if it was made there, and without autograd."""
-    with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        yield
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit: -0.0 differs from 0.0, and a NaN equals itself."""
-    return a.shape == b.shape and a.dtype == b.dtype and weight_bytes(a) == weight_bytes(b)
+        return state.untouched[name]
+    made = torch.empty_like(weights[name])
+    add_changes(made, state.untouched[name], changes, weights)
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "CHUNK",
     "DTYPES",
     "all_finite",
+    "checksum",
     "require_computable",
     "fingerprint",
     "hash_of",
@@ -31,25 +33,47 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def fingerprint(lens: Weighted, matrix: Matrix) -> bytes:
     """A hash of every bit of the weights that a matrix is computed from, its LayerNorm's scale included."""
-    weights, digest = lens.weights, hashlib.blake2b(digest_size=16)
-    parts = [(f"{factor.weight} {factor.head}", weights[factor.weight], factor.head) for factor in matrix.factors]
-    norms = dict.fromkeys(norm for norm in (matrix.left_norm, matrix.right_norm) if norm is not None)
-    parts += [(f"{norm}.w", weights[f"{norm}.w"], None) for norm in norms]
-    for name, weight, head in parts:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in _parts(lens, matrix):
         digest.update(name.encode())
-        digest.update(hash_of(weight if head is None else weight[head]))
+        digest.update(hash_of(weight))
     return digest.digest()
+
+
+def _parts(lens: Weighted, matrix: Matrix) -> list[tuple[str, Tensor]]:
+    """The weights that a matrix is computed from, by name and head."""
+    weights, parts = lens.weights, []
+    for factor in matrix.factors:
+        weight = weights[factor.weight]
+        parts.append((f"{factor.weight} {factor.head}", weight if factor.head is None else weight[factor.head]))
+    norms = dict.fromkeys(norm for norm in (matrix.left_norm, matrix.right_norm) if norm is not None)
+    return parts + [(f"{norm}.w", weights[f"{norm}.w"]) for norm in norms]
+
+
+def checksum(lens: Weighted, matrix: Matrix) -> tuple[int, ...]:
+    """``fingerprint`` at a fifth of its time: any change of one weight shows, and of 4 billion others one does not.
+
+    For comparisons within a process; what is kept on disk goes by ``fingerprint``.
+    """
+    return tuple(zlib.crc32(_memory(weight)) for _, weight in _parts(lens, matrix))
 
 
 def hash_of(tensor: Tensor) -> bytes:
     """A hash of every bit of a tensor, its type and its shape."""
-    tensor = tensor.detach()
-    # In memory order, so that a large transposed weight is hashed without a copy.
-    strides: Sequence[int] = tensor.stride()
-    order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
-    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {order}".encode(), digest_size=16)
-    digest.update(tensor.permute(order).contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {_order(tensor)}".encode(), digest_size=16)
+    digest.update(_memory(tensor))
     return digest.digest()
+
+
+def _order(tensor: Tensor) -> list[int]:
+    strides: Sequence[int] = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """A tensor's bits in memory order, so that a large transposed weight is not copied."""
+    flat = tensor.detach().permute(_order(tensor)).contiguous().cpu().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 @contextmanager

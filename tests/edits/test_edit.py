@@ -16,13 +16,14 @@ import dt_lens
 from dt_lens import DtLensError, SingularEdit
 from dt_lens.edits import edit as changes
 from dt_lens.edits.state import state_of
+from dt_lens.lens.weights import weight_bytes
 
 Make = Callable[..., Any]
 W_IN = "blocks.0.mlp.W_in"
 
 
 def bits(model: Any) -> dict[str, bytes]:
-    return {name: changes.weight_bytes(weight) for name, weight in model.weights.items()}
+    return {name: weight_bytes(weight) for name, weight in model.weights.items()}
 
 
 @contextmanager
@@ -198,7 +199,7 @@ def test_an_edit_is_seen_by_the_hugging_face_model_and_leaves_it(make_hf: Callab
             return original(**batch, return_dict=True).action_preds[batch["attention_mask"] != 0]
 
     before = theirs()
-    state = {name: changes.weight_bytes(weight) for name, weight in original.state_dict().items()}
+    state = {name: weight_bytes(weight) for name, weight in original.state_dict().items()}
     for name, side in ((W_IN, "read"), ("blocks.1.attn.OV.0", "read"), ("blocks.0.attn.QK.1", "key")):
         with nothing_changes(model):
             with SingularEdit(model, name, side=side, value="flip"):  # type: ignore[arg-type]
@@ -206,7 +207,7 @@ def test_an_edit_is_seen_by_the_hugging_face_model_and_leaves_it(make_hf: Callab
                 assert (edited - before).abs().max() > 1e-4
                 torch.testing.assert_close(outputs(model)[batch["attention_mask"] != 0], edited, rtol=1e-4, atol=1e-5)
             assert torch.equal(theirs(), before)
-    assert {name: changes.weight_bytes(weight) for name, weight in original.state_dict().items()} == state
+    assert {name: weight_bytes(weight) for name, weight in original.state_dict().items()} == state
     # A model that was cast after wrapping has other weights: an edit would miss it.
     original.encoder.h[0].mlp.c_fc.weight = nn.Parameter(original.encoder.h[0].mlp.c_fc.weight.clone())
     with pytest.raises(DtLensError, match=r"no longer shares the weight 'blocks.0.mlp.W_in'"), nothing_changes(model):
