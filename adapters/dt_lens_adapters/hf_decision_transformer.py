@@ -85,8 +85,10 @@ class HFDecisionTransformer:
             config = config_from_shapes(tensors, options, "Hugging Face's decision transformer")
         elif replaced := noted & given.keys() & REPLACED.keys():
             config = {**config, **{REPLACED[name]: _replacement(name, given[name]) for name in replaced}}
+        if checkpoint.bundled:
+            return self._bundled(tensors, config, kept, options)
         model = original(tensors, config, given.get("ignore_options", ()))
-        return self._lens(model, heads_in(tensors), kept, options)
+        return self._lens(model, _config(model), lambda: used(model.state_dict()), heads_in(tensors), kept, options)
 
     def wrap(self, model: nn.Module, **given: Any) -> HookedDecisionTransformer:
         kept = _facts_beside(model)
@@ -95,15 +97,40 @@ class HFDecisionTransformer:
                 f"A live model's own configuration says what {name} is; load its folder with {name}={given[name]!r}."
             )
         refuse_unknown(given, OPTIONS)
-        return self._lens(model, HEADS, kept, Options(given))
+        return self._lens(model, _config(model), lambda: used(model.state_dict()), HEADS, kept, Options(given))
+
+    def _bundled(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], kept: RunFacts | None, given: Options
+    ) -> HookedDecisionTransformer:
+        """The lens on the tensors of a bundled agent; Hugging Face's class is imported and made when it is asked for.
+
+        Importing it takes longer than all else that loading does.
+        """
+        made: list[nn.Module] = []
+
+        def make() -> nn.Module:
+            made.append(original(tensors, config))
+            return made[0].train(hooked.training)
+
+        def live() -> dict[str, Tensor]:
+            return used(made[0].state_dict() if made else tensors)
+
+        hooked = self._lens(make, config, live, heads_in(tensors), kept, given)
+        return hooked
 
     def _lens(
-        self, model: nn.Module, predicts: tuple[str, ...], kept: RunFacts | None, given: Options
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        config: Mapping[str, Any],
+        tensors: Callable[[], Mapping[str, Tensor]],
+        predicts: tuple[str, ...],
+        kept: RunFacts | None,
+        given: Options,
     ) -> HookedDecisionTransformer:
         facts = given_facts(kept, given)
-        cfg = config_from_hf(_config(model), facts.context, given.get("discrete_actions"), predicts)
+        cfg = config_from_hf(config, facts.context, given.get("discrete_actions"), predicts)
         facts.require_fit(cfg.state_dim, cfg.act_dim)
-        hooked = lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
+        hooked = lens_on(model, tensors, cfg, facts, HFReference(lambda: hooked.original, cfg))
         hooked.assumed = given.assumed
         return hooked
 
@@ -135,13 +162,13 @@ def _activation(act_fn: Any) -> str:
 
 
 def lens_on(
-    model: nn.Module,
+    model: nn.Module | Callable[[], nn.Module],
     tensors: Callable[[], Mapping[str, Tensor]],
     cfg: HookedDecisionTransformerConfig,
     facts: RunFacts,
     reference: Reference,
 ) -> HookedDecisionTransformer:
-    """The lens on a model whose tensors ``tensors()`` gives under Hugging Face's keys."""
+    """The lens on a model, or what makes it, whose tensors ``tensors()`` gives under Hugging Face's keys."""
     # Hugging Face's class has every head; one that the file lacks is not part of the lens.
     absent = {f"{HEAD_KEYS[head]}.{leaf}" for head in HEADS if head not in cfg.predicts for leaf in ("weight", "bias")}
 
@@ -152,7 +179,7 @@ def lens_on(
         hooked = HookedDecisionTransformer(cfg)
     hooked.look_at(model, views, reference)
     hooked.facts = facts
-    hooked.train(model.training)
+    hooked.train(isinstance(model, nn.Module) and model.training)
     return hooked
 
 
@@ -273,13 +300,13 @@ def config_from_shapes(tensors: Mapping[str, Tensor], given: Options, kind: str)
 class HFReference:
     """Hugging Face's own forward pass, read through torch hooks on its modules and named canonically."""
 
-    def __init__(self, model: nn.Module, cfg: HookedDecisionTransformerConfig) -> None:
+    def __init__(self, model: Callable[[], Any], cfg: HookedDecisionTransformerConfig) -> None:
         self.model = model
         self.cfg = cfg
 
     def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Everything ``certify`` compares, from one evaluation-mode pass of the original model."""
-        model: Any = self.model
+        model: Any = self.model()
         seen: dict[str, Tensor] = {}
         handles = list(self._hooks(model, seen))
         training, attention = model.training, model.config._attn_implementation

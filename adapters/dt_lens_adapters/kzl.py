@@ -64,7 +64,7 @@ class KZLDecisionTransformer:
             cfg, facts = _shape(tensors, config, options)
             tensors.setdefault(POSITION, _no_position(tensors))
             model = original(tensors, config)
-        hooked = lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(model, cfg))
+        hooked = lens_on(model, lambda: used(model.state_dict()), cfg, facts, HFReference(lambda: model, cfg))
         hooked.assumed = options.assumed
         return hooked
 
@@ -105,7 +105,8 @@ class _KZLReference:
         self.cfg = cfg
 
     def activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        seen = HFReference(original(self.live.tensors(), self.config), self.cfg).activations(batch)
+        made = original(self.live.tensors(), self.config)
+        seen = HFReference(lambda: made, self.cfg).activations(batch)
         model = self.live.model
         training = model.training
         try:

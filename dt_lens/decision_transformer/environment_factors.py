@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium.spaces import Discrete
 
 from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError
@@ -53,6 +52,8 @@ def described_states(
     env: Any, ignores: Sequence[str] | None = None, texts: Mapping[str, Sequence[str]] | None = None
 ) -> tuple[Labels, dict[str, Levels]] | None:
     """The label of each number of a state, and its level of each factor; ``None`` for other environments."""
+    from gymnasium.spaces import Discrete
+
     bare = env.unwrapped
     # A class of the user's own may have the name of one of these.
     kinds = {kind.__name__ for kind in type(bare).__mro__ if f"{kind.__module__}.".startswith(PACKAGES)}

@@ -62,6 +62,8 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 
 def _parameter(*shape: int, std: float = 0.02) -> nn.Parameter:
+    if torch.get_default_device().type == "meta":  # no memory, to be given some; to draw there imports torch's compiler
+        return nn.Parameter(torch.empty(*shape))
     return nn.Parameter(torch.randn(*shape) * std if std else torch.zeros(*shape))
 
 

@@ -6,7 +6,8 @@ An edit made through the lens is then seen by the user's model, and a training s
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,15 +28,19 @@ class SharingModule(Printed, Configured[HookedDecisionTransformerConfig], Hooked
     """A hooked module that may share another model's memory.
 
     Attributes:
-        original: the user's own model if this one shares its memory, so that an edit here is seen there.
+        original: the user's own model if this one shares its memory, so that an edit here is seen there; a bundled
+            agent's is made when it is first asked for.
         reference: the original's activations under canonical names, against which ``certify`` checks the weights.
+        when_made: called with the original when it is made.
         identity: an id of this model alone, so that embeddings of two models are never mixed.
         assumed: the options and facts that neither the checkpoint nor the user said, and what was taken for them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.original: nn.Module | None = None
+        self._original: nn.Module | None = None
+        self._make_original: Callable[[], nn.Module] | None = None
+        self.when_made: list[Callable[[nn.Module], object]] = []
         self.reference: Reference | None = None
         self.identity = uuid.uuid4().hex
         self.assumed: Mapping[str, Any] = {}
@@ -75,14 +80,45 @@ class SharingModule(Printed, Configured[HookedDecisionTransformerConfig], Hooked
             setattr(self.get_submodule(owner), leaf, nn.Parameter(weights[name].detach(), parameter.requires_grad))
         self._weights_moved()
 
+    @property
+    def original(self) -> nn.Module | None:
+        """The user's own model, if this one shares its memory."""
+        if self._original is None and self._make_original is not None:
+            made = self._make_original()
+            # Not registered as a submodule, which would list every weight twice.
+            object.__setattr__(self, "_original", made)
+            self._make_original = None
+            for call in self.when_made:
+                call(made)
+        return self._original
+
     def look_at(
-        self, original: nn.Module, weights: Callable[[], Mapping[str, Tensor]], reference: Reference | None
+        self,
+        original: nn.Module | Callable[[], nn.Module],
+        weights: Callable[[], Mapping[str, Tensor]],
+        reference: Reference | None,
     ) -> None:
-        """Share the memory of ``original``. ``weights()`` returns views of its weights under canonical names."""
+        """Share the memory of ``original``. ``weights()`` returns views of its weights under canonical names.
+
+        A function makes the original when it is first asked for.
+        """
         self.adopt(weights())
-        # Not registered as a submodule, which would list every weight twice.
-        object.__setattr__(self, "original", original)
+        if isinstance(original, nn.Module):
+            object.__setattr__(self, "_original", original)
+        else:
+            self._make_original = original
         self.reference, self._original_weights = reference, weights
+
+    @contextmanager
+    def tell_original(self, call: Callable[[nn.Module], object]) -> Iterator[None]:
+        """Call ``call(original)`` now, if there is one, or as soon as it is made inside the context."""
+        if self._original is not None:
+            call(self._original)
+        self.when_made.append(call)
+        try:
+            yield
+        finally:
+            self.when_made.remove(call)
 
     def require_shared(self, names: Sequence[str]) -> None:
         """Check that the original still shares the memory of these weights, so that an edit reaches it.

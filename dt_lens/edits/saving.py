@@ -7,6 +7,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from dt_lens.errors import DtLensError
+from dt_lens.lens.forward_mode import original_at_hand
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
@@ -17,18 +18,26 @@ __all__ = ["allow_saving", "refuse_saving"]
 def refuse_saving(model: Lens) -> None:
     """Make ``save_pretrained`` of the models that share these weights ask for ``edited=True``."""
     for part in _saving(model):
-        # Past nn.Module.__setattr__. A bound method, so that a copy of the model gets one of its own.
-        object.__setattr__(part, "save_pretrained", MethodType(save_pretrained, part))
+        _refuse(part)
+    getattr(model, "when_made", []).append(_refuse)
+
+
+def _refuse(part: Any) -> None:
+    # Past nn.Module.__setattr__. A bound method, so that a copy of the model gets one of its own.
+    object.__setattr__(part, "save_pretrained", MethodType(save_pretrained, part))
 
 
 def allow_saving(model: Lens) -> None:
     """Give them their own ``save_pretrained`` again."""
     for part in _saving(model):
         part.__dict__.pop("save_pretrained", None)
+    made = getattr(model, "when_made", [])
+    if _refuse in made:
+        made.remove(_refuse)
 
 
 def _saving(model: Lens) -> Iterator[Any]:
-    for part in (getattr(model, "original", None), getattr(model, "model", None)):
+    for part in (original_at_hand(model), getattr(model, "model", None)):
         if callable(getattr(type(part), "save_pretrained", None)):
             yield part
 

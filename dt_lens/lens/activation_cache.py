@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         def _ensure_head_results(self) -> bool: ...
 
 else:
-    from transformer_lens import ActivationCache as _Theirs
+    from dt_lens.lens.transformer_lens_classes import ActivationCache as _Theirs
 
 # The axis of positions stands before heads and features here, and before features elsewhere (queries, in a pattern).
 BY_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result", "hook_rot_q", "hook_rot_k", "hook_attn_in")

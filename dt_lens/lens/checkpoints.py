@@ -23,6 +23,7 @@ from torch import Tensor
 from dt_lens.arguments import local_path
 from dt_lens.errors import DtLensError, a_type, because
 from dt_lens.lens.remedies import refuse_pointer
+from dt_lens.zoo.models import bundled
 
 __all__ = ["SUFFIXES", "Checkpoint", "Read", "Unpack", "read_checkpoint", "read_index", "read_json"]
 
@@ -81,6 +82,11 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+
+    @property
+    def bundled(self) -> bool:
+        """Whether these are the files of a model that comes with the package."""
+        return self.folder is not None and self.folder.resolve() in {known.resolve() for known in bundled().values()}
 
     def config_beside(self) -> dict[str, Any]:
         """What a ``config.json`` in the same folder says, if it is of Hugging Face's form; else nothing."""

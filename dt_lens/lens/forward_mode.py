@@ -10,16 +10,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["evaluating", "measuring", "one_thread", "uncompiled", "usable_cores"]
+__all__ = ["evaluating", "measuring", "one_thread", "original_at_hand", "uncompiled", "usable_cores"]
 
 _COUNTING = threading.Lock()
 _eager: list[Any] = []  # the compiler's stance, once for every pass that runs uncompiled now
 
 
+def original_at_hand(model: Any) -> Any:
+    """The model that a lens shares its memory with; ``None`` where there is none, or it has not been made yet."""
+    own = getattr(model, "__dict__", {})
+    return own["_original"] if "_original" in own else getattr(model, "original", None)
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Put a model, and the model that it wraps, in eval mode; restore each module's own mode on exit."""
-    parts: tuple[Any, Any] = (model, getattr(model, "original", None))
+    parts: tuple[Any, Any] = (model, original_at_hand(model))
     modules = [module for part in parts if hasattr(part, "modules") for module in part.modules()]
     training = [module for module in modules if module.training]
     for module in training:

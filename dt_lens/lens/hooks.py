@@ -43,8 +43,7 @@ if TYPE_CHECKING:
         def reset_hooks(self, *args: Any, **kwargs: Any) -> None: ...
 
 else:
-    from transformer_lens import HookedRootModule
-    from transformer_lens.hook_points import HookPoint
+    from dt_lens.lens.transformer_lens_classes import HookedRootModule, HookPoint
 
 BY_CHOICE = (".hook_result", ".hook_attn_in", ".hook_mlp_in")  # cached only when asked for
 
@@ -253,10 +252,7 @@ class HookedModule(StackedWeights, Attribution, HookedRootModule):
         Raises:
             DtLensError: from such a pass.
         """
-        original = getattr(self, "original", None)
-        if not isinstance(original, nn.Module) or original is getattr(self, "model", None):
-            yield
-            return
+        handles: list[Any] = []
 
         def refuse(module: nn.Module, _inputs: Any) -> None:
             raise DtLensError(
@@ -264,11 +260,20 @@ class HookedModule(StackedWeights, Attribution, HookedRootModule):
                 "inside 'with model.hooks(...)' call that one."
             )
 
-        handle = original.register_forward_pre_hook(refuse)
-        try:
-            yield
-        finally:
-            handle.remove()
+        with self.tell_original(lambda original: handles.append(original.register_forward_pre_hook(refuse))):
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    @contextmanager
+    def tell_original(self, call: Callable[[nn.Module], object]) -> Iterator[None]:
+        """Call ``call(original)`` for the user's own model, if this one shares its memory and is another one."""
+        original = getattr(self, "original", None)
+        if isinstance(original, nn.Module) and original is not getattr(self, "model", None):
+            call(original)
+        yield
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
         """TransformerLens's ``add_hook``."""

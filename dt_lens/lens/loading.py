@@ -124,9 +124,10 @@ def _import_environments(given: Mapping[str, Any]) -> None:
 
 def _certified(lens: Lens, check: bool, progress: ProgressCallback | None = None) -> Lens:
     if check:
-        from dt_lens.lens.certification import certify
+        from dt_lens.lens.certification import certify_loaded
 
-        certify(lens, progress=progress)
+        with reporting(progress) as tell:
+            certify_loaded(lens, tell)
     return lens
 
 

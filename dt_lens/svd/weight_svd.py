@@ -6,26 +6,25 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from dt_lens.arguments import whole_number
 from dt_lens.lens.matrices import SideName
 from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.svd.decompositions import Decompositions, Names
-from dt_lens.svd.null_sources import Pools, draw_pools
 from dt_lens.svd.pairings import natural_side
-from dt_lens.svd.scan import scan_table
-from dt_lens.svd.strongest import strongest
-from dt_lens.svd.subspaces import subspaces
-from dt_lens.svd.token_table import TokenTable, poles, token_table
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from dt_lens.svd.label_filters import Filter, Rule
+    from dt_lens.svd.null_sources import Pools
+    from dt_lens.svd.token_table import TokenTable
 
 __all__ = ["WeightSVD"]
 
 
+# Tables, nulls and token tables are imported where they are used: pandas and SciPy's statistics take a while to import.
 class WeightSVD(Decompositions):
     """Singular value decompositions of a model's matrices, computed when first used.
 
@@ -96,6 +95,8 @@ class WeightSVD(Decompositions):
             DtLensError: for an unknown matrix, embedding or null, values that are not finite, a seed below 0, or fewer
                 than one draw.
         """
+        from dt_lens.svd.scan import scan_table
+
         with reporting(progress) as tell:
             return scan_table(self, matrices, null, seed, embeddings, activations, draws, tell)
 
@@ -118,6 +119,8 @@ class WeightSVD(Decompositions):
         Raises:
             DtLensError: for a null that is not ``"untrained"`` or ``"shuffled"``, and as ``scan`` does.
         """
+        from dt_lens.svd.null_sources import draw_pools
+
         with reporting(progress) as tell:
             return draw_pools(self, null, self.pairings(matrices, embeddings), seed, draws, tell)
 
@@ -142,6 +145,8 @@ class WeightSVD(Decompositions):
         Returns:
             a DataFrame ``matrix side embedding sv label cosine null_median p_value q_value``.
         """
+        from dt_lens.svd.strongest import strongest
+
         return strongest(self, matrices, embeddings, samples, seed, null, draws)
 
     def subspaces(
@@ -172,6 +177,8 @@ class WeightSVD(Decompositions):
         Raises:
             DtLensError: for a ``k`` that is not a whole number of at least 1, and as ``scan`` does.
         """
+        from dt_lens.svd.subspaces import subspaces
+
         return subspaces(self, matrices, embeddings, k, seed=seed, progress=progress)
 
     def cosines(self, matrix: str, embedding: str, side: SideName | None = None, k: int | None = None) -> pd.DataFrame:
@@ -185,6 +192,8 @@ class WeightSVD(Decompositions):
             DtLensError: for an unknown matrix or embedding, a side that is not on the residual stream, QK without a
                 side, or a negative ``k``.
         """
+        import pandas as pd
+
         k = None if k is None else whole_number(k, "k", 0)
         found, labelled = self[matrix], self.registry[embedding]
         side = natural_side(found.matrix, labelled, side)
@@ -215,6 +224,10 @@ class WeightSVD(Decompositions):
         Raises:
             DtLensError: as ``cosines`` does, and for a negative number of labels.
         """
+        import pandas as pd
+
+        from dt_lens.svd.token_table import poles
+
         n = whole_number(n, "n", 0) if labels is None else whole_number(labels, "labels", 0)
         table, found = self.cosines(matrix, embedding, side, k), self[matrix]
         labelled = self.registry[embedding]
@@ -242,4 +255,6 @@ class WeightSVD(Decompositions):
 
         A table for Jupyter, pandas and HTML; ``dt_lens.svd.token_table.token_table`` describes the arguments.
         """
+        from dt_lens.svd.token_table import token_table
+
         return token_table(self, matrices, self._named if embeddings is None else embeddings, k, n, where, side)

@@ -356,10 +356,7 @@ def _facts(settings: AgentSettings, data: Trajectories) -> RunFacts:
 
 
 def _names(data: Trajectories, facts: RunFacts) -> dict[str, Any]:
-    """Factors of the states, with the labels that they are levels of: the environment need not be there to read them.
-
-    Where states have no factors, labels are taken from the environment as the model is read.
-    """
+    """Labels of states and actions, and factors of the states: the environment need not be there to read them."""
     place, kwargs = facts.environment, facts.environment_kwargs
     if place is None:
         return {}
@@ -373,8 +370,12 @@ def _names(data: Trajectories, facts: RunFacts) -> dict[str, Any]:
                 "(--environment-kwargs on the command line).",
                 stacklevel=3,
             )
-    if factors is None or len(next(iter(factors.values()))) != data.states.shape[1]:
-        return {}
     states, actions = environment_labels(place, kwargs, data.ignores, data.texts)
-    fits = actions is not None and len(actions) == data.actions.shape[1]
-    return {"factors": {"state_in": factors}, "state_labels": states, "action_labels": actions if fits else None}
+    found: dict[str, Any] = {}
+    if states is not None and len(states) == data.states.shape[1]:
+        found["state_labels"] = states
+    if actions is not None and len(actions) == data.actions.shape[1]:
+        found["action_labels"] = actions
+    if factors is not None and len(next(iter(factors.values()))) == data.states.shape[1]:
+        found["factors"] = {"state_in": factors}
+    return found

@@ -70,7 +70,7 @@ def test_bundled_names(agent: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_certifying_can_be_left_out(agent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("dt_lens.lens.certification.certify", lambda model, progress: asked.append(model))
+    monkeypatch.setattr("dt_lens.lens.certification.certify_loaded", lambda model, progress: asked.append(model))
     dt_lens.load(agent, check=False)
     assert asked == []
     assert [dt_lens.load(agent)] == asked

@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.interpolate import PchipInterpolator
-from scipy.special import betaincc, betainccinv
 from torch import Tensor
 
 from dt_lens.arguments import LAST_SEED, whole_number
@@ -43,11 +41,15 @@ def cap_probability(cosine: ArrayLike, dimension: int, span: int = 1) -> Array:
     dimension, span = whole_number(dimension, "dimension", 1), whole_number(span, "span", 1)
     if span >= dimension:
         return np.ones_like(t)
+    from scipy.special import betaincc  # SciPy takes a while to import
+
     return np.asarray(betaincc(span / 2, (dimension - span) / 2, t**2))
 
 
 def _cap_cosine(probability: ArrayLike, dimension: int, span: int) -> Array:
     """The inverse of ``cap_probability``."""
+    from scipy.special import betainccinv
+
     return np.asarray(np.sqrt(betainccinv(span / 2, (dimension - span) / 2, np.asarray(probability, dtype=np.float64))))
 
 
@@ -157,6 +159,8 @@ class HaarMaximum:
         t = np.clip(np.abs(np.asarray(cosine, dtype=np.float64)), 0.0, 1.0)
         if self.n_labels == 0:
             return np.ones_like(t)
+        from scipy.interpolate import PchipInterpolator
+
         share = np.exp(PchipInterpolator(self._grid, self._log_share)(t))
         p = np.clip(self.n_labels * cap_probability(t, self.dimension, self.span) * share, 0.0, 1.0)
         if not len(self._drawn):

@@ -1,0 +1,122 @@
+"""TransformerLens's classes that a lens stands on, without what importing their whole package takes.
+
+``import transformer_lens`` imports datasets, transformers, pandas and pytest, which takes longer than torch itself; the
+classes need torch alone. So its packages are first put into ``sys.modules`` without being run. They run, as usual, the
+first time anybody asks them for anything else, or imports another of their modules; nothing else changes, and where
+TransformerLens has been imported already, or is laid out in another way, it is imported as usual.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
+from threading import RLock
+from types import ModuleType
+from typing import Any
+
+__all__ = ["ActivationCache", "HookPoint", "HookedRootModule"]
+
+ROOT = "transformer_lens"
+# Packages that do nothing but import, and what the classes import from them, by the module that it is in.
+PACKAGES = (ROOT, f"{ROOT}.conversion_utils", f"{ROOT}.conversion_utils.conversion_steps", f"{ROOT}.utilities")
+USED = {"slice": ("Slice", "SliceInput"), "tensors": ("remove_batch_dim",), "devices": ("warn_if_mps",)}
+
+_lock = RLock()
+_waiting: dict[str, _Unrun] = {}
+
+
+class _Unrun(ModuleType):
+    """A package that has not been run, and is when something is asked of it that it does not have yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Tools that look through all modules, such as the warnings module, ask for names of this kind.
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        _run_all(self.__name__)
+        return getattr(self, name)
+
+
+class _OtherModules:
+    """A finder that runs the packages before another of their modules is imported."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        if not name.startswith(f"{ROOT}.") or not _waiting:
+            return None
+        _run_all(ROOT)
+        # Running them may have imported this very module; a second one would have classes of its own.
+        return ModuleSpec(name, _Loaded(sys.modules[name])) if name in sys.modules else None
+
+
+class _Loaded(Loader):
+    """A loader of a module that is there already."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
+
+
+_finder: Any = _OtherModules()
+
+
+def _run_all(first: str) -> None:
+    """Run the packages that wait: the root first, as an import does, then the one that was asked, then the others."""
+    with _lock:
+        for name in (ROOT, first, *PACKAGES):
+            if name in _waiting:
+                package = _waiting.pop(name)
+                package.__class__ = ModuleType  # type: ignore[assignment]  # what it lacks from now on is an error, as it is of any module
+                assert package.__spec__ is not None and package.__spec__.loader is not None
+                package.__spec__.loader.exec_module(package)
+        if not _waiting and _finder in sys.meta_path:
+            sys.meta_path.remove(_finder)
+
+
+def _put_unrun(name: str) -> None:
+    """Put a package into ``sys.modules`` without running it."""
+    spec = find_spec(name)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    made: Any = module_from_spec(spec)
+    made.__class__ = _Unrun
+    sys.modules[name] = _waiting[name] = made
+    parent, _, last = name.rpartition(".")
+    if parent:
+        vars(sys.modules[parent])[last] = made
+
+
+def _import_the_classes_alone() -> None:
+    """Import the modules of the classes, and leave the packages that they are in to be run when they are needed."""
+    before = set(sys.modules)
+    try:
+        for name in PACKAGES:
+            _put_unrun(name)
+        utilities = vars(sys.modules[f"{ROOT}.utilities"])
+        for module, names in USED.items():
+            found = importlib.import_module(f"{ROOT}.utilities.{module}")
+            utilities |= {name: getattr(found, name) for name in names}
+        for module in ("hook_points", "HookedRootModule", "ActivationCache"):
+            importlib.import_module(f"{ROOT}.{module}")
+        sys.meta_path.insert(0, _finder)
+    except Exception:  # another layout, whatever it is
+        _waiting.clear()
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == ROOT:
+                del sys.modules[name]
+
+
+if ROOT not in sys.modules:
+    _import_the_classes_alone()
+
+# From their own modules: the package would be run for its own name of them.
+ActivationCache: Any = importlib.import_module(f"{ROOT}.ActivationCache").ActivationCache
+HookPoint: Any = importlib.import_module(f"{ROOT}.hook_points").HookPoint
+HookedRootModule: Any = importlib.import_module(f"{ROOT}.HookedRootModule").HookedRootModule
