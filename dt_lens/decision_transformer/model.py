@@ -62,9 +62,8 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 
 def _parameter(*shape: int, std: float = 0.02) -> nn.Parameter:
-    if torch.get_default_device().type == "meta":  # no memory, to be given some; to draw there imports torch's compiler
-        return nn.Parameter(torch.empty(*shape))
-    return nn.Parameter(torch.randn(*shape) * std if std else torch.zeros(*shape))
+    drawn = std and torch.get_default_device().type != "meta"  # to draw there imports torch's compiler
+    return nn.Parameter(torch.randn(*shape) * std if drawn else torch.zeros(*shape))
 
 
 class Linear(nn.Module):
@@ -427,8 +426,7 @@ class HookedDecisionTransformer(ActionAttribution, SharingModule):
     def _embed(self, kind: str, x: Tensor) -> Float[Tensor, "batch step d_model"]:
         module = self.embed[kind]
         # A state encoder of the user's own applies its own nonlinearity.
-        squashed = self.cfg.embed_act == "tanh" and isinstance(module, Linear)
-        return torch.tanh(module(x)) if squashed else module(x)
+        return torch.tanh(module(x)) if self.cfg.embed_act == "tanh" and isinstance(module, Linear) else module(x)
 
     def _add_position(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
         if self.cfg.position in ("none", "step"):
