@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import dt_lens
+from dt_lens.behaviour.agents.arms import acting_weights
 from dt_lens.behaviour.agents.lanes import CUDA_LANES
-from dt_lens.behaviour.agents.running import acting_weights
 from dt_lens.behaviour.agents.windows import SlidingPolicy
 from dt_lens.decision_transformer.policy import ActingModel
 
@@ -119,7 +119,7 @@ def main() -> int:
         f"on the CPU {usual.returns.mean():.1f}, edited {edited.returns.mean():.1f}"
     )
     print(
-        f"policy alone: {rate:.0f} steps/s, {rate * FLOP / most:.0%} of the peak, {most / 1e12:.1f} TFLOP/s "
+        f"policy alone: {rate:.0f} steps/s, {rate * FLOP / most:.0%} of the peak, {most / 1e12:.3g} TFLOP/s "
         f"({CUDA_LANES} rows at a time)"
     )
     return int(apart > 1e-6 or not changed or not restored)

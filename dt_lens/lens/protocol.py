@@ -64,8 +64,12 @@ class Lens(Protocol):
     can_run: bool
     can_act: bool
     cfg: Any
-    original: nn.Module | None
     reference: Reference | None
+
+    @property
+    def original(self) -> nn.Module | None:
+        """See above."""
+        ...
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
