@@ -11,4 +11,5 @@ SUBJECTS = {
     "training": "a training step, beside Hugging Face's Trainer",
     "solvers": "singular directions, beside SVDInterpreter and torch.linalg.svd, by shape and spectrum",
     "edits": "entering and leaving an edit, beside copying the matrix and rebuilding it",
+    "growth": "time and memory against episodes, edits, workers, width, depth and vocabulary",
 }
