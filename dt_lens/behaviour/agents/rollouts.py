@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dt_lens.behaviour.agents.environment import Env, Environment
+from dt_lens.behaviour.agents.idle import keep, take
 from dt_lens.behaviour.agents.physics import physics_of
 from dt_lens.errors import DtLensError
 
@@ -244,7 +245,7 @@ def run_episodes(
     outcomes: list[Outcome] = []
     try:
         for _ in first:
-            envs.append(made.make())
+            envs.append(take(made))
         if not envs:
             return outcomes
         lanes = _Lanes(policy.width, made, conditions, envs)
@@ -278,9 +279,11 @@ def run_episodes(
                 lanes.keep(rows)
             if report is not None:
                 report(len(outcomes), int(lanes.lengths[lanes.running].sum()) / made.time_limit)
-    finally:
+    except BaseException:
         for env in envs:
             env.close()
+        raise
+    keep(made, envs)
     return outcomes
 
 

@@ -1,0 +1,51 @@
+"""Environments that wait for the next run: the same bits, and only where nothing could differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import dt_lens
+from dt_lens.behaviour.agents import idle
+from dt_lens.behaviour.agents.environment import Environment, make_environment
+from dt_lens.behaviour.agents.running import known_setting, run
+from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
+
+
+@pytest.fixture(autouse=True)
+def _nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle, "_idle", {})
+
+
+def _made(environment: str, kwargs: dict[str, Any], sizes: tuple[int, int], discrete: bool = True) -> Environment:
+    return make_environment(environment, kwargs, HookedDecisionTransformerConfig(*sizes, discrete_actions=discrete))
+
+
+def test_a_taxi_waits_and_another_kind_of_it_does_not_take_it() -> None:
+    taxi = _made("Taxi-v4", {}, (500, 6))
+    env = idle.take(taxi)
+    idle.keep(taxi, [env])
+    rainy = _made("Taxi-v4", {"is_rainy": True}, (500, 6))
+    measured = replace(taxi, measure=lambda env: dict)
+    for other in (rainy, replace(rainy, kwargs={"is_rainy": object()}), measured):
+        assert idle._key(other) != idle._key(taxi)
+    assert idle.take(rainy) is not env
+    assert idle.take(taxi) is env
+    assert idle.take(taxi) is not env
+
+
+def test_other_environments_are_closed() -> None:
+    cart = _made("CartPole-v1", {}, (4, 2))
+    idle.keep(cart, [idle.take(cart)])
+    assert not any(idle._idle.values())
+
+
+def test_episodes_have_the_same_bits_in_environments_that_waited() -> None:
+    model = dt_lens.load("taxi", check=False)
+    setting = known_setting(model, "Taxi-v4", {}, 8.0, 12, deterministic=False)
+    fresh = run(model, setting, range(8), workers=1)
+    run(model, setting, range(50, 58), workers=1)
+    assert len(idle._idle) == 1
+    assert sorted(run(model, setting, range(8), workers=1)) == sorted(fresh)
