@@ -19,7 +19,9 @@ def refuse_saving(model: Lens) -> None:
     """Make ``save_pretrained`` of the models that share these weights ask for ``edited=True``."""
     for part in _saving(model):
         _refuse(part)
-    getattr(model, "when_made", []).append(_refuse)
+    when_made = getattr(model, "when_made", [])
+    if _refuse not in when_made:  # edits may be nested, and the last one allows it again
+        when_made.append(_refuse)
 
 
 def _refuse(part: Any) -> None:
@@ -31,9 +33,9 @@ def allow_saving(model: Lens) -> None:
     """Give them their own ``save_pretrained`` again."""
     for part in _saving(model):
         part.__dict__.pop("save_pretrained", None)
-    made = getattr(model, "when_made", [])
-    if _refuse in made:
-        made.remove(_refuse)
+    when_made = getattr(model, "when_made", [])
+    if _refuse in when_made:
+        when_made.remove(_refuse)
 
 
 def _saving(model: Lens) -> Iterator[Any]:

@@ -25,8 +25,11 @@ ROOT = "transformer_lens"
 PACKAGES = (ROOT, f"{ROOT}.conversion_utils", f"{ROOT}.conversion_utils.conversion_steps", f"{ROOT}.utilities")
 USED = {"slice": ("Slice", "SliceInput"), "tensors": ("remove_batch_dim",), "devices": ("warn_if_mps",)}
 
+WAIT = 60.0  # seconds that one thread waits for another that runs the packages
+
 _lock = RLock()
-_waiting: dict[str, _Unrun] = {}
+_waiting: dict[str, _Unrun] = {}  # not run yet, or not to their end
+_running: list[str] = []
 
 
 class _Unrun(ModuleType):
@@ -34,19 +37,29 @@ class _Unrun(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         # Tools that look through all modules, such as the warnings module, ask for names of this kind.
-        if name.startswith("__") and name != "__all__":
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        _run_all(self.__name__)
-        return getattr(self, name)
+        asked = not name.startswith("__") or name == "__all__"
+        if asked and _lock.acquire(timeout=WAIT):
+            try:
+                if self.__name__ not in _running:
+                    _run(self.__name__)
+                    return getattr(self, name)
+            finally:
+                _lock.release()
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
 class _OtherModules:
     """A finder that runs the packages before another of their modules is imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        if not name.startswith(f"{ROOT}.") or not _waiting:
+        # It must not wait: another thread that runs the packages may be waiting for this very import.
+        if not name.startswith(f"{ROOT}.") or not _waiting or not _lock.acquire(blocking=False):
             return None
-        _run_all(ROOT)
+        try:
+            if not _running:
+                _run(ROOT)
+        finally:
+            _lock.release()
         # Running them may have imported this very module; a second one would have classes of its own.
         return ModuleSpec(name, _Loaded(sys.modules[name])) if name in sys.modules else None
 
@@ -67,17 +80,24 @@ class _Loaded(Loader):
 _finder: Any = _OtherModules()
 
 
-def _run_all(first: str) -> None:
-    """Run the packages that wait: the root first, as an import does, then the one that was asked, then the others."""
-    with _lock:
-        for name in (ROOT, first, *PACKAGES):
-            if name in _waiting:
-                package = _waiting.pop(name)
-                package.__class__ = ModuleType  # type: ignore[assignment]  # what it lacks from now on is an error, as it is of any module
-                assert package.__spec__ is not None and package.__spec__.loader is not None
-                package.__spec__.loader.exec_module(package)
-        if not _waiting and _finder in sys.meta_path:
-            sys.meta_path.remove(_finder)
+def _run(asked: str) -> None:
+    """Run all packages that wait, the root first, as an import does; while they run, only the one that is asked.
+
+    One that raises, or is stopped by Ctrl-C, waits again.
+    """
+    for name in (asked,) if _running else (ROOT, asked, *PACKAGES):
+        if name not in _waiting or name in _running:
+            continue
+        package: Any = _waiting[name]
+        _running.append(name)
+        try:
+            package.__spec__.loader.exec_module(package)
+        finally:
+            _running.remove(name)
+        package.__class__ = ModuleType  # what it lacks from now on is an error, as it is of any module
+        del _waiting[name]
+    if not _waiting and _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
 
 
 def _put_unrun(name: str) -> None:
@@ -105,6 +125,8 @@ def _import_the_classes_alone() -> None:
             utilities |= {name: getattr(found, name) for name in names}
         for module in ("hook_points", "HookedRootModule", "ActivationCache"):
             importlib.import_module(f"{ROOT}.{module}")
+            # In the package these are the names of classes, which running it binds; importing has bound the modules.
+            vars(sys.modules[ROOT]).pop(module, None)
         sys.meta_path.insert(0, _finder)
     except Exception:  # another layout, whatever it is
         _waiting.clear()

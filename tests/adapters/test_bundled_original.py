@@ -45,6 +45,13 @@ def test_it_shares_the_memory_of_the_lens_whenever_it_is_made(tmp_path: Path) ->
         torch.testing.assert_close(actions(agent.original, batch), edited, rtol=1e-4, atol=1e-5)
 
 
+def test_it_can_be_saved_after_nested_edits(tmp_path: Path) -> None:
+    agent = dt_lens.load("hopper", check=False)
+    with SingularEdit(agent, "blocks.1.mlp.W_in"), SingularEdit(agent, "blocks.0.mlp.W_in"):
+        assert original_at_hand(agent) is None
+    agent.original.save_pretrained(tmp_path)
+
+
 def test_a_lens_that_is_moved_first_takes_it_along() -> None:
     agent = dt_lens.load("hopper").double()
     assert agent.original.dtype == torch.float64 and not agent.original.training

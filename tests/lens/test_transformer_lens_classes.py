@@ -17,6 +17,8 @@ print(*(name for name in ("transformers", "datasets", "pandas", "gymnasium", "hu
 """
 # Whatever asks first, the package is run, once, and its names are of the classes that the lens stands on.
 ASKS = {
+    "a name of a class that is imported": "from transformer_lens import ActivationCache, HookedRootModule\n"
+    "assert isinstance(ActivationCache, type) and isinstance(HookedRootModule, type)",
     "a name": "from transformer_lens import FactoredMatrix",
     "a module": "import transformer_lens.model_bridge",
     "a name of a package in it": "from transformer_lens.utilities import get_act_name",
@@ -75,6 +77,49 @@ def test_the_first_singular_value_of_a_bundled_agent_imports_little() -> None:
 )
 def test_the_package_is_run_whatever_asks(asks: str) -> None:
     assert run(SAME.format(asks=asks)) == "module 'transformer_lens.utilities' has no attribute 'no_such_name'"
+
+
+def test_an_interrupt_while_it_is_run_leaves_it_to_be_run_again() -> None:
+    program = """
+import sys
+from dt_lens.lens.hooks import HookedModule
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "datasets":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+import transformer_lens
+try:
+    transformer_lens.FactoredMatrix
+except KeyboardInterrupt:
+    sys.meta_path.pop(0)
+assert isinstance(transformer_lens.FactoredMatrix, type)
+assert issubclass(HookedModule, transformer_lens.HookedRootModule)
+"""
+    assert run(program) == ""
+
+
+@pytest.mark.acceptance
+def test_other_threads_wait_until_it_has_been_run() -> None:
+    program = """
+import threading, time
+from dt_lens.lens.hooks import HookedModule
+import transformer_lens
+found = []
+def ask():
+    try:
+        found.append(isinstance(transformer_lens.FactoredMatrix, type))
+    except Exception as error:
+        found.append(repr(error))
+threads = [threading.Thread(target=ask) for _ in range(6)]
+for thread in threads:
+    thread.start()
+    time.sleep(0.1)
+for thread in threads:
+    thread.join()
+assert found == [True] * 6, found
+"""
+    assert run(program) == ""
 
 
 def test_a_package_that_was_imported_already_is_left_alone() -> None:
