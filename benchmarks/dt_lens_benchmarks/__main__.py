@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from contextlib import redirect_stdout
 
 from dt_lens_benchmarks.subjects import SUBJECTS
 
@@ -15,8 +16,10 @@ def main(words: list[str]) -> int:
     if len(names) != 1 or names[0] not in SUBJECTS or {*words} - {"--quick", names[0]}:
         print(f"usage: python -m dt_lens_benchmarks {{{','.join(SUBJECTS)}}} [--quick]", file=sys.stderr)
         return 2
-    for row in importlib.import_module(f"dt_lens_benchmarks.{names[0]}").measure("--quick" in words):
-        print(json.dumps(row._asdict()), flush=True)
+    rows = sys.stdout
+    with redirect_stdout(sys.stderr):  # what a library prints is no row
+        for row in importlib.import_module(f"dt_lens_benchmarks.{names[0]}").measure("--quick" in words):
+            print(json.dumps(row._asdict()), file=rows, flush=True)
     return 0
 
 

@@ -43,5 +43,8 @@ def measure(quick: bool) -> Iterator[Row]:
 
 def _seconds(words: list[str]) -> float:
     begin = time.perf_counter()
-    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - begin
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    taken = time.perf_counter() - begin
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed: {done.stderr.strip()[-500:]}")
+    return taken

@@ -12,6 +12,7 @@ left of the Gram matrix without the directions found, taken from the smallest ei
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = ["SPARE", "leading"]
 
 Array = NDArray[Any]
 
+SEEDED = "rng" in inspect.signature(eigsh).parameters  # not before SciPy 1.17
 SPARE = 8  # directions beyond those wanted: the corrections converge by the gap behind them
 CORRECTIONS, STEPS = 3, 60  # at most: Newton corrections, and steps of conjugate gradients for each
 DIRECT = 1024  # up to this size LAPACK computes the leading eigenvectors in float64 about as fast as Lanczos
@@ -87,6 +89,8 @@ def _gram(M: Tensor, kind: torch.dtype) -> tuple[float, Array]:
         gram = (narrow := M.to(kind).numpy()) @ narrow.T
     if not 1e-25 < gram.trace() < 1e30:  # squares leave float32's range
         largest = max(abs(float(end)) for end in M.aminmax())
+        if not largest > 0:
+            raise LinAlgError("A zero matrix has no leading directions.")
         scale = largest**2
         gram = (narrow := (M / largest).to(kind).numpy()) @ narrow.T
     return scale, gram
@@ -100,11 +104,15 @@ def _by_lapack(gram: Array, count: int) -> Array:
 
 def _lanczos(gram: Array, count: int) -> Array:
     """The eigenvectors ``[n, count]`` of the largest eigenvalues."""
-    # Random: what a LayerNorm centres has ones in its null space. Fixed: the same bits every time.
-    start = np.random.default_rng(0).standard_normal(len(gram)).astype(gram.dtype)
+    if not SEEDED:
+        raise LinAlgError("This SciPy's Lanczos may draw numbers that nobody can seed.")
+    # Random: what a LayerNorm centres has ones in its null space. Fixed: the same bits every time. ARPACK asks for more
+    # random numbers where its space is exhausted, as with repeated eigenvalues.
+    generator = np.random.default_rng(0)
+    start = generator.standard_normal(len(gram)).astype(gram.dtype)
     try:
         tolerance = 1e-5 if gram.dtype == np.float32 else 0
-        return np.asarray(eigsh(gram, k=count, v0=start, tol=tolerance, maxiter=RESTARTS)[1])
+        return np.asarray(eigsh(gram, k=count, v0=start, tol=tolerance, maxiter=RESTARTS, rng=generator)[1])
     except (ArpackError, ArpackNoConvergence) as error:
         raise LinAlgError(str(error)) from error
 

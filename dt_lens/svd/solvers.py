@@ -23,7 +23,7 @@ from dt_lens.svd.leading import leading
 
 __all__ = ["SVD", "VERSION", "decompose"]
 
-VERSION = 2  # raised whenever a result may differ in a bit: it is part of the keys of stored decompositions
+VERSION = 3  # raised whenever a result may differ in a bit: it is part of the keys of stored decompositions
 
 TOLERANCE = 1e-9  # relative residual and loss of orthogonality that a route may leave
 EPS = torch.finfo(torch.float64).eps
@@ -221,8 +221,8 @@ def _cut(found: Triple, M: Tensor, rank: int | None, floor: float) -> SVD:
     """Cut at the rank, and measure: ``M right = sigma left``, ``M^T left = sigma right``, both sides orthonormal."""
     left, sigma, right = found
     keep = int((sigma > max(float(sigma[0]) * _zero(*M.shape), floor)).sum()) if len(sigma) else 0
-    # A route that was asked for all triples must have found all of them.
-    whole = rank is None or (keep <= rank and len(sigma) == min(M.shape))
+    # A route that was asked for all triples must have found all of them, and so must one that found too few.
+    whole = rank is None or keep < rank or (keep == rank and len(sigma) == min(M.shape))
     keep = keep if rank is None else min(keep, rank)
     left, sigma, right = left[:, :keep], sigma[:keep], right[:, :keep]
     if not keep:

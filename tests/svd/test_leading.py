@@ -124,3 +124,25 @@ def test_what_single_precision_leaves_is_corrected(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gram, "_solved", lambda *args: np.random.default_rng(0).standard_normal(args[3].shape))
     with pytest.raises(scipy.linalg.LinAlgError, match="too slowly"):
         gram.leading(M, 6, 1e-10, torch.float32)
+
+
+def test_a_zero_matrix_has_no_directions() -> None:
+    found = decompose([torch.zeros(300, 300, dtype=torch.float64)], 10)
+    assert len(found.sigma) == 0 and found.left.shape == (0, 300)
+
+
+def test_repeated_sigmas_and_an_exhausted_space_give_the_same_bits_every_time() -> None:
+    """ARPACK then asks for more random numbers than its start."""
+    M = torch.block_diag(*[torch.ones(40, 40, dtype=torch.float64)] * 10)
+    first, second = decompose([M], 10), decompose([M], 10)
+    assert torch.equal(first.left, second.left) and torch.equal(first.right, second.right)
+    torch.testing.assert_close(first.sigma, torch.full((10,), 40.0, dtype=torch.float64))
+
+
+def test_a_tiny_sigma_is_found_when_more_are_asked_for_than_there_are() -> None:
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.linalg.qr(torch.randn(n, 6, generator=generator, dtype=torch.float64))[0] for n in (600, 900))
+    sigma = torch.tensor([1, 0.9, 0.8, 0.7, 0.6, 3e-11], dtype=torch.float64)
+    M = (left * sigma) @ right.T
+    for rank in (5, 6, 8, 10, None):
+        assert len(decompose([M], rank).sigma) == min(rank or 6, 6), rank

@@ -61,11 +61,17 @@ def bench(
             file=sys.stderr,
         )
     begin = time.monotonic()
-    table = _table(_measured(list(subjects or SUBJECTS), quick))
-    print_table(table, f"dt-lens bench{' --quick' if quick else ''}, {machine()}")
-    print(f"It took {time.monotonic() - begin:.0f} s.", file=sys.stderr)
-    if out is not None:
-        _write(table, out, quick)
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in _measured(list(subjects or SUBJECTS), quick):
+            rows.append(row)
+    finally:  # what was measured is not lost
+        if rows:
+            table = _table(rows)
+            print_table(table, f"dt-lens bench{' --quick' if quick else ''}, {machine()}")
+            print(f"It took {time.monotonic() - begin:.0f} s.", file=sys.stderr)
+            if out is not None:
+                _write(table, out, quick)
 
 
 def machine() -> str:
@@ -116,11 +122,11 @@ def _measured(subjects: Sequence[str], quick: bool) -> Iterator[dict[str, Any]]:
         tell("measured", 1.0)
 
 
-def _table(rows: Iterator[dict[str, Any]]) -> pd.DataFrame:
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The rows as a table, with the two figures and their unit in one column each."""
     import pandas as pd
 
-    table = pd.DataFrame(list(rows))
+    table = pd.DataFrame(rows)
     table["met"] = [{True: "yes", False: "no"}.get(met, "") for met in table["met"]]
     return table.rename(columns={"peer_value": "peer's"})
 

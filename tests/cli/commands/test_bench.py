@@ -70,3 +70,17 @@ def test_mistakes_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     )
     with pytest.raises(DtLensError, match="start_up failed with status 3"):
         module.bench(["start_up"])
+
+
+def test_what_was_measured_before_a_failure_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Row("steps", 200.0, "steps/s", "the loop", 25.0, 8.0)
+    program = f"print({json.dumps(json.dumps(row._asdict()))}); raise SystemExit(3)"
+    original = subprocess.Popen
+    monkeypatch.setattr(
+        module.subprocess, "Popen", lambda words, **kwargs: original([sys.executable, "-c", program], **kwargs)
+    )
+    with pytest.raises(DtLensError, match="failed with status 3"):
+        module.bench(["start_up"], out=tmp_path / "table.csv")
+    assert "the loop" in capsys.readouterr().out and "the loop" in (tmp_path / "table.csv").read_text(encoding="utf-8")
