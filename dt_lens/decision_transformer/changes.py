@@ -1,8 +1,9 @@
 """Low-rank changes of weights, applied to what a product gives: rows of one batch each have their own.
 
 With ``W + left @ right`` in place of ``W`` a product gives ``x @ W + (x @ left) @ right``. So many edited models share
-one forward pass and one copy of the weights. A row without a change is not touched, and each row is computed by itself,
-so that no row's bits depend on what changes beside it.
+one forward pass and one copy of the weights. What a row adds, and in which order, does not depend on the other rows,
+and so neither do its bits. Row by row, a row without a change is not touched; stacked, as on a GPU, all rows are
+computed at once, and one without a change adds zeros.
 
 ``ActingModel`` multiplies some weights beforehand: with ``Wq`` a head's ``[W_Q; b_Q]`` and ``Wk`` its ``W_K``, a score
 is ``[h, 1] Wq Wk^T h'^T``. A change of either is a change of the product, of the sum of the ranks::
@@ -92,12 +93,15 @@ NONE = RowChanges()
 
 
 def _stacks(terms: Sequence[tuple[int, Term]], rows: int) -> list[Term]:
-    """Terms of rows as terms of all rows, ``[rows, ...]``, zero where a row has none."""
-    found: dict[tuple[object, ...], Term] = {}
+    """Terms of rows as terms of all rows, ``[rows, ...]``, zero where a row has none.
+
+    They are ordered by their columns and ranks: by first appearance, a row's sum would depend on the rows before it.
+    """
+    found: dict[tuple[int, int, int], Term] = {}
     for row, term in terms:
         rank = 1 << (term.left.shape[1] - 1).bit_length()  # few ranks, so that few products
-        places = [(s.start, s.stop) for s in (term.source, term.target)]
-        key = (rank, *places)  # of a row there is at most one: all its changes of one weight are one term
+        # Of a row there is at most one: all its changes of one weight are one term.
+        key = term.source.start or 0, term.target.start or 0, rank
         if key not in found:
             shapes = (term.left.shape[0], rank), (1, rank), (rank, term.right.shape[1])
             left, offset, right = (term.left.new_zeros(rows, *shape) for shape in shapes)
@@ -105,7 +109,7 @@ def _stacks(terms: Sequence[tuple[int, Term]], rows: int) -> list[Term]:
         r = term.left.shape[1]
         stack = found[key]
         stack.left[row, :, :r], stack.offset[row, 0, :r], stack.right[row, :r] = term[:3]
-    return list(found.values())
+    return [found[key] for key in sorted(found)]
 
 
 def of_weight(

@@ -227,6 +227,8 @@ class ActingModel:
     def terms(self, changes: Sequence[Change]) -> dict[Product, list[Term]]:
         """What changes of weights add to this model's products, in its own type and on its device."""
         found: dict[Product, list[Term]] = {}
+        # Edits come on the CPU, and some terms multiply them by this model's weights.
+        changes = [c._replace(left=c.left.to(self.device), right=c.right.to(self.device)) for c in changes]
         for l in range(self.cfg.n_layers):
             for name, term in terms_of_block(self.cfg, l, self._attention[l], changes):
                 found.setdefault((l, name), []).append(term.to(self.predict_action.weight))

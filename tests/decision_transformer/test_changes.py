@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dt_lens import SingularEdit
 from dt_lens.behaviour.agents.arms import Arm, arm_of, packed_arm
 from dt_lens.behaviour.agents.packed_arms import unpacked
 from dt_lens.behaviour.agents.windows import SlidingPolicy
-from dt_lens.decision_transformer.changes import RowChanges
+from dt_lens.decision_transformer.changes import Change, RowChanges, Term
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.decision_transformer.policy import ActingModel
+from dt_lens.decision_transformer.policy import ActingModel, acting_shapes
 from dt_lens.edits.edit import Edit
 from dt_lens.lens.matrices import catalogue
 
@@ -131,3 +132,39 @@ def test_a_row_without_a_change_keeps_its_bits() -> None:
     expected = _act(acting, bare * 16, episode)[0]
     mixed = _act(acting, [*arms[1:8], *bare, *arms[8:16]], episode)
     assert torch.equal(mixed[7], expected) and not torch.equal(mixed[6], expected)
+
+
+def test_stacked_rows_have_the_bits_that_they_have_alone() -> None:
+    """Float32 sums depend on their order, so it must not be that in which the batch's rows name their terms."""
+    generator, e, d = torch.Generator().manual_seed(0), 4, 8
+
+    def term(head: int, rank: int) -> Term:
+        left, right = (torch.randn(n, m, generator=generator) for n, m in ((e, rank), (rank, d)))
+        return Term(left, torch.randn(rank, generator=generator), right, source=slice(head * e, head * e + e))
+
+    product, several = (0, "out"), {(0, "out"): [term(0, 1), term(1, 2), term(1, 1)]}
+    x, y = (torch.randn(2, 5, n, generator=generator) for n in (2 * e, d))
+    x, y = x[:1].expand(2, -1, -1).contiguous(), y[:1].expand(2, -1, -1).contiguous()
+    alone = y[:1].clone()
+    RowChanges([several], stacked=True).add(product, x[:1], alone)
+    for first in ([term(1, 2)], [term(1, 1)], [term(1, 1), term(1, 2)]):
+        beside = y.clone()
+        RowChanges([{product: first}, several], stacked=True).add(product, x, beside)
+        assert torch.equal(beside[1], alone[0])
+        assert not torch.equal(beside[0], y[0])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_changes_go_to_the_models_device(heads: int) -> None:
+    """Edits come on the CPU. Fake tensors check devices without a card; "lazy" is one that every build of torch has."""
+    cfg = HookedDecisionTransformerConfig(3, 2, d_model=8, d_mlp=12, n_ctx=STEPS, n_heads=heads, n_layers=2)
+    with FakeTensorMode():
+        weights = {name: torch.empty(shape, device="lazy") for name, shape in acting_shapes(cfg).items()}
+        changes = []
+        for kind in ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_out"):
+            n, m = weights[f"blocks.0.{kind}"].shape[-2:]
+            left, right = torch.empty(n, 1, dtype=torch.double), torch.empty(1, m, dtype=torch.double)
+            changes += [Change(f"blocks.{l}.{kind}", 0 if "attn" in kind else None, left, right) for l in range(2)]
+        terms = ActingModel(weights, cfg).terms(changes)
+        assert {part.device.type for found in terms.values() for term in found for part in term[:3]} == {"lazy"}
+    assert len(terms) == 8  # of each block the MLP's two and "qk" and "ov", or "qkv" and "out"

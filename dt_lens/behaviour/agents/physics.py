@@ -49,9 +49,9 @@ class Physics:
 
     def __init__(self, made: Environment, envs: Sequence[Env]) -> None:
         self.made, self.envs = made, list(envs)
-        # What measures an episode may have looked into any wrapper.
-        stepped = [env if made.measure is not None else bare(env, made.time_limit) for env in envs]
-        self._step = [env.step for env in stepped]
+        # What measures an episode may look into any wrapper, and may replace ``step``: so none is left out, and
+        # ``step`` is looked up each time.
+        self._stepped = [env if made.measure is not None else bare(env, made.time_limit) for env in envs]
 
     def begun(self, row: int) -> None:
         """The environment of ``row`` has been reset."""
@@ -61,7 +61,7 @@ class Physics:
         rewards: list[Any] = []
         terminated, truncated = list[bool](), list[bool]()
         for row in rows:
-            observation, reward, ended, cut, _ = self._step[row](actions[row])
+            observation, reward, ended, cut, _ = self._stepped[row].step(actions[row])
             states[row] = self.made.state(observation)
             rewards.append(reward)
             terminated.append(bool(ended))
@@ -70,7 +70,7 @@ class Physics:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep ``rows``, in that order; a row that never had an environment may be among them."""
-        self._step = [self._step[row] for row in rows if row < len(self._step)]
+        self._stepped = [self._stepped[row] for row in rows if row < len(self._stepped)]
         self.envs = [self.envs[row] for row in rows if row < len(self.envs)]
 
 

@@ -1,4 +1,4 @@
-"""Seven claims about singular directions, each with a pre-registered test: ``docs/court.md``."""
+"""Eight claims about singular directions, each with a pre-registered test: ``docs/court.md``."""
 
 import lazy_loader
 

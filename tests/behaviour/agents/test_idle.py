@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from gymnasium.envs.toy_text import taxi as gymnasiums
 
 import dt_lens
 from dt_lens.behaviour.agents import idle
@@ -49,3 +51,28 @@ def test_episodes_have_the_same_bits_in_environments_that_waited() -> None:
     run(model, setting, range(50, 58), workers=1)
     assert len(idle._idle) == 1
     assert sorted(run(model, setting, range(8), workers=1)) == sorted(fresh)
+
+
+def test_what_another_entry_point_returns_is_closed() -> None:
+    """It may return something else the next time, though its class is Gymnasium's own."""
+    for entry_point in (lambda **kwargs: gymnasiums.TaxiEnv(**kwargs), "a.users.module:make_taxi"):
+        taxi = _made("Taxi-v4", {}, (500, 6))
+        env = idle.take(taxi)
+        idle.keep(replace(taxi, spec=replace(taxi.spec, entry_point=entry_point)), [env])
+        assert not any(idle._idle.values())
+
+
+@pytest.mark.parametrize("name", ["__init__", "step", "reset", "_pickup"])
+def test_a_patched_taxi_neither_waits_nor_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taxi = _made("Taxi-v4", {}, (500, 6))
+    env, other = taxi.make(), taxi.make()
+    idle.keep(taxi, [env])
+    before = getattr(gymnasiums.TaxiEnv, name)
+    with monkeypatch.context() as patched:
+        patched.setattr(gymnasiums.TaxiEnv, name, functools.wraps(before)(lambda *a, **k: before(*a, **k)))
+        idle.keep(taxi, [other])
+        assert idle.take(taxi) is not env
+    with monkeypatch.context() as patched:
+        patched.setattr(gymnasiums, "TaxiEnv", type("TaxiEnv", (gymnasiums.TaxiEnv,), {}))
+        assert idle.take(taxi) is not env
+    assert list(idle._idle.values()) == [[env]]

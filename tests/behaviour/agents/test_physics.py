@@ -199,6 +199,25 @@ def test_who_measures_an_episode_sees_every_wrapper() -> None:
     assert ours.envs[0].get_wrapper_attr("_elapsed_steps") == 1
 
 
+def test_a_step_that_is_replaced_while_measuring_is_the_one_that_runs() -> None:
+    from dataclasses import replace
+
+    def measure(env: Any) -> Any:
+        before = env.step
+        env.step = lambda action: (lambda got: (got[0], 7.0, *got[2:]))(before(action))
+        return dict
+
+    made = replace(_made("CartPole-v1"), measure=measure)
+    ours = physics_of(made, [made.make() for _ in range(2)])
+    for row, env in enumerate(ours.envs):
+        env.reset(seed=row)
+        measure(env)
+        ours.begun(row)
+    assert list(ours.step([0, 1], [1, 1], np.zeros((2, 4)))[0]) == [7.0, 7.0]
+    ours.keep([1])
+    assert list(ours.step([0], [1], np.zeros((1, 4)))[0]) == [7.0]
+
+
 def test_whole_episodes_have_the_same_bits_either_way(make_model: Callable[..., Any]) -> None:
     """``measure`` has each environment step as it stands; discrete actions are sampled."""
     from dataclasses import replace
