@@ -143,7 +143,7 @@ def test_a_video_is_of_the_wrapped_environment(monkeypatch: pytest.MonkeyPatch, 
 
 def test_model_id_depends_on_the_wrappers_and_not_on_a_field_that_older_files_lack(make_dt: Any) -> None:
     model = make_dt(n_layers=1)
-    newer = ("evaluation_environment", "failure", "factors", "ignores", "texts", "deterministic")
+    newer = ("evaluation_environment", "failure", "factors", "ignores", "texts", "deterministic", "choices")
     facts = {name: value for name, value in asdict(model.facts).items() if name not in newer}
     before = hashlib.sha256(json.dumps([model.cfg.to_dict(), facts], sort_keys=True, default=str).encode())
     for name, weight in sorted(model.weights.items()):
