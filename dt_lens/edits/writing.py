@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dt_lens.edits.low_rank import Placed
+from dt_lens.lens.weights import memory_order
 
 __all__ = ["add_changes", "overflows", "same_bits", "writable"]
 
@@ -74,8 +75,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     a, b = a.detach(), b.detach()
     if a.ndim and a.stride() == b.stride():  # in memory order, so that neither is copied
-        strides: Sequence[int] = a.stride()
-        order = sorted(range(a.ndim), key=lambda axis: -strides[axis])
+        order = memory_order(a)
         a, b = a.permute(order), b.permute(order)
     step = max(1, 16 * PIECE // max(1, a[0].numel())) if a.ndim and len(a) else 1
     if not a.ndim:

@@ -23,6 +23,7 @@ __all__ = [
     "fingerprint",
     "hash_of",
     "memory_of",
+    "memory_order",
     "replaced",
     "weight_bytes",
 ]
@@ -56,24 +57,27 @@ def checksum(lens: Weighted, matrix: Matrix) -> tuple[Any, ...]:
     For comparisons within a process; what is kept on disk goes by ``fingerprint``.
     """
     parts = [weight for _, weight in _parts(lens, matrix)]
-    return tuple((zlib.crc32(_memory(part)), part.dtype, tuple(part.shape), tuple(_order(part))) for part in parts)
+    return tuple(
+        (zlib.crc32(_memory(part)), part.dtype, tuple(part.shape), tuple(memory_order(part))) for part in parts
+    )
 
 
 def hash_of(tensor: Tensor) -> bytes:
     """A hash of every bit of a tensor, its type and its shape."""
-    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {_order(tensor)}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)} {memory_order(tensor)}".encode(), digest_size=16)
     digest.update(_memory(tensor))
     return digest.digest()
 
 
-def _order(tensor: Tensor) -> list[int]:
+def memory_order(tensor: Tensor) -> list[int]:
+    """The axes of a tensor in the order in which they lie in memory, the slowest first."""
     strides: Sequence[int] = tensor.stride()
     return sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
 
 
 def _memory(tensor: Tensor) -> memoryview:
     """A tensor's bits in memory order, so that a large transposed weight is not copied."""
-    flat = tensor.detach().permute(_order(tensor)).contiguous().cpu().reshape(-1)
+    flat = tensor.detach().permute(memory_order(tensor)).contiguous().cpu().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
