@@ -6,9 +6,10 @@ import functools
 import inspect
 import os
 import re
+import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,23 @@ def spread(model: nn.Module, size: float = 0.3) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(size * torch.randn_like(parameter))
     return model
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium as a Playwright ``Browser``: ``page = chromium.new_page(viewport=...)``.
+
+    A test is skipped where Playwright or a browser is missing. The browser is Debian's, or the one that BROWSER_PATH
+    names; Playwright's own is not downloaded.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    path = os.environ.get("BROWSER_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium here; on Debian apt-get install chromium, or name one in BROWSER_PATH")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")
