@@ -75,7 +75,7 @@ def truth_value(value: Any, name: str) -> bool:
     True
     """
     if type(value).__name__ != "bool":  # Python's or NumPy's
-        raise DtLensError(f"{name} is {value!r:.80}; it must be True or False.")
+        raise DtLensError(f"{name} is {as_written(value)}; it must be True or False.")
     return bool(value)
 
 
@@ -116,7 +116,7 @@ def finite_numbers(value: Any, name: str) -> list[float]:
     found: list[float] = []
     for one in several:
         if not is_finite_number(one):
-            raise DtLensError(f"{name} is {value!r:.200}; it must be several finite numbers.")
+            raise DtLensError(f"{name} is {as_written(value, 200)}; it must be several finite numbers.")
         found.append(float(one))
     return found
 

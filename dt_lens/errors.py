@@ -26,13 +26,13 @@ def a_type(value: object) -> str:
     return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
 
 
-def as_written(value: object) -> str:
-    """A value as it is written in Python, for use inside a sentence: one line of at most 80 characters.
+def as_written(value: object, longest: int = 80) -> str:
+    """A value as it is written in Python, for use inside a sentence: one line of at most ``longest`` characters.
 
     >>> as_written("a"), as_written(2.5), as_written([0] * 100)[:12]
     ("'a'", '2.5', '[0, 0, 0, 0,')
     """
-    return " ".join(repr(value).split())[:80]
+    return " ".join(repr(value).split())[:longest]
 
 
 def because(error: BaseException) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import dt_lens
@@ -30,3 +33,10 @@ def test_nearest() -> None:
 def test_because_is_one_line(error: Exception, said: str) -> None:
     assert because(error) == said.strip()
     assert len(because(ValueError("x" * 5000))) <= 203
+
+
+def test_values_are_written_on_one_line_everywhere() -> None:
+    """``{value!r:.80}`` keeps the line breaks of an array or a table; ``as_written`` does not."""
+    root = Path(__file__).parents[1]
+    for file in (file for folder in ("dt_lens", "adapters") for file in (root / folder).rglob("*.py")):
+        assert not re.search(r"!r:\.\d", file.read_text(encoding="utf-8")), file

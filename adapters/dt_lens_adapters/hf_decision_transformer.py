@@ -21,7 +21,7 @@ from dt_lens.decision_transformer.hf_layout import (
     heads_in,
 )
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError, as_written, because, nearest
 from dt_lens.language_model.original import IGNORED_FIELDS
 from dt_lens.lens.assumed import Options
 from dt_lens.lens.checkpoints import Checkpoint
@@ -145,7 +145,7 @@ def _refuse_what_is_gone(given: Mapping[str, Any], names: set[str]) -> None:
     for name in names & given.keys():
         raise DtLensError(
             f"{name} was assumed before this model was saved in Hugging Face's form, which does not hold it; load the "
-            f"original file again with {name}={given[name]!r:.80}."
+            f"original file again with {name}={as_written(given[name])}."
         )
 
 
@@ -156,7 +156,7 @@ def _replacement(name: str, value: Any) -> Any:
 def _activation(act_fn: Any) -> str:
     if not isinstance(act_fn, str) or act_fn not in NAMES:
         raise DtLensError(
-            f"act_fn is {act_fn!r:.80}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn)[:80], NAMES)
+            f"act_fn is {as_written(act_fn)}; it must be one of {', '.join(NAMES)}." + nearest(str(act_fn)[:80], NAMES)
         )
     return act_fn
 

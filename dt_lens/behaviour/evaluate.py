@@ -10,7 +10,7 @@ from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import task_of
 from dt_lens.edits.edit import Edit
-from dt_lens.errors import DtLensError, a_type
+from dt_lens.errors import DtLensError, a_type, as_written
 from dt_lens.progress import Count, counting
 
 if TYPE_CHECKING:
@@ -269,5 +269,5 @@ def _edits_of(model: Any, edits: Any) -> list[Edit | None]:
                 "unedited model."
             )
         if edit is not None and edit.model is not model:
-            raise DtLensError(f"edits holds {edit!r:.80}, which was made on another model; make it on this one.")
+            raise DtLensError(f"edits holds {as_written(edit)}, which was made on another model; make it on this one.")
     return chosen

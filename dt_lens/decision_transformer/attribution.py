@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, as_written, nearest
 from dt_lens.lens.activation_cache import Attribution
 
 __all__ = ["ActionAttribution"]
@@ -41,7 +41,7 @@ class ActionAttribution(Attribution):
         def number(action: Any) -> Any:
             if isinstance(action, str) and action not in labels:
                 near = nearest(action, labels) or f" It has {', '.join(map(repr, labels[:8]))}."
-                raise DtLensError(f"The model predicts no action {action!r:.80}.{near}")
+                raise DtLensError(f"The model predicts no action {as_written(action)}.{near}")
             return labels.index(action) if isinstance(action, str) else action
 
         if isinstance(tokens, list | tuple):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from dt_lens.arguments import is_finite_number
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, as_written, nearest
 from dt_lens.lens.matrices import Structure
 from dt_lens.lens.placement import Placed
 
@@ -90,12 +90,14 @@ class HookedDecisionTransformerConfig(Placed):
         for name in ("eps", "embed_ln_eps"):
             if not (is_finite_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 raise DtLensError(
-                    f"The configuration's {name} is {getattr(self, name)!r:.80}; it must be a small number of 0 or "
-                    "more."
+                    f"The configuration's {name} is {as_written(getattr(self, name))}; it must be a small number of 0 "
+                    "or more."
                 )
         for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
             if not (is_finite_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise DtLensError(f"The configuration's {name} is {getattr(self, name)!r:.80}; it must lie in 0 to 1.")
+                raise DtLensError(
+                    f"The configuration's {name} is {as_written(getattr(self, name))}; it must lie in 0 to 1."
+                )
         if self.d_model % self.n_heads:
             raise DtLensError(
                 f"d_model {self.d_model} does not split into n_heads {self.n_heads} equal heads; give an n_heads that "

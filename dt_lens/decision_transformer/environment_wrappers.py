@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from dt_lens.arguments import as_json, whole_number
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError, as_written, because, nearest
 from dt_lens.lens.environment_names import FileKeywords, require_registered
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _taken(shown: str, parameter: inspect.Parameter, value: Any) -> Any:
     if (kind.startswith(("int", "tuple[int")) or parameter.name in SIZES) and parameter.name != APART[0]:
         for size in value if isinstance(value, list | tuple) else [value]:
             if isinstance(size, int) and size > MOST:
-                raise DtLensError(f"{shown} has {parameter.name}={size!r:.80}; it must be at most {MOST:,}.")
+                raise DtLensError(f"{shown} has {parameter.name}={as_written(size)}; it must be at most {MOST:,}.")
     if isinstance(value, list):
         tuples = "tuple" in kind or isinstance(parameter.default, tuple)
         return np.asarray(value) if "ndarray" in kind else tuple(value) if tuples else value

@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 
 __all__ = ["Part", "StateVector", "is_text", "leaves", "ordered", "part_names"]
 
@@ -117,8 +117,8 @@ class Part:
         found = np.zeros(self.size)
         if value not in self.texts:
             raise DtLensError(
-                f"{whose} gave the text {str(value)!r:.80} as {self.shown!r}, which is none of the {self.size} that "
-                f"this model reads; train on data that have it, or with ignores=[{self.name!r}]."
+                f"{whose} gave the text {as_written(str(value))} as {self.shown!r}, which is none of the {self.size} "
+                f"that this model reads; train on data that have it, or with ignores=[{self.name!r}]."
             )
         found[self.texts.index(value)] = 1.0
         return found

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dt_lens.arguments import is_finite_number
-from dt_lens.errors import DtLensError, a_type, nearest
+from dt_lens.errors import DtLensError, a_type, as_written, nearest
 from dt_lens.lens.embeddings import Embedding, EmbeddingRegistry
 from dt_lens.svd.side_labels import unit_rows
 
@@ -131,7 +131,7 @@ def embedded_direction(value: Any) -> tuple[str, str | int, float | None] | None
     if "replace" in keys:
         return name, label, None
     if not is_finite_number(angle):
-        raise DtLensError(f"The angle is {angle!r:.80}; it must be a number of degrees.")
+        raise DtLensError(f"The angle is {as_written(angle)}; it must be a number of degrees.")
     return name, label, float(angle)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 from dt_lens.language_model.batch import positions_of, require_tokens
 from dt_lens.language_model.config import LanguageModelConfig
 from dt_lens.language_model.embeddings import language_model_embeddings
@@ -269,7 +269,7 @@ class HookedLanguageModel(Printed, Configured[LanguageModelConfig], TextMethods,
                 positions that do not fit them.
         """
         if return_type not in ("logits", "loss", "both", None):
-            raise DtLensError(f"return_type is {return_type!r:.80}; it must be 'logits', 'loss', 'both' or None.")
+            raise DtLensError(f"return_type is {as_written(return_type)}; it must be 'logits', 'loss', 'both' or None.")
         stop = self._block(stop_at_layer)
         if stop is not None and return_type in ("loss", "both"):
             raise DtLensError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dt_lens.arguments import LAST_SEED, truth_value, whole_number
-from dt_lens.errors import DtLensError, a_type
+from dt_lens.errors import DtLensError, a_type, as_written
 from dt_lens.language_model.batch import require_tokens
 from dt_lens.language_model.config import LanguageModelConfig
 
@@ -78,7 +78,10 @@ class TextMethods:
             raise DtLensError(f"A token is named by text, not by {a_type(text)}.")
         found = list(self._tokenizer_or_raise().encode(text, add_special_tokens=False))
         if len(found) != 1:
-            raise DtLensError(f"{text!r:.80} is {len(found)} tokens, {self._strings(found)!r:.200}; give a single one.")
+            raise DtLensError(
+                f"{as_written(text)} is {len(found)} tokens, {as_written(self._strings(found), 200)}; "
+                "give a single one."
+            )
         return int(found[0])
 
     def to_single_str_token(self, token: int) -> str:
@@ -127,7 +130,7 @@ class TextMethods:
                 a model that Hugging Face cannot continue.
         """
         if return_type not in ("input", "str", "tokens"):
-            raise DtLensError(f"return_type is {return_type!r:.80}; it must be 'input', 'str' or 'tokens'.")
+            raise DtLensError(f"return_type is {as_written(return_type)}; it must be 'input', 'str' or 'tokens'.")
         seed, count = whole_number(seed, "seed", 0, LAST_SEED), whole_number(max_new_tokens, "max_new_tokens", 1)
         if isinstance(input, Tensor):
             ids, mask = input, torch.ones_like(input)
@@ -169,7 +172,7 @@ class TextMethods:
             return options
         for name, value, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
-                raise DtLensError(f"{name} is {value!r:.80}; it must be a number.")
+                raise DtLensError(f"{name} is {as_written(value)}; it must be a number.")
             if value is not None and not 0 < value <= most:
                 limit = f" and at most {most:g}" if most < math.inf else ""
                 raise DtLensError(f"{name} is {value}; it must be above 0{limit}.")
@@ -182,7 +185,7 @@ class TextMethods:
         tokenizer = self._tokenizer_or_raise()
         several = [text] if isinstance(text, str) else text
         if not (isinstance(several, Sequence) and several and all(isinstance(one, str) for one in several)):
-            raise DtLensError(f"text is {text!r:.80}; it must be a text, or several.")
+            raise DtLensError(f"text is {as_written(text)}; it must be a text, or several.")
         rows = [list(tokenizer.encode(one)) for one in several]
         if truth_value(prepend_bos, "prepend_bos"):
             first = getattr(tokenizer, "bos_token_id", None)
@@ -211,7 +214,7 @@ class TextMethods:
         try:
             ids = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens)
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise DtLensError(f"tokens are {tokens!r:.80}; they must be whole numbers.") from None
+            raise DtLensError(f"tokens are {as_written(tokens)}; they must be whole numbers.") from None
         if ids.ndim > 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise DtLensError(
                 f"tokens are {str(ids.dtype)[6:]} of shape {list(ids.shape)}; they must be whole numbers."

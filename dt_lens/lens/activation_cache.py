@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, as_written, nearest
 from dt_lens.lens.matrices import norm_scale
 
 __all__ = ["ActivationCache", "broadcast", "position_axis"]
@@ -83,7 +83,7 @@ class ActivationCache(_Theirs):
             return super().__getitem__(key)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             name = error.args[0] if isinstance(error, KeyError) and error.args else key
-            raise DtLensError(f"The cache has no activation {name!r:.80}{self._why_missing(name)}") from None
+            raise DtLensError(f"The cache has no activation {as_written(name)}{self._why_missing(name)}") from None
 
     def _why_missing(self, name: object) -> str:
         if name not in getattr(self.model, "hook_dict", {}):

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dt_lens.arguments import names
-from dt_lens.errors import DtLensError, a_type, nearest
+from dt_lens.errors import DtLensError, a_type, as_written, nearest
 from dt_lens.lens.printing import Printed, Rows, grid_html, listed
 
 __all__ = ["Embedding", "EmbeddingRegistry"]
@@ -61,7 +61,9 @@ class Embedding(Printed):
             try:
                 made = torch.as_tensor(self.directions).to(torch.float64)
             except (TypeError, ValueError, RuntimeError) as error:
-                raise DtLensError(f"Directions must be numbers [n, d_model], not {self.directions!r:.80}.") from error
+                raise DtLensError(
+                    f"Directions must be numbers [n, d_model], not {as_written(self.directions)}."
+                ) from error
             object.__setattr__(self, "directions", made)
         if self.directions.ndim != 2 or not self.directions.numel():
             raise DtLensError(f"Directions have shape {list(self.directions.shape)}; expected [n, d_model].")
@@ -70,7 +72,7 @@ class Embedding(Printed):
                 f"side is {self.side!r}; it must be 'in' (put into the stream) or 'out' (read out of it)."
             )
         if isinstance(self.labels, str) or not isinstance(self.labels, Iterable):
-            raise DtLensError(f"labels is {self.labels!r:.80}; give a list with one label for each direction.")
+            raise DtLensError(f"labels is {as_written(self.labels)}; give a list with one label for each direction.")
         # Unlike isfinite, aminmax makes no copy of a large table.
         if not all(bool(torch.isfinite(end)) for end in self.directions.aminmax()):
             raise DtLensError("Directions hold NaN or infinite values; every entry must be finite.")
@@ -155,7 +157,7 @@ class EmbeddingRegistry(Mapping[str, Embedding]):
 
     def __setitem__(self, name: str, embedding: Embedding) -> None:
         if not isinstance(name, str):
-            raise DtLensError(f"An embedding's name is {name!r:.80}; it must be text.")
+            raise DtLensError(f"An embedding's name is {as_written(name)}; it must be text.")
         if not isinstance(embedding, Embedding):
             raise DtLensError(
                 f"{name!r} must be an Embedding, not {a_type(embedding)}; write Embedding(directions, labels)."

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dt_lens.errors import DtLensError, because, nearest
+from dt_lens.errors import DtLensError, as_written, because, nearest
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -68,7 +68,7 @@ def specification(environment: str) -> EnvSpec:
         DtLensError: for an id that is not registered, or whose module is not imported.
     """
     if not isinstance(environment, str):
-        raise DtLensError(f"environment is {environment!r:.80}; it must be a Gymnasium id, as text.")
+        raise DtLensError(f"environment is {as_written(environment)}; it must be a Gymnasium id, as text.")
     import gymnasium as gym
 
     module, _, name = environment.rpartition(":")

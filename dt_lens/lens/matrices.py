@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dt_lens.arguments import names, require_wrapped
-from dt_lens.errors import DtLensError, nearest
+from dt_lens.errors import DtLensError, as_written, nearest
 
 __all__ = [
     "RESIDUAL",
@@ -188,7 +188,7 @@ class Matrix:
             side = self.residual_sides[0]
         if isinstance(side, str) and side in (self.left, self.right):
             return "left" if side == self.left else "right"
-        raise DtLensError(f"{self.name} has no side {str(side)!r:.60}; it has {self.left!r} and {self.right!r}.")
+        raise DtLensError(f"{self.name} has no side {as_written(str(side))}; it has {self.left!r} and {self.right!r}.")
 
     def norm(self, side: Literal["left", "right"]) -> str | None:
         """The prefix of the norm (``"blocks.0.ln1"``) that a side reads or writes through, or ``None``."""

@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dt_lens.arguments import atomic_write, local_path
-from dt_lens.errors import DtLensError, a_type
+from dt_lens.errors import DtLensError, a_type, as_written
 from dt_lens.report.style import dark, light
 from dt_lens.report.tables import Format, table_html
 from dt_lens.version import __version__
@@ -124,9 +124,9 @@ def write_report(
     path = local_path(path, "path")
     for name, text in (("title", title), ("command", command)):
         if not isinstance(text, str):
-            raise DtLensError(f"{name} is {text!r:.80}; it must be text.")
+            raise DtLensError(f"{name} is {as_written(text)}; it must be text.")
     if not isinstance(sections, list | tuple) or not all(isinstance(one, Section) for one in sections):
-        raise DtLensError(f"sections is {sections!r:.80}; it must be a list of Section.")
+        raise DtLensError(f"sections is {as_written(sections)}; it must be a list of Section.")
     page = _page(title, sections, verdict, facts or {}, command)
     with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8", errors="replace")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 
 __all__ = ["numbers", "row", "share"]
 
@@ -27,7 +27,7 @@ def numbers(values: Any, name: str) -> NDArray[np.float64]:
             raise TypeError
         return made.astype(np.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise DtLensError(f"{name} is {values!r:.80}; it must be numbers.") from None
+        raise DtLensError(f"{name} is {as_written(values)}; it must be numbers.") from None
 
 
 def row(values: Any, name: str, like: NDArray[Any] | None = None) -> NDArray[np.float64]:
@@ -57,5 +57,5 @@ def share(value: Any, name: str) -> float:
     0.95
     """
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < 1:
-        raise DtLensError(f"{name} is {value!r:.80}; it must be a number between 0 and 1, such as 0.95.")
+        raise DtLensError(f"{name} is {as_written(value)}; it must be a number between 0 and 1, such as 0.95.")
     return float(value)

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from dt_lens.arguments import whole_number
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 from dt_lens.statistics.arrays import numbers, row, share
 
 __all__ = [
@@ -97,7 +97,7 @@ def bootstrap_interval(
     x, confidence = row(values, "values"), share(confidence, "confidence")
     whole_number(resamples, "resamples", 1), whole_number(seed, "seed", 0)
     if not callable(statistic):
-        raise DtLensError(f"statistic is {statistic!r:.80}; it must be a function, such as np.mean.")
+        raise DtLensError(f"statistic is {as_written(statistic)}; it must be a function, such as np.mean.")
     if len(x) < 2 or not np.isfinite(x).all() or np.ptp(x) == 0:
         return _NONE
     if statistic is not np.mean and statistic is not iqm:
@@ -206,7 +206,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     confidence = share(confidence, "confidence")
     for name, count in (("successes", successes), ("n", n)):
         if count is None or numbers(count, name).ndim:  # NumPy reads None as NaN
-            raise DtLensError(f"{name} is {count!r:.80}; it must be a number.")
+            raise DtLensError(f"{name} is {as_written(count)}; it must be a number.")
     if n == 0 or not np.isfinite([float(successes), float(n)]).all():
         return _NONE
     if not (0 <= successes <= n and float(successes).is_integer() and float(n).is_integer()):

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import pandas as pd
 
 from dt_lens.arguments import finite_numbers
-from dt_lens.errors import DtLensError, a_type
+from dt_lens.errors import DtLensError, a_type, as_written
 from dt_lens.lens.token_text import texts
 
 __all__ = [
@@ -119,8 +119,8 @@ def passing_labels(labels: Sequence[str], where: Rule | Filter | Sequence[Rule |
             found = [bool(rule(text)) for text in meant]
         else:
             raise DtLensError(
-                f"A filter is {rule!r:.80}; give a function of a label's text that returns whether it is shown, or "
-                "several such functions."
+                f"A filter is {as_written(rule)}; give a function of a label's text that returns whether it is shown, "
+                "or several such functions."
             )
         passed = [a and b for a, b in zip(passed, found, strict=True)]
     return [i for i, passes in enumerate(passed) if passes]

@@ -23,7 +23,7 @@ from dt_lens.decision_transformer.environment_labels import environment_labels, 
 from dt_lens.decision_transformer.environment_wrappers import APART
 from dt_lens.decision_transformer.facts import RunFacts, from_file
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
-from dt_lens.errors import DtLensError, a_type, nearest
+from dt_lens.errors import DtLensError, a_type, as_written, nearest
 from dt_lens.lens.environment_names import FileKeywords, import_module_of
 from dt_lens.training.dataset import Trajectories, Windows, read
 from dt_lens.training.run import CHECKPOINT, TrainingRun, saved_state
@@ -309,9 +309,9 @@ def action_loss(
 def _to_evaluate_in(facts: RunFacts, environment: str | None, kwargs: Mapping[str, Any] | None) -> RunFacts:
     """The facts with the environment that the user wants the agent evaluated in, beside the one of the data."""
     if environment is not None and not isinstance(environment, str):
-        raise DtLensError(f"environment is {environment!r:.80}; it must be a Gymnasium id, such as 'Hopper-v5'.")
+        raise DtLensError(f"environment is {as_written(environment)}; it must be a Gymnasium id, such as 'Hopper-v5'.")
     if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise DtLensError(f"environment_kwargs is {kwargs!r:.80}; it must be a dictionary of keywords.")
+        raise DtLensError(f"environment_kwargs is {as_written(kwargs)}; it must be a dictionary of keywords.")
     import_module_of(environment)
     if environment is None and kwargs is None:
         return facts
@@ -366,8 +366,8 @@ def _names(data: Trajectories, facts: RunFacts) -> dict[str, Any]:
         if kwargs != harmless and environment_factors(place, harmless, data.ignores, data.texts) is not None:
             warnings.warn(
                 f"The states of {data.dataset_id!r} get neither labels nor factors, since nobody has confirmed the "
-                f"keywords of its environment; if they are right, pass environment_kwargs={dict(kwargs)!r:.200} "
-                "(--environment-kwargs on the command line).",
+                f"keywords of its environment; if they are right, pass "
+                f"environment_kwargs={as_written(dict(kwargs), 200)} (--environment-kwargs on the command line).",
                 stacklevel=3,
             )
     states, actions = environment_labels(place, kwargs, data.ignores, data.texts)

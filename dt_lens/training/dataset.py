@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from dt_lens.decision_transformer.state_vector import StateVector, part_names
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 from dt_lens.training.minari_episodes import environments_of, flat_episodes, open_dataset, texts_in
 
 __all__ = ["Trajectories", "Windows", "read"]
@@ -157,7 +157,7 @@ def read(dataset_id: str, ignores: Sequence[str] | None = None) -> Trajectories:
 def _declared(dataset: Any, ignores: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """The parts of the observations to leave out, and the texts of those that are texts."""
     if isinstance(ignores, str) or not all(isinstance(name, str) for name in ignores or ()):
-        raise DtLensError(f"ignores is {ignores!r:.80}; it must be a list of names, such as ['mission'].")
+        raise DtLensError(f"ignores is {as_written(ignores)}; it must be a list of names, such as ['mission'].")
     found = texts_in(dataset, ignores or ())
     constant = [name for name, texts in found.items() if len(texts) == 1]
     texts = {name: tuple(some) for name, some in found.items() if name not in constant}

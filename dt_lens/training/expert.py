@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dt_lens.arguments import atomic_write
 from dt_lens.behaviour.agents.workers import interrupts_blocked
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, as_written, because
 
 __all__ = [
     "Episode",
@@ -129,7 +129,7 @@ def environment(name: str) -> gym.Env[Any, Any]:
         DtLensError: if Gymnasium cannot make it, or its spaces are not Boxes.
     """
     if not isinstance(name, str):
-        raise DtLensError(f"The environment is {name!r:.80}; it must be a Gymnasium id, as text.")
+        raise DtLensError(f"The environment is {as_written(name)}; it must be a Gymnasium id, as text.")
     if name not in _worker_env:
         try:
             made = gym.make(name, disable_env_checker=True)

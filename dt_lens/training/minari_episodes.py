@@ -14,7 +14,7 @@ from jaxtyping import Float32
 
 from dt_lens.decision_transformer.environment_wrappers import describe_environment
 from dt_lens.decision_transformer.state_vector import is_text, leaves, ordered
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, as_written, because
 
 __all__ = ["FlatEpisode", "environments_of", "flat_episodes", "open_dataset", "require_dataset_id", "texts_in"]
 
@@ -289,7 +289,9 @@ class _Checks:
         index, known = {text: i for i, text in enumerate(texts)}, np.eye(len(texts), dtype=np.float32)
         for text in values:
             if text not in index:
-                self._refuse(f"has {what} of {text!r:.60}, which is none of the {len(texts)} texts that are known")
+                self._refuse(
+                    f"has {what} of {as_written(text)}, which is none of the {len(texts)} texts that are known"
+                )
         rows: np.ndarray[Any, Any] = known[[index[text] for text in values]].reshape(-1, len(texts))
         return rows
 

@@ -23,7 +23,7 @@ from gymnasium.envs.registration import EnvSpec
 from dt_lens.arguments import LAST_SEED, atomic_write, finite_numbers, is_finite_number, local_path, whole_number
 from dt_lens.behaviour.agents.tabular import Tabular
 from dt_lens.decision_transformer.environment_wrappers import specify
-from dt_lens.errors import DtLensError, because
+from dt_lens.errors import DtLensError, as_written, because
 from dt_lens.lens.environment_names import import_module_of, specification
 from dt_lens.training.planners import Planner, planner_for
 from dt_lens.training.recorded import in_chunks, store
@@ -102,7 +102,9 @@ def record_planned(
     if not levels:
         raise DtLensError("noises is empty; give at least one share of random actions, such as 0.")
     if environment_kwargs is not None and not isinstance(environment_kwargs, Mapping):
-        raise DtLensError(f"environment_kwargs is {environment_kwargs!r:.80}; it must be a dictionary of keywords.")
+        raise DtLensError(
+            f"environment_kwargs is {as_written(environment_kwargs)}; it must be a dictionary of keywords."
+        )
     recipe = {
         "environment": environment_id,
         "environment_kwargs": dict(environment_kwargs or {}),

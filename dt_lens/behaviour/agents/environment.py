@@ -19,7 +19,7 @@ from dt_lens.arguments import require_offers
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.decision_transformer.state_vector import StateVector
-from dt_lens.errors import DtLensError, a_type, because
+from dt_lens.errors import DtLensError, a_type, as_written, because
 from dt_lens.lens.environment_names import specification
 
 __all__ = ["Environment", "Named", "ScoreReference", "make_environment", "score_reference", "specification_of"]
@@ -100,8 +100,8 @@ def specification_of(environment: Named) -> EnvSpec:
         return specification(environment)
     if not callable(environment):
         raise DtLensError(
-            f"environment is {environment!r:.80}; it must be a Gymnasium id, such as 'Hopper-v5', an EnvSpec, or a "
-            "function that makes an environment."
+            f"environment is {as_written(environment)}; it must be a Gymnasium id, such as 'Hopper-v5', an EnvSpec, or "
+            "a function that makes an environment."
         )
     name = getattr(environment, "__qualname__", type(environment).__name__)
     return EnvSpec(re.sub(r"[^\w:.-]+", "-", name).strip("-") or "environment", entry_point=environment)

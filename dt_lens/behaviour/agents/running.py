@@ -29,7 +29,7 @@ from dt_lens.decision_transformer.changes import Change
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 from dt_lens.lens.environment_names import import_module_of
 from dt_lens.lens.forward_mode import evaluating, one_thread, usable_cores
 
@@ -85,7 +85,9 @@ def setting_of(
     else:
         given = None
     if environment_kwargs is not None and not isinstance(environment_kwargs, Mapping):
-        raise DtLensError(f"environment_kwargs is {environment_kwargs!r:.80}; it must be a dictionary of keywords.")
+        raise DtLensError(
+            f"environment_kwargs is {as_written(environment_kwargs)}; it must be a dictionary of keywords."
+        )
     import_module_of(environment)
     environment, environment_kwargs, role = facts.environment_for(environment, environment_kwargs)
     if environment is None:
@@ -101,11 +103,11 @@ def setting_of(
             )
         target_return = facts.target_returns[0]
     if not is_finite_number(target_return):
-        raise DtLensError(f"target_return is {target_return!r:.80}; it must be a finite number.")
+        raise DtLensError(f"target_return is {as_written(target_return)}; it must be a finite number.")
     of_the_facts = deterministic is None
     deterministic = facts.deterministic if deterministic is None else deterministic
     if not isinstance(deterministic, bool | np.bool_):
-        raise DtLensError(f"deterministic is {deterministic!r:.80}; it must be True or False.")
+        raise DtLensError(f"deterministic is {as_written(deterministic)}; it must be True or False.")
     if not deterministic and not model.cfg.discrete_actions:
         remedy = "leave out deterministic=False (--stochastic)"
         if of_the_facts:

@@ -12,7 +12,7 @@ from dt_lens.behaviour.sweep.halving import parse_halving
 from dt_lens.edits.control import Control
 from dt_lens.edits.edit import Edit
 from dt_lens.edits.written import SV
-from dt_lens.errors import DtLensError, a_type, nearest
+from dt_lens.errors import DtLensError, a_type, as_written, nearest
 from dt_lens.lens.activations import Activations
 
 __all__ = ["SV", "SweepSettings"]
@@ -92,7 +92,7 @@ class SweepSettings:
             word = getattr(self, name)
             if not isinstance(word, str) or word not in words:
                 raise DtLensError(
-                    f"{name} is {word!r:.40}; it must be one of {', '.join(words)}." + nearest(str(word), words)
+                    f"{name} is {as_written(word)}; it must be one of {', '.join(words)}." + nearest(str(word), words)
                     if isinstance(word, str)
                     else f"{name} is {a_type(word)}; it must be one of {', '.join(words)}."
                 )

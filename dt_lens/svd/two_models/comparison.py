@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dt_lens.arguments import finite_numbers, require_wrapped, whole_number
-from dt_lens.errors import DtLensError, a_type
+from dt_lens.errors import DtLensError, a_type, as_written
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import ProgressCallback, reporting
@@ -85,7 +85,7 @@ def compare(
         require_wrapped(model, "compare", "weights", "structure")
     k = whole_number(k, "k", 1)
     if not (isinstance(names, tuple | list) and len(names) == 2 and all(isinstance(name, str) for name in names)):
-        raise DtLensError(f"names is {names!r:.80}; it must be two names, such as ('before', 'after').")
+        raise DtLensError(f"names is {as_written(names)}; it must be two names, such as ('before', 'after').")
     before, after = Snapshot.of(a), Snapshot.of(b)
     chosen = _comparable(before, after, matrices, fold_layernorm)
     notes = _notes(_precisions(before, after, chosen), names)
