@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from dt_lens.errors import DtLensError, as_written
 from dt_lens.statistics.arrays import numbers, row
@@ -239,10 +238,15 @@ def ranks(x: Array) -> Array:
     bits = np.ascontiguousarray(x + 0.0, dtype=np.float64).view(np.int64)
     keys = np.sort(((bits & ~last) | np.arange(n)).view(np.float64), axis=1).view(np.int64)
     order = keys & last
-    found = np.empty(x.shape, np.float64)
-    np.put_along_axis(found, order, np.arange(1, n + 1, dtype=np.float64)[None], axis=1)
+    rank = np.broadcast_to(np.arange(1, n + 1, dtype=np.float64), x.shape)
     keys &= ~last
-    tied = (keys[:, 1:] == keys[:, :-1]).any(1)
-    if tied.any():
-        found[tied] = rankdata((bits[tied] & ~last).view(np.float64), axis=1)
+    same = keys[:, 1:] == keys[:, :-1]
+    if same.any():
+        # The rank of the first and of the last label of each group of ties, carried through the group.
+        edge = np.ones((len(x), 1), bool)
+        first = np.maximum.accumulate(np.where(np.hstack([edge, ~same]), rank, 0), axis=1)
+        final = np.where(np.hstack([~same, edge]), rank, n + 1)
+        rank = (first + np.minimum.accumulate(final[:, ::-1], axis=1)[:, ::-1]) / 2
+    found = np.empty(x.shape, np.float64)
+    np.put_along_axis(found, order, rank, axis=1)
     return found
