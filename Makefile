@@ -10,11 +10,12 @@ BIN := .venv/bin
 PYTEST := -n logical --dist worksteal
 INSTALLED := .venv/installed
 
-.PHONY: help demo test fuzz clean
+.PHONY: help demo test docs fuzz clean
 
 help:
 	@echo "make demo    study the bundled Hopper agent; ARGS='--episodes 100 --seed 1' is passed on, OUT=DIR says where to"
 	@echo "make test    ruff, mypy --strict, pytest with doctests; names the ten slowest tests"
+	@echo "make docs    the documentation site, its notebooks executed, in build/site; a warning is an error"
 	@echo "make fuzz    the properties alone, with examples never tried before, and many of them"
 	@echo "make clean   remove .venv and caches"
 	@echo "PYTHON=python3.12 chooses the interpreter that .venv is made with"
@@ -30,6 +31,11 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST) --durations=10; tested=$$?; \
 	wait $$typed; checked=$$?; echo "mypy --strict:"; cat .venv/mypy.txt; \
 	[ $$tested = 0 ] && [ $$checked = 0 ]
+
+# Outputs of notebooks are kept in build/notebooks, so only what has changed is executed again.
+docs: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -b html -c docs/site . build/site
+	@echo "The documentation is in build/site/index.html"
 
 fuzz: $(INSTALLED)
 	HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST) -m "acceptance or not acceptance" tests/properties

@@ -12,13 +12,18 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # A comment before a block says that it is an excerpt of a file, that it takes minutes, or why it is not run.
 BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
+TOCTREE = re.compile(r"^```\{toctree\}\n(?::[^\n]*\n)*(?P<entries>.*?)^```$", re.MULTILINE | re.DOTALL)
 WIDTH = 120  # columns of prose; tables, links and code may be wider
 OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 WRAPPED = [*PAGES, *OTHERS, *sorted((ROOT / "dt_lens" / "zoo").glob("*/CARD.md"))]
+
+
+def of_page(page: Path) -> str:
+    return page.relative_to(ROOT / "docs" if page.is_relative_to(ROOT / "docs") else ROOT).as_posix()
 
 
 class Block(NamedTuple):
@@ -52,14 +57,14 @@ def run(page: Path, slow: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 # What has only commands, or only slow blocks, has nothing to run here.
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=of_page)
 def test_short_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = [b for b in blocks(page, "python") if not b.note]
     assert run(page, False, tmp_path, monkeypatch) == len(short)
 
 
 @pytest.mark.acceptance(minutes=2)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=of_page)
 def test_all_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not any(b.note == "slow" for b in blocks(page, "python")):
         pytest.skip("every block of this page is short")
@@ -71,7 +76,7 @@ def test_there_are_blocks_of_every_kind() -> None:
     assert {"", "slow", "excerpt", "not run"} == set(notes) and notes.count("not run") <= 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=of_page)
 def test_excerpts_are_in_the_file_that_they_are_of(page: Path) -> None:
     for kind in ("python", "toml"):
         for block in blocks(page, kind):
@@ -83,7 +88,7 @@ def test_excerpts_are_in_the_file_that_they_are_of(page: Path) -> None:
                 assert kept.strip() in ("", "...") or kept in there, f"{page.name}: {line}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=of_page)
 def test_commands_parse(page: Path) -> None:
     import typer
 
@@ -97,10 +102,20 @@ def test_commands_parse(page: Path) -> None:
             group.commands[words[1]].make_context(words[1], words[2:])  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=of_page)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    """The site's sidebar is made of them; the front page begins it."""
+    listed = {ROOT / "docs" / "index.md"}
+    for page in (ROOT / "docs").rglob("*.md"):
+        for entries in TOCTREE.findall(page.read_text(encoding="utf-8")):
+            listed |= {(page.parent / f"{entry}.md").resolve() for entry in entries.split()}
+    assert not {*PAGES, *OTHERS, *WRAPPED} - listed
+    assert not [str(page) for page in listed if "*" not in page.name and not page.exists()]
 
 
 @pytest.mark.parametrize("page", WRAPPED, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,0 +1,77 @@
+"""How Sphinx builds the documentation site: ``make docs`` writes it into build/site.
+
+The source folder is the root of the repository, so that a link between two pages, a notebook or a model's card is the
+same relative path here and where the Markdown is read as it lies.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "adapters"), str(ROOT / "benchmarks")]
+
+from dt_lens.version import __version__  # noqa: E402
+
+project = "dt-lens"
+author = "The dt-lens authors"
+copyright = author
+version = release = __version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "commands",
+]
+root_doc = "docs/index"
+include_patterns = [
+    "docs/*.md",
+    "docs/reference/*.md",
+    "notebooks/*.md",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "dt_lens/zoo/*/CARD.md",
+]
+exclude_patterns = [".*", "build", "dist", "runs", "datasets", "dt-lens-study*", "tests", "notebooks/*.ipynb"]
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 4
+source_suffix = {".md": "myst-nb"}
+suppress_warnings = ["myst.header"]
+
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = [("Attributes", "params_style")]  # no entries of their own: an attribute may have one already
+
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "build" / "notebooks")
+nb_execution_timeout = 240
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+html_theme = "furo"
+html_title = "dt-lens"
+html_static_path = ["static"]
+html_extra_path = ["extra"]  # index.html leads to the front page, docs/index.html
+html_css_files = ["site.css"]
+html_copy_source = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def _bars_are_bars(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Keep ``|cosine|`` as it is written: reStructuredText would take it for a name to be replaced."""
+    lines[:] = [re.sub(r"\|(\w+)\|", r"\\|\1\\|", line) for line in lines]
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _bars_are_bars)
