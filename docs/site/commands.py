@@ -1,4 +1,4 @@
-"""The directive ``commands``: every command of dt-lens with its arguments and options, as the program itself has them."""
+"""The directive ``commands``: every command with its arguments and options, as the program itself has them."""
 
 from __future__ import annotations
 

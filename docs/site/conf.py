@@ -18,7 +18,7 @@ from dt_lens.version import __version__  # noqa: E402
 
 project = "dt-lens"
 author = "The dt-lens authors"
-copyright = author
+copyright = author  # noqa: A001
 version = release = __version__
 
 extensions = [
@@ -51,7 +51,8 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_custom_sections = [("Attributes", "params_style")]  # no entries of their own: an attribute may have one already
+# Attributes get no entries of their own, since an attribute may be a property with a docstring.
+napoleon_custom_sections = [("Attributes", "params_style")]
 
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "notebooks")
