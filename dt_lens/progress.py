@@ -5,7 +5,9 @@ In a notebook there is one bar: what a call does inside itself shows none of its
 
 from __future__ import annotations
 
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from contextvars import ContextVar
 from html import escape
 from typing import Any
 
-__all__ = ["Count", "ProgressCallback", "counting", "in_notebook", "progress", "reporting", "silent"]
+__all__ = ["Count", "ProgressCallback", "counting", "in_notebook", "progress", "reporting", "silent", "stage"]
 
 ProgressCallback = Callable[[str, float], None]  # what is being done, and the share of the whole that is done
 Count = Callable[[float, int], None]  # how many are done, of how many
@@ -21,12 +23,24 @@ Count = Callable[[float, int], None]  # how many are done, of how many
 DELAY = 0.5  # seconds after which a notebook shows a bar: shorter work needs none
 EVERY = 0.1  # seconds between two updates of it
 
+# Lines of a log: seconds between two lines at least, and at most; and the share of the whole after which one is due.
+LEAST, MOST, STEP = 1.0, 30.0, 0.1
+
 # Whether a call that reports its progress, or was told not to, is running: calls inside it are silent by default.
 _inside: ContextVar[bool] = ContextVar("dt_lens_progress", default=False)
 
 
 def silent(what: str, share: float) -> None:
     """Report nothing."""
+
+
+def stage(tell: ProgressCallback, start: float, end: float) -> ProgressCallback:
+    """A function that reports the progress of one stage, which is the part from ``start`` to ``end`` of the whole.
+
+    >>> stage(lambda what, share: print(what, share), 0.5, 1.0)("drawing", 0.5)
+    drawing 0.75
+    """
+    return lambda what, share: tell(what, start + (end - start) * min(max(share, 0.0), 1.0))
 
 
 def in_notebook() -> bool:
@@ -106,25 +120,17 @@ def _counting(wanted: bool | Count, total: int, what: str) -> Iterator[Callable[
 
 @contextmanager
 def progress() -> Iterator[ProgressCallback]:
-    """Yield a function that updates a bar, in a notebook or on standard error.
+    """Yield a function that updates a bar, in a notebook or on standard error; without either it prints lines.
 
-    Without either, it prints a line per kind of work.
+    The share that is shown never falls.
     """
     if in_notebook():
         with _notebook_bar() as report:
             yield report
         return
     if not sys.stderr.isatty():
-        last = [""]
-
-        def line(what: str, share: float) -> None:
-            # Details follow two spaces; decomposing one block after the other is one kind of work.
-            kind = what.partition("  ")[0].partition(" blocks.")[0].rstrip("0123456789.")
-            if kind != last[0]:
-                last[0] = kind
-                print(f"[{share:4.0%}] {what}", file=sys.stderr, flush=True)
-
-        yield line
+        with _Log() as log:
+            yield log.tell
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -137,8 +143,71 @@ def progress() -> Iterator[ProgressCallback]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        row = bar.add_task("", total=1.0)
-        yield lambda what, share: bar.update(row, description=what, completed=share)
+        row, most = bar.add_task("", total=1.0), 0.0
+
+        def tell(what: str, share: float) -> None:
+            nonlocal most
+            most = max(most, min(share, 1.0))
+            bar.update(row, description=what, completed=most)
+
+        yield tell
+
+
+class _Log:
+    """Prints a line on standard error when another kind of work begins, after a tenth of the whole, and by the clock.
+
+    A thread prints too, so that a stage that reports nothing for minutes is seen to go on.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self._begun = time.monotonic()
+        self._what, self._share = "", 0.0  # the newest report
+        self._kind, self._said, self._tenth = "", "", 0.0  # of the last line
+        self._printed = -MOST
+        self._clock = threading.Thread(target=self._watch, name="dt-lens-progress", daemon=True)
+
+    def __enter__(self) -> _Log:
+        self._clock.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._end.set()
+        self._clock.join(LEAST)
+        if kind is None and self._what != self._said:  # how it ended
+            self._line()
+
+    def tell(self, what: str, share: float) -> None:
+        with self._lock:
+            self._what, self._share = what, max(self._share, min(share, 1.0))
+            self._line_if_due()
+
+    def _watch(self) -> None:
+        while not self._end.wait(LEAST):
+            with self._lock:
+                self._line_if_due()
+
+    def _line_if_due(self) -> None:
+        since = time.monotonic() - self._printed
+        if not self._what or since < LEAST:
+            return
+        if since >= MOST or self._share >= self._tenth + STEP or kind_of_work(self._what) != self._kind:
+            self._line()
+
+    def _line(self) -> None:
+        self._printed = time.monotonic()
+        self._kind, self._said, self._tenth = kind_of_work(self._what), self._what, self._share
+        took = f"  ({_clock(seconds)})" if (seconds := self._printed - self._begun) >= 1 else ""
+        print(f"[{self._share:4.0%}] {self._what}{took}", file=sys.stderr, flush=True)
+
+
+def kind_of_work(what: str) -> str:
+    """What is being done, without its details and numbers.
+
+    >>> kind_of_work("decomposing blocks.0.mlp.W_in"), kind_of_work("3 of 9 blocks of episodes  2/s, 8 s left")
+    ('decomposing', ' of  blocks of episodes')
+    """
+    return re.sub(r"\d[\d,.]*", "", what.partition("  ")[0].partition(" blocks.")[0])
 
 
 @contextmanager

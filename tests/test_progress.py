@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -123,3 +124,59 @@ def test_certify_and_load_report_to_a_function(make_dt: Callable[..., Any]) -> N
     with pytest.raises(DtLensError):
         dt_lens.load("no such model", progress=lambda *said: heard.append(said))
     assert heard[-1] == ("reading no such model", 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that a test sets; the thread that prints by itself waits for ever."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress._Log, "_watch", lambda self: self._end.wait() and None)
+    return now
+
+
+def test_a_log_has_a_line_for_another_kind_of_work_a_tenth_and_half_a_minute(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress.progress() as tell:
+        tell("step 1 of 900  loss 4.2", 0.0)
+        for step in range(2, 31):  # a step a second: the clock alone prints the last of these
+            clock[0] += 1
+            tell(f"step {step} of 900  loss 4.1", step / 900)
+        clock[0] += 1
+        tell("step 31 of 900  loss 4.0", 31 / 900)
+        clock[0] += 1
+        tell("step 200 of 900  loss 3.9", 200 / 900)
+        tell("measuring", 0.23)  # at once: too soon
+        clock[0] += 1
+        tell("measuring it", 0.1)  # another kind; the share does not fall
+        tell("measuring it  3 of 3", 0.24)
+    assert capsys.readouterr().err.splitlines() == [
+        "[  0%] step 1 of 900  loss 4.2",
+        "[  3%] step 31 of 900  loss 4.0  (0:30)",
+        "[ 22%] step 200 of 900  loss 3.9  (0:31)",
+        "[ 23%] measuring it  (0:32)",
+        "[ 24%] measuring it  3 of 3  (0:32)",  # how it ended
+    ]
+
+
+def test_a_log_goes_on_in_a_stage_that_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LEAST", 0.005)
+    monkeypatch.setattr(progress, "MOST", 0.01)
+    lines = ""
+    with pytest.raises(KeyError), progress.progress() as tell:
+        tell("decomposing", 0.4)
+        while lines.count("[ 40%] decomposing") < 3:  # or the test is stopped
+            lines += capsys.readouterr().err
+        raise KeyError
+    assert not [thread for thread in threading.enumerate() if thread.name == "dt-lens-progress"]
+
+
+def test_what_fails_has_no_last_line(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DtLensError), progress.progress() as tell:
+        tell("reading", 0.0)
+        tell("writing", 0.5)
+        raise DtLensError("It cannot be written.")
+    assert capsys.readouterr().err == "[  0%] reading\n"

@@ -103,6 +103,6 @@ def kept_activations(model: Any, file: Path, task: Task, seed: int = 0, tell: Pr
             if said and same and kept.record.get("model_id") in task.identity(model):
                 return kept
     tell("collecting activations", 0.0)
-    found = task.activations(model, seed=seed)
+    found = task.activations(model, seed=seed, tell=tell)
     found.save(file)
     return found

@@ -6,12 +6,14 @@ Commands import torch, pandas and the like in their bodies, so that ``--help`` d
 from __future__ import annotations
 
 import _thread
+import functools
+import inspect
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -31,6 +33,8 @@ from dt_lens.cli.commands.sweep import sweep
 from dt_lens.cli.commands.top import top
 from dt_lens.cli.commands.train import train
 from dt_lens.cli.commands.train_text import train_text
+from dt_lens.cli.options import Quiet
+from dt_lens.cli.output import usual_output
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
@@ -40,7 +44,6 @@ app = typer.Typer(
     name="dt-lens",
     help="What the weights of a decision transformer do: singular directions, honest nulls, edits, paired rollouts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -62,8 +65,30 @@ _COMMANDS: list[Callable[..., None]] = [
     record,
     bench,
 ]  # in the order of --help
+
+
+def _with_usual_output(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with ``--quiet``, which all have, and with nothing but JSON on standard output after ``--json``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, quiet: bool = False, **kwargs: Any) -> None:
+        with usual_output(quiet, kwargs.get("as_json", False)):
+            command(*args, **kwargs)
+
+    own = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]
+    return run
+
+
+def examples_of(command: Callable[..., Any]) -> tuple[str, ...]:
+    """The commands that ``--help`` shows: ``EXAMPLES`` in the command's file."""
+    return getattr(sys.modules[command.__module__], "EXAMPLES", ())
+
+
 for _command in _COMMANDS:
-    app.command()(_command)
+    _shown = "\n\n".join(("Examples:", *(f"  {example}" for example in examples_of(_command))))
+    app.command(epilog=_shown)(_with_usual_output(_command))
 
 
 @app.callback(invoke_without_command=True)

@@ -25,9 +25,11 @@ __all__ = [
     "Failure",
     "Fresh",
     "Given",
+    "Json",
     "Matrices",
     "MaxSteps",
     "Model",
+    "Quiet",
     "Raw",
     "Seed",
     "Target",
@@ -124,6 +126,10 @@ EditsFrom = Annotated[
 Raw = Annotated[bool, typer.Option("--raw", help="Use weights and embeddings as stored, without folding LayerNorm in.")]
 Device = Annotated[str, typer.Option(help="The device to train on: cpu, cuda, ...")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again instead of resuming a run in the folder.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, and no tables; docs/command_line.md describes it.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show neither progress nor hints; warnings stay.")]
 WeightsOnly = Annotated[
     bool,
     typer.Option(

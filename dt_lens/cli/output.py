@@ -1,20 +1,117 @@
-"""What commands print and write: tables, files, progress."""
+"""What commands print and write: tables, JSON, files, progress, and what comes next."""
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dt_lens.arguments import atomic_write
-from dt_lens.progress import progress
+from dt_lens.progress import ProgressCallback, silent
+from dt_lens.progress import progress as shown_progress
+from dt_lens.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["print_table", "print_written", "progress", "training_in", "write_csv"]
+__all__ = [
+    "SCHEMA",
+    "cell",
+    "plain",
+    "print_json",
+    "print_next",
+    "print_table",
+    "print_written",
+    "progress",
+    "training_in",
+    "usual_output",
+    "write_csv",
+]
+
+SCHEMA = 1  # of --json; docs/command_line.md says when it changes
+
+_quiet: ContextVar[bool] = ContextVar("dt_lens_quiet", default=False)
+_machine: ContextVar[TextIO | None] = ContextVar("dt_lens_machine", default=None)
+
+
+@contextmanager
+def usual_output(quiet: bool = False, as_json: bool = False) -> Iterator[None]:
+    """What holds for the output of every command.
+
+    Args:
+        quiet: show no progress and no hints.
+        as_json: keep standard output for ``print_json``: what else is printed goes to standard error.
+    """
+    before = _quiet.set(quiet), _machine.set(sys.stdout if as_json else None)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.showwarning = _show_warning
+            if as_json:
+                with redirect_stdout(sys.stderr):
+                    yield
+            else:
+                yield
+    finally:
+        _quiet.reset(before[0])
+        _machine.reset(before[1])
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Print a warning as a sentence: a file and a line of code say nothing to who gives a command."""
+    print(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+@contextmanager
+def progress() -> Iterator[ProgressCallback]:
+    """Yield a function that reports progress on standard error, or nothing with ``--quiet``."""
+    if _quiet.get():
+        yield silent
+        return
+    with shown_progress() as tell:
+        yield tell
+
+
+def print_json(command: str, **found: Any) -> None:
+    """Print the result of a command as one JSON object: the schema's number, the command, the version, the result."""
+    record = {"schema": SCHEMA, "command": command, "version": __version__, **found}
+    text = json.dumps(plain(record), allow_nan=False)
+    print(text, file=_machine.get() or sys.stdout, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: a table is a list of records, and a number that is not finite is ``None``.
+
+    >>> plain({"a": (1.5, float("nan")), "file": Path("a/b")})
+    {'a': [1.5, None], 'file': 'a/b'}
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
+    import pandas as pd
+
+    if isinstance(value, pd.DataFrame):
+        columns = [[plain(entry) for entry in value[name].tolist()] for name in value.columns]
+        return [dict(zip(map(str, value.columns), row, strict=True)) for row in zip(*columns, strict=True)]
+    if value is pd.NA:
+        return None
+    if hasattr(value, "tolist"):  # an array, or one of NumPy's numbers
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def write_csv(table: pd.DataFrame, file: Path, index: bool = False) -> None:
@@ -25,8 +122,15 @@ def write_csv(table: pd.DataFrame, file: Path, index: bool = False) -> None:
 
 
 def print_written(file: Path) -> None:
-    """Print, on standard error, the path of a file that was written."""
-    print(f"Written: {file}", file=sys.stderr)
+    """Print, on standard error, the path of a file that was written; nothing with ``--quiet``."""
+    if not _quiet.get():
+        print(f"Written: {file}", file=sys.stderr)
+
+
+def print_next(*words: object) -> None:
+    """Print, on standard error, the command that one would give next; nothing with ``--quiet``."""
+    if not _quiet.get():
+        print(f"Next: {shlex.join(['dt-lens', *map(str, words)])}", file=sys.stderr)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dt_lens.edits.edit import Edit
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.lens.matrices import Snapshot, catalogue
 from dt_lens.lens.printing import Printed, Rows, listed
-from dt_lens.progress import Count, ProgressCallback, reporting
+from dt_lens.progress import Count, ProgressCallback, reporting, stage
 from dt_lens.statistics.rank_correlation import rank_correlation
 from dt_lens.study.clusters import clusters_of
 from dt_lens.study.page import write_study
@@ -124,9 +124,9 @@ class Study(Printed):
         tell("scanning the weights", 0.0)
         svd = WeightSVD(self.model)
         # Every embedding with every side: the claim to be tested is that W_in, which reads, matches the outputs.
-        table = svd.scan(self.matrices, seed=self.seed, embeddings="*")
+        table = svd.scan(self.matrices, seed=self.seed, embeddings="*", progress=stage(tell, 0.0, 0.01))
         strongest = svd.strongest(self.matrices, embeddings="*", samples=200, seed=self.seed)
-        sorted_by = clusters_of(self.model, self.matrices, self.seed, lambda what, _: tell(what, 0.02))
+        sorted_by = clusters_of(self.model, self.matrices, self.seed, stage(tell, 0.01, 0.04))
         chosen, edits = self._edits(table, svd)
         conditions: list[tuple[str, Edit | None]] = [("unedited", None)]
         for i, edit in enumerate(edits):

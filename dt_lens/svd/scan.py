@@ -14,7 +14,7 @@ from torch import Tensor
 from dt_lens.arguments import LAST_SEED, whole_number
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import Snapshot
-from dt_lens.progress import ProgressCallback
+from dt_lens.progress import ProgressCallback, stage
 from dt_lens.statistics.multiplicity import q_values
 from dt_lens.statistics.nulls.haar import HaarMaximum
 from dt_lens.statistics.nulls.kinds import Null
@@ -51,7 +51,8 @@ def scan_table(
     require_null(null if not isinstance(null, Pools) else null.name)
     seed = whole_number(seed, "seed", 0, LAST_SEED)
     draws = None if draws is None else whole_number(draws, "draws", 1)
-    pairings = svd.pairings(matrices, embeddings, tell)
+    drawn = null in ("untrained", "shuffled")  # models are drawn, and decomposed as often
+    pairings = svd.pairings(matrices, embeddings, stage(tell, 0.0, 0.1) if drawn else tell)
     source = null_source(svd, null, pairings, seed, activations, draws, tell)
     parts = _parts(svd, pairings, source, tell)
     columns: dict[str, Any] = {
@@ -99,7 +100,7 @@ def null_source(
         return CovarianceSource(*stream)
     if null in OF_THE_STREAM:
         return SpectrumSource(null, *stream)
-    return draw_pools(svd, null, pairings, seed, draws, lambda what, share: tell(what, DECOMPOSING * share))
+    return draw_pools(svd, null, pairings, seed, draws, stage(tell, 0.1 * DECOMPOSING, DECOMPOSING))
 
 
 def _parts(

@@ -194,7 +194,7 @@ class AgentTask(Task):
         """Discrete actions: how often each was taken in ten episodes. Continuous: the sum of each coordinate's size."""
         sizes = np.zeros(model.cfg.act_dim)
         for seed in range(COUNTED):
-            tell(f"counting actions  episode {seed + 1} of {COUNTED}", 0.1)
+            tell(f"counting actions  episode {seed + 1} of {COUNTED}", seed / COUNTED)
             actions = actions_of_episode(model, self.setting, seed)
             if model.cfg.discrete_actions:
                 sizes += self.setting.made.one_hot(actions).sum(0)

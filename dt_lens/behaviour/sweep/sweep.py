@@ -32,10 +32,11 @@ from dt_lens.errors import DtLensError, a_type, nearest
 from dt_lens.lens.forward_mode import one_thread, usable_cores
 from dt_lens.lens.matrices import catalogue
 from dt_lens.lens.printing import Printed, Rows
-from dt_lens.progress import ProgressCallback, reporting, silent
+from dt_lens.progress import ProgressCallback, reporting, silent, stage
 
 __all__ = ["Sweep"]
 
+COLLECTING = 0.03  # the share of the whole, for the progress, that collecting activations is taken to be
 TOGETHER = 64  # arms whose output energies are written in one transaction
 
 
@@ -200,15 +201,17 @@ class Sweep(Printed):
             raise DtLensError("The model's weights have changed since this sweep was planned; make the Sweep again.")
         job = self._job()
         with reporting(progress) as tell:
-            plan = self._make_plan(tell)
+            plan = self._make_plan(stage(tell, 0.0, COLLECTING))
             with Store.open(self.file, plan) as store:
                 self._source.keep()
                 packer = Packer(self.model, self.task, self._source.get())
-                self._fill_output_energies(store, packer, tell)
+                before = COLLECTING if self._source.get() is not None else 0.0
+                self._fill_output_energies(store, packer, stage(tell, before, before + COLLECTING))
                 todo, blocks = store.advance()
                 if todo:
                     workers = min(self.workers or usable_cores(), len(todo))
-                    Driver(store, packer, todo, blocks, tell).run(engine or LocalEngine(workers), job)
+                    told = stage(tell, 2 * before, 1.0)
+                    Driver(store, packer, todo, blocks, told).run(engine or LocalEngine(workers), job)
         return self
 
     def _fill_output_energies(self, store: Store, packer: Packer, tell: ProgressCallback) -> None:

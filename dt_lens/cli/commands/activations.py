@@ -24,12 +24,17 @@ from dt_lens.cli.options import (
     split,
     task_options,
 )
-from dt_lens.cli.output import print_table, print_written, progress
+from dt_lens.cli.output import print_next, print_table, print_written, progress
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from dt_lens.lens.activations import Activations
+
+EXAMPLES = (
+    "dt-lens activations hopper --out hopper.safetensors",
+    "dt-lens activations tiny-gpt2 --windows 16 --out tiny.safetensors",
+)
 
 
 def activations(
@@ -77,6 +82,7 @@ def activations(
     print(f"Digest {found.digest}, {found.record['tokens']:,} tokens.")
     found.save(out)
     print_written(out)
+    print_next("scan", model, "--null", "spectrum", "--activations", out)
 
 
 def _table(found: Activations) -> pd.DataFrame:

@@ -10,8 +10,13 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Failure, Given, Model, Seed, failure_rule, load_model
-from dt_lens.cli.output import print_table, progress
+from dt_lens.cli.options import Failure, Given, Json, Model, Seed, failure_rule, load_model
+from dt_lens.cli.output import print_json, print_table, progress
+
+EXAMPLES = (
+    "dt-lens atlas hopper --sweep runs/sweep",
+    "dt-lens atlas tiny-gpt2 --sweep runs/text --out runs/atlas --json",
+)
 
 
 def atlas(
@@ -35,6 +40,7 @@ def atlas(
     seed: Seed = 0,
     failure: Failure = None,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """Make an atlas of a sweep of removals: which directions matter, and what predicts it."""
     require_writable((out or (sweep if sweep.is_dir() else sweep.parent)) / "atlas.html")
@@ -53,9 +59,15 @@ def atlas(
         found = make_atlas(loaded, results, inputs, value=value, seed=seed, failure=failure_rule(failure))
         folder = out or results.file.parent
         page = write_atlas(found, folder, Path(model).name, shlex.join(["dt-lens", *sys.argv[1:]]))
-    print_table(table_of(found), f"Directions whose {found.words[0]} matters")
-    for sentence in sentences(found):
-        print(sentence.replace("**", ""))
+    said = [sentence.replace("**", "") for sentence in sentences(found)]
     if found.terms.failure_note:
-        print(f"Failures ({found.terms.failure_rule}): {found.terms.failure_note}.")
+        said.append(f"Failures ({found.terms.failure_rule}): {found.terms.failure_note}.")
+    if as_json:
+        frames = ("directions", "shares", "correlations", "reliability", "predictors", "weighted")
+        tables = {name: getattr(found, name) for name in frames}
+        print_json("atlas", model=model, value=found.value, large=found.large, **tables, sentences=said, page=page)
+        return
+    print_table(table_of(found), f"Directions whose {found.words[0]} matters")
+    for sentence in said:
+        print(sentence)
     print(f"\nThe atlas: {page}")

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 BUSY = 0.5  # processes that run beside the benchmark, on average over the last minute
 
+EXAMPLES = (
+    "dt-lens bench --list",
+    "dt-lens bench edits --quick",
+)
+
 
 def bench(
     subjects: Annotated[

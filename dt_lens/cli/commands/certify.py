@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dt_lens.cli.options import Given, Model, Seed, load_model
-from dt_lens.cli.output import print_table
+from dt_lens.cli.options import Given, Json, Model, Seed, load_model
+from dt_lens.cli.output import print_json, print_table, progress
+
+EXAMPLES = (
+    "dt-lens certify hopper",
+    "dt-lens certify tiny-gpt2",
+    "dt-lens certify model.pt -g n_heads=1",
+)
 
 
-def certify(model: Model, seed: Seed = 0, given: Given = None) -> None:
+def certify(model: Model, seed: Seed = 0, given: Given = None, as_json: Json = False) -> None:
     """Prove by a forward pass that the name, orientation, scale and heads of every matrix are right."""
-    loaded = load_model(model, given, check=False)
-    from dt_lens.lens.certification import certify as prove
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given, check=False)
+        from dt_lens.lens.certification import certify as prove
 
-    certificate = prove(loaded, seed)
+        certificate = prove(loaded, seed, progress=tell)
+    if as_json:
+        print_json("certify", model=model, certificate=str(certificate), errors=certificate.errors)
+        return
     import pandas as pd
 
     print_table(

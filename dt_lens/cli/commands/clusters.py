@@ -14,6 +14,11 @@ from dt_lens.cli.output import print_table, progress, write_csv
 if TYPE_CHECKING:
     import pandas as pd
 
+EXAMPLES = (
+    "dt-lens clusters taxi --matrices '*.W_in' --sv 0-3",
+    "dt-lens clusters tiny-gpt2 --matrices 'blocks.0.mlp.W_in' --sv 0-7",
+)
+
 
 def clusters(
     model: Model,

@@ -10,10 +10,15 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.options import Given, Matrices, Raw, WeightsOnly, load_model, split
-from dt_lens.cli.output import print_table, progress
+from dt_lens.cli.options import Given, Json, Matrices, Raw, WeightsOnly, load_model, split
+from dt_lens.cli.output import print_json, print_table, progress
 
 SHOWN = ["matrix", "relative_change", "change_effective_rank", "spectrum_change", "spectral_norm_change", "k"]
+
+EXAMPLES = (
+    "dt-lens compare doorkey unlockpickup --top 5",
+    "dt-lens compare before/ after/ --out comparison",
+)
 
 
 def compare(
@@ -26,6 +31,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Write comparison.html and comparison.csv to this folder.")] = None,
     weights_only: WeightsOnly = False,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """Show what changed in the weights between two models, such as before and after fine-tuning."""
     if out is not None:
@@ -45,6 +51,11 @@ def compare(
 
             page = write_page(found, out, shlex.join(["dt-lens", *sys.argv[1:]]))
     table = found.most_changed(top or len(found.table))
+    same = int((found.table["relative_change"] == 0).sum())
+    if as_json:
+        counts = {"matrices": len(found.table), "differ": len(found.table) - same}
+        print_json("compare", models=names, **counts, table=table, notes=found.notes, report=page)
+        return
     shown = table[SHOWN].copy()
     for side in ("left", "right"):
         shown[f"{side}_angle"] = [
@@ -52,7 +63,6 @@ def compare(
             for name, angle in zip(table[f"{side}_side"], table[f"{side}_angle"], strict=True)
         ]
     print_table(shown, f"{names[0]} and {names[1]}: the most changed of {len(found.table)} matrices")
-    same = int((found.table["relative_change"] == 0).sum())
     print(f"{len(found.table) - same} of {len(found.table)} matrices differ.")
     for note in found.notes:
         print(note)

@@ -16,6 +16,7 @@ from dt_lens.cli.options import (
     Environment,
     Failure,
     Given,
+    Json,
     MaxSteps,
     Model,
     Seed,
@@ -27,7 +28,12 @@ from dt_lens.cli.options import (
     task_options,
     to_float,
 )
-from dt_lens.cli.output import print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress
+
+EXAMPLES = (
+    "dt-lens court hopper --no-rollouts",
+    "dt-lens court hopper --episodes 50 --out runs/court",
+)
 
 
 def court(
@@ -59,6 +65,7 @@ def court(
     out: Annotated[Path | None, typer.Option(help="Folder for all results; dt-lens-court/MODEL by default.")] = None,
     workers: Workers = None,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """Try eight claims about singular directions, each with a pre-registered test (docs/court.md).
 
@@ -100,9 +107,14 @@ def court(
             progress=tell,
             **asked,
         )
+    said = [sentence.replace("**", "") for sentence in sentences(result)]
+    if as_json:
+        page = folder / "court.html"
+        print_json("court", model=model, facts=result.facts, table=result.table, sentences=said, page=page)
+        return
     shown = ["claim", "title", "verdict", "effect", "margin", "p_value", "note_verdict", "note_effect", "note_p_value"]
     print_table(result.table[shown], "Verdicts, as it should be and as the note's code computed it")
     print()
-    for sentence in sentences(result):
-        print(sentence.replace("**", ""))
+    for sentence in said:
+        print(sentence)
     print(f"\nThe page: {folder / 'court.html'}")

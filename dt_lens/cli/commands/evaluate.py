@@ -20,6 +20,7 @@ from dt_lens.cli.options import (
     Environment,
     Failure,
     Given,
+    Json,
     MaxSteps,
     Model,
     Raw,
@@ -32,7 +33,13 @@ from dt_lens.cli.options import (
     load_model,
     task_options,
 )
-from dt_lens.cli.output import progress, write_csv
+from dt_lens.cli.output import print_json, progress, write_csv
+
+EXAMPLES = (
+    "dt-lens evaluate hopper --episodes 20",
+    "dt-lens evaluate hopper --edit blocks.0.mlp.W_in --sv 0 --episodes 20",
+    "dt-lens evaluate tiny-gpt2 --edit blocks.3.mlp.W_out --value zero --json",
+)
 
 
 def evaluate(
@@ -58,13 +65,16 @@ def evaluate(
     windows: Windows = None,
     out: Annotated[Path | None, typer.Option(help="Write a row for each episode or window to this .csv file.")] = None,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """Measure an agent over many episodes, or a language model over a text.
 
     With --edit or --edits-from, also measure the model with these edits in force, and compare the two.
     """
     require_writable(out)
-    loaded = load_model(model, given)
+    with progress() as tell:
+        tell("loading", 0.0)
+        loaded = load_model(model, given)
     from dt_lens.behaviour.evaluate import evaluate as run
 
     options = task_options(
@@ -84,6 +94,7 @@ def evaluate(
 
     def measured(what: str) -> Any:
         with progress() as tell:
+            tell(what, 0.0)
             return run(
                 loaded,
                 **options,
@@ -93,19 +104,34 @@ def evaluate(
 
     edits = edits_of(loaded, edit, sv, side, value, edits_from, raw=raw, seed=seed)
     baseline = measured(unit)
-    print(baseline)
+    if not as_json:
+        print(baseline)
+    comparison = None
     frames = {"unedited": baseline.to_frame()}
     if edits:
         with ExitStack() as stack:
             for change in edits:
                 stack.enter_context(change)
             edited = measured(f"edited {unit}")
-        print(f"\n{edited.compare(baseline)}")
-        for note in dict.fromkeys(change.note for change in edits if change.note):
-            print(note)
+        comparison = edited.compare(baseline)
         frames["edited"] = edited.to_frame()
-    if out:
-        import pandas as pd
+    notes = list(dict.fromkeys(change.note for change in edits if change.note))
+    import pandas as pd
 
-        table = frames["unedited"] if not edits else pd.concat(frames, names=["arm"]).reset_index(level=0)
+    table = frames["unedited"] if not edits else pd.concat(frames, names=["arm"]).reset_index(level=0)
+    if as_json:
+        print_json(
+            "evaluate",
+            model=model,
+            unedited=baseline.summary(),
+            edited=edited.summary() if edits else None,
+            comparison=None if comparison is None else comparison.to_dict(),
+            notes=notes,
+            table=table,
+        )
+    elif comparison is not None:
+        print(f"\n{comparison}")
+        for note in notes:
+            print(note)
+    if out:
         write_csv(table, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +10,19 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Seed, Workers, json_object, to_float
-from dt_lens.cli.output import progress
+from dt_lens.cli.output import print_next, progress
 from dt_lens.errors import DtLensError
+from dt_lens.progress import ProgressCallback
 
+EPISODE = 500  # steps of an episode, roughly: for the progress
 # Which options belong to which way of recording; the others belong to both.
 SEARCH = ("steps", "pace_steps", "paces", "candidates")
-PLANNER = ("noises", "waiting", "longest_wait", "scattered", "environment_kwargs")
+PLANNER = ("noises", "waiting", "longest_wait", "scattered", "max_steps", "environment_kwargs")
+
+EXAMPLES = (
+    "dt-lens record Taxi-v4 --dataset taxi/mixed-v0 --episodes 200",
+    "dt-lens record Hopper-v5 --dataset hopper/climb-v0",
+)
 
 
 def record(
@@ -44,6 +52,9 @@ def record(
     scattered: Annotated[
         float, typer.Option(help="Of a planner: share of the episodes that start in any state of a table.")
     ] = 0.0,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a planner: cut episodes after this many steps.")
+    ] = None,
     environment_kwargs: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="Of a planner: the environment's keyword arguments, with its wrappers."),
@@ -68,6 +79,10 @@ def record(
     from dt_lens.training.recording import record as search
 
     kwargs = None if environment_kwargs is None else json_object(environment_kwargs, "environment-kwargs")
+    if max_steps is not None:
+        if "max_episode_steps" in (kwargs or {}):
+            raise DtLensError("--max-steps and max_episode_steps in --environment-kwargs are the same; give one.")
+        kwargs = {**(kwargs or {}), "max_episode_steps": max_steps}
     planned = acts_discretely(environment, kwargs or {})
     for name in SEARCH if planned else PLANNER:
         source = ctx.get_parameter_source(name)
@@ -83,14 +98,32 @@ def record(
     else:
         options |= {"steps": steps, "pace_steps": pace_steps, "paces": _numbers(paces, "paces")}
         options |= {"candidates": candidates}
+    sizes: dict[str, float] = {"expert": steps}
+    sizes |= {f"pace {pace:g}": pace_steps for pace in _numbers(paces, "paces")}
+    sizes = {"episodes": 1.0} if planned else sizes | {"episodes": candidates * EPISODE}
     with progress() as tell:
         stored = (record_planned if planned else search)(
             environment,
             dataset,
-            report=lambda phase, done, total, words: tell(f"{phase}: {words}", min(1.0, done / max(total, 1))),
+            report=_in_order(tell, sizes),
             **options,
         )
     print(f"The data set: {stored}")
+    print_next("train", stored, "--out", Path("runs") / stored.replace("/", "-"))
+
+
+def _in_order(tell: ProgressCallback, sizes: Mapping[str, float]) -> Callable[[str, int, int, str], None]:
+    """Report phases that follow one another as shares of the whole; ``sizes`` says how long each takes."""
+    whole, starts, begun = sum(sizes.values()) * 1.01, dict[str, float](), 0.0  # storing is what is left
+    for phase, size in sizes.items():
+        starts[phase], begun = begun, begun + size
+
+    def report(phase: str, done: int, total: int, words: str) -> None:
+        start, size = starts.get(phase, begun), sizes.get(phase, whole - begun)
+        share = (start + size * min(1.0, done / max(total, 1))) / whole
+        tell(f"{phase}  {done:,} of {total:,}: {words}" if total > 1 else f"{phase}  {words}", share)
+
+    return report
 
 
 def _numbers(text: str, option: str) -> list[float]:

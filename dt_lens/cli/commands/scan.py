@@ -10,6 +10,7 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Given,
+    Json,
     Matrices,
     Model,
     Raw,
@@ -19,11 +20,18 @@ from dt_lens.cli.options import (
     load_model,
     split,
 )
-from dt_lens.cli.output import print_table, progress, write_csv
+from dt_lens.cli.output import print_json, print_table, progress, write_csv
 from dt_lens.errors import DtLensError
+from dt_lens.progress import stage
 
 if TYPE_CHECKING:
     import pandas as pd
+
+EXAMPLES = (
+    "dt-lens scan hopper --top 10",
+    "dt-lens scan tiny-gpt2 --matrices 'blocks.0.mlp.*' --out scan.csv",
+    "dt-lens scan hopper --matrices '*.W_in' --json",
+)
 
 
 def scan(
@@ -66,6 +74,7 @@ def scan(
         Path | None, typer.Option(help="Folder to store finished work in; the same command resumes from it.")
     ] = None,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """List what every singular direction matches best, with p and q values under a null of your choice."""
     if subspaces and null != "haar":
@@ -89,19 +98,25 @@ def scan(
         if subspaces:
             table = svd.subspaces(names, sets, seed=seed, progress=tell)
         else:
-            inputs = activations_of(loaded, activations, null in OF_THE_STREAM, seed, tell)
+            collects = activations is None and null in OF_THE_STREAM
+            inputs = activations_of(loaded, activations, null in OF_THE_STREAM, seed, stage(tell, 0.0, 0.5))
             table = svd.scan(
                 names,
                 null,
                 seed,
                 sets,
-                progress=tell,
+                progress=stage(tell, 0.5, 1.0) if collects else tell,
                 activations=inputs,
                 draws=draws,
             )
     best = table.sort_values(["z"], ascending=False, kind="stable")
-    print_table(best.head(top) if top else best, f"The strongest of {len(table):,} comparisons")
-    _print_summary(table)
+    shown = best.head(top) if top else best
+    if as_json:
+        found = int((table["q_value"] < 0.05).sum())
+        print_json("scan", model=model, rows=len(table), discoveries=found, table=shown, about=table.attrs)
+    else:
+        print_table(shown, f"The strongest of {len(table):,} comparisons")
+        _print_summary(table)
     if out:
         write_csv(table, out)
 

@@ -19,6 +19,7 @@ from dt_lens.cli.options import (
     Environment,
     Failure,
     Given,
+    Json,
     MaxSteps,
     Model,
     Seed,
@@ -30,7 +31,12 @@ from dt_lens.cli.options import (
     task_options,
     to_float,
 )
-from dt_lens.cli.output import print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress
+
+EXAMPLES = (
+    "dt-lens steer hopper --episodes 20 --choosing 4",
+    "dt-lens steer tiny-gpt2 --prompts 'He went to' --answers ' the' --candidates 2",
+)
 
 
 def steer(
@@ -77,6 +83,7 @@ def steer(
     out: Annotated[Path | None, typer.Option(help="Folder for all results; dt-lens-steer/MODEL by default.")] = None,
     workers: Workers = None,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """Find a direction whose dose moves what a model does: an agent's return, or how likely an answer is.
 
@@ -120,6 +127,9 @@ def steer(
             command=shlex.join(["dt-lens", *sys.argv[1:]]),
             progress=tell,
         )
+    if as_json:
+        print_json("steer", model=model, **result.to_dict(), page=folder / "steering.html")
+        return
     n = result.numbers
     print_table(result.curve, f"The unedited {n['actor']}" + (f" at each {n['point']}" if "point" in n else ""))
     if len(result.table):

@@ -21,6 +21,7 @@ from dt_lens.cli.options import (
     Environment,
     Failure,
     Given,
+    Json,
     MaxSteps,
     Model,
     Raw,
@@ -34,7 +35,13 @@ from dt_lens.cli.options import (
     split,
     task_options,
 )
-from dt_lens.cli.output import print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress
+
+EXAMPLES = (
+    "dt-lens study hopper",
+    "dt-lens study tiny-gpt2 --edits 1 --windows 32 --out runs/study",
+    "dt-lens study hopper --edit blocks.0.mlp.W_in --sv 0 --value zero",
+)
 
 
 def study(
@@ -79,6 +86,7 @@ def study(
         bool, typer.Option(help="For an agent: draw it under the worst edit beside the unedited one.")
     ] = True,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """Scan a model, choose directions, edit them beside controls, measure, and write a report.
 
@@ -120,12 +128,25 @@ def study(
                 video=None if video else False,
             ),
         ).run(tell)
+    said = [sentence.replace("**", "") for sentence in sentences(result)]
+    if as_json:
+        print_json(
+            "study",
+            model=model,
+            unedited=result.baseline.summary(),
+            verdicts=result.verdicts,
+            strongest=result.strongest,
+            spearman=result.spearman._asdict(),
+            sentences=[*said, *result.missing],
+            report=result.report,
+        )
+        return
     shown = ["role", "matrix", "side", "sv", "label", "cosine"]
     shown += ["energy", "difference", "control_difference", "q", "verdict"]
     terms = result.baseline.terms
     print_table(result.verdicts[shown], f"Edits and their controls: mean paired difference of the {terms.outcome}")
-    for sentence in sentences(result):
-        print(sentence.replace("**", ""))
+    for sentence in said:
+        print(sentence)
     for reason in result.missing:
         print(reason)
     print(f"\nThe report: {result.report}")

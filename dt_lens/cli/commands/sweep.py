@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +16,7 @@ from dt_lens.cli.options import (
     Environment,
     Failure,
     Given,
+    Json,
     MaxSteps,
     Model,
     Raw,
@@ -32,27 +29,22 @@ from dt_lens.cli.options import (
     split,
     task_options,
 )
-from dt_lens.cli.output import print_table, progress, write_csv
+from dt_lens.cli.output import cell, print_json, print_next, print_table, progress, write_csv
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from dt_lens.behaviour.sweep.engines.engine import Engine
-    from dt_lens.progress import ProgressCallback
+    from dt_lens.behaviour.terms import Terms
 
 ROWS = 20  # printed
-HIDDEN = (
-    "of",
-    "layer",
-    "head",
-    "directions",
-    "match",
-    "failure_low",
-    "failure_high",
-    "survival",
-    "difference_note",
-    "note",
+
+EXAMPLES = (
+    "dt-lens sweep hopper --matrices '*.W_in' --sv 0,1 --controls 1 --episodes 12",
+    "dt-lens sweep tiny-gpt2 --matrices '*.W_in' --sv 0-3 --value zero --controls 1",
+    "dt-lens sweep hopper --edits-from edit.json --episodes 50 --json",
 )
-LINE_SECONDS = 10.0  # between lines of a log
 
 
 def sweep(
@@ -147,6 +139,7 @@ def sweep(
         str | None, typer.Option(help="Address of the Ray cluster, such as 10.0.0.5:6379; this machine's by default.")
     ] = None,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """Edit many directions, each with its controls, over the same units, and store everything in one SQLite file.
 
@@ -167,7 +160,7 @@ def sweep(
         )
     folder = out or Path("dt-lens-sweep") / Path(model).name
     require_writable(folder / "sweep.sqlite", table)
-    with _long_progress() as tell:
+    with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
         from dt_lens.behaviour.sweep.settings import SweepSettings
@@ -208,32 +201,80 @@ def sweep(
         )
         planned = Sweep(loaded, folder, settings, workers=workers, **of_task)
         planned.run(tell, _engine(engine, address, workers))
-    found = planned.table()
-    unedited = planned.results.baseline()
-    if unedited is not None:
-        print(f"Unedited: {unedited}\n")
-    elif found.attrs.get("failure_guessed"):
-        print(
-            f"failure_rate ({found.attrs['failure_rule']}) is by a guess of what counts as failing; give --failure.\n"
-        )
-    shown = found.drop(columns=[name for name in HIDDEN if name in found]).dropna(axis=1, how="all")
-    largest = found["difference"].abs().sort_values(ascending=False, kind="stable").index[:ROWS]
-    title = "Edits and controls" if len(found) <= ROWS else f"The {ROWS} largest differences of {len(found)} arms"
-    print_table(shown if len(found) <= ROWS else shown.loc[largest], title)
-    notes = found.loc[found["difference_note"] != "", "difference_note"]
-    for note, arms in notes.value_counts().items():
-        print(f"Intervals of {arms} of {len(found)} arms: {note}.")
-    status, failures = planned.results.status(), planned.results.failures()
-    if status["void"]:
-        print(f"{status['void']} blocks belong to edits that cannot be applied; the table's notes say why.")
+    found, results = planned.table(), planned.results
+    status, failures, unedited = results.status(), results.failures(), results.baseline()
     if table:
         write_csv(found, table, index=True)
-    print(f"\nThe results: {planned.file}")
+    if as_json:
+        print_json(
+            "sweep",
+            model=model,
+            file=planned.file,
+            blocks=status,
+            unedited=None if unedited is None else unedited.summary(),
+            about=found.attrs,
+            table=found.reset_index(),
+        )
+    else:
+        if unedited is not None:
+            print(f"Unedited: {unedited}\n")
+        elif found.attrs.get("failure_guessed"):
+            rule = found.attrs["failure_rule"]
+            print(f"failure_rate ({rule}) is by a guess of what counts as failing; give --failure.\n")
+        _print_edits(found, planned.task.terms)
+        if status["void"]:
+            print(f"{status['void']} blocks belong to edits that cannot be applied; the table's notes say why.")
+        print(f"\nThe results: {planned.file}")
+    if not alone and not failures:
+        print_next("atlas", model, "--sweep", folder)
     if failures:
         raise DtLensError(
             f"{status['failed']} blocks could not be run ({failures[0].rstrip('.')}); "
             "run the same command again to retry them."
         )
+
+
+def _print_edits(found: pd.DataFrame, terms: Terms) -> None:
+    """Print the edits with the largest differences, each beside the mean of its controls, and notes on intervals."""
+    edits = found[found["kind"] == "edit"]
+    largest = edits["difference"].abs().sort_values(ascending=False, kind="stable", na_position="last").index[:ROWS]
+    title = f"{len(edits)} edits, the largest differences first"
+    if len(edits) > ROWS:
+        title = f"The {ROWS} largest differences of {len(edits)} edits"
+    print_table(beside_controls(found, terms).loc[largest], title)
+    notes = edits.loc[edits["difference_note"] != "", "difference_note"]
+    for note, arms in notes.value_counts().items():
+        print(f"Intervals of {arms} of {len(edits)} edits: {note}.")
+    if len(edits) > ROWS:
+        print("All edits and controls: --table FILE.csv, or --json.")
+
+
+def beside_controls(found: pd.DataFrame, terms: Terms) -> pd.DataFrame:
+    """A row per edit with what fits a terminal; where there are controls, with the mean of their differences."""
+    import pandas as pd
+
+    edits = found[found["kind"] == "edit"]
+    shown = edits[["matrix", "side"]].copy()
+    shown["sv"] = edits["svs"].fillna(edits["sv"].astype("string")) if "svs" in edits else edits["sv"]
+    shown["value"] = edits["value"]
+    for name in ("directions", "rung"):
+        if name in edits and edits[name].nunique() > 1:
+            shown[name] = edits[name]
+    mean = f"mean_{terms.outcome}"
+    shown[mean] = edits[mean]
+    shown["difference"] = edits["difference"]
+    shown["95 %"] = [
+        "" if pd.isna(low) else f"[{cell('', low)}, {cell('', high)}]"
+        for low, high in zip(edits["difference_low"], edits["difference_high"], strict=True)
+    ]
+    if (found["kind"] == "control").any():
+        of = found[found["kind"] == "control"].groupby("of")["difference"]
+        shown["controls"] = of.count().reindex(edits.index).astype("Int64")
+        shown["their mean"] = of.mean().reindex(edits.index)
+    shown["q"] = edits["q_value"]
+    if "failure_rate" in edits:
+        shown["failed"] = edits["failure_rate"]
+    return shown.dropna(axis=1, how="all")
 
 
 def _one_name(name: str, given: list[str] | None, old: str, text: str | None) -> list[str] | None:
@@ -250,21 +291,3 @@ def _engine(name: str, address: str | None, workers: int | None) -> Engine | Non
     from dt_lens.behaviour.sweep.engines.cluster import RayEngine
 
     return RayEngine(address, workers)
-
-
-@contextmanager
-def _long_progress() -> Iterator[ProgressCallback]:
-    """Show a progress bar on a terminal; in a log, print a line now and then, since a sweep may run for days."""
-    with progress() as tell:
-        if sys.stderr.isatty():
-            yield tell
-            return
-        last, printed = "", -LINE_SECONDS
-
-        def line(what: str, share: float) -> None:
-            nonlocal last, printed
-            if what != last and (share >= 1 or time.monotonic() >= printed + LINE_SECONDS):
-                last, printed = what, time.monotonic()
-                print(f"[{share:4.0%}] {what}", file=sys.stderr, flush=True)
-
-        yield line

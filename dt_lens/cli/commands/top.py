@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dt_lens.cli.options import Given, Model, Raw, WeightsOnly, load_model
-from dt_lens.cli.output import print_table, print_written, progress
+from dt_lens.cli.options import Given, Json, Model, Raw, WeightsOnly, load_model
+from dt_lens.cli.output import print_json, print_table, print_written, progress
 from dt_lens.errors import DtLensError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+EXAMPLES = (
+    "dt-lens top hopper blocks.0.mlp.W_in action_out",
+    "dt-lens top tiny-gpt2 blocks.3.mlp.W_out token_out -k 4 --words",
+)
 
 
 def top(
@@ -41,6 +46,7 @@ def top(
     raw: Raw = False,
     weights_only: WeightsOnly = False,
     given: Given = None,
+    as_json: Json = False,
 ) -> None:
     """List the labels that a matrix's leading directions point towards and away from."""
     if at_least is not None and counts is None:
@@ -64,8 +70,11 @@ def top(
         # All directions of a small matrix cost as much as a few; of a large one they cost more.
         svd = WeightSVD(loaded, k + 8 if weights_only else None, fold_layernorm=not raw)
         table = svd.tokens(matrix, embeddings or None, k, labels, rules or None, side)  # type: ignore[arg-type]
-    for (name, where), part in table.rows.groupby(["matrix", "side"], sort=False):
-        print_table(_lines(part), f"{name}, {where} side")
+    if as_json:
+        print_json("top", model=model, table=table.rows)
+    else:
+        for (name, where), part in table.rows.groupby(["matrix", "side"], sort=False):
+            print_table(_lines(part), f"{name}, {where} side")
     for file in (html, out):
         if file is not None:
             table.save(file)

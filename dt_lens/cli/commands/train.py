@@ -9,11 +9,16 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Device, Fresh, Seed, failure_rule, json_object, split, to_float
-from dt_lens.cli.output import progress, training_in
+from dt_lens.cli.output import print_next, progress, training_in
 from dt_lens.training.settings import AgentSettings
 
 if TYPE_CHECKING:
     from dt_lens.training.agent import AgentProgress
+
+EXAMPLES = (
+    "dt-lens train hopper/climb-v0 --out runs/hopper",
+    "dt-lens train hopper/climb-v0 --steps 200 --eval-every 0 --out runs/short",
+)
 
 
 def train(
@@ -111,12 +116,18 @@ def train(
         max_ep_len=max_ep_len,
         targets=() if targets is None else tuple(to_float(t, "targets") for t in targets.split(",")),
     )
+    reached = ""
     with progress() as tell, training_in(out):
 
         def report(p: AgentProgress) -> None:
+            nonlocal reached
             digits = places(*p.returns.values())
             returns = ", ".join(f"{target:,.10g} → {got:,.{digits}f}" for target, got in p.returns.items())
-            tell(f"loss {p.loss:.4f}" + (f"  target → return {returns}" if returns else ""), p.step / p.steps)
+            reached = f"step {p.step:,} of {p.steps:,}  loss {p.loss:.4f}"
+            reached += f"  target → return {returns}" if returns else ""
+            tell(reached, p.step / p.steps)
+
+        tell("reading the data", 0.0)
 
         fit(
             dataset,
@@ -135,4 +146,6 @@ def train(
             resume=not fresh,
             report=report,
         )
+    print(f"Trained to {reached}" if reached else "All steps were done already.")
     print(f"The model: {out}")
+    print_next("study", out)

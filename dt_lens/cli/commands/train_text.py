@@ -9,11 +9,16 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Device, Fresh, Seed
-from dt_lens.cli.output import progress, training_in
+from dt_lens.cli.output import print_next, progress, training_in
 from dt_lens.training.settings import TextSettings
 
 if TYPE_CHECKING:
     from dt_lens.training.text import TextProgress
+
+EXAMPLES = (
+    "dt-lens train-text *.txt --out runs/text",
+    "dt-lens train-text notes.txt --steps 200 --out runs/notes",
+)
 
 
 def train_text(
@@ -65,10 +70,16 @@ def train_text(
         held_out=held_out,
         seed=seed,
     )
+    reached = ""
     with progress() as tell, training_in(out):
 
         def report(p: TextProgress) -> None:
-            tell(f"loss {p.loss:.3f}" + (f"  held out {p.held_out:.3f}" if p.held_out else ""), p.step / p.steps)
+            nonlocal reached
+            reached = f"step {p.step:,} of {p.steps:,}  loss {p.loss:.3f}"
+            reached += f"  held out {p.held_out:.3f}" if p.held_out else ""
+            tell(reached, p.step / p.steps)
+
+        tell("reading the text and making its tokenizer", 0.0)
 
         fit(
             sources,
@@ -79,4 +90,6 @@ def train_text(
             resume=not fresh,
             report=report,
         )
+    print(f"Trained to {reached}" if reached else "All steps were done already.")
     print(f"The model: {out}")
+    print_next("study", out)

@@ -14,7 +14,7 @@ from dt_lens.behaviour.tasks import task_of
 from dt_lens.errors import DtLensError, as_written
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import select_matrices
-from dt_lens.progress import ProgressCallback, reporting, silent
+from dt_lens.progress import ProgressCallback, reporting, silent, stage
 from dt_lens.statistics.multiplicity import holm
 from dt_lens.study.court.case import Case
 from dt_lens.study.court.causes import acts_where_it_matters
@@ -28,6 +28,9 @@ from dt_lens.study.court.rollouts import MeasuredEdits, Rollouts, common_output,
 from dt_lens.svd.clustering import clusters
 
 __all__ = ["court"]
+
+# How long the edits run, and each claim is tried, beside the others; for the progress only.
+OF_EDITS, OF_CLAIM, USUAL = 40.0, {2: 2.0, 3: 2.0, 8: 10.0}, 1.0
 
 
 def court(
@@ -103,9 +106,11 @@ def court(
         trial.tell = tell
         trial.runs = rollouts
         if trial.task is not None and rollouts and {3, 7} & asked_for:
+            claims_take = sum(OF_CLAIM.get(number, USUAL) for number in asked_for)
+            trial.start = OF_EDITS / (OF_EDITS + claims_take)
             tell("running edits", 0.0)
             run = Rollouts(model, out, trial.task, numbers, seed, workers)
-            trial.measured = run.run(lambda what, share: tell(what, 0.9 * share))
+            trial.measured = run.run(stage(tell, 0.0, trial.start))
         elif trial.task is not None and not rollouts:
             trial.no_edits_reason = "rollouts were left out"
         rulings = trial.rulings()
@@ -142,6 +147,7 @@ class _Trial:
     measured: MeasuredEdits | None = None
     swept: tuple[MeasuredEdits, str] | None = None
     tell: ProgressCallback = silent
+    start: float = 0.0  # the share of the whole that is done before the first claim
 
     def rulings(self) -> list[Ruling]:
         """Try every claim both ways; Holm's correction runs over the applicable claims of each way."""
@@ -158,12 +164,19 @@ class _Trial:
         found: dict[Way, dict[int, Finding | str]] = {way: {} for way in WAYS}
         claims = claims_in(self.task.terms if self.task else None, *self._words())
         asked = ", ".join(map(str, sorted(self.numbers)))
+        whole, done, take = self.tell, self.start, 0.0
+        share_of_one = (1 - self.start) / sum(OF_CLAIM.get(number, USUAL) for number in self.numbers)
         for claim in claims:
+            done, take = done + take, OF_CLAIM.get(claim.number, USUAL) * share_of_one
+            if claim.number not in self.numbers:
+                take = 0.0
             for way in WAYS:
                 if claim.number not in self.numbers:
                     found[way][claim.number] = f"it was not asked for (asked for: {asked})"
                     continue
-                self.tell(f"trying claim {claim.number}", 0.9 + 0.1 * (claim.number - 1) / len(claims))
+                # As it should be takes longer: it collects and counts what both ways read.
+                self.tell = _stage(whole, f"claim {claim.number}", done, done + take, way)
+                self.tell("trying it", 0.0)
                 try:
                     found[way][claim.number] = tries[claim.number](way)
                 except NotApplicable as reason:
@@ -235,15 +248,15 @@ class _Trial:
             raise NotApplicable(self.no_edits_reason)
         model, seed = self.case.model, self.case.seed
         try:
-            kinds = self.task.situations(model, seed, lambda what, _: self.tell(what, 0.97))
+            kinds = self.task.situations(model, seed, stage(self.tell, 0.0, 0.2))
             if not kinds:
                 raise NotApplicable(
                     "its task does not list what the model can be faced with, with its factors and where they matter"
                 )
-            self.tell("looking for clusters", 0.97)
-            table = clusters(model, embeddings=self.case.embedding("input").name, seed=seed, beside=False)
+            read = self.case.embedding("input").name
+            table = clusters(model, embeddings=read, seed=seed, beside=False, progress=stage(self.tell, 0.2, 0.4))
             return acts_where_it_matters(
-                self.case, self.task, kinds, table, self._activations(), tell=lambda what, _: self.tell(what, 0.98)
+                self.case, self.task, kinds, table, self._activations(), tell=stage(self.tell, 0.5, 1.0)
             )
         except NotApplicable:
             raise
@@ -256,9 +269,16 @@ class _Trial:
         assert self.task is not None
         file = self.out / "activations.safetensors"
         try:
-            return kept_activations(self.case.model, file, self.task, tell=lambda what, _: self.tell(what, 0.92))
+            return kept_activations(self.case.model, file, self.task, tell=stage(self.tell, 0.4, 0.5))
         except DtLensError as error:  # a task need not say what it feeds the model
             raise NotApplicable(_reason(error)) from error
+
+
+def _stage(tell: ProgressCallback, name: str, start: float, end: float, way: Way) -> ProgressCallback:
+    """The progress of one claim, tried one way."""
+    middle = start + 0.9 * (end - start)
+    told = stage(tell, *((start, middle) if way == "proper" else (middle, end)))
+    return lambda what, share: told(f"{name}: {what}", share)
 
 
 def _numbers(claims: Any) -> frozenset[int]:

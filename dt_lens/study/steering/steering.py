@@ -25,7 +25,7 @@ from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.matrices import SideName
-from dt_lens.progress import ProgressCallback, reporting
+from dt_lens.progress import ProgressCallback, reporting, stage
 from dt_lens.statistics.outcomes import bootstrap_interval, interval_note, sign_flip, wilson
 from dt_lens.study.steering.doses import (
     Candidate,
@@ -230,7 +230,7 @@ class _Search:
         tell("running the curve", 0.0)
         for number, place in enumerate(readout.points):
             at[place] = self._evaluate(None, place, readout.choose)
-            tell("running the curve", 0.1 * (number + 1) / len(readout.points))
+            tell(f"running the curve  {number + 1} of {len(readout.points)}", 0.1 * (number + 1) / len(readout.points))
         rows = [
             {readout.point: place, **_row(_Arm(found, self._harm(None, found)), readout)} for place, found in at.items()
         ]
@@ -269,7 +269,7 @@ class _Search:
             for place, dose in enumerate(self.doses):
                 tell(
                     f"choosing  {candidate.name}",
-                    0.1 + 0.5 * (number + place / len(self.doses)) / len(found),
+                    0.1 + 0.4 * (number + place / len(self.doses)) / len(found),
                 )
                 arms[dose] = self._arm(dosed(self.model, candidate, dose), point, readout.choose)
             rise = max(float(arms[dose].harm.mean() - plain.harm.mean()) for dose in self.doses)
@@ -296,7 +296,7 @@ class _Search:
         plain = _Arm(unedited, self._harm(None, unedited))
         arms = {1.0: plain}
         for done, dose in enumerate(self.doses):
-            tell("reporting on fresh units", 0.5 + 0.2 * (done + 1) / (len(self.doses) + 1))
+            tell(f"reporting on fresh units  dose {dose:g}", 0.5 + 0.2 * (done + 1) / (len(self.doses) + 1))
             arms[dose] = self._arm(dosed(self.model, direction, dose), point, readout.report)
         table = pd.DataFrame([{"dose": dose, **_row(arms[dose], readout)} for dose in sorted(arms)])
         slope = slopes({dose: arm.found for dose, arm in arms.items()})
@@ -344,7 +344,7 @@ class _Search:
             same = side == own_side
             rows.append(row(side, None, 1.0, *(arms[dose] for dose in ends)) if same else run(side, None, 1.0))
             for number in range(RANDOM):
-                share = 0.7 + 0.15 * (half + number / RANDOM)
+                share = 0.72 + 0.14 * (half + number / RANDOM)
                 tell(f"random directions, {side} side  {number + 1} of {RANDOM}", share)
                 seed = self.seed + number
                 if side == "write":  # its output energy is the direction's own; how strongly it is read is matched
@@ -373,7 +373,7 @@ class _Search:
         """What the matrices read while the unedited model runs in the guard, or at the operating point."""
         task = self.readout.guard or (self.readout.task if point is None else self.readout.points[point])
         file = self.out / "activations.safetensors"
-        return kept_activations(self.model, file, task, self.seed, lambda what, _: tell(what, 0.7))
+        return kept_activations(self.model, file, task, self.seed, stage(tell, 0.7, 0.72))
 
 
 def rise_column(readout: Readout) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -53,9 +56,10 @@ def test_it_leaves_one_file_and_refuses_another_plan(
     assert done.returncode == 0, done.stderr
     assert [file.name for file in (tmp_path / "out").iterdir()] == [FILE]
     assert "Unedited: Pendulum-v1, target return 200: 6 episodes, seeds 3 to 8" in done.stdout
-    assert "Edits and controls" in done.stdout
+    assert "6 edits, the largest differences first" in done.stdout
     assert done.stdout.strip().splitlines()[-1] == f"The results: {tmp_path / 'out' / FILE}"
     assert "[100%] 13 of 13 blocks of episodes" in done.stderr
+    assert done.stderr.endswith(f"Next: dt-lens atlas {model} --sweep {tmp_path / 'out'}\n")
     results = SweepResults(tmp_path / "out")
     written, table = pd.read_csv(tmp_path / "table.csv"), results.table()
     assert len(written) == len(table) == 12
@@ -74,6 +78,33 @@ def test_it_leaves_one_file_and_refuses_another_plan(
     sentence = error.strip().splitlines()[-1]
     assert sentence.startswith("dt-lens: ") and sentence.endswith(".")
     assert "holds another sweep: its target_return is 200.0 and this one's 5.0" in sentence
+
+
+def test_edits_are_printed_beside_the_mean_of_their_controls() -> None:
+    from dt_lens.cli.commands.sweep import _print_edits, beside_controls
+
+    rows = [{"kind": "edit", "of": None, "difference": float(arm), "value": "zero"} for arm in range(1, 31)]
+    rows += [{"kind": "control", "of": arm, "difference": 0.5 + c} for arm in range(1, 30) for c in range(2)]
+    about = {"matrix": "blocks.0.mlp.W_in", "side": "read", "sv": 0, "directions": "plain", "difference_note": ""}
+    numbers = {"mean_return": 7.0, "difference_low": -1.0, "difference_high": 200.0, "q_value": 0.01}
+    found = pd.DataFrame([about | numbers | row for row in rows], index=range(1, len(rows) + 1))
+    found["of"] = found["of"].astype("Int64")
+    table = beside_controls(found, terms_of_an_agent())
+    assert list(table.columns) == [
+        "matrix", "side", "sv", "value", "mean_return", "difference", "95 %", "controls", "their mean", "q"
+    ]  # fmt: skip
+    assert len(table) == 30 and table.loc[3, "controls"] == 2 and table.loc[3, "their mean"] == 1.0
+    assert table.loc[3, "95 %"] == "[-1.000, 200.0]" and pd.isna(table.loc[30, "controls"])
+    with redirect_stdout(io.StringIO()) as out:
+        _print_edits(found, terms_of_an_agent())
+    lines = out.getvalue().splitlines()
+    assert lines[0].strip() == "The 20 largest differences of 30 edits" and len(lines) == 23
+    assert "30.000" in lines[2] and "11.000" in lines[21] and "--json" in lines[22]
+    assert max(len(line.rstrip()) for line in lines) < 120
+
+
+def terms_of_an_agent() -> Any:
+    return SimpleNamespace(outcome="return")
 
 
 def test_engines_that_do_not_exist() -> None:

@@ -34,7 +34,9 @@ def test_train_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: py
     kwargs += ["--warmup", 3, "--no-bf16"]
     done = dt_lens("train", "a/b-v0", "--out", "somewhere", *sizes, *others, "--env", "CartPole-v1", "--fresh", *kwargs)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "The model: somewhere\n" and "loss 0.2500  target → return 30 → 12,345, 20 → 7" in done.stderr
+    reached = "step 1 of 2  loss 0.2500  target → return 30 → 12,345, 20 → 7"
+    assert done.stdout == f"Trained to {reached}\nThe model: somewhere\n"
+    assert f"[ 50%] {reached}\n" in done.stderr and done.stderr.endswith("Next: dt-lens study somewhere\n")
     settings = AgentSettings(
         steps=2, batch_size=3, context=4, d_model=8, n_layers=5, n_heads=2, lr=0.5, seed=9, targets=(30.0, 20.0),
         max_ep_len=11, warmup=3, bf16=False,
@@ -60,7 +62,11 @@ def test_train_text_trains_with_its_options(dt_lens: Run, tmp_path: Path) -> Non
     others = ["--dropout", 0.1, "--lr", 0.01, "--unwrap", "--held-out", 0.25, "--seed", 3, "--eval-every", 1]
     done = dt_lens("train-text", text, "--out", tmp_path / "out", "--steps", 2, *sizes, *others)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"The model: {tmp_path / 'out'}\n"
+    out = tmp_path / "out"
+    assert done.stdout.startswith("Trained to step 2 of 2  loss ") and "  held out " in done.stdout
+    assert done.stdout.endswith(f"\nThe model: {out}\n") and f"Next: dt-lens study {out}\n" in done.stderr
+    again = dt_lens("train-text", text, "--out", out, "--steps", 2, *sizes, *others, "--quiet")
+    assert again == (0, f"All steps were done already.\nThe model: {out}\n", "")
     settings = TextSettings(
         steps=2, batch_size=2, context=8, vocabulary=300, d_model=8, n_layers=1, n_heads=2, dropout=0.1, lr=0.01,
         unwrap=True, held_out=0.25, seed=3,
@@ -82,7 +88,8 @@ def test_record_passes_its_options_on(dt_lens: Run, calls: Calls, monkeypatch: p
     counts = ["--steps", 1, "--pace-steps", 2, "--candidates", 3, "--episodes", 4, "--seed", 5, "--workers", 1]
     done = dt_lens("record", "Walker2d-v5", "--dataset", "a/b-v0", "--paces", "0.7,0.4", "--folder", "there", *counts)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "The data set: a/b-v0\n" and "expert: score 3" in done.stderr
+    assert done.stdout == "The data set: a/b-v0\n" and "] expert  1 of 2: score 3\n" in done.stderr
+    assert done.stderr.endswith("Next: dt-lens train a/b-v0 --out runs/a-b-v0\n")
     rest = {"steps": 1, "pace_steps": 2, "candidates": 3, "episodes": 4, "seed": 5, "workers": 1}
     assert calls == [(("Walker2d-v5", "a/b-v0"), {**rest, "paces": [0.7, 0.4], "folder": Path("there")})]
 
@@ -101,13 +108,40 @@ def test_record_of_a_planner_passes_its_options_on(dt_lens: Run, calls: Calls, m
     kwargs = ["--environment-kwargs", '{"is_slippery": false}']
     done = dt_lens("record", "FrozenLake-v1", "--dataset", "a/b-v0", *shares, *others, *kwargs)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "The data set: a/b-v0\n" and "episodes: return 3" in done.stderr
+    assert done.stdout == "The data set: a/b-v0\n" and "[ 50%] episodes  1 of 2: return 3" in done.stderr
     rest = {"episodes": 4, "seed": 5, "workers": 1, "folder": Path("there"), "noises": [0.0, 0.5], "waiting": 0.25}
     rest |= {"longest_wait": 0.5, "scattered": 0.75, "environment_kwargs": {"is_slippery": False}}
     assert calls == [(("FrozenLake-v1", "a/b-v0"), rest)]
+    calls.clear()
+    assert dt_lens("record", "FrozenLake-v1", "--max-steps", 30, "--quiet").stderr == ""
+    assert calls[0][1]["environment_kwargs"] == {"max_episode_steps": 30}
+    done = dt_lens("record", "FrozenLake-v1", "--max-steps", 30, "--environment-kwargs", '{"max_episode_steps": 9}')
+    assert done.returncode == 2 and "are the same; give one" in done.stderr
     done = dt_lens("record", "FrozenLake-v1", "--pace-steps", 4)
     said = "dt-lens: --pace-steps is an option of a search, and FrozenLake-v1 is recorded by a planner; leave it out.\n"
     assert done == (2, "", said)
+    done = dt_lens("record", "Pendulum-v1", "--max-steps", 5)
+    assert done.returncode == 2 and "--max-steps is an option of a planner" in done.stderr
     done = dt_lens("record", "Pendulum-v1", "--waiting", 0.5)
     said = "dt-lens: --waiting is an option of a planner, and Pendulum-v1 is recorded by a search; leave it out.\n"
     assert done == (2, "", said)
+
+
+def test_the_phases_of_a_recording_are_one_progress(
+    dt_lens: Run, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dt_lens.cli.commands.record import _in_order
+    from dt_lens.training import recording as module
+
+    told: list[float] = []
+    report = _in_order(lambda _, share: told.append(share), {"expert": 200, "pace 0.5": 100, "episodes": 300})
+    for phase in ("expert", "pace 0.5", "episodes", "store"):
+        for done in range(3):
+            report(phase, done, 2, "")
+    assert told == sorted(told) and told[0] == 0.0 and told[-1] == pytest.approx(1.0)
+    assert told[3] == pytest.approx(200 / 606) and told[6] == pytest.approx(300 / 606)
+    phases: list[str] = []
+    monkeypatch.setattr("dt_lens.cli.commands.record._in_order", lambda tell, sizes: phases.extend(sizes))
+    monkeypatch.setattr(module, "record", lambda *words, **options: words[1])
+    assert dt_lens("record", "Walker2d-v5", "--paces", "0.75,0.5").returncode == 0
+    assert phases == ["expert", "pace 0.75", "pace 0.5", "episodes"]

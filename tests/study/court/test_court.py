@@ -38,7 +38,13 @@ def agent(plain: Any) -> Any:
 @pytest.fixture(scope="module")
 def tried(agent: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     out = tmp_path_factory.mktemp("court")
-    return court(agent, out, name="small", **OPTIONS), out
+    told: list[tuple[str, float]] = []
+    result = court(agent, out, name="small", **OPTIONS, progress=lambda *said: told.append(said))
+    shares = [share for _, share in told]
+    assert shares == sorted(shares) and shares[0] == 0.0 and 0.9 < shares[-1] <= 1.0
+    named = {what.partition(":")[0] for what, _ in told}
+    assert {f"claim {number}" for number in range(1, 9)} <= named
+    return result, out
 
 
 def test_every_claim_has_a_ruling_both_ways(tried: Any) -> None:
