@@ -1,6 +1,7 @@
 from . import behaviour as behaviour
 from . import decision_transformer as decision_transformer
 from . import edits as edits
+from . import explorer as explorer
 from . import language_model as language_model
 from . import lens as lens
 from . import report as report

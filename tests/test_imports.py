@@ -33,7 +33,8 @@ ROOMS: dict[str, set[str]] = {
     "behaviour": BEHAVIOUR,
     "training": {*BEHAVIOUR, "behaviour"},
     "study": {*BEHAVIOUR, "behaviour"},
-    "cli": {*BEHAVIOUR, "behaviour", "training", "study", "benchmarks"},
+    "explorer": {*BEHAVIOUR, "behaviour", "study"},
+    "cli": {*BEHAVIOUR, "behaviour", "training", "study", "explorer", "benchmarks"},
     "adapters": {"lens", "decision_transformer", "language_model"},
     "benchmarks": {*BEHAVIOUR, "behaviour", "training", "study"},
 }
@@ -179,9 +180,10 @@ def test_a_planted_import_is_named(tmp_path: Path, where: str, statement: str, s
     assert faults({"dt_lens": tmp_path}) == [said]
 
 
-def test_the_root_holds_at_most_twenty_entries() -> None:
+def test_the_root_holds_at_most_twenty_one_entries() -> None:
+    """Thirteen rooms, the explorer being the last to come, and eight files."""
     entries = [path.name for path in PACKAGES["dt_lens"].iterdir() if path.name != "__pycache__"]
-    assert len(entries) <= 20, entries
+    assert len(entries) <= 21, entries
 
 
 def test_no_file_is_longer_than_450_lines() -> None:

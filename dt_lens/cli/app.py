@@ -25,6 +25,7 @@ from dt_lens.cli.commands.clusters import clusters
 from dt_lens.cli.commands.compare import compare
 from dt_lens.cli.commands.court import court
 from dt_lens.cli.commands.evaluate import evaluate
+from dt_lens.cli.commands.explore import explore
 from dt_lens.cli.commands.record import record
 from dt_lens.cli.commands.scan import scan
 from dt_lens.cli.commands.steer import steer
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 _COMMANDS: list[Callable[..., None]] = [
     study,
+    explore,
     scan,
     top,
     clusters,

@@ -40,6 +40,7 @@ __all__ = [
     "activations_of",
     "edits_of",
     "failure_rule",
+    "given_values",
     "json_object",
     "load_model",
     "number",
@@ -145,6 +146,22 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
     Raises:
         DtLensError: if an item of ``given`` is not NAME=VALUE, or the model cannot be loaded.
     """
+    values = given_values(given)
+    from dt_lens.lens.assumed import notes
+    from dt_lens.lens.loading import load, open_checkpoint
+
+    loaded = open_checkpoint(model, **values) if weights_only else load(model, check=check, **values)
+    for note in notes(loaded):
+        print(f"{model}: {note}", file=sys.stderr)
+    return loaded
+
+
+def given_values(given: list[str] | None) -> dict[str, Any]:
+    """The values that ``--given`` names.
+
+    Raises:
+        DtLensError: if an item is not NAME=VALUE.
+    """
     values: dict[str, Any] = {}
     for item in given or []:
         name, equals, value = item.partition("=")
@@ -161,13 +178,7 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
             raise DtLensError(f"--given is {item[:40]!r}...; its value is nested too deeply.") from None
         except ValueError:
             values[name] = value
-    from dt_lens.lens.assumed import notes
-    from dt_lens.lens.loading import load, open_checkpoint
-
-    loaded = open_checkpoint(model, **values) if weights_only else load(model, check=check, **values)
-    for note in notes(loaded):
-        print(f"{model}: {note}", file=sys.stderr)
-    return loaded
+    return values
 
 
 def activations_of(model: Any, file: Path | None, needed: bool, seed: int, tell: Any) -> Any:

@@ -123,6 +123,13 @@ class Decompositions(Printed):
         inputs = None if self.activations is None else replace(self.activations, made_of={})
         return type(self)(model, self.rank, registry, self.fold_layernorm, activations=inputs)
 
+    def among(self, embeddings: EmbeddingRegistry) -> Self:
+        """The same decompositions, those computed so far included, compared with other embeddings of this model."""
+        other = self.like(self.model)
+        other._registry, other._named = embeddings, None
+        other._done, other._nulls, other.cache = self._done, self._nulls, self.cache
+        return other
+
     def pairings(
         self, matrices: Names | None = None, embeddings: Names | None = None, tell: ProgressCallback = silent
     ) -> list[Pairing]:

@@ -1,0 +1,2 @@
+from .explored import Explored as Explored
+from .server import Explorer as Explorer

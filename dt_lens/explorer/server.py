@@ -1,0 +1,98 @@
+"""The explorer's server: bound to this machine in so many words, guarded, and gone with its processes when it ends."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dt_lens.errors import DtLensError, because
+from dt_lens.explorer.guard import Guard
+from dt_lens.explorer.tabs import Tabs, install
+
+if TYPE_CHECKING:
+    from dt_lens.explorer.explored import Explored
+
+__all__ = ["Explorer", "require_dash"]
+
+HOST = "127.0.0.1"  # never from the environment: Dash's own run() reads HOST, and would open all interfaces
+
+
+def require_dash() -> None:
+    """Raise ``DtLensError`` unless Dash is installed."""
+    try:
+        import dash  # noqa: F401
+    except ImportError:
+        raise DtLensError('The explorer needs Dash, which is not installed: pip install "dt-lens[explore]".') from None
+
+
+class Explorer:
+    """A running explorer. ``serve`` answers until it is interrupted; ``close`` ends every process.
+
+    Args:
+        explored: what it shows.
+        port: 0 for a free one.
+
+    Attributes:
+        address: what to open: it holds the token.
+
+    Raises:
+        DtLensError: if Dash is not installed, or the port is taken.
+    """
+
+    def __init__(self, explored: Explored, port: int = 0) -> None:
+        require_dash()
+        from flask import Flask
+        from werkzeug.serving import make_server
+
+        from dt_lens.explorer.app import make_app
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request, with addresses
+        flask = Flask("dt_lens.explorer")
+        try:
+            self._server = make_server(HOST, port, flask, threaded=True)
+        except (OSError, OverflowError, SystemExit) as error:  # werkzeug exits where a port is taken
+            why = "it is taken" if isinstance(error, SystemExit) else because(error)
+            raise DtLensError(
+                f"The explorer cannot listen on port {port}: {why}; give another --port, or none for a free one."
+            ) from None
+        self.guard = Guard(self._server.server_port)
+        self.guard.install(flask)  # before anything else has a route
+        self.tabs = Tabs(explored.source, explored.given, explored.svd.fold_layernorm)
+        install(flask, self.tabs)
+        self.app = make_app(explored, flask)
+        self.address = self.guard.address
+        self._serving: threading.Thread | None = None
+
+    def serve(self) -> None:
+        """Answer until Ctrl-C or SIGTERM, then end every process."""
+        before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, _leave)
+        try:
+            self._server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+            self.close()
+
+    def start(self) -> None:
+        """Answer in a thread of this process, until ``close``."""
+        self._serving = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._serving.start()
+
+    def close(self) -> None:
+        """Stop answering, and end every process."""
+        self.tabs.close_all()
+        if self._serving is not None:
+            self._server.shutdown()
+            self._serving.join()
+        self._server.server_close()
+
+
+def _leave(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
