@@ -359,8 +359,9 @@ def _variances(weight: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float
     """The row means and the column means of the variances of rounding; of a large weight, over a sample of entries."""
     m, n = weight.shape
     every = [1, 1] if m * n <= CHUNK else [max(1, side // SAMPLE) for side in (m, n)]
-    rows, columns = _ulp(weight[:, :: every[1]]), _ulp(weight[:: every[0]])
-    return rows.square().mean(1) / 12, columns.square().mean(0) / 12
+    rows = _ulp(weight[:, :: every[1]]).square_()
+    columns = rows if every == [1, 1] else _ulp(weight[:: every[0]]).square_()
+    return rows.mean(1) / 12, columns.mean(0) / 12
 
 
 def _ulp(weight: Tensor) -> Tensor:
@@ -369,7 +370,7 @@ def _ulp(weight: Tensor) -> Tensor:
     bits, exponent = EXPONENT[weight.dtype]
     # A number's exponent bits alone are the power of two below it; of subnormal numbers they are 0.
     power = (weight.view(bits) & exponent).view(weight.dtype).double()
-    return torch.where(weight == 0, 0.0, power.mul_(kind.eps).clamp_min_(kind.tiny * kind.eps))
+    return power.mul_(kind.eps).clamp_min_(kind.tiny * kind.eps).masked_fill_(weight == 0, 0.0)
 
 
 def blocks_of(sigma: Float[Tensor, " k"], noise: Float[Tensor, " k"]) -> tuple[tuple[int, int], ...]:

@@ -106,6 +106,7 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
         "WeightSVD": (dt_lens.WeightSVD, {"model": model, "rank": None, "embeddings": None, "fold_layernorm": True,
                                           "resume": None, "activations": None}),
         "WeightSVD.scan": (svd.scan, {"matrices": "*.W_in", "null": "haar", "seed": 0, "embeddings": "action_out"}),
+        "WeightSVD.decompose": (svd.decompose, {"matrices": "*.W_in", "progress": False}),
         "WeightSVD.top": (svd.top, {"matrix": "blocks.0.mlp.W_in", "embedding": "action_out", "k": 2, "side": None}),
         "WeightSVD.tokens": (svd.tokens, {"matrices": "blocks.0.mlp.W_in", "embeddings": "action_out", "k": 2, "n": 2}),
         "WeightSVD.cosines": (svd.cosines, {"matrix": "blocks.0.mlp.W_in", "embedding": "action_out", "side": None,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dt_lens import WeightSVD
+from dt_lens import DtLensError, WeightSVD
+from dt_lens.lens.matrices import catalogue
 from dt_lens.svd import solvers
 from dt_lens.svd.decomposition import Decomposition
 from dt_lens.svd.decompositions import Decompositions
@@ -61,3 +62,34 @@ def test_labels_are_prepared_once_for_all_matrices_alike(model: Any) -> None:
     prepared = {(id(pairing.labels), pairing.labels.centred) for pairing in pairings}
     assert len(pairings) > 4
     assert sorted(centred for _, centred in prepared) == [False, True]
+
+
+@pytest.mark.parametrize("small", [0, 2**22])
+def test_matrices_side_by_side_have_the_bits_of_one_alone(
+    make_dt: Make, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dt_lens.svd import side_by_side
+
+    model = make_dt()
+    monkeypatch.setattr(side_by_side, "SMALL", small)
+    alone = WeightSVD(model, rank=4)
+    one_by_one = {name: alone[name] for name in catalogue(model)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = WeightSVD(model, rank=4).decompose()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert list(together) == list(one_by_one)
+    for name, found in together.items():
+        for mine, theirs in zip(found.tensors().values(), one_by_one[name].tensors().values(), strict=True):
+            assert torch.equal(mine, theirs), name
+
+
+def test_an_error_beside_others_names_its_matrix(make_dt: Make) -> None:
+    model = make_dt()
+    model.weights["blocks.1.mlp.W_out"][0, 0] = float("nan")
+    with pytest.raises(DtLensError, match=r"blocks\.1\.mlp\.W_out: .*NaN"):
+        WeightSVD(model).decompose()
+    assert len(WeightSVD(model).decompose("blocks.0.*")) > 4

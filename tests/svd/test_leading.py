@@ -94,19 +94,28 @@ def test_spectra_of_steps(levels: list[float], width: int, rank: int, scale: flo
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-def test_a_direction_that_lanczos_missed_is_noticed(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_direction_that_the_krylov_space_missed_is_noticed(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gram, "DIRECT", 0)
-    M, lanczos = planted(I**-0.5, 700), gram._lanczos
+    M, krylov = planted(I**-0.5, 700), gram._krylov
     gram.leading(M, 6, 1e-3, kind)
 
     def missing(matrix: Any, count: int) -> Any:
-        found = lanczos(matrix, count + 1)  # smallest eigenvalue first
-        return np.delete(found, count - 3, 1)
+        found = krylov(matrix, count)  # largest eigenvalue first
+        some = [i for i in range(len(found.values)) if i != 2]
+        return found._replace(values=found.values[some], vectors=found.vectors[some])
 
-    monkeypatch.setattr(gram, "_lanczos", missing)
+    monkeypatch.setattr(gram, "_krylov", missing)
     with pytest.raises(scipy.linalg.LinAlgError, match="missed"):
         gram.leading(M, 6, 1e-3, kind)  # the residuals of those found are small enough
     assert_leading(decompose([M], 6), M, 6)
+
+
+def test_near_equal_sigmas_are_left_to_float64() -> None:
+    """The corrections see the Gram matrix in float32, in which these are one."""
+    with pytest.raises(scipy.linalg.LinAlgError, match="near"):
+        gram.leading(SPECTRA["clustered"](), 6, 1e-10, torch.float32)
 
 
 def test_what_single_precision_leaves_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +130,7 @@ def test_what_single_precision_leaves_is_corrected(monkeypatch: pytest.MonkeyPat
     gram.leading(M, 6, 1e-10, torch.float32)
     assert 1 <= len(calls) <= 2
     # A correction of the wrong sign corrects nothing, and is noticed.
-    monkeypatch.setattr(gram, "_solved", lambda *args: np.random.default_rng(0).standard_normal(args[3].shape))
+    monkeypatch.setattr(gram, "_solved", lambda *args: torch.randn(args[3].shape, dtype=torch.float64))
     with pytest.raises(scipy.linalg.LinAlgError, match="too slowly"):
         gram.leading(M, 6, 1e-10, torch.float32)
 
@@ -132,7 +141,7 @@ def test_a_zero_matrix_has_no_directions() -> None:
 
 
 def test_repeated_sigmas_and_an_exhausted_space_give_the_same_bits_every_time() -> None:
-    """ARPACK then asks for more random numbers than its start."""
+    """What extends the Krylov space is then rounding."""
     M = torch.block_diag(*[torch.ones(40, 40, dtype=torch.float64)] * 10)
     first, second = decompose([M], 10), decompose([M], 10)
     assert torch.equal(first.left, second.left) and torch.equal(first.right, second.right)
