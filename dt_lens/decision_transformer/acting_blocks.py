@@ -24,7 +24,21 @@ from torch import Tensor
 from dt_lens.decision_transformer.changes import Change, Term, affine, composed, of_weight
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 
-__all__ = ["ActingBlock", "Composed", "Linear", "Norm", "Separate", "attention_of", "terms_of_block"]
+__all__ = [
+    "NEURONS",
+    "ActingBlock",
+    "Composed",
+    "Linear",
+    "MlpPart",
+    "Norm",
+    "Separate",
+    "attention_of",
+    "mlp_of",
+    "neurons_of",
+    "terms_of_block",
+]
+
+NEURONS = 128  # of an MLP at a time, on a CPU
 
 
 @dataclass(frozen=True)
@@ -41,17 +55,17 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = x @ W + b``, stored as ``torch.nn.functional.linear`` reads it: ``weight`` is ``W`` transposed."""
+    """``y = x @ W + b``; ``W`` lies in memory as products read it fastest."""
 
-    weight: Tensor  # [d_out, d_in]
+    weight: Tensor  # [d_in, d_out], contiguous
     bias: Tensor  # [d_out]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.T, self.bias)
 
     def into(self, out: Tensor, x: Tensor) -> Tensor:
         """The same of rows ``x [..., d_in]`` that are contiguous, written into ``out [..., d_out]``."""
-        torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight.T, out=out.view(-1, out.shape[-1]))
+        torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight, out=out.view(-1, out.shape[-1]))
         return out
 
 
@@ -59,17 +73,26 @@ class Linear:
 class Composed:
     """Attention with ``W_QK`` and ``W_OV``, of each head; see above."""
 
-    qk: Linear  # heads side by side in what it gives: [heads * d_model, d_model]
-    ov: Linear  # heads side by side in what it reads: [d_model, heads * d_model]; their biases summed
-    both: Linear | None  # of one head: the two side by side, [2 * d_model, d_model]
+    qk: Linear  # heads side by side in what it gives: [d_model, heads * d_model]
+    ov: Linear  # heads side by side in what it reads: [heads * d_model, d_model]; their biases summed
+    both: Linear | None  # of one head: the two side by side, [d_model, 2 * d_model]
 
 
 @dataclass(frozen=True)
 class Separate:
     """Attention with queries, keys and values."""
 
-    qkv: Linear  # the three projections side by side, heads in order within each: [3 * d_model, d_model]
+    qkv: Linear  # the three projections side by side, heads in order within each: [d_model, 3 * d_model]
     out: Linear
+
+
+@dataclass(frozen=True)
+class MlpPart:
+    """Some neurons of an MLP: what they give is added to what the others give."""
+
+    write_in: Linear  # [d_model, neurons]
+    gate: Tensor | None  # [d_model, neurons]
+    write_out: Tensor  # [neurons, d_model]
 
 
 @dataclass(frozen=True)
@@ -77,9 +100,8 @@ class ActingBlock:
     ln1: Norm
     ln2: Norm
     attn: Composed | Separate
-    mlp_in: Linear
-    mlp_gate: Tensor | None  # [d_mlp, d_model], as Linear stores it
-    mlp_out: Linear
+    mlp: Sequence[MlpPart]
+    mlp_bias: Tensor  # [d_model], of W_out
     scale: float
 
 
@@ -100,7 +122,7 @@ def _composed(parts: Mapping[str, Tensor]) -> Composed:
     ov, bias = torch.cat([w[:-1] for w in each]), sum((w[-1] for w in each), parts["b_O"].double())
 
     def linear(weight: Tensor, bias: Tensor) -> Linear:
-        return Linear(weight.T.contiguous().to(like.dtype), bias.to(like.dtype))
+        return Linear(weight.to(like.dtype).contiguous(), bias.to(like.dtype))
 
     one = heads == 1
     both = linear(torch.cat((qk[:-1], ov), 1), torch.cat((qk[-1], bias))) if one else None
@@ -108,10 +130,10 @@ def _composed(parts: Mapping[str, Tensor]) -> Composed:
 
 
 def _separate(parts: Mapping[str, Tensor]) -> Separate:
-    rows = [rearrange(parts[f"W_{kind}"], "head d e -> (head e) d") for kind in "QKV"]
+    columns = [rearrange(parts[f"W_{kind}"], "head d e -> d (head e)") for kind in "QKV"]
     biases = [rearrange(parts[f"b_{kind}"], "head e -> (head e)") for kind in "QKV"]
-    out = rearrange(parts["W_O"], "head e d -> d (head e)").contiguous()
-    return Separate(Linear(torch.cat(rows), torch.cat(biases)), Linear(out, parts["b_O"].clone()))
+    out = rearrange(parts["W_O"], "head e d -> (head e) d").contiguous()
+    return Separate(Linear(torch.cat(columns, 1), torch.cat(biases)), Linear(out, parts["b_O"].clone()))
 
 
 def composes(cfg: HookedDecisionTransformerConfig, l: int) -> bool:
@@ -124,15 +146,43 @@ def attention_of(cfg: HookedDecisionTransformerConfig, l: int, parts: Mapping[st
     return _composed(parts) if composes(cfg, l) else _separate(parts)
 
 
+def neurons_of(cfg: HookedDecisionTransformerConfig, l: int, device: torch.device) -> list[slice]:
+    """The neurons of the parts in which block ``l`` computes its MLP.
+
+    On a CPU a few at a time, so that what they give stays in its cache; the last block has one token, and does all.
+    """
+    step = NEURONS if device.type == "cpu" and l < cfg.n_layers - 1 else cfg.d_mlp
+    return [slice(start, min(start + step, cfg.d_mlp)) for start in range(0, cfg.d_mlp, step)]
+
+
+def mlp_of(neurons: Sequence[slice], W_in: Tensor, b_in: Tensor, W_gate: Tensor | None, W_out: Tensor) -> list[MlpPart]:
+    """The parts of an MLP."""
+
+    def part(own: slice) -> MlpPart:
+        gate = None if W_gate is None else W_gate[:, own].clone(memory_format=torch.contiguous_format)
+        write_in = Linear(W_in[:, own].clone(memory_format=torch.contiguous_format), b_in[own].clone())
+        return MlpPart(write_in, gate, W_out[own].clone(memory_format=torch.contiguous_format))
+
+    return [part(own) for own in neurons]
+
+
 def terms_of_block(
-    cfg: HookedDecisionTransformerConfig, l: int, parts: Mapping[str, Tensor], changes: Sequence[Change]
+    cfg: HookedDecisionTransformerConfig,
+    l: int,
+    parts: Mapping[str, Tensor],
+    changes: Sequence[Change],
+    neurons: Sequence[slice],
 ) -> Iterable[tuple[str, Term]]:
-    """What changes of weights add to the products of block ``l``, whose attention has the weights ``parts``."""
+    """What changes of weights add to the products of block ``l``, whose attention has the weights ``parts``.
+
+    A product of some of the MLP's ``neurons`` has their number after its name, such as ``W_in.0``.
+    """
     heads, d, e = cfg.n_heads, cfg.d_model, cfg.d_head
     for kind in ("W_in", "W_gate", "W_out"):
         change = of_weight(changes, f"blocks.{l}.mlp.{kind}")
-        if change is not None:
-            yield kind, affine(change)
+        for number, own in enumerate(neurons if change is not None else ()):
+            left, right = change
+            yield f"{kind}.{number}", affine((left[own], right) if kind == "W_out" else (left, right[:, own]))
     for h in range(heads):
         found = {kind: of_weight(changes, f"blocks.{l}.attn.W_{kind}", heads, h) for kind in "QKVO"}
         if all(change is None for change in found.values()):

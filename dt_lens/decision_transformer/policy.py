@@ -27,6 +27,8 @@ from dt_lens.decision_transformer.acting_blocks import (
     Norm,
     Separate,
     attention_of,
+    mlp_of,
+    neurons_of,
     terms_of_block,
 )
 from dt_lens.decision_transformer.changes import NONE, Change, Product, RowChanges, Term
@@ -89,7 +91,7 @@ class ActingModel:
             return weights[name].detach()
 
         def linear(name: str) -> Linear:
-            return Linear(get(f"{name}.W").T.contiguous(), get(f"{name}.b").clone())
+            return Linear(get(f"{name}.W").clone(memory_format=torch.contiguous_format), get(f"{name}.b").clone())
 
         def norm(name: str, present: bool, eps: float = cfg.eps) -> Norm:
             if not present:
@@ -104,9 +106,14 @@ class ActingModel:
                 ln1=norm(f"blocks.{l}.ln1", normed),
                 ln2=norm(f"blocks.{l}.ln2", normed),
                 attn=attention_of(cfg, l, parts),
-                mlp_in=Linear(get(f"{mlp}.W_in").T.contiguous(), get(f"{mlp}.b_in").clone()),
-                mlp_gate=get(f"{mlp}.W_gate").T.contiguous() if cfg.gated_mlp else None,
-                mlp_out=Linear(get(f"{mlp}.W_out").T.contiguous(), get(f"{mlp}.b_out").clone()),
+                mlp=mlp_of(
+                    neurons_of(cfg, l, get("predict.action.W").device),
+                    get(f"{mlp}.W_in"),
+                    get(f"{mlp}.b_in"),
+                    get(f"{mlp}.W_gate") if cfg.gated_mlp else None,
+                    get(f"{mlp}.W_out"),
+                ),
+                mlp_bias=get(f"{mlp}.b_out").clone(),
                 scale=cfg.attn_scale(l),
             )
 
@@ -151,25 +158,24 @@ class ActingModel:
         actions: Float[Tensor, "*batch n_actions"],
         timesteps: Int[Tensor, "*batch"],
         action_timesteps: Int[Tensor, "*batch"] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens (return-to-go, state, action), each ``[*batch, d_model]``, as the first block reads them.
+    ) -> Float[Tensor, "*batch 3 d_model"]:
+        """The tokens (action, return-to-go, state), as the first block reads them.
 
         If the model has a padding action, actions may be one entry wider: one-hot, with padding last. Learned
         positions are not included: they belong to the window, not to the token; see ``place``.
         """
-        time = F.embedding(timesteps, self.timestep_table)
-        action_time = time if action_timesteps is None else F.embedding(action_timesteps, self.timestep_table)
         if actions.shape[-1] < self.cfg.n_actions:
             actions = F.pad(actions, (0, 1))
-        parts = self.embed_return_to_go(returns_to_go), self.embed_state(states), self.embed_action(actions)
+        read = self.embed_action(actions), self.embed_return_to_go(returns_to_go), self.embed_state(states)
+        tokens = torch.stack(read, -2)
         if self.cfg.embed_act == "tanh":
-            parts = torch.tanh(parts[0]), torch.tanh(parts[1]), torch.tanh(parts[2])
-        tokens = torch.stack((parts[0] + time, parts[1] + time, parts[2] + action_time))
-        tokens = self.embed_ln(tokens)
+            tokens = tokens.tanh_()
+        before = timesteps if action_timesteps is None else action_timesteps
+        times = torch.stack((before, timesteps, timesteps), -1)
+        tokens = self.embed_ln(tokens.add_(F.embedding(times, self.timestep_table)))
         if self.position_table is not None and self.cfg.position == "constant":
             tokens = tokens + self.position_table[0]
-        returns, states, actions = tokens.unbind()
-        return returns, states, actions
+        return tokens
 
     @property
     def first_width(self) -> int:
@@ -230,7 +236,8 @@ class ActingModel:
         # Edits come on the CPU, and some terms multiply them by this model's weights.
         changes = [c._replace(left=c.left.to(self.device), right=c.right.to(self.device)) for c in changes]
         for l in range(self.cfg.n_layers):
-            for name, term in terms_of_block(self.cfg, l, self._attention[l], changes):
+            neurons = neurons_of(self.cfg, l, self.device)
+            for name, term in terms_of_block(self.cfg, l, self._attention[l], changes, neurons):
                 found.setdefault((l, name), []).append(term.to(self.predict_action.weight))
         return found
 
@@ -298,22 +305,28 @@ class ActingModel:
 
     def _mlp(self, l: int, x: Tensor, changes: RowChanges) -> Tensor:
         """The stream after the MLP, ``[batch, token, d_model]``; ``x`` is lost."""
-        block, post = self.blocks[l], self.cfg.normalization == "post"
-        h = x if post else block.ln2(x)
-        if block.mlp_gate is None:
-            inner = block.mlp_in.into(self._buffer("inner", (*x.shape[:2], self.cfg.d_mlp)), h)
-            changes.add((l, "W_in"), h, inner)
-            inner = self._activate(inner)
-        else:
-            gate = F.linear(h, block.mlp_gate)
-            changes.add((l, "W_gate"), h, gate)
-            inner = F.linear(h, block.mlp_in.weight)
-            changes.add((l, "W_in"), h, inner)
-            inner = (self._activate(gate) * inner).add_(block.mlp_in.bias)
-        flat = x.view(-1, x.shape[-1])
-        flat.addmm_(inner.view(len(flat), -1), block.mlp_out.weight.T).add_(block.mlp_out.bias)
-        changes.add((l, "W_out"), inner, x)
-        return block.ln2(x) if post else x
+        block, flat = self.blocks[l], x.view(-1, x.shape[-1])
+        # Not ``x``'s own memory, to which the parts add in turn.
+        h = block.ln2(x) if self.cfg.normalization == "pre" else self._buffer("read", x.shape).copy_(x)
+        read = h.view(flat.shape)
+        for number, part in enumerate(block.mlp):
+            shape = *x.shape[:2], len(part.write_out)
+            inner = self._buffer("inner", shape)
+            if part.gate is None:
+                part.write_in.into(inner, h)
+                changes.add((l, f"W_in.{number}"), h, inner)
+                inner = self._activate(inner)
+            else:
+                gate = self._buffer("gate", shape)
+                torch.mm(read, part.gate, out=gate.view(len(flat), -1))
+                changes.add((l, f"W_gate.{number}"), h, gate)
+                torch.mm(read, part.write_in.weight, out=inner.view(len(flat), -1))
+                changes.add((l, f"W_in.{number}"), h, inner)
+                inner.mul_(self._activate(gate)).add_(part.write_in.bias)
+            flat.addmm_(inner.view(len(flat), -1), part.write_out)
+            changes.add((l, f"W_out.{number}"), inner, x)
+        flat.add_(block.mlp_bias)
+        return block.ln2(x) if self.cfg.normalization == "post" else x
 
     def _activate(self, h: Tensor) -> Tensor:
         match self.cfg.act_fn:

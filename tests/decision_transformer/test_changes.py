@@ -13,6 +13,7 @@ from dt_lens import SingularEdit
 from dt_lens.behaviour.agents.arms import Arm, arm_of, packed_arm
 from dt_lens.behaviour.agents.packed_arms import unpacked
 from dt_lens.behaviour.agents.windows import SlidingPolicy
+from dt_lens.decision_transformer import acting_blocks
 from dt_lens.decision_transformer.changes import Change, RowChanges, Term
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
@@ -24,7 +25,7 @@ STEPS = 4
 SHAPES: dict[str, dict[str, Any]] = {
     "one head": {"n_heads": 1, "n_layers": 2},
     "heads": {"n_heads": 2, "n_layers": 2},
-    "post": {"n_heads": 1, "n_layers": 1, "normalization": "post", "gated_mlp": True, "act_fn": "silu"},
+    "post": {"n_heads": 1, "n_layers": 2, "normalization": "post", "gated_mlp": True, "act_fn": "silu"},
 }
 
 
@@ -110,6 +111,15 @@ def test_each_row_is_the_model_with_that_edit_in_force(shape: str) -> None:
     assert not own and {change.weight[-1] for change in changes} == set("QKVO")
     got = _act(ActingModel(arms[0].weights, model.cfg), [Arm(arm.weights, changes)], episode)
     torch.testing.assert_close(got[0], both, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", ["one head", "post"])
+def test_changes_reach_every_part_of_an_mlp(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acting_blocks, "NEURONS", 5)  # of 12 neurons: three parts
+    model, _, arms, expected = _case(shape)
+    acting = ActingModel(arms[0].weights, model.cfg)
+    assert [len(block.mlp) for block in acting.blocks] == [3, 1]  # the last block has one token
+    torch.testing.assert_close(_act(acting, arms, _episode(model)), torch.stack(expected), atol=1e-11, rtol=1e-9)
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dt_lens.behaviour.agents.windows import SlidingPolicy, WindowPolicy
+from dt_lens.decision_transformer.acting_blocks import NEURONS
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.model import HookedDecisionTransformer
 from dt_lens.decision_transformer.policy import ActingModel, acting_shapes, additive_mask
@@ -30,7 +31,7 @@ def configurations(draw: st.DrawFn) -> HookedDecisionTransformerConfig:
         d_model=heads * draw(st.sampled_from([4, 7])),
         n_layers=draw(st.integers(1, 3)),
         n_heads=heads,
-        d_mlp=draw(st.sampled_from([8, 20])),
+        d_mlp=draw(st.sampled_from([8, 20, 2 * NEURONS + 9])),
         n_ctx=STEPS,
         max_ep_len=40,
         act_fn=draw(st.sampled_from(["relu", "gelu", "gelu_tanh", "silu", "tanh"])),
@@ -80,8 +81,8 @@ def _last_action(
     """What the acting model makes of windows: ``model(...).action_preds[:, -1]``; the last action is not read."""
     acting = ActingModel(model.weights, model.cfg)
     actions = F.pad(actions, (0, 0, 0, timesteps.shape[1] - actions.shape[1]))
-    embedded = acting.embed(returns_to_go, states, actions, timesteps)
-    x = acting.place(rearrange(list(embedded), "kind batch step d -> batch (step kind) d")[:, :-1])
+    embedded = acting.embed(returns_to_go, states, actions, timesteps)[..., [1, 2, 0], :]  # action first
+    x = acting.place(rearrange(embedded, "batch step kind d -> batch (step kind) d")[:, :-1])
     real = torch.ones_like(timesteps) if attention_mask is None else attention_mask
     mask = additive_mask(repeat(real != 0, "batch step -> batch (step kind)", kind=3)[:, :-1], x.dtype)
     return acting.action(acting.hidden(x, acting.first(x), mask))

@@ -23,8 +23,8 @@ __all__ = ["SOFTWARE", "AgentJob"]
 
 SOFTWARE = ("torch", "gymnasium", "mujoco", "numpy")  # another version of one of these may give other bits
 # How the policy computes: another one gives other bits from the same weights. 2: edits as low-rank changes beside the
-# unedited weights, and products of weights made beforehand.
-ARITHMETIC = "2"
+# unedited weights, and products of weights made beforehand. 3: the neurons of an MLP some at a time.
+ARITHMETIC = "3"
 STEPS = 20  # of a sample
 
 

@@ -86,7 +86,7 @@ def _rows_agree(
             inputs = random(1), random(cfg.state_dim), random(cfg.n_actions), torch.tensor(0, device=device)
             window, seen = random(n, cfg.d_model), None
             for width in widths:
-                tokens = torch.stack(model.embed(*(rows(x, width) for x in inputs)), dim=1)
+                tokens = model.embed(*(rows(x, width) for x in inputs))
                 x, real = rows(window, width), torch.ones(width, n, dtype=torch.bool, device=device)
                 found = []
                 # With and without changes, and whether rows share a mask or have one each.

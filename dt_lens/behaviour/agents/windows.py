@@ -169,8 +169,7 @@ class SlidingPolicy:
         timesteps: Tensor,
         before: Tensor,
     ) -> Tensor:
-        parts = self.model.embed(returns_to_go, states, actions, timesteps, action_timesteps=before)
-        new = torch.stack((parts[2], parts[0], parts[1]), dim=1)
+        new = self.model.embed(returns_to_go, states, actions, timesteps, action_timesteps=before)
         return torch.cat((new, self.model.first(new, changes)), dim=-1) if self._keeps_first else new
 
     def _actions(self, changes: RowChanges, tokens: Tensor, masks: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def test_options_that_a_file_lacks_are_added(make_sweep: Make, finished: Make, r
 def test_a_file_of_another_arithmetic_is_not_continued(make_sweep: Make, finished: Make, remembering: Make) -> None:
     """Files from before edits acted as low-rank changes do not say how they were computed."""
     forget(finished().file, "version of the policy's arithmetic")
-    with pytest.raises(DtLensError, match="its version of the policy's arithmetic is null and this one's 2; give"):
+    with pytest.raises(DtLensError, match="its version of the policy's arithmetic is null and this one's 3; give"):
         make_sweep(controls=2).run(engine=remembering())
 
 
