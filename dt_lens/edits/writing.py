@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dt_lens.edits.low_rank import Placed
-from dt_lens.lens.weights import memory_order
+from dt_lens.lens.weights import same_bits
 
 __all__ = ["add_changes", "overflows", "same_bits", "writable"]
 
@@ -66,22 +66,6 @@ def overflows(live: Tensor, earlier: Tensor) -> bool:
     if not live.numel() or all(bool(torch.isfinite(end)) for end in live.aminmax()):
         return False
     return bool((earlier.isfinite() & ~live.isfinite()).any())
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit: -0.0 differs from 0.0, and a NaN equals itself."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    a, b = a.detach(), b.detach()
-    if a.ndim and a.stride() == b.stride():  # in memory order, so that neither is copied
-        order = memory_order(a)
-        a, b = a.permute(order), b.permute(order)
-    step = max(1, 16 * PIECE // max(1, a[0].numel())) if a.ndim and len(a) else 1
-    if not a.ndim:
-        return bool(a.reshape(1).view(bits) == b.reshape(1).view(bits))
-    pieces = zip(torch.split(a, step), torch.split(b, step), strict=True)
-    return all(torch.equal(x.contiguous().view(bits), y.contiguous().view(bits)) for x, y in pieces)
 
 
 @contextmanager

@@ -25,10 +25,12 @@ __all__ = [
     "memory_of",
     "memory_order",
     "replaced",
+    "same_bits",
     "weight_bytes",
 ]
 
 CHUNK = 2**17  # entries of a weight that are converted to float64 at a time, so that memory never holds all of it twice
+PIECE = 2**20  # entries that are compared at a time
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -102,6 +104,22 @@ def memory_of(weight: Tensor) -> tuple[Any, ...]:
 def weight_bytes(weight: Tensor) -> bytes:
     """The bits of a tensor, in the order of its entries."""
     return weight.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit: -0.0 differs from 0.0, and a NaN equals itself."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    a, b = a.detach(), b.detach()
+    if a.ndim and a.stride() == b.stride():  # in memory order, so that neither is copied
+        order = memory_order(a)
+        a, b = a.permute(order), b.permute(order)
+    step = max(1, PIECE // max(1, a[0].numel())) if a.ndim and len(a) else 1
+    if not a.ndim:
+        return bool(a.reshape(1).view(bits) == b.reshape(1).view(bits))
+    pieces = zip(torch.split(a, step), torch.split(b, step), strict=True)
+    return all(torch.equal(x.contiguous().view(bits), y.contiguous().view(bits)) for x, y in pieces)
 
 
 def require_computable(weights: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from dt_lens.svd import solvers
 from dt_lens.svd.cache import ResultCache
 from dt_lens.svd.decomposition import Decomposition, decompose_matrix
 from dt_lens.svd.pairings import DECOMPOSING, Pairing, is_natural
+from dt_lens.svd.reading_ahead import ReadingAhead
 from dt_lens.svd.side_by_side import in_order
 from dt_lens.svd.side_labels import SideLabels
 from dt_lens.svd.weighted import decompose_weighted
@@ -129,11 +130,14 @@ class Decompositions(Printed):
         def size(matrix: Matrix) -> int:
             return max(factor.view(lens.weights).numel() for factor in matrix.factors)
 
-        return in_order(lambda matrix: self._decomposition(lens, matrix), matrices, size)
+        with ReadingAhead(lens, matrices, lambda matrix: self._state(lens, matrix)) as states:
+            yield from in_order(lambda matrix: self._decomposition(lens, matrix, states.take(matrix)), matrices, size)
 
-    def _decomposition(self, lens: Snapshot, matrix: Matrix) -> Decomposition:
+    def _state(self, lens: Snapshot, matrix: Matrix) -> bytes | tuple[Any, ...]:
         # What is kept on disk goes by a hash; within a process a checksum, in a fifth of the time, says what changed.
-        state = checksum(lens, matrix) if self.cache.folder is None else fingerprint(lens, matrix)
+        return checksum(lens, matrix) if self.cache.folder is None else fingerprint(lens, matrix)
+
+    def _decomposition(self, lens: Snapshot, matrix: Matrix, state: bytes | tuple[Any, ...]) -> Decomposition:
         if matrix.name not in self._done or self._done[matrix.name][0] != state:
             if isinstance(state, bytes):
                 weighted = "" if self.activations is None else f" {self.activations.digest}"

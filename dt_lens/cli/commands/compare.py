@@ -30,12 +30,17 @@ def compare(
     raw: Raw = False,
     out: Annotated[Path | None, typer.Option(help="Write comparison.html and comparison.csv to this folder.")] = None,
     weights_only: WeightsOnly = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder to store finished work in; the same command resumes from it.")
+    ] = None,
     given: Given = None,
     as_json: Json = False,
 ) -> None:
     """Show what changed in the weights between two models, such as before and after fine-tuning."""
     if out is not None:
         require_writable(out / "comparison.html", out / "comparison.csv")
+    if resume is not None and not (resume.is_dir() and any(resume.iterdir())):  # a full one may be read only
+        require_writable(resume / "finished.safetensors")
     with progress() as tell:
         tell("loading", 0.0)
         one, two = (load_model(source, given, weights_only=weights_only) for source in (a, b))
@@ -44,7 +49,8 @@ def compare(
         names = (Path(a).name, Path(b).name)
         if names[0] == names[1]:
             names = (a, b)
-        found = run(one, two, split(matrices, "matrices"), k=k, fold_layernorm=not raw, names=names, progress=tell)
+        chosen = split(matrices, "matrices")
+        found = run(one, two, chosen, k=k, fold_layernorm=not raw, names=names, progress=tell, resume=resume)
         page = None
         if out:
             from dt_lens.svd.two_models.page import write_page

@@ -25,6 +25,7 @@ __all__ = ["HaarMaximum", "LabelBlocks", "cap_probability", "frame_maximum"]
 Array = NDArray[np.float64]
 Floats = NDArray[Any]  # float32 or float64
 CHUNK = 4_000_000  # numbers held at a time
+PIECE = 2**16  # numbers that fit into the processor's cache several times over
 OUTSIDE = 1e-6  # the share of labels' squared lengths that may lie outside the given number of dimensions
 
 
@@ -287,26 +288,67 @@ def _shares(C: _Whole | LabelBlocks, span: int, grid: Array, samples: int, rng: 
         # The sign of a QR column is LAPACK's choice: draw it at random.
         coin = rng.choice(np.array([-1, 1], dtype=np.float32), size)[:, None]
         cosines = [np.maximum(np.interp(log_uniform, nodes, table), t) for table, t in zip(depth, grid, strict=True)]
+        turns = [(c[:, None].astype(np.float32), np.sqrt(1 - c**2)[:, None].astype(np.float32)) for c in cosines]
         counts, begin = np.zeros((len(grid), size), np.int64), 0
         for block in C.blocks():
             # Single precision: a draw that falls on the wrong side of t by 1e-7 moves nothing.
             near = (own.astype(block.dtype) @ block.T).astype(np.float32)
             inside = np.stack([(frame[:, :, i].astype(block.dtype) @ block.T).astype(np.float32) for i in range(span)])
-            far, rest = inside[0] * coin, np.square(inside[1:]).sum(0)
             here = np.flatnonzero((chosen >= begin) & (chosen < begin + len(block)))
-            for i, t in enumerate(grid):
-                if t >= 1:
-                    # Only labels that coincide with the chosen one are matched perfectly.
-                    matched = np.abs(near) > 1 - 1e-6
-                else:
-                    c = cosines[i]
-                    along, across = c[:, None].astype(np.float32), np.sqrt(1 - c**2)[:, None].astype(np.float32)
-                    matched = np.square(along * near + across * far) + rest >= np.float32(t) ** 2
-                matched[here, chosen[here] - begin] = True
-                counts[i] += matched.sum(1)
+            _count(counts, near, inside[0] * coin, inside[1:], grid, turns, (here, chosen[here] - begin))
             begin += len(block)
         total += (1 / counts).sum(1)
     return total / samples
+
+
+def _count(
+    counts: NDArray[np.int64],
+    near: Floats,
+    far: Floats,
+    others: Floats,
+    grid: Array,
+    turns: list[tuple[Floats, Floats]],
+    own: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> None:
+    """Add to ``counts [grid, draws]`` how many of the labels ``[m]`` each draw matches at each threshold.
+
+    Args:
+        near, far: ``[draws, m]``: the cosines of the labels with a draw's own label and with ``h``; overwritten.
+        others: ``[span - 1, draws, m]``: with the rest of the subspace.
+        turns: at each threshold the parts of the two in the draw's vector, ``[draws, 1]`` each.
+        own: of the draws whose own label is among these: their numbers, and its number.
+    """
+    counts[:, own[0]] += 1
+    near[own] = far[own] = np.nan  # counted above, and never below
+    step, ones = max(1, PIECE // near.shape[1]), np.ones(near.shape[1], np.float32)
+    for first in range(0, len(near), step):
+        some = slice(first, first + step)
+        rest = np.square(others[:, some]).sum(0).ravel() if len(others) else None
+        x, y, row = near[some].ravel(), far[some].ravel(), None
+        reach = x * x + y * y if rest is None else x * x + y * y + rest
+        for i, t in enumerate(grid):
+            if t >= 1:  # only labels that coincide with the chosen one are matched perfectly
+                counts[i, some] += (np.abs(near[some]) > 1 - 1e-6).sum(1)
+                continue
+            # Labels that no turn of the vector reaches are left out, which most are; a threshold's follow on the last's.
+            within = reach >= np.float32(t**2 * (1 - 1e-5))
+            if 2 * np.count_nonzero(within) < len(within):
+                kept = np.flatnonzero(within)
+                row = kept // near.shape[1] if row is None else row[kept]
+                x, y, reach, rest = x[kept], y[kept], reach[kept], None if rest is None else rest[kept]
+            along, across = (part[some] for part in turns[i])
+            if row is None:
+                squares = (along * x.reshape(-1, len(ones)) + across * y.reshape(-1, len(ones))).ravel()
+            else:
+                squares = along[row, 0] * x + across[row, 0] * y
+            np.square(squares, out=squares)
+            if rest is not None:
+                squares += rest
+            matched = squares >= np.float32(t) ** 2
+            if row is None:
+                counts[i, some] += (matched.reshape(-1, len(ones)).astype(np.float32) @ ones).astype(np.int64)
+            else:
+                counts[i, some] += np.bincount(row[matched], minlength=len(along))
 
 
 def _best_matches(C: _Whole | LabelBlocks, span: int, samples: int, rng: np.random.Generator) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,18 +12,23 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dt_lens.arguments import finite_numbers, require_wrapped, whole_number
+from dt_lens.arguments import finite_numbers, local_path, require_wrapped, whole_number
 from dt_lens.errors import DtLensError, a_type, as_written
 from dt_lens.lens.matrices import Matrix, MatrixFactors, SideName, Snapshot, catalogue, find_matrix, select_matrices
 from dt_lens.lens.weights import fingerprint
 from dt_lens.progress import ProgressCallback, reporting
 from dt_lens.report.options import require_word, sized, titled
+from dt_lens.svd import solvers
+from dt_lens.svd.cache import ResultCache
 from dt_lens.svd.decomposition import Decomposition, common_boundary, rounding_noise
 from dt_lens.svd.pairings import is_natural
+from dt_lens.svd.reading_ahead import ReadingAhead
 from dt_lens.svd.solvers import decompose
+from dt_lens.svd.two_models import matrix_change
 from dt_lens.svd.two_models.direction_pairs import match_directions
 from dt_lens.svd.two_models.label_changes import By, Owner, label_changes
-from dt_lens.svd.two_models.matrix_change import change_factors, leading, measure
+from dt_lens.svd.two_models.matrix_change import Measured, change_factors, leading, measure, unchanged
+from dt_lens.svd.two_models.same_weights import SameWeights
 from dt_lens.svd.two_models.summary import most_changed, notebook_html
 
 if TYPE_CHECKING:
@@ -44,8 +50,11 @@ def compare(
     fold_layernorm: bool = True,
     names: tuple[str, str] = ("A", "B"),
     progress: bool | ProgressCallback | None = None,
+    resume: str | Path | None = None,
 ) -> ModelChanges:
     """What changed between two models of the same shape, matrix by matrix.
+
+    Matrices whose weights are equal bit for bit are read once and not decomposed.
 
     Args:
         a, b: wrapped models, or weights alone: only weights, structure and embeddings are used, never a forward pass.
@@ -57,6 +66,8 @@ def compare(
         names: what to call the two in tables and figures.
         progress: ``True`` for a bar, ``False`` for none, or a function of (what is being done, share done); by
             default a bar in a notebook and none elsewhere.
+        resume: a folder in which the row of every matrix that differs is kept, so that an interrupted run resumes. It
+            is found again by a hash of the weights of both models.
 
     Returns:
         a ``ModelChanges``. Its ``table`` has a row for each matrix:
@@ -70,7 +81,7 @@ def compare(
           ``right_side``: ``_angle`` and ``_angle_max``, the mean and the largest principal angle in degrees
           between the leading subspaces (Golub and Van Loan, "Matrix Computations", section 6.4.3), ``_overlap``, the
           mean squared cosine of the angles, and what two random (Haar) subspaces would have: ``_haar_overlap``,
-          ``k / dimension``, and ``_haar_angle``.
+          ``k / dimension``, and ``_haar_angle``. Of a matrix that did not change the angles are 0, whatever ``k``.
 
     Raises:
         DtLensError: for an object that is not a wrapped model, matrices that only one model has or that differ in shape
@@ -89,15 +100,23 @@ def compare(
     before, after = Snapshot.of(a), Snapshot.of(b)
     chosen = _comparable(before, after, matrices, fold_layernorm)
     notes = _notes(_precisions(before, after, chosen), names)
+    cache = ResultCache(None if resume is None else local_path(resume, "resume"))
+    weights = SameWeights(before, after)
     rows, spectra, states = [], {}, {}
-    with reporting(progress) as tell:
+    with reporting(progress) as tell, ReadingAhead(before, chosen, weights.states) as read:
         for done, matrix in enumerate(chosen):
             tell(f"comparing {matrix.name}", done / len(chosen))
+            *state, same = read.take(matrix)
+            states[matrix.name] = state[0], state[1]
             one, two = (MatrixFactors.of(lens, matrix, fold_layernorm) for lens in (before, after))
-            found = measure(one, two, k)
+            if same:
+                rows.append(unchanged(one, k))
+                continue
+            hashes = f"{state[0].hex()} {state[1].hex()} {before.structure.unit_offset} {after.structure.unit_offset}"
+            key = f"compare {matrix_change.VERSION} {solvers.VERSION} {hashes} {k} {one.folded} {matrix}"
+            found = Measured.from_tensors(cache.get(key, lambda: measure(one, two, k).tensors()))  # noqa: B023
             rows.append(found.row)
             spectra[matrix.name] = (found.sigma_a, found.sigma_b, found.sigma_change)
-            states[matrix.name] = (fingerprint(before, matrix), fingerprint(after, matrix))
     table = pd.DataFrame(rows)
     table["head"] = table["head"].astype("Int64")
     table.attrs = {"fold_layernorm": fold_layernorm, "k": k, "names": list(names)}
@@ -114,7 +133,7 @@ class ModelChanges:
         table: a row per matrix; ``compare`` describes the columns.
         names: of the two models.
         folded: whether each model's LayerNorms are folded in.
-        spectra: for each matrix the singular values of A, of B and of ``B - A``, largest first.
+        spectra: for each matrix that differs the singular values of A, of B and of ``B - A``, largest first.
         notes: what a reader should know about the pair, such as weights stored in different precisions.
     """
 

@@ -1,13 +1,17 @@
 """How one matrix differs between two models: the change itself, the spectra, and the leading subspaces.
 
+A matrix whose weights are equal bit for bit is not decomposed.
+
 A circuit's change is never multiplied out: ``B1 B2 - A1 A2 = [B1 - A1, A1] [B2; B2 - A2]`` is a product of thin factors
 again, and of small numbers where the change is small, so that no digits cancel.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,10 +21,13 @@ from torch import Tensor
 
 from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import MatrixFactors
+from dt_lens.lens.weights import all_finite
 from dt_lens.svd.decomposition import Decomposition, common_boundary, decompose_matrix
 from dt_lens.svd.solvers import EPS
 
-__all__ = ["Measured", "change_factors", "haar_angle", "leading", "measure", "sizes"]
+__all__ = ["VERSION", "Measured", "change_factors", "haar_angle", "leading", "measure", "sizes", "unchanged"]
+
+VERSION = 1  # raised whenever a row may differ in a bit: it is part of the keys of stored rows
 
 Array = NDArray[np.float64]
 LARGE = 1024  # from this short side on only the leading directions are computed, and the spectrum without directions
@@ -35,6 +42,18 @@ class Measured(NamedTuple):
     sigma_a: Array
     sigma_b: Array
     sigma_change: Array
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, as tensors that a file can hold."""
+        text = torch.tensor(list(json.dumps(self.row).encode()), dtype=torch.uint8)
+        spectra = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in self._fields[1:]}
+        return {"row": text, **spectra}
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor]) -> Self:
+        """The inverse of ``tensors``."""
+        row = json.loads(bytes(stored["row"].tolist()))
+        return cls(row, *(stored[name].numpy() for name in cls._fields[1:]))
 
 
 def sizes(sigma: Array) -> dict[str, float]:
@@ -62,22 +81,23 @@ def measure(a: MatrixFactors, b: MatrixFactors, k: int) -> Measured:
     Raises:
         DtLensError: when its weights hold NaN or infinite values.
     """
-    matrix, A, B = a.matrix, _effective(a), _effective(b)
-    where = {"matrix": matrix.name, "kind": matrix.kind, "layer": matrix.layer, "head": matrix.head}
+    A, B = _effective(a), _effective(b)
     same = all(torch.equal(x, y) for x, y in zip(A, B, strict=True))
-    change, floor = _change(A, B)
-    sigma_change = np.empty(0) if same else _singular_values(change, floor)
     whole = not _large(A)
+    change, floor = _change(A, B)
+    del A, B  # a large matrix and its decomposition need the memory
+    sigma_change = _singular_values(change, floor) if not same else np.empty(0)
     del change
     found = (leading(a, k), leading(a if same else b, k))
-    spectra = [d.sigma.cpu().numpy() if whole else _singular_values(M) for d, M in zip(found, (A, B), strict=True)]
-    if same:
-        spectra[1] = spectra[0]
-    sigma_a, sigma_b = _padded(*spectra)
+    spectra = [
+        d.sigma.cpu().numpy() if whole else _singular_values(_effective(factors))
+        for d, factors in list(zip(found, (a, b), strict=True))[: 1 if same else 2]
+    ]
+    sigma_a, sigma_b = _padded(spectra[0], spectra[-1])
     size, top = float(np.linalg.norm(sigma_a)), float(sigma_a[0]) if len(sigma_a) else 0.0
     shift = sigma_b - sigma_a
     row = {
-        **where,
+        **_where(a),
         "relative_change": _over(float(np.linalg.norm(sigma_change)), size),
         **{f"change_{name}": value for name, value in sizes(sigma_change).items()},
         "spectrum_change": _over(float(np.linalg.norm(shift)), size),
@@ -86,6 +106,29 @@ def measure(a: MatrixFactors, b: MatrixFactors, k: int) -> Measured:
         **_angles(*found, k, same, whole),
     }
     return Measured(row, sigma_a, sigma_b, sigma_change)
+
+
+def unchanged(a: MatrixFactors, k: int) -> dict[str, Any]:
+    """The row of a matrix that is the same in both models: no change, and no angle between any subspaces."""
+    matrix, stored = a.matrix, a.stored()
+    shape = (stored[0].shape[0], stored[-1].shape[1])
+    together = min(k, *shape, stored[0].shape[1])
+    row = {
+        **_where(a),
+        "relative_change": 0.0,
+        **{f"change_{name}": value for name, value in sizes(np.empty(0)).items()},
+        **dict.fromkeys(("spectrum_change", "spectrum_change_max", "spectral_norm_change"), 0.0),
+        "k": together,
+    }
+    for side, name, width in (("left", matrix.left, shape[0]), ("right", matrix.right, shape[1])):
+        dimension = width - int(a.folded and matrix.centred(side))  # type: ignore[arg-type]
+        row |= _side(side, name, np.zeros(together), dimension)
+    return row
+
+
+def _where(factors: MatrixFactors) -> dict[str, Any]:
+    matrix = factors.matrix
+    return {"matrix": matrix.name, "kind": matrix.kind, "layer": matrix.layer, "head": matrix.head}
 
 
 def change_factors(a: MatrixFactors, b: MatrixFactors) -> tuple[list[Tensor], float]:
@@ -116,7 +159,7 @@ def haar_angle(k: int, dimension: int, samples: int = 32) -> float:
 
 def _effective(factors: MatrixFactors) -> list[Tensor]:
     found = [factor.detach() for factor in factors.effective()]
-    if not all(bool(torch.isfinite(factor).all()) for factor in found):
+    if not all(map(all_finite, found)):
         raise DtLensError(f"{factors.matrix.name} holds NaN or infinite values, so it cannot be compared.")
     return found
 
@@ -137,19 +180,32 @@ def _singular_values(factors: list[Tensor], floor: float = 0.0) -> Array:
     if len(factors) == 2:
         M = torch.linalg.qr(factors[0], mode="r")[1] @ torch.linalg.qr(factors[1].T, mode="r")[1].T
     short, long = sorted(M.shape)
-    scale = float(M.abs().max()) if M.numel() else 0.0
+    # Along its rows in memory, whichever way round it lies; abs would make a copy.
+    ends = (M.T if M.stride(0) == 1 else M).aminmax() if M.numel() else ()
+    scale = max((abs(float(end)) for end in ends), default=0.0)
     if scale == 0.0:
         return np.empty(0)
-    M = M / scale  # squares of tiny entries stay representable
+    if 1e-60 < scale < 1e60:  # a large matrix is not copied
+        scale = 1.0
+    else:
+        M = M / scale  # squares of tiny entries stay representable
     zero = 8 * long * EPS
     if short > LARGE or (short > GRAM and long >= 2 * short):
-        gram = M @ M.T if M.shape[0] == short else M.T @ M
+        gram = _symmetric(M if M.shape[0] == short else M.T)
         sigma = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).sqrt()
         zero = zero**0.5
     else:
         sigma = torch.linalg.svdvals(M)
     kept = sigma[sigma > max(zero * float(sigma[0]), floor / scale)] * scale
     return np.asarray(kept.cpu().numpy(), dtype=np.float64)
+
+
+def _symmetric(M: Tensor) -> Tensor:
+    """``M M^T``; NumPy computes half of a symmetric product (BLAS syrk)."""
+    if M.device.type != "cpu":
+        return M @ M.T
+    wide = M.numpy()
+    return torch.from_numpy(wide @ wide.T)
 
 
 def _large(factors: list[Tensor]) -> bool:
@@ -175,13 +231,19 @@ def _angles(a: Decomposition, b: Decomposition, k: int, same: bool, whole: bool)
         angles = np.zeros(together)
         if together and not same:
             angles = np.degrees(subspace_angles(one[:together].T.cpu().numpy(), two[:together].T.cpu().numpy()))
-        known = together > 0
-        row |= {
-            f"{side}_side": name,
-            f"{side}_angle": float(angles.mean()) if known else float("nan"),
-            f"{side}_angle_max": float(angles.max()) if known else float("nan"),
-            f"{side}_overlap": float((np.cos(np.radians(angles)) ** 2).mean()) if known else float("nan"),
-            f"{side}_haar_overlap": together / dimension,
-            f"{side}_haar_angle": haar_angle(together, dimension) if known else float("nan"),
-        }
+        row |= _side(side, name, angles, dimension)
     return row
+
+
+def _side(side: str, name: str, angles: Array, dimension: int) -> dict[str, Any]:
+    """The columns of one side of a matrix, from the principal angles in degrees."""
+    together = len(angles)
+    known = together > 0
+    return {
+        f"{side}_side": name,
+        f"{side}_angle": float(angles.mean()) if known else float("nan"),
+        f"{side}_angle_max": float(angles.max()) if known else float("nan"),
+        f"{side}_overlap": float((np.cos(np.radians(angles)) ** 2).mean()) if known else float("nan"),
+        f"{side}_haar_overlap": together / dimension,
+        f"{side}_haar_angle": haar_angle(together, dimension) if known else float("nan"),
+    }
