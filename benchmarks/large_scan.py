@@ -3,7 +3,7 @@
     python benchmarks/large_scan.py make DIR [--flat]   writes the checkpoint, in shards
     python benchmarks/large_scan.py make DIR2 --changed-from DIR
     python benchmarks/large_scan.py scan DIR [--kept DIR3]
-    python benchmarks/large_scan.py compare DIR DIR2    what changed, as dt-lens compare --weights-only
+    python benchmarks/large_scan.py compare DIR DIR2 [--kept DIR3]  what changed, as dt-lens compare --weights-only
     python benchmarks/large_scan.py peer DIR            one W_in by torch.linalg.svd, and by dt-lens
 
 ``scan`` compares the ten leading directions of every ``W_in``, ``W_out`` and OV circuit with both token embeddings,
@@ -136,13 +136,13 @@ def within_limits(kind: str, begin: float, blocks: int) -> bool:
     return whole <= MINUTES[kind] and peak <= GIB[kind]
 
 
-def compared(a: Path, b: Path) -> int:
+def compared(a: Path, b: Path, kept: Path | None) -> int:
     """Compare two checkpoints, and measure; returns the exit status."""
     from dt_lens import compare, open_checkpoint
 
     begin = time.perf_counter()
     one, two = open_checkpoint(a), open_checkpoint(b)
-    found = compare(one, two, progress=True)
+    found = compare(one, two, progress=True, resume=kept)
     print(repr(found))
     return int(not within_limits("compare", begin, one.cfg.n_layers))
 
@@ -206,7 +206,7 @@ def main() -> int:
     if given.what == "compare":
         if given.second is None:
             parser.error("compare takes two folders")
-        return compared(given.folder, given.second)
+        return compared(given.folder, given.second, given.kept)
     return scan(given.folder, given.kept) if given.what == "scan" else peer(given.folder)
 
 

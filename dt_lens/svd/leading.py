@@ -24,7 +24,7 @@ import torch
 from scipy.linalg import LinAlgError
 from torch import Tensor
 
-__all__ = ["SPARE", "leading", "rows_times"]
+__all__ = ["SPARE", "leading", "rows_times", "symmetric_product"]
 
 SPARE = 8  # directions beyond those wanted: the corrections converge by the gap behind them
 CORRECTIONS, STEPS = 3, 60  # at most: Newton corrections, and steps of conjugate gradients for each
@@ -94,16 +94,16 @@ def leading(M: Tensor, rank: int, tolerance: float, kind: torch.dtype) -> tuple[
 
 def _gram(M: Tensor, kind: torch.dtype) -> tuple[float, Tensor]:
     """``M M^T`` in a precision, divided by the number that comes first."""
-    scale, gram = 1.0, _symmetric(M.to(kind))
+    scale, gram = 1.0, symmetric_product(M.to(kind))
     if not 1e-25 < float(gram.trace()) < 1e30:  # squares leave float32's range
         largest = max(abs(float(end)) for end in M.aminmax())
         if not largest > 0:
             raise LinAlgError("A zero matrix has no leading directions.")
-        scale, gram = largest**2, _symmetric((M / largest).to(kind))
+        scale, gram = largest**2, symmetric_product((M / largest).to(kind))
     return scale, gram
 
 
-def _symmetric(M: Tensor) -> Tensor:
+def symmetric_product(M: Tensor) -> Tensor:
     """``M M^T``, of which little more than half is computed."""
     gram = M.new_empty(len(M), len(M))
     ends = [len(M) * part // PARTS for part in range(PARTS + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from dt_lens import DtLensError, SingularEdit, WeightSVD
 from dt_lens.lens.matrices import catalogue
 from dt_lens.svd import decompositions as svd
 from dt_lens.svd import side_labels as matching
+from dt_lens.svd.two_models import comparison
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 70}
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -120,6 +122,41 @@ def test_a_stopped_scan_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shard = next(file for file in sorted((tmp_path / "model").glob("*.safetensors")) if len(load_file(file)) > 1)
     save_file({key: tensor * 1.5 for key, tensor in load_file(shard).items()}, shard, {"format": "pt"})
     assert not go(False)["sigma"].equals(straight["sigma"])
+
+
+KILLED = """
+import os, signal, sys
+import dt_lens
+
+def tell(what, share):
+    if len(os.listdir(sys.argv[3])) >= 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+one, two = (dt_lens.open_checkpoint(folder) for folder in sys.argv[1:3])
+dt_lens.compare(one, two, resume=sys.argv[3], progress=tell)
+"""
+
+
+def test_a_comparison_that_was_killed_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other, kept = saved("gptj", tmp_path / "a"), saved("gptj", tmp_path / "b"), tmp_path / "kept"
+    for shard in sorted(other.glob("*.safetensors")):
+        held = load_file(shard)
+        held = {key: tensor * 1.1 if "h.1.attn" in key else tensor for key, tensor in held.items()}
+        save_file(held, shard, {"format": "pt"})
+    kept.mkdir()
+    ended = subprocess.run([sys.executable, "-c", KILLED, folder, other, kept], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    (kept / ".part-1-1-0.safetensors").write_bytes(b"cut off")  # as one that was killed while writing leaves it
+    measured: list[str] = []
+    real = comparison.measure
+    monkeypatch.setattr(comparison, "measure", lambda one, *rest: measured.append(one.matrix.name) or real(one, *rest))
+    one, two = dt_lens.open_checkpoint(folder), dt_lens.open_checkpoint(other)
+    found = dt_lens.compare(one, two, resume=kept)
+    differ = [name for name in catalogue(one) if name.startswith("blocks.1.attn")]
+    assert list(found.spectra) == differ and measured == differ[3:]
+    # The models in memory say the same, to the bit.
+    straight = dt_lens.compare(dt_lens.load(folder), dt_lens.load(other))
+    pd.testing.assert_frame_equal(found.table, straight.table, check_exact=True)
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ def _count(
             if t >= 1:  # only labels that coincide with the chosen one are matched perfectly
                 counts[i, some] += (np.abs(near[some]) > 1 - 1e-6).sum(1)
                 continue
-            # Labels that no turn of the vector reaches are left out, which most are; a threshold's follow on the last's.
+            # Labels that no turn of the vector reaches are left out; those left at one threshold serve the next.
             within = reach >= np.float32(t**2 * (1 - 1e-5))
             if 2 * np.count_nonzero(within) < len(within):
                 kept = np.flatnonzero(within)

@@ -23,6 +23,7 @@ from dt_lens.errors import DtLensError
 from dt_lens.lens.matrices import MatrixFactors
 from dt_lens.lens.weights import all_finite
 from dt_lens.svd.decomposition import Decomposition, common_boundary, decompose_matrix
+from dt_lens.svd.leading import symmetric_product
 from dt_lens.svd.solvers import EPS
 
 __all__ = ["VERSION", "Measured", "change_factors", "haar_angle", "leading", "measure", "sizes", "unchanged"]
@@ -191,21 +192,13 @@ def _singular_values(factors: list[Tensor], floor: float = 0.0) -> Array:
         M = M / scale  # squares of tiny entries stay representable
     zero = 8 * long * EPS
     if short > LARGE or (short > GRAM and long >= 2 * short):
-        gram = _symmetric(M if M.shape[0] == short else M.T)
+        gram = symmetric_product(M if M.shape[0] == short else M.T)
         sigma = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).sqrt()
         zero = zero**0.5
     else:
         sigma = torch.linalg.svdvals(M)
     kept = sigma[sigma > max(zero * float(sigma[0]), floor / scale)] * scale
     return np.asarray(kept.cpu().numpy(), dtype=np.float64)
-
-
-def _symmetric(M: Tensor) -> Tensor:
-    """``M M^T``; NumPy computes half of a symmetric product (BLAS syrk)."""
-    if M.device.type != "cpu":
-        return M @ M.T
-    wide = M.numpy()
-    return torch.from_numpy(wide @ wide.T)
 
 
 def _large(factors: list[Tensor]) -> bool:

@@ -26,7 +26,7 @@ class SameWeights:
         names = [factor.weight for factor in matrix.factors]
         names += [f"{norm}.w" for norm in (matrix.left_norm, matrix.right_norm) if norm is not None]
         one = fingerprint(self._a, matrix)
-        two = one if all([self._equal(name) for name in names]) else fingerprint(self._b, matrix)
+        two = one if all(self._equal(name) for name in names) else fingerprint(self._b, matrix)
         same = one == two and self._a.structure.unit_offset == self._b.structure.unit_offset
         return one, two, same and all(self._all_finite(name) for name in names)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ import dt_lens
 from dt_lens import DtLensError, Embedding, SingularEdit
 from dt_lens.lens.matrices import MatrixFactors, find_matrix
 from dt_lens.svd.decomposition import decompose_matrix
-from dt_lens.svd.two_models import matrix_change
+from dt_lens.svd.two_models import comparison, matrix_change
 from dt_lens.svd.two_models.label_changes import label_changes
 
 Make = Callable[..., Any]
@@ -320,3 +321,65 @@ def test_a_norm_that_changed_shows_only_in_what_is_folded(make_dt: Make) -> None
     assert row(dt_lens.compare(a, b), "blocks.0.mlp.W_in")["relative_change"] > 0.1
     raw = dt_lens.compare(a, b, fold_layernorm=False).table
     assert (raw["relative_change"] == 0).all()
+
+
+def test_matrices_that_did_not_change_are_not_decomposed(make_dt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = make_dt()
+    b = copy.deepcopy(a)
+    b.weights["blocks.1.attn.W_V"][1].mul_(1.5)
+    measured = []
+    real = comparison.measure
+    monkeypatch.setattr(comparison, "measure", lambda one, *rest: measured.append(one.matrix.name) or real(one, *rest))
+    found = dt_lens.compare(a, b)
+    assert measured == list(found.spectra) == ["blocks.1.attn.W_V", "blocks.1.attn.OV.1"]
+    assert found.table["relative_change"].gt(0).sum() == 2
+    # The same row as from the decompositions.
+    matrix = find_matrix(a, "blocks.0.mlp.W_in")
+    one, two = (MatrixFactors.of(model, matrix) for model in (a, b))
+    for k in (1, 10):
+        assert matrix_change.unchanged(one, k) == pytest.approx(real(one, two, k).row)
+    # A zero of another sign is another bit, and no change.
+    b = copy.deepcopy(a)
+    a.weights["blocks.0.mlp.W_in"][0, 0], b.weights["blocks.0.mlp.W_in"][0, 0] = 0.0, -0.0
+    assert dt_lens.compare(a, b).table["relative_change"].eq(0).all()
+    for model in (a, b):
+        model.weights["blocks.0.mlp.W_in"][0, 0] = float("nan")
+    with pytest.raises(DtLensError, match=r"blocks.0.mlp.W_in holds NaN"):
+        dt_lens.compare(a, b)
+
+
+def test_finished_rows_are_kept_by_the_weights_of_both(
+    make_dt: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = make_dt(0), make_dt(1)
+    straight = dt_lens.compare(a, b, k=3)
+    measured = []
+    real = comparison.measure
+    monkeypatch.setattr(comparison, "measure", lambda one, *rest: measured.append(one.matrix.name) or real(one, *rest))
+
+    def stop(what: str, share: float) -> None:
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dt_lens.compare(a, b, k=3, progress=stop, resume=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 7
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:-3])  # damaged: computed again
+    found = dt_lens.compare(a, b, k=3, resume=tmp_path)
+    assert len(measured) == 21
+    pd.testing.assert_frame_equal(found.table, straight.table)
+    for name, spectra in straight.spectra.items():
+        for one, two in zip(spectra, found.spectra[name], strict=True):
+            np.testing.assert_array_equal(one, two)
+    dt_lens.compare(a, b, k=3, resume=tmp_path)
+    assert len(measured) == 21
+    dt_lens.compare(a, b, k=2, matrices="*.W_in", resume=tmp_path)  # another question
+    dt_lens.compare(b, a, k=3, matrices="*.W_in", resume=tmp_path)
+    dt_lens.compare(a, b, k=3, matrices="*.W_in", fold_layernorm=False, resume=tmp_path)
+    assert len(measured) == 27
+    b.weights["blocks.1.mlp.W_in"][0, 0] += 1
+    changed = dt_lens.compare(a, b, k=3, matrices="*.W_in", resume=tmp_path)
+    assert measured[27:] == ["blocks.1.mlp.W_in"]
+    name = "blocks.1.mlp.W_in"
+    assert row(changed, name)["relative_change"] != row(straight, name)["relative_change"]
