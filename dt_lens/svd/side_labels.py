@@ -29,6 +29,7 @@ BLOCK = 2**23  # numbers held at a time, several times over in float64
 
 Array = NDArray[np.float64]
 WHOLE = 2**23  # numbers of an embedding that is held at once, in float64
+HELD = 2**28  # numbers of an embedding whose rows a null keeps in float32, 1 GiB, while it is drawn
 ROWS = 1024  # chosen labels computed together
 
 
@@ -158,13 +159,21 @@ class SideLabels:
         """The rows as nulls take them: at once, or a block at a time."""
         if self.whole:
             return self._rows
-        kept = np.concatenate([begin + np.flatnonzero(rows.any(1)) for begin, rows in self._blocks(self.width)])
+        kept, held = np.empty(0, np.int64), list[NDArray[np.float32]]()
+        for begin, rows in self._blocks(self.width):
+            some = np.flatnonzero(rows.any(1))
+            kept = np.append(kept, begin + some)
+            if self.n * self.width <= HELD:
+                held.append(np.asarray(rows[some] if len(some) < len(rows) else rows, dtype=np.float32))
 
         def rows_of(index: NDArray[np.int64]) -> Array:
             numbers = torch.from_numpy(kept[index])
             return np.asarray(unit_rows(self.embedding, numbers, self.folded, self.centred).numpy())
 
         def blocks() -> Iterator[NDArray[np.float32]]:
+            if held:
+                yield from held
+                return
             for _, rows in self._blocks(self.width):
                 yield np.asarray(rows[rows.any(1)], dtype=np.float32)
 

@@ -292,13 +292,22 @@ def _shares(C: _Whole | LabelBlocks, span: int, grid: Array, samples: int, rng: 
         counts, begin = np.zeros((len(grid), size), np.int64), 0
         for block in C.blocks():
             # Single precision: a draw that falls on the wrong side of t by 1e-7 moves nothing.
-            near = (own.astype(block.dtype) @ block.T).astype(np.float32)
-            inside = np.stack([(frame[:, :, i].astype(block.dtype) @ block.T).astype(np.float32) for i in range(span)])
+            near = _times(own, block).astype(np.float32, copy=False)
+            inside = np.stack([_times(frame[:, :, i], block).astype(np.float32, copy=False) for i in range(span)])
             here = np.flatnonzero((chosen >= begin) & (chosen < begin + len(block)))
             _count(counts, near, inside[0] * coin, inside[1:], grid, turns, (here, chosen[here] - begin))
             begin += len(block)
         total += (1 / counts).sum(1)
     return total / samples
+
+
+def _times(directions: Array, block: Floats) -> Floats:
+    """The cosines ``[k, m]`` of directions with the labels of a block, in the block's precision."""
+    if block.dtype == np.float64:
+        return np.asarray(directions @ block.T)
+    # By torch, which prepares blocks: NumPy's threads stay busy for a while after a product, and slow torch's.
+    narrow = torch.from_numpy(np.ascontiguousarray(directions, dtype=np.float32))
+    return np.asarray((narrow @ torch.from_numpy(block).T).numpy())
 
 
 def _count(
@@ -359,7 +368,7 @@ def _best_matches(C: _Whole | LabelBlocks, span: int, samples: int, rng: np.rand
         found = best[start : start + chunk]
         frame = np.linalg.qr(C.draw(rng, len(found), span))[0]
         for block in C.blocks():
-            projected = sum(np.square(frame[:, :, i].astype(block.dtype) @ block.T) for i in range(span))
+            projected = sum(np.square(_times(frame[:, :, i], block)) for i in range(span))
             np.maximum(found, np.sqrt(np.max(projected, axis=1)), out=found)
     return np.sort(best)
 
