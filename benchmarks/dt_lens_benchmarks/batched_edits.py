@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import dt_lens
-from dt_lens import SingularEdit
+from dt_lens import SingularEdit, WeightSVD
 from dt_lens.edits.edit import Edit
 from dt_lens.lens.matrices import catalogue
 from dt_lens_benchmarks.row import Row
@@ -25,10 +25,13 @@ WORKERS = 2
 
 
 def edits_of(model: Any, count: int) -> list[Edit]:
-    """``count`` edits, of the leading directions of every matrix in turn."""
-    matrices = list(catalogue(model).values())
+    """``count`` edits, of the leading directions of every matrix in turn; each matrix is decomposed once."""
+    matrices = list(catalogue(model).values())[:count]
+    svd = WeightSVD(model)
     return [
-        SingularEdit(model, m.name, number // len(matrices), side=m.residual_sides[0], value="zero")
+        SingularEdit(
+            model, m.name, number // len(matrices), side=m.residual_sides[0], value="zero", decomposition=svd[m.name]
+        )
         for number, m in ((n, matrices[n % len(matrices)]) for n in range(count))
     ]
 

@@ -7,6 +7,7 @@ of zero after normalisation, the padding action, the episode's first return-to-g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,8 @@ class SlidingPolicy:
         self._last_timesteps = torch.zeros(width, dtype=torch.long, device=model.device)
         self._age = [0] * width
         model.place(self._memory[:, 1 : 3 * context, : model.cfg.d_model])  # raises now, not at the first step
-        self._full = self._mask_of()
+        self._by_age = _masks(context, model.dtype, model.device)
+        self._full = self._by_age[-1:]
         self._masks = self._full.repeat(width, 1, 1, 1)
         self._arms = {0: ()} if arms is None else arms
         self._terms: list[Mapping[Product, Sequence[Term]]] = [{}] * width
@@ -128,7 +130,7 @@ class SlidingPolicy:
                 if age < self.context:
                     self._age[row] = age + 1
                     if not self._visible:
-                        self._masks[row] = self._mask_of(3 * (age + 1) - 1)[0]
+                        self._masks[row] = self._by_age[age]
             masks = self._masks
         if self.alone:
             masks = masks.expand(self.width, -1, -1, -1)
@@ -178,11 +180,13 @@ class SlidingPolicy:
         first = tokens[:, 1:, d:] if self._keeps_first else model.first(x, changes)
         return model.action(model.hidden(x, first, masks, changes))
 
-    def _mask_of(self, real: int | None = None) -> Tensor:
-        """``[1, 1, token, token]``: the mask of a window whose last ``real`` tokens are no padding; all by default."""
-        tokens = 3 * self.context - 1
-        places = torch.arange(tokens, device=self.model.device)
-        return additive_mask((places >= tokens - (tokens if real is None else real))[None], self.model.dtype)
+
+@functools.lru_cache(maxsize=8)
+def _masks(context: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "context 1 token token"]:
+    """The masks of windows of which 1, 2, ... ``context`` steps are no padding."""
+    tokens = 3 * context - 1
+    places, real = (torch.arange(start, stop, device=device) for start, stop in ((0, tokens), (1, context + 1)))
+    return additive_mask(places >= tokens - (3 * real[:, None] - 1), dtype)
 
 
 class WindowPolicy:
