@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["counted", "hooks_of_tables", "unproven_rows"]
 
+SMALL = 1_000_000  # numbers in the outputs of a batch
+
 
 def unproven_rows(model: Lens, batch: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, tuple[range, ...]]:
     """The rows of each table that change no output of the model on ``batch``, as ranges.
@@ -102,12 +104,17 @@ def _slopes(model: Any, batch: Mapping[str, Any], hooks: list[str]) -> dict[str,
         generator = torch.Generator().manual_seed(0)
         kept = [_without_padding(x, batch.get("attention_mask")) for x in outputs]
         kept = [x for x in kept if x.requires_grad]  # a head of another kind of weights may have no slope at all
-        # Given as gradients, not multiplied: logits may be larger than all else, and products would hold them again.
         noise = [torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in kept]
         read = [name for name in hooks if name in leaves]
         grads: Sequence[Tensor | None] = [None] * len(read)
         if kept:
-            grads = torch.autograd.grad(kept, [leaves[name] for name in read], noise, allow_unused=True)
+            given: dict[str, Any] = {"outputs": kept, "grad_outputs": noise}
+            # One number has the same derivatives, and PyTorch imports sympy to look at the shapes of others. But logits
+            # may be larger than all else, and a sum would hold them again.
+            if sum(x.numel() for x in kept) <= SMALL and len({x.device for x in kept}) == 1:
+                of_each = [x.flatten().dot(n.flatten()) for x, n in zip(kept, noise, strict=True)]
+                given = {"outputs": sum(of_each[1:], of_each[0])}
+            grads = torch.autograd.grad(inputs=[leaves[name] for name in read], allow_unused=True, **given)
     zeros = {name: torch.zeros_like(leaves[name]) for name in read}
     return zeros | {name: grad for name, grad in zip(read, grads, strict=True) if grad is not None}
 
