@@ -91,8 +91,13 @@ def text(explored: Explored, query: dict[str, str], dark: bool) -> Any:
                         "a text of yours, for its loss",
                         dcc.Textarea(id="text-own", value="", rows=4, placeholder="at least two tokens; may be empty"),
                     ),
-                    html.Button("Read", id="text-start", className="primary"),
-                    html.Button("Stop", id="live-stop", disabled=True),
+                    html.Div(
+                        [
+                            html.Button("Read", id="text-start", className="primary"),
+                            html.Button("Stop", id="live-stop", disabled=True),
+                        ],
+                        className="actions",
+                    ),
                 ],
                 className="form stacked",
             ),
@@ -155,11 +160,5 @@ def register(app: Dash, explored: Explored) -> None:
         State("text-prompt", "value"),
         State("text-tokens", "value"),
         State("text-own", "value"),
-        prevent_initial_call=True,
-    )
-    script(
-        ClientsideFunction("explorer", "stop"),
-        Output("live-stop", "title"),
-        Input("live-stop", "n_clicks"),
         prevent_initial_call=True,
     )

@@ -27,7 +27,6 @@ from dt_lens.lens.forward_mode import measuring, one_thread
 
 __all__ = ["play", "summary"]
 
-AT_ONCE = 4  # units of each arm that run side by side
 PICTURES = 25  # a second
 SUMMARIES = 1.0  # seconds between two intervals
 MOST = 1000  # units of a run
@@ -66,8 +65,10 @@ def play(model: Any, wanted: Mapping[str, Any], fold_layernorm: bool, say: Say, 
             abouts[name] = task.about(model)
     run = _Run(model, task, arms, abouts, say, check, wanted.get("pace"))
     run.begin(len(units))
-    for first in range(0, len(units), AT_ONCE):
-        run.round(units[first : first + AT_ONCE])
+    # As many as a batch has rows on every machine: then all arms of an episode begin at once, and can be watched.
+    together = max(1, LEAST_LANES // len(arms))
+    for first in range(0, len(units), together):
+        run.round(units[first : first + together])
     run.tell(last=True)
 
 
@@ -126,9 +127,8 @@ class _Run:
         if any(arm.own for arm in arms):
             return False
         starts = [Start(unit, number) for unit in units for number in range(len(arms))]
-        lanes = max(LEAST_LANES, len(starts))
         watched = _WatchedEnvironment(**{f.name: getattr(task.setting.made, f.name) for f in fields(Environment)})
-        job = portable_job(self.model, task.setting._replace(made=watched), lanes, arms)
+        job = portable_job(self.model, task.setting._replace(made=watched), LEAST_LANES, arms)
         if job is None:
             return False
         names = list(self.arms)
@@ -215,7 +215,8 @@ class _Watch:
 
     def __init__(self, run: _Run, starts: Sequence[Start], envs: Sequence[Env], conditions: Any) -> None:
         self.run, self.starts, self.envs, self.conditions = run, list(starts), envs, conditions
-        self.rows = list(range(len(starts)))  # of the batch: which start is in it
+        self.rows: list[tuple[int, int]] = []  # of the batch: an environment, and the start that runs in it
+        self.begun = 0
         self.over: dict[tuple[int, int], Outcome] = {}
         self.drawn = starts[0].seed
         self._next = 0.0
@@ -235,7 +236,7 @@ class _Watch:
         self._next = now + 1.0 / PICTURES
         self._choose()
         sent = []
-        for row, number in enumerate(self.rows):
+        for row, (place, number) in enumerate(self.rows):
             if number < 0 or self.starts[number].seed != self.drawn:
                 continue
             start = self.starts[number]
@@ -247,7 +248,7 @@ class _Watch:
                 "arm": start.arm,
                 "step": int(timesteps[row]),
                 "total": total,
-                "picture": picture_of(self.envs[number]),
+                "picture": picture_of(self.envs[place]),
             }
             self._last[start.arm] = picture
             sent.append(picture)
@@ -281,9 +282,12 @@ class _Watched:
     def __init__(self, policy: Policy, watch: _Watch) -> None:
         self._policy, self._watch = policy, watch
         self.width = policy.width
-        watch.rows += [-1] * (policy.width - len(watch.rows))  # rows without an episode
+        watch.rows = [(row, -1) for row in range(policy.width)]  # no episode yet
 
     def restart(self, row: int, arm: int = 0) -> None:
+        watch = self._watch
+        watch.rows[row] = (watch.rows[row][0], watch.begun)  # episodes begin in the order of the starts
+        watch.begun += 1
         self._policy.restart(row, arm)
 
     def keep(self, rows: Sequence[int]) -> None:

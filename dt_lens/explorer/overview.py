@@ -121,7 +121,11 @@ def overview_figure(explored: Explored, show: str = "cosine") -> Any:
     names = [short(text.unescape(tick)) for tick in made.layout.yaxis.ticktext]
     assert len(rows) == len(names)
     made.update_yaxes(ticktext=names)
-    made.update_layout(meta={"least_width": 120 + 46 * len(made.layout.xaxis.ticktext)})
+    # Every cell says its number, so that a narrow page has no need of a colour bar.
+    made.update_coloraxes(showscale=False)
+    made.update_xaxes(tickangle=-45)
+    columns = len(made.layout.xaxis.ticktext)
+    made.update_layout(height=made.layout.height + 50, meta={"least_width": 115 + 38 * columns})
     return made
 
 

@@ -11,6 +11,12 @@ import typer
 from dt_lens.cli.options import Given, Matrices, Model, Raw, given_values, load_model, split
 from dt_lens.cli.output import progress
 
+EXAMPLES = (
+    "dt-lens explore hopper",
+    "dt-lens explore tiny-gpt2 --no-browser --port 8050",
+    "dt-lens explore hopper --sweep runs/sweep",
+)
+
 
 def explore(
     model: Model,

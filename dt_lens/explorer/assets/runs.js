@@ -95,7 +95,7 @@
   }
 
   function begun(event) {
-    Object.assign(run, event, { running: true });
+    Object.assign(run, event, { running: true, scale: event.scale ? `, ${event.scale.trim()}` : "" });
     run.kind = "live";
     for (const arm of event.arms) run.values[arm] = {};
     run.words = `${event.place}`;
@@ -205,7 +205,7 @@
     return { made, x, y };
   }
 
-  const decimals = (size) => (size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3);
+  const decimals = (size) => (size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : size >= 0.1 ? 3 : 4);
   const key = (arms) => element("p", { class: "key" }, ...arms.map((arm) => element("span", { class: `of-${arm}` }, arm)));
 
   function outcomes() {
@@ -259,8 +259,9 @@
     place.replaceChildren(drawn.made, key(run.arms.filter((arm) => arm !== "unedited")));
   }
 
-  function rowsOf(headings, rows) {
-    const cells = (row, tag) => element("tr", {}, ...row.map((cell, i) => element(tag, i ? { class: "number" } : {}, cell)));
+  function rowsOf(headings, rows, words) {
+    const left = words || [0]; // columns of words; the others are numbers
+    const cells = (row, tag) => element("tr", {}, ...row.map((cell, i) => element(tag, left.includes(i) ? {} : { class: "number" }, cell)));
     return element("div", { class: "scroll", tabindex: "0" }, element("table", {},
       element("thead", {}, cells(headings, "th")), element("tbody", {}, ...rows.map((row) => cells(row, "td")))));
   }
@@ -272,13 +273,14 @@
     const digits = decimals(Math.max(...Object.values(means).map((one) => Math.abs(one.mean))));
     const first = Object.entries(means).map(([arm, one]) => [arm, number(one.mean, digits),
       ...(one.failed === undefined ? [] : [`${number(100 * one.failed, 0)} %`])]);
+    const fine = Math.max(digits, decimals(Math.max(...compared.map((c) => Math.abs(c.difference)))));
     const failing = run.failing && Object.values(means)[0].failed !== undefined;
     place.replaceChildren(
       element("p", {}, `After ${n} paired ${run.unit}s${run.scale}:`),
       rowsOf(["", `mean ${run.outcome}`, ...(failing ? [`failed (${run.failing})`] : [])], first),
       element("p", {}, ""),
       rowsOf(["paired difference", "mean", "95 % interval", "p"], compared.map((c) => [`${c.arm} − ${c.with}`,
-        signed(c.difference, digits), c.low === null ? "–" : `${signed(c.low, digits)} to ${signed(c.high, digits)}`, p(c.p)])));
+        signed(c.difference, fine), c.low === null ? "–" : `${signed(c.low, fine)} to ${signed(c.high, fine)}`, p(c.p)])));
     place.dataset.summary = JSON.stringify(run.latest); // for tests
   }
 
@@ -293,7 +295,7 @@
     for (let i = 0; i < length; i += 1)
       rows.push([String(i + 1), ...arms.flatMap((arm) => [event.arms[arm][i][0], event.arms[arm][i][1].toFixed(4)])]);
     place.replaceChildren(element("h2", {}, "The next token"),
-      rowsOf(["", ...arms.flatMap((arm) => [arm, "probability"])], rows));
+      rowsOf(["", ...arms.flatMap((arm) => [arm, "probability"])], rows, [0, 1, 3]));
     place.dataset.next = JSON.stringify(event.arms);
   }
 
@@ -372,11 +374,12 @@
     return "";
   }
 
-  function stop() {
-    if (run && run.running) post("stop").then((sentence) => { if (sentence) finished(sentence); });
-    return "";
-  }
+  // Not through Dash: React ignores clicks on a button that it has drawn as disabled.
+  document.addEventListener("click", (event) => {
+    if (event.target.id === "live-stop" && run && run.running)
+      post("stop").then((sentence) => { if (sentence) finished(sentence); });
+  });
 
-  window.dash_clientside = Object.assign({}, window.dash_clientside, { explorer: { theme, menu, play, read, stop } });
+  window.dash_clientside = Object.assign({}, window.dash_clientside, { explorer: { theme, menu, play, read } });
   window.addEventListener("pagehide", () => { if (source) navigator.sendBeacon(`/run/${tab}/close`, ""); });
 })();
