@@ -18,7 +18,8 @@ BLOCK = re.compile(r"(?:^<!-- (?P<note>[^\n]*) -->\n)?^```(?P<kind>\w+)\n(?P<tex
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
 TOCTREE = re.compile(r"^```\{toctree\}\n(?::[^\n]*\n)*(?P<entries>.*?)^```$", re.MULTILINE | re.DOTALL)
 WIDTH = 120  # columns of prose; tables, links and code may be wider
-OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.md"))
+OTHERS = [*NOTEBOOKS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 WRAPPED = [*PAGES, *OTHERS, *sorted((ROOT / "dt_lens" / "zoo").glob("*/CARD.md"))]
 
 
@@ -44,6 +45,7 @@ def run(page: Path, slow: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("docs", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "dt_lens_toy", raising=False)
     names: dict[str, object] = {"__name__": "page"}

@@ -6,13 +6,17 @@ same relative path here and where the Markdown is read as it lies.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "adapters"), str(ROOT / "benchmarks")]
+
+import plotly  # noqa: E402
 
 from dt_lens.version import __version__  # noqa: E402
 
@@ -54,15 +58,31 @@ napoleon_use_rtype = False
 # Attributes get no entries of their own, since an attribute may be a property with a docstring.
 napoleon_custom_sections = [("Attributes", "params_style")]
 
-nb_execution_mode = "cache"
-nb_execution_cache_path = str(ROOT / "build" / "notebooks")
+BUILD = ROOT / "build"
+nb_execution_mode = "cache"  # in build/notebooks: only what has changed is executed again
+nb_execution_cache_path = str(BUILD / "notebooks")
+nb_execution_in_temp = True
 nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # what libraries say while they load
+
+# The kernels of the notebooks read these: figures go into the page as data, which static/site.js draws with plotly.js.
+startup = BUILD / "ipython" / "profile_default" / "startup"
+startup.mkdir(parents=True, exist_ok=True)
+shutil.copy(Path(__file__).parent / "figures.py", startup)
+os.environ |= {
+    "IPYTHONDIR": str(BUILD / "ipython"),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters"), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+    "OMP_NUM_THREADS": "1",
+}
+(BUILD / "static").mkdir(exist_ok=True)
+shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", BUILD / "static")
 
 html_theme = "furo"
 html_title = "dt-lens"
-html_static_path = ["static"]
+html_static_path = ["static", str(BUILD / "static")]
 html_extra_path = ["extra"]  # index.html leads to the front page, docs/index.html
 html_css_files = ["site.css"]
 html_copy_source = False
@@ -74,5 +94,13 @@ def _bars_are_bars(app: Any, what: str, name: str, value: Any, options: Any, lin
     lines[:] = [re.sub(r"\|(\w+)\|", r"\\|\1\\|", line) for line in lines]
 
 
+def _scripts_of_notebooks(app: Any, page: str, *rest: Any) -> None:
+    """Load plotly.js, of five megabytes, in pages with figures only."""
+    if page.startswith("notebooks/"):
+        app.add_js_file("plotly.min.js")
+        app.add_js_file("site.js")
+
+
 def setup(app: Any) -> None:
+    app.connect("html-page-context", _scripts_of_notebooks)
     app.connect("autodoc-process-docstring", _bars_are_bars)

@@ -1,0 +1,38 @@
+"""Each notebook is a pair, Markdown and ``.ipynb``, in step; the site executes the Markdown (tests/acceptance)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.md"))
+
+
+def cells(notebook: Any) -> list[tuple[str, str, list[str]]]:
+    return [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
+
+
+def test_every_notebook_is_a_pair() -> None:
+    assert len(NOTEBOOKS) == 6
+    assert [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))] == [path.stem for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_the_two_of_a_pair_are_in_step(page: Path) -> None:
+    """``jupytext --to ipynb notebooks/NAME.md`` writes the second from the first. Outputs are left to the site."""
+    import jupytext
+
+    markdown, notebook = jupytext.read(page), jupytext.read(page.with_suffix(".ipynb"))
+    assert cells(notebook) == cells(markdown)
+    assert not [cell for cell in notebook.cells if cell.get("outputs")]
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_the_first_cell_installs_on_colab_alone(page: Path) -> None:
+    import jupytext
+
+    first = next(cell for cell in jupytext.read(page).cells if cell.cell_type == "code")
+    assert first.source.endswith('if "google.colab" in sys.modules:\n    %pip install -q dt-lens')
