@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ def scan_heatmap(
     alpha: float = 0.05,
     limit: float | None = None,
     trained: bool = True,
+    links: Sequence[str] | None = None,
     title: str = "",
 ) -> go.Figure:
     """The cosines of one matrix's singular directions with one embedding's directions.
@@ -46,6 +47,7 @@ def scan_heatmap(
         limit: the colour range is ``±limit``; by default the largest absolute cosine, at least 0.1. Give the same
             limit to figures that will be compared.
         trained: false for an output head that had no loss: the figure is then grey, for what it shows is chance.
+        links: for each direction the id of what a click on its cells leads to in a page.
         title: the figure's title; matrix and embedding by default.
 
     Raises:
@@ -82,6 +84,7 @@ def scan_heatmap(
             hovertext=[labels] * rows,
             hovertemplate="sv %{customdata[0]}<br>%{hovertext}<br>cosine %{z:+.3f}%{customdata[1]}<extra></extra>",
             coloraxis="coloraxis",
+            meta=None if links is None else {"links": list(links)},
         )
     )
     colours = _colours(-top, top, "cosine")
@@ -114,6 +117,7 @@ def scan_overview(
     *,
     value: Literal["cosine", "z"] = "cosine",
     alpha: float = 0.05,
+    link: Callable[[Mapping[Any, Any]], str] | None = None,
     title: str = "Best match of every matrix with every embedding",
 ) -> go.Figure:
     """An overview of a scan: the best match of any direction, for each matrix and embedding.
@@ -124,6 +128,7 @@ def scan_overview(
         value: colour and number: the largest absolute cosine, or the largest z.
         alpha: a star marks a cell whose smallest q value is below it.
             Columns of untrained heads, which ``table.attrs["untrained"]`` names, are grey.
+        link: gives the id of what a click on a cell leads to in a page, from the cell's best row.
         title: the figure's title.
 
     Raises:
@@ -142,10 +147,11 @@ def scan_overview(
     untrained = [at for at, name in enumerate(embeddings) if name in table.attrs.get("untrained", ())]
     grid = np.full((len(places), len(embeddings)), np.nan)
     text = np.full(grid.shape, "", dtype=object)
-    hover = np.full(grid.shape, "", dtype=object)
+    hover, leads = np.full(grid.shape, "", dtype=object), np.full(grid.shape, "", dtype=object)
     for row in best.to_dict("records"):
         at = places.index(row["place"]), embeddings.index(row["embedding"])
         grid[at] = abs(row["cosine"]) if value == "cosine" else row["z"]
+        leads[at] = "" if link is None else link(row)
         star = row["smallest_q"] < alpha
         number = f"{grid[at]:.2f}" if value == "cosine" else f"{grid[at]:.1f}"
         text[at] = f"<b>{number}*</b>" if star else number
@@ -168,6 +174,7 @@ def scan_overview(
                 hovertemplate="%{customdata}<extra></extra>",
                 hoverongaps=False,
                 coloraxis=axis,
+                meta=None if link is None else {"links": leads.tolist()},
             )
             for axis, shown in (("coloraxis", ~grey), ("coloraxis2", grey))
             if shown.any()
@@ -195,7 +202,7 @@ def scan_overview(
         title_text="",
     )
     stars = int((best["smallest_q"] < alpha).sum())
-    found = f"* q < {alpha:g} in {stars} of {len(best)} cells · empty: not compared"
+    found = f"* q < {alpha:g} in {stars} of {len(best)} cells · {len(table):,} comparisons · empty: not compared"
     found += " · grey: untrained heads" if untrained else ""
     return finish(
         figure,

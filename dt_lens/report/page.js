@@ -1,83 +1,250 @@
 "use strict";
 (function () {
-  const templates = JSON.parse(document.getElementById("templates").textContent);
-  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const root = document.documentElement;
+  const held = document.getElementById("templates"); // missing on a page without figures
+  const templates = held ? JSON.parse(held.textContent) : null;
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
   const PRINTED = 670; // pixels between the margins of a printed page
+  const NARROW = 620; // below it long names stand above what they name
   let printing = false;
+
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+  const bare = (text) => String(text).replace(/<br>/g, " ").replace(/<[^>]*>/g, "").replace(/&[a-z]+;/g, "x");
 
   function specification(id) {
     return JSON.parse(document.getElementById(id).textContent);
   }
 
+  // Words in lines of at most `most` letters; markup takes no room.
+  function wrapped(text, most) {
+    const lines = [];
+    for (const part of String(text).split("<br>")) {
+      let line = "";
+      for (const word of part.split(" ")) {
+        if (line && bare(line).length + 1 + bare(word).length > most) {
+          lines.push(line);
+          line = word;
+        } else line = line ? line + " " + word : word;
+      }
+      lines.push(line);
+    }
+    return lines;
+  }
+
+  // Beside the plot a legend would leave it no room: below it, and the figure grows by as much as the legend takes.
+  function legendBelow(given, layout, width) {
+    const legend = layout.legend || {};
+    const shown = given.data.filter((trace) => trace.showlegend !== false && trace.type !== "heatmap");
+    if (width >= 760 || legend.orientation === "h" || shown.length < 2) return;
+    const longest = Math.max(...shown.map((trace) => bare(trace.name || "").length));
+    const across = Math.max(1, Math.floor((width - 60) / (7 * longest + 50)));
+    const groups = new Set(shown.map((trace) => trace.legendgroup || "")).size;
+    const stacked = groups > 1 && groups < shown.length; // groups of several lines each take a row of their own
+    const rows = (stacked ? shown.length + groups / 2 : Math.ceil(shown.length / across)) + 1;
+    layout.legend = Object.assign({}, legend, {
+      orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", entrywidth: 7 * longest + 10,
+    });
+    layout.margin = Object.assign({}, layout.margin, { b: 60 + 21 * rows });
+    layout.height += 21 * rows;
+  }
+
+  // Long names beside the plot would leave it no room: above what they name, in rows that are as high as they need.
+  function labelsAbove(given, layout, width) {
+    const axis = layout.yaxis || {};
+    let values = axis.tickvals, texts = axis.ticktext;
+    if (!values) {
+      const found = new Set();
+      given.data.forEach((trace) => (Array.isArray(trace.y) ? trace.y : []).forEach((name) => found.add(name)));
+      texts = values = Array.from(found).filter((name) => typeof name === "string");
+    }
+    if (!values.length) return;
+    const lines = texts.map((text) => wrapped(text, Math.floor((width - 30) / 6.6)));
+    const most = Math.max(...lines.map((found) => found.length));
+    const up = axis.autorange === "reversed" || (axis.range && axis.range[0] > axis.range[1]) ? -1 : 1;
+    const named = typeof values[0] === "string";
+    const place = (at) => (named ? values.indexOf(at) : at);
+    if (!named) {
+      // The marks move into the lower half of their row.
+      for (const trace of given.data) if (Array.isArray(trace.y)) trace.y = trace.y.map((at) => at - up * 0.2);
+    }
+    layout.annotations = (layout.annotations || []).concat(values.map((at, row) => ({
+      text: lines[row].join("<br>"), showarrow: false, font: { size: 12 }, align: "left",
+      x: 0, xref: "paper", xanchor: "left", xshift: 2, y: place(at) + up * 0.5, yanchor: "top",
+    })));
+    layout.yaxis = Object.assign({}, axis, { showticklabels: false, ticks: "" });
+    layout.height = 170 + values.length * (named ? 60 + 30 * most : 26 + 31 * most);
+    layout.margin = Object.assign({}, layout.margin, { l: 12 });
+    layout.xaxis = Object.assign({}, layout.xaxis, { nticks: 5 });
+  }
+
+  // The titles of the axes in lines that fit.
+  function titles(layout, width) {
+    const lengths = { xaxis: width - 50, yaxis: layout.height - (layout.margin.t || 0) - (layout.margin.b || 0) };
+    for (const [name, room] of Object.entries(lengths)) {
+      const title = (layout[name] || {}).title;
+      if (!title || !title.text) continue;
+      const most = Math.max(12, Math.floor(room / 8));
+      const text = wrapped(title.text, most).join("<br>");
+      layout[name] = Object.assign({}, layout[name], { title: Object.assign({}, title, { text: text }) });
+    }
+  }
+
+  // A table of cells: short names, and no numbers in cells that are narrower than they.
+  function heatmap(given, layout, width) {
+    const x = layout.xaxis || {}, y = layout.yaxis || {};
+    if (!x.ticktext || layout.grid || layout.xaxis2) return;
+    const small = width < NARROW;
+    const names = (y.ticktext || []).map((name) => (small ? name.replace(/^blocks\.(\d+)\.(attn|mlp)\./, "$1 ").replace(/  <i>.*/, "") : name));
+    const left = 12 + 6.8 * Math.max(0, ...names.map((name) => bare(name).length)) + (y.title && y.title.text ? 24 : 0);
+    const bar = !small && (layout.coloraxis || {}).showscale !== false ? 90 : 0;
+    const cell = (Math.max(width, (layout.meta || {}).least_width || 0) - left - bar - 20) / x.ticktext.length;
+    const longest = Math.max(...x.ticktext.map((name) => Math.max(...String(name).split("<br>").map((line) => bare(line).length))));
+    if (7.2 * longest > cell - 4 && !x.tickangle) {
+      layout.xaxis = Object.assign({}, x, { tickangle: x.side === "top" ? -60 : 60 });
+      layout.height += Math.min(140, 5 * longest);
+    }
+    if (!small) return;
+    layout.yaxis = Object.assign({}, y, { ticktext: names, tickfont: { size: 11 }, title: { text: "" } });
+    const fits = (width - left - 20) / x.ticktext.length;
+    if (fits >= 9) layout.meta.least_width = 0;
+    if (fits < 32) {
+      for (const trace of given.data) {
+        if (Array.isArray(trace.text)) {
+          trace.text = trace.text.map((row) => row.map((said) => (said === "●" ? said : /\*/.test(said) ? "*" : "")));
+        }
+      }
+      layout.xaxis = Object.assign({}, layout.xaxis, { tickangle: -90, tickfont: { size: 11 } });
+    }
+    for (const axis of ["coloraxis", "coloraxis2"]) {
+      if (!layout[axis] || layout[axis].showscale === false) continue;
+      const colourbar = Object.assign({}, layout[axis].colorbar, {
+        orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", lenmode: "fraction", len: 0.9,
+        thickness: 10, nticks: 4,
+      });
+      colourbar.title = Object.assign({}, colourbar.title, { side: "top" });
+      layout[axis] = Object.assign({}, layout[axis], { colorbar: colourbar });
+      layout.margin = Object.assign({}, layout.margin, { b: (layout.margin.b || 40) + 75 });
+      layout.height += 75;
+    }
+  }
+
+  function leadsTo(point) {
+    let at = (point.data.meta || {}).links;
+    for (const place of [].concat(point.pointNumber)) if (Array.isArray(at)) at = at[place];
+    return typeof at === "string" && at ? at : null;
+  }
+
   function draw(plot) {
     const wanted = plot.querySelector("select");
     const given = specification(wanted ? wanted.value : plot.dataset.figure);
-    const canvas = plot.querySelector(".canvas > div");
+    const frame = plot.querySelector(".canvas");
+    const canvas = frame.querySelector("div");
     const layout = given.layout;
     plot.querySelector("h3").textContent = given.title;
     plot.querySelector(".about").textContent = given.about;
     canvas.setAttribute("aria-label", [given.title, given.about].join(". "));
-    layout.template = templates[dark.matches && !printing ? "dark" : "light"];
-    const hints = layout.meta || {};
-    canvas.style.setProperty("--least", (hints.least_width || 0) + "px");
-    layout.autosize = !printing;
-    if (printing) layout.width = PRINTED;
-    const width = printing ? PRINTED : canvas.clientWidth;
-    const legend = layout.legend || {};
-    const shown = given.data.filter((trace) => trace.showlegend !== false && trace.type !== "heatmap");
-    if (width < 760 && legend.orientation !== "h" && shown.length > 1) {
-      // Beside the plot a legend would leave it no room: below it, and the figure grows by as much as the legend takes.
-      const longest = Math.max(...shown.map((trace) => (trace.name || "").length));
-      const across = Math.max(1, Math.floor((width - 60) / (7 * longest + 50)));
-      const groups = new Set(shown.map((trace) => trace.legendgroup || "")).size;
-      const stacked = groups > 1 && groups < shown.length; // groups of several lines each take a row of their own
-      const rows = (stacked ? shown.length + groups / 2 : Math.ceil(shown.length / across)) + 1;
-      layout.legend = Object.assign({}, legend, {
-        orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", entrywidth: 7 * longest + 10,
+    layout.template = templates[isDark() && !printing ? "dark" : "light"];
+    layout.meta = layout.meta || {};
+    const width = printing ? PRINTED : frame.clientWidth;
+    if (width < NARROW && layout.meta.labels_above) {
+      layout.meta.least_width = 0;
+      labelsAbove(given, layout, width);
+    }
+    if (given.data.some((trace) => trace.type === "heatmap")) heatmap(given, layout, width);
+    if (!layout.xaxis2) titles(layout, width);
+    legendBelow(given, layout, width);
+    const least = printing ? 0 : layout.meta.least_width || 0;
+    canvas.style.setProperty("--least", least + "px");
+    layout.autosize = false; // drawn anew when the page changes its width, see below
+    layout.width = Math.max(width, least);
+    plot.classList.toggle("wider", least > width);
+    frame.classList.toggle("leads", given.data.some((trace) => trace.meta && trace.meta.links));
+    const options = { responsive: false, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+    const drawn = Plotly.react(canvas, given.data, layout, options);
+    if (!canvas.dataset.listens) {
+      canvas.dataset.listens = "yes";
+      canvas.on("plotly_click", (event) => {
+        const anchor = leadsTo(event.points[0]);
+        if (!anchor) return;
+        if (location.hash === "#" + anchor) reveal();
+        else location.hash = anchor;
       });
-      layout.margin = Object.assign({}, layout.margin, { b: 60 + 21 * rows });
-      layout.height += 21 * rows;
     }
-    if (width < 620 && hints.labels_above) {
-      // Beside the plot long names would leave it no room: above what they name, in rows that are higher by a half.
-      const axis = layout.yaxis;
-      layout.annotations = axis.tickvals.map((at, row) => ({
-        text: axis.ticktext[row].replace("<br>", "&nbsp;&nbsp; "), showarrow: false, font: { size: 12 },
-        x: 0, xref: "paper", xanchor: "left", xshift: 2, y: at - 0.4,
-      }));
-      layout.yaxis = Object.assign({}, axis, { showticklabels: false, ticks: "" });
-      layout.height *= 1.4;
-      layout.margin.l = 10;
-    }
-    const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
-    return Plotly.react(canvas, given.data, layout, options);
+    return drawn;
   }
 
   const plots = Array.from(document.querySelectorAll("figure.plot"));
   const visible = (plot) => !plot.closest("details:not([open])");
   const redraw = () => plots.filter(visible).forEach(draw);
 
+  // Show what a link leads to, though it be folded away.
+  function reveal() {
+    const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    const table = target.closest("table.short");
+    if (table && target.classList.contains("more")) showAll(table, true);
+    document.querySelectorAll("tr.found").forEach((row) => row.classList.remove("found"));
+    if (target.tagName === "TR") target.classList.add("found");
+    target.scrollIntoView({ block: target.tagName === "TR" ? "center" : "start" });
+  }
+
+  function showAll(table, all) {
+    const button = table.closest("figure").querySelector("button.all");
+    table.classList.toggle("whole", all);
+    if (!button) return;
+    button.dataset.more = button.dataset.more || button.textContent;
+    button.textContent = all ? "Show the first " + table.dataset.first : button.dataset.more;
+  }
+
+  for (const table of document.querySelectorAll("table.short")) {
+    const button = table.closest("figure").querySelector("button.all");
+    button.hidden = false;
+    button.addEventListener("click", () => showAll(table, !table.classList.contains("whole")));
+  }
   for (const plot of plots) {
     const select = plot.querySelector("select");
     if (select) select.addEventListener("change", () => draw(plot));
   }
   for (const fold of document.querySelectorAll("details")) {
     fold.addEventListener("toggle", () => {
-      if (fold.open) fold.querySelectorAll("figure.plot").forEach(draw);
+      if (fold.open) Array.from(fold.querySelectorAll("figure.plot")).filter(visible).forEach(draw);
     });
   }
-  dark.addEventListener("change", redraw);
+
+  const theme = document.getElementById("theme");
+  function named() {
+    theme.textContent = isDark() ? "Light" : "Dark";
+    theme.setAttribute("aria-label", isDark() ? "Light colours" : "Dark colours");
+  }
+  theme.hidden = false;
+  named();
+  theme.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    try {
+      localStorage.setItem("dt-lens-colours", root.dataset.theme);
+    } catch (error) {
+      // It holds for this page alone.
+    }
+    named();
+    redraw();
+  });
+  system.addEventListener("change", () => { named(); redraw(); });
   window.addEventListener("beforeprint", () => { printing = true; redraw(); });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
-  let last = window.innerWidth;
+  window.addEventListener("hashchange", reveal);
+  let last = root.clientWidth, waiting = 0;
   window.addEventListener("resize", () => {
-    // Plotly follows the window by itself; only a legend that changes its place needs a new drawing.
-    if (!printing && (last < 860) !== (window.innerWidth < 860)) redraw();
-    last = window.innerWidth;
+    if (printing || last === root.clientWidth) return;
+    last = root.clientWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(redraw, 120);
   });
   redraw();
+  if (location.hash) reveal();
 
-  for (const table of document.querySelectorAll("table")) {
+  for (const table of document.querySelectorAll("main table, header table")) {
+    if (!table.tHead || !table.tHead.querySelector("button")) continue;
     const heads = Array.from(table.tHead.rows[0].cells);
     heads.forEach((head, column) => {
       head.firstChild.addEventListener("click", () => {
@@ -93,6 +260,7 @@
           const order = numeric ? a - b : a.localeCompare(b, undefined, { numeric: true });
           return down ? -order : order;
         });
+        if (table.dataset.first) rows.forEach((row, at) => row.classList.toggle("more", at >= Number(table.dataset.first)));
         table.tBodies[0].append(...rows);
       });
     });

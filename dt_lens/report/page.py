@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -21,7 +21,9 @@ from dt_lens.report.style import dark, light
 from dt_lens.report.tables import Format, table_html
 from dt_lens.version import __version__
 
-__all__ = ["Block", "Choice", "Folded", "Markup", "Note", "Plot", "Section", "Table", "Video", "write_report"]
+__all__ = [
+    "Block", "Chip", "Choice", "Folded", "Markup", "Note", "Plot", "Section", "Table", "Video", "Words", "write_report",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,52 @@ class Choice:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose columns a reader can sort; the arguments are those of ``tables.table_html``."""
+    """A table whose columns a reader can sort; the arguments are those of ``tables.table_html``.
+
+    Of more than ``MOST`` rows only the ``first`` are shown until the reader asks for all; of fewer, all, unless
+    ``first`` says otherwise.
+    """
 
     frame: pd.DataFrame
     caption: str = ""
     headings: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[str, str | Format] = field(default_factory=dict)
     intervals: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    first: int | None = None
+    anchors: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Video:
-    """An mp4 file, embedded in the page; with ``file=None``, the sentence ``reason`` in its place."""
+    """An mp4 file, embedded in the page; with ``file=None``, the sentence ``reason`` in its place.
+
+    ``poster`` is a JPEG file: the picture that stands there before the video plays.
+    """
 
     file: Path | None
     caption: str = ""
     reason: str = ""
+    poster: Path | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words and what they mean, as a list of definitions."""
+
+    meanings: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A finding in the box at the top: what it is about, the finding in a word or two, and a colour for it.
+
+    ``anchor`` is the id that the chip leads to. The colour is never alone: the word says the same.
+    """
+
+    title: str
+    finding: str
+    kind: Literal["yes", "no", "open", "none"] = "open"
+    anchor: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,15 +116,19 @@ class Folded:
     blocks: Sequence[Block]
 
 
-Block: TypeAlias = "str | Note | Plot | Choice | Table | Video | Markup | Folded | go.Figure | pd.DataFrame"
+Block: TypeAlias = "str | Note | Plot | Choice | Table | Video | Words | Markup | Folded | go.Figure | pd.DataFrame"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and the blocks below it. A string is a paragraph with `` `code` `` and ``**bold**`` formatted."""
+    """A heading and the blocks below it. A string is a paragraph with `` `code` `` and ``**bold**`` formatted.
+
+    A section with ``picture`` may stand beside the verdict in place of its own: ``write_report(picture=...)``.
+    """
 
     title: str
     blocks: Sequence[Block]
+    picture: bool = False
 
 
 def write_report(
@@ -101,10 +137,16 @@ def write_report(
     sections: Sequence[Section],
     *,
     verdict: Sequence[str] = (),
+    chips: Sequence[Chip] = (),
+    picture: Sequence[Block] = (),
+    below: Sequence[Block] = (),
+    asked: Sequence[Block] = (),
     facts: Mapping[str, object] | None = None,
     command: str = "",
 ) -> Path:
     """Write one self-contained HTML file: plotly.js, figures, tables and videos are inside it.
+
+    The answer stands first, then what was asked, then ``sections``, and the command last.
 
     Args:
         path: the file; its folder is made where there is none. A file already there is replaced at the very end, so a
@@ -112,6 +154,10 @@ def write_report(
         title: the page's title.
         sections: the page's contents, in order.
         verdict: a few sentences for the box at the top.
+        chips: findings in that box, each a word or two on a colour.
+        picture: blocks beside the verdict.
+        below: blocks below the verdict, above the first section.
+        asked: blocks of the section that says what was asked, above the facts.
         facts: names and values of what was run: model, environment, seed, versions.
         command: the command line that makes this report again.
 
@@ -127,7 +173,8 @@ def write_report(
             raise DtLensError(f"{name} is {as_written(text)}; it must be text.")
     if not isinstance(sections, list | tuple) or not all(isinstance(one, Section) for one in sections):
         raise DtLensError(f"sections is {as_written(sections)}; it must be a list of Section.")
-    page = _page(title, sections, verdict, facts or {}, command)
+    answer = _Answer(verdict, chips, picture, below)
+    page = _page(title, sections, answer, asked, facts or {}, command)
     with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8", errors="replace")
     return path
@@ -140,16 +187,41 @@ _POLICY = (
 )
 
 
+class _Answer(NamedTuple):
+    """What stands at the top of the page."""
+
+    verdict: Sequence[str]
+    chips: Sequence[Chip]
+    picture: Sequence[Block]
+    below: Sequence[Block]
+
+
 def _page(
-    title: str, sections: Sequence[Section], verdict: Sequence[str], facts: Mapping[str, object], command: str
+    title: str,
+    sections: Sequence[Section],
+    answer: _Answer,
+    asked: Sequence[Block],
+    facts: Mapping[str, object],
+    command: str,
 ) -> str:
     from plotly.offline import get_plotlyjs
 
     page = _Page()
-    contents = [page.section(section, f"section-{number}") for number, section in enumerate(sections, 1)]
-    links = "".join(f'<li><a href="#section-{n}">{_text(s.title)}</a></li>' for n, s in enumerate(sections, 1))
-    box = "".join(f"<p>{_text(sentence)}</p>" for sentence in verdict)
+    top = page.answer(answer)
     listed = "".join(f"<dt>{_text(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
+    named = [(f"section-{number}", section) for number, section in enumerate(sections, 1)]
+    contents: list[str] = []
+    links: list[tuple[str, str]] = []
+    if listed or asked:
+        about = [*asked, Markup(f'<dl class="facts">{listed}</dl>')] if listed else asked
+        contents.append(page.section(Section("What was asked", about), "asked"))
+        links.append(("asked", "What was asked"))
+    contents += [page.section(section, anchor) for anchor, section in named]
+    links += [(anchor, section.title) for anchor, section in named]
+    if command:
+        contents.append(page.section(Section("To make this page again", [Markup(_command(command))]), "again"))
+        links.append(("again", "To make this page again"))
+    items = "".join(f'<li><a href="#{anchor}">{_text(said)}</a></li>' for anchor, said in links)
     own = resources.files("dt_lens.report")
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -159,16 +231,16 @@ def _page(
         '<link rel="icon" href="data:,">',  # or the browser would ask for one
         f"<title>{html.escape(title)}</title>",
         f"<style>\n{own.joinpath('page.css').read_text(encoding='utf-8')}</style>",
+        # At once, or a page in other colours than the system's would flash.
+        f"<script>\n{own.joinpath('first.js').read_text(encoding='utf-8')}</script>",
         '</head>\n<body>\n<div class="layout">',
-        f'<nav aria-label="Contents"><strong>Contents</strong><ol>{links}</ol></nav>' if links else "",
-        f"<main>\n<header><h1>{_text(title)}</h1>",
-        f'<div class="verdict"><strong class="head">Verdict</strong>{box}</div>' if box else "",
-        f'<dl class="facts">{listed}</dl>' if listed else "",
-        f'<div class="command"><p>To make this report again:</p><pre>{html.escape(command)}</pre></div>'
-        if command
-        else "",
+        f'<header><div class="title"><h1>{_text(title)}</h1>',
+        '<button type="button" id="theme" hidden>Dark</button></div>',
+        top,
         "<noscript><p class='note warning'>The figures need JavaScript; the text and the tables do not.</p></noscript>",
         "</header>",
+        f'<nav aria-label="Contents"><strong>Contents</strong><ol>{items}</ol></nav>' if items else "",
+        "<main>",
         *contents,
         f"<footer>Written by dt-lens {html.escape(__version__)}. Everything it shows is in this file.</footer>",
         "</main>\n</div>",
@@ -181,11 +253,25 @@ def _page(
     return "\n".join(part for part in parts if part)
 
 
+def _command(command: str) -> str:
+    return f'<div class="command"><pre>{html.escape(command)}</pre></div>'
+
+
 class _Page:
     """Turns blocks into HTML, and collects the figures' data for the end of the page."""
 
     def __init__(self) -> None:
         self.figures: list[str] = []
+
+    def answer(self, answer: _Answer) -> str:
+        """The verdict, its chips and its picture, and what stands below them."""
+        box = "".join(f"<p>{_text(sentence)}</p>" for sentence in answer.verdict)
+        chips = "".join(_chip(chip) for chip in answer.chips)
+        said = f'<strong class="head">Verdict</strong>{f"<ol class=chips>{chips}</ol>" if chips else ""}{box}'
+        verdict = f'<div class="verdict">{said}</div>' if box or chips else ""
+        shown = f'<div class="picture">{self.blocks(answer.picture)}</div>' if answer.picture else ""
+        both = f'<div class="answer">{verdict}{shown}</div>' if verdict and shown else verdict + shown
+        return "\n".join(part for part in (both, self.blocks(answer.below)) if part)
 
     def section(self, section: Section, anchor: str) -> str:
         return f'<section id="{anchor}">\n<h2>{_text(section.title)}</h2>\n{self.blocks(section.blocks)}\n</section>'
@@ -208,6 +294,7 @@ class _Page:
             Table: _table,
             pd.DataFrame: lambda frame: _table(Table(frame)),
             Video: _video,
+            Words: _words,
             Markup: lambda markup: markup.html,
             Folded: lambda fold: (
                 f"<details><summary>{_text(fold.title)}</summary>\n{self.blocks(fold.blocks)}\n</details>"
@@ -237,29 +324,62 @@ class _Page:
         return (
             f'<figure class="plot{long}" data-figure="{names[0]}">{choice}'
             f'<figcaption><h3></h3><p class="about"></p>{words}</figcaption>'
-            '<div class="canvas"><div role="img"></div></div></figure>'
+            '<div class="canvas"><div role="img"></div></div>'
+            '<p class="aside">This figure is wider than the page: it moves sideways.</p></figure>'
         )
+
+
+MOST = 15  # rows of a table that are all shown
+FIRST = 12  # of more, those that are shown until the reader asks for all
 
 
 def _table(table: Table) -> str:
     caption = f"<figcaption><p>{_text(table.caption)}</p></figcaption>" if table.caption else ""
     if table.frame.empty:
         return f"<figure>{caption}<p>No rows.</p></figure>"
-    made = table_html(table.frame, headings=table.headings, formats=table.formats, intervals=table.intervals)
-    long = " long" if len(table.frame) > 15 else ""
-    return f'<figure class="data{long}">{caption}<div class="scroll" tabindex="0">{made}</div></figure>'
+    rows = len(table.frame)
+    first = table.first if table.first is not None else FIRST if rows > MOST else rows
+    made = table_html(
+        table.frame,
+        headings=table.headings,
+        formats=table.formats,
+        intervals=table.intervals,
+        anchors=table.anchors,
+        first=first if first < rows else None,
+    )
+    more = f'<button type="button" class="all" hidden>Show all {rows:,} rows</button>' if first < rows else ""
+    return f'<figure class="data">{caption}<div class="scroll" tabindex="0">{made}</div>{more}</figure>'
 
 
 def _video(video: Video) -> str:
     if video.file is None:
         return f'<div class="note">{_text(video.reason or "There is no video.")}</div>'
     try:
-        content = base64.b64encode(Path(video.file).read_bytes()).decode("ascii")
+        content = _base64(video.file)
+        poster = f' poster="data:image/jpeg;base64,{_base64(video.poster)}"' if video.poster else ""
     except OSError as error:
         return f'<div class="note warning">{_text(f"The video {video.file} cannot be read: {error.strerror}.")}</div>'
     caption = f"<figcaption><p>{_text(video.caption)}</p></figcaption>" if video.caption else ""
     source = f'<source type="video/mp4" src="data:video/mp4;base64,{content}">'
-    return f"<figure>{caption}<video controls loop muted playsinline preload='auto'>{source}</video></figure>"
+    return f"<figure><video controls loop muted playsinline preload='auto'{poster}>{source}</video>{caption}</figure>"
+
+
+def _base64(file: Path) -> str:
+    return base64.b64encode(Path(file).read_bytes()).decode("ascii")
+
+
+def _words(words: Words) -> str:
+    listed = "".join(f"<dt>{_text(word)}</dt><dd>{_text(meaning)}</dd>" for word, meaning in words.meanings.items())
+    return f'<dl class="words">{listed}</dl>'
+
+
+SIGNS = {"yes": "✓", "no": "✗", "open": "?", "none": "–"}
+
+
+def _chip(chip: Chip) -> str:
+    title = f'<a href="#{html.escape(chip.anchor)}">{_text(chip.title)}</a>' if chip.anchor else _text(chip.title)
+    sign = f'<span aria-hidden="true">{SIGNS[chip.kind]}</span> '
+    return f'<li><span class="chip {html.escape(chip.kind)}">{sign}{_text(chip.finding)}</span> {title}</li>'
 
 
 def _text(text: str) -> str:

@@ -185,7 +185,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def finish(
-    figure: go.Figure, title: str, subtitle: str, *, height: int, wide: int = 380, labels_above: bool = False
+    figure: go.Figure, title: str, subtitle: str, *, height: int, wide: int = 280, labels_above: bool = False
 ) -> go.Figure:
     """Give ``figure`` the template, a title and a height.
 

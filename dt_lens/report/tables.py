@@ -6,7 +6,7 @@ import html
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ import pandas as pd
 from dt_lens.arguments import require_offers
 from dt_lens.errors import DtLensError, nearest
 
-__all__ = ["number_format", "table_html"]
+__all__ = ["anchor_of", "number_format", "table_html"]
 
+CARDS = 4  # columns of a table that fits a telephone
 Format = Callable[[Any], str]
 _NAMES = frozenset({"matrix", "embedding", "label", "environment"})  # set in the typeface of code
 
@@ -54,8 +55,12 @@ def table_html(
     headings: Mapping[str, str] | None = None,
     formats: Mapping[str, str | Format] | None = None,
     intervals: Mapping[str, tuple[str, str]] | None = None,
+    anchors: Sequence[str] = (),
+    first: int | None = None,
 ) -> str:
     """``frame`` as an HTML table; the index is not shown.
+
+    Lines of a cell after its first are set small, below it.
 
     Args:
         frame: the rows.
@@ -63,9 +68,11 @@ def table_html(
         formats: for some columns a format specification (``".3f"``) or a function of one value.
         intervals: for a column, the two columns that hold the ends of its interval, shown in the same cell. Columns
             ``x``, ``x_low`` and ``x_high`` are joined by default.
+        anchors: an id for each row, which links may lead to.
+        first: how many rows a page shows until its reader asks for all; all by default.
 
     Raises:
-        DtLensError: if the table does not have a column.
+        DtLensError: if the table does not have a column, or there is not an id for each row.
     """
     require_offers(frame, "frame", "a DataFrame", "columns", "set_axis")
     columns = [str(column) for column in frame.columns]
@@ -75,21 +82,24 @@ def table_html(
     for column in [*(headings or {}), *(formats or {}), *joined, *(end for ends in joined.values() for end in ends)]:
         if column not in columns:
             raise DtLensError(f"The table has no column {column!r}." + nearest(column, columns))
+    if anchors and len(anchors) != len(frame):
+        raise DtLensError(f"The table has {len(frame)} rows and {len(anchors)} anchors; give one for each row.")
     swallowed = {end for ends in joined.values() for end in ends}
     shown = [column for column in columns if column not in swallowed]
     numeric = {c: pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c]) for c in shown}
     writers = {c: _writer(c, frame[c], numeric[c], (formats or {}).get(c)) for c in shown}
+    heads = {c: html.escape((headings or {}).get(c, c.replace("_", " "))) for c in shown}
     head = "".join(
-        f'<th scope="col"{" class=number" if numeric[c] else ""}><button type="button">'
-        f"{html.escape((headings or {}).get(c, c.replace('_', ' ')))}</button></th>"
+        f'<th scope="col"{" class=number" if numeric[c] else ""}><button type="button">{heads[c]}</button></th>'
         for c in shown
     )
     body = []
-    for row in frame.to_dict("records"):
+    for number, row in enumerate(frame.to_dict("records")):
         cells = []
         for column in shown:
             value = row[column]
-            text = html.escape(writers[column](value))
+            line, *below = html.escape(writers[column](value)).split("\n")
+            text = line + "".join(f"<small>{part}</small>" for part in below)
             if column in joined:
                 low, high = (writers[column](row[end]) for end in joined[column])
                 text += f' <span class="interval">[{html.escape(low)}, {html.escape(high)}]</span>'
@@ -98,10 +108,25 @@ def table_html(
                 f' title="{html.escape(repr(float(value)))}"' if numeric[column] and isinstance(value, float) else ""
             )
             cells.append(
-                f'<td{f" class={kind}" if kind else ""} data-value="{html.escape(_key(value))}"{exact}>{text}</td>'
+                f'<td{f" class={kind}" if kind else ""} data-head="{heads[column]}" '
+                f'data-value="{html.escape(_key(value))}"{exact}>{text}</td>'
             )
-        body.append("<tr>" + "".join(cells) + "</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+        mark = f' id="{html.escape(anchors[number])}"' if anchors else ""
+        mark += ' class="more"' if first is not None and number >= first else ""
+        body.append(f"<tr{mark}>" + "".join(cells) + "</tr>")
+    # A narrow page shows a row of many columns as a card.
+    names = " ".join(name for name, of in (("cards", len(shown) > CARDS), ("short", first is not None)) if of)
+    marks = (f' class="{names}"' if names else "") + (f' data-first="{first}"' if first is not None else "")
+    return f"<table{marks}><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+
+
+def anchor_of(*parts: object) -> str:
+    """An id made of words, for a row and the links to it.
+
+    >>> anchor_of("blocks.0.attn.OV.1", "write", 3)
+    'at-blocks-0-attn-OV-1-write-3'
+    """
+    return "-".join(["at", *(re.sub(r"[^A-Za-z0-9_]+", "-", str(part)).strip("-") for part in parts)])
 
 
 def _writer(name: str, values: pd.Series[Any], numeric: bool, given: str | Format | None) -> Format:

@@ -29,6 +29,7 @@ def survival(
     horizon: float | None = None,
     title: str = "How long the units last",
     step: str = "step",
+    units: str = "",
 ) -> go.Figure:
     """Draw Kaplan-Meier curves (Kaplan and Meier 1958) of the unedited model, edits, and their controls.
 
@@ -40,6 +41,7 @@ def survival(
         horizon: the time limit; every curve is drawn up to it.
         title: the figure's title.
         step: what the times count.
+        units: how many units of what a curve is of, such as ``"50 episodes"``.
 
     Intervals are drawn as bands if given: not the controls', and with more than four edits only the baseline's, since
     bands would hide the curves.
@@ -95,7 +97,7 @@ def survival(
     return finish(
         figure,
         title,
-        ("thick grey: unedited · " if baseline is not None else "") + kinds,
+        ("thick grey: unedited · " if baseline is not None else "") + kinds + (f" · {units} each" if units else ""),
         height=max(440, 140 + 21 * len(order)),
     )
 
@@ -105,6 +107,8 @@ def effects(
     terms: Terms,
     *,
     alpha: float = 0.05,
+    units: int | None = None,
+    links: Sequence[str] | None = None,
     title: str = "What each edit does, beside its control",
 ) -> go.Figure:
     """Draw each edit's effect on the outcome beside that of its energy-matched control, with intervals.
@@ -116,6 +120,8 @@ def effects(
             ``q`` and ``verdict`` are shown if present.
         terms: of the evaluations.
         alpha: edits with ``q`` below it have a filled mark, others an open one.
+        units: how many units each was measured over.
+        links: for each row of ``verdicts`` the id of what a click on it leads to in a page.
         title: the figure's title.
 
     Raises:
@@ -126,6 +132,8 @@ def effects(
     if verdicts.empty:
         return empty(title, "No edit was measured.")
     rows = verdicts.to_dict("records")
+    for row, link in zip(rows, links or [], strict=links is not None):
+        row["link"] = link
     if "role" in verdicts:
         rows = [row for role in dict.fromkeys(verdicts["role"]) for row in rows if row["role"] == role]
     real = [bool(row["q"] < alpha) for row in rows] if "q" in verdicts else [True] * len(rows)
@@ -159,6 +167,7 @@ def effects(
                 "width": 4,
             },
             customdata=[_hover_text(row, prefix, terms) for row in rows],
+            meta=None if links is None else {"links": [row["link"] for row in rows]},
             hovertemplate="%{customdata}<extra></extra>",
         )
     figure.add_vline(x=0, line={"width": 1.5, "color": BASELINE})
@@ -170,14 +179,16 @@ def effects(
         showgrid=False,
         zeroline=False,
     )
-    figure.update_xaxes(title_text=f"change of mean {terms.outcome_name} (paired)", zeroline=False)
+    scale = f", {terms.scale}" if terms.scale else ""
+    figure.update_xaxes(title_text=f"change of mean {terms.outcome_name} (paired{scale})", zeroline=False)
     for border in range(1, len(rows)):
         turn = "role" in verdicts and rows[border]["role"] != rows[border - 1]["role"]
         figure.add_hline(
             y=border - 0.5, line={"width": 1.5 if turn else 0.5, "color": BASELINE}, opacity=0.9 if turn else 0.35
         )
     figure.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"})
-    about = f"against the unedited {terms.actor} on the same {terms.units} · bars: confidence intervals" + (
+    over = f"the same {terms.units}" if units is None else f"the same {units:,} {terms.units}"
+    about = f"against the unedited {terms.actor} on {over} · bars: 95 % intervals" + (
         f" · filled circles: unlike the control, q < {alpha:g}" if "q" in verdicts else ""
     )
     return finish(figure, title, about, height=46 * len(rows) + 170, labels_above=True)
@@ -251,14 +262,15 @@ def damage_against_cosine(
             hovertemplate="%{customdata}<extra></extra>",
         )
     figure.update_xaxes(title_text="|cosine| of the direction's best match", rangemode="tozero")
+    scale = f" ({terms.scale})" if terms.scale else ""
     figure.update_yaxes(
-        title_text=f"{terms.lost} beyond the control"
+        title_text=f"{terms.lost} beyond the control{scale}"
         if beyond_control
-        else f"{terms.lost} against the unedited {terms.actor}",
+        else f"{terms.lost} against the unedited {terms.actor}{scale}",
         zeroline=False,
     )
     figure.update_layout(legend_title_text="matrix", showlegend=True)
-    about = "one point per edit" + (" · bars: confidence intervals" if bars else "")
+    about = f"one point for each of {len(verdicts)} edits" + (" · bars: 95 % intervals" if bars else "")
     about += " · open: contrasts, poor in match" if "weak" in roles else ""
     return finish(figure, f"{title} {_correlation(cosine, damage, spearman)}", about, height=480)
 

@@ -1,4 +1,4 @@
-"""The report of a study: its sentences, its page and its tables."""
+"""The report of a study: its page and its tables."""
 
 from __future__ import annotations
 
@@ -10,36 +10,25 @@ import numpy as np
 import pandas as pd
 
 from dt_lens.arguments import atomic_write, local_path
-from dt_lens.behaviour.printing import about_interval, decimals, edit_name, places
+from dt_lens.behaviour.printing import about_interval, decimals
 from dt_lens.lens.token_text import spelled
-from dt_lens.report import heatmaps, spectra
-from dt_lens.report.page import Choice, Folded, Markup, Note, Plot, Section, Table, write_report
-from dt_lens.report.style import signed
-from dt_lens.statistics.outcomes import interval_note, wilson
+from dt_lens.report.page import Block, Folded, Markup, Note, Plot, Section, Table, Words, write_report
+from dt_lens.report.tables import anchor_of
+from dt_lens.statistics.outcomes import interval_note
 from dt_lens.study import figures
 from dt_lens.study.clusters import cluster_section
+from dt_lens.study.matches import match_section, spelled_labels
 from dt_lens.study.result import StudyResult
+from dt_lens.study.sentences import DOES, correlation, sentences, unchanged
+from dt_lens.study.words import words_of
 from dt_lens.svd.token_page import token_html
 from dt_lens.version import __version__
 
 __all__ = ["sentences", "write_study"]
 
-SHOWN = 64  # directions of a heatmap
 MANY = 64  # labels of an embedding from which on both ends of each edited direction are shown in words
-ROLES = {
-    "strong": "directions that match an embedding best",
-    "weak": "contrasts (similar in size, poor in match)",
-    "first": "first directions of a kind of matrix",
-    "given": "edits",
-}
-# The verdict first: readers rarely scroll far to the right.
-VERDICT_COLUMNS = (
-    "role", "matrix", "side", "sv", "label", "cosine", "verdict", "q",
-    "difference", "difference_low", "difference_high",
-    "control_difference", "control_difference_low", "control_difference_high",
-    "damage_beyond_control", "beyond_low", "beyond_high",
-    "failure_rate", "control_failure_rate", "damage_per_energy", "energy", "sigma", "embedding",
-)  # fmt: skip
+ROLES = {"strong": "best match", "weak": "contrast", "first": "first direction", "given": ""}
+LASTING = 0.9  # of the units of every arm: then survival is said, and its curves are folded away
 
 
 def write_study(result: StudyResult, folder: str | Path) -> Path:
@@ -56,20 +45,24 @@ def write_study(result: StudyResult, folder: str | Path) -> Path:
             table.to_csv(part, index=False)
     base, facts = result.baseline, result.facts
     model = facts.get("model", "the model")
+    picture = next((section for section in result.sections if section.picture), None)
     return write_report(
         folder / "report.html",
         f"What the weights of {model} do",
         [
-            _unedited(result),
+            _effects(result),
             _matches(result),
             *_labels(result),
             *([] if result.clusters is None else [cluster_section(result.clusters, result.svd)]),
-            _effects(result),
             *_survival(result),
-            *result.sections,
+            *(section for section in result.sections if section is not picture),
+            _unedited(result),
             _method(result),
         ],
         verdict=sentences(result),
+        picture=[] if picture is None else picture.blocks,
+        below=[] if unchanged(result) else [_forest(result)],
+        asked=_asked(result),
         facts={
             "model": model,
             **{
@@ -95,110 +88,35 @@ def _versions(software: Any) -> str:
     return ", ".join([f"Python {platform.python_version()}", *packages])
 
 
-def sentences(result: StudyResult) -> list[str]:
-    """The verdict in a few sentences."""
-    base, table, terms = result.baseline, result.verdicts, result.baseline.terms
-    mean = f"{base.mean:,.{_places(result)}f}"
-    hurts = table["verdict"] == "hurts more than its control"
-    lasts = ""
-    if terms.lasts is not None:
-        lasts = f", and {1 - float(base.ended.mean()):.0%} of them last to the limit"
-    over = f"over {len(base)} {terms.units}{lasts}"
-    lines = [f"Unedited, the {terms.actor}'s mean {terms.outcome_name} is **{mean}**{terms.in_scale} {over}."]
-    if unchanged := _unchanged(result):
-        return [*lines, *unchanged]
-    for role, what in ROLES.items():
-        rows = table["role"] == role
-        if rows.any():
-            lines.append(
-                f"Of {int(rows.sum())} {what}, **{int((hurts & rows).sum())}** hurt more when edited than a random "
-                "change of the same energy in the same place (q < 0.05)."
-            )
-    worst = table.loc[(terms.sign * table["difference"]).sort_values(kind="stable").index[0]]
-    edit = edit_name(worst.to_dict())
-    shown = _shown(worst["difference"], terms.digits), _shown(worst["control_difference"], terms.digits)
-    by = f"by **{shown[0]}** and its control by {shown[1]}."
-    if terms.sign * worst["difference"] < 0:
-        lines.append(f"The worst edit, {edit}, changes the mean {terms.outcome_name} {by}")
-    else:
-        worsens, extreme = ("lowers", "lowest") if terms.sign > 0 else ("raises", "highest")
-        lines.append(
-            f"No edit {worsens} the mean {terms.outcome_name}; the one with the {extreme}, {edit}, changes it {by}"
+def _asked(result: StudyResult) -> list[Block]:
+    """What was asked and done, for a reader who has not read the docs."""
+    terms, roles = result.baseline.terms, result.verdicts["role"]
+    counts = {role: int((roles == role).sum()) for role in ROLES}
+    chosen = [
+        f"{counts[role]} {what}"
+        for role, what in (
+            ("strong", "directions that match a label best"),
+            ("weak", "contrasts in the same matrices, which match nothing well"),
+            ("first", "directions that are the largest of their kind of matrix"),
+            ("given", "edits that were given"),
         )
-    better = int((table["verdict"] == "improves more than its control").sum())
-    if better:
-        lines.append(
-            f"**{better}** of the {len(table)} edits improve the {terms.actor} more than their controls (q < 0.05)."
-        )
-    return [*lines, _correlation(result)]
+        if counts[role]
+    ]
+    how = "" if counts["given"] else ", by a rule that looks at the weights alone"
+    return [
+        (
+            "A matrix of the model is a sum of singular directions, and some of them match what the model puts out or "
+            f"is given. Does the model need those more than others? The study chose {_listed(chosen)}{how}, replaced "
+            f"one vector of each, and measured the {terms.outcome_name} of the same {len(result.baseline)} "
+            f"{terms.units} unedited, under each edit, and under a random change of the same size in the same place. "
+            "That change is the control: it shows what any damage of this size does there."
+        ),
+        Folded("What the words on this page mean", [Words(words_of(terms))]),
+    ]
 
 
-def _correlation(result: StudyResult) -> str:
-    """Whether cosine predicts damage here, in a sentence."""
-    found, n = result.spearman, len(result.verdicts)
-    if np.isnan(found.rho):
-        why = "one of the two does not vary" if n > 2 else f"there are only {n}"
-        return f"These edits cannot show whether cosine predicts damage: {why}."
-    # By p, not by the interval: with a handful of pairs a bootstrap interval is too short.
-    clear = (
-        "so this number of edits does not decide whether cosine predicts damage"
-        if found.p_value >= 0.05
-        else "so cosine predicts damage here"
-        if found.rho > 0
-        else "so larger cosines go with less damage here"
-    )
-    return (
-        f"Across the {n} edits, Spearman's correlation of |cosine| with damage beyond the control is "
-        f"**{signed(found.rho)}** [{signed(found.low)}, {signed(found.high)}], p = {found.p_value:.2g}, {clear}."
-    )
-
-
-def _places(result: StudyResult) -> int:
-    given = result.baseline.terms.digits
-    return places(*result.baseline.outcomes) if given is None else given
-
-
-def _shown(difference: float, digits: int | None = None) -> str:
-    """A difference to ``digits`` decimals; by default to three digits, or to whole numbers.
-
-    >>> _shown(-2345.6), _shown(0.3124), _shown(0.0), _shown(0.25, 4)
-    ('−2,346', '+0.312', '+0', '+0.2500')
-    """
-    size = abs(difference)
-    if digits is None:
-        digits = 0 if size == 0 else int(np.clip(2 - np.floor(np.log10(size)), 0, 6))
-    return signed(difference, digits)
-
-
-def _unchanged(result: StudyResult) -> list[str]:
-    """That no edit and no control changed an outcome, and what else they changed, in sentences; empty if one did."""
-    base, arms, terms = result.baseline, (*result.edited, *result.controls), result.baseline.terms
-    outcomes = base.outcomes
-    if any((arm.outcomes != outcomes).any() for arm in arms):
-        return []
-    equal = np.ptp(outcomes) == 0
-    same = f"; for all of them it is **{outcomes[0]:,.6g}**" if equal else ""
-    failures = [float(arm.failed.mean()) for arm in arms]
-    lasting = terms.lasts is not None
-    other = any((arm.failed != base.failed).any() or (lasting and (arm.lengths != base.lengths).any()) for arm in arms)
-    nothing = (
-        f"**{f'No {terms.outcome_name}' if other else 'Nothing'} changed**: no edit and no control changed the "
-        f"{terms.outcome_name} of any {terms.unit}{same}. So this study shows nothing of damage; it takes larger "
-        f"edits, other directions, or a task in which the {terms.actor} is not so sure of its {terms.outcome_name}."
-    )
-    if not other:
-        return [nothing]
-    said = (
-        f"But {terms.units} went otherwise: **{base.failed.mean():.0%}** of them fail unedited, and "
-        f"{min(failures):.0%} to {max(failures):.0%} under edits and controls"
-    )
-    if lasting:
-        lengths = [float(arm.lengths.mean()) for arm in arms]
-        said += (
-            f"; they last {base.lengths.mean():,.1f} {terms.step}s on average, and {min(lengths):,.1f} to "
-            f"{max(lengths):,.1f}"
-        )
-    return [nothing, f"{said}."]
+def _listed(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def _unedited(result: StudyResult) -> Section:
@@ -240,69 +158,7 @@ def _interval(ends: tuple[float, float], digits: int | None) -> str:
 
 
 def _matches(result: StudyResult) -> Section:
-    table, svd = result.table, result.svd
-    untrained = table[table["embedding"].isin(table.attrs["untrained"])]
-    found, tried = int((untrained["q_value"] < 0.05).sum()), len(untrained)
-    significant = table[table["q_value"] < 0.05]
-    best = significant.sort_values("z", ascending=False, kind="stable").head(25)
-    names = list(dict.fromkeys(table["matrix"]))
-    blocks: list[Any] = [
-        (
-            f"{len(table):,} comparisons of {len(names)} matrices with {table['embedding'].nunique()} embeddings; "
-            f"{len(significant):,} are discoveries at q < 0.05. "
-            "A direction's match is the best over all labels of an embedding, and its null is that best match under "
-            "a random rotation. Where the stream varies in few dimensions that null calls many discoveries that others "
-            "do not: dt-lens scan --null spectrum keeps how much of each direction lies where the stream varies."
-        ),
-        Plot(heatmaps.scan_overview(table)),
-    ]
-    if tried:
-        low, high = wilson(found, tried)
-        blocks.append(
-            Note(
-                f"The heads {', '.join(table.attrs['untrained'])} were never trained, which makes them a built-in "
-                f"null: {found} of {tried:,} comparisons with them "
-                f"are called discoveries ({found / tried:.2%}, interval {low:.2%} to {high:.2%})."
-            )
-        )
-    blocks += [
-        Table(_spelled(best.drop(columns=["layer", "head", "block"])), "The 25 strongest matches."),
-        Plot(spectra.spectrum({name: svd[name].sigma.cpu().numpy() for name in names})),
-        Plot(spectra.sigma_against_cosine(table)),
-        Choice(
-            _heatmaps(result),
-            "matrix and embedding",
-            f"The first {SHOWN} directions of the matrices that were edited, against the embedding they matched; "
-            "a dot marks q < 0.05.",
-        ),
-        Folded(
-            "The best match of each whole matrix, under a random rotation of all its directions at once",
-            [Table(result.strongest)],
-        ),
-    ]
-    return Section("What the singular directions match", blocks)
-
-
-def _heatmaps(result: StudyResult) -> dict[str, Any]:
-    svd, found = result.svd, dict[str, Any]()
-    strong = result.verdicts[result.verdicts["role"] == "strong"]
-    for row in strong.to_dict("records"):
-        matrix, side, embedding = row["matrix"], row["side"], row["embedding"]
-        cosines = svd.cosines(matrix, embedding, side).head(SHOWN)
-        if cosines.shape[1] > 64:
-            kept = cosines.abs().max().sort_values(ascending=False).index[:64]
-            cosines = cosines[[label for label in cosines.columns if label in set(kept)]]
-        scan = result.table
-        rows = scan[(scan["matrix"] == matrix) & (scan["side"] == side) & (scan["embedding"] == embedding)]
-        q = rows.set_index("sv")["q_value"].reindex(cosines.index).to_frame()
-        found[f"{matrix} ({side}) × {embedding}"] = heatmaps.scan_heatmap(
-            cosines,
-            q_values=q,
-            sigma=svd[matrix].sigma[: len(cosines)].cpu().numpy(),
-            matrix=f"{matrix} ({side})",
-            embedding=embedding,
-        )
-    return found
+    return match_section(result)
 
 
 def _labels(result: StudyResult) -> list[Section]:
@@ -334,44 +190,93 @@ def _labels(result: StudyResult) -> list[Section]:
                     "is what q says."
                 ),
                 Markup(token_html(pd.concat(parts), counted)),
-                Table(_spelled(table[columns]), "The best match of each edited direction with each embedding."),
+                Table(spelled_labels(table[columns]), "The best match of each edited direction with each embedding."),
             ],
         )
     ]
 
 
-def _spelled(rows: pd.DataFrame) -> pd.DataFrame:
-    """With every character of a label visible: many tokens differ in the space before them alone."""
-    return rows.assign(label=[spelled(str(label)) for label in rows["label"]])
+def _forest(result: StudyResult) -> Plot:
+    table = result.verdicts
+    figure = figures.effects(table, result.baseline.terms, units=len(result.baseline), links=_anchors(table))
+    return Plot(figure, "A click on an edit leads to its row in the table.")
+
+
+def _anchors(verdicts: pd.DataFrame) -> list[str]:
+    """An id for each edit's row; edits of one direction with several values are numbered."""
+    found = [anchor_of("edit", row["matrix"], row["side"], row["sv"]) for row in verdicts.to_dict("records")]
+    return [f"{name}-{number}" if name in found[:number] else name for number, name in enumerate(found)]
+
+
+def _edits(result: StudyResult) -> Table:
+    """A row for each edit: what it is of, what was found, and the numbers."""
+    verdicts, terms = result.verdicts, result.baseline.terms
+    rows = verdicts.to_dict("records")
+    frame = pd.DataFrame(
+        {
+            "matrix": [_where(row) for row in rows],
+            "label": [f"{spelled(str(row['label']))}\n{row['embedding']}, cosine {row['cosine']:+.2f}" for row in rows],
+        }
+    )
+    names = ["verdict", "q", "difference", "control_difference", "damage_beyond_control"]
+    names += ["failure_rate", "control_failure_rate"]
+    headings = {
+        "matrix": "edit",
+        "label": "best label",
+        "difference": f"change of {terms.outcome_name}",
+        "control_difference": "its control's change",
+        "damage_beyond_control": f"{terms.lost} beyond the control",
+        "failure_rate": "failed",
+        "control_failure_rate": "its control failed",
+    }
+    intervals = {"damage_beyond_control": ("beyond_low", "beyond_high")}
+    for name in names:
+        if name in verdicts:
+            frame[name] = verdicts[name].to_numpy()
+    for name, ends in (
+        ("difference", ("difference_low", "difference_high")),
+        ("control_difference", ("control_difference_low", "control_difference_high")),
+        *intervals.items(),
+    ):
+        for end in ends if name in frame else ():
+            frame[end] = verdicts[end].to_numpy()
+    return Table(
+        frame,
+        f"Means over {len(result.baseline)} {terms.units}{terms.of_size}, paired with the unedited "
+        f"{terms.actor}{f', in {terms.scale}' if terms.scale else ''}; in brackets 95 % intervals. p is by "
+        "sign-flip permutation of the pairs of edit and control, q by Benjamini-Hochberg over the edits.",
+        headings={name: said for name, said in headings.items() if name in frame},
+        intervals=intervals,
+        first=max(len(frame), 1) if len(frame) <= 24 else 12,
+        anchors=_anchors(verdicts),
+    )
+
+
+def _where(row: dict[Any, Any]) -> str:
+    """The place of an edit, its role, and what must be known of it, in lines."""
+    role = ROLES.get(str(row["role"]), "")
+    note = str(row["note"] or "").replace(str(row["matrix"]), "it")
+    about = [DOES.get(str(row["side"]), str(row["side"])), *([role] if role else []), f"energy {row['energy']:.3g}"]
+    lines = [f"{row['matrix']} sv {row['sv']}", " · ".join(about)]
+    return "\n".join([*lines, *([note] if note else [])])
 
 
 def _effects(result: StudyResult) -> Section:
     table, terms = result.verdicts, result.baseline.terms
-    shown = _spelled(table[[name for name in VERDICT_COLUMNS if name in table]])
-    notes = [Note(note) for note in dict.fromkeys(table["note"]) if note]
-    if unchanged := _unchanged(result):
-        said = [Note(line.replace("**", "")) for line in unchanged]
-        return Section("What editing them does", [*said, Table(shown), *notes])
+    title = "What editing them does"
+    if said := unchanged(result):
+        return Section(title, [*(Note(line.replace("**", "")) for line in said), _edits(result)])
     differences = [arm.outcomes - result.baseline.outcomes for arm in (*result.edited, *result.controls)]
     covers = (about_interval("An interval of differences", interval_note(row, "differences")) for row in differences)
-    notes += [Note(said) for said in dict.fromkeys(covers) if said]
     rho, interval = result.spearman.rho, (result.spearman.low, result.spearman.high)
+    figure = figures.damage_against_cosine(table, terms, spearman=None if rho != rho else (rho, *interval))
     return Section(
-        "What editing them does",
+        title,
         [
-            (
-                "Each edit replaces one singular vector; its control is a random change of the same Frobenius norm "
-                f"and rank in the same place. All arms run the same {terms.units}, so differences are paired."
-            ),
-            Plot(figures.effects(table, terms)),
-            Table(
-                shown,
-                f"Damage beyond the control is the {terms.lost} beyond it; p by sign-flip permutation of the pairs, "
-                "q by Benjamini-Hochberg over the edits.",
-                intervals={"damage_beyond_control": ("beyond_low", "beyond_high")},
-            ),
-            *notes,
-            Plot(figures.damage_against_cosine(table, terms, spearman=None if rho != rho else (rho, *interval))),
+            _edits(result),
+            *(Note(said) for said in dict.fromkeys(covers) if said),
+            f"If the match explained the damage, edits of closer matches would do more of it. {correlation(result)}",
+            Plot(figure),
         ],
     )
 
@@ -381,9 +286,12 @@ def _survival(result: StudyResult) -> list[Section]:
     if terms.lasts is None:
         return []
     title = f"How long the {terms.actor} lasts"
-    if not any(arm.ended.any() for arm in (result.baseline, *result.edited, *result.controls)):
-        said = f"No {terms.unit} of any arm ended before the limit, so there are no survival curves to draw."
-        return [Section(title, [said])]
+    arms = (result.baseline, *result.edited, *result.controls)
+    ended = [int(arm.ended.sum()) for arm in arms]
+    total = sum(len(arm) for arm in arms)
+    if not any(ended):
+        said = f"All {total:,} {terms.units} of the {len(arms)} arms last to the limit"
+        return [Section(title, [f"{said}{f' of {terms.limit:,} {terms.step}s' if terms.limit else ''}."])]
     curves: dict[str, Any] = {"unedited": _curve(result.baseline)}
     controls: dict[str, str] = {}
     for i, row in enumerate(result.verdicts.to_dict("records")):
@@ -392,12 +300,25 @@ def _survival(result: StudyResult) -> list[Section]:
         curves[name], curves[f"control of {name}"] = _curve(result.edited[i]), _curve(result.controls[i])
         controls[name] = f"control of {name}"
     figure = figures.survival(
-        curves, baseline="unedited", controls=controls, horizon=float(terms.limit or 0), title=title, step=terms.step
+        curves,
+        baseline="unedited",
+        controls=controls,
+        horizon=float(terms.limit or 0),
+        title=title,
+        step=terms.step,
+        units=f"{len(result.baseline)} {terms.units}",
     )
     censored = (
         f"{terms.units.capitalize()} that the limit cuts are censored: they lasted at least that long, which does not "
         "mean that they succeeded."
     )
+    least = 1 - max(number / len(arm) for number, arm in zip(ended, arms, strict=True))
+    if least >= LASTING:
+        said = (
+            f"Hardly any {terms.unit} ends before the limit: {sum(ended)} of {total:,} over {len(arms)} arms do, and "
+            f"in every arm at least {least:.0%} last to it."
+        )
+        return [Section(title, [said, Folded("The survival curves", [censored, Plot(figure)])])]
     return [Section(title, [censored, Plot(figure)])]
 
 

@@ -74,7 +74,8 @@ def _side(part: pd.DataFrame, shown: dict[str, tuple[int, int]], top: float) -> 
             for pole in "+-":
                 found = one[(one["embedding"] == embedding) & (one["pole"] == pole)]
                 kind = ' class="first"' if pole == "+" else ""
-                cells.append(f"<td{kind}>{''.join(_chips(found, top))}</td>")
+                head = f"{html.escape(embedding)} {'towards' if pole == '+' else 'away'}"
+                cells.append(f'<td{kind} data-head="{head}">{"".join(_chips(found, top))}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f"<table><caption><code>{html.escape(str(first['matrix']))}</code> "

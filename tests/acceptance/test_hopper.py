@@ -28,8 +28,9 @@ def test_the_edit_of_the_readme_hurts_and_goes_away() -> None:
 def check_report(folder: Path) -> None:
     """The report has every section, figure and edit of a study with a strong and a weak edit, and plotly.js."""
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert re.findall(r'<section id="([^"]+)">', page) == [f"section-{n}" for n in range(1, 7)]
-    assert page.count('data-figure="') == 7
+    sections = re.findall(r'<section id="([^"]+)">', page)
+    assert sections == ["asked", *(f"section-{n}" for n in range(1, 6)), "again"]
+    assert page.count('<figure class="plot') == 8 and "<video" in page
     assert page.count("plotly.js v") == 1
     verdicts = pd.read_csv(folder / "verdicts.csv")
     assert list(verdicts["role"])[:2] == ["strong", "weak"] and set(verdicts["role"][2:]) == {"first"}

@@ -15,7 +15,20 @@ import pytest
 
 from dt_lens.errors import DtLensError
 from dt_lens.report import heatmaps
-from dt_lens.report.page import Block, Choice, Folded, Note, Plot, Section, Table, Video, write_report
+from dt_lens.report.page import (
+    Block,
+    Chip,
+    Choice,
+    Folded,
+    Note,
+    Plot,
+    Section,
+    Table,
+    Video,
+    Words,
+    write_report,
+)
+from dt_lens.report.tables import anchor_of
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&\"'"
 VOID_TAGS = {"meta", "link", "img", "source", "br", "input", "hr"}
@@ -98,8 +111,11 @@ def test_everything_is_in_the_file_and_nothing_is_requested(tmp_path: Path) -> N
     assert sum("plotly.js v" in script for script in page.scripts) == 1
     for words in ("First.", "Third.", "hopper", "dt-lens study hopper --seed 0", "One", "Two"):
         assert words in page.words
-    assert {a["id"] for t, a in page.tags if t == "section"} == {"section-1", "section-2"}
-    assert [a["href"] for t, a in page.tags if t == "a"] == ["#section-1", "#section-2"]
+    assert {a["id"] for t, a in page.tags if t == "section"} == {"asked", "section-1", "section-2", "again"}
+    assert [a["href"] for t, a in page.tags if t == "a"] == ["#asked", "#section-1", "#section-2", "#again"]
+    words = page.words
+    assert words.index("First.") < words.index("What was asked") < words.index("Left and right.")
+    assert words.index("Left and right.") < words.rindex("dt-lens study hopper"), "the command comes last"
 
 
 def test_nothing_from_the_data_becomes_markup(tmp_path: Path) -> None:
@@ -148,6 +164,37 @@ def test_a_missing_video_is_a_sentence(tmp_path: Path) -> None:
     sections = [Section("s", [Video(None, reason="No OpenGL here."), Video(tmp_path / "missing.mp4")])]
     page = read(write_report(tmp_path / "r.html", "t", sections))
     assert "No OpenGL here." in page.words and "missing.mp4 cannot be read" in page.words and page.count("video") == 0
+
+
+def test_a_long_table_shows_its_first_rows_and_a_link_leads_to_each(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"matrix": [f"m{i}" for i in range(20)], "x": range(20)})
+    anchors = [anchor_of("row", i) for i in range(20)]
+    page = read(write_report(tmp_path / "r.html", "t", [Section("s", [Table(rows, anchors=anchors), Table(rows[:3])])]))
+    found = [a for t, a in page.tags if t == "tr" and a.get("id")]
+    assert [a["id"] for a in found] == anchors
+    assert [a.get("class") for a in found] == [None] * 12 + ["more"] * 8
+    assert "Show all 20 rows" in page.words and page.words.count("Show all") == 1
+    with pytest.raises(DtLensError, match="20 rows and 1 anchors"):
+        write_report(tmp_path / "r.html", "t", [Section("s", [Table(rows, anchors=["a"])])])
+
+
+def test_a_cell_of_several_lines_a_poster_and_a_chip(tmp_path: Path) -> None:
+    film, poster = tmp_path / "v.mp4", tmp_path / "v.jpg"
+    film.write_bytes(b"film")
+    poster.write_bytes(b"picture")
+    made = write_report(
+        tmp_path / "r.html",
+        "t",
+        [Section("s", [Table(pd.DataFrame({"a": ["one\n<two>"]})), Words({"arm": "a <version>"})])],
+        chips=[Chip("A claim", "not supported", "no", "section-1")],
+        picture=[Video(film, poster=poster)],
+    )
+    text, page = made.read_text(encoding="utf-8"), read(made)
+    assert "one<small>&lt;two&gt;</small>" in text and "<dt>arm</dt><dd>a &lt;version&gt;</dd>" in text
+    shown = next(a["poster"] for t, a in page.tags if t == "video")
+    assert shown is not None and base64.b64decode(shown.split(",")[1]) == b"picture"
+    assert 'class="chip no"' in text and "not supported" in page.words
+    assert page.words.index("A claim") < page.words.index("one")
 
 
 def test_an_object_that_is_not_a_block_is_refused(tmp_path: Path) -> None:

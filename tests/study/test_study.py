@@ -78,7 +78,7 @@ def test_what_did_not_change_is_said_and_not_drawn(studied: StudyResult, tmp_pat
     still = verdicts(studied.verdicts, studied.edits, studied.baseline, same, same)
     result = replace(studied, verdicts=still, edited=same, controls=same)
     said = sentences(result)
-    assert len(said) == 2 and "**Nothing changed**: no edit and no control changed the return" in said[1]
+    assert len(said) == 2 and "**Nothing changed**: no edit and no control changed the return" in said[0]
     assert not any("+0" in sentence for sentence in said)
     page = write_study(result, tmp_path).read_text(encoding="utf-8")
     assert "Nothing changed" in page and "What each edit does, beside its control" not in page
@@ -94,15 +94,15 @@ def test_equal_returns_do_not_hide_failures(studied: StudyResult) -> None:
     table = verdicts(studied.verdicts, studied.edits, base, edited, controls)
     result = replace(studied, verdicts=table, edited=edited, controls=controls, baseline=base)
     said = sentences(result)
-    assert "**No return changed**" in said[1] and "**100%** of them fail unedited, and 0% to 100%" in said[2]
-    assert "50.0 steps on average, and 50.0 to 90.0" in said[2]
+    assert "**No return changed**" in said[0] and "**100%** of them fail unedited, and 0% to 100%" in said[1]
+    assert "50.0 steps on average, and 50.0 to 90.0" in said[1]
 
 
 def test_returns_below_one_keep_their_digits(studied: StudyResult, tmp_path: Path) -> None:
     n = len(studied.baseline)
     base = _evaluation(studied, np.linspace(0.85, 0.95, n))
     result = replace(studied, baseline=base)
-    assert "mean return is **0.900** over" in sentences(result)[0]
+    assert "mean return is **0.900** over" in sentences(result)[2]
     page = write_study(result, tmp_path).read_text(encoding="utf-8")
     assert ">0.900<" in page
     assert "interval may cover less than 95 %: fewer than 200 returns." in page
@@ -117,8 +117,8 @@ def test_an_edit_that_improves_the_agent_is_not_said_to_hurt_less(studied: Study
     said = " ".join(
         sentences(replace(studied, verdicts=table, edited=[better] * 2, controls=[worse, base], baseline=base))
     )
-    assert "No edit lowers the mean return" in said and "**2** of the 2 edits improve the agent more" in said
-    assert "hurts less" not in said and "The worst edit" not in said
+    assert "No edit lowers the mean return" in said and "**2** improve the agent more" in said
+    assert "gains **" in said and "hurts less" not in said and "costs **" not in said.split(";")[0]
     table = verdicts(chosen, edits, base, [worse, base], [base, better])
     assert list(table["verdict"]) == ["hurts more than its control", "leaves the mean as it is, unlike its control"]
     lower = _evaluation(studied, base.outcomes - 80.0 - np.arange(12))
@@ -131,6 +131,45 @@ def _evaluation(studied: StudyResult, returns: Any) -> Evaluation:
     flags = {"terminated": np.ones(n, bool), "truncated": np.zeros(n, bool)}
     columns = {"return": np.asarray(returns), "length": np.full(n, 50), **flags}
     return replace(studied.baseline, units=np.arange(n), columns=columns)
+
+
+def test_the_first_sentence_names_what_was_changed_and_what_it_is_compared_with(studied: StudyResult) -> None:
+    base = _evaluation(studied, np.full(12, 50.0))
+    lost, less, same = (_evaluation(studied, base.outcomes - loss - np.arange(12) / 4) for loss in (30.0, 20.0, 0.0))
+    rows = studied.verdicts.head(2).assign(label="thigh torque", q_value=[0.001, 0.9])
+    rows["role"], rows["matrix"], rows["side"] = ["strong", "weak"], "blocks.0.mlp.W_out", "write"
+
+    def said(edited: list[Evaluation], controls: list[Evaluation], chosen: pd.DataFrame = rows) -> str:
+        table = verdicts(chosen, studied.edits[:2], base, edited, controls)
+        return sentences(replace(studied, verdicts=table, edited=edited, controls=controls, baseline=base))[0]
+
+    both = said([lost, less], [base, base])
+    assert "Changing the direction that writes **thigh torque** (block 0 `W_out`, sv" in both
+    assert "costs **31** of 50; a random change of equal size in the same place changes the mean return by noth" in both
+    assert "matches nothing well (sv" in both and "costs **21**" in both and "does not explain it" in both
+    alone = said([lost, base], [base, base])
+    assert "a sign that the match matters" in alone and "explain" not in alone
+    neither = said([same, base], [same, base])
+    assert "no difference between the two is shown" in neither and "sign that" not in neither
+    chance = said([lost, less], [base, base], rows.assign(q_value=0.5))
+    assert "a direction that matches no label better than chance does" in chance and "thigh" not in chance
+
+
+def test_survival_that_says_nothing_is_a_sentence(studied: StudyResult, tmp_path: Path) -> None:
+    def lasting(ended: int) -> Evaluation:
+        base = _evaluation(studied, np.arange(20.0))
+        cut = np.arange(20) >= ended
+        return replace(base, columns={**base.columns, "terminated": ~cut, "truncated": cut})
+
+    n = len(studied.edits)
+    base, all_last = lasting(0), lasting(0)
+    for one, words in ((all_last, "arms last to the limit"), (lasting(1), "Hardly any episode ends before the limit")):
+        edited, controls = [one] * n, [base] * n
+        moved = [replace(arm, columns={**arm.columns, "return": arm.outcomes - 1.0}) for arm in edited]
+        table = verdicts(studied.verdicts, studied.edits, base, moved, controls)
+        result = replace(studied, verdicts=table, edited=moved, controls=controls, baseline=base)
+        page = write_study(result, tmp_path).read_text(encoding="utf-8")
+        assert words in page and ("The survival curves" in page) == (one is not all_last)
 
 
 def test_progress_rises_from_nothing_to_everything(studied: StudyResult, shares: list[float]) -> None:
@@ -148,7 +187,9 @@ def test_the_files_are_written_from_the_result_alone(studied: StudyResult, tmp_p
     text = page.read_text()
     assert "What the weights of a &lt;small&gt; agent do" in text and "dt-lens study it" in text
     assert "There is no video: it was switched off." in text
-    assert sum("hurt more when edited than a random change" in sentence for sentence in sentences(studied)) == 3
+    assert len(sentences(studied)) == 3
+    hurt = int((studied.verdicts["verdict"] == "hurts more than its control").sum())
+    assert f"Of {len(studied.verdicts)} edits **{hurt}** hurt more than a random change" in sentences(studied)[1]
     (tmp_path / "file").write_text("")
     with pytest.raises(DtLensError, match="cannot be written"):
         write_study(studied, tmp_path / "file" / "x")
@@ -205,7 +246,7 @@ def test_a_third_partys_task(tmp_path: Path) -> None:
     found = Study(sorter(), tmp_path, Points(), units=6, edits=1, name="a sorter", value="zero").run()
     assert found.baseline.terms.task == "points" and list(found.baseline.units) == [0, 1, 2, 3, 4, 5]
     assert "The unedited sorter" in found.report.read_text(encoding="utf-8") and "failure_rate" in found.verdicts
-    assert "Unedited, the sorter's mean score is **" in sentences(found)[0]
+    assert "Unedited, the sorter's mean score is **" in sentences(found)[2]
 
 
 def test_a_text_is_coloured_by_its_change_of_loss() -> None:
@@ -221,4 +262,4 @@ def test_edits_that_are_given_are_studied_as_they_are(tmp_path: Path) -> None:
     edits = [SingularEdit(model, "blocks.1.mlp.W_out", 2, value="zero"), SingularEdit(model, "blocks.0.mlp.W_in", 1)]
     found = Study(model, tmp_path, Points(), units=4, edits=edits).run()
     assert list(found.verdicts["role"]) == ["given"] * 2 and found.edits == edits
-    assert list(found.verdicts["sv"]) == [2, 1] and any("Of 2 edits, **" in line for line in sentences(found))
+    assert list(found.verdicts["sv"]) == [2, 1] and any("Of 2 edits **" in line for line in sentences(found))

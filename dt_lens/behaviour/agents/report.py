@@ -21,11 +21,13 @@ def video_section(arms: Arms, setting: Setting, folder: Path, wanted: bool) -> S
         [
             Video(
                 video.file,
-                "The edit with the largest loss, in the episode with its median loss; both agents start from the "
-                "same state.",
+                "The edit with the largest loss beside the unedited agent, in the episode with its median loss; both "
+                "start from the same state.",
                 video.reason,
+                video.poster,
             )
         ],
+        picture=True,
     )
 
 

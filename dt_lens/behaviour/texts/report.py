@@ -140,12 +140,11 @@ def _example(arms: Arms, windows: Windows) -> list[Section]:
     words = [arms.model.tokenizer.decode([token]) for token in windows.tokens[unit].tolist()]
     title = f"One window under {arms.names[worst]}"
     about = (
-        f"Window {unit}: the one in which the worst edit does its median damage. Orange tokens lost probability under "
-        "the edit, blue ones gained; hovering shows the loss before and after."
+        f"Window {unit} under {arms.names[worst]}, the worst edit: the window in which it does its median damage. "
+        "Orange tokens lost probability, blue ones gained; hovering shows the loss before and after. The strongest "
+        f"colour is a change of {np.abs(after - before).max():.2f} nats."
     )
-    shown = Markup(coloured(words, before, after))
-    scale = f"The strongest colour is a change of {np.abs(after - before).max():.2f} nats."
-    return [Section(title, [about, shown, Note(scale)])]
+    return [Section(title, [Markup(coloured(words, before, after)), Note(about)], picture=True)]
 
 
 def coloured(words: list[str], before: NDArray[np.float64], after: NDArray[np.float64]) -> str:

@@ -1,7 +1,7 @@
-"""The process that draws a video: replays actions, draws both agents, encodes. Only ``video.py`` starts it.
+"""The process that draws a video: replays actions, draws the agents, encodes. Only ``video.py`` starts it.
 
-``python -m dt_lens.behaviour.video.rendering FOLDER`` reads ``job.pickle`` there and leaves ``video.mp4`` and
-``result.json``. Its file ``stage`` says in words what it is doing, in case it dies.
+``python -m dt_lens.behaviour.video.rendering FOLDER`` reads ``job.pickle`` there and leaves ``video.mp4`` or
+``video.gif``, ``poster.jpg`` and ``result.json``. Its file ``stage`` says in words what it is doing, in case it dies.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dt_lens.behaviour.video.stick_figure import stick_figure
 from dt_lens.behaviour.video.video import frame_steps
 
 if TYPE_CHECKING:
@@ -32,16 +34,22 @@ _ENDED = (72, 84, 99)  # one that did not
 _FEWEST = 12  # frames: fewer do not make a video
 _SLOWEST = 4  # frames per second: of a few steps each must be seen
 _SHORT = 4  # seconds that a short episode lasts
+_PARTED = 0.25  # of the spread of what an agent observes: beyond it two agents are seen to differ
+_BEFORE = 12  # frames before that moment
 
 Picture = npt.NDArray[np.uint8]  # [height, width, 3]
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """One agent's episode: the return after each step, ``[steps + 1]``, and whether the environment ended it."""
+    """One agent's episode: the return after each step, ``[steps + 1]``, and whether the environment ended it.
+
+    ``seen`` is what the agent observed, ``[steps + 1, numbers]``; no row where that is not numbers.
+    """
 
     returns: npt.NDArray[np.float64]
     fell: bool
+    seen: npt.NDArray[np.float64]
 
     @property
     def length(self) -> int:
@@ -78,30 +86,36 @@ def _video(place: Path) -> dict[str, Any]:
     doing("reading the job")
     job = pickle.loads((place / "job.pickle").read_bytes())
     doing("making the environment")
-    environments = [_make(job) for _ in range(2)]
+    environments = [_make(job) for _ in job["actions"]]
     doing("replaying the actions")
     replays = [_replay(env, job["seed"], a) for env, a in zip(environments, job["actions"], strict=True)]
-    doing("starting OpenGL")
+    draw = stick_figure if job["stick"] else _picture
+    doing("drawing a stick figure" if job["stick"] else "starting OpenGL")
     for env in environments:
         env.reset(seed=job["seed"])
-    _picture(environments[0])  # the first picture also sets everything up
+    draw(environments[0], job["size"])  # the first picture also sets everything up
     begin = time.monotonic()
-    _picture(environments[0])
-    affordable = int(job["budget"] / max(1e-4, 2 * (time.monotonic() - begin)))
+    draw(environments[0], job["size"])
+    affordable = int(job["budget"] / max(1e-4, len(replays) * (time.monotonic() - begin)))
     doing("drawing")
     longest = max(replay.length for replay in replays)
     frames = min(job["max_frames"], max(_FEWEST, affordable))
-    steps = frame_steps([r.length for r in replays], [r.fell for r in replays], frames)
+    if job["steps"] is not None:  # all that were asked for, from the beginning on
+        apart = max(1, -(-job["steps"] // frames))
+        steps = list(range(0, job["steps"] + 1, apart))
+    else:
+        steps = frame_steps([r.length for r in replays], [r.fell for r in replays], frames, parted=_parted(replays))
     moving = [step for step in steps if step <= longest]
     fps = min(job["fps"], max(_SLOWEST, longest // _SHORT))
     steps = moving + steps[len(moving) :][:fps]  # a second of standing still
     drawn = [
-        _pictures(env, job["seed"], actions, replay, steps, job["size"])
+        _pictures(env, job["seed"], actions, replay, steps, job["size"], draw)
         for env, actions, replay in zip(environments, job["actions"], replays, strict=True)
     ]
     doing("encoding")
     film = [_frame(job, replays, step, [pictures[i] for pictures in drawn]) for i, step in enumerate(steps)]
-    _encode(place / "video.mp4", film, fps)
+    (_animate if job["kind"] == "gif" else _encode)(place / f"video.{job['kind']}", film, fps)
+    _save(place / "poster.jpg", film[_telling(replays, steps, drawn)])
     doing("closing")
     return {
         "frames": len(film),
@@ -110,9 +124,36 @@ def _video(place: Path) -> dict[str, Any]:
     }
 
 
+def _parted(replays: list[_Replay]) -> int | None:
+    """The first step at which two agents observe clearly different things; ``None`` if they never do."""
+    if len(replays) < 2:
+        return None
+    one, other = (replay.seen for replay in replays[:2])
+    n = min(len(one), len(other))
+    if n == 0 or one.shape[1:] != other.shape[1:]:
+        return None
+    spread = np.concatenate([one, other]).std(axis=0)
+    far = np.sqrt((((one[:n] - other[:n]) / np.where(spread > 0, spread, 1.0)) ** 2).mean(axis=1)) > _PARTED
+    return int(far.argmax()) if far.any() else None
+
+
+def _telling(replays: list[_Replay], steps: list[int], drawn: list[list[Picture]]) -> int:
+    """The frame that says most: just after the first fall, else where the pictures differ most, else the last."""
+    falls = [replay.length for replay in replays if replay.fell]
+    after = [i for i, step in enumerate(steps) if falls and step >= min(falls)]
+    if after:
+        return after[0]
+    if len(drawn) < 2:
+        return len(steps) - 1
+    differ = [float(np.abs(a.astype(np.int16) - b).mean()) for a, b in zip(*drawn[:2], strict=True)]
+    return int(np.argmax(differ))
+
+
 def _make(job: dict[str, Any]) -> Any:
     import gymnasium as gym
 
+    if job["stick"]:
+        return gym.make(job["spec"], disable_env_checker=True, **job["kwargs"])
     kwargs = {**job["kwargs"], "render_mode": "rgb_array"}
     # MuJoCo's environments draw at the given size, and by default from a camera that stays behind while the agent
     # leaves; their models have another that follows it. Other environments do not take these arguments.
@@ -140,18 +181,37 @@ def _action(env: Any, action: npt.NDArray[Any]) -> Any:
 
 def _replay(env: Any, seed: int, actions: npt.NDArray[Any]) -> _Replay:
     """Replay an episode without drawing: its returns and how it ended."""
-    env.reset(seed=seed)
-    returns, terminated = [0.0], False
+    first, _ = env.reset(seed=seed)
+    returns, terminated, seen = [0.0], False, [_numbers(first)]
     for action in actions:
-        _, reward, terminated, truncated, _ = env.step(_action(env, action))
+        observation, reward, terminated, truncated, _ = env.step(_action(env, action))
         returns.append(returns[-1] + float(reward))
+        seen.append(_numbers(observation))
         if terminated or truncated:
             break
-    return _Replay(np.array(returns), bool(terminated))
+    same = len({len(row) for row in seen}) == 1 and len(seen[0])
+    return _Replay(np.array(returns), bool(terminated), np.array(seen) if same else np.empty((0, 0)))
+
+
+def _numbers(observation: Any) -> npt.NDArray[np.float64]:
+    """An observation as a vector; empty where it is not numbers."""
+    if isinstance(observation, dict):
+        parts = [_numbers(part) for part in observation.values()]
+        return np.concatenate(parts) if parts else np.empty(0)
+    try:
+        return np.asarray(observation, dtype=np.float64).ravel()
+    except (TypeError, ValueError):
+        return np.empty(0)
 
 
 def _pictures(
-    env: Any, seed: int, actions: npt.NDArray[Any], replay: _Replay, steps: list[int], size: int
+    env: Any,
+    seed: int,
+    actions: npt.NDArray[Any],
+    replay: _Replay,
+    steps: list[int],
+    size: int,
+    draw: Callable[[Any, int], Picture],
 ) -> list[Picture]:
     """Replay the episode again and draw it after each of ``steps``; after its end the last picture is repeated."""
     env.reset(seed=seed)
@@ -162,11 +222,11 @@ def _pictures(
         while now < min(step, replay.length):
             env.step(_action(env, actions[now]))
             now, moved = now + 1, True
-        out.append(_fitted(_picture(env), size) if moved or not out else out[-1])
+        out.append(_fitted(draw(env, size), size) if moved or not out else out[-1])
     return out
 
 
-def _picture(env: Any) -> Picture:
+def _picture(env: Any, _size: int = 0) -> Picture:
     picture = env.render()
     if not (isinstance(picture, np.ndarray) and picture.ndim == 3 and picture.shape[2] == 3):
         raise RuntimeError(f"{env.spec.id} cannot draw itself as an rgb array")
@@ -189,11 +249,11 @@ def _fitted(picture: Picture, size: int) -> Picture:
 
 
 def _frame(job: dict[str, Any], replays: list[_Replay], step: int, pictures: list[Picture]) -> Picture:
-    """One frame: captions, both pictures, and below each the step and the return so far."""
+    """One frame: captions, the pictures, and below each the step and the return so far."""
     from PIL import Image, ImageDraw
 
-    size = job["size"]
-    frame = Image.new("RGB", (2 * size + _GAP, size + 2 * _STRIP), (24, 27, 32))
+    size, across = job["size"], len(pictures)
+    frame = Image.new("RGB", (across * size + (across - 1) * _GAP, size + 2 * _STRIP), (24, 27, 32))
     draw = ImageDraw.Draw(frame)
     digits = 0 if all((r.returns == r.returns.round()).all() or np.abs(r.returns).max() >= 100 for r in replays) else 2
     for number, (replay, picture) in enumerate(zip(replays, pictures, strict=True)):
@@ -255,6 +315,22 @@ def _encode(file: Path, film: list[Picture], fps: int) -> None:
     for picture in film:
         writer.send(np.ascontiguousarray(picture))
     writer.close()
+
+
+def _animate(file: Path, film: list[Picture], fps: int) -> None:
+    """A GIF that repeats. Its frames share one palette, so that colours do not flicker."""
+    from PIL import Image
+
+    images = [Image.fromarray(picture) for picture in film]
+    palette = images[len(images) // 2].quantize(colors=256, dither=Image.Dither.NONE)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    first.save(file, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+def _save(file: Path, picture: Picture) -> None:
+    from PIL import Image
+
+    Image.fromarray(picture).save(file, format="JPEG", quality=85)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Replay the recorded actions of two agents and draw them side by side into one video.
+"""Replay the recorded actions of an agent, or of two side by side, and draw them into one video.
 
 The drawing happens in a process of its own. OpenGL can only be chosen before MuJoCo is imported, and where its library
 is missing or broken, starting it may raise, hang or end the process, and none of that may reach the calling process.
-If drawing fails, the result holds a sentence that says why.
+If drawing fails, an agent of MuJoCo's is drawn as a stick figure, which needs no OpenGL; otherwise the result holds a
+sentence that says why.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dt_lens.arguments import atomic_write, local_path, require_writable
+from dt_lens.arguments import atomic_write, local_path, require_writable, whole_number
 from dt_lens.decision_transformer.environment_wrappers import specify
 from dt_lens.errors import DtLensError
 from dt_lens.lens.environment_names import import_module_of, specification
@@ -31,26 +32,34 @@ from dt_lens.lens.environment_names import import_module_of, specification
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
 
-__all__ = ["SideBySide", "frame_steps", "side_by_side"]
+__all__ = ["FILMS", "SideBySide", "frame_steps", "require_film", "side_by_side"]
+
+FILMS = (".mp4", ".gif")
 
 _OFF = ("disable", "disabled", "off", "false", "0")  # the values of MUJOCO_GL that switch MuJoCo's OpenGL off
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A video, or the reason why there is none; and the length and the return of both replays."""
+    """A video, or the reason why there is none; and the length and the return of each replay.
+
+    ``note`` says where the agents are stick figures, and why.
+    """
 
     file: Path | None
     reason: str = ""  # one sentence, empty where there is a video
     frames: int = 0
-    lengths: tuple[int, int] = (0, 0)  # environment steps
-    returns: tuple[float, float] = (0.0, 0.0)
+    lengths: tuple[int, ...] = (0, 0)  # environment steps
+    returns: tuple[float, ...] = (0.0, 0.0)
+    poster: Path | None = None  # a JPEG of the moment where the two part
+    note: str = ""
+    opengl: bool = False  # whether it is OpenGL that does not work
 
 
 def side_by_side(
     environment: str | EnvSpec,
     left: npt.ArrayLike,
-    right: npt.ArrayLike,
+    right: npt.ArrayLike | None,
     *,
     seed: int,
     file: str | Path,
@@ -59,28 +68,35 @@ def side_by_side(
     ended: str = "ended",
     failed: tuple[bool, bool] = (True, True),
     size: int = 288,
+    steps: int | None = None,
+    stick: bool | None = None,
     max_frames: int = 80,
     fps: int = 20,
     budget: float = 8.0,
     timeout: float = 60.0,
 ) -> SideBySide:
-    """Replay two recorded action sequences from the same seed and write them, side by side, as one H.264 mp4.
+    """Replay two recorded action sequences from the same seed and write them, side by side, as one H.264 mp4 or GIF.
 
-    The frames are spread so that the first fall is among them. An agent whose episode ended stands still, greyed, with
-    ``ended`` and the step below it, while the other goes on. Short episodes are shown slowly.
+    The frames are spread so that the first fall is among them, or where nobody falls the moment where the two part. A
+    picture of that moment is written beside the video, under the video's name with the ending ``.jpg``. An agent whose
+    episode ended stands still, greyed, with ``ended`` and the step below it, while the other goes on. Short episodes
+    are shown slowly.
 
     Args:
         environment: a Gymnasium id, or a specification if the id is registered by your own code.
         left: the actions as they were given to ``env.step``: ``[steps, act_dim]``, or for discrete actions
             ``[steps]`` whole numbers, or one-hot rows.
-        right: the other agent's actions; the number of steps may differ.
+        right: the other agent's actions; the number of steps may differ. ``None`` draws the left agent alone.
         seed: the episode's seed: ``env.reset(seed=seed)``.
-        file: the mp4 to write; its folder is made if it does not exist.
+        file: the .mp4 or .gif to write; its folder is made if it does not exist.
         captions: what stands above each agent.
         environment_kwargs: as for ``evaluate``, when the actions were recorded.
         ended: the word for a terminated episode: an agent that hops ``"fell"``.
         failed: whether an episode that ended ended in failure: it then has the colour of edits, else grey.
         size: width and height of each picture, pixels.
+        steps: show this many steps from the episode's beginning on; by default those around the first fall, or around
+            the moment where the two part.
+        stick: whether MuJoCo's agents are drawn as stick figures; by default only where OpenGL does not work.
         max_frames: most frames; fewer are drawn if drawing them would take more than ``budget``.
         fps: frames per second of the video; fewer for episodes of few steps.
         budget: seconds that drawing may take, roughly.
@@ -90,17 +106,23 @@ def side_by_side(
         The video, or why there is none: no OpenGL library, an environment that cannot draw itself, too slow a machine.
 
     Raises:
-        DtLensError: for an unknown environment, actions that are not numbers, or a file that cannot be written.
+        DtLensError: for an unknown environment, actions that are not numbers, or a file that cannot be written or is
+            neither .mp4 nor .gif.
     """
     file = local_path(file, "file")
-    require_writable(file)
+    require_film(file)
+    poster = file.with_suffix(".jpg")
+    require_writable(file, poster)
     # Whoever recorded the actions has made the environment with these keywords.
     spec, kwargs = specify(_specification(environment), dict(environment_kwargs or {}))
     job = {
         "spec": spec,
         "kwargs": kwargs,
         "seed": seed,
-        "actions": [_actions(left, "left"), _actions(right, "right")],
+        "actions": [_actions(left, "left"), *([] if right is None else [_actions(right, "right")])],
+        "kind": file.suffix.lower()[1:],
+        "steps": None if steps is None else whole_number(steps, "steps", 1),
+        "stick": False,
         "captions": captions,
         "ended": ended,
         "failed": failed,
@@ -109,42 +131,72 @@ def side_by_side(
         "fps": fps,
         "budget": budget,
     }
+    outcome = SideBySide(None, "There is no video: nothing was tried.")
+    for platform in [] if stick else _platforms():
+        outcome = _drawn(job, platform, timeout, file, poster)
+        if outcome.file is not None:
+            return outcome
+    if stick or (stick is None and outcome.opengl):
+        why = outcome.reason
+        drawn = _drawn({**job, "stick": True}, "disable", timeout, file, poster)
+        if drawn.file is not None:
+            return replace(drawn, note="" if stick else f"Drawn as a stick figure. {why}")
+        outcome = drawn if stick else outcome
+    return outcome
+
+
+def require_film(file: Path) -> None:
+    """Raise ``DtLensError`` unless the file's ending is that of a video that can be written."""
+    if file.suffix.lower() not in FILMS:
+        raise DtLensError(f"{file} ends in {file.suffix or 'nothing'}; a video is written as {' or '.join(FILMS)}.")
+
+
+def _drawn(job: dict[str, Any], platform: str | None, timeout: float, file: Path, poster: Path) -> SideBySide:
+    """Draw on one OpenGL platform in a folder of its own, and keep the video and its poster."""
     try:
         content = pickle.dumps(job)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         return SideBySide(None, f"There is no video: the environment cannot be sent to another process ({error}).")
-    outcome = SideBySide(None, "There is no video: nothing was tried.")
-    for platform in _platforms():
-        with tempfile.TemporaryDirectory(prefix="dt-lens-video-", ignore_cleanup_errors=True) as folder:
-            place = Path(folder)
-            (place / "job.pickle").write_bytes(content)
-            outcome = _draw(place, platform, timeout)
-            if outcome.file is not None:
-                return SideBySide(_keep(outcome.file, Path(file)), "", outcome.frames, outcome.lengths, outcome.returns)
-    return outcome
+    with tempfile.TemporaryDirectory(prefix="dt-lens-video-", ignore_cleanup_errors=True) as folder:
+        place = Path(folder)
+        (place / "job.pickle").write_bytes(content)
+        outcome = _draw(place, platform, timeout, job["kind"])
+        if outcome.file is None:
+            return outcome
+        picture = outcome.poster
+        kept = None if picture is None or not picture.exists() else _keep(picture, poster)
+        return replace(outcome, file=_keep(outcome.file, file), poster=kept)
 
 
-def frame_steps(ends: Sequence[int], fell: Sequence[bool], max_frames: int, *, most_apart: int = 4) -> list[int]:
-    """The environment steps to draw so that the first fall is seen.
+def frame_steps(
+    ends: Sequence[int], fell: Sequence[bool], max_frames: int, *, most_apart: int = 4, parted: int | None = None
+) -> list[int]:
+    """The environment steps to draw so that the first fall is seen, or where nobody falls how agents part.
 
     Args:
         ends: for each agent the number of steps of its episode.
         fell: whether it ended before the time limit.
         max_frames: the most steps to return.
         most_apart: the most steps between two frames; with more, the motion cannot be followed.
+        parted: the step at which the agents are first seen to differ, if they do.
 
     Returns:
-        Steps, rising, evenly spaced. Without a fall they begin at 0; with one, about a quarter of them follow it.
+        Steps, rising, evenly spaced. With a fall about a quarter of them follow it; without one they begin a quarter of
+        them before the agents part, or at 0.
 
     >>> frame_steps([1000, 10], [False, True], 5)
     [0, 4, 8, 12, 16]
     >>> frame_steps([1000, 1000], [False, False], 4)
     [0, 4, 8, 12]
+    >>> frame_steps([1000, 1000], [False, False], 4, parted=500)
+    [496, 500, 504, 508]
     """
     falls = [end for end, down in zip(ends, fell, strict=True) if down]
     if not falls:
         apart = max(1, min(most_apart, -(-max(ends) // max_frames)))
-        return list(range(0, max(ends) + 1, apart))[:max_frames]
+        span = (max_frames - 1) * apart
+        start = max(0, min(0 if parted is None else parted - max_frames // 4 * apart, max(ends) - span))
+        return list(range(start, max(ends) + 1, apart))[:max_frames]
     first = min(falls)
     before = max(1, max_frames - max_frames // 4 - 1)  # frames up to the fall
     apart = max(1, min(most_apart, -(-first // before)))
@@ -180,7 +232,7 @@ def _platforms() -> list[str | None]:
     return ["egl", *(["glfw"] if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") else [])]
 
 
-def _draw(place: Path, platform: str | None, timeout: float) -> SideBySide:
+def _draw(place: Path, platform: str | None, timeout: float, kind: str = "mp4") -> SideBySide:
     """Run the drawing process in ``place`` and report how it ended."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
     if platform is not None:
@@ -203,17 +255,18 @@ def _draw(place: Path, platform: str | None, timeout: float) -> SideBySide:
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
         opengl = _stage(place) == "starting OpenGL"
         return SideBySide(
-            None, f"{why}the process that draws it ended {how} while {_stage(place)}.{_advice() if opengl else ''}"
+            None,
+            f"{why}the process that draws it ended {how} while {_stage(place)}.{_advice() if opengl else ''}",
+            opengl=opengl,
         )
     if result.get("opengl") and (os.environ.get("MUJOCO_GL") or "").lower() in _OFF:
-        return SideBySide(None, f"{why}MUJOCO_GL={os.environ['MUJOCO_GL']} switches OpenGL off.")
+        return SideBySide(None, f"{why}MUJOCO_GL={os.environ['MUJOCO_GL']} switches OpenGL off.", opengl=True)
     if "error" in result:
         stage = "starting OpenGL" if result["opengl"] else _stage(place)
-        return SideBySide(None, f"{why}{stage} failed ({result['error']}).{_advice() if result['opengl'] else ''}")
-    first, second = result["lengths"], result["returns"]
-    return SideBySide(
-        place / "video.mp4", "", result["frames"], (first[0], first[1]), (float(second[0]), float(second[1]))
-    )
+        advice = _advice() if result["opengl"] else ""
+        return SideBySide(None, f"{why}{stage} failed ({result['error']}).{advice}", opengl=bool(result["opengl"]))
+    lengths, returns = tuple(result["lengths"]), tuple(float(value) for value in result["returns"])
+    return SideBySide(place / f"video.{kind}", "", result["frames"], lengths, returns, place / "poster.jpg")
 
 
 def _stage(place: Path) -> str:

@@ -51,7 +51,9 @@ def test_two_hoppers_and_the_fallen_one_stands_still(tmp_path: Path) -> None:
         captions=("unedited", "blocks.0.mlp.W_in · σ"), ended="fell", size=96, max_frames=16,
     )  # fmt: skip
     assert made.reason == "" and made.file == tmp_path / "new" / "v.mp4"
-    assert list(made.file.parent.iterdir()) == [made.file]
+    assert sorted(made.file.parent.iterdir()) == [tmp_path / "new" / "v.jpg", made.file]
+    assert made.poster == tmp_path / "new" / "v.jpg" and made.note == ""
+    assert poster_of(made)[60:, 150:, 0].mean() > 0, "it can be read"
     about, film = frames_of(made.file)
     assert about["codec"] == "h264" and str(about["pix_fmt"]).startswith("yuv420p")
     assert len(film) == made.frames == 16
@@ -175,20 +177,67 @@ def test_an_end_that_is_no_failure_is_not_in_the_colour_of_failures(tmp_path: Pa
     assert redness[0] < 20 and redness[1] > 80
 
 
-def test_opengl_switched_off_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def poster_of(made: SideBySide) -> np.ndarray:
+    from PIL import Image
+
+    assert made.poster is not None
+    return np.asarray(Image.open(made.poster)).astype(int)
+
+
+def test_without_opengl_an_agent_is_a_stick_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "disable")
-    made = side_by_side("Hopper-v5", STILL, WILD, seed=0, file=tmp_path / "v.mp4")
-    assert made == SideBySide(None, "There is no video: MUJOCO_GL=disable switches OpenGL off.")
-    assert list(tmp_path.iterdir()) == []
+    made = side_by_side("Hopper-v5", STILL, WILD, seed=3, file=tmp_path / "v.mp4", ended="fell", size=96, max_frames=16)
+    assert made.reason == "" and made.file == tmp_path / "v.mp4" and made.frames == 16
+    assert made.note == "Drawn as a stick figure. There is no video: MUJOCO_GL=disable switches OpenGL off."
+    film = frames_of(made.file)[1].astype(int)
+    left, right = film[:, 26:-26, :96], film[:, 26:-26, 100:]
+    blue = [(side[..., 2] > side[..., 0] + 60).sum(axis=(1, 2)) for side in (left, right)]
+    assert min(blue[0]) > 60, "there is a figure"
+    assert np.abs(np.diff(left[:4], axis=0)).max() > 60, "it moves"
+    poster = poster_of(made)
+    assert np.abs(poster[26:-26, :96] - poster[26:-26, 100:196]).mean() > 3, "the moment where the two part"
+    assert poster[-8:, 100:196, 0].mean() > 150, "after the fall"
 
 
-def test_opengl_that_cannot_start_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_agents_of_mujoco_are_stick_figures(tmp_path: Path) -> None:
+    walk = np.array([1, 1, 2])
+    made = side_by_side("FrozenLake-v1", walk, walk, seed=0, file=tmp_path / "v.mp4", stick=True)
+    assert made.file is None and "has no bodies to draw" in made.reason
+
+
+def test_a_humanoid_stays_in_the_picture_as_a_stick_figure() -> None:
+    import gymnasium as gym
+
+    from dt_lens.behaviour.video.stick_figure import stick_figure
+
+    env = gym.make("Humanoid-v5")
+    env.reset(seed=0)
+    picture = stick_figure(env, 128).astype(int)
+    blue = picture[..., 2] > picture[..., 0] + 60
+    rows, columns = np.nonzero(blue)
+    assert 200 < blue.sum() < 5000 and 5 < rows.min() and rows.max() < 123 and 5 < columns.min() < columns.max() < 123
+
+
+def test_one_agent_alone_as_a_gif_for_so_many_steps(tmp_path: Path) -> None:
+    from PIL import Image
+
+    made = side_by_side("FrozenLake-v1", np.array([0, 0, 0, 0, 0, 0]), None, seed=0, file=tmp_path / "v.gif", size=64,
+                        steps=4, environment_kwargs={"is_slippery": False})  # fmt: skip
+    assert made.reason == "" and made.lengths == (6,) and made.returns == (0.0,)
+    with Image.open(tmp_path / "v.gif") as film:
+        assert film.size == (64, 64 + 52) and film.n_frames == made.frames == 5
+    with pytest.raises(DtLensError, match=r"v\.avi ends in \.avi; a video is written as \.mp4 or \.gif"):
+        side_by_side("FrozenLake-v1", np.array([0]), None, seed=0, file=tmp_path / "v.avi")
+
+
+def test_opengl_that_cannot_start_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    made = side_by_side("Hopper-v5", STILL, WILD, seed=0, file=tmp_path / "v.mp4")
-    assert made.file is None and "starting OpenGL failed" in made.reason and "unset it" in made.reason
-    assert "\n" not in made.reason
+    made = side_by_side("Hopper-v5", STILL, WILD, seed=0, file=tmp_path / "v.mp4", size=64)
+    assert made.file is not None and "starting OpenGL failed" in made.note and "unset it" in made.note
+    real = side_by_side("Hopper-v5", STILL, WILD, seed=0, file=tmp_path / "w.mp4", stick=False)
+    assert real.file is None and "starting OpenGL failed" in real.reason and "\n" not in real.reason
 
 
 def test_the_drawing_process_has_a_time_limit(tmp_path: Path) -> None:
@@ -252,6 +301,9 @@ def test_the_first_fall_is_among_the_frames(episodes: list[tuple[int, bool]], fr
     steps = frame_steps(ends, fell, frames)
     assert 1 <= len(steps) <= frames and steps[0] >= 0
     assert len({b - a for a, b in itertools.pairwise(steps)}) <= 1, "evenly spaced"
+    if not any(fell):
+        late = frame_steps(ends, fell, frames, parted=max(ends) // 2)
+        assert late[0] <= max(ends) // 2 <= late[-1] or len(late) == 1 or late[-1] + 4 > max(ends) // 2
     if any(fell):
         first = min(end for end, down in episodes if down)
         assert steps[0] < first <= steps[-1], "before the fall and after it"
