@@ -34,6 +34,7 @@ from dt_lens.cli.commands.sweep import sweep
 from dt_lens.cli.commands.top import top
 from dt_lens.cli.commands.train import train
 from dt_lens.cli.commands.train_text import train_text
+from dt_lens.cli.commands.video import video
 from dt_lens.cli.options import Quiet
 from dt_lens.cli.output import usual_output
 from dt_lens.errors import DtLensError
@@ -56,6 +57,7 @@ _COMMANDS: list[Callable[..., None]] = [
     clusters,
     compare,
     evaluate,
+    video,
     sweep,
     atlas,
     court,

@@ -162,6 +162,7 @@ def calls(make_dt: Callable[..., Any], make_lm: Callable[..., Any], tmp_path_fac
         "make_environment": (rows["make_environment"], {"environment": "Pendulum-v1", "kwargs": {}, "cfg": agent.cfg}),
         "score_reference": (rows["score_reference"], {"environment": "Hopper-v5"}),
         "model_id": (rows["model_id"], {"model": model}),
+        "film": (rows["film"], {"model": agent, "file": folder / "x.gif", "environment": "NoSuch-v0", "steps": 1}),
         "record_actions": (rows["record_actions"], {"model": agent, "evaluation": evaluation, "seed": 0}),
         "side_by_side": (rows["side_by_side"], {"environment": "NoSuch-v0", "left": [0], "right": [0], "seed": 0,
                                                 "file": folder / "x.mp4"}),

@@ -104,7 +104,7 @@ def damage_against(
     figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
     figure.update_yaxes(title_text=f"{terms.lost}{DAMAGE[response]}" if response in DAMAGE else response, col=1)
     # The legend shows one marker for filled and open points; the subtitle says what they mean.
-    about = f"one point per direction · filled: the {terms.outcome} changes at q < 0.05"
+    about = f"one point for each of {len(directions):,} directions · filled: the {terms.outcome} changes at q < 0.05"
     about += f" · logarithmic beyond ±{scale:g}"
     finished = finish(figure, title, about, height=520, wide=(260 if len(shown) < 4 else 320) * len(shown))
     finished.update_layout(margin_t=130)
@@ -257,11 +257,14 @@ def along_the_spectrum(
                     place,
                     _hover_texts(part, terms),
                 )
+    # Directions are counted: no ticks between them.
+    few = {"dtick": 1} if directions["sv"].max() < 8 else {}
+    figure.update_xaxes(tickformat=",d", **few)
     figure.update_xaxes(title_text="sv", row=len(layers))
     # From 0 where a share of the mean says something; otherwise what changes would not be seen.
     span = {"rangemode": "tozero"} if terms.large is None else {}
     figure.update_yaxes(title_text=f"mean {terms.outcome}", col=1, **span)
-    about = f"sv 0 has the largest sigma · dotted: the unedited {terms.actor}"
+    about = f"{len(directions):,} directions · sv 0 has the largest sigma · dotted: the unedited {terms.actor}"
     finished = finish(figure, title, about, height=180 + 170 * len(layers), wide=230 * len(kinds))
     finished.update_layout(margin_t=110)
     return finished
@@ -302,9 +305,10 @@ def shares(table: pd.DataFrame, terms: Terms, *, title: str = "How many directio
             customdata=[f"{hurts} of {n}" for hurts, n in zip(part["hurts"], part["directions"], strict=True)],
             hovertemplate="%{y}: %{customdata} directions (%{x:.0%})<extra></extra>",
         )
-    figure.update_xaxes(tickformat=".0%", title_text="share of the matrix's directions", rangemode="tozero")
+    figure.update_xaxes(tickformat=".2~%", title_text="share of the matrix's directions", rangemode="tozero")
     figure.update_yaxes(categoryorder="array", categoryarray=list(rows["what"]))
     about = f"{'costs' if terms.sign > 0 else 'raises'} {terms.outcome} at q < 0.05"
+    about += f" · {int(rows['directions'].sum()):,} directions of {len(rows)} matrices"
     return finish(figure, title, about, height=140 + 32 * len(rows))
 
 
@@ -363,5 +367,5 @@ def sizes_against_damage(
             figure.update_xaxes(title_text=predictor.replace("_", " "), row=1, col=number, **axis)
     figure.update_yaxes(tickvals=values, ticktext=names, zeroline=False)
     figure.update_yaxes(title_text=terms.lost, col=1)
-    about = f"one point per direction · filled: q < 0.05 · logarithmic beyond ±{scale:g}"
+    about = f"one point for each of {len(directions):,} directions · filled: q < 0.05 · logarithmic beyond ±{scale:g}"
     return finish(figure, title, about, height=460, wide=330 * len(predictors))

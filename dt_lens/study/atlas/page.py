@@ -77,6 +77,12 @@ def _sections(atlas: Atlas) -> list[Section]:
     """All sections; only the method where no removal did anything, since every figure would be empty."""
     if not atlas.directions["damage"].any():
         return [_method(atlas)]
+    if not (atlas.directions["q_value"] < ALPHA).any():
+        # Nothing is told from noise: what would explain it is there for who asks.
+        rest = [_damage(atlas), _matches(atlas), _sizes(atlas)]
+        folds = [Folded(section.title, section.blocks) for section in rest]
+        said = "No direction's damage is told from noise, so there is nothing for a match or a size to predict."
+        return [_shares(atlas), Section("What might have predicted it", [said, *folds]), _method(atlas)]
     return [_damage(atlas), _shares(atlas), _matches(atlas), _sizes(atlas), _method(atlas)]
 
 
@@ -157,7 +163,10 @@ def _line(atlas: Atlas, kind: str, column: str, response: str) -> str:
 
 def _shares(atlas: Atlas) -> Section:
     terms = atlas.terms
-    blocks: list[Any] = [Plot(figures.shares(atlas.shares, terms))]
+    hurts = atlas.shares["hurts"].any()
+    n = len(atlas.directions)
+    none = f"None of {n:,} directions {'costs' if terms.sign > 0 else 'raises'} {terms.outcome} at q < {ALPHA:g}."
+    blocks: list[Any] = [Plot(figures.shares(atlas.shares, terms)) if hurts else none]
     deed, doing, done = atlas.words
     leaves = f"What {doing.lower()} each direction leaves"
     spectrum = figures.along_the_spectrum(atlas.directions, atlas.baseline.mean, terms, title=leaves, done=done)
@@ -197,21 +206,25 @@ def _matches(atlas: Atlas) -> Section:
     if atlas.untrained:
         text += f" Never trained: {', '.join(atlas.untrained)}; what they correlate with is the procedure's noise."
     intervals = {"rho": ("low", "high")}
-    return Section(
-        "What other matches predict",
-        [
-            text,
-            Table(kinds.drop(columns=["what"]), intervals=intervals),
-            Folded("Matrix by matrix", [Table(table[table["what"] != table["kind"]], intervals=intervals)]),
-        ],
-    )
+    single = table[table["what"] != table["kind"]]
+    shown, matrices = kinds[kinds["rho"].notna()], single[single["rho"].notna()]
+    undefined = len(table) - len(shown) - len(matrices)
+    if undefined:
+        text += f" {undefined:,} correlations are not defined, because one of the two does not vary, and not listed."
+    tables: list[Any] = [Table(shown.drop(columns=["what"]), intervals=intervals)] if len(shown) else []
+    if len(matrices):
+        tables.append(Folded("Matrix by matrix", [Table(matrices, intervals=intervals)]))
+    return Section("What other matches predict", [text, *tables])
 
 
 def _sizes(atlas: Atlas) -> Section:
     predictors = [name for name in ("sigma", "output_energy") if name in atlas.directions]
     whose = f"the {atlas.terms.actor}'s own inputs"
     blocks: list[Any] = [Plot(figures.sizes_against_damage(atlas.directions, predictors, atlas.terms))]
-    blocks.append(Table(atlas.predictors[atlas.predictors["what"] == atlas.predictors["kind"]].drop(columns="what")))
+    by_kind = atlas.predictors[atlas.predictors["what"] == atlas.predictors["kind"]].drop(columns="what")
+    by_kind = by_kind[by_kind["rho"].notna()]
+    if len(by_kind):
+        blocks.append(Table(by_kind))
     if "output_energy" in predictors:
         blocks.insert(
             0,

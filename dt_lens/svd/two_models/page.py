@@ -43,8 +43,14 @@ def write_page(changes: ModelChanges, folder: str | Path, command: str = "") -> 
     a, b = changes.names
     table = readable(most_changed(changes.table, len(changes.table)))
     changed = list(changes.most_changed(DETAILED).query("relative_change > 0")["matrix"])
+    same = (
+        f"All {len(changes.table)} matrices of the two models hold the same numbers, so there is nothing to draw: no "
+        "singular value moved and no direction turned."
+    )
     sections = [
-        Section(
+        Section("What changed", [*(Note(note) for note in changes.notes), same])
+        if not (changes.table["relative_change"] > 0).any()
+        else Section(
             "What changed",
             [
                 *(Note(note) for note in changes.notes),
