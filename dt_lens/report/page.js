@@ -160,16 +160,14 @@
     plot.classList.toggle("wider", least > width);
     frame.classList.toggle("leads", given.data.some((trace) => trace.meta && trace.meta.links));
     const options = { responsive: false, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
-    const drawn = Plotly.react(canvas, given.data, layout, options);
-    if (!canvas.dataset.listens) {
-      canvas.dataset.listens = "yes";
-      canvas.on("plotly_click", (event) => {
-        const anchor = leadsTo(event.points[0]);
-        if (!anchor) return;
-        if (location.hash === "#" + anchor) reveal();
-        else location.hash = anchor;
-      });
-    }
+    // Anew each time: a figure whose axes change their kind of labels is not always redrawn correctly in place.
+    const drawn = Plotly.newPlot(canvas, given.data, layout, options);
+    canvas.on("plotly_click", (event) => {
+      const anchor = leadsTo(event.points[0]);
+      if (!anchor) return;
+      if (location.hash === "#" + anchor) reveal();
+      else location.hash = anchor;
+    });
     return drawn;
   }
 

@@ -148,7 +148,7 @@ def effects(
         filled = real if not prefix else [True] * len(rows)
         figure.add_scatter(
             x=middle,
-            y=np.arange(len(rows)) + shift,
+            y=(np.arange(len(rows)) + shift).tolist(),  # the page moves them where it is narrow
             mode="markers",
             name=name,
             marker={

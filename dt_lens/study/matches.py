@@ -130,7 +130,8 @@ def _listed(table: pd.DataFrame) -> pd.DataFrame:
 def _directions(rows: pd.DataFrame, svd: WeightSVD) -> pd.DataFrame:
     """The rows with the labels at both ends of each direction."""
     towards, away = np.full(len(rows), "", dtype=object), np.full(len(rows), "", dtype=object)
-    for (matrix, side, embedding), group in rows.groupby(["matrix", "side", "embedding"], sort=False):
+    for _, group in rows.groupby(["matrix", "side", "embedding"], sort=False):
+        matrix, side, embedding = group.iloc[0][["matrix", "side", "embedding"]]
         if len(svd.registry[embedding]) > LARGEST:
             continue
         cosines = svd.cosines(matrix, embedding, side, int(group["sv"].max()) + 1)

@@ -101,7 +101,7 @@ def test_the_numbers_are_those_of_the_csv(opened: Any, report: Path) -> None:
             ("q", "q"),
         ):
             assert float(row[heading]) == pytest.approx(kept[name], rel=1e-9)
-    drawn = page.evaluate("Array.from(document.querySelector('figure.plot .js-plotly-plot').data[0].x)")
+    drawn = page.evaluate("document.querySelector('figure.plot .js-plotly-plot').calcdata[0].map((one) => one.x)")
     assert sorted(drawn) == pytest.approx(sorted(verdicts["difference"]))
 
 

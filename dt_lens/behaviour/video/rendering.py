@@ -152,7 +152,7 @@ def _telling(replays: list[_Replay], steps: list[int], drawn: list[list[Picture]
 def _make(job: dict[str, Any]) -> Any:
     import gymnasium as gym
 
-    if job["stick"]:
+    if job.get("stick"):
         return gym.make(job["spec"], disable_env_checker=True, **job["kwargs"])
     kwargs = {**job["kwargs"], "render_mode": "rgb_array"}
     # MuJoCo's environments draw at the given size, and by default from a camera that stays behind while the agent
