@@ -219,15 +219,12 @@ def _edits(result: StudyResult) -> Table:
         }
     )
     names = ["verdict", "q", "difference", "control_difference", "damage_beyond_control"]
-    names += ["failure_rate", "control_failure_rate"]
     headings = {
         "matrix": "edit",
         "label": "best label",
         "difference": f"change of {terms.outcome_name}",
         "control_difference": "its control's change",
         "damage_beyond_control": f"{terms.lost} beyond the control",
-        "failure_rate": "failed",
-        "control_failure_rate": "its control failed",
     }
     intervals = {"damage_beyond_control": ("beyond_low", "beyond_high")}
     for name in names:
@@ -240,6 +237,9 @@ def _edits(result: StudyResult) -> Table:
     ):
         for end in ends if name in frame else ():
             frame[end] = verdicts[end].to_numpy()
+    if "failure_rate" in verdicts:
+        pairs = zip(verdicts["failure_rate"], verdicts["control_failure_rate"], strict=True)
+        frame["failed"] = [f"{own:.0%}\nits control {other:.0%}" for own, other in pairs]
     return Table(
         frame,
         f"Means over {len(result.baseline)} {terms.units}{terms.of_size}, paired with the unedited "
