@@ -76,7 +76,7 @@ def video(
             raise DtLensError(
                 "The model is a language model, and a video is of an agent; see dt-lens study for its text."
             )
-        from dt_lens.behaviour.agents.film import film
+        from dt_lens.behaviour.agents.filming import film
 
         edits = edits_of(loaded, edit, sv, side, value, edits_from, raw=raw, seed=seed)
         options = {"target_return": target_return, "max_steps": max_steps, "deterministic": deterministic}

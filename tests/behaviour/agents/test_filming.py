@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dt_lens.behaviour.agents.film import dose_of, film
+from dt_lens.behaviour.agents.filming import dose_of, film
 from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.edits.singular import SingularEdit
