@@ -23,6 +23,7 @@ from dt_lens.edits.writing import add_changes, overflows, same_bits, writable
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.forward_mode import evaluating
+from dt_lens.lens.hooks import HookedModule
 from dt_lens.lens.matrices import Matrix, SideName
 from dt_lens.lens.printing import html_table
 from dt_lens.lens.weights import checksum
@@ -90,6 +91,10 @@ def _copy(model: Lens, weights: Mapping[str, Tensor]) -> None:
         live = model.weights[name]
         with writable(live):
             live.copy_(weight)
+
+
+class _Seen(Exception):
+    """Ends a forward pass with the activation that it was run for."""
 
 
 class Edit(Reversible):
@@ -287,9 +292,20 @@ class Edit(Reversible):
         gated = kind == "W_in" and f"blocks.{self.matrix.layer}.mlp.W_gate" in self.model.weights
         name = f"blocks.{self.matrix.layer}.{'mlp.hook_pre_linear' if gated else SHOWN_AT[kind]}"
         probe = {key: value[:1] for key, value in self.model.probe().items()}  # one sequence shows it
+        shown = None
+
+        def see(x: Tensor, hook: Any) -> None:
+            raise _Seen(x)
+
         with evaluating(self.model), torch.no_grad():
-            _, cache = self.model.run_with_cache(**probe, names_filter=name)
-        shown: Tensor = cache[name]
+            if not isinstance(self.model, HookedModule):
+                shown = self.model.run_with_cache(**probe, names_filter=name)[1][name]
+            else:
+                try:  # the rest of the pass, which may be most of it, would show nothing more
+                    self.model.run_with_hooks(**probe, fwd_hooks=[(name, see)])
+                except _Seen as seen:
+                    shown = seen.args[0]
+        assert isinstance(shown, Tensor)
         return torch.nan_to_num(shown.detach().clone())
 
     def _why_unseen(self, before: Tensor) -> str:

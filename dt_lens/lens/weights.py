@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +29,7 @@ __all__ = [
 ]
 
 CHUNK = 2**17  # entries of a weight that are converted to float64 at a time, so that memory never holds all of it twice
+COLUMNS = 4096  # of the table in which a weight's bits are summed
 PIECE = 2**20  # entries that are compared at a time
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,14 +54,31 @@ def _parts(lens: Weighted, matrix: Matrix) -> list[tuple[str, Tensor]]:
 
 
 def checksum(lens: Weighted, matrix: Matrix) -> tuple[Any, ...]:
-    """``fingerprint`` at a fifth of its time: any change of one weight shows, and of 4 billion others one does not.
+    """``fingerprint`` at a fraction of its time: sums of the bits along rows and columns, and a hash of these.
 
-    For comparisons within a process; what is kept on disk goes by ``fingerprint``.
+    Any change of one weight shows, and any exchange of two. For comparisons within a process; what is kept on disk goes
+    by ``fingerprint``.
     """
-    parts = [weight for _, weight in _parts(lens, matrix)]
-    return tuple(
-        (zlib.crc32(_memory(part)), part.dtype, tuple(part.shape), tuple(memory_order(part))) for part in parts
-    )
+    parts = [weight.detach() for _, weight in _parts(lens, matrix)]
+    return tuple((_sums(part), part.dtype, tuple(part.shape), tuple(memory_order(part))) for part in parts)
+
+
+def _sums(tensor: Tensor) -> bytes:
+    """A hash of the sums of a tensor's bits, taken as whole numbers of 8 bytes, along rows and columns of a table."""
+    flat = tensor.permute(memory_order(tensor)).contiguous().reshape(-1).view(torch.uint8)
+    end = len(flat) // (8 * COLUMNS) * (8 * COLUMNS)
+    digest = hashlib.blake2b(_memory(flat[end:]), digest_size=16)
+    if end:
+        if flat.storage_offset() % 8:  # whole numbers of 8 bytes begin at multiples of 8
+            flat = flat.clone()
+        table = flat[:end].view(torch.int64).view(-1, COLUMNS)
+        columns, rows = table.new_zeros(COLUMNS), []
+        for piece in torch.split(table, 64):  # that fits into the processor's cache is read twice
+            columns += piece.sum(0)
+            rows.append(piece.sum(1))
+        for sums in (columns, torch.cat(rows)):
+            digest.update(_memory(sums))
+    return digest.digest()
 
 
 def hash_of(tensor: Tensor) -> bytes:

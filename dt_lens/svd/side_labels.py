@@ -29,7 +29,7 @@ BLOCK = 2**23  # numbers held at a time, several times over in float64
 
 Array = NDArray[np.float64]
 WHOLE = 2**23  # numbers of an embedding that is held at once, in float64
-HELD = 2**28  # numbers of an embedding whose rows a null keeps in float32, 1 GiB, while it is drawn
+HELD = 3 * 2**25  # numbers, 384 MiB in float32, of the rows that a null keeps while it is drawn
 ROWS = 1024  # chosen labels computed together
 
 
@@ -97,12 +97,15 @@ class SideLabels:
             digest.update(hash_of(self.embedding.scale))
         return digest.digest()
 
-    def _blocks(self, width: int) -> Iterator[tuple[int, NDArray[np.float32] | Array]]:
-        """All rows in order, with the number of a block's first: at once in float64, or a few in float32."""
+    def _blocks(self, width: int, begin: int = 0) -> Iterator[tuple[int, NDArray[np.float32] | Array]]:
+        """The rows from ``begin`` on, with the number of a block's first: at once in float64, or a few in float32."""
         if self.whole:
             yield 0, self._rows
             return
-        for numbers, rows in row_blocks(self.embedding, None, width, self.folded, self.centred, torch.float32):
+        if begin == self.n:
+            return
+        some = range(begin, self.n) if begin else None
+        for numbers, rows in row_blocks(self.embedding, some, width, self.folded, self.centred, torch.float32):
             yield int(numbers[0]), rows.numpy()
 
     def best(self, directions: Array, starts: NDArray[np.int64]) -> Best:
@@ -159,22 +162,21 @@ class SideLabels:
         """The rows as nulls take them: at once, or a block at a time."""
         if self.whole:
             return self._rows
-        kept, held = np.empty(0, np.int64), list[NDArray[np.float32]]()
+        kept, held, end = np.empty(0, np.int64), list[NDArray[np.float32]](), 0
         for begin, rows in self._blocks(self.width):
             some = np.flatnonzero(rows.any(1))
             kept = np.append(kept, begin + some)
-            if self.n * self.width <= HELD:
+            if (begin + len(rows)) * self.width <= HELD:  # the first rows are kept, the others made at every pass
                 held.append(np.asarray(rows[some] if len(some) < len(rows) else rows, dtype=np.float32))
+                end = begin + len(rows)
 
         def rows_of(index: NDArray[np.int64]) -> Array:
             numbers = torch.from_numpy(kept[index])
             return np.asarray(unit_rows(self.embedding, numbers, self.folded, self.centred).numpy())
 
         def blocks() -> Iterator[NDArray[np.float32]]:
-            if held:
-                yield from held
-                return
-            for _, rows in self._blocks(self.width):
+            yield from held
+            for _, rows in self._blocks(self.width, end):
                 yield np.asarray(rows[rows.any(1)], dtype=np.float32)
 
         return LabelBlocks(len(kept), self.width, self.centred, rows_of, blocks)

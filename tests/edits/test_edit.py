@@ -187,6 +187,7 @@ def test_a_hooked_model_keeps_its_hooks_and_gets_no_others(make_dt: Make) -> Non
         with nothing_changes(model), SingularEdit(model, W_IN):
             pass
         assert hooked(model) == ["blocks.0.mlp.hook_post", "blocks.1.hook_mlp_out"]
+        outputs(model)
 
 
 def test_an_edit_is_seen_by_the_hugging_face_model_and_leaves_it(make_hf: Callable[..., Any]) -> None:
@@ -259,6 +260,19 @@ def test_an_edit_too_faint_for_the_activations_is_distinguished_from_a_copy(make
         edit.apply()
     with nothing_changes(model), SingularEdit(model, W_IN, 0, value="flip", fold_layernorm=False):
         pass
+
+
+def test_the_check_that_an_edit_is_in_use_ends_where_it_shows(make_lm: Make) -> None:
+    """Before the blocks behind, and with every hook and mode as they were."""
+    model = dt_lens.wrap(make_lm("gpt2"))
+    edit, ran = SingularEdit(model, W_IN, sv=0), []
+    name = "blocks.1.hook_resid_post"
+    model.add_hook(name, lambda x, hook: ran.append(hook.name))
+    with nothing_changes(model), edit:
+        pass
+    assert not ran
+    model(**model.probe())
+    assert ran == [name]
 
 
 def test_an_edit_of_weights_that_have_changed_is_refused(make_dt: Make) -> None:

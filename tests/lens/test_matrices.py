@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dt_lens import DtLensError
-from dt_lens.lens.matrices import Snapshot, catalogue, find_matrix, fold, select_matrices, unfold
-from dt_lens.lens.weights import fingerprint
+from dt_lens.lens.matrices import Snapshot, Structure, catalogue, find_matrix, fold, select_matrices, unfold
+from dt_lens.lens.weights import checksum, fingerprint
 
 Make = Callable[..., Any]
 
@@ -163,18 +163,44 @@ def test_patterns(make_dt: Make) -> None:
     assert len(patterns) == 8 and len(chosen(patterns)) == 20
 
 
-def test_a_fingerprint_depends_on_every_bit(make_dt: Make) -> None:
+@pytest.mark.parametrize("hashed", [fingerprint, checksum])
+def test_a_fingerprint_depends_on_every_bit(make_dt: Make, hashed: Any) -> None:
     model = make_dt()
     matrix = find_matrix(model, "blocks.0.attn.OV.1")
-    before = fingerprint(model, matrix)
-    assert fingerprint(Snapshot.of(model), matrix) == before
+    before = hashed(model, matrix)
+    assert hashed(Snapshot.of(model), matrix) == before
     for name in ("blocks.0.attn.W_V", "blocks.0.attn.W_O", "blocks.0.ln1.w"):
         weight = model.weights[name].view(-1)
         kept = weight.clone()
         weight[-2:] = kept[-2:].flip(0)  # the same numbers in another order
-        assert fingerprint(model, matrix) != before
+        assert hashed(model, matrix) != before
         weight.copy_(kept)
     model.weights["blocks.0.attn.W_V"][0].zero_()  # the other head's
-    assert fingerprint(model, matrix) == before
+    assert hashed(model, matrix) == before
     model.weights["blocks.0.attn.W_Q"].zero_()
-    assert fingerprint(model, matrix) == before
+    assert hashed(model, matrix) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_checksum_of_a_large_weight_depends_on_every_bit_and_on_order(dtype: torch.dtype, shift: int) -> None:
+    """Larger than the table whose rows and columns are summed, and with a rest beyond it; at any place in memory."""
+    structure = Structure(1, 1, 320, (1.0,), (None,), (None,))
+    memory = torch.randn(320 * 421 + shift, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = memory[shift:].view(320, 421)
+    matrix = find_matrix(Snapshot({"blocks.0.mlp.W_in": weight}, structure), "blocks.0.mlp.W_in")
+
+    def found(weight: torch.Tensor) -> Any:
+        return checksum(Snapshot({"blocks.0.mlp.W_in": weight}, structure), matrix)
+
+    before = found(weight)
+    assert found(weight.clone()) == before and found(weight.T.contiguous().T) != before
+    for i, j in ((0, 0), (100, 3), (319, 420)):
+        changed = weight.clone()
+        changed.view(torch.int16 if dtype == torch.float16 else torch.int32)[i, j] ^= 1
+        assert found(changed) != before
+    for one, two in (((0, 0), (0, 1)), ((0, 0), (200, 300)), ((318, 0), (319, 420))):
+        changed = weight.clone()
+        changed[one], changed[two] = weight[two], weight[one]
+        assert found(changed) != before
+    assert found(weight.flip(0).contiguous()) != before and found(weight.flip(1).contiguous()) != before

@@ -94,3 +94,20 @@ def test_values_that_are_not_finite_are_named() -> None:
     rows[2, 1] = float("nan")
     with pytest.raises(DtLensError, match="NaN"):
         unit_rows(embedding, slice(None), True, False)
+
+
+@pytest.mark.parametrize("held", [0, 800, 10**6])
+def test_rows_kept_for_a_null_are_those_made_at_every_pass(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_labels, "WHOLE", 0)
+    monkeypatch.setattr(side_labels, "BLOCK", 320)  # ten rows at a time
+    monkeypatch.setattr(side_labels, "HELD", held)
+    E = torch.randn(73, 16, generator=torch.Generator().manual_seed(0))
+    E[[3, 50]] = 1.0  # nothing is left of them by centring
+    labels = side_labels.SideLabels(Embedding(E), True, True)
+    found = labels.for_null
+    rows = unit_rows(labels.embedding, slice(None), True, True, torch.float32).numpy()
+    expected = rows[rows.any(1)]
+    assert found.n == len(expected) == 71
+    for _ in range(2):
+        np.testing.assert_array_equal(np.concatenate(list(found.blocks())), expected)
+    np.testing.assert_allclose(found.rows(np.arange(71)), expected, atol=1e-6)
