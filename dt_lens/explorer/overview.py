@@ -125,7 +125,7 @@ def overview_figure(explored: Explored, show: str = "cosine") -> Any:
     made.update_coloraxes(showscale=False)
     made.update_xaxes(tickangle=-45)
     columns = len(made.layout.xaxis.ticktext)
-    made.update_layout(height=made.layout.height + 50, meta={"least_width": 115 + 38 * columns})
+    made.update_layout(height=made.layout.height + 50, meta={"least_width": 115 + 46 * columns})
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,7 +16,7 @@ from dt_lens.explorer.tabs import Tabs, install
 if TYPE_CHECKING:
     from dt_lens.explorer.explored import Explored
 
-__all__ = ["Explorer", "require_dash"]
+__all__ = ["Explorer", "require_dash", "require_port"]
 
 HOST = "127.0.0.1"  # never from the environment: Dash's own run() reads HOST, and would open all interfaces
 
@@ -26,6 +27,19 @@ def require_dash() -> None:
         import dash  # noqa: F401
     except ImportError:
         raise DtLensError('The explorer needs Dash, which is not installed: pip install "dt-lens[explore]".') from None
+
+
+def require_port(port: int) -> None:
+    """Raise ``DtLensError`` unless this machine's port is free; 0 always is."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise DtLensError(
+                f"The explorer cannot listen on port {port}: {because(error)}; give another --port, or none for a free "
+                "one."
+            ) from None
 
 
 class Explorer:
@@ -51,13 +65,8 @@ class Explorer:
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request, with addresses
         flask = Flask("dt_lens.explorer")
-        try:
-            self._server = make_server(HOST, port, flask, threaded=True)
-        except (OSError, OverflowError, SystemExit) as error:  # werkzeug exits where a port is taken
-            why = "it is taken" if isinstance(error, SystemExit) else because(error)
-            raise DtLensError(
-                f"The explorer cannot listen on port {port}: {why}; give another --port, or none for a free one."
-            ) from None
+        require_port(port)  # werkzeug prints and exits
+        self._server = make_server(HOST, port, flask, threaded=True)
         self.guard = Guard(self._server.server_port)
         self.guard.install(flask)  # before anything else has a route
         self.tabs = Tabs(explored.source, explored.given, explored.svd.fold_layernorm)

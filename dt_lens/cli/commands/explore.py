@@ -33,9 +33,10 @@ def explore(
 
     The page is served on this machine alone, to whoever has the printed address. Ctrl-C ends it.
     """
-    from dt_lens.explorer.server import Explorer, require_dash
+    from dt_lens.explorer.server import Explorer, require_dash, require_port
 
     require_dash()
+    require_port(port)
     from dt_lens.behaviour.sweep.results import SweepResults
     from dt_lens.explorer.explored import Explored
 

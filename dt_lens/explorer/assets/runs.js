@@ -85,6 +85,8 @@
     }
     if (!run || (event.run !== undefined && event.run !== run.number && event.why !== "error")) return;
     const todo = { begun, frame, outcome, summary, next, continued, losses, coloured, ended }[event.kind];
+    if (["next", "continued", "losses", "coloured"].includes(event.kind)) (run.texts = run.texts || []).push(event);
+    if (event.kind === "frame") run.frame = event;
     if (todo) todo(event);
   }
 
@@ -351,17 +353,22 @@
       else link.removeAttribute("aria-current");
     }
     window.scrollTo(0, 0);
-    setTimeout(restore, 300);
     return "";
   }
 
-  // A page that is left and come back to shows the run again.
+  // A page that is left and come back to, or drawn in other colours, shows the run again.
+  let shown = null;
   function restore() {
-    if (!run || !at("live-said")) return;
+    const place = at("live-said");
+    if (place === shown) return;
+    shown = place;
+    if (!run || !place) return;
     busy(run.running);
     say(run.words);
-    if (run.kind === "live" && at("live-page")) { scenes(); outcomes(); intervals(); table(); }
+    if (run.kind === "live" && at("live-page")) { scenes(); outcomes(); intervals(); table(); if (run.frame) frame(run.frame); }
+    if (run.kind === "text") for (const event of run.texts || []) ({ next, continued, losses, coloured })[event.kind](event);
   }
+  new MutationObserver(restore).observe(root, { childList: true, subtree: true });
 
   function play(presses, edits, units, seed, target, more) {
     begin({ kind: "live", edits: edits || [], units, seed, target_return: target === undefined ? null : target,
