@@ -18,6 +18,7 @@ __all__ = [
     "DTYPES",
     "all_finite",
     "checksum",
+    "checksum_of",
     "require_computable",
     "fingerprint",
     "hash_of",
@@ -59,8 +60,13 @@ def checksum(lens: Weighted, matrix: Matrix) -> tuple[Any, ...]:
     Any change of one weight shows, and any exchange of two. For comparisons within a process; what is kept on disk goes
     by ``fingerprint``.
     """
-    parts = [weight.detach() for _, weight in _parts(lens, matrix)]
-    return tuple((_sums(part), part.dtype, tuple(part.shape), tuple(memory_order(part))) for part in parts)
+    return tuple(checksum_of(weight) for _, weight in _parts(lens, matrix))
+
+
+def checksum_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What ``checksum`` says of one tensor."""
+    tensor = tensor.detach()
+    return _sums(tensor), tensor.dtype, tuple(tensor.shape), tuple(memory_order(tensor))
 
 
 def _sums(tensor: Tensor) -> bytes:

@@ -202,9 +202,10 @@ class Decompositions(Printed):
 
     def rotations(self, labels: SideLabels, span: int, seed: int, draws: int | None = None) -> HaarMaximum:
         """The null of a random rotation of one direction, or of a span, against these labels; cached."""
-        key = (labels.digest, labels.dimension, span, seed, draws)
+        kept = self.cache.folder is not None and not labels.whole
+        key = (labels.digest if kept else labels.mark, labels.dimension, span, seed, draws)
         if key not in self._nulls:
-            cache = self.cache if not labels.whole else ResultCache(None)
+            cache = self.cache if kept else ResultCache(None)
             made = cache.get(f"null {key}", lambda: labels.null(span, seed, draws).tensors())
             self._nulls[key] = HaarMaximum.from_tensors(made)
         return self._nulls[key]

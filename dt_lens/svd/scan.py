@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dt_lens.arguments import LAST_SEED, whole_number
@@ -35,6 +36,8 @@ __all__ = ["COLUMNS", "null_source", "scan_table"]
 
 COLUMNS = ["matrix", "layer", "head", "side", "sv", "block", "sigma", "embedding", "label", "cosine"]
 COLUMNS += ["z", "p_value", "q_value"]
+
+Array = NDArray[np.float64]
 
 
 def scan_table(
@@ -117,17 +120,30 @@ def _parts(
         tell(f"comparing with {labels.embedding.name}", share)
         best = _best(svd, labels, some)
         tell(f"drawing the null of {labels.embedding.name}", share)
+        p, z = _significance(source, some, best.length)
         begin = 0
         for place, pairing in zip(places, some, strict=True):
-            sizes = pairing.sizes
-            mine = slice(begin, begin + len(sizes))
-            begin, lengths = mine.stop, best.length[mine]
-            p, z = np.ones(len(sizes)), np.zeros(len(sizes))
-            for size in np.unique(sizes):
-                law, these = source.null(pairing, int(size)), sizes == size
-                p[these], z[these] = law.p_value(lengths[these]), law.z(lengths[these])
-            parts[place] = pairing.columns(best.cosine[mine], best.label[mine], z, p)
+            mine = slice(begin, begin + len(pairing.starts))
+            begin = mine.stop
+            parts[place] = pairing.columns(best.cosine[mine], best.label[mine], z[mine], p[mine])
     return parts
+
+
+def _significance(source: NullSource, pairings: list[Pairing], lengths: Array) -> tuple[Array, Array]:
+    """``p`` and ``z`` of every block's best match; pairings of one null are looked up in it together."""
+    p, z = np.ones(len(lengths)), np.zeros(len(lengths))
+    together: dict[int, tuple[Null, list[NDArray[np.int64]]]] = {}
+    begin = 0
+    for pairing in pairings:
+        sizes = pairing.sizes
+        for size in np.unique(sizes):
+            law = source.null(pairing, int(size))
+            together.setdefault(id(law), (law, []))[1].append(begin + np.flatnonzero(sizes == size))
+        begin += len(sizes)
+    for law, several in together.values():
+        these = np.concatenate(several)
+        p[these], z[these] = law.p_value(lengths[these]), law.z(lengths[these])
+    return p, z
 
 
 def _best(svd: Decompositions, labels: SideLabels, pairings: list[Pairing]) -> Best:
