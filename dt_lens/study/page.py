@@ -197,7 +197,7 @@ def _labels(result: StudyResult) -> list[Section]:
 
 
 def _forest(result: StudyResult) -> Plot:
-    table = result.verdicts
+    table = result.verdicts.assign(role=[ROLES.get(str(role), str(role)) for role in result.verdicts["role"]])
     figure = figures.effects(table, result.baseline.terms, units=len(result.baseline), links=_anchors(table))
     return Plot(figure, "A click on an edit leads to its row in the table.")
 

@@ -127,7 +127,7 @@ def _cost(row: Mapping[Any, Any], prefix: str, terms: Terms, k: int, of: float |
     harm = terms.sign * change < 0
     size = f"**{abs(change):,.{k}f}**"
     if change == 0:
-        return f"changes the mean {terms.outcome_name} by nothing"
+        return f"does not change the mean {terms.outcome_name}"
     if not (low > 0 or high < 0):
         inside = f"{signed(change, k)} [{signed(low, k)}, {signed(high, k)}]"
         nothing = "costs" if terms.sign > 0 else "changes"
@@ -164,7 +164,7 @@ def _counts(result: StudyResult) -> str:
     )
     better = int((table["verdict"] == "improves more than its control").sum())
     if better:
-        said += f" **{better}** improve the {terms.actor} more than their controls."
+        said += f" **{better}** improve{'s' * (better == 1)} the {terms.actor} more than a random change does."
     if not (terms.sign * table["difference"] < 0).any():
         said += f" No edit {'lowers' if terms.sign > 0 else 'raises'} the mean {terms.outcome_name}."
     return said

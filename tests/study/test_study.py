@@ -117,7 +117,7 @@ def test_an_edit_that_improves_the_agent_is_not_said_to_hurt_less(studied: Study
     said = " ".join(
         sentences(replace(studied, verdicts=table, edited=[better] * 2, controls=[worse, base], baseline=base))
     )
-    assert "No edit lowers the mean return" in said and "**2** improve the agent more" in said
+    assert "No edit lowers the mean return" in said and "**2** improve the agent more than a random" in said
     assert "gains **" in said and "hurts less" not in said and "costs **" not in said.split(";")[0]
     table = verdicts(chosen, edits, base, [worse, base], [base, better])
     assert list(table["verdict"]) == ["hurts more than its control", "leaves the mean as it is, unlike its control"]
@@ -145,7 +145,7 @@ def test_the_first_sentence_names_what_was_changed_and_what_it_is_compared_with(
 
     both = said([lost, less], [base, base])
     assert "Changing the direction that writes **thigh torque** (block 0 `W_out`, sv" in both
-    assert "costs **31** of 50; a random change of equal size in the same place changes the mean return by noth" in both
+    assert "costs **31** of 50; a random change of equal size in the same place does not change the mean return" in both
     assert "matches nothing well (sv" in both and "costs **21**" in both and "does not explain it" in both
     alone = said([lost, base], [base, base])
     assert "a sign that the match matters" in alone and "explain" not in alone
