@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import typer
@@ -32,6 +33,9 @@ class Commands(Directive):
                 section += nodes.literal_block(text, text, language="sh")
             else:
                 section += nodes.paragraph(text=" ".join(part.split()))
+        examples = "\n".join(getattr(sys.modules[command.callback.__module__], "EXAMPLES", ()))
+        if examples:
+            section += nodes.literal_block(examples, examples, language="sh")
         taken = nodes.definition_list(classes=["options"])
         for record in (parameter.get_help_record(context) for parameter in command.get_params(context)):
             if record is not None:  # a hidden option has none
