@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
 from dt_lens.arguments import is_finite_number
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, nearest
 
 __all__ = ["FailureRule", "Measure", "Terms", "with_article"]
 
@@ -195,7 +195,7 @@ class Terms:
         side = "fall below" if self.better == "more" else "rise above"
         raise DtLensError(
             f"failure is {failure!r}; it must be {', '.join([*words, f'{with_article(self.outcome)} to {side}'])}, "
-            "or a function of the frame."
+            "or a function of the frame." + nearest(failure, self.failures)
         )
 
     @property

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dt_lens.cli.completion import complete_matrix, complete_model
 from dt_lens.errors import DtLensError
 
 __all__ = [
@@ -53,7 +54,8 @@ Model = Annotated[
     str,
     typer.Argument(
         help="A bundled model (hopper, taxi, doorkey, unlockpickup, tiny-gpt2), a file or folder, or a hub id of "
-        "Hugging Face's."
+        "Hugging Face's.",
+        autocompletion=complete_model,
     ),
 ]
 Given = Annotated[
@@ -67,7 +69,10 @@ Given = Annotated[
 ]
 Matrices = Annotated[
     str | None,
-    typer.Option(help="Comma-separated names or patterns, such as '*.W_in,*.OV.*'; all matrices by default."),
+    typer.Option(
+        help="Comma-separated names or patterns, such as '*.W_in,*.OV.*'; all matrices by default.",
+        autocompletion=complete_matrix,
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed; the same seed gives the same results.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of worker processes; one per core by default.")]
@@ -100,7 +105,12 @@ Context = Annotated[int | None, typer.Option(min=2, help="For a language model: 
 Windows = Annotated[int | None, typer.Option(min=1, help="For a language model: the largest number of windows.")]
 EditMatrices = Annotated[
     list[str] | None,
-    typer.Option("--edit", metavar="MATRIX", help="A matrix to edit, such as blocks.0.mlp.W_in; may be repeated."),
+    typer.Option(
+        "--edit",
+        metavar="MATRIX",
+        help="A matrix to edit, such as blocks.0.mlp.W_in; may be repeated.",
+        autocompletion=complete_matrix,
+    ),
 ]
 EditSv = Annotated[
     list[str] | None,

@@ -188,7 +188,10 @@ class Matrix:
             side = self.residual_sides[0]
         if isinstance(side, str) and side in (self.left, self.right):
             return "left" if side == self.left else "right"
-        raise DtLensError(f"{self.name} has no side {as_written(str(side))}; it has {self.left!r} and {self.right!r}.")
+        raise DtLensError(
+            f"{self.name} has no side {as_written(str(side))}; it has {self.left!r} and {self.right!r}."
+            + nearest(side, (self.left, self.right))
+        )
 
     def norm(self, side: Literal["left", "right"]) -> str | None:
         """The prefix of the norm (``"blocks.0.ln1"``) that a side reads or writes through, or ``None``."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,7 +15,7 @@ from jaxtyping import Float32
 
 from dt_lens.decision_transformer.environment_wrappers import describe_environment
 from dt_lens.decision_transformer.state_vector import is_text, leaves, ordered
-from dt_lens.errors import DtLensError, as_written, because
+from dt_lens.errors import DtLensError, as_written, because, nearest
 
 __all__ = ["FlatEpisode", "environments_of", "flat_episodes", "open_dataset", "require_dataset_id", "texts_in"]
 
@@ -46,7 +47,8 @@ def open_dataset(dataset_id: str) -> Any:
         folder = Path(get_dataset_path(dataset_id))
         if not (folder / "data").exists():
             require_dataset_id(dataset_id)
-            hosting.download_dataset(dataset_id)  # reads the metadata, and makes nothing of them
+            with _quietly():
+                hosting.download_dataset(dataset_id)  # reads the metadata, and makes nothing of them
         here = folder
         metadata = MinariStorage.read_raw_metadata(folder / "data")
         lacking = [name for name in ("observation_space", "action_space") if not isinstance(metadata.get(name), str)]
@@ -67,7 +69,25 @@ def open_dataset(dataset_id: str) -> Any:
         raise DtLensError(
             f"The Minari data set {dataset_id!r} is not stored locally and cannot be downloaded ({because(error)}); "
             "`minari list local` and `minari list remote` list the data sets that exist."
+            + nearest(dataset_id, _stored_here(Path(get_dataset_path(""))))
         ) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out the warnings about each of six attempts to reach the hub: the error that follows says it once."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _stored_here(root: Path) -> list[str]:
+    """The ids of the data sets in Minari's folder."""
+    return [file.parents[1].relative_to(root).as_posix() for file in root.rglob("data/metadata.json")]
 
 
 def require_dataset_id(dataset_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import pickle
 import subprocess
@@ -120,7 +121,9 @@ def test_a_study_leaves_a_report_and_goes_on_where_it_was(dt_lens: Run, cartpole
     kept = {file: file.stat().st_mtime_ns for file in trials[1:]}
     trials[0].unlink()
     trials[1].write_text("cut short")
-    assert dt_lens(*words).returncode == 0
+    record = json.loads(dt_lens(*words, "--json").stdout)
+    assert list(record)[3:] == ["model", "unedited", "verdicts", "strongest", "spearman", "sentences", "report"]
+    assert list(record["verdicts"][0]) == first.decode().splitlines()[0].split(",")
     assert (tmp_path / "verdicts.csv").read_bytes() == first
     assert kept[trials[2]] == trials[2].stat().st_mtime_ns  # what was whole was not run again
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from dt_lens.arguments import is_finite_number
 from dt_lens.behaviour.terms import FailureRule
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.environment_names import same_environment
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def check_rule(failure: FailureRule) -> FailureRule:
         return float(failure)
     raise DtLensError(
         f"failure is {failure!r}; it must be 'terminated', 'truncated', a return to fall below, "
-        "or a function of the frame."
+        "or a function of the frame." + nearest(failure, ("terminated", "truncated"))
     )
 
 

@@ -14,8 +14,8 @@ from dt_lens.cli.options import Failure, Given, Json, Model, Seed, failure_rule,
 from dt_lens.cli.output import print_json, print_table, progress
 
 EXAMPLES = (
-    "dt-lens atlas hopper --sweep runs/sweep",
-    "dt-lens atlas tiny-gpt2 --sweep runs/text --out runs/atlas --json",
+    "dt-lens atlas hopper --sweep dt-lens-sweep/hopper",
+    "dt-lens atlas tiny-gpt2 --sweep dt-lens-sweep/tiny-gpt2 --json",
 )
 
 

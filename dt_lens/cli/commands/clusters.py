@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dt_lens.arguments import require_writable
+from dt_lens.cli.completion import complete_embedding
 from dt_lens.cli.options import Given, Matrices, Model, Raw, Seed, WeightsOnly, activations_of, load_model, split
 from dt_lens.cli.output import print_table, progress, write_csv
 
@@ -45,7 +46,10 @@ def clusters(
     ] = None,
     embeddings: Annotated[
         str | None,
-        typer.Option(help="Comma-separated embeddings to compare every side with; the natural pairings by default."),
+        typer.Option(
+            help="Comma-separated embeddings to compare every side with; the natural pairings by default.",
+            autocompletion=complete_embedding,
+        ),
     ] = None,
     null: Annotated[
         str, typer.Option(help="How a direction without meaning is drawn: haar (anywhere) or spectrum (random signs).")

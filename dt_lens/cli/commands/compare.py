@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
+from dt_lens.cli.completion import complete_model
 from dt_lens.cli.options import Given, Json, Matrices, Raw, WeightsOnly, load_model, split
 from dt_lens.cli.output import print_json, print_table, progress
 
@@ -22,8 +23,16 @@ EXAMPLES = (
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A model, such as the one before fine-tuning.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="A model of the same shape, such as the one after it.")],
+    a: Annotated[
+        str,
+        typer.Argument(metavar="A", help="A model, such as the one before fine-tuning.", autocompletion=complete_model),
+    ],
+    b: Annotated[
+        str,
+        typer.Argument(
+            metavar="B", help="A model of the same shape, such as the one after it.", autocompletion=complete_model
+        ),
+    ],
     matrices: Matrices = None,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Leading directions whose subspaces are compared.")] = 10,
     top: Annotated[int, typer.Option(min=0, help="Number of most changed matrices to print; 0 for all.")] = 20,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.arguments import require_writable
+from dt_lens.cli.completion import complete_embedding
 from dt_lens.cli.options import (
     Given,
     Json,
@@ -40,7 +41,10 @@ def scan(
     matrices: Matrices = None,
     embeddings: Annotated[
         str | None,
-        typer.Option(help="Comma-separated embeddings to compare every side with; the natural pairings by default."),
+        typer.Option(
+            help="Comma-separated embeddings to compare every side with; the natural pairings by default.",
+            autocompletion=complete_embedding,
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Take only the first RANK directions of each matrix.")] = None,
     raw: Raw = False,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
+from dt_lens.cli.completion import complete_matrix
 from dt_lens.cli.options import (
     Context,
     Deterministic,
@@ -35,7 +36,7 @@ from dt_lens.cli.output import print_json, print_table, progress
 
 EXAMPLES = (
     "dt-lens steer hopper --episodes 20 --choosing 4",
-    "dt-lens steer tiny-gpt2 --prompts 'He went to' --answers ' the' --candidates 2",
+    "dt-lens steer tiny-gpt2 --prompts prompts.txt --answers ' the'",
 )
 
 
@@ -64,6 +65,7 @@ def steer(
             "--edit",
             metavar="MATRIX",
             help="Try directions of this matrix, not those that are found; may be repeated.",
+            autocompletion=complete_matrix,
         ),
     ] = None,
     sv: EditSv = None,
@@ -128,7 +130,10 @@ def steer(
             progress=tell,
         )
     if as_json:
-        print_json("steer", model=model, **result.to_dict(), page=folder / "steering.html")
+        kept = ("verdict", "sentence", "best", "curve", "choosing", "table", "randoms", "numbers")
+        found = {name: getattr(result, name) for name in kept}
+        found["best"] = None if result.best is None else result.best._asdict()
+        print_json("steer", model=model, **found, page=folder / "steering.html")
         return
     n = result.numbers
     print_table(result.curve, f"The unedited {n['actor']}" + (f" at each {n['point']}" if "point" in n else ""))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dt_lens.arguments import require_writable
+from dt_lens.cli.completion import complete_matrix
 from dt_lens.cli.options import (
     Context,
     Deterministic,
@@ -53,7 +54,10 @@ def study(
     ] = None,
     matrices: Annotated[
         str | None,
-        typer.Option(help="Comma-separated matrices to choose directions from; '*.W_in,*.W_out,*.OV.*' by default."),
+        typer.Option(
+            help="Comma-separated matrices to choose directions from; '*.W_in,*.W_out,*.OV.*' by default.",
+            autocompletion=complete_matrix,
+        ),
     ] = None,
     edits: Annotated[
         int,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.arguments import require_writable
+from dt_lens.cli.completion import complete_matrix
 from dt_lens.cli.options import (
     Context,
     Deterministic,
@@ -30,7 +31,7 @@ from dt_lens.cli.options import (
     task_options,
 )
 from dt_lens.cli.output import cell, print_json, print_next, print_table, progress, write_csv
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,7 @@ ROWS = 20  # printed
 
 EXAMPLES = (
     "dt-lens sweep hopper --matrices '*.W_in' --sv 0,1 --controls 1 --episodes 12",
-    "dt-lens sweep tiny-gpt2 --matrices '*.W_in' --sv 0-3 --value zero --controls 1",
+    "dt-lens sweep tiny-gpt2 --matrices '*.W_in' --sv 0,1 --value zero --controls 1",
     "dt-lens sweep hopper --edits-from edit.json --episodes 50 --json",
 )
 
@@ -53,7 +54,8 @@ def sweep(
         str | None,
         typer.Option(
             help="Comma-separated names or patterns, such as '*.W_in,*.OV.*'; all matrices by default, or none beside "
-            "--edit or --edits-from."
+            "--edit or --edits-from.",
+            autocompletion=complete_matrix,
         ),
     ] = None,
     sv: Annotated[
@@ -148,7 +150,7 @@ def sweep(
     controls, episodes or windows, it runs only the new ones.
     """
     if engine not in ("local", "ray"):
-        raise DtLensError(f"--engine is {engine!r}; it must be local or ray.")
+        raise DtLensError(f"--engine is {engine!r}; it must be local or ray." + nearest(engine, ("local", "ray")))
     if address is not None and engine != "ray":
         raise DtLensError("--address is the address of a Ray cluster; give --engine ray with it.")
     value = _one_name("value", value, "edits", edits)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dt_lens.cli.completion import complete_embedding, complete_matrix
 from dt_lens.cli.options import Given, Json, Model, Raw, WeightsOnly, load_model
 from dt_lens.cli.output import print_json, print_table, print_written, progress
 from dt_lens.errors import DtLensError
@@ -22,9 +23,17 @@ EXAMPLES = (
 
 def top(
     model: Model,
-    matrix: Annotated[str, typer.Argument(help="A matrix such as blocks.0.mlp.W_in, or a pattern such as '*.OV.*'.")],
+    matrix: Annotated[
+        str,
+        typer.Argument(
+            help="A matrix such as blocks.0.mlp.W_in, or a pattern such as '*.OV.*'.", autocompletion=complete_matrix
+        ),
+    ],
     embeddings: Annotated[
-        list[str] | None, typer.Argument(help="Embeddings, such as action_out; the natural pairings by default.")
+        list[str] | None,
+        typer.Argument(
+            help="Embeddings, such as action_out; the natural pairings by default.", autocompletion=complete_embedding
+        ),
     ] = None,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Number of directions of each matrix.")] = 8,
     side: Annotated[str | None, typer.Option(help="read, write, query or key, if the matrix has two sides.")] = None,

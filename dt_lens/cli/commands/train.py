@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "dt-lens train hopper/climb-v0 --out runs/hopper",
-    "dt-lens train hopper/climb-v0 --steps 200 --eval-every 0 --out runs/short",
+    "dt-lens train taxi/mixed-v0 --steps 200 --d-model 32 --out runs/taxi",
 )
 
 

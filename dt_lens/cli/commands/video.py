@@ -31,7 +31,7 @@ from dt_lens.errors import DtLensError
 
 EXAMPLES = (
     "dt-lens video hopper --edit blocks.0.mlp.W_in --sv 0 --out runs/hopper.mp4",
-    "dt-lens video taxi --edit blocks.0.mlp.W_out --value zero --steps 20 --out runs/taxi.gif",
+    "dt-lens video taxi --edit blocks.0.mlp.W_out --steps 20 --out taxi.gif",
 )
 
 
