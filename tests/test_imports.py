@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {*BEHAVIOUR, "behaviour"},
     "study": {*BEHAVIOUR, "behaviour"},
     "explorer": {*BEHAVIOUR, "behaviour", "study"},
-    "cli": {*BEHAVIOUR, "behaviour", "training", "study", "explorer", "benchmarks"},
+    "cli": {*BEHAVIOUR, "behaviour", "training", "study", "explorer", "benchmarks", "zoo"},
     "adapters": {"lens", "decision_transformer", "language_model"},
     "benchmarks": {*BEHAVIOUR, "behaviour", "training", "study"},
 }
