@@ -22,7 +22,7 @@ from dt_lens.behaviour.agents.running import Setting
 from dt_lens.behaviour.agents.tabular import Tabular
 from dt_lens.behaviour.situations import Situations
 from dt_lens.edits.edit import suspended
-from dt_lens.lens.forward_mode import measuring
+from dt_lens.lens.forward_mode import flushing_denormals, measuring
 from dt_lens.progress import ProgressCallback
 
 __all__ = ["action_chances", "situations_of", "where_it_matters"]
@@ -123,7 +123,7 @@ def where_it_matters(factor: str, factors: Levels, optimal: Bool[np.ndarray, "n 
 
 def action_chances(model: Any, situations: Situations) -> Float[Tensor, "n act_dim"]:
     """The probability of each discrete action in each situation: the softmax of the last step's logits."""
-    with measuring(model):
+    with measuring(model), flushing_denormals():
         logits = model(**situations.inputs).action_preds[:, -1]
         found: Tensor = logits.double().softmax(-1).cpu()
     return found

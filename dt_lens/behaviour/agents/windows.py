@@ -20,6 +20,7 @@ from dt_lens.decision_transformer.changes import NONE, Change, Product, RowChang
 from dt_lens.decision_transformer.config import HookedDecisionTransformerConfig
 from dt_lens.decision_transformer.facts import Padding
 from dt_lens.decision_transformer.policy import ActingModel, additive_mask
+from dt_lens.lens.forward_mode import flushing_denormals
 
 __all__ = ["SlidingPolicy", "WindowPolicy"]
 
@@ -107,6 +108,7 @@ class SlidingPolicy:
         self.width = len(rows)
 
     @torch.inference_mode()
+    @flushing_denormals()
     def act(
         self,
         states: Float[Tensor, "width state_dim"],
@@ -240,6 +242,7 @@ class WindowPolicy:
         self.width = len(rows)
 
     @torch.no_grad()
+    @flushing_denormals()
     def act(self, states: Tensor, returns_to_go: Tensor, timesteps: Tensor, previous_actions: Tensor) -> Tensor:
         """The rows' actions ``[width, act_dim]``; arguments as for ``SlidingPolicy.act``."""
         self._actions[:, -1, : self.cfg.act_dim] = previous_actions.to(self._actions)
