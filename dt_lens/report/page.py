@@ -348,6 +348,8 @@ def _table(table: Table) -> str:
         first=first if first < rows else None,
     )
     more = f'<button type="button" class="all" hidden>Show all {rows:,} rows</button>' if first < rows else ""
+    # On paper there is no button.
+    more += f'<p class="cut">The first {first:,} of {rows:,} rows; the page on a screen has all.</p>' if more else ""
     return f'<figure class="data">{caption}<div class="scroll" tabindex="0">{made}</div>{more}</figure>'
 
 
@@ -406,9 +408,10 @@ def _specification(figure: go.Figure) -> dict[str, Any]:
     layout = made["layout"]
     layout.pop("template", None)
     title = layout.pop("title", None) or {}
+    layout.setdefault("height", 450)  # plotly's own
     layout["margin"] = {"l": 60, "r": 20, "t": 70, "b": 50, **layout.get("margin", {})}
     if title.get("text"):  # the height that it took
-        layout["height"] = layout.get("height", 450) - 30
+        layout["height"] -= 30
         layout["margin"]["t"] = max(20, layout["margin"]["t"] - 30)
     about = (title.get("subtitle") or {}).get("text")
     return {"data": made["data"], "layout": layout, "title": _unmarked(title.get("text")), "about": _unmarked(about)}

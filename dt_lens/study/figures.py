@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
+from dt_lens.behaviour.printing import places
 from dt_lens.behaviour.terms import Terms
 from dt_lens.errors import DtLensError, nearest
 from dt_lens.lens.token_text import spelled
@@ -340,7 +341,8 @@ def _hover_text(row: Mapping[Any, Any], prefix: str, terms: Terms) -> str:
         measured[f"{terms.lost} beyond the control"] = ("damage_beyond_control", "beyond_low", "beyond_high")
     for what, (middle, low, high) in measured.items():
         if _has(row, middle):
-            k = terms.digits or 0
+            sizes = [float(row[name]) for name in (middle, low, high) if _has(row, name)]
+            k = places(*sizes) if terms.digits is None else terms.digits
             between = f" [{row[low]:,.{k}f}, {row[high]:,.{k}f}]" if _has(row, low) and _has(row, high) else ""
             lines.append(f"{what} {row[middle]:,.{k}f}{between}")
     if _has(row, prefix + "failure_rate"):

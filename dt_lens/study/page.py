@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 
 from dt_lens.arguments import atomic_write, local_path
 from dt_lens.behaviour.printing import about_interval, decimals
+from dt_lens.edits.edit import Edit
 from dt_lens.lens.token_text import spelled
 from dt_lens.report.page import Block, Folded, Markup, Note, Plot, Section, Table, Words, write_report
 from dt_lens.report.tables import anchor_of
@@ -28,6 +30,7 @@ __all__ = ["sentences", "write_study"]
 
 MANY = 64  # labels of an embedding from which on both ends of each edited direction are shown in words
 ROLES = {"strong": "best match", "weak": "contrast", "first": "first direction", "given": ""}
+MANY_KINDS = 5  # of edits, from which on they are not listed
 LASTING = 0.9  # of the units of every arm: then survival is said, and its curves are folded away
 
 
@@ -73,7 +76,7 @@ def write_study(result: StudyResult, folder: str | Path) -> Path:
             f"{base.terms.units} per arm": len(base),
             "arms": 1 + 2 * len(result.edits),
             "seed": facts.get("seed"),
-            "edit": f"the singular vector becomes {facts.get('value')!r}",
+            "edit": _what_edits_do(result.edits),
             "versions": f"dt-lens {__version__}, {_versions(facts.get('software', ()))}",
             **({"note": " ".join(base.notes)} if base.notes else {}),
         },
@@ -88,26 +91,48 @@ def _versions(software: Any) -> str:
     return ", ".join([f"Python {platform.python_version()}", *packages])
 
 
+def _what_edits_do(edits: Sequence[Edit]) -> str:
+    """What becomes of the directions, in words: of a user's own edits each may do something else."""
+    found: dict[str, None] = {}
+    for edit in edits:
+        value = getattr(edit, "value", None)
+        if isinstance(value, int | float):
+            found[f"sigma is multiplied by {value:g}"] = None
+        elif isinstance(value, str | Mapping):
+            found[f"the singular vector becomes {value!r}"] = None
+        else:
+            found["a vector that was given" if isinstance(value, list) else f"a {type(edit).__name__}"] = None
+    return "; ".join(found) if len(found) < MANY_KINDS else "differs from edit to edit"
+
+
 def _asked(result: StudyResult) -> list[Block]:
     """What was asked and done, for a reader who has not read the docs."""
     terms, roles = result.baseline.terms, result.verdicts["role"]
     counts = {role: int((roles == role).sum()) for role in ROLES}
     chosen = [
-        f"{counts[role]} {what}"
-        for role, what in (
-            ("strong", "directions that match a label best"),
-            ("weak", "contrasts in the same matrices, which match nothing well"),
-            ("first", "directions that are the largest of their kind of matrix"),
-            ("given", "edits that were given"),
+        f"{counts[role]} {one if counts[role] == 1 else many}"
+        for role, one, many in (
+            ("strong", "direction that matches a label best", "directions that match a label best"),
+            (
+                "weak",
+                "contrast in the same matrix, which matches nothing well",
+                "contrasts in the same matrices, which match nothing well",
+            ),
+            (
+                "first",
+                "direction that is the largest of its kind of matrix",
+                "directions that are the largest of their kind of matrix",
+            ),
+            ("given", "edit that was given", "edits that were given"),
         )
         if counts[role]
     ]
-    how = "" if counts["given"] else ", by a rule that looks at the weights alone"
+    took, how = ("took", "") if counts["given"] else ("chose", ", by a rule that looks at the weights alone")
     return [
         (
             "A matrix of the model is a sum of singular directions, and some of them match what the model puts out or "
-            f"is given. Does the model need those more than others? The study chose {_listed(chosen)}{how}, replaced "
-            f"one vector of each, and measured the {terms.outcome_name} of the same {len(result.baseline)} "
+            f"is given. Does the model need those more than others? The study {took} {_listed(chosen)}{how}, changed "
+            f"each, and measured the {terms.outcome_name} of the same {len(result.baseline)} "
             f"{terms.units} unedited, under each edit, and under a random change of the same size in the same place. "
             "That change is the control: it shows what any damage of this size does there."
         ),

@@ -37,7 +37,7 @@ def _unedited(result: StudyResult) -> str:
     lasts = ""
     if terms.lasts is not None:
         lasts = f", and {1 - float(base.ended.mean()):.0%} of them last to the limit"
-    mean = f"{base.mean:,.{outcome_places(result)}f}"
+    mean = f"{base.mean:,.{outcome_places(result)}f}".replace("-", "−")
     over = f"over {len(base)} {terms.units}{lasts}"
     return f"Unedited, the {terms.actor}'s mean {terms.outcome_name} is **{mean}**{terms.in_scale} {over}."
 
@@ -76,7 +76,9 @@ def _headline(result: StudyResult) -> str:
     row, terms, k = rows[at], result.baseline.terms, outcome_places(result)
     own = _cost(row, "", terms, k, result.baseline.mean)
     control = _cost(row, "control_", terms, k)
-    said = f"Changing {direction(row)} {own}; a random change of equal size in the same place {control}"
+    more = len(set(result.edits[at].sv)) - 1  # a user's own edit may be of several directions
+    others = f" and {more} more direction{'s' * (more > 1)} of the matrix" if more else ""
+    said = f"Changing {direction(row)}{others} {own}; a random change of equal size in the same place {control}"
     if row["verdict"] == HURTS:
         said += f", and the difference is more than chance (q {_equals(row['q'])})"
     elif row["q"] < ALPHA:
@@ -113,34 +115,47 @@ def _beside_contrast(row: dict[Any, Any], weak: dict[Any, Any], terms: Terms, k:
     said += _cost(weak, "", terms, k)
     ratio = float(weak["energy"]) / float(row["energy"]) if row["energy"] else 1.0
     if not 1 / ALIKE < ratio < ALIKE:
-        said += f" by a change {ratio:.0%} as large"
-    if row["verdict"] == HURTS and weak["verdict"] == HURTS:
+        said += f" with a change {ratio:.0%} as large"
+    if row["verdict"] != HURTS:
+        return said
+    if weak["verdict"] == HURTS:
         return said + ", also more than its control, so the match alone does not explain it"
-    if row["verdict"] == HURTS:
-        return said + ", for which no difference from its control is shown: a sign that the match matters"
-    return said
+    if weak["q"] < ALPHA:
+        return said + f": it {weak['verdict']} (q {_equals(weak['q'])})"
+    said += ", for which no difference from its control is shown"
+    if ratio <= 1 / ALIKE:
+        return said + "; it is the smaller change, so size may explain that as well as the match"
+    return said + ": a sign that the match matters"
 
 
 def _cost(row: Mapping[Any, Any], prefix: str, terms: Terms, k: int, of: float | None = None) -> str:
-    """What a change costs in words; "nothing that shows" where its interval holds 0."""
+    """What a change costs in words; "nothing that shows" where its interval holds 0.
+
+    Pairs that all differ by the same amount, as in a world without chance, have no interval.
+    """
     change, low, high = (float(row[f"{prefix}difference{end}"]) for end in ("", "_low", "_high"))
-    harm = terms.sign * change < 0
-    size = f"**{abs(change):,.{k}f}**"
+    harm, whole = terms.sign * change < 0, _of(of, k, terms)
     if change == 0:
         return f"does not change the mean {terms.outcome_name}"
-    if not (low > 0 or high < 0):
+    while round(abs(change), k) == 0 and k < 9:
+        k += 1
+    size, bare = f"**{abs(change):,.{k}f}**", np.isnan(low) or np.isnan(high)
+    without = " (no interval)" if bare else ""
+    if not bare and not (low > 0 or high < 0):
         inside = f"{signed(change, k)} [{signed(low, k)}, {signed(high, k)}]"
         nothing = "costs" if terms.sign > 0 else "changes"
-        return f"{nothing} nothing that shows ({inside}{_of(of, k, terms)})"
+        return f"{nothing} nothing that shows ({inside}{whole})"
     if terms.sign > 0:
-        return f"{'costs' if harm else 'gains'} {size}{_of(of, k, terms)}"
-    return f"{'raises' if harm else 'lowers'} the {terms.outcome_name} by {size}{_of(of, k, terms)}"
+        return f"{'costs' if harm else 'gains'} {size}{whole}{without}"
+    return f"{'raises' if harm else 'lowers'} the {terms.outcome_name} by {size}{whole}{without}"
 
 
 def _of(mean: float | None, k: int, terms: Terms) -> str:
     if mean is None:
         return ""
-    return f" of {mean:,.{k}f}" if terms.sign > 0 else f" from {mean:,.{k}f}{terms.in_scale}"
+    number = f"{mean:,.{k}f}".replace("-", "−")
+    # A loss is a part of a mean above 0 only.
+    return f" of {number}" if terms.sign > 0 and mean > 0 else f" from {number}{terms.in_scale}"
 
 
 def _equals(q: float) -> str:
@@ -159,8 +174,8 @@ def _counts(result: StudyResult) -> str:
             parts.append(f"{int((hurts & rows).sum())} of {int(rows.sum())} {what}")
     of_roles = f": {', '.join(parts)}" if parts else ""
     said = (
-        f"Of {len(table)} edits **{int(hurts.sum())}** hurt more than a random change of equal size (q < {ALPHA:g})"
-        f"{of_roles}. Only what goes beyond such a change can be due to the direction."
+        f"Of {len(table)} edit{'s' * (len(table) != 1)} **{int(hurts.sum())}** hurt more than a random change of "
+        f"equal size (q < {ALPHA:g}){of_roles}. Only what goes beyond such a change can be due to the direction."
     )
     better = int((table["verdict"] == "improves more than its control").sum())
     if better:

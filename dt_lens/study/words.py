@@ -27,7 +27,7 @@ def words_of(terms: Terms) -> dict[str, str]:
             "how closely a direction points along a label's vector: 1 or \u22121 is exact, 0 is nothing. With this "
             "many labels some cosine is always large, so it is compared with that of random directions"
         ),
-        "edit": "one singular vector is replaced by another; everything else stays",
+        "edit": "one singular vector is replaced by another, or its sigma is changed; everything else stays",
         "energy": "the size of the change to the weights (Frobenius norm)",
         "control": "a random change of the same energy and rank in the same matrix",
         "contrast": "a direction of the same matrix, similar in size, that matches nothing well",

@@ -174,6 +174,7 @@ def test_a_long_table_shows_its_first_rows_and_a_link_leads_to_each(tmp_path: Pa
     assert [a["id"] for a in found] == anchors
     assert [a.get("class") for a in found] == [None] * 12 + ["more"] * 8
     assert "Show all 20 rows" in page.words and page.words.count("Show all") == 1
+    assert page.words.count("The first 12 of 20 rows; the page on a screen has all.") == 1, "for paper"
     with pytest.raises(DtLensError, match="20 rows and 1 anchors"):
         write_report(tmp_path / "r.html", "t", [Section("s", [Table(rows, anchors=["a"])])])
 

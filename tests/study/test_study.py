@@ -155,6 +155,48 @@ def test_the_first_sentence_names_what_was_changed_and_what_it_is_compared_with(
     assert "a direction that matches no label better than chance does" in chance and "thigh" not in chance
 
 
+def test_the_first_sentence_of_losses_that_do_not_vary_and_of_contrasts_of_other_kinds(studied: StudyResult) -> None:
+    base = _evaluation(studied, np.full(12, 3000.0))
+    rows = studied.verdicts.head(2).assign(label="thigh torque", q_value=[0.001, 0.9])
+    rows["role"], rows["matrix"], rows["side"] = ["strong", "weak"], "blocks.0.mlp.W_out", "write"
+
+    def said(first: Evaluation, second: Evaluation, energies: tuple[float, float] = (1.0, 1.0)) -> list[str]:
+        table = verdicts(rows, studied.edits[:2], base, [first, second], [base, base]).assign(energy=energies)
+        return sentences(
+            replace(studied, verdicts=table, edited=[first, second], controls=[base] * 2, baseline=base,
+                    edits=studied.edits[:2])
+        )  # fmt: skip
+
+    def moved(by: float, spread: float = 0.0) -> Evaluation:
+        return _evaluation(studied, base.outcomes + by + spread * np.arange(12) / 12)
+
+    # All episodes lose as much: there is no interval, and it is not nothing.
+    equal = said(moved(-5.0), base)
+    assert "costs **5** of 3,000 (no interval); a random" in equal[0] and "nan" not in equal[0]
+    assert "costs **0.2** of 3,000 (no interval)" in said(moved(-0.2), base)[0], "a small loss is not 0"
+    assert "a sign that the match matters" in equal[0]
+    below = _evaluation(studied, np.full(12, -13.0))
+    table = verdicts(rows, studied.edits[:2], below, [base] * 2, [below] * 2)
+    shown = replace(studied, verdicts=table, edited=[base] * 2, controls=[below] * 2, baseline=below)
+    assert "gains **3,013** from −13 (no interval)" in sentences(shown)[0], "a part of nothing below 0"
+    smaller = said(moved(-5.0), base, (1.0, 0.3))[0]
+    assert "with a change 30% as large" in smaller and "size may explain" in smaller and "sign that" not in smaller
+    better = said(moved(-5.0), moved(9.0, 1.0))[0]
+    assert "gains **9** of 3,000" not in better and "gains **9**: it improves more than its control (q" in better
+    assert "no difference from its control is shown" not in better and "sign that" not in better
+
+
+def test_the_page_says_what_given_edits_do(agent: Any, studied: StudyResult, tmp_path: Path) -> None:
+    matrix = "blocks.0.mlp.W_out"
+    own = [SingularEdit(agent, matrix, [0, 1], value=2.0), SingularEdit(agent, matrix, 2, value="zero")]
+    result = Study(agent, tmp_path, **{**OPTIONS, "edits": own}).run()
+    page = result.report.read_text(encoding="utf-8")
+    assert "sigma is multiplied by 2; the singular vector becomes &#x27;zero&#x27;" in page
+    assert "The study took 2 edits that were given, changed each" in page and "constant" not in page.split("<main>")[0]
+    rows = result.verdicts.assign(verdict=["hurts more than its control", "no difference from its control shown"])
+    assert "and 1 more direction of the matrix" in sentences(replace(result, verdicts=rows))[0]
+
+
 def test_survival_that_says_nothing_is_a_sentence(studied: StudyResult, tmp_path: Path) -> None:
     def lasting(ended: int) -> Evaluation:
         base = _evaluation(studied, np.arange(20.0))

@@ -58,7 +58,7 @@ def film(
     """
     path = local_path(file, "file")
     require_film(path)
-    require_writable(path)
+    require_writable(path, path.with_suffix(".jpg"))
     seed = whole_number(seed, "seed", 0, LAST_SEED - 1)
     whole_number(size, "size", 32, 2048)
     if steps is not None:

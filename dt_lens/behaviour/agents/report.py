@@ -16,13 +16,16 @@ __all__ = ["video_section"]
 def video_section(arms: Arms, setting: Setting, folder: Path, wanted: bool) -> Section:
     """The worst edit in its typical episode, beside the unedited agent from the same seed; or why there is none."""
     video = _video(arms, setting, folder, wanted)
+    about = (
+        "The edit with the largest loss beside the unedited agent, in the episode with its median loss; both start "
+        "from the same state."
+    )
     return Section(
         "The worst edit beside the unedited agent",
         [
             Video(
                 video.file,
-                "The edit with the largest loss beside the unedited agent, in the episode with its median loss; both "
-                "start from the same state.",
+                f"{about} {video.note}".strip(),
                 video.reason,
                 video.poster,
             )

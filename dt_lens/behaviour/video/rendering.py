@@ -35,7 +35,7 @@ _FEWEST = 12  # frames: fewer do not make a video
 _SLOWEST = 4  # frames per second: of a few steps each must be seen
 _SHORT = 4  # seconds that a short episode lasts
 _PARTED = 0.25  # of the spread of what an agent observes: beyond it two agents are seen to differ
-_BEFORE = 12  # frames before that moment
+_BYTES = 1e9  # of memory that the pictures may take; the film takes as much again
 
 Picture = npt.NDArray[np.uint8]  # [height, width, 3]
 
@@ -99,7 +99,8 @@ def _video(place: Path) -> dict[str, Any]:
     affordable = int(job["budget"] / max(1e-4, len(replays) * (time.monotonic() - begin)))
     doing("drawing")
     longest = max(replay.length for replay in replays)
-    frames = min(job["max_frames"], max(_FEWEST, affordable))
+    fitting = int(_BYTES / (3 * job["size"] ** 2 * len(replays)))  # all pictures are in memory at once
+    frames = min(job["max_frames"], max(_FEWEST, min(affordable, fitting)))
     if job["steps"] is not None:  # all that were asked for, from the beginning on
         apart = max(1, -(-job["steps"] // frames))
         steps = list(range(0, job["steps"] + 1, apart))

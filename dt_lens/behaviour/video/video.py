@@ -97,7 +97,7 @@ def side_by_side(
         steps: show this many steps from the episode's beginning on; by default those around the first fall, or around
             the moment where the two part.
         stick: whether MuJoCo's agents are drawn as stick figures; by default only where OpenGL does not work.
-        max_frames: most frames; fewer are drawn if drawing them would take more than ``budget``.
+        max_frames: most frames; fewer are drawn if they would take more than ``budget``, or too much memory.
         fps: frames per second of the video; fewer for episodes of few steps.
         budget: seconds that drawing may take, roughly.
         timeout: seconds after which the drawing process is ended.
@@ -140,7 +140,9 @@ def side_by_side(
         why = outcome.reason
         drawn = _drawn({**job, "stick": True}, "disable", timeout, file, poster)
         if drawn.file is not None:
-            return replace(drawn, note="" if stick else f"Drawn as a stick figure. {why}")
+            return replace(
+                drawn, note="" if stick else f"Drawn as a stick figure{why.removeprefix('There is no video')}"
+            )
         outcome = drawn if stick else outcome
     return outcome
 

@@ -210,7 +210,8 @@ def _matches(atlas: Atlas) -> Section:
     shown, matrices = kinds[kinds["rho"].notna()], single[single["rho"].notna()]
     undefined = len(table) - len(shown) - len(matrices)
     if undefined:
-        text += f" {undefined:,} correlations are not defined, because one of the two does not vary, and not listed."
+        text += f" {undefined:,} correlations are not defined and not listed: one of the two does not vary, or too few "
+        text += "directions are measured."
     tables: list[Any] = [Table(shown.drop(columns=["what"]), intervals=intervals)] if len(shown) else []
     if len(matrices):
         tables.append(Folded("Matrix by matrix", [Table(matrices, intervals=intervals)]))
