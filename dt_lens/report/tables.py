@@ -102,7 +102,8 @@ def table_html(
             text = line + "".join(f"<small>{part}</small>" for part in below)
             if column in joined:
                 low, high = (writers[column](row[end]) for end in joined[column])
-                text += f' <span class="interval">[{html.escape(low)}, {html.escape(high)}]</span>'
+                if (low, high) != ("–", "–"):
+                    text += f' <span class="interval">[{html.escape(low)}, {html.escape(high)}]</span>'
             kind = "number" if numeric[column] else "name" if column in _NAMES else "words" if len(text) > 24 else ""
             exact = (
                 f' title="{html.escape(repr(float(value)))}"' if numeric[column] and isinstance(value, float) else ""

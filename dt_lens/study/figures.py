@@ -359,7 +359,8 @@ def _correlation(
 ) -> str:
     """Spearman's rank correlation, for the title."""
     if given is not None:
-        return f"Spearman ρ = {signed(given[0])} [{signed(given[1])}, {signed(given[2])}]"
+        between = "" if np.isnan(given[1]) else f" [{signed(given[1])}, {signed(given[2])}]"
+        return f"Spearman ρ = {signed(given[0])}{between}"
     both = np.isfinite(cosine) & np.isfinite(damage)
     if both.sum() < 3 or np.ptp(cosine[both]) == 0 or np.ptp(damage[both]) == 0:
         return "Too few different edits for a correlation"

@@ -239,7 +239,7 @@ def _edits(result: StudyResult) -> Table:
     rows = verdicts.to_dict("records")
     frame = pd.DataFrame(
         {
-            "matrix": [_where(row) for row in rows],
+            "matrix": [_where(row, edit) for row, edit in zip(rows, result.edits, strict=True)],
             "label": [f"{spelled(str(row['label']))}\n{row['embedding']}, cosine {row['cosine']:+.2f}" for row in rows],
         }
     )
@@ -277,11 +277,13 @@ def _edits(result: StudyResult) -> Table:
     )
 
 
-def _where(row: dict[Any, Any]) -> str:
+def _where(row: dict[Any, Any], edit: Edit) -> str:
     """The place of an edit, its role, and what must be known of it, in lines."""
     role = ROLES.get(str(row["role"]), "")
     note = str(row["note"] or "").replace(str(row["matrix"]), "it")
     about = [DOES.get(str(row["side"]), str(row["side"])), *([role] if role else []), f"energy {row['energy']:.3g}"]
+    if row["role"] == "given":  # those that the study chooses all do the same
+        about.append(_what_edits_do([edit]))
     lines = [f"{row['matrix']} sv {row['sv']}", " · ".join(about)]
     return "\n".join([*lines, *([note] if note else [])])
 
@@ -322,6 +324,7 @@ def _survival(result: StudyResult) -> list[Section]:
     for i, row in enumerate(result.verdicts.to_dict("records")):
         name = f"{row['matrix']} sv={row['sv']} ({row['role']})"
         name = name if name not in curves else f"{name} {row['side']}"
+        name = name if name not in curves else f"{name}, edit {i + 1}"  # a user's own, of one direction
         curves[name], curves[f"control of {name}"] = _curve(result.edited[i]), _curve(result.controls[i])
         controls[name] = f"control of {name}"
     figure = figures.survival(

@@ -191,6 +191,8 @@ def correlation(result: StudyResult) -> str:
     if np.isnan(found.rho):
         why = "one of the two does not vary" if n > 2 else f"there are only {n}"
         return f"These edits cannot show whether cosine predicts damage: {why}."
+    # Of fewer than four edits there is none.
+    between = "" if np.isnan(found.low) else f" [{signed(found.low)}, {signed(found.high)}]"
     # By p, not by the interval: with a handful of pairs a bootstrap interval is too short.
     clear = (
         "so this number of edits does not decide whether cosine predicts damage"
@@ -201,7 +203,7 @@ def correlation(result: StudyResult) -> str:
     )
     return (
         f"Across the {n} edits, Spearman's correlation of |cosine| with damage beyond the control is "
-        f"**{signed(found.rho)}** [{signed(found.low)}, {signed(found.high)}], p = {found.p_value:.2g}, {clear}."
+        f"**{signed(found.rho)}**{between}, p = {found.p_value:.2g}, {clear}."
     )
 
 

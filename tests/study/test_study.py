@@ -194,6 +194,17 @@ def test_the_page_says_what_given_edits_do(agent: Any, studied: StudyResult, tmp
     assert "sigma is multiplied by 2; the singular vector becomes &#x27;zero&#x27;" in page
     assert "The study took 2 edits that were given, changed each" in page and "constant" not in page.split("<main>")[0]
     rows = result.verdicts.assign(verdict=["hurts more than its control", "no difference from its control shown"])
+    assert "given" not in page.split("<table")[1].split("</table>")[0], "what it does is said, not that it was given"
+    assert "energy" in page and "sigma is multiplied by 2</small>" in page and "[+nan" not in page
+    twice = verdicts(pd.concat([result.verdicts.head(1)] * 4), [own[0]] * 4, result.baseline, [result.edited[0]] * 4,
+                     [result.controls[0]] * 4)  # fmt: skip
+    same = replace(result, verdicts=twice, edits=[own[0]] * 4, edited=[result.edited[0]] * 4,
+                   controls=[result.controls[0]] * 4)  # fmt: skip
+    said = write_study(same, tmp_path / "same").read_text(encoding="utf-8")
+    assert all(
+        f'"control of {matrix} sv=0 (given){more}"' in said
+        for more in ("", " write", *(f" write, edit {n}" for n in (3, 4)))
+    )
     assert "and 1 more direction of the matrix" in sentences(replace(result, verdicts=rows))[0]
 
 

@@ -158,7 +158,8 @@ def _line(atlas: Atlas, kind: str, column: str, response: str) -> str:
     row = correlation_of(atlas, kind, column, f"{response}{given}")
     if row is None or np.isnan(row["rho"]):
         return ""
-    return f"rho{given} {signed(row['rho'])} [{signed(row['low'])}, {signed(row['high'])}]"
+    between = "" if np.isnan(row["low"]) else f" [{signed(row['low'])}, {signed(row['high'])}]"
+    return f"rho{given} {signed(row['rho'])}{between}"
 
 
 def _shares(atlas: Atlas) -> Section:
