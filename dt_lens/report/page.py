@@ -389,12 +389,17 @@ def _text(text: str) -> str:
 
     >>> _text("`a<b` is **not** <i>")
     '<code>a&lt;b</code> is <strong>not</strong> &lt;i&gt;'
+
+    A label in bold may hold either mark:
+
+    >>> _text("**`** and ****** in `W_out`")
+    '<strong>`</strong> and <strong>**</strong> in <code>W_out</code>'
     """
     out = []
-    for number, part in enumerate(re.split(r"`([^`\n]+)`", str(text))):
+    for number, part in enumerate(re.split(r"`((?:(?!\*\*)[^`\n])+)`", str(text))):
         escaped = html.escape(part)
         out.append(
-            f"<code>{escaped}</code>" if number % 2 else re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)
+            f"<code>{escaped}</code>" if number % 2 else re.sub(r"\*\*(.+?)\*\*(?!\*)", r"<strong>\1</strong>", escaped)
         )
     return "".join(out)
 
