@@ -117,8 +117,10 @@ def clusters(
         DtLensError: for a table that does not fit the labels, an unknown factor, matrix, embedding or null, a factor of
             one level, a level that is a list or an array, and where there is no factor or nothing to compare.
     """
-    if null not in NULLS:
-        raise DtLensError(f"null is {null!r}; a test of clusters knows {' and '.join(NULLS)}." + nearest(null, NULLS))
+    if not isinstance(null, str) or null not in NULLS:
+        raise DtLensError(
+            f"null is {as_written(null)}; a test of clusters knows {' and '.join(NULLS)}." + nearest(null, NULLS)
+        )
     if (null == "spectrum") != (activations is not None):
         raise DtLensError(
             "null='spectrum' needs activations=: what dt_lens.collect_activations gives, or a file of them."

@@ -160,7 +160,7 @@ def test_a_block_is_the_best_of_directions_in_its_span(agent: Any, monkeypatch: 
     monkeypatch.setattr(
         Decompositions,
         "_decomposition",
-        lambda self, lens, name: replace(whole(self, lens, name), blocks=((0, 3), (3, 4))),
+        lambda self, *given: replace(whole(self, *given), blocks=((0, 3), (3, 4))),
     )
     table = clusters(agent, matrices="blocks.0.mlp.W_in", draws=49, beside=False)
     assert table["sv"].tolist() == [0, 3]
