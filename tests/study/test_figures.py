@@ -97,7 +97,7 @@ def test_effects_put_each_control_below_its_edit_with_its_interval() -> None:
     order = [0, 2, 1]  # strong ones first, else in the table's order
     np.testing.assert_allclose(edits.x, verdict_table()["difference"].to_numpy()[order])
     np.testing.assert_allclose(controls.x, verdict_table()["control_difference"].to_numpy()[order])
-    assert (controls.y > edits.y).all()
+    assert (np.asarray(controls.y) > np.asarray(edits.y)).all()
     np.testing.assert_allclose(edits.error_x.array, 40)
     np.testing.assert_allclose(edits.error_x.arrayminus, 30)
     assert [c == "rgba(0,0,0,0)" for c in edits.marker.color] == [False, True, True]
