@@ -59,10 +59,10 @@ def views_of(explored: Explored) -> dict[str, tuple[str, View]]:
 def page_of(explored: Explored, path: Any, search: Any, dark: Any) -> Any:
     """The content of an address; an address that leads nowhere gives a sentence."""
     views = views_of(explored)
-    if path not in views:
+    if not isinstance(path, str) or path not in views:
         return note(f"There is no page {str(path)[:60]!r} here; choose one above.", "warning")
     try:
-        return views[path][1](explored, query_of(search if isinstance(search, str) else ""), bool(dark))
+        return views[path][1](explored, query_of(search), bool(dark))
     except DtLensError as error:
         return note(str(error), "warning")
 

@@ -70,7 +70,8 @@ class Guard:
     @property
     def hosts(self) -> frozenset[str]:
         """The names by which this server may be addressed; another name that leads here is DNS rebinding."""
-        return frozenset((f"127.0.0.1:{self.port}", f"localhost:{self.port}"))
+        usual = ("127.0.0.1", "localhost") if self.port == 80 else ()  # browsers leave HTTP's own port out
+        return frozenset((f"127.0.0.1:{self.port}", f"localhost:{self.port}", *usual))
 
     def enters(self, method: str, path: str, token: str | None) -> bool:
         """Whether a request is the one that exchanges the token for the cookie."""

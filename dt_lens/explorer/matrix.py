@@ -112,7 +112,7 @@ def _index(given: Any, count: int, default: int = 0) -> int:
     """A direction's number from text; the default for what is none."""
     try:
         sv = int(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return default
     return sv if 0 <= sv < count else default
 

@@ -68,9 +68,9 @@ def link(words: Any, path: str, **query: Any) -> dcc.Link:
     return dcc.Link(words, href=path + (f"?{urlencode(kept)}" if kept else ""))
 
 
-def query_of(search: str | None) -> dict[str, str]:
+def query_of(search: Any) -> dict[str, str]:
     """The query of an address; of a name that is given twice the last value."""
-    return dict(parse_qsl((search or "").removeprefix("?")))
+    return dict(parse_qsl((search if isinstance(search, str) else "").removeprefix("?")))
 
 
 def row_table(headings: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int] = ()) -> html.Div:

@@ -37,6 +37,7 @@ class Tab:
         self._lock = threading.Lock()
         self.streams = 0
         self.left = time.monotonic()  # when its last stream ended
+        self._closed = False
 
     @property
     def abandoned(self) -> bool:
@@ -46,8 +47,8 @@ class Tab:
     def open(self) -> None:
         """Start the tab's process, unless it runs."""
         with self._lock:
-            if self.process is not None and self.process.is_alive():
-                return
+            if self._closed or (self.process is not None and self.process.is_alive()):
+                return  # a process of a closed tab would be nobody's to end
             self.process, self._pipe = self._start()
             threading.Thread(target=self._listen, args=(self._pipe,), daemon=True).start()
 
@@ -89,6 +90,7 @@ class Tab:
     def close(self) -> None:
         """End the process and the stream."""
         with self._lock:
+            self._closed = True
             process, pipe = self.process, self._pipe
             self.process = self._pipe = None
         if pipe is not None:

@@ -79,6 +79,8 @@ def next_tokens(model: Any, prompt: str, n: int = SHOWN) -> list[tuple[str, floa
     with measuring(model):
         out = model(tokens)
     p = getattr(out, "logits", out)[0, -1].double().softmax(-1)
+    if not bool(p.isfinite().all()):
+        raise DtLensError("The next token has no probabilities: an edit is too large for the model's precision.")
     best = p.topk(min(n, len(p)))
     return [
         (spelled(model.to_single_str_token(int(token))), float(value))

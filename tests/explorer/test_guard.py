@@ -98,3 +98,9 @@ def test_an_app_is_guarded_whatever_is_asked_for(client: Any) -> None:
     assert page.data == b"secret"
     assert {name: page.headers[name] for name in HEADERS} == HEADERS
     assert client.get("/page", base_url="http://evil.example:8050").status_code == 421
+
+
+def test_on_port_80_browsers_leave_the_port_out() -> None:
+    bare = {"Host": "127.0.0.1"}
+    assert Guard(80, session="known").refusal("GET", "/", bare, {"dt_lens_80": "known"}) is None
+    assert GUARD.refusal("GET", "/", bare, COOKIE) is not None

@@ -177,3 +177,16 @@ def test_without_dash_it_is_a_sentence(explored: Explored, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "dash", None)
     with pytest.raises(DtLensError, match=r'pip install "dt-lens\[explore\]"'):
         Explorer(explored)
+
+
+def test_a_closed_tab_starts_no_process() -> None:
+    """A request that comes while its tab is closed: the process would outlive it."""
+
+    def start() -> tuple[Any, Connection]:
+        raise AssertionError("a process was started")
+
+    tab = tabs.Tab(start)
+    tab.close()
+    tab.open()
+    tab.send("run", {"run": 1})
+    assert tab.process is None

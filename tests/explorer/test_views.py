@@ -194,3 +194,9 @@ def test_the_edit_panel_shows_energies(explored: Explored) -> None:
 def test_a_form_that_is_not_filled_in_is_a_sentence(form: Any, needed: str) -> None:
     with pytest.raises(DtLensError, match=needed):
         edit.value_of(*form)
+
+
+@pytest.mark.parametrize("nonsense", [None, True, 2.5, float("inf"), [], {}])
+def test_an_address_of_another_type_is_a_sentence(explored: Explored, nonsense: Any) -> None:
+    assert "There is no page" in json.dumps(page_of(explored, nonsense, nonsense, False), default=_plain)
+    assert matrix._index(float("inf"), 4, -1) == -1
