@@ -180,8 +180,10 @@ def terms_of_block(
     heads, d, e = cfg.n_heads, cfg.d_model, cfg.d_head
     for kind in ("W_in", "W_gate", "W_out"):
         change = of_weight(changes, f"blocks.{l}.mlp.{kind}")
-        for number, own in enumerate(neurons if change is not None else ()):
-            left, right = change
+        if change is None:
+            continue
+        left, right = change
+        for number, own in enumerate(neurons):
             yield f"{kind}.{number}", affine((left[own], right) if kind == "W_out" else (left, right[:, own]))
     for h in range(heads):
         found = {kind: of_weight(changes, f"blocks.{l}.attn.W_{kind}", heads, h) for kind in "QKVO"}

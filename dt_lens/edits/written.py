@@ -198,7 +198,8 @@ def highest_sv(sv: str) -> int:
     parts = [part.strip() for part in sv.split(",")]
     if any(part.startswith("-") or "--" in part or not part[:1].isdecimal() for part in parts):
         return -1
-    return max(int(number) for number in re.findall(r"\d+", sv))
+    # Python turns no more than 4,300 digits into a number; nine are more than any matrix has directions.
+    return max(int(number) if len(number) < 10 else 10**9 for number in re.findall(r"\d+", sv))
 
 
 def written_sv(sv: Sequence[int]) -> str:

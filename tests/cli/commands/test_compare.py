@@ -33,7 +33,7 @@ def test_compare_prints_what_changed_and_writes_a_report(dt_lens: Run, pair: tup
     assert "1 of 20 matrices differ." in result.stdout
     assert f"The report: {tmp_path / 'comparison.html'}" in result.stdout
     assert "relative_change" in (tmp_path / "comparison.csv").read_text().splitlines()[0]
-    assert "To make this report again" in (tmp_path / "comparison.html").read_text()
+    assert '<div class="command"><pre>dt-lens compare ' in (tmp_path / "comparison.html").read_text()
 
 
 def test_compare_refuses_other_shapes_in_one_sentence(dt_lens: Run, pair: tuple[Path, ...]) -> None:

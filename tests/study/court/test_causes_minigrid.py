@@ -105,7 +105,7 @@ def test_claim_8_alone(agent: HookedDecisionTransformer, tmp_path: Path, monkeyp
     done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert "1. W_in matches the action output more than W_out does: not applicable." in done.output
-    assert "it was not asked for (asked for: 8)" in done.output and not (tmp_path / "out" / "arms").exists()
+    assert "It was not asked for (asked for: 8)" in done.output and not (tmp_path / "out" / "arms").exists()
     rulings = json.loads((tmp_path / "out" / "court.json").read_text())["rulings"]
     eighth = next(r for r in rulings if (r["claim"], r["way"]) == (8, "proper"))
     assert eighth["verdict"] in ("supported", "not supported", "undecided"), eighth["reason"]
