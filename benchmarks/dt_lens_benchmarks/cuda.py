@@ -24,7 +24,7 @@ from dt_lens.behaviour.agents.arms import acting_weights
 from dt_lens.behaviour.agents.lanes import CUDA_LANES
 from dt_lens.behaviour.agents.windows import SlidingPolicy
 from dt_lens.decision_transformer.policy import ActingModel
-from dt_lens.edits.writing import same_bits
+from dt_lens.lens.weights import same_bits
 
 MATRIX, FLOP = "blocks.0.mlp.W_in", 48.5e6  # a step of hopper's policy
 

@@ -19,14 +19,14 @@ from dt_lens.edits.low_rank import Placed, spectrum_of
 from dt_lens.edits.reversible import Reversible, entering, leaving
 from dt_lens.edits.saving import allow_saving, refuse_saving
 from dt_lens.edits.state import State, state_of, unedited
-from dt_lens.edits.writing import add_changes, overflows, same_bits, writable
+from dt_lens.edits.writing import add_changes, overflows, writable
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.forward_mode import evaluating
 from dt_lens.lens.hooks import HookedModule
 from dt_lens.lens.matrices import Matrix, SideName
 from dt_lens.lens.printing import html_table
-from dt_lens.lens.weights import checksum
+from dt_lens.lens.weights import checksum, same_bits
 
 if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens

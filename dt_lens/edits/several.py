@@ -1,8 +1,9 @@
-"""Several edits at once: from files, and as a command line writes them."""
+"""Several edits at once: in force, from files, and as a command line writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.protocol import Lens
 
-__all__ = ["load_edits", "save_edits", "written_edits"]
+__all__ = ["in_force", "load_edits", "save_edits", "written_edits"]
+
+
+def in_force(edits: Sequence[Edit]) -> ExitStack:
+    """All of ``edits`` in force inside ``with``, made in their order and undone in the reverse one."""
+    with ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(edit)
+        return stack.pop_all()
 
 
 def save_edits(edits: Sequence[Edit], file: str | Path) -> Path:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from dt_lens.edits.low_rank import Placed
-from dt_lens.lens.weights import same_bits
 
-__all__ = ["add_changes", "overflows", "same_bits", "writable"]
+__all__ = ["add_changes", "overflows", "writable"]
 
 PIECE = 2**16  # entries that are worked on at once
 

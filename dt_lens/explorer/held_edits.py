@@ -1,15 +1,14 @@
-"""The edits that a tab holds: from what its page says of them to edits of a model, and in force."""
+"""The edits that a tab holds: from what its page says of them to edits of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from dt_lens.edits.singular import SingularEdit
 from dt_lens.errors import DtLensError
 
-__all__ = ["Say", "in_force", "make_edits"]
+__all__ = ["Say", "make_edits"]
 
 Say = Callable[..., None]  # say(kind, **values): an event for the tab
 
@@ -35,11 +34,3 @@ def make_edits(model: Any, written: Sequence[Mapping[str, Any]], fold_layernorm:
             raise DtLensError("An edit names no matrix; choose one.")
         found.append(SingularEdit(model, **known, fold_layernorm=fold_layernorm))
     return found
-
-
-def in_force(edits: Sequence[Any]) -> ExitStack:
-    """All of ``edits`` in force inside ``with``."""
-    with ExitStack() as stack:
-        for edit in edits:
-            stack.enter_context(edit)
-        return stack.pop_all()

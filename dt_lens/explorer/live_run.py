@@ -20,8 +20,9 @@ from dt_lens.behaviour.agents.task import AgentTask
 from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import task_of
+from dt_lens.edits.several import in_force
 from dt_lens.errors import DtLensError
-from dt_lens.explorer.held_edits import Say, in_force, make_edits
+from dt_lens.explorer.held_edits import Say, make_edits
 from dt_lens.explorer.pictures import picture_of
 from dt_lens.lens.forward_mode import measuring, one_thread
 

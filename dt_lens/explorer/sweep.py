@@ -79,13 +79,12 @@ def _row(row: dict[Any, Any]) -> list[Any]:
 
 def edits_beside_controls(results: Any) -> pd.DataFrame:
     """A row per edit, the most damaging first: ``damage``, its interval, and ``controls``, their mean damage."""
-    table, sign = results.table(), -terms_in(results.options).sign
-    table = pd.DataFrame(table)
+    table: pd.DataFrame = results.table()
+    sign = -terms_in(results.options).sign
     edits = table[table["kind"] == "edit"].copy()
-    bounds = [name for name in table.columns if name.startswith("difference_") and table[name].dtype.kind == "f"]
-    low, high = (bounds[0], bounds[1]) if len(bounds) > 1 else ("difference", "difference")
+    low, high = edits["difference_low"], edits["difference_high"]
     edits["damage"] = sign * edits["difference"]
-    edits["low"], edits["high"] = (edits[low], edits[high]) if sign > 0 else (-edits[high], -edits[low])
+    edits["low"], edits["high"] = (low, high) if sign > 0 else (-high, -low)
     own = table[table["kind"] == "control"].groupby("of")["difference"].mean() * sign
     edits["controls"] = own.reindex(edits.index).to_numpy()
     edits["svs"] = edits["svs"] if "svs" in edits else edits["sv"].astype(str)

@@ -11,8 +11,9 @@ from dt_lens.arguments import whole_number
 from dt_lens.behaviour.evaluate import evaluate
 from dt_lens.behaviour.texts.reading import token_losses
 from dt_lens.behaviour.texts.task import TextTask
+from dt_lens.edits.several import in_force
 from dt_lens.errors import DtLensError
-from dt_lens.explorer.held_edits import Say, in_force, make_edits
+from dt_lens.explorer.held_edits import Say, make_edits
 from dt_lens.explorer.live_run import summary
 from dt_lens.lens.forward_mode import measuring
 from dt_lens.lens.token_text import spelled

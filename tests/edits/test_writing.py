@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dt_lens.edits import writing
 from dt_lens.edits.low_rank import Placed
-from dt_lens.edits.writing import add_changes, overflows, same_bits
+from dt_lens.edits.writing import add_changes, overflows
 from dt_lens.lens.matrices import Factor
+from dt_lens.lens.weights import same_bits
 
 FACTORS = {
     "whole": Factor("W", "a b -> a b"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from dt_lens.behaviour.agents.recording import actions_of_episode
 from dt_lens.behaviour.agents.task import AgentTask
 from dt_lens.behaviour.video.video import SideBySide, require_film, side_by_side
 from dt_lens.edits.edit import Edit
+from dt_lens.edits.several import in_force
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.forward_mode import measuring
 
@@ -73,9 +73,7 @@ def film(
     with measuring(model):
         for number, caption in enumerate(captions):
             tell(f"running the agent, {caption}", 0.35 * number)
-            with ExitStack() as stack:
-                for edit in edits if number else ():
-                    stack.enter_context(edit)
+            with in_force(edits if number else ()):
                 actions.append(actions_of_episode(model, setting, seed))
     tell("drawing", 0.7)
     ended = terms.failure == "terminated"

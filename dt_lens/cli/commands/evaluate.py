@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,9 +108,9 @@ def evaluate(
     comparison = None
     frames = {"unedited": baseline.to_frame()}
     if edits:
-        with ExitStack() as stack:
-            for change in edits:
-                stack.enter_context(change)
+        from dt_lens.edits.several import in_force
+
+        with in_force(edits):
             edited = measured(f"edited {unit}")
         comparison = edited.compare(baseline)
         frames["edited"] = edited.to_frame()
