@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dt_lens.arguments import atomic_write
+from dt_lens.arguments import atomic_write, require_writable
+from dt_lens.errors import DtLensError
 from dt_lens.progress import ProgressCallback, silent
 from dt_lens.progress import progress as shown_progress
 from dt_lens.version import __version__
@@ -30,6 +31,7 @@ __all__ = [
     "print_table",
     "print_written",
     "progress",
+    "require_file",
     "training_in",
     "usual_output",
     "write_csv",
@@ -112,6 +114,22 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # an array, or one of NumPy's numbers
         return plain(value.tolist())
     raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def require_file(file: Path | None, *suffixes: str, option: str = "out") -> None:
+    """Raise ``DtLensError`` now, before long work, for a file of another kind, or that cannot be written at its end.
+
+    Args:
+        file: the value of ``option``. A device and a pipe have no kind.
+        suffixes: what the file's name may end in; a compressed table, such as .csv.gz, is a .csv too.
+        option: the name of the option.
+    """
+    if file is None:
+        return
+    device = file.exists() and not (file.is_file() or file.is_dir())
+    if not device and not {suffix.lower() for suffix in file.suffixes[-2:]} & set(suffixes):
+        raise DtLensError(f"--{option} is {str(file)!r}; it is written as {' or '.join(suffixes)}.")
+    require_writable(file)
 
 
 def write_csv(table: pd.DataFrame, file: Path, index: bool = False) -> None:

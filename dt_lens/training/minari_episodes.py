@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +20,8 @@ from dt_lens.decision_transformer.state_vector import is_text, leaves, ordered
 from dt_lens.errors import DtLensError, as_written, because, nearest
 
 __all__ = ["FlatEpisode", "environments_of", "flat_episodes", "open_dataset", "require_dataset_id", "texts_in"]
+
+CONNECT, PAUSE = 10.0, 1.0  # seconds: for the hub to answer, and between two attempts to reach it
 
 
 class FlatEpisode(NamedTuple):
@@ -48,6 +52,7 @@ def open_dataset(dataset_id: str) -> Any:
         if not (folder / "data").exists():
             require_dataset_id(dataset_id)
             with _quietly():
+                _require_connection(dataset_id)
                 hosting.download_dataset(dataset_id)  # reads the metadata, and makes nothing of them
         here = folder
         metadata = MinariStorage.read_raw_metadata(folder / "data")
@@ -69,8 +74,36 @@ def open_dataset(dataset_id: str) -> Any:
         raise DtLensError(
             f"The Minari data set {dataset_id!r} is not stored locally and cannot be downloaded ({because(error)}); "
             "`minari list local` and `minari list remote` list the data sets that exist."
-            + nearest(dataset_id, _stored_here(Path(get_dataset_path(""))))
+            + nearest(dataset_id, _stored_here(_root()))
         ) from error
+
+
+def _require_connection(dataset_id: str) -> None:
+    """Raise ``DtLensError`` at once where the hub of the data sets cannot be reached at all.
+
+    Minari lists what the hub has first, and the hub's library then waits 23 s in six attempts. A hub that answers
+    slowly, or with an error, is left to it; so is any other place of data sets.
+    """
+    from huggingface_hub import constants, get_session
+
+    if not os.getenv("MINARI_REMOTE", "hf://").startswith("hf://"):
+        return
+    for attempt in range(2):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=CONNECT)
+            return
+        except Exception as error:
+            kinds = {kind.__name__ for kind in type(error).__mro__}  # its HTTP client differs between versions
+            if not kinds & {"ConnectError", "ConnectionError"} or any("Timeout" in kind for kind in kinds):
+                return
+            if not attempt:  # a single failure may pass
+                time.sleep(PAUSE)
+                continue
+            raise DtLensError(
+                f"The Minari data set {dataset_id!r} is not stored locally, and {constants.ENDPOINT} cannot be reached "
+                f"to download it ({because(error)}); check the id and the connection."
+                + nearest(dataset_id, _stored_here(_root()))
+            ) from error
 
 
 @contextmanager
@@ -83,6 +116,13 @@ def _quietly() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _root() -> Path:
+    """Minari's folder."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    return Path(get_dataset_path(""))
 
 
 def _stored_here(root: Path) -> list[str]:

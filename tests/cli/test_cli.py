@@ -161,6 +161,7 @@ def test_an_unknown_data_set_is_one_sentence(dt_lens: Run, tmp_path: Path, monke
         raise ConnectionError("no route to host")
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setenv("MINARI_REMOTE", "gcp://elsewhere")
     monkeypatch.setattr("minari.storage.hosting.list_remote_datasets", refuse)
     refused(dt_lens("train", "no/such-v0", "--steps", "1"), "no/such-v0")
 
@@ -189,41 +190,6 @@ def test_broken_files_are_one_sentence(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_sentence(dt_lens: Run, cartpole: Path) -> None:
     refused(dt_lens("scan", cartpole, "--out", "/dev/full"), "/dev/full")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("study", "hopper", "--out", "{out}"),
-        ("court", "hopper", "--out", "{out}"),
-        ("steer", "hopper", "--out", "{out}"),
-        ("sweep", "hopper", "--out", "{out}"),
-        ("sweep", "hopper", "--out", "{free}", "--table", "{out}"),
-        ("atlas", "hopper", "--sweep", "{free}", "--out", "{out}"),
-        ("compare", "hopper", "hopper", "--out", "{out}"),
-        ("scan", "hopper", "--out", "{out}"),
-        ("scan", "hopper", "--resume", "{out}"),
-        ("top", "hopper", "*.W_in", "--out", "{out}.csv"),
-        ("top", "hopper", "*.W_in", "--html", "{out}.html"),
-        ("top", "hopper", "*.W_in", "--out", "{free}.txt"),
-        ("evaluate", "hopper", "--out", "{out}"),
-        ("activations", "hopper", "--out", "{out}"),
-        ("train", "no/such-v0", "--out", "{out}"),
-        ("train-text", "no.txt", "--out", "{out}"),
-        ("record", "--folder", "{out}"),
-    ],
-)
-def test_what_cannot_be_written_is_found_before_the_work(
-    dt_lens: Run, tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def begun(*_: object, **__: object) -> None:
-        pytest.fail("the work began")
-
-    monkeypatch.setattr("dt_lens.lens.loading.load", begun)
-    (tmp_path / "file").write_text("in the way")
-    places = {"out": tmp_path / "file" / "out", "free": tmp_path / "new" / "free"}
-    refused(dt_lens(*(word.format(**places) for word in words)), "written")
-    assert [place.name for place in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("command", ["train", "train_text", "record"])

@@ -186,6 +186,7 @@ def test_no_code_that_a_data_set_names_is_run(
     )
     if downloaded:
         away = data.rename(tmp_path / "away")
+        monkeypatch.setenv("MINARI_REMOTE", "gcp://elsewhere")
         monkeypatch.setattr("minari.storage.hosting.download_dataset", lambda _: away.rename(data))
     with pytest.raises(DtLensError) as caught:
         read(ID)

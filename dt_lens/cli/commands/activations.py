@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
     Deterministic,
@@ -24,7 +23,7 @@ from dt_lens.cli.options import (
     split,
     task_options,
 )
-from dt_lens.cli.output import print_next, print_table, print_written, progress
+from dt_lens.cli.output import print_next, print_table, print_written, progress, require_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +54,7 @@ def activations(
     given: Given = None,
 ) -> None:
     """Collect means and second moments of every matrix's inputs, while an agent acts or a language model reads text."""
-    require_writable(out)
+    require_file(out, ".safetensors")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dt_lens.arguments import require_writable
-from dt_lens.cli.output import print_table, print_written, progress
+from dt_lens.cli.output import print_table, print_written, progress, require_file
 from dt_lens.errors import DtLensError, nearest
 
 if TYPE_CHECKING:
@@ -56,10 +55,7 @@ def bench(
             raise DtLensError(
                 f"There is no subject {name!r}; the subjects are {', '.join(SUBJECTS)}." + nearest(name, SUBJECTS)
             )
-    if out is not None:
-        require_writable(out)
-        if out.suffix not in (".csv", ".md"):
-            raise DtLensError(f"--out is {str(out)!r}; it must be a .csv or an .md file.")
+    require_file(out, ".csv", ".md")
     if (busy := _load()) > BUSY:
         print(
             f"This machine is busy (load {busy:.1f}), and what runs beside a benchmark changes its figures.",
@@ -140,7 +136,7 @@ def _write(table: pd.DataFrame, out: Path, quick: bool) -> None:
     from dt_lens.arguments import atomic_write
 
     with atomic_write(out) as part:
-        if out.suffix == ".csv":
+        if out.suffix.lower() != ".md":
             table.to_csv(part, index=False)
         else:
             shown = table.map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value))

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dt_lens.arguments import require_writable
 from dt_lens.cli.completion import complete_embedding
 from dt_lens.cli.options import Given, Matrices, Model, Raw, Seed, WeightsOnly, activations_of, load_model, split
-from dt_lens.cli.output import print_table, progress, write_csv
+from dt_lens.cli.output import print_table, progress, require_file, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +74,7 @@ def clusters(
     """Test whether singular directions sort states or tokens by what they are, such as a taxi's row."""
     wanted: dict[str, Any] = {"only": split(only, "only"), "strata": split(strata, "strata")}
     wanted |= {"matrices": split(matrices, "matrices"), "embeddings": split(embeddings, "embeddings")}
-    require_writable(out)
+    require_file(out, ".csv")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)

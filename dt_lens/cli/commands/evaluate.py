@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from dt_lens.arguments import require_writable
 from dt_lens.cli.options import (
     Context,
     Deterministic,
@@ -32,7 +31,7 @@ from dt_lens.cli.options import (
     load_model,
     task_options,
 )
-from dt_lens.cli.output import print_json, progress, write_csv
+from dt_lens.cli.output import print_json, progress, require_file, write_csv
 
 EXAMPLES = (
     "dt-lens evaluate hopper --episodes 20",
@@ -70,7 +69,7 @@ def evaluate(
 
     With --edit or --edits-from, also measure the model with these edits in force, and compare the two.
     """
-    require_writable(out)
+    require_file(out, ".csv")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

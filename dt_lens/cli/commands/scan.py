@@ -21,7 +21,7 @@ from dt_lens.cli.options import (
     load_model,
     split,
 )
-from dt_lens.cli.output import print_json, print_table, progress, write_csv
+from dt_lens.cli.output import print_json, print_table, progress, require_file, write_csv
 from dt_lens.errors import DtLensError
 from dt_lens.progress import stage
 
@@ -90,7 +90,7 @@ def scan(
     from dt_lens.svd.null_sources import OF_THE_STREAM, require_null
 
     require_null(null)
-    require_writable(out)
+    require_file(out, ".csv")
     if resume is not None and not (resume.is_dir() and any(resume.iterdir())):  # a full one may be read only
         require_writable(resume / "finished.safetensors")
     with progress() as tell:

@@ -30,7 +30,7 @@ from dt_lens.cli.options import (
     split,
     task_options,
 )
-from dt_lens.cli.output import cell, print_json, print_next, print_table, progress, write_csv
+from dt_lens.cli.output import cell, print_json, print_next, print_table, progress, require_file, write_csv
 from dt_lens.errors import DtLensError, nearest
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def sweep(
             "each for both, or the edits in a file with --edits-from."
         )
     folder = out or Path("dt-lens-sweep") / Path(model).name
-    require_writable(folder / "sweep.sqlite", table)
+    require_writable(folder / "sweep.sqlite")
+    require_file(table, ".csv", option="table")
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)

@@ -65,6 +65,7 @@ def top(
     for file in (html, out):
         if file is not None:
             require_token_file(file)
+    counted = None if counts is None else _counts(counts)
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given, weights_only=weights_only)
@@ -73,8 +74,8 @@ def top(
 
         rules: list[Any] = [label_filters.ascii_only] if ascii_only else []
         rules += [label_filters.whole_words] if words else []
-        if counts is not None:
-            rules.append(label_filters.at_least(_counts(counts), 1 if at_least is None else at_least))
+        if counted is not None:
+            rules.append(label_filters.at_least(counted, 1 if at_least is None else at_least))
         tell("decomposing and comparing", 0.5)
         # All directions of a small matrix cost as much as a few; of a large one they cost more.
         svd = WeightSVD(loaded, k + 8 if weights_only else None, fold_layernorm=not raw)

@@ -68,7 +68,10 @@ def video(
 
     Without --edit or --edits-from, draw the unedited agent alone.
     """
-    require_writable(local_path(out, "out"))
+    from dt_lens.behaviour.video.video import require_film
+
+    require_film(local_path(out, "out"))
+    require_writable(out, out.with_suffix(".jpg"))
     with progress() as tell:
         tell("loading", 0.0)
         loaded = load_model(model, given)
