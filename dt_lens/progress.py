@@ -108,11 +108,10 @@ def _counting(wanted: bool | Count, total: int, what: str) -> Iterator[Callable[
         with _notebook_bar() as report:
             yield lambda done: report(f"{what}  {done:.4g} of {total}", done / max(total, 1))
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=_console(), transient=True) as bar:
         row = bar.add_task(what, total=total)
         yield lambda done: bar.update(row, completed=round(done, 2))
         bar.update(row, completed=total)
@@ -132,7 +131,6 @@ def progress() -> Iterator[ProgressCallback]:
         with _Log() as log:
             yield log.tell
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
@@ -142,7 +140,7 @@ def progress() -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=_console(), transient=True) as bar:
         row, most = bar.add_task("", total=1.0), 0.0
 
         def tell(what: str, share: float) -> None:
@@ -151,6 +149,22 @@ def progress() -> Iterator[ProgressCallback]:
             bar.update(row, description=what, completed=most)
 
         yield tell
+
+
+def _console() -> Any:
+    """A console on standard error that leaves room at the end of a line.
+
+    The ``^C`` of an interrupt would begin another line after a full one, and the bar would not be taken away.
+    """
+    from rich.console import Console, ConsoleDimensions
+
+    class Narrower(Console):
+        @property  # type: ignore[misc]
+        def size(self) -> ConsoleDimensions:
+            width, height = Console.size.__get__(self)
+            return ConsoleDimensions(max(width - 3, 1), height)
+
+    return Narrower(stderr=True)
 
 
 class _Log:

@@ -36,7 +36,7 @@ from dt_lens.cli.commands.train import train
 from dt_lens.cli.commands.train_text import train_text
 from dt_lens.cli.commands.video import video
 from dt_lens.cli.options import Quiet
-from dt_lens.cli.output import usual_output
+from dt_lens.cli.output import say, usual_output
 from dt_lens.errors import DtLensError
 from dt_lens.version import __version__
 
@@ -98,7 +98,7 @@ for _command in _COMMANDS:
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        print(f"dt-lens {__version__}")
+        say(f"dt-lens {__version__}")
         raise typer.Exit
 
 
@@ -127,7 +127,7 @@ def main() -> None:
         with _no_interrupt_lost():
             app(standalone_mode=True)
     except DtLensError as error:
-        print(f"dt-lens: {error}", file=sys.stderr)
+        say(f"dt-lens: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         _leave(stop)
@@ -176,7 +176,7 @@ def _leave(stop: BaseException) -> NoReturn:
         said = said.__cause__ or said.__context__
     words = sys.argv[1:]
     usual = _RESUMES if any(word.startswith("--resume") for word in words) else _NOTHING
-    print(f"\ndt-lens: {said or _KEPT.get(words[0] if words else '', usual)}", file=sys.stderr)
+    say(f"\ndt-lens: {said or _KEPT.get(words[0] if words else '', usual)}", err=True)
     if getattr(sys.excepthook, "__module__", "") == "dt_lens":  # this process is the command, and has nothing to do
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(130)

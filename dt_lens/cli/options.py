@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dt_lens.cli.completion import complete_matrix, complete_model
+from dt_lens.cli.output import say
 from dt_lens.errors import DtLensError
 
 __all__ = [
@@ -162,7 +162,7 @@ def load_model(model: str, given: list[str] | None, check: bool = True, weights_
 
     loaded = open_checkpoint(model, **values) if weights_only else load(model, check=check, **values)
     for note in notes(loaded):
-        print(f"{model}: {note}", file=sys.stderr)
+        say(f"{model}: {note}", err=True)
     return loaded
 
 

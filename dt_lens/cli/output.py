@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,11 +33,18 @@ __all__ = [
     "print_written",
     "progress",
     "require_file",
+    "say",
     "training_in",
     "usual_output",
     "write_csv",
 ]
 
+NARROW = 14  # characters that a column of words has at least, if its words are as long
+# What a narrow terminal does not show, first to last: what the name of a matrix says too, and what others follow from.
+LEAST = (
+    "head", "layer", "block", "share", "controlled", "controls", "energy", "note_p_value", "margin", "p_value", "z",
+    "controls_large", "note_effect", "side", "wanted", "sigma", "beyond", "cosine", "role", "worst", "label",
+)  # fmt: skip
 SCHEMA = 1  # of --json; docs/command_line.md says when it changes
 
 _quiet: ContextVar[bool] = ContextVar("dt_lens_quiet", default=False)
@@ -68,7 +76,7 @@ def usual_output(quiet: bool = False, as_json: bool = False) -> Iterator[None]:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Print a warning as a sentence: a file and a line of code say nothing to who gives a command."""
-    print(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"Warning: {' '.join(str(message).split())}", err=True)
 
 
 @contextmanager
@@ -168,29 +176,115 @@ def training_in(out: Path) -> Iterator[None]:
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """Print a table to standard output, numbers aligned right, with few digits."""
+    """Print a table to standard output, numbers aligned right, with few digits.
+
+    Where a terminal is too narrow, columns of which nothing can be read are left out rather than all cut, and a last
+    line names them. Output to a file or a pipe has all columns.
+    """
     import pandas as pd
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # Output to a file or a pipe is not cut to the width of a terminal.
     console = Console(width=None if sys.stdout.isatty() else 240)
+    cells = {str(name): [cell(name, value) for value in table[name]] for name in table.columns}
+    numeric = {str(name) for name in table.columns if pd.api.types.is_numeric_dtype(table[name])}
+    widths, left_out = _widths(cells, console.width) if sys.stdout.isatty() else (None, [])
     shown = Table(
-        title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
-    )
-    for name in table.columns:
-        shown.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(table[name]) else "left")
-    for row in table.itertuples(index=False):
-        shown.add_row(*(Text(cell(name, value)) for name, value in zip(table.columns, row, strict=True)))
+        title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold",
+        padding=(0, 2 if widths is None else 1, 0, 0),
+    )  # fmt: skip
+    for name in cells if widths is None else widths:
+        shown.add_column(
+            name if widths is None else name.replace("_", " "),
+            justify="right" if name in numeric else "left",
+            width=None if widths is None else widths[name],
+            overflow="fold",
+        )
+    rows = [cells[name] for name in (cells if widths is None else widths)]
+    for row in zip(*rows, strict=True):
+        shown.add_row(*map(Text, row))
     console.print(shown)
+    if left_out:
+        say(
+            f"Not shown for lack of room: {', '.join(left_out)}. A wider terminal shows all columns, and so does a "
+            "pipe, as in | less -S."
+        )
+
+
+def _widths(cells: Mapping[str, Sequence[str]], room: int) -> tuple[dict[str, int] | None, list[str]]:
+    """The widths of the columns that fit into ``room``, and the names of those with contents that do not.
+
+    Widths are ``None`` if all columns fit as they are. A column is never narrower than its longest word.
+
+    >>> _widths({"matrix": ["blocks.0.mlp.W_in"], "head": [""], "p_value": ["1.0e-03"]}, 28)
+    ({'matrix': 17, 'p_value': 7}, [])
+    """
+    natural = {name: max(map(len, [name, *found])) for name, found in cells.items()}
+    if sum(natural.values()) + 2 * len(natural) - 2 <= room:
+        return None, []
+    least = {}
+    for name, found in cells.items():
+        words = [len(word) for text in [name.replace("_", " "), *found] for word in text.split()]
+        least[name] = max(1, *words, min(NARROW, max(map(len, found), default=0)))
+        natural[name] = max(least[name], *map(len, found), 1)
+    blank = [name for name, found in cells.items() if not any(found)]
+    left_out = []
+    for name in [*blank, *(name for name in LEAST if name not in blank)]:
+        if sum(least.values()) + len(least) - 1 <= room:
+            break
+        if least.pop(name, None) and name not in blank:
+            left_out.append(name)
+    spare = room - sum(least.values()) - len(least) + 1
+    for _ in range(spare):
+        name = max(least, key=lambda name: natural[name] - least[name])
+        if natural[name] == least[name]:
+            break
+        least[name] += 1
+    return least, left_out
+
+
+def say(text: object = "", err: bool = False, flush: bool = False) -> None:
+    """Print sentences; on a terminal, lines that are too long are broken between words, below their second column.
+
+    Args:
+        text: what is printed, in any number of lines.
+        err: print to standard error.
+        flush: as for ``print``.
+    """
+    stream = sys.stderr if err else sys.stdout
+    lines = str(text).split("\n")
+    if stream.isatty():
+        import textwrap
+
+        room = max(40, _columns(stream))
+        for number, line in enumerate(lines):
+            start = re.match(r"\s*(?:\S+ )*\S+ {2,}(?=\S)|\s*", line)
+            hanging = " " * min(len(start.group()) if start else 0, 2 * room // 3)
+            if len(line) > room:
+                lines[number] = textwrap.fill(
+                    line, room, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False,
+                    drop_whitespace=True, replace_whitespace=False,
+                )  # fmt: skip
+    print("\n".join(lines), file=stream, flush=flush)
+
+
+def _columns(stream: TextIO) -> int:
+    """The width of a terminal."""
+    import os
+    import shutil
+
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
 
 
 def cell(name: str, value: Any) -> str:
     """How one value of the column ``name`` is printed."""
     import pandas as pd
 
-    if value is None or value is pd.NA:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):
         small = name in ("p_value", "q_value", "q", "relative error")

@@ -23,7 +23,7 @@ from dt_lens.cli.options import (
     split,
     task_options,
 )
-from dt_lens.cli.output import print_next, print_table, print_written, progress, require_file
+from dt_lens.cli.output import print_next, print_table, print_written, progress, require_file, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ def activations(
             progress=tell,
         )
     print_table(_table(found), f"{model}: inputs of its matrices")
-    print(f"Digest {found.digest}, {found.record['tokens']:,} tokens.")
+    say(f"Digest {found.digest}, {found.record['tokens']:,} tokens.")
     found.save(out)
     print_written(out)
     print_next("scan", model, "--null", "spectrum", "--activations", out)

@@ -11,7 +11,7 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Failure, Given, Json, Model, Seed, failure_rule, load_model
-from dt_lens.cli.output import print_json, print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress, say
 
 EXAMPLES = (
     "dt-lens atlas hopper --sweep dt-lens-sweep/hopper",
@@ -69,5 +69,5 @@ def atlas(
         return
     print_table(table_of(found), f"Directions whose {found.words[0]} matters")
     for sentence in said:
-        print(sentence)
-    print(f"\nThe atlas: {page}")
+        say(sentence)
+    say(f"\nThe atlas: {page}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dt_lens.cli.output import print_table, print_written, progress, require_file
+from dt_lens.cli.output import print_table, print_written, progress, require_file, say
 from dt_lens.errors import DtLensError, nearest
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def bench(
         raise DtLensError("The benchmarks are not installed; install dt-lens again, from its wheel.") from error
     if names:
         for name, what in SUBJECTS.items():
-            print(f"{name:<15}{what}")
+            say(f"{name:<15}{what}")
         return
     for name in subjects or ():
         if name not in SUBJECTS:
@@ -57,9 +57,9 @@ def bench(
             )
     require_file(out, ".csv", ".md")
     if (busy := _load()) > BUSY:
-        print(
+        say(
             f"This machine is busy (load {busy:.1f}), and what runs beside a benchmark changes its figures.",
-            file=sys.stderr,
+            err=True,
         )
     begin = time.monotonic()
     rows: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ def bench(
         if rows:
             table = _table(rows)
             print_table(table, f"dt-lens bench{' --quick' if quick else ''}, {machine()}")
-            print(f"It took {time.monotonic() - begin:.0f} s.", file=sys.stderr)
+            say(f"It took {time.monotonic() - begin:.0f} s.", err=True)
             if out is not None:
                 _write(table, out, quick)
 

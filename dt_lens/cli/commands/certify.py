@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dt_lens.cli.options import Given, Json, Model, Seed, load_model
-from dt_lens.cli.output import print_json, print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress, say
 
 EXAMPLES = (
     "dt-lens certify hopper",
@@ -29,4 +29,4 @@ def certify(model: Model, seed: Seed = 0, given: Given = None, as_json: Json = F
         pd.DataFrame({"matrix": certificate.errors.keys(), "relative error": certificate.errors.values()}),
         f"{model}: certified",
     )
-    print(certificate)
+    say(certificate)

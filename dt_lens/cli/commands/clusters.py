@@ -9,7 +9,7 @@ import typer
 
 from dt_lens.cli.completion import complete_embedding
 from dt_lens.cli.options import Given, Matrices, Model, Raw, Seed, WeightsOnly, activations_of, load_model, split
-from dt_lens.cli.output import print_table, progress, require_file, write_csv
+from dt_lens.cli.output import print_table, progress, require_file, say, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,23 +121,23 @@ def _print_summary(table: pd.DataFrame) -> None:
     found = table[table["q_value"] <= about["alpha"]]
     by_factor = ", ".join(f"{factor} {count:,}" for factor, count in found["factor"].value_counts().items())
     what = "direction" if (table["block"] == 1).all() else "direction or block"
-    print(
+    say(
         f"{len(found):,} of {len(table):,} rows (a row is a {what}) sort labels by a factor at q <= {about['alpha']:g}"
         + (f": {by_factor}." if by_factor else ".")
     )
     other = about["untrained_model"]
-    print(f"An untrained model of the same shape: {other['found']:,} of {other['rows']:,} (null: haar).")
+    say(f"An untrained model of the same shape: {other['found']:,} of {other['rows']:,} (null: haar).")
     if about["strata"]:
-        print(f"Labels were ranked within each combination of {' and '.join(about['strata'])}.")
+        say(f"Labels were ranked within each combination of {' and '.join(about['strata'])}.")
     symbols = {"epsilon_squared": "ε² is ", "auc": "AUC is "}
     for measure in dict.fromkeys(about["measures"].values()):
-        print(symbols[measure] + MEASURES[measure] + ".")
-    print(f"Null: {about['null']}. {about['assumes']}")
-    print(f"Up to {about['draws']:,} random directions were drawn, so no p-value is below {about['smallest_p']:.1e}.")
+        say(symbols[measure] + MEASURES[measure] + ".")
+    say(f"Null: {about['null']}. {about['assumes']}")
+    say(f"Up to {about['draws']:,} random directions were drawn, so no p-value is below {about['smallest_p']:.1e}.")
     lone, alpha = about["lone_p"], about["alpha"]
     if lone > about["smallest_p"]:
-        print(f"A row above all of them by one factor alone has a p-value of up to {lone:.1e}.")
+        say(f"A row above all of them by one factor alone has a p-value of up to {lone:.1e}.")
     if lone * len(table) > alpha:
-        print(f"That may be too large for one row alone to have q <= {alpha:g}; for that draw more with --draws.")
+        say(f"That may be too large for one row alone to have q <= {alpha:g}; for that draw more with --draws.")
     for reason in dict.fromkeys(about["left_out"].values()):
-        print(f"Left out: {reason}")
+        say(f"Left out: {reason}")

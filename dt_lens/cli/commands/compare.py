@@ -12,7 +12,7 @@ import typer
 from dt_lens.arguments import require_writable
 from dt_lens.cli.completion import complete_model
 from dt_lens.cli.options import Given, Json, Matrices, Raw, WeightsOnly, load_model, split
-from dt_lens.cli.output import print_json, print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress, say
 
 SHOWN = ["matrix", "relative_change", "change_effective_rank", "spectrum_change", "spectral_norm_change", "k"]
 
@@ -78,8 +78,8 @@ def compare(
             for name, angle in zip(table[f"{side}_side"], table[f"{side}_angle"], strict=True)
         ]
     print_table(shown, f"{names[0]} and {names[1]}: the most changed of {len(found.table)} matrices")
-    print(f"{len(found.table) - same} of {len(found.table)} matrices differ.")
+    say(f"{len(found.table) - same} of {len(found.table)} matrices differ.")
     for note in found.notes:
-        print(note)
+        say(note)
     if page:
-        print(f"\nThe report: {page}")
+        say(f"\nThe report: {page}")

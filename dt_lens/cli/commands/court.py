@@ -28,7 +28,7 @@ from dt_lens.cli.options import (
     task_options,
     to_float,
 )
-from dt_lens.cli.output import print_json, print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress, say
 
 EXAMPLES = (
     "dt-lens court hopper --no-rollouts",
@@ -114,7 +114,7 @@ def court(
         return
     shown = ["claim", "title", "verdict", "effect", "margin", "p_value", "note_verdict", "note_effect", "note_p_value"]
     print_table(result.table[shown], "Verdicts, as it should be and as the note's code computed it")
-    print()
+    say()
     for sentence in said:
-        print(sentence)
-    print(f"\nThe page: {folder / 'court.html'}")
+        say(sentence)
+    say(f"\nThe page: {folder / 'court.html'}")

@@ -31,7 +31,7 @@ from dt_lens.cli.options import (
     load_model,
     task_options,
 )
-from dt_lens.cli.output import print_json, progress, require_file, write_csv
+from dt_lens.cli.output import print_json, progress, require_file, say, write_csv
 
 EXAMPLES = (
     "dt-lens evaluate hopper --episodes 20",
@@ -103,7 +103,7 @@ def evaluate(
     edits = edits_of(loaded, edit, sv, side, value, edits_from, raw=raw, seed=seed)
     baseline = measured(unit)
     if not as_json:
-        print(baseline)
+        say(baseline)
     comparison = None
     frames = {"unedited": baseline.to_frame()}
     if edits:
@@ -128,8 +128,8 @@ def evaluate(
             table=table,
         )
     elif comparison is not None:
-        print(f"\n{comparison}")
+        say(f"\n{comparison}")
         for note in notes:
-            print(note)
+            say(note)
     if out:
         write_csv(table, out)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dt_lens.cli.options import Given, Matrices, Model, Raw, given_values, load_model, split
-from dt_lens.cli.output import progress
+from dt_lens.cli.output import progress, say
 
 EXAMPLES = (
     "dt-lens explore hopper",
@@ -54,8 +53,8 @@ def explore(
             tell=tell,
         )
     explorer = Explorer(explored, port)
-    print(f"Explore {model} at {explorer.address}", flush=True)
-    print("Whoever has this address can use it, from this machine. Ctrl-C ends it.", file=sys.stderr, flush=True)
+    say(f"Explore {model} at {explorer.address}", flush=True)
+    say("Whoever has this address can use it, from this machine. Ctrl-C ends it.", err=True, flush=True)
     if browser:
         import webbrowser
 

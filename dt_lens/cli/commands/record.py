@@ -10,7 +10,7 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Seed, Workers, json_object, to_float
-from dt_lens.cli.output import print_next, progress
+from dt_lens.cli.output import print_next, progress, say
 from dt_lens.errors import DtLensError
 from dt_lens.progress import ProgressCallback
 
@@ -108,7 +108,7 @@ def record(
             report=_in_order(tell, sizes),
             **options,
         )
-    print(f"The data set: {stored}")
+    say(f"The data set: {stored}")
     print_next("train", stored, "--out", Path("runs") / stored.replace("/", "-"))
 
 

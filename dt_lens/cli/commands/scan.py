@@ -21,7 +21,7 @@ from dt_lens.cli.options import (
     load_model,
     split,
 )
-from dt_lens.cli.output import print_json, print_table, progress, require_file, write_csv
+from dt_lens.cli.output import print_json, print_table, progress, require_file, say, write_csv
 from dt_lens.errors import DtLensError
 from dt_lens.progress import stage
 
@@ -129,9 +129,9 @@ def _print_summary(table: pd.DataFrame) -> None:
     """Print the number of discoveries, of those with untrained heads, and what the null assumes."""
     found = table["q_value"] < 0.05
     untrained = table["embedding"].isin(table.attrs["untrained"])
-    print(f"{int(found.sum()):,} of {len(table):,} comparisons are discoveries at q < 0.05.")
+    say(f"{int(found.sum()):,} of {len(table):,} comparisons are discoveries at q < 0.05.")
     if untrained.any():
-        print(f"With heads that were never trained: {int((found & untrained).sum())} of {int(untrained.sum()):,}.")
-    print(f"Null: {table.attrs['null']}. {table.attrs['assumes']}")
+        say(f"With heads that were never trained: {int((found & untrained).sum())} of {int(untrained.sum()):,}.")
+    say(f"Null: {table.attrs['null']}. {table.attrs['assumes']}")
     if "smallest_p" in table.attrs:
-        print(f"{table.attrs['draws']} models were drawn, so no p-value is below {table.attrs['smallest_p']:.1e}.")
+        say(f"{table.attrs['draws']} models were drawn, so no p-value is below {table.attrs['smallest_p']:.1e}.")

@@ -32,7 +32,7 @@ from dt_lens.cli.options import (
     task_options,
     to_float,
 )
-from dt_lens.cli.output import print_json, print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress, say
 
 EXAMPLES = (
     "dt-lens steer hopper --episodes 20 --choosing 4",
@@ -140,4 +140,4 @@ def steer(
     if len(result.table):
         print_table(result.choosing, "Directions that were tried")
         print_table(result.table, f"The chosen one, on fresh {n['lasting_unit']}")
-    print(f"\n{result.sentence}\n\nThe page: {folder / 'steering.html'}")
+    say(f"\n{result.sentence}\n\nThe page: {folder / 'steering.html'}")

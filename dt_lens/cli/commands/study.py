@@ -36,7 +36,7 @@ from dt_lens.cli.options import (
     split,
     task_options,
 )
-from dt_lens.cli.output import print_json, print_table, progress
+from dt_lens.cli.output import print_json, print_table, progress, say
 
 EXAMPLES = (
     "dt-lens study hopper",
@@ -150,7 +150,7 @@ def study(
     terms = result.baseline.terms
     print_table(result.verdicts[shown], f"Edits and their controls: mean paired difference of the {terms.outcome}")
     for sentence in said:
-        print(sentence)
+        say(sentence)
     for reason in result.missing:
-        print(reason)
-    print(f"\nThe report: {result.report}")
+        say(reason)
+    say(f"\nThe report: {result.report}")

@@ -30,7 +30,7 @@ from dt_lens.cli.options import (
     split,
     task_options,
 )
-from dt_lens.cli.output import cell, print_json, print_next, print_table, progress, require_file, write_csv
+from dt_lens.cli.output import cell, print_json, print_next, print_table, progress, require_file, say, write_csv
 from dt_lens.errors import DtLensError, nearest
 
 if TYPE_CHECKING:
@@ -220,14 +220,14 @@ def sweep(
         )
     else:
         if unedited is not None:
-            print(f"Unedited: {unedited}\n")
+            say(f"Unedited: {unedited}\n")
         elif found.attrs.get("failure_guessed"):
             rule = found.attrs["failure_rule"]
-            print(f"failure_rate ({rule}) is by a guess of what counts as failing; give --failure.\n")
+            say(f"failure_rate ({rule}) is by a guess of what counts as failing; give --failure.\n")
         _print_edits(found, planned.task.terms)
         if status["void"]:
-            print(f"{status['void']} blocks belong to edits that cannot be applied; the table's notes say why.")
-        print(f"\nThe results: {planned.file}")
+            say(f"{status['void']} blocks belong to edits that cannot be applied; the table's notes say why.")
+        say(f"\nThe results: {planned.file}")
     if not alone and not failures:
         print_next("atlas", model, "--sweep", folder)
     if failures:
@@ -247,9 +247,9 @@ def _print_edits(found: pd.DataFrame, terms: Terms) -> None:
     print_table(beside_controls(found, terms).loc[largest], title)
     notes = edits.loc[edits["difference_note"] != "", "difference_note"]
     for note, arms in notes.value_counts().items():
-        print(f"Intervals of {arms} of {len(edits)} edits: {note}.")
+        say(f"Intervals of {arms} of {len(edits)} edits: {note}.")
     if len(edits) > ROWS:
-        print("All edits and controls: --table FILE.csv, or --json.")
+        say("All edits and controls: --table FILE.csv, or --json.")
 
 
 def beside_controls(found: pd.DataFrame, terms: Terms) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Device, Fresh, Seed, failure_rule, json_object, split, to_float
-from dt_lens.cli.output import print_next, progress, training_in
+from dt_lens.cli.output import print_next, progress, say, training_in
 from dt_lens.training.settings import AgentSettings
 
 if TYPE_CHECKING:
@@ -146,6 +146,6 @@ def train(
             resume=not fresh,
             report=report,
         )
-    print(f"Trained to {reached}" if reached else "All steps were done already.")
-    print(f"The model: {out}")
+    say(f"Trained to {reached}" if reached else "All steps were done already.")
+    say(f"The model: {out}")
     print_next("study", out)

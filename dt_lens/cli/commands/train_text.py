@@ -9,7 +9,7 @@ import typer
 
 from dt_lens.arguments import require_writable
 from dt_lens.cli.options import Device, Fresh, Seed
-from dt_lens.cli.output import print_next, progress, training_in
+from dt_lens.cli.output import print_next, progress, say, training_in
 from dt_lens.training.settings import TextSettings
 
 if TYPE_CHECKING:
@@ -90,6 +90,6 @@ def train_text(
             resume=not fresh,
             report=report,
         )
-    print(f"Trained to {reached}" if reached else "All steps were done already.")
-    print(f"The model: {out}")
+    say(f"Trained to {reached}" if reached else "All steps were done already.")
+    say(f"The model: {out}")
     print_next("study", out)

@@ -26,7 +26,7 @@ from dt_lens.cli.options import (
     edits_of,
     load_model,
 )
-from dt_lens.cli.output import print_json, progress
+from dt_lens.cli.output import print_json, progress, say
 from dt_lens.errors import DtLensError
 
 EXAMPLES = (
@@ -98,7 +98,7 @@ def video(
         print_json("video", model=model, seed=seed, episodes=rows, frames=made.frames, file=made.file, note=made.note)
         return
     for arm, length, total in zip(arms, made.lengths, made.returns, strict=True):
-        print(f"{arm}: {length:,} steps, return {total:,.1f}")
+        say(f"{arm}: {length:,} steps, return {total:,.1f}")
     if made.note:
-        print(made.note)
-    print(f"The video: {made.file}")
+        say(made.note)
+    say(f"The video: {made.file}")
