@@ -1,4 +1,4 @@
-"""What the shell completes: bundled models, and the names of their matrices and embeddings.
+"""What the shell completes: bundled models, the names of their matrices and embeddings, and words of options.
 
 It runs at every press of Tab, so it reads a bundled model's ``config.json`` and imports nothing heavy. Of any other
 checkpoint nothing is completed: finding out would take seconds.
@@ -7,12 +7,27 @@ checkpoint nothing is completed: finding out would take seconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from dt_lens.zoo.models import bundled
 
-__all__ = ["complete_embedding", "complete_matrix", "complete_model", "embedding_names", "matrix_names"]
+__all__ = [
+    "NULLS",
+    "VALUES",
+    "complete_embedding",
+    "complete_matrix",
+    "complete_model",
+    "complete_subject",
+    "embedding_names",
+    "matrix_names",
+    "one_of",
+]
+
+# Names that other rooms know, which import too much for a press of Tab; a test compares them.
+NULLS = ("haar", "covariance", "spectrum", "bands", "untrained", "shuffled")
+VALUES = ("constant", "zero", "flip", "random", "replace:", "towards:")
 
 _OF_LAYER = ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O")
 _OF_HEAD = ("attn.OV", "attn.QK")
@@ -41,8 +56,30 @@ def embedding_names(model: str) -> list[str]:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """The bundled models whose names begin so; the shell adds files itself where there is none."""
-    return [name for name in bundled() if name.startswith(incomplete)]
+    """The bundled models whose names begin so, and files beside them; where there is no model, the shell adds files."""
+    names = [name for name in bundled() if name.startswith(incomplete)]
+    if names and incomplete:
+        found = sorted(file for file in Path().iterdir() if file.name.startswith(incomplete))
+        names += [f"{file}/" if file.is_dir() else str(file) for file in found if file.name not in names]
+    return names
+
+
+def one_of(*words: str) -> Callable[[str], Iterator[str]]:
+    """A function that completes one of some words; after a comma the next one of a list."""
+
+    def complete(incomplete: str) -> Iterator[str]:
+        return _completed(incomplete, words)
+
+    return complete
+
+
+def complete_subject(incomplete: str) -> list[str]:
+    """What ``dt-lens bench`` measures."""
+    try:
+        from dt_lens_benchmarks.subjects import SUBJECTS
+    except ModuleNotFoundError:
+        return []
+    return [name for name in SUBJECTS if name.startswith(incomplete)]
 
 
 def complete_matrix(ctx: Any, incomplete: str) -> Iterator[str]:

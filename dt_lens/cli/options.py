@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dt_lens.cli.completion import complete_matrix, complete_model
+from dt_lens.cli.completion import VALUES, complete_matrix, complete_model, one_of
 from dt_lens.cli.output import say
 from dt_lens.errors import DtLensError
 
@@ -89,6 +89,7 @@ Failure = Annotated[
         metavar="RULE",
         help="What counts as failing: terminated (the environment ends the episode), truncated (the time limit does), "
         "or a return to fall below; what the agent's dt_lens.json says by default, else a guess.",
+        autocompletion=one_of("terminated", "truncated"),
     ),
 ]
 Deterministic = Annotated[
@@ -121,7 +122,12 @@ EditSv = Annotated[
     ),
 ]
 EditSide = Annotated[
-    list[str] | None, typer.Option("--side", help="The side to edit, read or write, if the matrix has both.")
+    list[str] | None,
+    typer.Option(
+        "--side",
+        help="The side to edit, read or write, if the matrix has both.",
+        autocompletion=one_of("read", "write"),
+    ),
 ]
 EditValue = Annotated[
     list[str] | None,
@@ -129,6 +135,7 @@ EditValue = Annotated[
         "--value",
         help="What the singular vector becomes: constant (the default), zero, flip, random, a number that multiplies "
         "sigma, replace:EMBEDDING:LABEL, towards:EMBEDDING:LABEL:DEGREES, or the JSON of a record's value.",
+        autocompletion=one_of(*VALUES),
     ),
 ]
 EditsFrom = Annotated[

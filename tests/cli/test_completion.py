@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import dt_lens as library
-from dt_lens.cli.completion import embedding_names, matrix_names
+from dt_lens.cli.completion import NULLS, VALUES, embedding_names, matrix_names
+from dt_lens.edits.replacements import Value
 from dt_lens.lens.matrices import catalogue
+from dt_lens.statistics.nulls.kinds import NULLS as KNOWN
 from dt_lens.zoo.models import bundled
 
 Run = Callable[..., Any]
@@ -52,11 +54,31 @@ def test_the_names_are_those_of_the_model(model: str) -> None:
         ("dt-lens scan tiny-gpt2 --embeddings token", ["token_in", "token_out"]),
         ("dt-lens evaluate hopper --episodes 9 --edit blocks.0.mlp.W_i", ["blocks.0.mlp.W_in"]),
         ("dt-lens scan model.pt --matrices b", []),
+        ("dt-lens scan hopper --null s", ["spectrum", "shuffled"]),
+        ("dt-lens evaluate hopper --side w", ["write"]),
+        ("dt-lens sweep hopper --value zero,f", ["zero,flip"]),
+        ("dt-lens bench s", ["start_up", "solvers"]),
         ("dt-lens scan --matrices b", []),
     ],
 )
 def test_words_are_completed(completed: Callable[[str], list[str]], line: str, wanted: list[str]) -> None:
     assert completed(line) == wanted
+
+
+def test_the_words_of_options_are_those_of_the_library() -> None:
+    assert tuple(KNOWN) == NULLS
+    assert [value for value in VALUES if not value.endswith(":")] == list(get_args(Value))
+
+
+def test_files_beside_a_bundled_model_are_completed(
+    completed: Callable[[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hop.pt").touch()
+    (tmp_path / "hopper").mkdir()
+    (tmp_path / "hopping").mkdir()
+    assert completed("dt-lens scan hop") == ["hopper", "hop.pt", "hopping/"]
+    assert completed("dt-lens scan ta") == ["taxi"]
 
 
 def test_it_imports_nothing_heavy() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dt_lens.cli.completion import complete_subject
 from dt_lens.cli.output import print_table, print_written, progress, require_file, say
 from dt_lens.errors import DtLensError, nearest
 
@@ -30,7 +31,11 @@ EXAMPLES = (
 
 def bench(
     subjects: Annotated[
-        list[str] | None, typer.Argument(help="What to measure; everything by default. --list names the subjects.")
+        list[str] | None,
+        typer.Argument(
+            help="What to measure; everything by default. --list names the subjects.",
+            autocompletion=complete_subject,
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and smaller sizes: minutes in all.")] = False,
     names: Annotated[bool, typer.Option("--list", help="Name the subjects and exit.")] = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dt_lens.cli.completion import complete_embedding
+from dt_lens.cli.completion import complete_embedding, one_of
 from dt_lens.cli.options import Given, Matrices, Model, Raw, Seed, WeightsOnly, activations_of, load_model, split
 from dt_lens.cli.output import print_table, progress, require_file, say, write_csv
 
@@ -51,7 +51,11 @@ def clusters(
         ),
     ] = None,
     null: Annotated[
-        str, typer.Option(help="How a direction without meaning is drawn: haar (anywhere) or spectrum (random signs).")
+        str,
+        typer.Option(
+            help="How a direction without meaning is drawn: haar (anywhere) or spectrum (random signs).",
+            autocompletion=one_of("haar", "spectrum"),
+        ),
     ] = "haar",
     activations: Annotated[
         Path | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.completion import complete_embedding
+from dt_lens.cli.completion import NULLS, complete_embedding, one_of
 from dt_lens.cli.options import (
     Given,
     Json,
@@ -51,7 +51,8 @@ def scan(
     null: Annotated[
         str,
         typer.Option(
-            help="How a direction without meaning is drawn: haar, covariance, spectrum, bands, untrained or shuffled."
+            help="How a direction without meaning is drawn: haar, covariance, spectrum, bands, untrained or shuffled.",
+            autocompletion=one_of(*NULLS),
         ),
     ] = "haar",
     draws: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dt_lens.arguments import require_writable
-from dt_lens.cli.completion import complete_matrix
+from dt_lens.cli.completion import VALUES, complete_matrix, one_of
 from dt_lens.cli.options import (
     Context,
     Deterministic,
@@ -71,14 +71,16 @@ def sweep(
         typer.Option(
             help="What the singular vector becomes: constant (the default), zero, flip, random, a number that "
             "multiplies sigma, replace:EMBEDDING:LABEL, towards:EMBEDDING:LABEL:DEGREES, or the JSON of a record's "
-            "value; several with commas, or repeated."
+            "value; several with commas, or repeated.",
+            autocompletion=one_of(*VALUES),
         ),
     ] = None,
     side: Annotated[
         list[str] | None,
         typer.Option(
             help="The sides to edit, such as read,write; all sides on the residual stream by default. Of --edit as for "
-            "evaluate."
+            "evaluate.",
+            autocompletion=one_of("read", "write"),
         ),
     ] = None,
     edit: EditMatrices = None,
@@ -90,13 +92,15 @@ def sweep(
         str,
         typer.Option(
             help="What a control has in common with its edit: frobenius (the norm of the change), or output (also the "
-            "output energy on the model's own inputs)."
+            "output energy on the model's own inputs).",
+            autocompletion=one_of("frobenius", "output"),
         ),
     ] = "frobenius",
     directions: Annotated[
         str,
         typer.Option(
-            help="plain, or activation: weighted by the model's own inputs, so that sigma is the spread of the output."
+            help="plain, or activation: weighted by the model's own inputs, so that sigma is the spread of the output.",
+            autocompletion=one_of("plain", "activation"),
         ),
     ] = "plain",
     activations: Annotated[
@@ -136,7 +140,13 @@ def sweep(
         int | None, typer.Option(min=1, help="Episodes or windows that run together; about 16 by default.")
     ] = None,
     workers: Workers = None,
-    engine: Annotated[str, typer.Option(help="What runs the sweep: local, or ray for several machines.")] = "local",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What runs the sweep: local, or ray for several machines.",
+            autocompletion=one_of("local", "ray"),
+        ),
+    ] = "local",
     address: Annotated[
         str | None, typer.Option(help="Address of the Ray cluster, such as 10.0.0.5:6379; this machine's by default.")
     ] = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dt_lens.cli.completion import complete_embedding, complete_matrix
+from dt_lens.cli.completion import complete_embedding, complete_matrix, one_of
 from dt_lens.cli.options import Given, Json, Model, Raw, WeightsOnly, load_model
 from dt_lens.cli.output import print_json, print_table, print_written, progress
 from dt_lens.errors import DtLensError
@@ -36,7 +36,13 @@ def top(
         ),
     ] = None,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Number of directions of each matrix.")] = 8,
-    side: Annotated[str | None, typer.Option(help="read, write, query or key, if the matrix has two sides.")] = None,
+    side: Annotated[
+        str | None,
+        typer.Option(
+            help="read, write, query or key, if the matrix has two sides.",
+            autocompletion=one_of("read", "write", "query", "key"),
+        ),
+    ] = None,
     labels: Annotated[int, typer.Option("-n", "--n", "--labels", min=1, help="Number of labels at each pole.")] = 10,
     ascii_only: Annotated[
         bool, typer.Option("--ascii", help="Show only labels of printable ASCII characters.")
