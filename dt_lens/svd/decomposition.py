@@ -216,20 +216,24 @@ class Decomposition(Printed):
         return title, [*rows, ("too close to distinguish", f"sv {listed(shared, 5)}")] if shared else rows
 
 
-def decompose_matrix(factors: MatrixFactors, rank: int | None = None) -> Decomposition:
+def decompose_matrix(
+    factors: MatrixFactors, rank: int | None = None, *, seen: list[Tensor] | None = None, gram: Tensor | None = None
+) -> Decomposition:
     """Decompose one catalogued matrix, with canonical signs and blocks.
 
     Args:
         factors: the matrix of a model, folded or raw.
         rank: how many directions at most; all when ``None``.
+        seen: its effective factors, if they are at hand.
+        gram: as for ``solvers.decompose``.
 
     Raises:
         DtLensError: when its weights hold NaN or infinite values, naming the matrix.
     """
     matrix = factors.matrix
     try:
-        seen = factors.effective()
-        found = decompose(seen, rank, _floor(factors))
+        seen = factors.effective() if seen is None else seen
+        found = decompose(seen, rank, _floor(factors), gram)
     except DtLensError as error:
         raise DtLensError(f"{matrix.name}: {error}") from error
     left, right = with_canonical_signs(matrix, found.left, found.right)

@@ -46,7 +46,9 @@ class _Ritz(NamedTuple):
     vectors: Tensor
 
 
-def leading(M: Tensor, rank: int, tolerance: float, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def leading(
+    M: Tensor, rank: int, tolerance: float, kind: torch.dtype, gram: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The leading ``(left [k, m], sigma [k], right [k, n])`` of a wide ``M [m, n]`` in float64, a few beyond ``rank``.
 
     Args:
@@ -54,11 +56,12 @@ def leading(M: Tensor, rank: int, tolerance: float, kind: torch.dtype) -> tuple[
         rank: how many are wanted.
         tolerance: of ``||M right - sigma left|| / sigma_0``, at which the corrections stop.
         kind: the precision of the Gram matrix, float32 or float64.
+        gram: ``M M^T`` in float64, if it is at hand.
 
     Raises:
         LinAlgError: when the Krylov space or the corrections converge too slowly, or a direction was missed.
     """
-    scale, gram = _gram(M, kind)
+    scale, gram = _gram(M, kind, gram)
     count = min(rank + SPARE, len(gram) - 1)
     whole = kind == torch.float64 and len(gram) <= DIRECT
     first = (_by_lapack if whole else _krylov)(gram, count)
@@ -92,9 +95,9 @@ def leading(M: Tensor, rank: int, tolerance: float, kind: torch.dtype) -> tuple[
     return X, sigma, Y / sigma.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
 
 
-def _gram(M: Tensor, kind: torch.dtype) -> tuple[float, Tensor]:
+def _gram(M: Tensor, kind: torch.dtype, known: Tensor | None = None) -> tuple[float, Tensor]:
     """``M M^T`` in a precision, divided by the number that comes first."""
-    scale, gram = 1.0, symmetric_product(M.to(kind))
+    scale, gram = 1.0, symmetric_product(M.to(kind)) if known is None else known.to(kind)
     if not 1e-25 < float(gram.trace()) < 1e30:  # squares leave float32's range
         largest = max(abs(float(end)) for end in M.aminmax())
         if not largest > 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import scipy.linalg
@@ -21,7 +22,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from dt_lens.errors import DtLensError
 from dt_lens.svd.leading import leading, rows_times
 
-__all__ = ["SVD", "VERSION", "decompose"]
+__all__ = ["SVD", "VERSION", "decompose", "triangle"]
 
 VERSION = 4  # raised whenever a result may differ in a bit: it is part of the keys of stored decompositions
 
@@ -52,7 +53,7 @@ class SVD(NamedTuple):
     error: float
 
 
-def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0) -> SVD:
+def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0, gram: Tensor | None = None) -> SVD:
     """The leading ``rank`` singular triples of a product of one or two factors; up to the numerical rank when ``None``.
 
     Args:
@@ -60,6 +61,7 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
         rank: how many triples at most.
         floor: sigmas up to this size are zeros, whatever the largest one is; for matrices that are a difference of
             larger ones. Sigmas that rounding in float64 makes of zeros are cut in any case.
+        gram: of one factor, its product with its own transpose on the short side in float64, if it is at hand.
 
     Raises:
         DtLensError: when a factor holds values that are not finite, or no solver reaches the tolerance.
@@ -72,7 +74,10 @@ def decompose(factors: list[Tensor], rank: int | None = None, floor: float = 0.0
     scales = [1.0 if size == 0 or 1e-60 < size < 1e60 else 2.0 ** round(math.log2(size)) for size in sizes]
     scaled = [factor if scale == 1 else factor / scale for factor, scale in zip(factors, scales, strict=True)]
     scale = scales[0] * (scales[1] if len(scales) == 2 else 1.0)
-    found = (_product if len(factors) == 2 else _single)(scaled, rank, floor / scale)
+    if len(factors) == 2:
+        found = _product(scaled, rank, floor / scale)
+    else:
+        found = _single(scaled, rank, floor / scale, gram if scale == 1 else None)
     return found._replace(sigma=found.sigma * scale)
 
 
@@ -130,12 +135,19 @@ def _by_cholesky(A: Tensor) -> End | None:
     return lambda X: A @ torch.linalg.solve_triangular(upper, X, upper=True), upper
 
 
+def triangle(A: Tensor) -> Tensor:
+    """``R`` of ``A = Q R``, whose singular values are those of ``A``: by Cholesky where ``A`` is well conditioned."""
+    found = _by_cholesky(A)
+    made: Tensor = torch.linalg.qr(A, mode="r")[1] if found is None else found[1]
+    return made
+
+
 def _by_qr(A: Tensor) -> End:
     Q, R = torch.linalg.qr(A)
     return lambda X: Q @ X, R
 
 
-def _single(factors: list[Tensor], rank: int | None, floor: float) -> SVD:
+def _single(factors: list[Tensor], rank: int | None, floor: float, gram: Tensor | None = None) -> SVD:
     (M,) = factors
     small = min(M.shape)
     routes: list[Callable[[Tensor, int | None], Triple]] = [_lapack, _gesvd]
@@ -144,6 +156,8 @@ def _single(factors: list[Tensor], rank: int | None, floor: float) -> SVD:
         routes.insert(0, _gram)
     if small > GRAM and rank is not None and rank * FEW <= small and M.device.type == "cpu":
         routes[:0] = [_leading_single, _leading]
+        if gram is not None:
+            routes[:2] = [partial(_leading_single, gram=gram), partial(_leading, gram=gram)]
     error = float("nan")
     for route in routes:
         try:
@@ -183,20 +197,20 @@ def _gram(M: Tensor, rank: int | None) -> Triple:
     return _by_image(M.T, left)
 
 
-def _leading_single(M: Tensor, rank: int | None) -> Triple:
+def _leading_single(M: Tensor, rank: int | None, gram: Tensor | None = None) -> Triple:
     """The leading triples from the Gram matrix in float32, corrected in float64."""
-    return _from_gram(M, rank, torch.float32)
+    return _from_gram(M, rank, torch.float32, gram)
 
 
-def _leading(M: Tensor, rank: int | None) -> Triple:
+def _leading(M: Tensor, rank: int | None, gram: Tensor | None = None) -> Triple:
     """The leading triples from the Gram matrix in float64."""
-    return _from_gram(M, rank, torch.float64)
+    return _from_gram(M, rank, torch.float64, gram)
 
 
-def _from_gram(M: Tensor, rank: int | None, kind: torch.dtype) -> Triple:
+def _from_gram(M: Tensor, rank: int | None, kind: torch.dtype, gram: Tensor | None) -> Triple:
     assert rank is not None
     tall = M.shape[0] > M.shape[1]
-    left, sigma, right = leading(M.T if tall else M, rank, TOLERANCE / 2, kind)
+    left, sigma, right = leading(M.T if tall else M, rank, TOLERANCE / 2, kind, gram)
     left, sigma, right = left[:rank].T, sigma[:rank], right[:rank].T
     return (right, sigma, left) if tall else (left, sigma, right)
 

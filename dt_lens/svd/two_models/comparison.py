@@ -23,6 +23,7 @@ from dt_lens.svd.cache import ResultCache
 from dt_lens.svd.decomposition import Decomposition, common_boundary, rounding_noise
 from dt_lens.svd.pairings import is_natural
 from dt_lens.svd.reading_ahead import ReadingAhead
+from dt_lens.svd.side_by_side import in_order
 from dt_lens.svd.solvers import decompose
 from dt_lens.svd.two_models import matrix_change
 from dt_lens.svd.two_models.direction_pairs import match_directions
@@ -103,18 +104,28 @@ def compare(
     cache = ResultCache(None if resume is None else local_path(resume, "resume"))
     weights = SameWeights(before, after)
     rows, spectra, states = [], {}, {}
+
+    def compared(matrix: Matrix) -> tuple[tuple[bytes, bytes], dict[str, Any] | Measured]:
+        *hashes, same = read.take(matrix)
+        one, two = (MatrixFactors.of(lens, matrix, fold_layernorm) for lens in (before, after))
+        if same:
+            return (hashes[0], hashes[1]), unchanged(one, k)
+        state = f"{hashes[0].hex()} {hashes[1].hex()} {before.structure.unit_offset} {after.structure.unit_offset}"
+        key = f"compare {matrix_change.VERSION} {solvers.VERSION} {state} {k} {one.folded} {matrix}"
+        found = cache.get(key, lambda: measure(one, two, k).tensors())
+        return (hashes[0], hashes[1]), Measured.from_tensors(found)
+
+    def size(matrix: Matrix) -> int:
+        return max(factor.view(before.weights).numel() for factor in matrix.factors)
+
     with reporting(progress) as tell, ReadingAhead(before, chosen, weights.states) as read:
+        results = in_order(compared, chosen, size)  # circuits side by side
         for done, matrix in enumerate(chosen):
             tell(f"comparing {matrix.name}", done / len(chosen))
-            *state, same = read.take(matrix)
-            states[matrix.name] = state[0], state[1]
-            one, two = (MatrixFactors.of(lens, matrix, fold_layernorm) for lens in (before, after))
-            if same:
-                rows.append(unchanged(one, k))
+            states[matrix.name], found = next(results)
+            if not isinstance(found, Measured):
+                rows.append(found)
                 continue
-            hashes = f"{state[0].hex()} {state[1].hex()} {before.structure.unit_offset} {after.structure.unit_offset}"
-            key = f"compare {matrix_change.VERSION} {solvers.VERSION} {hashes} {k} {one.folded} {matrix}"
-            found = Measured.from_tensors(cache.get(key, lambda: measure(one, two, k).tensors()))  # noqa: B023
             rows.append(found.row)
             spectra[matrix.name] = (found.sigma_a, found.sigma_b, found.sigma_change)
     table = pd.DataFrame(rows)

@@ -9,8 +9,8 @@ again, and of small numbers where the change is small, so that no digits cancel.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -24,11 +24,12 @@ from dt_lens.lens.matrices import MatrixFactors
 from dt_lens.lens.weights import all_finite
 from dt_lens.svd.decomposition import Decomposition, common_boundary, decompose_matrix
 from dt_lens.svd.leading import symmetric_product
-from dt_lens.svd.solvers import EPS
+from dt_lens.svd.side_by_side import in_order
+from dt_lens.svd.solvers import EPS, triangle
 
 __all__ = ["VERSION", "Measured", "change_factors", "haar_angle", "leading", "measure", "sizes", "unchanged"]
 
-VERSION = 1  # raised whenever a row may differ in a bit: it is part of the keys of stored rows
+VERSION = 2  # raised whenever a row may differ in a bit: it is part of the keys of stored rows
 
 Array = NDArray[np.float64]
 LARGE = 1024  # from this short side on only the leading directions are computed, and the spectrum without directions
@@ -85,16 +86,23 @@ def measure(a: MatrixFactors, b: MatrixFactors, k: int) -> Measured:
     A, B = _effective(a), _effective(b)
     same = all(torch.equal(x, y) for x, y in zip(A, B, strict=True))
     whole = not _large(A)
-    change, floor = _change(A, B)
-    del A, B  # a large matrix and its decomposition need the memory
-    sigma_change = _singular_values(change, floor) if not same else np.empty(0)
-    del change
-    found = (leading(a, k), leading(a if same else b, k))
-    spectra = [
-        d.sigma.cpu().numpy() if whole else _singular_values(_effective(factors))
-        for d, factors in list(zip(found, (a, b), strict=True))[: 1 if same else 2]
-    ]
-    sigma_a, sigma_b = _padded(spectra[0], spectra[-1])
+    pending = [] if same else [_pending(*_change(A, B))[1]]
+    both = [(a, A)] if same else [(a, A), (b, B)]
+    del A, B
+    found, sigmas = [], []
+    while both:
+        factors, seen = both.pop(0)  # a large matrix is let go before the next one is decomposed
+        if whole:
+            found.append(leading(factors, k, seen))
+            sigmas.append(found[-1].sigma.cpu().numpy())
+        else:
+            gram, sigma = _pending(seen)
+            found.append(leading(factors, k, seen, gram))
+            pending.append(sigma)
+    # LAPACK's eigenvalues take as long with two threads as with one.
+    sigmas = [*in_order(lambda sigma: sigma(), pending, lambda _: 0), *sigmas]
+    sigma_change = np.empty(0) if same else sigmas.pop(0)
+    sigma_a, sigma_b = _padded(sigmas[0], sigmas[-1])
     size, top = float(np.linalg.norm(sigma_a)), float(sigma_a[0]) if len(sigma_a) else 0.0
     shift = sigma_b - sigma_a
     row = {
@@ -104,7 +112,7 @@ def measure(a: MatrixFactors, b: MatrixFactors, k: int) -> Measured:
         "spectrum_change": _over(float(np.linalg.norm(shift)), size),
         "spectrum_change_max": _over(float(np.abs(shift).max(initial=0.0)), top),
         "spectral_norm_change": _over(float(shift[0]) if len(shift) else 0.0, top),
-        **_angles(*found, k, same, whole),
+        **_angles(found[0], found[-1], k, same, whole),
     }
     return Measured(row, sigma_a, sigma_b, sigma_change)
 
@@ -137,11 +145,13 @@ def change_factors(a: MatrixFactors, b: MatrixFactors) -> tuple[list[Tensor], fl
     return _change(_effective(a), _effective(b))
 
 
-def leading(factors: MatrixFactors, k: int | None) -> Decomposition:
+def leading(
+    factors: MatrixFactors, k: int | None, seen: list[Tensor] | None = None, gram: Tensor | None = None
+) -> Decomposition:
     """The decomposition; of a large matrix only the first ``k`` directions and a few more."""
     stored = factors.stored()
     cut = k is not None and len(stored) == 1 and min(stored[0].shape) >= LARGE
-    return decompose_matrix(factors, k + SPARE if cut and k is not None else None)
+    return decompose_matrix(factors, k + SPARE if cut and k is not None else None, seen=seen, gram=gram)
 
 
 @lru_cache(maxsize=256)
@@ -172,20 +182,25 @@ def _change(A: list[Tensor], B: list[Tensor]) -> tuple[list[Tensor], float]:
     first, second = B[0] - A[0], B[1] - A[1]
     size = max(*A[0].shape, A[1].shape[1])
     floor = 8 * size * EPS * (float(first.norm() * B[1].norm()) + float(A[0].norm() * second.norm()))
+    if not bool(second.any()):  # half as wide
+        return [first, B[1]], floor
+    if not bool(first.any()):
+        return [A[0], second], floor
     return [torch.cat([first, A[0]], 1), torch.cat([B[1], second], 0)], floor
 
 
-def _singular_values(factors: list[Tensor], floor: float = 0.0) -> Array:
-    """The singular values of a product that are above rounding, largest first."""
-    M = factors[0]
-    if len(factors) == 2:
-        M = torch.linalg.qr(factors[0], mode="r")[1] @ torch.linalg.qr(factors[1].T, mode="r")[1].T
+def _pending(factors: list[Tensor], floor: float = 0.0) -> tuple[Tensor | None, Callable[[], Array]]:
+    """The Gram matrix of a large or oblong matrix, and what computes its singular values without the matrix itself.
+
+    They are those of one factor, or of a product of two, that are above rounding, largest first.
+    """
+    M = factors[0] if len(factors) == 1 else triangle(factors[0]) @ triangle(factors[1].T).T
     short, long = sorted(M.shape)
     # Along its rows in memory, whichever way round it lies; abs would make a copy.
     ends = (M.T if M.stride(0) == 1 else M).aminmax() if M.numel() else ()
     scale = max((abs(float(end)) for end in ends), default=0.0)
     if scale == 0.0:
-        return np.empty(0)
+        return None, lambda: np.empty(0)
     if 1e-60 < scale < 1e60:  # a large matrix is not copied
         scale = 1.0
     else:
@@ -193,10 +208,13 @@ def _singular_values(factors: list[Tensor], floor: float = 0.0) -> Array:
     zero = 8 * long * EPS
     if short > LARGE or (short > GRAM and long >= 2 * short):
         gram = symmetric_product(M if M.shape[0] == short else M.T)
-        sigma = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).sqrt()
-        zero = zero**0.5
-    else:
-        sigma = torch.linalg.svdvals(M)
+        made = partial(_kept, lambda: torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).sqrt(), zero**0.5)
+        return gram if scale == 1.0 else None, partial(made, floor, scale)
+    return None, partial(_kept, lambda: torch.linalg.svdvals(M), zero, floor, scale)
+
+
+def _kept(sigmas: Callable[[], Tensor], zero: float, floor: float, scale: float) -> Array:
+    sigma = sigmas()
     kept = sigma[sigma > max(zero * float(sigma[0]), floor / scale)] * scale
     return np.asarray(kept.cpu().numpy(), dtype=np.float64)
 

@@ -16,6 +16,7 @@ import torch
 
 import dt_lens
 from dt_lens import DtLensError, Embedding, SingularEdit
+from dt_lens.lens.forward_mode import one_thread
 from dt_lens.lens.matrices import MatrixFactors, find_matrix
 from dt_lens.svd.decomposition import decompose_matrix
 from dt_lens.svd.two_models import comparison, matrix_change
@@ -157,6 +158,32 @@ def test_large_matrices_give_the_same_numbers(make_dt: Make, monkeypatch: pytest
     cut = dt_lens.compare(a, b, k=2)
     pd.testing.assert_frame_equal(cut.table, whole, rtol=1e-6)
     assert len(cut.directions("blocks.0.mlp.W_in", rank=3)) >= 3
+
+
+def test_rows_do_not_depend_on_what_is_measured_beside_them(make_dt: Make) -> None:
+    a, b = make_dt(0), make_dt(1)
+    threads = torch.get_num_threads()
+    tables = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            tables.append(dt_lens.compare(a, b, k=2).table)
+    finally:
+        torch.set_num_threads(threads)
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+@pytest.mark.parametrize("changed", ["W_V", "W_O"])
+def test_a_circuit_of_which_one_factor_changed(make_dt: Make, changed: str) -> None:
+    a = make_dt(dtype=torch.float64, d_model=32, **BARE)
+    b = copy.deepcopy(a)
+    b.weights[f"blocks.0.attn.{changed}"].mul_(1 + 1e-3 * torch.randn(b.weights[f"blocks.0.attn.{changed}"].shape))
+    found = dt_lens.compare(a, b)
+    for name in ("blocks.0.attn.OV.0", "blocks.0.attn.OV.1"):
+        A, B = (find_matrix(m, name).dense(m) for m in (a, b))
+        exact = torch.linalg.svdvals(B - A)[: len(found.spectra[name][2])]
+        np.testing.assert_allclose(found.spectra[name][2], exact.numpy(), rtol=1e-9, atol=1e-12 * float(exact[0]))
+        assert len(exact) == a.weights["blocks.0.attn.W_V"].shape[-1]
 
 
 def test_directions_that_swapped_places_are_found(make_dt: Make) -> None:
@@ -361,7 +388,8 @@ def test_finished_rows_are_kept_by_the_weights_of_both(
         if len(measured) == 7:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    # With more threads circuits are measured ahead of the row that is told of.
+    with pytest.raises(KeyboardInterrupt), one_thread():
         dt_lens.compare(a, b, k=3, progress=stop, resume=tmp_path)
     assert len(list(tmp_path.iterdir())) == 7
     file = next(tmp_path.iterdir())
