@@ -6,7 +6,7 @@ changes in force, summed in an order that does not depend on when they came, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from dt_lens.edits.low_rank import Placed, spectrum_of
 from dt_lens.edits.reversible import Reversible, entering, leaving
 from dt_lens.edits.saving import allow_saving, refuse_saving
 from dt_lens.edits.state import State, state_of, unedited
-from dt_lens.edits.writing import add_changes, overflows, writable
+from dt_lens.edits.writing import Written, add_changes, put_back, writable
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations, LowRank
 from dt_lens.lens.forward_mode import evaluating
@@ -72,7 +72,8 @@ class Suspension(Reversible):
             self._edits = list(state.edits)
             self._kept = {name: self.model.weights[name].detach().clone() for name in state.untouched}
             self._writer = state.thread
-            _copy(self.model, state.untouched)
+            for name, untouched in state.untouched.items():
+                put_back(self.model.weights[name], untouched)
 
     def _restore(self) -> None:
         state, edits = state_of(self.model), self._edits
@@ -80,17 +81,9 @@ class Suspension(Reversible):
             if len(edits) != len(state.edits) or any(a is not b for a, b in zip(edits, state.edits, strict=True)):
                 _write(self.model)  # an edit was applied or undone meanwhile, so the kept weights are out of date
                 return
-            _copy(self.model, self._kept)
             for name, weight in self._kept.items():
-                if not same_bits(self.model.weights[name], weight):
+                if not put_back(self.model.weights[name], weight):
                     raise DtLensError(f"The edited weight {name!r} could not be put back bit for bit; load the model.")
-
-
-def _copy(model: Lens, weights: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        live = model.weights[name]
-        with writable(live):
-            live.copy_(weight)
 
 
 class _Seen(Exception):
@@ -227,25 +220,25 @@ class Edit(Reversible):
             state.require_own_thread()
             self._refuse_overlap(state.edits)
             self._require_same_weights(state)
-            before = self._activation()
+            short = self._activation(tokens=1)
             live = self.model.weights[self._weight]
-            earlier = live.clone()
+            if self._weight not in state.untouched:
+                state.untouched[self._weight] = live.clone()
             self._writer = state.thread
             state.edits.append(self)
-            state.untouched.setdefault(self._weight, earlier)
-            _write(self.model)
-            if overflows(live, earlier):
+            written = _write_one(self.model, self._weight)
+            if written.overflowed:
                 raise DtLensError(
                     f"The edit of {self.matrix.name} makes weights that {str(live.dtype).removeprefix('torch.')} "
                     f"cannot hold (energy {self.energy:.2g}); choose a smaller value."
                 )
-            if same_bits(live, earlier):
+            if not written.changed:
                 raise DtLensError(
                     f"The edit of {self.matrix.name} changes no bit of the weights (energy {self.energy:.2g}); "
                     "it would measure nothing."
                 )
-            if same_bits(before, self._activation()):
-                raise DtLensError(self._why_unseen(before))
+            if same_bits(short, self._activation(tokens=1)):
+                self._require_seen(state)
             refuse_saving(self.model)
 
     def _restore(self) -> None:
@@ -254,15 +247,14 @@ class Edit(Reversible):
             if not self.active:
                 return
             state.edits[:] = [edit for edit in state.edits if edit is not self]
-            _write(self.model)
             if not state.edits:
                 allow_saving(self.model)
-            needed = {edit._weight for edit in state.edits}
-            weights = self.model.weights
-            untouched = {name: state.untouched.pop(name) for name in list(state.untouched) if name not in needed}
-            for name, kept in untouched.items():
-                if not same_bits(weights[name], kept):
-                    raise DtLensError(f"The weight {name!r} could not be restored bit for bit; load the model again.")
+            name = self._weight
+            if any(edit._weight == name for edit in state.edits):
+                _write_one(self.model, name)
+                return
+            if not put_back(self.model.weights[name], state.untouched.pop(name)):
+                raise DtLensError(f"The weight {name!r} could not be restored bit for bit; load the model again.")
 
     def _refuse_overlap(self, edits: Sequence[Edit]) -> None:
         pass
@@ -286,12 +278,28 @@ class Edit(Reversible):
         if check is not None:
             check([name])
 
-    def _activation(self) -> Tensor:
-        """The activation straight after the edited weight, for a probe of one sequence."""
+    def _require_seen(self, state: State) -> None:
+        """Check that the change, which a short probe does not show, is shown by a whole sequence."""
+        after = self._activation()
+        state.edits.remove(self)
+        _write_one(self.model, self._weight)
+        before = self._activation()
+        state.edits.append(self)
+        _write_one(self.model, self._weight)
+        if same_bits(before, after):
+            raise DtLensError(self._why_unseen(before))
+
+    def _activation(self, tokens: int | None = None) -> Tensor:
+        """The activation straight after the edited weight, for a probe of one sequence, or the first tokens of it.
+
+        Only a text is cut short: a product with one token reads a large weight once, where more of them pack it first.
+        """
         kind = self._weight.rpartition(".")[2]
         gated = kind == "W_in" and f"blocks.{self.matrix.layer}.mlp.W_gate" in self.model.weights
         name = f"blocks.{self.matrix.layer}.{'mlp.hook_pre_linear' if gated else SHOWN_AT[kind]}"
         probe = {key: value[:1] for key, value in self.model.probe().items()}  # one sequence shows it
+        if list(probe) == ["tokens"]:
+            probe["tokens"] = probe["tokens"][:, :tokens]
         shown = None
 
         def see(x: Tensor, hook: Any) -> None:
@@ -328,9 +336,14 @@ class Edit(Reversible):
 
 def _write(model: Lens) -> None:
     """Set every edited weight to the untouched one plus the changes in force, rounded once to its dtype."""
+    for name in state_of(model).untouched:
+        _write_one(model, name)
+
+
+def _write_one(model: Lens, name: str) -> Written:
+    """``_write`` for one weight, and what that did to it."""
     state, weights = state_of(model), model.weights
-    for name, untouched in state.untouched.items():
-        add_changes(weights[name], untouched, _changes_of(state, name), weights)
+    return add_changes(weights[name], state.untouched[name], _changes_of(state, name), weights)
 
 
 def _changes_of(state: State, name: str) -> list[Placed]:

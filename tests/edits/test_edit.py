@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -69,17 +70,19 @@ def test_ctrl_c_inside(make_dt: Make) -> None:
 @pytest.mark.parametrize("call", [0, 1])
 def test_ctrl_c_while_weights_are_written(make_dt: Make, monkeypatch: pytest.MonkeyPatch, when: str, call: int) -> None:
     """On the way in (call 0) the edit is taken back; on the way out (call 1) it is undone; both interrupt then."""
-    model, write, calls = make_dt(), changes._write, []
+    model, calls = make_dt(), []
 
-    def interrupted(lens: Any) -> None:
+    def interrupted(write: Callable[..., Any], *args: Any) -> Any:
         calls.append(1)
         if len(calls) == call + 1 and when == "before":
             signal.raise_signal(signal.SIGINT)
-        write(lens)
+        written = write(*args)
         if len(calls) == call + 1 and when == "after":
             signal.raise_signal(signal.SIGINT)
+        return written
 
-    monkeypatch.setattr(changes, "_write", interrupted)
+    for name in ("_write_one", "put_back"):  # on the way in, and on the way out
+        monkeypatch.setattr(changes, name, partial(interrupted, getattr(changes, name)))
     entered = []
     with nothing_changes(model), pytest.raises(KeyboardInterrupt), SingularEdit(model, W_IN):
         entered.append(1)
@@ -89,16 +92,17 @@ def test_ctrl_c_while_weights_are_written(make_dt: Make, monkeypatch: pytest.Mon
 
 
 def test_the_users_own_handler_gets_the_signal(make_dt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, write, received = make_dt(), changes._write, []
+    model, received = make_dt(), []
 
-    def interrupted(lens: Any) -> None:
+    def interrupted(write: Callable[..., Any], *args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         assert not received  # not in the middle of writing
-        write(lens)
+        return write(*args)
 
     before = signal.signal(signal.SIGINT, lambda *_: received.append(1))
     try:
-        monkeypatch.setattr(changes, "_write", interrupted)
+        for name in ("_write_one", "put_back"):
+            monkeypatch.setattr(changes, name, partial(interrupted, getattr(changes, name)))
         with nothing_changes(model), SingularEdit(model, W_IN) as edit:
             assert edit.active  # the handler returned, so the edit goes ahead
             assert len(received) == 1
@@ -109,14 +113,14 @@ def test_the_users_own_handler_gets_the_signal(make_dt: Make, monkeypatch: pytes
 
 
 def test_a_write_that_fails_midway(make_dt: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, write = make_dt(), changes._write
+    model, write = make_dt(), changes._write_one
 
-    def failing(lens: Any) -> None:
-        monkeypatch.setattr(changes, "_write", write)
-        lens.weights[W_IN][:3] = 7.0
+    def failing(lens: Any, name: str) -> None:
+        monkeypatch.setattr(changes, "_write_one", write)
+        lens.weights[name][:3] = 7.0
         raise MemoryError
 
-    monkeypatch.setattr(changes, "_write", failing)
+    monkeypatch.setattr(changes, "_write_one", failing)
     with nothing_changes(model), pytest.raises(MemoryError):
         SingularEdit(model, W_IN).apply()
 
@@ -260,6 +264,38 @@ def test_an_edit_too_faint_for_the_activations_is_distinguished_from_a_copy(make
         edit.apply()
     with nothing_changes(model), SingularEdit(model, W_IN, 0, value="flip", fold_layernorm=False):
         pass
+
+
+def test_what_the_first_token_does_not_show_the_whole_sequence_does(
+    make_lm: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dt_lens.wrap(make_lm("gpt2"))
+    shown, asked = SingularEdit._activation, []
+
+    def hidden(edit: Any, tokens: int | None = None) -> Tensor:
+        asked.append(tokens)
+        seen = shown(edit, tokens)
+        assert seen.shape[:2] == (1, tokens or 7)
+        return torch.zeros(1) if tokens else seen
+
+    monkeypatch.setattr(SingularEdit, "_activation", hidden)
+    before = model.weights[W_IN].clone()
+    with nothing_changes(model), SingularEdit(model, W_IN, sv=0) as edit:
+        change = edit.delta[0] @ edit.delta[1]
+        torch.testing.assert_close(model.weights[W_IN], (before.double() + change).float(), rtol=0, atol=0)
+        assert model.active_edits == [edit]
+    assert asked == [1, 1, None, None]
+
+
+def test_an_edit_of_one_weight_leaves_another_edited_weight_alone(make_dt: Make) -> None:
+    """Only the weight that an edit changes is written when it comes and goes."""
+    model = make_dt()
+    other = "blocks.1.mlp.W_in"
+    with nothing_changes(model), SingularEdit(model, other):
+        edited, version = weight_bytes(model.weights[other]), model.weights[other]._version
+        with SingularEdit(model, W_IN):
+            pass
+        assert weight_bytes(model.weights[other]) == edited and model.weights[other]._version == version
 
 
 def test_the_check_that_an_edit_is_in_use_ends_where_it_shows(make_lm: Make) -> None:

@@ -154,7 +154,7 @@ def test_an_edit_at_each_line(way: str, make_dt: Any, monkeypatch: pytest.Monkey
     model = make_dt()
     untouched = weight_bytes(model.weights[W_IN])
     # What a forward pass shows is not the subject here; any function of the weight will do.
-    monkeypatch.setattr(Edit, "_activation", lambda self: self.model.weights[self._weight].clone())
+    monkeypatch.setattr(Edit, "_activation", lambda self, tokens: self.model.weights[self._weight].clone())
     files = {"files": (reversible, edits), "opcodes": False}
     outer = SingularEdit(model, W_IN, 1)
     with outer:

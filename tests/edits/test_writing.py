@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dt_lens.edits import writing
 from dt_lens.edits.low_rank import Placed
-from dt_lens.edits.writing import add_changes, overflows
+from dt_lens.edits.writing import add_changes, put_back
 from dt_lens.lens.matrices import Factor
 from dt_lens.lens.weights import same_bits
 
@@ -83,8 +83,39 @@ def test_one_bit_anywhere_is_seen(dtype: torch.dtype, monkeypatch: pytest.Monkey
     assert not same_bits(zero, zero[:2]) and not same_bits(zero, torch.zeros(3, dtype=torch.int32))
 
 
-def test_only_a_number_that_was_finite_overflows() -> None:
-    before = torch.tensor([1.0, float("inf"), float("nan")])
-    assert not overflows(before.clone(), before)
-    assert overflows(torch.tensor([float("inf"), 1.0, 1.0]), before)
-    assert not overflows(torch.tensor([1.0, 2.0, 3.0]), before)
+@pytest.mark.parametrize("kind", FACTORS)
+def test_what_writing_did_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of one entry in the last rows is seen, and one that overflows where the entry was finite."""
+    monkeypatch.setattr(writing, "PIECE", 20)
+    factor = FACTORS[kind]
+    untouched = drawn(*((7, 9) if kind == "whole" else (3, 7, 9))).half()
+    m, n = factor.view({"W": untouched}).shape
+    last = drawn(m, 1).zero_(), drawn(1, n).zero_()
+    last[0][-1], last[1][0, -1] = 1.0, 1.0
+
+    def written(size: float, before: Tensor = untouched) -> tuple[bool, bool]:
+        live = before.clone()
+        return tuple(add_changes(live, before, [Placed(factor, size * last[0], last[1])], {"W": live}))  # type: ignore[return-value]
+
+    assert written(0.0) == (False, False)
+    assert written(1e-9) == (False, False)  # rounded away
+    assert written(0.5) == (True, False)
+    assert written(1e6) == written(-1e6) == written(float("nan")) == (True, True)
+    endless = untouched.clone()
+    factor.view({"W": endless})[-1, -1] = float("inf")
+    view = factor.view({"W": endless})
+    if view.data_ptr() != endless.data_ptr() and factor.head is None:  # a copy: all heads in one matrix
+        endless[-1, -1, -1] = float("inf")
+    assert written(-1e6, endless) == (False, False)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (13, 11), (3, 4, 5)])
+def test_what_is_put_back_is_compared(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "PIECE", 2)
+    kept = drawn(*shape).float()
+    for turned in (False, True):
+        live = torch.full_like(kept.mT if turned and kept.ndim > 1 else kept, 7.0)
+        live = live.mT if turned and kept.ndim > 1 else live
+        assert put_back(live, kept) and same_bits(live, kept)
+    if kept.numel():
+        assert not put_back(torch.zeros(shape, dtype=torch.float16), kept)  # as a weight that was cast
