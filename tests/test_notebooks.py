@@ -36,3 +36,14 @@ def test_the_first_cell_installs_on_colab_alone(page: Path) -> None:
 
     first = next(cell for cell in jupytext.read(page).cells if cell.cell_type == "code")
     assert first.source.endswith('if "google.colab" in sys.modules:\n    %pip install -q dt-lens')
+
+
+@pytest.mark.parametrize("name", ["toy_dt.py", "dt_lens_toy.py"])
+def test_the_notebook_of_an_adapter_writes_the_example(name: str) -> None:
+    """It works without a clone, and the tests of docs/example_adapter are tests of its files."""
+    import jupytext
+
+    notebook = jupytext.read(ROOT / "notebooks" / "your_adapter.md")
+    (written,) = [cell.source for cell in notebook.cells if cell.source.startswith(f"%%writefile {name}\n")]
+    example = (ROOT / "docs" / "example_adapter" / name).read_text(encoding="utf-8")
+    assert written.partition("\n")[2].strip() == example.strip()
