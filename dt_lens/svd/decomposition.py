@@ -265,10 +265,12 @@ def _floor(factors: MatrixFactors) -> float:
         return 0.0
     size = 8 * EPS
     for factor in factors.stored():
-        # float64's norm of float16 takes as long as a tenth of the decomposition; float32's is near enough.
-        half = factor.dtype == torch.float16
-        wide = factor.float() if half else factor
-        size *= float(torch.linalg.vector_norm(wide, dtype=None if half else torch.float64))
+        # float64's norm of narrower numbers takes as long as a tenth of the decomposition; float32's is near enough.
+        half = factor.element_size() == 2
+        norm = float(torch.linalg.vector_norm(factor.float() if half else factor))
+        if not 1e-15 < norm < 1e15:  # squares leave float32's range
+            norm = float(torch.linalg.vector_norm(factor, dtype=torch.float64))
+        size *= norm
     for scale in (factors.scale("left"), factors.scale("right")):
         size *= 1.0 if scale is None else float(scale.double().abs().max())
     return size
