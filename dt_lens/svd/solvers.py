@@ -24,7 +24,7 @@ from dt_lens.svd.leading import leading, rows_times
 
 __all__ = ["SVD", "VERSION", "decompose", "triangle"]
 
-VERSION = 4  # raised whenever a result may differ in a bit: it is part of the keys of stored decompositions
+VERSION = 5  # raised whenever a result may differ in a bit: it is part of the keys of stored decompositions
 
 TOLERANCE = 1e-9  # relative residual and loss of orthogonality that a route may leave
 EPS = torch.finfo(torch.float64).eps
