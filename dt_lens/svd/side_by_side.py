@@ -7,7 +7,7 @@ differently. So a small piece always runs on one thread, and as many pieces run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TypeVar
@@ -24,7 +24,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(work: Callable[[Item], Result], items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[Result]:
+def in_order(
+    work: Callable[[Item], Result], items: Sequence[Item], size: Callable[[Item], int]
+) -> Generator[Result, None, None]:
     """``work(item)`` for every item, in their order; ``size`` gives the number of entries of an item."""
 
     def alone(item: Item) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -118,8 +119,12 @@ def compare(
     def size(matrix: Matrix) -> int:
         return max(factor.view(before.weights).numel() for factor in matrix.factors)
 
-    with reporting(progress) as tell, ReadingAhead(before, chosen, weights.states) as read:
-        results = in_order(compared, chosen, size)  # circuits side by side
+    with (
+        reporting(progress) as tell,
+        ReadingAhead(before, chosen, weights.states) as read,
+        # Circuits side by side; closed, so that Ctrl-C does not wait for those that have not begun.
+        closing(in_order(compared, chosen, size)) as results,
+    ):
         for done, matrix in enumerate(chosen):
             tell(f"comparing {matrix.name}", done / len(chosen))
             states[matrix.name], found = next(results)
