@@ -4,7 +4,8 @@
     python benchmarks/token_clusters.py tiny-gpt2 docs/clusters.csv --spectrum
     python benchmarks/token_clusters.py char-gpt2/ckpt.pt docs/clusters.csv --text char-gpt2/corpus.txt --spectrum
 
-Statistic, nulls and verdict are registered in ``docs/clusters.md``. A row is written for each table of factors.
+Statistic, nulls and verdict are registered in ``docs/clusters_registered.md``. A row is written for each table of
+factors.
 """
 
 from __future__ import annotations

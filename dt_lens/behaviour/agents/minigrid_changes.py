@@ -1,6 +1,6 @@
 """Where a factor of what an agent sees matters in a MiniGrid: one thing is changed, and a planner is asked again.
 
-The rules are those of ``docs/court.md`` (claim 8 where states cannot be listed).
+The rules are those of ``docs/court_registered.md`` (claim 8 where states cannot be listed).
 """
 
 from __future__ import annotations

@@ -248,7 +248,8 @@ def _shape(place: _Place) -> tuple[int, int, int, int]:
 def _moves(place: _Place) -> Int64[np.ndarray, "6 state"]:
     """For each action the state that follows each state, by its number; the last number is the goal, which stays.
 
-    That a box is lost when it is toggled is left out: ``docs/court.md``, amendment 8 of claim 8's of 30 November 2026.
+    That a box is lost when it is toggled is left out: ``docs/court_registered.md``, amendment 8 of claim 8's
+    of 30 November 2026.
     """
     shape, n = _shape(place), len(place.cells)
     number, end = {at: i for i, at in enumerate(place.cells)}, int(np.prod(shape))

@@ -1,4 +1,4 @@
-"""Eight claims about singular directions, each with a pre-registered test: ``docs/court.md``."""
+"""Eight claims about singular directions, each with a pre-registered test: ``docs/court_registered.md``."""
 
 import lazy_loader
 

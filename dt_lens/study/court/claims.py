@@ -1,4 +1,4 @@
-"""The claims, the finding on a claim, and the rule that turns it into a verdict: ``docs/court.md`` as code."""
+"""The claims, the finding on a claim, and the rule of its verdict: ``docs/court_registered.md`` as code."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Finding:
         margin: the smallest effect of interest.
         p_value: one-sided, before Holm's correction.
         critical: for weights the null's 95 % point less its mean; ``nan`` for behaviour.
-        quiet: whether the claim's control came out as it should; ``docs/court.md`` calls that quiet.
+        quiet: whether the claim's control came out as it should; ``docs/court_registered.md`` calls that quiet.
         said: the sentence with the numbers.
         numbers: what else was computed.
         units: what the values of a claim about behaviour are called, such as ``"episodes"``.

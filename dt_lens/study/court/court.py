@@ -51,7 +51,7 @@ def court(
     progress: bool | ProgressCallback | None = None,
     **options: Any,
 ) -> CourtResult:
-    """Try the eight claims on a model, as registered in ``docs/court.md``, and write the result into ``out``.
+    """Try the eight claims on a model, as ``docs/court_registered.md`` has them, and write the result into ``out``.
 
     Called again with the same arguments after an interruption, it resumes: finished units are kept in SQLite files
     below ``out``.

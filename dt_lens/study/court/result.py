@@ -22,7 +22,7 @@ class Ruling(NamedTuple):
     Attributes:
         claim: the claim.
         way: how it was computed.
-        verdict: by the rule of ``docs/court.md``.
+        verdict: by the rule of ``docs/court_registered.md``.
         found: the finding; ``None`` if the claim is not applicable.
         p_value: after Holm's correction; ``nan`` if the claim is not applicable.
         reason: why it is not applicable.
