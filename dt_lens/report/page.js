@@ -77,14 +77,16 @@
     layout.xaxis = Object.assign({}, layout.xaxis, { nticks: 5 });
   }
 
-  // The titles of the axes in lines that fit.
+  // The titles of the axes in lines that fit, of each panel by its share of the figure.
   function titles(layout, width) {
-    const lengths = { xaxis: width - 50, yaxis: layout.height - (layout.margin.t || 0) - (layout.margin.b || 0) };
-    for (const [name, room] of Object.entries(lengths)) {
-      const title = (layout[name] || {}).title;
+    const high = layout.height - (layout.margin.t || 0) - (layout.margin.b || 0);
+    for (const name of Object.keys(layout)) {
+      const kind = (/^([xy])axis\d*$/.exec(name) || [])[1];
+      const title = kind && (layout[name] || {}).title;
       if (!title || !title.text) continue;
-      const most = Math.max(12, Math.floor(room / 8));
-      const text = wrapped(title.text, most).join("<br>");
+      const [from, to] = layout[name].domain || [0, 1];
+      const room = (to - from) * (kind === "x" ? width - 50 : high);
+      const text = wrapped(title.text, Math.max(12, Math.floor(room / 8))).join("<br>");
       layout[name] = Object.assign({}, layout[name], { title: Object.assign({}, title, { text: text }) });
     }
   }
@@ -128,6 +130,37 @@
     }
   }
 
+  // Several plots in a row: one below the other where the page is too narrow for the row.
+  function stacked(layout, width) {
+    const HIGH = 230, BETWEEN = 90, SLACK = 1e-6;
+    const names = Object.keys(layout).filter((name) => /^xaxis\d*$/.test(name));
+    const panels = names.map((name) => ({ x: name, y: "y" + name.slice(1) }));
+    const whole = (domain) => !domain || (domain[0] < SLACK && domain[1] > 1 - SLACK);
+    if (panels.length < 2 || !panels.every((one) => layout[one.y] && whole(layout[one.y].domain))) return;
+    panels.sort((one, other) => (layout[one.x].domain || [0])[0] - (layout[other.x].domain || [0])[0]);
+    const room = panels.length * HIGH + (panels.length - 1) * BETWEEN;
+    const first = layout[panels[0].y];
+    panels.forEach((one, number) => {
+      const x = layout[one.x], y = layout[one.y], old = x.domain || [0, 1];
+      const top = 1 - number * (HIGH + BETWEEN) / room, bottom = Math.max(0, top - HIGH / room);
+      for (const title of layout.annotations || []) {
+        if (title.xref !== "paper" || title.yref !== "paper" || title.showarrow !== false) continue;
+        if (Math.abs(title.x - (old[0] + old[1]) / 2) > SLACK || title.y < 1 - SLACK) continue;
+        const lines = wrapped(title.text, Math.floor((width - 80) / 7.5)).join("<br>");
+        Object.assign(title, { text: lines, x: 0, xanchor: "left", y: top, align: "left" });
+      }
+      layout[one.x] = Object.assign({}, x, { domain: [0, 1] });
+      layout[one.y] = Object.assign({}, y, { domain: [bottom, top] });
+      if (y.showticklabels === false && first.showticklabels !== false) {
+        const shown = { showticklabels: true, title: y.title && y.title.text ? y.title : first.title };
+        if (first.ticktext) Object.assign(shown, { tickvals: first.tickvals, ticktext: first.ticktext });
+        Object.assign(layout[one.y], shown);
+      }
+    });
+    layout.height = room + layout.margin.t + layout.margin.b + 20;
+    layout.meta.least_width = 0;
+  }
+
   function leadsTo(point) {
     let at = (point.data.meta || {}).links;
     for (const place of [].concat(point.pointNumber)) if (Array.isArray(at)) at = at[place];
@@ -150,8 +183,9 @@
       layout.meta.least_width = 0;
       labelsAbove(given, layout, width);
     }
+    if ((layout.meta.least_width || 0) > width) stacked(layout, width);
     if (given.data.some((trace) => trace.type === "heatmap")) heatmap(given, layout, width);
-    if (!layout.xaxis2) titles(layout, width);
+    titles(layout, Math.max(width, layout.meta.least_width || 0));
     legendBelow(given, layout, width);
     const least = printing ? 0 : layout.meta.least_width || 0;
     canvas.style.setProperty("--least", least + "px");

@@ -168,6 +168,8 @@ class _Search:
             "doses": self.doses, "units": len(readout.report), "choosing_units": len(readout.choose),
             "seed": self.seed, "outcome": terms.outcome_name, "harm": readout.harm, "least": readout.least,
             "rise_limit": readout.rise, "lasting_unit": terms.units, "actor": terms.actor, "place": terms.place,
+            "scale": terms.scale, "harm_scale": "" if readout.guard is None else readout.guard.terms.scale,
+            "random_units": readout.few,
             **({"point": readout.point} if readout.points else {}),
         }  # fmt: skip
         if terms.failure is not None and readout.guard is None:
