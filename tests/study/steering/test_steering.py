@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,10 @@ from scipy import stats
 
 import dt_lens
 from dt_lens.behaviour.agents.evaluation import AgentEvaluation
-from dt_lens.behaviour.agents.identity import model_id
 from dt_lens.behaviour.agents.rollouts import Outcome
 from dt_lens.behaviour.agents.task import AgentTask
 from dt_lens.behaviour.readout import of_task
 from dt_lens.behaviour.readouts import RETURN_TO_GO
-from dt_lens.decision_transformer.facts import RunFacts
 from dt_lens.edits.edit import Edit
 from dt_lens.errors import DtLensError
 from dt_lens.study.steering import page, steering
@@ -41,65 +37,9 @@ from dt_lens.study.steering.steering import steer
 from dt_lens.study.steering.verdict import verdict_of
 from dt_lens.svd.weight_svd import WeightSVD
 
-TARGETS = (100.0, 200.0, 300.0)
-Answer = Callable[[str, int, float], tuple[float, float]]  # matrix, sv, dose -> change of the return, chance to fail
-
-
-@pytest.fixture(scope="module")
-def agent(make_dt: Callable[..., Any]) -> Any:
-    model = make_dt(3, state_dim=11, act_dim=3, d_model=32, d_mlp=40, n_layers=2, n_heads=1, n_ctx=3)
-    model.facts = RunFacts(context=3, environment="Hopper-v5", target_returns=TARGETS)
-    return model
-
-
-@pytest.fixture
-def answering(agent: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer, Any], None]:
-    """Replace episodes by ``target + change + noise``; a random direction does nothing unless ``random`` says what."""
-    inputs = dt_lens.collect_activations(agent, episodes=1, max_steps=4)
-    monkeypatch.setattr(steering._Search, "_inputs", lambda *_: inputs)
-
-    def put(answer: Answer, obeys: float = 1.0, random: Callable[[Edit], tuple[float, float]] | None = None) -> None:
-        def evaluate(self: Any, edit: Edit | None, target: float, units: range) -> AgentEvaluation:
-            change, fails, key = 0.0, 0.0, 0
-            if edit is not None:
-                record = edit.to_dict()
-                value, sv = record["value"], record["sv"][0]
-                if isinstance(value, float):
-                    change, fails = answer(record["matrix"], sv, value)
-                    key = int(1000 * value) + sv
-                elif random is not None:
-                    change, fails = random(edit)
-            outcomes = []
-            for i in units:
-                own = np.random.default_rng([i, 1]).standard_normal()  # what the pair shares
-                noise, coin = (
-                    np.random.default_rng([i, key]).standard_normal(),
-                    np.random.default_rng([i, key, 2]).random(),
-                )
-                total = 200 + obeys * (target - 200) + change + 5 * own + 5 * noise
-                outcomes.append(Outcome(i, float(total), 10, bool(coin < fails), not coin < fails))
-            return AgentEvaluation.from_outcomes(
-                outcomes, environment="Hopper-v5", target_return=target, time_limit=10, model_id=model_id(self.model)
-            )
-
-        monkeypatch.setattr(steering._Search, "_evaluate", evaluate)
-
-    return put
-
 
 def tried(agent: Any, out: Path, **options: Any) -> SteeringResult:
     return steer(agent, out, **{"episodes": 40, "choosing": 8, "candidates": 6, **options})
-
-
-@pytest.fixture
-def few_random(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One random direction on either side, where the verdict does not depend on them."""
-    monkeypatch.setattr(steering, "RANDOM", 1)
-
-
-@pytest.fixture(scope="module")
-def planted(agent: Any) -> Candidate:
-    return candidates_of(agent, 6, RETURN_TO_GO)[4]
 
 
 def test_a_planted_direction_is_found(agent: Any, planted: Candidate, answering: Any, tmp_path: Path) -> None:
@@ -389,68 +329,3 @@ def test_bad_input_is_one_sentence(agent: Any, tmp_path: Path, options: dict[str
     assert "\n" not in str(error.value)
     with pytest.raises(DtLensError, match="steer takes a wrapped model"):
         steer("hopper", tmp_path)
-
-
-def shown_rows(page: str, section: int) -> list[dict[str, str]]:
-    """The exact values of the first table of a section, by heading."""
-    part = page.partition(f'<section id="section-{section}">')[2].partition("</table>")[0].partition("<tbody>")[2]
-    cells = re.compile(r'data-head="([^"]*)" data-value="([^"]*)"')
-    return [dict(cells.findall(row)) for row in part.split("<tr>")[1:]]
-
-
-def figure_of(page: str, number: int) -> dict[str, Any]:
-    found = re.search(rf'<script type="application/json" id="figure-{number}">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    return dict(json.loads(found[1]))
-
-
-def packed(values: dict[str, str]) -> list[float]:
-    """Numbers of a figure, which plotly packs."""
-    return [float(one) for one in np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])]
-
-
-def test_the_page_answers_first_and_its_numbers_are_the_files(
-    agent: Any, planted: Candidate, answering: Any, tmp_path: Path
-) -> None:
-    answering(lambda name, sv, dose: (40 * (dose - 1) * ((name, sv) == (planted.matrix, planted.sv)), 0.0))
-    tried(agent, tmp_path, command="dt-lens steer it")
-    page = (tmp_path / "steering.html").read_text(encoding="utf-8")
-    kept, doses = json.loads((tmp_path / "steering.json").read_text()), pd.read_csv(tmp_path / "steering.csv")
-    header = page.partition("</header>")[0]
-    said = re.findall(r"<p>(.*?)</p>", header.partition('<div class="verdict">')[2].partition("</div>")[0])
-    assert 1 <= len(said) <= 3 and said[0].startswith("<strong>Found</strong>") and 'class="picture"' in header
-    low, high = doses["mean"].iloc[0], doses["mean"].iloc[-1]
-    assert f"from {low:,.0f} to {high:,.0f}" in said[0]
-    ends = kept["reach_interval"]
-    assert f"{100 * kept['reach']:+.0f} % [{100 * ends[0]:+.0f} %, {100 * ends[1]:+.0f} %]" in said[0]
-    assert f"<strong>{kept['read_as_far']} of {kept['random_directions']}</strong>" in said[2]
-    names = re.findall(r"<h2>(.*?)</h2>", page)
-    assert names[0] == "What was asked" and names[-1] == "To make this page again"
-    order = [
-        page.index(part) for part in ('class="verdict"', "What was asked</h2>", "What a dose does</h2>", "<pre>dt")
-    ]
-    assert order == sorted(order) and "<summary>What the words on this page mean</summary>" in page
-    rows = shown_rows(page, 1)
-    assert [float(row["dose"]) for row in rows] == doses["dose"].tolist()
-    assert [float(row["mean return"]) for row in rows] == pytest.approx(doses["mean"].tolist(), rel=1e-12)
-    chosen = {(row["matrix"], float(row["sv"])): float(row["slope"]) for row in shown_rows(page, 3)}
-    assert chosen == {(row["matrix"], row["sv"]): pytest.approx(row["slope"]) for row in kept["choosing"]}
-    drawn = figure_of(page, 1)
-    assert (
-        packed(drawn["data"][0]["y"]) == pytest.approx(doses["mean"].tolist(), rel=1e-12)
-        and "n = 40 " in drawn["about"]
-    )
-    assert "mean return" in drawn["layout"]["yaxis"]["title"]["text"]
-    panels = figure_of(page, 2)
-    assert packed(panels["data"][0]["y"]) == pytest.approx([row["mean"] for row in kept["curve"]], rel=1e-12)
-    assert len([shape for shape in panels["layout"]["shapes"] if shape["type"] == "rect"]) == 1, "the curve's range"
-    assert "n = 8 episodes a point" in figure_of(page, 3)["about"]
-
-
-def test_a_page_without_a_curve_to_move_along(agent: Any, answering: Any, few_random: None, tmp_path: Path) -> None:
-    answering(lambda *_: (0.0, 0.0), obeys=0.0)
-    result = tried(agent, tmp_path)
-    assert result.verdict == "not applicable"
-    page = (tmp_path / "steering.html").read_text(encoding="utf-8")
-    assert result.sentence.split(" (")[0] in page and figure_of(page, 1)["title"] == "The unedited model, by target"
-    assert packed(figure_of(page, 1)["data"][0]["y"]) == pytest.approx(result.curve["mean"].tolist())
