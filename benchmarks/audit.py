@@ -2,7 +2,7 @@
 
     python benchmarks/audit.py docs/atlas
 
-See ``docs/method.md`` for each statistic, its null and its threshold, written down before the first run.
+See ``docs/method_audit.md`` for each statistic, its null and its threshold, written down before the first run.
 """
 
 from __future__ import annotations
