@@ -1,8 +1,9 @@
 """How often the intervals of means and the tests of differences are right, on outcomes as agents have them.
 
-``python benchmarks/interval_coverage.py [SAMPLES]`` prints the two tables of ``docs/method_behaviour.md``, in
-a few seconds. All samples share their resamples, which are those of ``bootstrap_interval(x, resamples=2000, seed=0)``, so that a matrix
-product does them all at once; the first samples of every cell are compared with ``dt_lens.statistics`` itself.
+``python benchmarks/interval_coverage.py [SAMPLES]`` prints the two tables of ``docs/method_behaviour.md``, in a few
+seconds. All samples share their resamples, which are those of ``bootstrap_interval(x, resamples=2000, seed=0)``, so
+that a matrix product does them all at once; the first samples of every cell are compared with ``dt_lens.statistics``
+itself.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ def _rules(result: SteeringResult) -> Section:
         "What this can and cannot tell",
         [
             (
-                "The rules were written down before anything was run (docs/steering.md). The smallest reach of "
+                "The rules were written down before anything was run (docs/steering_registered.md). The smallest reach of "
                 f"interest is {reach}. By these rules:"
             ),
             Note(f"**{result.verdict.capitalize()}.** {result.sentence}"),

@@ -22,7 +22,7 @@ class SteeringResult(Printed):
     Attributes:
         verdict: ``"found"``, ``"no more than random"``, ``"none found"``, ``"undecided"``, ``"not applicable"``, or,
             where the outcome moves at a cost, in the task's words: ``"moves the return by failing"``, ``"moves the log
-            probability at the cost of the loss on other text"``. See ``docs/steering.md``.
+            probability at the cost of the loss on other text"``. See ``docs/steering_registered.md``.
         sentence: the verdict with its numbers.
         best: the chosen direction; ``None`` if steering is not applicable.
         curve: a row per point of the curve (an agent's ``target``), or one row where there is none: ``mean mean_low

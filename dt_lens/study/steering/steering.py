@@ -1,4 +1,4 @@
-"""``steer``: find a singular direction whose dose moves a readout; the rules are in ``docs/steering.md``.
+"""``steer``: find a singular direction whose dose moves a readout; the rules are in ``docs/steering_registered.md``.
 
 The direction is chosen on one set of units and reported on another.
 """

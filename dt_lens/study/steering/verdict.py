@@ -1,4 +1,4 @@
-"""The verdict on a direction that was dosed, by the rules in ``docs/steering.md``, and its sentence."""
+"""The verdict on a direction that was dosed, by the rules in ``docs/steering_registered.md``, and its sentence."""
 
 from __future__ import annotations
 
