@@ -276,8 +276,8 @@ def _rules(result: SteeringResult) -> Section:
         "What this can and cannot tell",
         [
             (
-                "The rules were written down before anything was run (docs/steering_registered.md). The smallest reach of "
-                f"interest is {reach}. By these rules:"
+                "The rules were written down before anything was run (docs/steering_registered.md). The smallest reach "
+                f"of interest is {reach}. By these rules:"
             ),
             Note(f"**{result.verdict.capitalize()}.** {result.sentence}"),
             Note(
