@@ -90,9 +90,21 @@ def leading(
         X, Y = torch.cat([X, Z]), torch.cat([Y, rows_times(Z, M)])
     sigma = theta.sqrt()
     zero = 8 * max(M.shape) * torch.finfo(torch.float64).eps * sigma[0]
-    if bool((sigma[:wanted][~seen] > zero).any()):
-        raise LinAlgError("A sigma is too small to be seen in the Gram matrix.")
+    if not bool(seen.all()):
+        # What is found in place of an unseen direction is any vector of many, whose own image may be far shorter.
+        found = wanted - int((~seen).sum())
+        if float(_left_over(M, X[:found], Y[:found])) > zero:
+            raise LinAlgError("A sigma is too small to be seen in the Gram matrix.")
     return X, sigma, Y / sigma.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+
+
+def _left_over(M: Tensor, X: Tensor, Y: Tensor) -> Tensor:
+    """The Frobenius norm of ``M - X^T Y``, which is at least the largest sigma outside the directions ``X``."""
+    squares = M.new_zeros((), dtype=torch.float64)
+    for part in range(PARTS):
+        rows = slice(len(M) * part // PARTS, len(M) * (part + 1) // PARTS)
+        squares += (M[rows].double() - X[:, rows].T @ Y).square().sum()
+    return squares.sqrt()
 
 
 def _gram(M: Tensor, kind: torch.dtype, known: Tensor | None = None) -> tuple[float, Tensor]:
