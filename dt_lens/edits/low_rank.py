@@ -84,8 +84,9 @@ def remarks_on(bare: Snapshot, matrix: Matrix, placed: Placed) -> list[str]:
     lost = _lost_to_rounding(bare, matrix, placed)
     if lost > 0.1:
         remarks.append(
-            f"Rounding to the weights' precision alters the change by {lost:.0%} of its size, in the weights and in "
-            "passes through the model; an agent whose episodes need no pass through the model uses the exact change."
+            f"Rounding to the weights' precision alters the change by {100 * lost:.0f} % of its size, in the weights "
+            "and in passes through the model; an agent whose episodes need no pass through the model uses the "
+            "exact change."
         )
     return remarks
 

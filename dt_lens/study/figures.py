@@ -118,7 +118,8 @@ def effects(
         verdicts: a row per edit with ``matrix sv difference difference_low difference_high control_difference
             control_difference_low control_difference_high``: paired differences of the mean outcome from the
             unedited model and the ends of their intervals. ``role``, ``side``, ``embedding``, ``label``, ``cosine``,
-            ``q`` and ``verdict`` are shown if present.
+            ``q`` and ``verdict`` are shown if present, and ``change``, what the edit does, where edits are of one
+            direction.
         terms: of the evaluations.
         alpha: edits with ``q`` below it have a filled mark, others an open one.
         units: how many units each was measured over.
@@ -175,7 +176,7 @@ def effects(
     figure.update_yaxes(
         tickmode="array",
         tickvals=list(range(len(rows))),
-        ticktext=[_edit_label(row) for row in rows],
+        ticktext=_edit_labels(rows),
         range=[len(rows) - 0.5, -0.5],
         showgrid=False,
         zeroline=False,
@@ -300,6 +301,18 @@ def _faint(colour: str) -> str:
     return f"rgba({red},{green},{blue},0.18)"
 
 
+def _edit_labels(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
+    """A label for each edit; those of one direction also say what each does, or which edit of the list it is."""
+    labels = [_edit_label(row) for row in rows]
+    for said in ("change", "number"):
+        again = [labels.count(label) > 1 for label in labels]
+        for at, row in enumerate(rows):
+            if again[at] and (said == "number" or _has(row, "change")):
+                more = f"edit {at + 1}" if said == "number" else plain(row["change"])
+                labels[at] += f"{' · ' if '<br>' in labels[at] else '<br>'}{more}"
+    return labels
+
+
 def _edit_label(row: Mapping[Any, Any]) -> str:
     """An edit in two lines for an axis: its place, and what the direction matched."""
     two_sided = kind_of(str(row["matrix"]))[0] in ("OV", "QK")
@@ -346,7 +359,7 @@ def _hover_text(row: Mapping[Any, Any], prefix: str, terms: Terms) -> str:
             between = f" [{row[low]:,.{k}f}, {row[high]:,.{k}f}]" if _has(row, low) and _has(row, high) else ""
             lines.append(f"{what} {row[middle]:,.{k}f}{between}")
     if _has(row, prefix + "failure_rate"):
-        lines.append(f"failure rate {row[prefix + 'failure_rate']:.0%}")
+        lines.append(f"failure rate {100 * row[prefix + 'failure_rate']:.0f} %")
     if not prefix and _has(row, "q"):
         lines.append(f"q {q_text(row['q'])}")
     if not prefix and _has(row, "verdict"):

@@ -53,8 +53,10 @@ def match_section(result: StudyResult) -> Section:
 
     overview = heatmaps.scan_overview(table, link=link)
     directions = _directions(rows, svd)
-    clear = int((rows["q_value"] < ALPHA).sum())
-    shortened = f" Of {significant:,} the {clear:,} strongest are listed; scan.csv has all." * (clear < significant)
+    clear = min(significant, LISTED)
+    shortened, least = "", f", without a q below {ALPHA:g},"
+    if clear < significant:  # then the best of a cell may be significant too
+        shortened, least = f" Of {significant:,} the {clear:,} strongest are listed first; scan.csv has all.", ""
     blocks: list[Block] = [
         (
             f"Every direction of {len(names)} matrices was compared with every label of "
@@ -65,8 +67,8 @@ def match_section(result: StudyResult) -> Section:
         Table(
             directions,
             "The closest matches first. Towards and away are the labels at either end of the direction, with their "
-            f"cosines; its sign is a convention, so neither end is the right one.{shortened} Rows after them, without "
-            f"a q below {ALPHA:g}, are the best of their cell of the figure above.",
+            f"cosines; its sign is a convention, so neither end is the right one.{shortened} Rows "
+            f"after them{least} are the best of their cell of the figure above.",
             headings={
                 "sv": "sv",
                 "z": "z",
@@ -113,7 +115,7 @@ def match_section(result: StudyResult) -> Section:
         said = (
             f"The heads {', '.join(table.attrs['untrained'])} were never trained, which makes them a built-in "
             f"null: {found} of {tried:,} comparisons with them "
-            f"are called discoveries ({found / tried:.2%}, interval {low:.2%} to {high:.2%})."
+            f"are called discoveries ({100 * found / tried:.2f} %, interval {100 * low:.2f} % to {100 * high:.2f} %)."
         )
         blocks.insert(3, Note(said))
     return Section("What the singular directions match", blocks)

@@ -158,7 +158,7 @@ def _unedited(result: StudyResult) -> Section:
         rows.append((f"mean length ({terms.step}s)", f"{summary['mean_length']:,.1f}", ""))
     if terms.failure is not None:
         failed = f"failed ({summary['failure_rule']})"
-        rows.append((failed, f"{summary['failure_rate']:.1%}", _interval(summary["failure_interval"], None)))
+        rows.append((failed, f"{100 * summary['failure_rate']:.1f} %", _interval(summary["failure_interval"], None)))
     for name, said in base.more_rows(summary):
         value, _, interval = said.partition("  ")
         rows.append((name, value, interval.strip("[]").replace(", ", " to ")))
@@ -179,7 +179,7 @@ def _interval(ends: tuple[float, float], digits: int | None) -> str:
     low, high = ends
     if np.isnan(low) or np.isnan(high):
         return "none: what it is of does not vary"
-    return f"{low:.1%} to {high:.1%}" if digits is None else f"{low:,.{digits}f} to {high:,.{digits}f}"
+    return f"{100 * low:.1f} % to {100 * high:.1f} %" if digits is None else f"{low:,.{digits}f} to {high:,.{digits}f}"
 
 
 def _matches(result: StudyResult) -> Section:
@@ -222,7 +222,10 @@ def _labels(result: StudyResult) -> list[Section]:
 
 
 def _forest(result: StudyResult) -> Plot:
-    table = result.verdicts.assign(role=[ROLES.get(str(role), str(role)) for role in result.verdicts["role"]])
+    table = result.verdicts.assign(
+        role=[ROLES.get(str(role), str(role)) for role in result.verdicts["role"]],
+        change=[_what_edits_do([edit]) for edit in result.edits],
+    )
     figure = figures.effects(table, result.baseline.terms, units=len(result.baseline), links=_anchors(table))
     return Plot(figure, "A click on an edit leads to its row in the table.")
 
@@ -264,7 +267,7 @@ def _edits(result: StudyResult) -> Table:
             frame[end] = verdicts[end].to_numpy()
     if "failure_rate" in verdicts:
         pairs = zip(verdicts["failure_rate"], verdicts["control_failure_rate"], strict=True)
-        frame["failed"] = [f"{own:.0%}\nits control {other:.0%}" for own, other in pairs]
+        frame["failed"] = [f"{100 * own:.0f} %\nits control {100 * other:.0f} %" for own, other in pairs]
     return Table(
         frame,
         f"Means over {len(result.baseline)} {terms.units}{terms.of_size}, paired with the unedited "
@@ -344,7 +347,7 @@ def _survival(result: StudyResult) -> list[Section]:
     if least >= LASTING:
         said = (
             f"Hardly any {terms.unit} ends before the limit: {sum(ended)} of {total:,} over {len(arms)} arms do, and "
-            f"in every arm at least {least:.0%} last to it."
+            f"in every arm at least {100 * least:.0f} % last to it."
         )
         return [Section(title, [said, Folded("The survival curves", [censored, Plot(figure)])])]
     return [Section(title, [censored, Plot(figure)])]

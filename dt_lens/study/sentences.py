@@ -36,7 +36,7 @@ def _unedited(result: StudyResult) -> str:
     base, terms = result.baseline, result.baseline.terms
     lasts = ""
     if terms.lasts is not None:
-        lasts = f", and {1 - float(base.ended.mean()):.0%} of them last to the limit"
+        lasts = f", and {100 - 100 * float(base.ended.mean()):.0f} % of them last to the limit"
     mean = f"{base.mean:,.{outcome_places(result)}f}".replace("-", "−")
     over = f"over {len(base)} {terms.units}{lasts}"
     return f"Unedited, the {terms.actor}'s mean {terms.outcome_name} is **{mean}**{terms.in_scale} {over}."
@@ -115,7 +115,7 @@ def _beside_contrast(row: dict[Any, Any], weak: dict[Any, Any], terms: Terms, k:
     said += _cost(weak, "", terms, k)
     ratio = float(weak["energy"]) / float(row["energy"]) if row["energy"] else 1.0
     if not 1 / ALIKE < ratio < ALIKE:
-        said += f" with a change {ratio:.0%} as large"
+        said += f" with a change {100 * ratio:.0f} % as large"
     if row["verdict"] != HURTS:
         return said
     if weak["verdict"] == HURTS:
@@ -232,8 +232,8 @@ def unchanged(result: StudyResult) -> list[str]:
     if not other:
         return [nothing]
     said = (
-        f"But {terms.units} went otherwise: **{base.failed.mean():.0%}** of them fail unedited, and "
-        f"{min(failures):.0%} to {max(failures):.0%} under edits and controls"
+        f"But {terms.units} went otherwise: **{100 * base.failed.mean():.0f} %** of them fail unedited, and "
+        f"{100 * min(failures):.0f} % to {100 * max(failures):.0f} % under edits and controls"
     )
     if lasting:
         lengths = [float(arm.lengths.mean()) for arm in arms]

@@ -144,3 +144,18 @@ def test_an_empty_table_gives_a_figure_that_says_so() -> None:
 
 def test_names_from_data_stay_words() -> None:
     assert plain("<b>thigh</b>") in figures.effects(verdict_table(), TERMS).layout.yaxis.ticktext[2]
+
+
+def test_edits_of_one_direction_are_told_apart() -> None:
+    """By what each does; those that do the same, by their number."""
+    row = verdict_table().iloc[:1]
+    table = pd.concat([row] * 4, ignore_index=True)
+    table["change"] = [
+        "sigma is multiplied by 0",
+        "sigma is multiplied by 2",
+        *["the singular vector becomes 'flip'"] * 2,
+    ]
+    labels = figures.effects(table, TERMS).layout.yaxis.ticktext
+    assert len(set(labels)) == 4 and labels[1].endswith("multiplied by 2") and labels[3].endswith("'flip' · edit 4")
+    one, *_ = figures.effects(verdict_table().assign(change="x"), TERMS).layout.yaxis.ticktext
+    assert not one.endswith("x"), "only where it is needed"

@@ -94,7 +94,7 @@ def test_equal_returns_do_not_hide_failures(studied: StudyResult) -> None:
     table = verdicts(studied.verdicts, studied.edits, base, edited, controls)
     result = replace(studied, verdicts=table, edited=edited, controls=controls, baseline=base)
     said = sentences(result)
-    assert "**No return changed**" in said[0] and "**100%** of them fail unedited, and 0% to 100%" in said[1]
+    assert "**No return changed**" in said[0] and "**100 %** of them fail unedited, and 0 % to 100 %" in said[1]
     assert "50.0 steps on average, and 50.0 to 90.0" in said[1]
 
 
@@ -180,7 +180,7 @@ def test_the_first_sentence_of_losses_that_do_not_vary_and_of_contrasts_of_other
     shown = replace(studied, verdicts=table, edited=[base] * 2, controls=[below] * 2, baseline=below)
     assert "gains **3,013** from −13 (no interval)" in sentences(shown)[0], "a part of nothing below 0"
     smaller = said(moved(-5.0), base, (1.0, 0.3))[0]
-    assert "with a change 30% as large" in smaller and "size may explain" in smaller and "sign that" not in smaller
+    assert "with a change 30 % as large" in smaller and "size may explain" in smaller and "sign that" not in smaller
     better = said(moved(-5.0), moved(9.0, 1.0))[0]
     assert "gains **9** of 3,000" not in better and "gains **9**: it improves more than its control (q" in better
     assert "no difference from its control is shown" not in better and "sign that" not in better

@@ -41,7 +41,7 @@ def sentences(atlas: Atlas) -> list[str]:
     if not atlas.directions["damage"].any():
         said = f"no {atlas.words[0]} of {n:,} directions changed the mean {terms.outcome}, so there is no damage."
         return [f"**Nothing changed**: {said}", *_unfinished(atlas)]
-    more = f"{LARGE:.0%} of it" if np.isfinite(atlas.unit) else f"{atlas.large:g}{_scale(atlas)}"
+    more = f"{100 * LARGE:.0f} % of it" if np.isfinite(atlas.unit) else f"{atlas.large:g}{_scale(atlas)}"
     large = f", and more than {more} for **{everything['large']:.0f}**" if np.isfinite(atlas.large) else ""
     costs = (
         f"costs the {terms.actor} {terms.outcome}" if terms.sign > 0 else f"raises the {terms.actor}'s {terms.outcome}"
@@ -50,7 +50,7 @@ def sentences(atlas: Atlas) -> list[str]:
     lines = [
         (
             f"{atlas.words[1]} one singular direction{of_value} {costs} (q < 0.05) for "
-            f"**{everything['hurts']} of {n:,}** directions ({everything['share']:.1%}){large}."
+            f"**{everything['hurts']} of {n:,}** directions ({100 * everything['share']:.1f} %){large}."
         )
     ]
     lines += _beside_controls(atlas)
@@ -143,7 +143,7 @@ def _pair_by_pair(atlas: Atlas) -> list[str]:
 def _sizes(atlas: Atlas) -> list[tuple[float, str]]:
     """Two sizes of loss to count by, with words for them: a large one, and five times that."""
     if np.isfinite(atlas.unit):
-        return [(share * atlas.unit, f"{share:.0%}") for share in (LARGE, HALF)]
+        return [(share * atlas.unit, f"{100 * share:.0f} %") for share in (LARGE, HALF)]
     return [(size, f"{size:g}{_scale(atlas)}") for size in (atlas.large, HALF / LARGE * atlas.large)]
 
 
@@ -182,7 +182,7 @@ def joined(words: list[str]) -> str:
 def _lost(atlas: Atlas, value: float) -> str:
     """A loss as a share of the unedited mean, or in the outcome's own units where that share means nothing."""
     if np.isfinite(atlas.unit):
-        return f"{value / atlas.unit:+.1%}"
+        return f"{100 * value / atlas.unit:+.1f} %"
     if atlas.terms.digits is not None:
         return f"{value:+,.{atlas.terms.digits}f}"
     return f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+.3g}"

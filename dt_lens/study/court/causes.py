@@ -182,7 +182,7 @@ def _in_words(directions: Sequence[Direction], kinds: Sequence[Situations]) -> s
     parts = []
     for name in dict.fromkeys(own):
         shares = [kind.matters[name][kind.reachable].mean() for kind in kinds if name in kind.matters]
-        where = " and ".join(f"{share:.0%}" for share in shares)
+        where = " and ".join(f"{100 * share:.0f} %" for share in shares)
         parts.append(f"{name} ({own.count(name)} directions; {f'in {where}' if where else 'no change of it is known'})")
     return ", ".join(parts)
 

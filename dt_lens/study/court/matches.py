@@ -112,10 +112,10 @@ def reads_states(case: Case, way: Way) -> Finding:
         p_value=max(compared.p_value for compared in found.values()),
         critical=max(compared.critical for compared in found.values()),
     )
-    parts = " and ".join(f"{name} {compared.statistic:+.0%}" for name, compared in found.items())
+    parts = " and ".join(f"{name} {100 * compared.statistic:+.0f} %" for name, compared in found.items())
     said = (
         f"Against chance, block 0 matches the inputs by {parts}; with {controls[0][1]} "
-        f"{controls[0][0].statistic:+.0%} and {controls[1][0].statistic:+.0%}."
+        f"{100 * controls[0][0].statistic:+.0f} % and {100 * controls[1][0].statistic:+.0f} %."
     )
     numbers = {name: compared.statistic for name, compared in found.items()}
     quiet = min(control.p_value for control, _ in controls) >= ALPHA

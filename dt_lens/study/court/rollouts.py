@@ -100,7 +100,7 @@ class MeasuredEdits:
     def cost(self, damage: float) -> str:
         """A damage as a number in a sentence."""
         terms = self.baseline.terms
-        return f"{damage:.0%}" if terms.large is None else f"{damage:.{self.digits}f}"
+        return f"{100 * damage:.0f} %" if terms.large is None else f"{damage:.{self.digits}f}"
 
     @property
     def of(self) -> str:

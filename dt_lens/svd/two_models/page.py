@@ -12,7 +12,7 @@ from dt_lens.lens.matrices import RESIDUAL
 from dt_lens.lens.token_text import spelled, texts
 from dt_lens.report.page import Block, Folded, Note, Plot, Section, Table, write_report
 from dt_lens.report.tables import Format
-from dt_lens.svd.two_models.summary import HEADINGS, most_changed, readable, sentence
+from dt_lens.svd.two_models.summary import HEADINGS, is_rounding, most_changed, readable, sentence
 
 if TYPE_CHECKING:
     from dt_lens.svd.two_models.comparison import ModelChanges
@@ -43,13 +43,17 @@ def write_page(changes: ModelChanges, folder: str | Path, command: str = "") -> 
     a, b = changes.names
     table = readable(most_changed(changes.table, len(changes.table)))
     changed = list(changes.most_changed(DETAILED).query("relative_change > 0")["matrix"])
+    if is_rounding(changes.table):
+        changed = []
     same = (
         f"All {len(changes.table)} matrices of the two models hold the same numbers, so there is nothing to draw: no "
         "singular value moved and no direction turned."
     )
+    if is_rounding(changes.table):
+        same = f"{sentence(changes.table, changes.names)} No figure is drawn of it."
     sections = [
         Section("What changed", [*(Note(note) for note in changes.notes), same])
-        if not (changes.table["relative_change"] > 0).any()
+        if not (changes.table["relative_change"] > 0).any() or is_rounding(changes.table)
         else Section(
             "What changed",
             [

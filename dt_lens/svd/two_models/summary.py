@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
 import pandas as pd
 
 from dt_lens.lens.matrices import RESIDUAL
 from dt_lens.lens.printing import grid_html
 
-__all__ = ["HEADINGS", "most_changed", "notebook_html", "readable", "sentence"]
+__all__ = ["HEADINGS", "is_rounding", "most_changed", "notebook_html", "readable", "sentence"]
 
 HEADINGS = {
     "relative_change": "relative change",
@@ -41,12 +42,23 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
+def is_rounding(table: pd.DataFrame) -> bool:
+    """Whether matrices differ, and none by more than the relative rounding of a float32 number, 6e-8."""
+    largest = float(table["relative_change"].max())
+    return 0 < largest <= float(np.finfo(np.float32).eps) / 2
+
+
 def sentence(table: pd.DataFrame, names: tuple[str, str]) -> str:
     """How many matrices differ between the two named models, and which one most."""
     changed, (a, b) = table[table["relative_change"] > 0], names
     if changed.empty:
-        return f"{a} and {b} have the same weights in all {len(table)} matrices."
+        return f"{a} and {b} have the same weights in all {len(table)} matrices: no relative difference is above 0."
     most = most_changed(table, 1).iloc[0]
+    if is_rounding(table):
+        return (
+            f"No matrix of {a} and {b} differs by more than float32 rounding: the largest relative difference is "
+            f"{most['relative_change']:.2g}, of {most['matrix']}."
+        )
     return (
         f"{len(changed)} of {len(table)} matrices differ between {a} and {b}; most of all {most['matrix']}, by "
         f"{most['relative_change']:.2g} of its norm."

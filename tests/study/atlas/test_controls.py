@@ -50,7 +50,7 @@ def test_a_return_of_about_zero_has_no_shares(agent: Any, run: Run) -> None:
     found = make_atlas(agent, run(lambda arm: 300.0 * (arm.kind == "edit"), {"unedited": 0.0}, controls=1))
     text = " ".join(sentences(found))
     assert "removal costs **+300** points of return [+" in text
-    assert "10%" not in text
+    assert "10 %" not in text
     assert found.shares[["large", "controlled_large", "controls_large"]].isna().all(axis=None)
 
 
@@ -61,7 +61,7 @@ def test_random_changes_are_counted_one_by_one(agent: Any, run: Run) -> None:
     assert len(results.table().query("kind == 'control' and difference < -100")) == 16
     row = found.shares.iloc[0]
     assert (row["controls"], row["controls_large"], row["controlled_large"]) == (32, 16, 0)
-    assert "**16 of 32** random changes cost more than 10%, and **0 of 16** of those directions" in sentences(found)[1]
+    assert "**16 of 32** random changes cost more than 10 %, and **0 of 16** of those directions" in sentences(found)[1]
 
 
 def test_a_direction_is_ranked_among_its_random_changes(agent: Any, run: Run, tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_with_controls_beside_some_only_those_are_compared(agent: Any, run: Run,
     assert shares.loc["all", ["hurts", "controlled_large", "controls_large"]].tolist() == [0, 1, 0]
     said = sentences(found)
     assert said[1].startswith("Beside 7 of 21 directions (all of W_out, none of OV) random changes")
-    assert "**0 of 7** random changes cost more than 10%, and **1 of 7** of those directions" in said[1]
+    assert "**0 of 7** random changes cost more than 10 %, and **1 of 7** of those directions" in said[1]
     assert said[2].startswith("On average over those directions")
     assert said[3].startswith("Each direction against its one random change: in 1 pair only the direction costs more")
-    assert "than 10%, in 0 only the change (McNemar's exact p = 1)" in said[3]
+    assert "than 10 %, in 0 only the change (McNemar's exact p = 1)" in said[3]
     assert "not finished" not in said[-1]
     both = found.directions[["beyond_odd", "beyond_even"]]
     np.testing.assert_allclose(both.mean(axis=1), found.directions["beyond"])

@@ -194,7 +194,7 @@ def test_a_third_partys_task(tmp_path: Path) -> None:
     assert killed["mean_score"].to_numpy() == pytest.approx(-0.7, abs=1e-3)
     assert found.shares.set_index("what").loc["all", "large"] == 1
     text = " ".join(sentences(found))
-    assert "costs the sorter score (q < 0.05) for" in text and "more than 10% of it for **1**" in text
+    assert "costs the sorter score (q < 0.05) for" in text and "more than 10 % of it for **1**" in text
     page = write_atlas(found, tmp_path).read_text()
     assert "clouds per direction" in page and "more than a quarter of the points sorted wrongly" in page
     with pytest.raises(DtLensError, match="other weights"):

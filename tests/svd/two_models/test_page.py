@@ -108,3 +108,17 @@ def test_a_folder_that_cannot_be_written(comparison: Any, tmp_path: Any) -> None
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DtLensError, match="cannot be written"):
         write_page(comparison, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(("size", "said"), [(0.0, "hold the same numbers"), (1e-10, "float32 rounding"), (1e-3, "")])
+def test_a_change_below_rounding_is_not_called_none(make_dt: Make, tmp_path: Any, size: float, said: str) -> None:
+    a, b = make_dt(0), make_dt(0)
+    changes = dt_lens.compare(a, b, k=3)
+    if size:
+        changes.table.loc[changes.table.index[1], "relative_change"] = size
+        changes.table.loc[changes.table.index[2], "relative_change"] = size / 2
+    page = write_page(changes, tmp_path).read_text(encoding="utf-8").partition("<main>")[2]
+    words = page.partition("application/json")[0]
+    assert said in words and ("the same numbers" in words) == (size == 0.0)
+    if size == 1e-10:
+        assert "the largest relative difference is 1e-10, of " + changes.table["matrix"].iloc[1] in words
