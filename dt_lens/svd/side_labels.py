@@ -29,7 +29,7 @@ BLOCK = 2**23  # numbers held at a time, several times over in float64
 
 Array = NDArray[np.float64]
 WHOLE = 2**23  # numbers of an embedding that is held at once, in float64
-HELD = 3 * 2**25  # numbers, 384 MiB in float32, of the rows that a null keeps while it is drawn
+HELD = 3 * 2**24  # numbers, 192 MiB in float32, of the rows that a null keeps while it is drawn
 ROWS = 1024  # chosen labels computed together
 
 
