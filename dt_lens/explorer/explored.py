@@ -51,6 +51,7 @@ class Explored:
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _named: dict[tuple[str, str, str], pd.DataFrame] = field(default_factory=dict, repr=False)
     _frames: dict[tuple[str, str, str], Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    _atlas: list[Any] = field(default_factory=list, repr=False)  # of the sweep, once it is made
 
     @classmethod
     def of(
@@ -83,6 +84,21 @@ class Explored:
         if table.empty:
             raise DtLensError(f"{source} has no matrix that faces the residual stream among {matrices}; name others.")
         return cls(source, model, table, svd, dict(given or {}), sweep)
+
+    def atlas(self) -> Any:
+        """The ``Atlas`` of the sweep, made when it is first asked for.
+
+        Raises:
+            DtLensError: if there is no sweep, or no atlas of it.
+        """
+        from dt_lens.study.atlas.atlas import make_atlas
+
+        if self.sweep is None:
+            raise DtLensError("There is no sweep here; start the explorer with --sweep DIR.")
+        with self._lock:
+            if not self._atlas:
+                self._atlas.append(make_atlas(self.model, self.sweep))
+            return self._atlas[0]
 
     @property
     def is_agent(self) -> bool:

@@ -72,6 +72,7 @@ class Explorer:
         self.tabs = Tabs(explored.source, explored.given, explored.svd.fold_layernorm)
         install(flask, self.tabs)
         self.app = make_app(explored, flask)
+        _refuse_nonsense(flask, self.app)
         self.address = self.guard.address
         self._serving: threading.Thread | None = None
 
@@ -101,6 +102,44 @@ class Explorer:
             self._server.shutdown()
             self._serving.join()
         self._server.server_close()
+
+
+def _refuse_nonsense(flask: Any, app: Any) -> None:
+    """Answer a request to a callback that no page sends with status 400 and a sentence, and log nothing of it."""
+    from dash.exceptions import DashException
+    from flask import make_response, request
+    from werkzeug.exceptions import HTTPException
+
+    wrong = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, DashException)
+    place = "/_dash-update-component"
+    plain = {"Content-Type": "text/plain; charset=utf-8"}
+
+    def refused() -> Any:
+        return make_response("The page sent values that no page here sends; load it again.\n", 400, plain)
+
+    def check() -> Any:
+        if request.path != place or request.method != "POST":
+            return None
+        sent = request.get_json(silent=True)
+        if not isinstance(sent, dict) or sent.get("output") not in known():
+            return refused()
+        lists = [sent.get(name, []) for name in ("inputs", "state", "changedPropIds")]
+        holds = [isinstance(one, list) for one in lists]
+        fits = all(holds) and all(isinstance(one, dict | list) for one in [*lists[0], *lists[1]])
+        return None if fits else refused()
+
+    def known() -> set[str]:
+        return set(app.callback_map)
+
+    def failed(error: Exception) -> Any:
+        if isinstance(error, HTTPException):
+            return error
+        if request.path == place and isinstance(error, wrong):
+            return refused()
+        raise error
+
+    flask.before_request(check)
+    flask.register_error_handler(Exception, failed)
 
 
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 from urllib.parse import urlencode
 
 import pandas as pd
 import plotly.graph_objects as go
-from dash import Dash, Input, Output, dcc, html, no_update
+from dash import Dash, Input, Output, State, dcc, html, no_update
 
 from dt_lens.behaviour.tasks import terms_in
 from dt_lens.errors import DtLensError
@@ -19,9 +18,6 @@ from dt_lens.report.style import CONTROL, EDIT, empty, finish, plain
 __all__ = ["damage_figure", "edits_beside_controls", "register", "sweep"]
 
 SHOWN = 20  # edits of the table
-
-_atlases: dict[int, Any] = {}
-_lock = threading.Lock()
 
 
 def sweep(explored: Explored, query: dict[str, str], dark: bool) -> Any:
@@ -42,7 +38,7 @@ def sweep(explored: Explored, query: dict[str, str], dark: bool) -> Any:
             html.P(
                 f"{n:,} edits and their controls, {terms.outcome_name} in {terms.place}; blocks: "
                 f"{results.blocks_done}. Damage is how much worse the mean outcome is than the unedited model's over "
-                f"the same {terms.units}{terms.in_scale}."
+                f"the same {terms.units}{f', in {terms.scale}' if terms.scale else ''}."
             ),
             figure("sweep-damage", damage_figure(results), dark, "Click a point to see its matrix."),
             html.H2(f"The {min(SHOWN, n)} edits of largest damage"),
@@ -138,17 +134,39 @@ def damage_figure(results: Any) -> go.Figure:
 
 def atlas_words(explored: Explored) -> list[str]:
     """What the atlas of the sweep says, or why there is none."""
-    from dt_lens.study.atlas.atlas import make_atlas
     from dt_lens.study.atlas.sentences import sentences
 
     try:
-        with _lock:
-            key = id(explored)
-            if key not in _atlases:
-                _atlases[key] = make_atlas(explored.model, explored.sweep)  # type: ignore[arg-type]
-        return [sentence.replace("**", "") for sentence in sentences(_atlases[key])]
+        return [sentence.replace("**", "") for sentence in sentences(explored.atlas())]
     except DtLensError as error:
         return [f"There is no atlas of this sweep: {error}"]
+
+
+def atlas_view(explored: Explored, dark: bool) -> list[Any]:
+    """The atlas of the sweep: what it says, how many directions matter in each matrix, and each along its spectrum."""
+    from dt_lens.study.atlas import figures
+
+    words = [html.P(said(sentence)) for sentence in atlas_words(explored)]
+    try:
+        found = explored.atlas()
+    except DtLensError:
+        return words  # which say why
+    unedited, done = found.baseline.mean, found.words[2]
+    along = figures.along_the_spectrum(found.directions, unedited, found.terms, title="Along the spectrum", done=done)
+    numbers = ["directions", "hurts", "large", "worst_damage"]
+    form = ",.3f" if float(found.shares["worst_damage"].abs().max()) < 100 else ",.0f"
+    rows = [
+        [short(str(row["what"])), *(number(row[name], form if name == "worst_damage" else ",.0f") for name in numbers)]
+        for row in found.shares.to_dict("records")
+    ]
+    headings = ["matrices", "directions", "hurt (q < 0.05)", "and large", "largest damage"]
+    return [
+        *words,
+        figure("atlas-spectrum", along, dark),
+        html.H3("How many directions matter"),
+        row_table(headings, rows, numbers=(1, 2, 3, 4)),
+        note(f"Large is a damage of {found.large:,.3g}{found.terms.in_scale} or more."),
+    ]
 
 
 def register(app: Dash, explored: Explored) -> None:
@@ -168,6 +186,6 @@ def register(app: Dash, explored: Explored) -> None:
         Input("sweep-damage", "clickData"),
         prevent_initial_call=True,
     )(clicked)
-    app.callback(Output("atlas", "children"), Input("atlas", "id"))(
-        lambda _: [html.P(said(words)) for words in atlas_words(explored)]
+    app.callback(Output("atlas", "children"), Input("atlas", "id"), State("dark", "data"))(
+        lambda _, dark: atlas_view(explored, bool(dark))
     )

@@ -7,6 +7,7 @@ server ends. Dash's callbacks never wait for a run.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import queue
 import threading
@@ -67,7 +68,7 @@ class Tab:
         """Queue an event for the stream."""
         if event["kind"] == "frame" and self.events.qsize() > WAITING:
             return
-        self.events.put(json.dumps(event, ensure_ascii=False))
+        self.events.put(json.dumps(_finite(event), ensure_ascii=False, allow_nan=False))
 
     def stream(self) -> Iterator[str]:
         """The events as Server-Sent Events, until the tab stops reading."""
@@ -114,6 +115,15 @@ class Tab:
             if self._pipe is pipe:  # nobody has ended it
                 self._pipe = None
                 self.put({"kind": "ended", "why": "error", "sentence": "The process of this tab ended unexpectedly."})
+
+
+def _finite(value: Any) -> Any:
+    """A value with ``None`` for NaN and infinity, which JSON does not have and a browser refuses to read."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Tabs:

@@ -190,3 +190,46 @@ def test_a_closed_tab_starts_no_process() -> None:
     tab.open()
     tab.send("run", {"run": 1})
     assert tab.process is None
+
+
+PLACE = "/_dash-update-component"
+PLACES = (("url", "pathname"), ("url", "search"), ("dark", "data"))
+
+
+def page_request(**changes: Any) -> dict[str, Any]:
+    """What the app's own page sends to be shown the overview."""
+    values = ("/", "", False)
+    inputs = [{"id": one, "property": of, "value": v} for (one, of), v in zip(PLACES, values, strict=True)]
+    right = {
+        "output": "page.children", "outputs": {"id": "page", "property": "children"}, "inputs": inputs, "state": [],
+        "changedPropIds": ["url.pathname"],
+    }  # fmt: skip
+    return right | changes
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [], {}, "x", 7, page_request(output="no.such"), page_request(output=["page.children"]), page_request(inputs=5),
+        page_request(inputs=[1, 2, 3]), page_request(inputs=[]), page_request(inputs=[{}] * 3),
+        page_request(outputs=None), page_request(changedPropIds=5), page_request(state={"a": 1}),
+    ],
+)  # fmt: skip
+def test_a_request_made_by_hand_is_refused_in_a_sentence(explorer: Explorer, wrong: Any, caplog: Any) -> None:
+    status, said = ask(explorer, PLACE, wrong)
+    assert status == 400 and "load it again" in said and "Traceback" not in said
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_what_a_page_sends_is_answered(explorer: Explorer) -> None:
+    status, said = ask(explorer, PLACE, page_request())
+    assert status == 200 and "What a random agent reads" in said
+
+
+def test_numbers_that_json_does_not_have_are_null(explorer: Explorer) -> None:
+    tab = tabs.Tab(lambda: (None, None))  # type: ignore[arg-type,return-value]
+    tab.put({"kind": "means", "values": [float("nan"), 1.5, (float("inf"), 2)], "more": {"p": float("nan")}})
+    event = tab.events.get_nowait()
+    assert event is not None
+    found = json.loads(event, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"kind": "means", "values": [None, 1.5, [None, 2]], "more": {"p": None}}

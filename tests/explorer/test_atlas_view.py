@@ -1,0 +1,41 @@
+"""The atlas of a sweep in the explorer: its figure and its table are those of the atlas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import dt_lens
+from dt_lens.behaviour.sweep import Sweep
+from dt_lens.explorer.explored import Explored
+from dt_lens.explorer.sweep import atlas_view
+
+MATRIX = "blocks.3.mlp.W_out"
+
+
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Explored:
+    model = dt_lens.load("tiny-gpt2", check=False)
+    sweep = Sweep(model, tmp_path_factory.mktemp("sweep"), matrices=[MATRIX], sv="0-4", edits="zero", windows=4)
+    sweep.run()
+    return Explored.of("tiny-gpt2", model, matrices=[MATRIX], sweep=sweep.results)
+
+
+def parts(view: Any) -> list[Any]:
+    """All components of a view, from the top."""
+    if isinstance(view, list | tuple):
+        return [one for child in view for one in parts(child)]
+    below = getattr(view, "children", None)
+    return [view, *([] if below is None else parts(below))]
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_the_atlas_is_drawn(explored: Explored, colours: bool) -> None:
+    shown = parts(atlas_view(explored, colours))
+    assert len([one for one in shown if getattr(one, "id", "") == "atlas-spectrum"]) == 1
+
+
+def test_two_explorers_do_not_share_an_atlas(explored: Explored) -> None:
+    other = Explored.of("again", explored.model, matrices=[MATRIX], sweep=explored.sweep)
+    assert other.atlas() is not explored.atlas()
