@@ -47,6 +47,7 @@ app = typer.Typer(
     help="What the weights of a decision transformer do: singular directions, honest nulls, edits, paired rollouts.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's boxes cut words at 80 columns, and leave 19 to the explanations
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS: list[Callable[..., None]] = [
@@ -92,7 +93,8 @@ def examples_of(command: Callable[..., Any]) -> tuple[str, ...]:
 
 for _command in _COMMANDS:
     _shown = "\n\n".join(("Examples:", *(f"  {example}" for example in examples_of(_command))))
-    app.command(epilog=_shown)(_with_usual_output(_command))
+    _line = (_command.__doc__ or "").partition("\n")[0]  # given by itself, it is not cut in the list of commands
+    app.command(epilog=_shown, short_help=_line)(_with_usual_output(_command))
 
 
 @app.callback(invoke_without_command=True)

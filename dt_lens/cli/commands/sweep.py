@@ -43,7 +43,7 @@ ROWS = 20  # printed
 
 EXAMPLES = (
     "dt-lens sweep hopper --matrices '*.W_in' --sv 0,1 --controls 1 --episodes 12",
-    "dt-lens sweep tiny-gpt2 --matrices '*.W_in' --sv 0,1 --value zero --controls 1",
+    "dt-lens sweep tiny-gpt2 --matrices '*.W_in' --sv 0 --value zero --controls 1",
     "dt-lens sweep hopper --edits-from edit.json --episodes 50 --json",
 )
 
