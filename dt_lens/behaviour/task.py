@@ -28,6 +28,7 @@ from dt_lens.behaviour.situations import Situations
 from dt_lens.behaviour.terms import FailureRule, Terms
 from dt_lens.behaviour.watched import activations_of_batches
 from dt_lens.edits.edit import Edit
+from dt_lens.edits.state import unsuspended
 from dt_lens.errors import DtLensError, a_type
 from dt_lens.lens.activations import Activations
 from dt_lens.lens.assumed import notes
@@ -155,7 +156,7 @@ class Task(ABC):
     def about(self, model: Any) -> dict[str, Any]:
         """What a result says of the model: its identity, edits in force, and notes."""
         base_id, model_id = self.identity(model)
-        edits = tuple(edit.to_dict() for edit in getattr(model, "active_edits", ()))
+        edits = tuple(edit.to_dict() for edit in unsuspended(model))
         about = {"base_id": base_id, "model_id": model_id, "edits": edits, "notes": notes(model)}
         return {**about, "details": dict(self.details)}
 

@@ -18,7 +18,7 @@ from dt_lens.edits.files import save_records
 from dt_lens.edits.low_rank import Placed, spectrum_of
 from dt_lens.edits.reversible import Reversible, entering, leaving
 from dt_lens.edits.saving import allow_saving, refuse_saving
-from dt_lens.edits.state import State, state_of, unedited
+from dt_lens.edits.state import State, state_of, unedited, unsuspended
 from dt_lens.edits.writing import Written, add_changes, put_back, writable
 from dt_lens.errors import DtLensError
 from dt_lens.lens.activations import Activations, LowRank
@@ -48,7 +48,8 @@ SHOWN_AT = {
 def suspended(model: Lens) -> Suspension:
     """Take a model's edits away inside ``with``, and put them back afterwards, bit for bit, whatever happened.
 
-    Edits stay in ``model.active_edits`` meanwhile. Ctrl-C waits while weights are being written.
+    Edits stay in ``model.active_edits`` meanwhile. An edit that is applied inside is in force without them. Ctrl-C
+    waits while weights are being written.
 
     Raises:
         DtLensError: on entering, if another thread made the edits; on leaving, if a weight cannot be put back because
@@ -58,26 +59,32 @@ def suspended(model: Lens) -> Suspension:
 
 
 class Suspension(Reversible):
-    """What ``suspended`` returns."""
+    """What ``suspended`` returns.
+
+    Attributes:
+        edits: those that were in force on entering, which are taken away.
+    """
 
     def __init__(self, model: Lens) -> None:
         self.model = model
-        self._edits: list[Edit] = []
+        self.edits: list[Edit] = []
         self._kept: dict[str, Tensor] = {}
 
     def _change(self) -> None:
         state = state_of(self.model)
         with state.lock:
             state.require_own_thread()
-            self._edits = list(state.edits)
+            self.edits = list(state.edits)
             self._kept = {name: self.model.weights[name].detach().clone() for name in state.untouched}
             self._writer = state.thread
+            state.suspensions.append(self)
             for name, untouched in state.untouched.items():
                 put_back(self.model.weights[name], untouched)
 
     def _restore(self) -> None:
-        state, edits = state_of(self.model), self._edits
+        state, edits = state_of(self.model), self.edits
         with state.lock:
+            state.suspensions[:] = [one for one in state.suspensions if one is not self]
             if len(edits) != len(state.edits) or any(a is not b for a, b in zip(edits, state.edits, strict=True)):
                 _write(self.model)  # an edit was applied or undone meanwhile, so the kept weights are out of date
                 return
@@ -282,9 +289,11 @@ class Edit(Reversible):
         """Check that the change, which a short probe does not show, is shown by a whole sequence."""
         after = self._activation()
         state.edits.remove(self)
-        _write_one(self.model, self._weight)
-        before = self._activation()
-        state.edits.append(self)
+        try:
+            _write_one(self.model, self._weight)
+            before = self._activation()
+        finally:  # an edit that is not listed is not taken back
+            state.edits.append(self)
         _write_one(self.model, self._weight)
         if same_bits(before, after):
             raise DtLensError(self._why_unseen(before))
@@ -335,7 +344,7 @@ class Edit(Reversible):
 
 
 def _write(model: Lens) -> None:
-    """Set every edited weight to the untouched one plus the changes in force, rounded once to its dtype."""
+    """Set every edited weight to the untouched one plus its changes that are not suspended, rounded once."""
     for name in state_of(model).untouched:
         _write_one(model, name)
 
@@ -343,17 +352,17 @@ def _write(model: Lens) -> None:
 def _write_one(model: Lens, name: str) -> Written:
     """``_write`` for one weight, and what that did to it."""
     state, weights = state_of(model), model.weights
-    return add_changes(weights[name], state.untouched[name], _changes_of(state, name), weights)
+    return add_changes(weights[name], state.untouched[name], _changes_of(model, name), weights)
 
 
-def _changes_of(state: State, name: str) -> list[Placed]:
-    return [edit._placed for edit in state.edits if edit._weight == name]
+def _changes_of(model: Lens, name: str) -> list[Placed]:
+    return [edit._placed for edit in unsuspended(model) if edit._weight == name]
 
 
 def edited_weight(model: Lens, name: str) -> Tensor:
     """What the edits in force make of the weight ``name``, one of those that they change, in its own dtype."""
     state, weights = state_of(model), model.weights
-    changes = _changes_of(state, name)
+    changes = _changes_of(model, name)
     if not changes:
         return state.untouched[name]
     made = torch.empty_like(weights[name])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dt_lens.lens.protocol import Lens
     from dt_lens.svd.decomposition import Decomposition
 
-__all__ = ["State", "state_of", "unedited"]
+__all__ = ["State", "state_of", "unedited", "unsuspended"]
 
 _FIRST_USE = threading.Lock()
 
@@ -31,6 +31,7 @@ class State:
         decomposed: the last decomposition that an edit was made from: edits often come in series on one matrix.
         thread: which thread put the edits in force.
         lock: held while weights are read to make an edit, and while they are written.
+        suspensions: each a ``Suspension`` that has taken the edits away which were in force when it began.
     """
 
     edits: list[Any] = field(default_factory=list)
@@ -38,6 +39,7 @@ class State:
     decomposed: tuple[tuple[Any, ...], Decomposition] | None = None
     thread: int = 0
     lock: Any = field(default_factory=threading.RLock)
+    suspensions: list[Any] = field(default_factory=list)
 
     def require_own_thread(self) -> None:
         """Raise ``DtLensError`` if another thread's edits are in force: all threads see the same weights."""
@@ -55,6 +57,7 @@ class State:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.edits, self.untouched = state["edits"], state["untouched"]
         self.decomposed, self.thread, self.lock = None, threading.get_ident(), threading.RLock()
+        self.suspensions = []
 
 
 def state_of(model: Lens) -> State:
@@ -67,6 +70,13 @@ def state_of(model: Lens) -> State:
             object.__setattr__(model, "_edit_state", state)
             object.__setattr__(model, "active_edits", state.edits)
     return state
+
+
+def unsuspended(model: Lens) -> list[Any]:
+    """The edits in force on a model without those that are suspended: what its weights hold now."""
+    edits, state = getattr(model, "active_edits", ()), model.__dict__.get("_edit_state")
+    away = [edit for suspension in state.suspensions for edit in suspension.edits] if state else []
+    return [edit for edit in edits if not any(edit is one for one in away)]
 
 
 def unedited(model: Lens) -> Snapshot:

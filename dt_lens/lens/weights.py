@@ -141,10 +141,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     step = max(1, PIECE // max(1, a[0].numel())) if a.ndim and len(a) else 1
     if not a.ndim:
         return bool(a.reshape(1).view(bits) == b.reshape(1).view(bits))
-    if a.shape[-1] * a.element_size() % 8 == 0 and a.storage_offset() % 8 == 0 == b.storage_offset() % 8:
-        bits = torch.int64  # as many bits in fewer numbers
-    pieces = zip(torch.split(a, step), torch.split(b, step), strict=True)
-    return all(torch.equal(x.contiguous().view(bits), y.contiguous().view(bits)) for x, y in pieces)
+    for some, others in zip(torch.split(a, step), torch.split(b, step), strict=True):
+        x, y = some.contiguous().reshape(-1), others.contiguous().reshape(-1)
+        places = len(x), x.storage_offset(), y.storage_offset()
+        wide = all(place * x.element_size() % 8 == 0 for place in places)  # as many bits in fewer numbers
+        if not torch.equal(*(piece.view(torch.int64 if wide else bits) for piece in (x, y))):
+            return False
+    return True
 
 
 def require_computable(weights: Mapping[str, Tensor]) -> None:

@@ -287,6 +287,21 @@ def test_what_the_first_token_does_not_show_the_whole_sequence_does(
     assert asked == [1, 1, None, None]
 
 
+def test_a_probe_that_fails_while_the_edit_is_away_leaves_nothing_behind(
+    make_lm: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dt_lens.wrap(make_lm("gpt2"))
+    left = iter([torch.zeros(1)] * 3)
+
+    def failing(edit: Any, tokens: int | None = None) -> Tensor:
+        return next(left)  # StopIteration at the whole sequence without the edit
+
+    monkeypatch.setattr(SingularEdit, "_activation", failing)
+    with nothing_changes(model), pytest.raises(StopIteration):
+        SingularEdit(model, W_IN).apply()
+    assert not state_of(model).untouched
+
+
 def test_an_edit_of_one_weight_leaves_another_edited_weight_alone(make_dt: Make) -> None:
     """Only the weight that an edit changes is written when it comes and goes."""
     model = make_dt()

@@ -209,7 +209,7 @@ def test_what_rounding_alters_is_noted(make_dt: Make) -> None:
         made = model.weights[name].double() - before
     wanted_change = faint.delta[0] @ faint.delta[1]
     lost = float((made - wanted_change).norm() / wanted_change.norm())
-    assert f"by {lost:.0%} of its size, in the weights and in passes through the model; an agent" in faint.note
+    assert f"by {100 * lost:.0f} % of its size, in the weights and in passes through the model; an agent" in faint.note
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

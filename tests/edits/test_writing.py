@@ -119,3 +119,14 @@ def test_what_is_put_back_is_compared(shape: tuple[int, ...], monkeypatch: pytes
         assert put_back(live, kept) and same_bits(live, kept)
     if kept.numel():
         assert not put_back(torch.zeros(shape, dtype=torch.float16), kept)  # as a weight that was cast
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_slices_of_any_strides_are_compared(dtype: torch.dtype) -> None:
+    """Four entries of a row of seven: bits are compared eight bytes at a time, where they lie so in memory."""
+    whole = drawn(3, 7).to(dtype)
+    for part in (whole[:, :4], whole[:, 1:5], whole[:1, :4], whole[:1, None, :4], whole[1:2, :4], whole[0, :4]):
+        other = part.clone()
+        assert same_bits(part, other) and same_bits(other, part) and same_bits(part, part)
+        other[..., -1] += 1
+        assert not same_bits(part, other) and not same_bits(other, part)

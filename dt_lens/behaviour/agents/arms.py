@@ -15,7 +15,7 @@ from dt_lens.behaviour.agents.packed_arms import packed
 from dt_lens.decision_transformer.changes import Change
 from dt_lens.decision_transformer.policy import acting_shapes
 from dt_lens.edits.edit import Edit, edited_weight
-from dt_lens.edits.state import unedited
+from dt_lens.edits.state import unedited, unsuspended
 from dt_lens.lens.weights import memory_of, weight_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def arm_of(model: HookedDecisionTransformer) -> Arm:
     """What the edits in force make of ``model``. Edits that are suspended are not in force."""
     live = acting_weights(model)
     # Others, of a kind of the user's own, have written into the weights what they change.
-    edits = [edit for edit in getattr(model, "active_edits", ()) if isinstance(edit, Edit)]
+    edits = [edit for edit in unsuspended(model) if isinstance(edit, Edit)]
     if not edits:
         return Arm(live)
     bare = unedited(model).weights

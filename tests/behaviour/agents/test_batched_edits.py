@@ -77,7 +77,9 @@ def test_edits_in_force_stay_in_force(agent: Any, edits: list[Edit], together: l
         found = evaluate(agent, edits=[edits[2], None], **SETTINGS)
         assert agent.active_edits == [edits[0]] and same(found[1], together[1])
         with suspended(agent):  # still listed, and not in the weights
-            assert np.array_equal(evaluate(agent, **SETTINGS).returns, together[0].returns)
+            assert same(evaluate(agent, **SETTINGS), together[0])
+            with edits[6]:  # of the same weight
+                assert same(evaluate(agent, **SETTINGS), together[7])
     for one, other in ((edits[0], edits[2]), (edits[2], edits[0])):
         with one, other:  # in whatever order they came
             assert np.array_equal(evaluate(agent, **SETTINGS).returns, found[0].returns)
