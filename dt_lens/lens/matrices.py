@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -208,16 +209,24 @@ class Matrix:
 
     def folded(self, lens: Weighted) -> list[Tensor]:
         """The factors with the LayerNorm folded in: centred and scaled on every side that reads through one."""
-        return list(self.fold_change(lens, *self.raw(lens)))
+        weights = lens.weights
+        stored = [factor.view(weights) for factor in self.factors]
+        # What is a copy of the weights is folded where it is, so that a large matrix is in memory once.
+        own = all(part.dtype != torch.float64 for part in stored)
+        return self._folded(lens, [part.double() for part in stored], own)
 
     def fold_change(self, lens: Weighted, *factors: Tensor) -> tuple[Tensor, ...]:
         """The factors of a raw matrix of this name, with its norms folded into the first and the last."""
-        lens, found = Snapshot.of(lens), list(factors)
+        return tuple(self._folded(lens, list(factors)))
+
+    def _folded(self, lens: Weighted, found: list[Tensor], own: bool = False) -> list[Tensor]:
+        """``found`` with its norms folded in, in its own memory with ``own``."""
+        lens = Snapshot.of(lens)
         if self.left_norm is not None:
-            found[0] = fold(found[0], norm_scale(lens, self.left_norm), not self.rms)
+            found[0] = fold(found[0], norm_scale(lens, self.left_norm), not self.rms, own)
         if self.right_norm is not None:
-            found[-1] = fold(found[-1].T, norm_scale(lens, self.right_norm), not self.rms).T
-        return tuple(found)
+            found[-1] = fold(found[-1].T, norm_scale(lens, self.right_norm), not self.rms, own).T
+        return found
 
     def dense(self, lens: Weighted, fold_layernorm: bool = True) -> Float[Tensor, "left right"]:
         """The matrix itself, in float64."""
@@ -270,14 +279,15 @@ def norm_scale(lens: Weighted, norm: str) -> Tensor:
 
 
 def fold(
-    matrix: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"], centre: bool = True
+    matrix: Float[Tensor, "d_model out"], w: Float[Tensor, " d_model"], centre: bool = True, own: bool = False
 ) -> Float[Tensor, "d_model out"]:
     """``(I - 11^T/d) diag(w) matrix``: a matrix with the LayerNorm in front of it, of scale ``w``, folded in.
 
     The mean runs over the stream, which is the matrix's input, not over its outputs. Without ``centre`` it stays, as in
-    front of an RMSNorm (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
+    front of an RMSNorm (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019). With ``own`` the matrix's
+    own memory is written.
     """
-    scaled = w.to(matrix)[:, None] * matrix
+    scaled = matrix.mul_(w.to(matrix)[:, None]) if own else w.to(matrix)[:, None] * matrix
     # In place, so that memory does not hold a large matrix three times.
     return scaled.sub_(scaled.mean(0, keepdim=True)) if centre else scaled
 

@@ -76,6 +76,18 @@ def test_folding_is_the_layernorm_up_to_its_length_and_bias(make_dt: Make) -> No
         assert folded.mean(1).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_folding_leaves_the_weights_alone(make_dt: Make, dtype: torch.dtype) -> None:
+    """What is folded in its own memory is a copy: ``double()`` of a float64 weight is the weight itself."""
+    model = make_dt(dtype=dtype)
+    before = {name: weight.clone() for name, weight in model.weights.items()}
+    for matrix in catalogue(model).values():
+        folded, raw = matrix.folded(model), matrix.raw(model)
+        for one, other in zip(folded, matrix.fold_change(model, *raw), strict=True):
+            assert torch.equal(one, other)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.weights.items())
+
+
 def test_both_sides_of_qk_are_folded(make_dt: Make) -> None:
     model = make_dt(seed=3)
     w, b = (model.weights[f"blocks.0.ln1.{part}"].double() for part in "wb")
