@@ -35,6 +35,8 @@ FIRST = 6  # after so many of them it is looked at for the first time
 WIDEST = 768  # vectors of a Krylov space at most
 REACHED = {torch.float32: 1e-5, torch.float64: 1e-12}  # the residual of an eigenvector, relative to the largest value
 NEAR = 1e-4  # the least gap behind the directions wanted, relative to the largest eigenvalue
+OUTLYING = 2  # times the largest of the others, sigmas that stand out
+FAR = 32  # times: then the others need a Gram matrix of their own
 # A sigma below this share of the largest one is not seen in a Gram matrix: its square is rounding.
 SEEN = {torch.float32: 3e-3, torch.float64: 1e-6}
 
@@ -62,6 +64,45 @@ def leading(
         LinAlgError: when the Krylov space or the corrections converge too slowly, or a direction was missed.
     """
     scale, gram = _gram(M, kind, gram)
+    try:
+        return _leading(M, rank, tolerance, kind, scale, gram)
+    except LinAlgError:
+        if kind != torch.float32 or rank < 2 or scale != 1:
+            raise
+    return _beside_outliers(M, rank, tolerance, gram)
+
+
+def _beside_outliers(M: Tensor, rank: int, tolerance: float, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``leading`` of a matrix whose first few sigmas are far larger than the others, which are close together.
+
+    Beside a large eigenvalue the gaps between the others are small, so the large ones are found first and taken off.
+    ``gram`` is lost.
+    """
+    left, sigma, _ = _leading(M, 1, tolerance, torch.float32, 1.0, gram)
+    many = int((sigma > OUTLYING * sigma[-1]).sum())
+    if not 0 < many < min(rank, SPARE):
+        raise LinAlgError("No few directions stand out.")
+    left = _leading(M, many, tolerance, torch.float32, 1.0, gram)[0][:many]
+    image = rows_times(left, M)
+    rest = torch.addmm(M, left.T, image, alpha=-1)
+    if float(sigma[0]) < FAR * float(sigma[-1]):
+        gram -= ((left * image.square().sum(1)[:, None]).T @ left).to(gram)
+    else:  # the others are lost in the rounding of this Gram matrix
+        gram = symmetric_product(rest.to(gram))
+    others, sigma, _ = _leading(rest, rank - many, tolerance, torch.float32, 1.0, gram)
+    if not float(sigma[0]) * OUTLYING < float(image.norm(dim=1).min()):
+        raise LinAlgError("The directions that stand out are not all found.")
+    del rest
+    X = _orthonormal(torch.cat([left, others]))
+    X, Y, theta = _ritz(X, rows_times(X, M))
+    sigma = theta.sqrt()
+    return X, sigma, Y / sigma.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+
+
+def _leading(
+    M: Tensor, rank: int, tolerance: float, kind: torch.dtype, scale: float, gram: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``leading``, from a Gram matrix that was divided by ``scale``."""
     count = min(rank + SPARE, len(gram) - 1)
     whole = kind == torch.float64 and len(gram) <= DIRECT
     first = (_by_lapack if whole else _krylov)(gram, count)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dt_lens.svd import leading as gram
+from dt_lens.svd import solvers
 from dt_lens.svd.solvers import SVD, decompose
 
 Array = np.typing.NDArray[np.float64]
@@ -146,6 +147,31 @@ def test_repeated_sigmas_and_an_exhausted_space_give_the_same_bits_every_time() 
     first, second = decompose([M], 10), decompose([M], 10)
     assert torch.equal(first.left, second.left) and torch.equal(first.right, second.right)
     torch.testing.assert_close(first.sigma, torch.full((10,), 40.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("many", "times"), [(1, 16.0), (3, 8.0), (5, 3.0), (1, 100.0)])
+def test_a_few_large_sigmas_above_a_flat_spectrum_do_not_make_it_slow(
+    many: int, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted direction, or the one that a trained weight often has: the rest is decomposed without it."""
+    generator = torch.Generator().manual_seed(1)
+    m, n = 600, 2000
+    M = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(k, many, generator=generator, dtype=torch.float64))[0] for k in (m, n))
+    M += (left * (times * (m**0.5 + n**0.5) * torch.linspace(1, 1.5, many, dtype=torch.float64))) @ right.T
+    U, S, V = torch.linalg.svd(M, full_matrices=False)
+
+    def slow(*_: Any, **__: Any) -> Any:
+        raise AssertionError("all directions are computed for the sake of ten")
+
+    for route in ("_gram", "_lapack", "_gesvd", "_leading"):
+        monkeypatch.setattr(solvers, route, slow)
+    for one in (M, M.T):
+        found = decompose([one], 10)
+        torch.testing.assert_close(found.sigma, S[:10], rtol=1e-12, atol=0)
+        sides = (found.left, found.right) if one is M else (found.right, found.left)
+        for side, reference in zip(sides, (U.T, V), strict=True):
+            assert float((side * reference[:10]).sum(1).abs().min()) > 1 - 1e-12
 
 
 @pytest.mark.parametrize("seed", range(4))
