@@ -39,6 +39,7 @@ __all__ = [
     "write_csv",
 ]
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip")  # what pandas writes a table as without another package
 NARROW = 14  # characters that a column of words has at least, if its words are as long
 # What a narrow terminal does not show, first to last: what the name of a matrix says too, and what others follow from.
 LEAST = (
@@ -135,8 +136,14 @@ def require_file(file: Path | None, *suffixes: str, option: str = "out") -> None
     if file is None:
         return
     device = file.exists() and not (file.is_file() or file.is_dir())
-    if not device and not {suffix.lower() for suffix in file.suffixes[-2:]} & set(suffixes):
-        raise DtLensError(f"--{option} is {str(file)!r}; it is written as {' or '.join(suffixes)}.")
+    kinds = [suffix.lower() for suffix in file.suffixes]
+    if kinds[-1:] and kinds[-1] in COMPRESSED and kinds[-2:-1] == [".csv"]:
+        kinds.pop()
+    if not device and (not kinds or kinds[-1] not in suffixes):
+        raise DtLensError(
+            f"--{option} is {str(file)!r}, and a {' or '.join(suffixes)} file is written there; give a name that ends "
+            "so."
+        )
     require_writable(file)
 
 

@@ -11,6 +11,8 @@ import pytest
 import typer
 
 from dt_lens.cli.app import app
+from dt_lens.cli.output import require_file
+from dt_lens.errors import DtLensError
 
 Run = Callable[..., Any]
 GROUP: Any = typer.main.get_command(app)
@@ -117,3 +119,20 @@ def test_what_can_be_written_reaches_the_work(dt_lens: Run, tmp_path: Path, name
         file.write_text("of an earlier run")
     with pytest.raises(pytest.fail.Exception, match="the work began"):
         dt_lens(name, *(word.format(free=free) for word in WORDS[name]), option, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("t.csv.json", ".csv"), ("t.csv.zst", ".csv"), ("t.gz", ".csv"), ("t.safetensors.gz", ".safetensors"),
+        ("t.md.gz", ".csv .md"), (".csv", ".csv"), ("csv", ".csv"),
+    ],
+)  # fmt: skip
+def test_a_name_of_another_kind_is_refused(tmp_path: Path, name: str, kinds: str) -> None:
+    with pytest.raises(DtLensError, match="file is written there; give a name that ends so"):
+        require_file(tmp_path / name, *kinds.split())
+
+
+@pytest.mark.parametrize("name", ["t.csv", "T.CSV", "run.1.csv", "t.csv.gz", "t.CSV.zip", "t.md"])
+def test_a_name_of_the_kind_is_not(tmp_path: Path, name: str) -> None:
+    require_file(tmp_path / name, ".csv", ".md")

@@ -60,7 +60,7 @@ def test_the_rows_are_printed_and_written(
 def test_mistakes_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(DtLensError, match=r"no subject 'startup'.*start_up"):
         module.bench(["startup"])
-    with pytest.raises(DtLensError, match=r"written as .csv or .md"):
+    with pytest.raises(DtLensError, match=r"a .csv or .md file is written there"):
         module.bench(["start_up"], out=tmp_path / "table.txt")
     original = subprocess.Popen
     monkeypatch.setattr(
