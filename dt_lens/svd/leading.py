@@ -24,7 +24,7 @@ import torch
 from scipy.linalg import LinAlgError
 from torch import Tensor
 
-__all__ = ["SPARE", "leading", "rows_times", "symmetric_product"]
+__all__ = ["SEEN", "SPARE", "leading", "rows_times", "symmetric_product"]
 
 SPARE = 8  # directions beyond those wanted: the corrections converge by the gap behind them
 CORRECTIONS, STEPS = 3, 60  # at most: Newton corrections, and steps of conjugate gradients for each

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from dt_lens.errors import DtLensError
-from dt_lens.svd.leading import leading, rows_times
+from dt_lens.svd.leading import SEEN, leading, rows_times
 
 __all__ = ["SVD", "VERSION", "decompose", "triangle"]
 
-VERSION = 5  # raised whenever a result may differ in a bit: it is part of the keys of stored decompositions
+VERSION = 6  # raised whenever a result may differ in a bit: it is part of the keys of stored decompositions
 
 TOLERANCE = 1e-9  # relative residual and loss of orthogonality that a route may leave
 EPS = torch.finfo(torch.float64).eps
@@ -194,7 +194,14 @@ def _gram(M: Tensor, rank: int | None) -> Triple:
     else:
         left = torch.linalg.eigh(M @ M.T)[1]
     # sqrt(eigenvalue) loses half the digits of small sigmas; the length of the image does not.
-    return _by_image(M.T, left)
+    found = _by_image(M.T, left)
+    sigma = found[1]
+    unseen = sigma <= SEEN[torch.float64] * sigma[0]
+    # Their directions are any mixture of what the Gram matrix cannot tell apart, which may hold sigmas that are not
+    # zero and images that are.
+    if bool(unseen[:rank].any()) and float(sigma[unseen].norm()) > _zero(*M.shape) * float(sigma[0]):
+        raise LinAlgError("A sigma is too small to be seen in the Gram matrix.")
+    return found
 
 
 def _leading_single(M: Tensor, rank: int | None, gram: Tensor | None = None) -> Triple:

@@ -174,6 +174,21 @@ def test_a_few_large_sigmas_above_a_flat_spectrum_do_not_make_it_slow(
             assert float((side * reference[:10]).sum(1).abs().min()) > 1 - 1e-12
 
 
+@pytest.mark.parametrize("small", [[3e-11], [4e-11, 1e-11], [2e-7, 3e-11]])
+def test_a_wide_matrix_keeps_its_tiny_sigmas(small: list[float]) -> None:
+    """Beyond a share of 1e-6 the eigenvectors of a Gram matrix are mixtures, whose images may count as zeros."""
+    generator = torch.Generator().manual_seed(3)
+    sigma = torch.tensor([1, 0.9, *small], dtype=torch.float64)
+    k = len(sigma)
+    left, right = (torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))[0] for n in (700, 2800))
+    M = (left * sigma) @ right.T
+    for one in (M, M.T):
+        for rank in (k, k + 2, None):
+            found = decompose([one], rank).sigma
+            assert len(found) == k, rank
+            torch.testing.assert_close(found, sigma, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_tiny_sigma_is_found_when_more_are_asked_for_than_there_are(seed: int, threads: int) -> None:

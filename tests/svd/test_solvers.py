@@ -85,6 +85,10 @@ def test_a_product(kind: str, rank: int | None) -> None:
 @pytest.mark.parametrize("kind", ["square", "tall", "wide", "steep", "one huge row"])
 def test_each_route_by_itself(route: str, kind: str) -> None:
     M = KINDS[kind]()
+    if (route, kind) == ("_gram", "one huge row"):  # the others are a millionth of it; LAPACK takes them
+        with pytest.raises(torch.linalg.LinAlgError, match="too small to be seen"):
+            decompose._gram(M, None)
+        return
     left, sigma, right = getattr(decompose, route)(M, None)
     reference = scipy.linalg.svd(M.numpy(), compute_uv=False)
     # What the Gram matrix costs a small sigma, the image's length gives back.
