@@ -128,7 +128,7 @@ def court() -> str:
         parts.append(box(x, y, 24, 20, fill, 'rx="3"'))
         parts.append(text(x + 12, y + 15, sign, INK if verdict == "undecided" else "#ffffff", "middle"))
         parts.append(text(x + 31, y + 15, "not supported" if verdict == "no" else verdict))
-    parts.append(text(412, y + 15, "–  not applicable"))
+    parts.append(text(412, y + 15, "–  no verdict"))
     parts.append(text(15, y + 44, "The strip below: what the note's code would have said.", GREY))
     return svg(550, y + 60, "The verdicts on eight claims about ten models", parts)
 
