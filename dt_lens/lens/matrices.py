@@ -213,20 +213,19 @@ class Matrix:
         stored = [factor.view(weights) for factor in self.factors]
         # What is a copy of the weights is folded where it is, so that a large matrix is in memory once.
         own = all(part.dtype != torch.float64 for part in stored)
-        return self._folded(lens, [part.double() for part in stored], own)
+        return list(self.fold_change(lens, *(part.double() for part in stored), own=own))
 
-    def fold_change(self, lens: Weighted, *factors: Tensor) -> tuple[Tensor, ...]:
-        """The factors of a raw matrix of this name, with its norms folded into the first and the last."""
-        return tuple(self._folded(lens, list(factors)))
+    def fold_change(self, lens: Weighted, *factors: Tensor, own: bool = False) -> tuple[Tensor, ...]:
+        """The factors of a raw matrix of this name, with its norms folded into the first and the last.
 
-    def _folded(self, lens: Weighted, found: list[Tensor], own: bool = False) -> list[Tensor]:
-        """``found`` with its norms folded in, in its own memory with ``own``."""
-        lens = Snapshot.of(lens)
+        With ``own`` they are written into the factors' own memory.
+        """
+        lens, found = Snapshot.of(lens), list(factors)
         if self.left_norm is not None:
             found[0] = fold(found[0], norm_scale(lens, self.left_norm), not self.rms, own)
         if self.right_norm is not None:
             found[-1] = fold(found[-1].T, norm_scale(lens, self.right_norm), not self.rms, own).T
-        return found
+        return tuple(found)
 
     def dense(self, lens: Weighted, fold_layernorm: bool = True) -> Float[Tensor, "left right"]:
         """The matrix itself, in float64."""

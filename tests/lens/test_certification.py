@@ -295,7 +295,7 @@ def test_folding_that_is_wrong(monkeypatch: pytest.MonkeyPatch, make_hf: Any, mi
     if not reference:
         lens.reference = None
 
-    def wrong(matrix: Tensor, w: Tensor, centre: bool = True) -> Tensor:
+    def wrong(matrix: Tensor, w: Tensor, centre: bool = True, own: bool = False) -> Tensor:
         scaled = w.to(matrix)[:, None] * matrix
         if mistake == "averages over outputs":
             return scaled - scaled.mean(1, keepdim=True)
@@ -321,8 +321,8 @@ def test_circuits_whose_folding_is_wrong(
         lens.reference = None
     right = matrices.Matrix.fold_change
 
-    def wrong(self: matrices.Matrix, model: Any, *factors: Tensor) -> tuple[Tensor, ...]:
-        return factors if self.kind == kind else right(self, model, *factors)
+    def wrong(self: matrices.Matrix, model: Any, *factors: Tensor, own: bool = False) -> tuple[Tensor, ...]:
+        return factors if self.kind == kind else right(self, model, *factors, own=own)
 
     monkeypatch.setattr(matrices.Matrix, "fold_change", wrong)
     with pytest.raises(DtLensError, match=rf"certify: blocks\.0\.attn\.{kind}\.0 with its LayerNorm folded does not"):
