@@ -6,6 +6,8 @@ import logging
 import signal
 import socket
 import threading
+import traceback
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Explorer", "require_dash", "require_port"]
 
+log = logging.getLogger(__name__)
 HOST = "127.0.0.1"  # never from the environment: Dash's own run() reads HOST, and would open all interfaces
 
 
@@ -105,7 +108,10 @@ class Explorer:
 
 
 def _refuse_nonsense(flask: Any, app: Any) -> None:
-    """Answer a request to a callback that no page sends with status 400 and a sentence, and log nothing of it."""
+    """Answer a request to a callback that no page sends with status 400 and a sentence, and log nothing of it.
+
+    A callback that fails on what a page may send is a mistake of ours: it is answered alike, and logged in one line.
+    """
     from dash.exceptions import DashException
     from flask import make_response, request
     from werkzeug.exceptions import HTTPException
@@ -135,11 +141,30 @@ def _refuse_nonsense(flask: Any, app: Any) -> None:
         if isinstance(error, HTTPException):
             return error
         if request.path == place and isinstance(error, wrong):
+            where = _our_line(error)
+            if where is not None:
+                asked = (request.get_json(silent=True) or {}).get("output")
+                words = " ".join(f"{type(error).__name__}: {error}".split())
+                log.error("A page of the explorer failed at %s (%s): %s", where, str(asked)[:100], words[:500])
             return refused()
         raise error
 
     flask.before_request(check)
     flask.register_error_handler(Exception, failed)
+
+
+def _our_line(error: BaseException) -> str | None:
+    """The innermost line of dt-lens that led to an error, of the callbacks on: ``matrix.py:120``.
+
+    ``None`` where no callback of ours had begun: then Dash has refused the request itself.
+    """
+    here = Path(__file__)
+    ours = [
+        (Path(frame.filename), frame.lineno)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if here.parents[1] in Path(frame.filename).parents and Path(frame.filename) != here
+    ]
+    return f"{ours[-1][0].relative_to(here.parents[1]).as_posix()}:{ours[-1][1]}" if ours else None
 
 
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:

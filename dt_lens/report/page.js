@@ -117,6 +117,11 @@
       }
       layout.xaxis = Object.assign({}, layout.xaxis, { tickangle: -90, tickfont: { size: 11 } });
     }
+    barsBelow(layout);
+  }
+
+  // Scales of colours below the plot, which leaves it the width.
+  function barsBelow(layout) {
     for (const axis of ["coloraxis", "coloraxis2"]) {
       if (!layout[axis] || layout[axis].showscale === false) continue;
       const colourbar = Object.assign({}, layout[axis].colorbar, {
@@ -161,6 +166,70 @@
     layout.meta.least_width = 0;
   }
 
+  // Several rows of plots: as many beside each other as fit, the rest of each row, or of all rows, below them.
+  function folded(layout, width, heat) {
+    const LEAST = 125, SLACK = 1e-4, near = (one, other) => Math.abs(one - other) < SLACK;
+    const panels = Object.keys(layout).filter((name) => /^xaxis\d*$/.test(name))
+      .map((name) => ({ x: name, y: "y" + name.slice(1) }));
+    if (!panels.every((one) => layout[one.y] && layout[one.x].domain && layout[one.y].domain)) return;
+    const places = (values, sign) => values.sort((a, b) => sign * (a - b)).filter((v, i, all) => !i || !near(v, all[i - 1]));
+    for (const one of panels) Object.assign(one, { dx: layout[one.x].domain, dy: layout[one.y].domain });
+    const columns = places(panels.map((one) => one.dx[0]), 1), rows = places(panels.map((one) => one.dy[0]), -1);
+    if (rows.length < 2 || columns.length < 2) return;
+    const old = (layout.meta.least_width - 120) / columns.length;
+    const across = Math.min(columns.length, Math.max(1, Math.floor((width - 70) / Math.min(LEAST, old))));
+    const bands = Math.ceil(columns.length / across);
+    const notes = (layout.annotations || []).filter((one) => one.xref === "paper" && one.yref === "paper");
+    const above = (note) => panels.find((one) => near(note.x, (one.dx[0] + one.dx[1]) / 2) && near(note.y, one.dy[1]));
+    const beside = notes.filter((one) => one.textangle);
+    const each = notes.filter(above).length > columns.length; // a title for each plot, and not for each column
+    const high = (panels[0].dy[1] - panels[0].dy[0]) * (layout.height - (layout.margin.t || 80) - (layout.margin.b || 60));
+    const line = (r, band) => (each ? r * bands + band : band * rows.length + r);
+    const title = beside.length ? 22 : 28, between = each ? 0 : 80; // the axes of a band of rows, and the next one's names
+    const top = (r, band) => line(r, band) * (high + title) + (each ? 0 : band * between);
+    const room = top(rows.length - 1, bands - 1) + high;
+    for (const one of panels) {
+      one.r = rows.findIndex((v) => near(v, one.dy[0]));
+      one.c = columns.findIndex((v) => near(v, one.dx[0]));
+      one.band = Math.floor(one.c / across);
+      one.at = one.c % across;
+      const from = 1 - top(one.r, one.band) / room;
+      one.nx = [(one.at + 0.02) / across, (one.at + 0.98) / across];
+      one.ny = [Math.max(0, from - high / room), from];
+    }
+    const leads = (one) => layout[panels.find((other) => other.r === one.r && other.c === 0).y];
+    const axes = panels.map((one) => {
+      const lead = leads(one), shown = { showticklabels: one.at === 0 && lead.showticklabels !== false };
+      shown.title = one.at === 0 ? lead.title : { text: "" };
+      return [one, shown];
+    });
+    for (const [one, shown] of axes) {
+      layout[one.x] = Object.assign({}, layout[one.x], { domain: one.nx });
+      layout[one.y] = Object.assign({}, layout[one.y], { domain: one.ny }, shown);
+    }
+    const moved = [];
+    for (const note of layout.annotations || []) {
+      const panel = notes.includes(note) && above(note);
+      if (panel) {
+        Object.assign(note, { x: (panel.nx[0] + panel.nx[1]) / 2, y: panel.ny[1], yshift: beside.length ? 18 : 0 });
+        const lines = wrapped(note.text, Math.max(8, Math.floor((width - 70) / across / 6.5)));
+        note.text = lines.slice(0, 2).join("<br>");
+      } else if (beside.includes(note)) {
+        for (const one of panels.filter((p) => p.at === 0 && near(note.y, (p.dy[0] + p.dy[1]) / 2))) {
+          moved.push(Object.assign({}, note, {
+            x: one.nx[0], xanchor: "left", y: one.ny[1], yanchor: "bottom", textangle: 0, font: { size: 11 },
+          }));
+        }
+        continue;
+      }
+      moved.push(note);
+    }
+    layout.annotations = moved;
+    layout.height = room + (layout.margin.t || 80) + (layout.margin.b || 60);
+    layout.meta.least_width = 0;
+    if (heat) barsBelow(layout);
+  }
+
   function leadsTo(point) {
     let at = (point.data.meta || {}).links;
     for (const place of [].concat(point.pointNumber)) if (Array.isArray(at)) at = at[place];
@@ -183,8 +252,10 @@
       layout.meta.least_width = 0;
       labelsAbove(given, layout, width);
     }
+    const heat = given.data.some((trace) => trace.type === "heatmap");
     if ((layout.meta.least_width || 0) > width) stacked(layout, width);
-    if (given.data.some((trace) => trace.type === "heatmap")) heatmap(given, layout, width);
+    if ((layout.meta.least_width || 0) > width) folded(layout, width, heat);
+    if (heat) heatmap(given, layout, width);
     titles(layout, Math.max(width, layout.meta.least_width || 0));
     legendBelow(given, layout, width);
     const least = printing ? 0 : layout.meta.least_width || 0;

@@ -6,11 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import dt_lens
+from dt_lens.behaviour.agents.evaluation import terms_of_episodes
+from dt_lens.report.factors import grid_panels
+from dt_lens.report.page import Plot, Section, write_report
 from dt_lens.study import Study
+from dt_lens.study.atlas.figures import along_the_spectrum
 
 pytestmark = pytest.mark.acceptance(minutes=2)
 
@@ -129,3 +134,53 @@ def test_print_clips_no_table(opened: Any) -> None:
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 680, "height": 900})
     assert page.evaluate(CLIPPED) == 0
+
+
+# Where the plots of each figure lie, and the words of the figure; those of a plot's own axes are left out.
+PANELS = """() => Array.from(document.querySelectorAll(".js-plotly-plot")).map((plot) => ({
+  inside: plot.scrollWidth <= plot.closest(".canvas").clientWidth + 1,
+  plots: Array.from(plot.querySelectorAll(".cartesianlayer .subplot .gridlayer, .cartesianlayer .subplot .plot"))
+    .map((one) => one.getBoundingClientRect()).filter((box) => box.width > 0)
+    .map((box) => [box.left, box.right, box.top, box.bottom]),
+  words: Array.from(plot.querySelectorAll(".annotation-text")).map((one) => one.textContent),
+  boxes: Array.from(plot.querySelectorAll(".annotation-text")).map((one) => one.getBoundingClientRect())
+    .map((box) => [box.left, box.right, box.top, box.bottom]),
+}))"""
+
+
+def overlap(boxes: list[list[float]]) -> int:
+    """How many pairs of boxes cover each other, by more than two pixels."""
+    pairs = [(one, other) for i, one in enumerate(boxes) for other in boxes[:i]]
+    return sum(min(a[1], b[1]) - max(a[0], b[0]) > 2 and min(a[3], b[3]) - max(a[2], b[2]) > 2 for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with the two figures that have rows and columns of plots."""
+    kinds = ("W_in", "W_out", "QK", "OV", "K")
+    places = [(f"blocks.{layer}.{kind}", kind, layer, sv) for layer in range(3) for kind in kinds for sv in range(6)]
+    table = pd.DataFrame(places, columns=["matrix", "kind", "layer", "sv"]).assign(head=None, q_value=1.0, sigma=1.0)
+    table = table.assign(energy=1.0, damage=1.0, mean_return=900.0 + 10 * table["sv"])
+    spectrum = along_the_spectrum(table, 1000.0, terms_of_episodes("E-v0", 1.0, 10))
+    states = [(r, c, p, d) for r in range(5) for c in range(5) for p in "RGYB*" for d in "RGYB"]
+    rows, columns, passengers, goals = zip(*states, strict=True)
+    panels = {"passenger": passengers, "destination": goals}
+    labels = [str(one) for one in states]
+    grid = grid_panels(np.linspace(-1, 1, 500), rows, columns, panels, labels=labels, title="Taxi")
+    sections = [Section("Grids", [Plot(spectrum), Plot(grid)])]
+    return write_report(tmp_path_factory.mktemp("grids") / "grids.html", "Grids", sections)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_grid_of_plots_fits_the_page(chromium: Any, grids: Path, width: int) -> None:
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+    page.goto(grids.as_uri())
+    page.wait_for_selector("figure.plot .main-svg")
+    spectrum, grid = page.evaluate(PANELS)
+    page.close()
+    assert spectrum["inside"] and grid["inside"]
+    assert overlap(spectrum["boxes"]) == overlap(grid["boxes"]) == 0
+    for one in (spectrum, grid):
+        assert all(left >= 0 and right <= width for left, right, _, _ in one["boxes"])
+    assert {"W_in", "W_out", "QK", "OV", "K", "block 0", "block 1", "block 2"} == set(spectrum["words"])
+    assert len(grid["words"]) == 20

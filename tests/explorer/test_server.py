@@ -218,7 +218,25 @@ def page_request(**changes: Any) -> dict[str, Any]:
 def test_a_request_made_by_hand_is_refused_in_a_sentence(explorer: Explorer, wrong: Any, caplog: Any) -> None:
     status, said = ask(explorer, PLACE, wrong)
     assert status == 400 and "load it again" in said and "Traceback" not in said
-    assert not [record for record in caplog.records if record.exc_info]
+    assert not [record for record in caplog.records if record.exc_info or record.name.startswith("dt_lens")]
+
+
+@pytest.mark.parametrize("mistake", [TypeError("no such\nthing"), KeyError("column")])
+def test_a_mistake_of_ours_is_logged_in_one_line(
+    explorer: Explorer, monkeypatch: pytest.MonkeyPatch, caplog: Any, mistake: Exception
+) -> None:
+    from dt_lens.explorer import overview
+
+    def fail(*_: Any) -> Any:
+        raise mistake
+
+    monkeypatch.setattr(overview, "strongest_rows", fail)
+    status, said = ask(explorer, PLACE, page_request())
+    assert status == 400 and "load it again" in said
+    (record,) = [one for one in caplog.records if one.name == "dt_lens.explorer.server"]
+    line = record.getMessage()
+    assert type(mistake).__name__ in line and "page.children" in line and "explorer/overview.py:" in line
+    assert "\n" not in line and record.exc_info is None
 
 
 def test_what_a_page_sends_is_answered(explorer: Explorer) -> None:
