@@ -26,6 +26,7 @@ def live(explored: Explored, query: dict[str, str], dark: bool) -> Any:
         _field("target return", dcc.Input(targets[0] if targets else None, id="live-target", type="number", step="any"))
         if agent
         else None,
+        _field("steps of an episode, at most", _steps()) if agent else None,
         dcc.Checklist(
             [
                 {"label": "also run a control of equal energy", "value": "control"},
@@ -48,7 +49,7 @@ def live(explored: Explored, query: dict[str, str], dark: bool) -> Any:
             ),
             html.Div(id="live-edits"),
             html.Div([one for one in controls if one is not None], className="controls form"),
-            *([] if agent else [_unused("live-seed"), _unused("live-target")]),
+            *([] if agent else [_unused(name) for name in ("live-seed", "live-target", "live-steps")]),
             html.P("", id="live-said", role="status"),
             html.Div(id="live-scenes", className="scenes"),
             html.Div(
@@ -115,6 +116,11 @@ def _field(label: str, control: Any) -> html.Div:
     return html.Div([html.Label(label, htmlFor=control.id), control], className=f"choice of-{control.id}")
 
 
+def _steps() -> dcc.Input:
+    """Not bounded by the browser, which would send an empty field in place of a wrong number: the run says it."""
+    return dcc.Input(id="live-steps", type="text", inputMode="numeric", placeholder="all", autoComplete="off")
+
+
 def _unused(name: str) -> html.Div:
     """A field that this kind of model has no use for, so that the script finds it."""
     return html.Div(dcc.Input(id=name, type="hidden"), style={"display": "none"})
@@ -149,6 +155,7 @@ def register(app: Dash, explored: Explored) -> None:
         State("live-units", "value"),
         State("live-seed", "value"),
         State("live-target", "value"),
+        State("live-steps", "value"),
         State("live-more", "value"),
         prevent_initial_call=True,
     )

@@ -21,7 +21,7 @@ from dt_lens.behaviour.evaluation import Evaluation
 from dt_lens.behaviour.task import Task
 from dt_lens.behaviour.tasks import task_of
 from dt_lens.edits.several import in_force
-from dt_lens.errors import DtLensError
+from dt_lens.errors import DtLensError, as_written
 from dt_lens.explorer.held_edits import Say, make_edits
 from dt_lens.explorer.pictures import picture_of
 from dt_lens.lens.forward_mode import measuring, one_thread
@@ -52,6 +52,11 @@ def play(model: Any, wanted: Mapping[str, Any], fold_layernorm: bool, say: Say, 
     edits = make_edits(model, wanted["edits"], fold_layernorm)
     if not edits:
         raise DtLensError("There is no edit to run; add one on the page Edit.")
+    steps = wanted.get("max_steps")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise DtLensError(
+            f"The steps of an episode must be a whole number above 0, or empty; it is {as_written(steps)}."
+        )
     arms: dict[str, list[Any]] = {"unedited": [], "edited": edits}
     if wanted.get("control") is not None:
         arms["control"] = [edit.control(int(wanted["control"])) for edit in edits]

@@ -9,6 +9,7 @@ import pytest
 import dt_lens
 from dt_lens.behaviour.sweep import Sweep
 from dt_lens.explorer.explored import Explored
+from dt_lens.explorer.parts import short
 from dt_lens.explorer.sweep import atlas_view
 
 MATRIX = "blocks.3.mlp.W_out"
@@ -28,6 +29,31 @@ def parts(view: Any) -> list[Any]:
         return [one for child in view for one in parts(child)]
     below = getattr(view, "children", None)
     return [view, *([] if below is None else parts(below))]
+
+
+def texts(row: Any) -> list[str]:
+    """The words of the cells of a row."""
+    return [str(cell.children) for cell in row.children]
+
+
+def test_its_numbers_are_those_of_the_atlas(explored: Explored) -> None:
+    shown, atlas = parts(atlas_view(explored, False)), explored.atlas()
+    (body,) = [one for one in shown if type(one).__name__ == "Tbody"]
+    assert len(body.children) == len(atlas.shares)
+    for row, (_, kept) in zip(body.children, atlas.shares.iterrows(), strict=True):
+        what, *numbers = texts(row)
+        assert what == short(str(kept["what"]))
+        for cell, name in zip(numbers, ["directions", "hurts", "large", "worst_damage"], strict=True):
+            assert float(cell.replace("−", "-").replace(",", "")) == pytest.approx(kept[name], abs=6e-4), name
+    (graph,) = [one for one in shown if getattr(one, "id", "") == "atlas-spectrum"]
+    drawn = [
+        (int(sv), float(y))
+        for trace in graph.figure.data
+        if "control" not in trace.name
+        for sv, y in zip(trace.x, trace.y, strict=True)
+    ]
+    table = atlas.directions
+    assert sorted(drawn) == sorted(zip(table["sv"], table[f"mean_{atlas.terms.outcome}"], strict=True))
 
 
 @pytest.mark.parametrize("colours", [False, True])

@@ -201,16 +201,22 @@ def test_an_agent_is_explored(chromium: Any, tmp_path: Path) -> None:
         page.click("text=Run them live")
         page.wait_for_selector("#live-edits pre")
         page.fill("#live-units", "2")
+        page.fill("#live-steps", "-7")
+        page.keyboard.press("Tab")
+        page.click("#live-start")
+        assert "steps of an episode must be a whole number above 0, or empty; it is -7" in tab.wait_for_end()
+        page.fill("#live-steps", "90")
         page.keyboard.press("Tab")
         page.click("#live-start")
         page.wait_for_selector("#scene-edited svg line", state="attached")
         assert tab.wait_for_end().startswith("Finished")
         found = tab.summary()
-        base = evaluate(model, episodes=2, seed=0)
+        base = evaluate(model, episodes=2, seed=0, max_steps=90)
         with edit:
-            edited = evaluate(model, episodes=2, seed=0)
+            edited = evaluate(model, episodes=2, seed=0, max_steps=90)
         with edit.control(0):
-            control = evaluate(model, episodes=2, seed=0)
+            control = evaluate(model, episodes=2, seed=0, max_steps=90)
+        assert base.lengths.max() <= 90
         means = {"unedited": base.mean, "edited": edited.mean, "control": control.mean}
         assert {arm: one["mean"] for arm, one in found["means"].items()} == means
         assert [row["difference"] for row in found["compared"]] == [
@@ -218,6 +224,7 @@ def test_an_agent_is_explored(chromium: Any, tmp_path: Path) -> None:
         ]  # fmt: skip
 
         page.fill("#live-units", "200")
+        page.fill("#live-steps", "")
         page.keyboard.press("Tab")
         page.click("#live-start")
         page.wait_for_selector("#scene-edited svg line", state="attached")

@@ -108,7 +108,10 @@ def test_more_episodes_than_rows_still_run(agent: Any) -> None:
         ({"edits": [{"matrix": "nonsense"}]}, "nonsense"),
         ({"units": "many"}, "episodes"),
         ({"seed": -1}, "seed"),
-        ({"max_steps": 0}, "max_steps"),
+        ({"max_steps": 0}, "steps of an episode .* whole number above 0, or empty; it is 0"),
+        ({"max_steps": "many"}, "steps of an episode .* it is 'many'"),
+        ({"max_steps": 2.5}, "steps of an episode .* it is 2.5"),
+        ({"max_steps": True}, "steps of an episode .* it is True"),
     ],
 )
 def test_a_run_that_cannot_be_is_a_sentence(agent: Any, changes: dict[str, Any], needed: str) -> None:

@@ -370,8 +370,10 @@
   }
   new MutationObserver(restore).observe(root, { childList: true, subtree: true });
 
-  function play(presses, edits, units, seed, target, more) {
+  function play(presses, edits, units, seed, target, steps, more) {
+    const written = String(steps === undefined || steps === null ? "" : steps).trim();
     begin({ kind: "live", edits: edits || [], units, seed, target_return: target === undefined ? null : target,
+      max_steps: written === "" ? null : Number.isFinite(Number(written)) ? Number(written) : written,
       control: (more || []).includes("control") ? 0 : null, pace: (more || []).includes("slow") ? 6 : null });
     return "";
   }
