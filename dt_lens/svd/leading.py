@@ -82,7 +82,9 @@ def _beside_outliers(M: Tensor, rank: int, tolerance: float, gram: Tensor) -> tu
     many = int((sigma > OUTLYING * sigma[-1]).sum())
     if not 0 < many < min(rank, SPARE):
         raise LinAlgError("No few directions stand out.")
-    left = _leading(M, many, tolerance, torch.float32, 1.0, gram)[0][:many]
+    if many > 1:
+        left = _leading(M, many, tolerance, torch.float32, 1.0, gram)[0]
+    left = left[:many]
     image = rows_times(left, M)
     rest = torch.addmm(M, left.T, image, alpha=-1)
     if float(sigma[0]) < FAR * float(sigma[-1]):
@@ -95,8 +97,7 @@ def _beside_outliers(M: Tensor, rank: int, tolerance: float, gram: Tensor) -> tu
     del rest
     X = _orthonormal(torch.cat([left, others]))
     X, Y, theta = _ritz(X, rows_times(X, M))
-    sigma = theta.sqrt()
-    return X, sigma, Y / sigma.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    return _triples(X, Y, theta.sqrt())
 
 
 def _leading(
@@ -136,6 +137,11 @@ def _leading(
         found = wanted - int((~seen).sum())
         if float(_left_over(M, X[:found], Y[:found])) > zero:
             raise LinAlgError("A sigma is too small to be seen in the Gram matrix.")
+    return _triples(X, Y, sigma)
+
+
+def _triples(X: Tensor, Y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors, sigmas and right vectors, from ``X`` and its image ``Y = X M``, whose rows have these lengths."""
     return X, sigma, Y / sigma.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
 
 

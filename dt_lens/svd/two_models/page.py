@@ -43,17 +43,15 @@ def write_page(changes: ModelChanges, folder: str | Path, command: str = "") -> 
     a, b = changes.names
     table = readable(most_changed(changes.table, len(changes.table)))
     changed = list(changes.most_changed(DETAILED).query("relative_change > 0")["matrix"])
-    if is_rounding(changes.table):
-        changed = []
     same = (
         f"All {len(changes.table)} matrices of the two models hold the same numbers, so there is nothing to draw: no "
         "singular value moved and no direction turned."
     )
     if is_rounding(changes.table):
-        same = f"{sentence(changes.table, changes.names)} No figure is drawn of it."
+        changed, same = [], f"{sentence(changes.table, changes.names)} No figure is drawn of it."
     sections = [
         Section("What changed", [*(Note(note) for note in changes.notes), same])
-        if not (changes.table["relative_change"] > 0).any() or is_rounding(changes.table)
+        if not changed
         else Section(
             "What changed",
             [
